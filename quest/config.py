@@ -1,0 +1,125 @@
+"""The experiment grid, read from YAML. Imports nothing heavy: the Snakefile uses it to list runs."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+FULL_PRECISION = ("fp", "w32a32")
+SCHEMA = Path(__file__).parents[1] / "workflow" / "schemas" / "config.schema.yaml"
+
+
+class ConfigError(ValueError):
+    """One line that names the key at fault and what would be valid."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the grid, e.g. Run("scenes-text", "quest", "w4a8")."""
+
+    model: str
+    method: str
+    bits: str
+
+    @property
+    def path(self) -> str:
+        return f"{self.model}/{self.method}/{self.bits}"
+
+
+def parse_bits(bits: str) -> tuple[int, int]:
+    """Return (weight bits, activation bits) of "w4a8", each 2 to 8; "w32a32" is full precision.
+
+    Raises ValueError for anything else, capitals included, since bits are folder names.
+    """
+    match = re.fullmatch(r"w(\d+)a(\d+)", bits) if isinstance(bits, str) else None
+    weight, activation = map(int, match.groups()) if match else (0, 0)
+    plain = bits == f"w{weight}a{activation}"  # no leading zeros: w04a4 and w4a4 would be two folders of one thing
+    if plain and (2 <= weight <= 8 and 2 <= activation <= 8 or weight == activation == 32):
+        return weight, activation
+    hint = f", e.g. {bits.lower()!r}" if isinstance(bits, str) and bits != bits.lower() else ""
+    raise ValueError(f"bits {bits!r}: write w<2 to 8>a<2 to 8> in small letters{hint} (w32a32 is full precision)")
+
+
+def runs(config: dict) -> list[Run]:
+    """The cells of `config["grid"]`, in its order, each once."""
+    cells = (Run(*cell) for block in config["grid"] for cell in product(block["model"], block["method"], block["bits"]))
+    return list(dict.fromkeys(cells))
+
+
+def validate(config: dict, models: Iterable[str] | None = None) -> None:
+    """Raise ConfigError for the first thing in `config` that could not run.
+
+    `models` are the valid model names, by default those of quest.models.MODELS.
+    """
+    if models is None:
+        from quest.models import MODELS as models
+    _check_schema(config)
+    for name in config["models"]:
+        _one_of(name, models, f"models.{name}: unknown model")
+    for i, block in enumerate(config["grid"]):
+        for model in block["model"]:
+            _one_of(model, config["models"], f"grid[{i}].model: {model!r} is not under models")
+        for method in block["method"]:
+            _one_of(method, config["methods"], f"grid[{i}].method: {method!r} is not under methods")
+        for bits in block["bits"]:
+            try:
+                parse_bits(bits)
+            except ValueError as error:
+                raise ConfigError(f"grid[{i}].bits: {error}") from None
+        for method, bits in product(block["method"], block["bits"]):
+            if (method == FULL_PRECISION[0]) != (bits == FULL_PRECISION[1]):
+                raise ConfigError(f"grid[{i}]: {method} at {bits}; w32a32 goes with fp and with nothing else")
+    for method, recipe in config["methods"].items():
+        chain = [method]
+        while start := config["methods"][chain[-1]].get("init"):
+            _one_of(start, config["methods"], f"methods.{chain[-1]}.init: {start!r} is not under methods")
+            if start == FULL_PRECISION[0] or start in chain:
+                valid = ", ".join(sorted(set(config["methods"]) - {*chain, FULL_PRECISION[0]})) or "none, leave it out"
+                raise ConfigError(f"methods.{chain[-1]}.init: {start!r} is no starting point; valid: {valid}")
+            chain.append(start)
+
+
+def check_names(files: Iterable[Path]) -> None:
+    """Raise ConfigError where two config files have one name: their results would lie in one folder."""
+    import yaml
+
+    seen: dict[str, Path] = {}
+    for file in sorted({Path(file).resolve() for file in files}):
+        name = (yaml.safe_load(file.read_text()) or {}).get("name")
+        if name in seen:
+            raise ConfigError(f"name: {name!r} stands in both {seen[name]} and {file}; give one of them another name")
+        if name is not None:
+            seen[name] = file
+
+
+def _check_schema(config: dict) -> None:
+    import yaml
+    from jsonschema import Draft202012Validator
+
+    validator = Draft202012Validator(yaml.safe_load(SCHEMA.read_text()))
+    error = min(validator.iter_errors(config), key=lambda e: list(map(str, e.absolute_path)), default=None)
+    if error is None:
+        return
+    key = ".".join(map(str, error.absolute_path)) or "config"
+    allowed = error.schema.get("properties", {}) if isinstance(error.schema, dict) else {}
+    if error.validator == "additionalProperties":
+        unknown = next(name for name in error.instance if name not in allowed)
+        _one_of(unknown, allowed, f"{key}: unknown key {unknown!r}")
+    if error.validator == "required":
+        missing = next(name for name in error.validator_value if name not in error.instance)
+        raise ConfigError(f"{key}: key {missing!r} is missing; needed: {', '.join(error.validator_value)}")
+    if error.validator == "enum":
+        _one_of(error.instance, map(str, error.validator_value), f"{key}: {error.instance!r} is not valid")
+    raise ConfigError(f"{key}: {error.message}" + (f"; {hint}" if (hint := error.schema.get("description")) else ""))
+
+
+def _one_of(name, valid: Iterable[str], complaint: str) -> None:
+    """Raise ConfigError with `complaint`, the valid names and the nearest of them unless `name` is among `valid`."""
+    valid = list(valid)
+    if name in valid:
+        return
+    near = difflib.get_close_matches(str(name), valid, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ConfigError(f"{complaint}{hint}; valid: {', '.join(valid) or 'nothing'}")
