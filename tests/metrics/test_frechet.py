@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+
+from quest.metrics.frechet import Statistics, frechet_distance, load_reference, save_reference
+
+
+def features(n, d, seed=0, shift=0.0):
+    """Correlated, skewed, non-negative features such as average pooling after a ReLU gives."""
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(99).normal(size=(d, d)) / np.sqrt(d)
+    return np.maximum(rng.normal(size=(n, d)) @ mixing + 0.3 + shift, 0).astype(np.float32)
+
+
+def test_distance_of_a_set_to_itself_is_zero():
+    a = Statistics.from_features(features(500, 64))
+    assert frechet_distance(a, a) < 1e-9 * np.trace(a.cov)
+
+
+def test_known_gaussians():
+    d, n = 8, 1000
+    narrow = Statistics(np.zeros(d), np.diag(np.arange(1, d + 1) ** 2), n)
+    wide = Statistics(np.full(d, 0.5), np.diag((np.arange(1, d + 1) + 3) ** 2), n)
+    # Diagonal covariances: |mean difference|^2 + sum of (standard deviation difference)^2.
+    assert frechet_distance(narrow, wide) == pytest.approx(d * 0.25 + d * 9, rel=1e-12)
+    assert frechet_distance(wide, narrow) == pytest.approx(frechet_distance(narrow, wide), rel=1e-12)
+
+
+def test_rotating_both_sets_changes_nothing():
+    a, b = features(300, 16, 1), features(300, 16, 2, shift=0.2)
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(16, 16)))[0]
+    turned = frechet_distance(Statistics.from_features(a @ rotation), Statistics.from_features(b @ rotation))
+    assert turned == pytest.approx(frechet_distance(*map(Statistics.from_features, (a, b))), rel=1e-6)
+
+
+@pytest.mark.parametrize("n, d", [(500, 64), (500, 112), (2000, 7)])
+def test_equals_clean_fid_and_torchmetrics(n, d):
+    fid = pytest.importorskip("cleanfid.fid")
+    torch = pytest.importorskip("torch")
+    from torchmetrics.image.fid import _compute_fid
+
+    a, b = Statistics.from_features(features(n, d, 1)), Statistics.from_features(features(2 * n, d, 2, shift=0.1))
+    ours = frechet_distance(a, b)
+    assert ours == pytest.approx(fid.frechet_distance(a.mean, a.cov, b.mean, b.cov), rel=1e-6)
+    theirs = _compute_fid(*(torch.from_numpy(x) for x in (a.mean, a.cov, b.mean, b.cov)))
+    assert ours == pytest.approx(theirs.item(), rel=1e-6)
+
+
+def test_covariance_is_the_unbiased_one():
+    x = features(50, 5)
+    statistics = Statistics.from_features(x)
+    np.testing.assert_allclose(statistics.cov, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-12)
+    assert statistics.cov.dtype == np.float64 and statistics.n == 50
+
+
+def test_fewer_images_than_dimensions_is_flagged_and_still_computed():
+    few, many = Statistics.from_features(features(40, 64)), Statistics.from_features(features(65, 64))
+    assert few.singular and not many.singular
+    # Dead features (a constant channel) and missing rank give no NaN and no spurious distance.
+    assert frechet_distance(few, few) < 1e-9 * np.trace(few.cov)
+    dead = features(100, 64)
+    dead[:, :10] = 0
+    assert frechet_distance(*[Statistics.from_features(dead)] * 2) < 1e-9 * np.trace(many.cov)
+
+
+def test_reference_round_trip(tmp_path):
+    pool, spatial = Statistics.from_features(features(200, 6)), Statistics.from_features(features(200, 9))
+    save_reference(tmp_path / "reference.npz", pool, spatial, {"split": "reference", "start": 0})
+    loaded = load_reference(tmp_path / "reference.npz")
+    assert np.array_equal(loaded.pool.mean, pool.mean) and np.array_equal(loaded.spatial.cov, spatial.cov)
+    assert loaded.pool.n == 200 and loaded.metadata == {"split": "reference", "start": 0}
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ValueError, match=r"\[N, D\] with N >= 2.*\(1, 4\)"):
+        Statistics.from_features(np.zeros((1, 4)))
+    with pytest.raises(ValueError, match="1 values that are not finite"):
+        Statistics.from_features(np.array([[0.0, np.nan], [0.0, 1.0]]))
+    a, b = Statistics.from_features(features(20, 4)), Statistics.from_features(features(20, 5))
+    with pytest.raises(ValueError, match="4 and 5 dimensions"):
+        frechet_distance(a, b)
+    np.savez(tmp_path / "other.npz", pool_mean=np.zeros(3), n=3)
+    with pytest.raises(ValueError, match=r"other.npz: .* lack metadata, pool_cov, spatial_cov, spatial_mean"):
+        load_reference(tmp_path / "other.npz")
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(ValueError, match="text.npz: not an .npz file"):
+        load_reference(tmp_path / "text.npz")
