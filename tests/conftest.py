@@ -1,0 +1,188 @@
+"""Tiny random-weight pipelines, one per kind of model, and their `Model` rows. Built once per session; copy before changing one."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from quest.models import Model
+from quest.pipelines import ClassEmbedder, LatentDiffusionPipeline
+
+torch.set_num_threads(1)
+
+LATENT_CHANNELS = 4
+CLASSES = 5
+WORDS = ("red", "green", "blue", "circle", "square", "star")
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def _vae() -> AutoencoderKL:
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=4,
+        sample_size=64,
+        mid_block_add_attention=False,
+        scaling_factor=8.0,  # untrained samples are wide; keeps the pixels of the decoded images off 0 and 255
+    )
+
+
+def _denoiser(kind: type, **config) -> UNet2DModel | UNet2DConditionModel:
+    torch.manual_seed(2)
+    denoiser = kind(
+        sample_size=8,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        norm_num_groups=8,
+        **config,
+    )
+    with torch.no_grad():
+        # An untrained denoiser predicts almost nothing; a trained one predicts noise of unit variance.
+        denoiser.conv_out.weight.mul_(4)
+        for name, parameter in denoiser.named_parameters():
+            if "attn2.to_v" in name or "attn2.to_out" in name:
+                parameter.mul_(4)  # so that the condition shows in the image
+    return denoiser
+
+
+def _conditional() -> UNet2DConditionModel:
+    return _denoiser(
+        UNet2DConditionModel,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,  # the number of heads, in diffusers' UNet2DConditionModel
+    )
+
+
+def _tokenizer() -> CLIPTokenizer:
+    """A byte-level CLIP tokenizer without merges: one token per letter, any text works."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=32)
+
+
+def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    torch.manual_seed(3)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def _finish(pipe):
+    for module in (pipe.unet, pipe.vae, getattr(pipe, "text_encoder", None), getattr(pipe, "class_embedder", None)):
+        if module is not None:
+            module.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def uncond_pipe() -> LatentDiffusionPipeline:
+    denoiser = _denoiser(
+        UNet2DModel,
+        down_block_types=("AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D"),
+        attention_head_dim=8,  # channels per head, in diffusers' UNet2DModel
+        resnet_time_scale_shift="scale_shift",
+        downsample_type="resnet",
+        upsample_type="resnet",
+    )
+    scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False)
+    return _finish(LatentDiffusionPipeline(denoiser, _vae(), scheduler))
+
+
+@pytest.fixture(scope="session")
+def class_pipe() -> LatentDiffusionPipeline:
+    denoiser = _conditional()
+    torch.manual_seed(4)
+    embedder = ClassEmbedder(num_classes=CLASSES, tokens=2, dim=32)
+    scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False)
+    return _finish(LatentDiffusionPipeline(denoiser, _vae(), scheduler, embedder))
+
+
+@pytest.fixture(scope="session")
+def text_pipe() -> StableDiffusionPipeline:
+    tokenizer = _tokenizer()
+    pipe = StableDiffusionPipeline(
+        unet=_conditional(),
+        vae=_vae(),
+        scheduler=PNDMScheduler(**SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False),
+        text_encoder=_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return _finish(pipe)
+
+
+def _labels(split: str, start: int, stop: int) -> list[int]:
+    return [index % CLASSES for index in range(start, stop)]
+
+
+def _captions(split: str, start: int, stop: int) -> list[str]:
+    return [f"a {WORDS[index % 3]} {WORDS[3 + index // 3 % 3]}" for index in range(start, stop)]
+
+
+def _model(name: str, pipe, **fields) -> Model:
+    def load(device="cpu"):
+        return copy.deepcopy(pipe).to(device)
+
+    return Model(name=name, load=load, steps=6, batch_size=4, time_groups=3, trajectories=4, **fields)
+
+
+@pytest.fixture(scope="session")
+def uncond_model(uncond_pipe) -> Model:
+    return _model("tiny-uncond", uncond_pipe, sampler="ddim", eta=1.0, conditioning="none", selection="lsun")
+
+
+@pytest.fixture(scope="session")
+def class_model(class_pipe) -> Model:
+    return _model(
+        "tiny-class",
+        class_pipe,
+        sampler="ddim",
+        guidance=3.0,
+        conditioning="class",
+        source=_labels,
+        selection="imagenet",
+    )
+
+
+@pytest.fixture(scope="session")
+def text_model(text_pipe) -> Model:
+    return _model(
+        "tiny-text",
+        text_pipe,
+        sampler="plms",
+        guidance=3.0,
+        conditioning="text",
+        source=_captions,
+        selection="sd",
+    )
