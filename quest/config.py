@@ -71,13 +71,11 @@ def validate(config: dict, models: Iterable[str] | None = None) -> None:
         for method, bits in product(block["method"], block["bits"]):
             if (method == FULL_PRECISION[0]) != (bits == FULL_PRECISION[1]):
                 raise ConfigError(f"grid[{i}]: {method} at {bits}; w32a32 goes with fp and with nothing else")
-    for method, recipe in config["methods"].items():
+    for method in config["methods"]:
         chain = [method]
         while start := config["methods"][chain[-1]].get("init"):
-            _one_of(start, config["methods"], f"methods.{chain[-1]}.init: {start!r} is not under methods")
-            if start == FULL_PRECISION[0] or start in chain:
-                valid = ", ".join(sorted(set(config["methods"]) - {*chain, FULL_PRECISION[0]})) or "none, leave it out"
-                raise ConfigError(f"methods.{chain[-1]}.init: {start!r} is no starting point; valid: {valid}")
+            valid = [name for name in config["methods"] if name not in (*chain, FULL_PRECISION[0])]
+            _one_of(start, valid, f"methods.{chain[-1]}.init: {start!r} is no starting point")
             chain.append(start)
 
 
@@ -102,9 +100,9 @@ def _check_schema(config: dict) -> None:
     error = min(validator.iter_errors(config), key=lambda e: list(map(str, e.absolute_path)), default=None)
     if error is None:
         return
-    key = ".".join(map(str, error.absolute_path)) or "config"
-    allowed = error.schema.get("properties", {}) if isinstance(error.schema, dict) else {}
+    key = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path)[1:] or "config"
     if error.validator == "additionalProperties":
+        allowed = error.schema.get("properties", {})
         unknown = next(name for name in error.instance if name not in allowed)
         _one_of(unknown, allowed, f"{key}: unknown key {unknown!r}")
     if error.validator == "required":
@@ -112,7 +110,10 @@ def _check_schema(config: dict) -> None:
         raise ConfigError(f"{key}: key {missing!r} is missing; needed: {', '.join(error.validator_value)}")
     if error.validator == "enum":
         _one_of(error.instance, map(str, error.validator_value), f"{key}: {error.instance!r} is not valid")
-    raise ConfigError(f"{key}: {error.message}" + (f"; {hint}" if (hint := error.schema.get("description")) else ""))
+    hints = [error.schema["description"]] if "description" in error.schema else []
+    if error.validator == "type" and error.validator_value in ("number", "integer") and isinstance(error.instance, str):
+        hints.append("YAML reads 1e-4 as text, write 1.0e-4")
+    raise ConfigError("; ".join([f"{key}: {error.message}", *hints]))
 
 
 def _one_of(name, valid: Iterable[str], complaint: str) -> None:

@@ -15,7 +15,7 @@ def provenance() -> dict:
 
     `commit` and `dirty` are None outside a checkout of this project. `dirty` tells of changes to tracked files only.
     """
-    # An installed copy may lie inside another project's checkout (a virtual environment in it): that commit says nothing.
+    # An installed copy may lie inside another project's checkout, whose commit says nothing of this code.
     ours = _git("rev-parse", "--show-prefix") == "quest/"
     status = _git("status", "--porcelain", "--untracked-files=no") if ours else None
     return {

@@ -1,0 +1,27 @@
+"""Quantized diffusion models, measured. `snakemake -n` shows what would run, `snakemake --cores all` runs it."""
+
+from snakemake.utils import min_version
+
+min_version("9.19")
+
+# Snakemake merges config files key by key, so a default loaded beside another config would leak its recipes into it.
+if not workflow.overwrite_configfiles:
+
+    configfile: "workflow/config/default.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/quantize.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        expand("results/{name}/tables/{table}", name=NAME, table=TABLES),
+        expand("results/{name}/figures/{figure}.png", name=NAME, figure=FIGURES),
+
+
+onerror:
+    print(f"A job failed. Its own log, named above after 'log:', says why; Snakemake's log is {log}.")

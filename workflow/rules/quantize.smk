@@ -1,0 +1,44 @@
+rule trajectories:
+    input:
+        weights,
+    output:
+        calibration="results/{name}/{model}/calibration.safetensors",
+        evaluation="results/{name}/{model}/evaluation.safetensors",
+        ranges="results/{name}/{model}/ranges.csv",
+    log:
+        "results/{name}/{model}/trajectories.log",
+    conda:
+        "../../environment.yml"
+    params:
+        calibration=lambda wc: config["models"][wc.model].get("trajectories", MODELS[wc.model].trajectories),
+        evaluation=lambda wc: config["models"][wc.model].get("evaluation", 16),
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    shell:
+        "python -m workflow.scripts.trajectories {wildcards.model} -n {params.calibration} {params.evaluation}"
+        " --calibration {output.calibration} --evaluation {output.evaluation} --ranges {output.ranges}"
+        " --threads {threads} > {log} 2>&1"
+
+
+rule quantize:
+    input:
+        calibration="results/{name}/{model}/calibration.safetensors",
+        init=init,
+    output:
+        "results/{name}/{model}/{method}/{bits}/model.safetensors",
+    log:
+        "results/{name}/{model}/{method}/{bits}/quantize.log",
+    conda:
+        "../../environment.yml"
+    params:
+        recipe=recipe,
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=60,
+    shell:
+        "python -m workflow.scripts.quantize {wildcards.model} {wildcards.method} {wildcards.bits}"
+        " --recipe {params.recipe:q} --calibration {input.calibration} --init {input.init}"
+        " --threads {threads} -o {output} > {log} 2>&1"

@@ -1,0 +1,58 @@
+"""Images of one cell, their features and, where the denoiser is quantized, its errors along full-precision trajectories."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a name in quest.models.MODELS")
+    parser.add_argument("--checkpoint", type=Path, nargs="?", help="quantized denoiser; without it, full precision")
+    parser.add_argument("-n", type=int, required=True, help="images of the whole cell")
+    parser.add_argument("--shard", default="0/1", help="K/N: the K-th of N parts, from 0")
+    parser.add_argument("--evaluation", type=Path, required=True, help="held-out full-precision trajectories")
+    parser.add_argument("--samples", type=Path, required=True, help="file to write: index, images, latents")
+    parser.add_argument("--features", type=Path, required=True, help="file to write: index and the features of the images")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+
+    import numpy as np
+    import torch
+
+    import quest
+    from quest.calibration import CalibrationSet, eps_error
+    from quest.files import atomic
+    from quest.metrics.features import extract
+    from quest.models import MODELS, SEEDS
+    from quest.provenance import provenance
+    from quest.sampling import generate
+
+    torch.set_num_threads(arguments.threads)
+    shard, shards = map(int, arguments.shard.split("/"))
+    model = MODELS[arguments.model]
+    pipe = model.load()
+    if arguments.checkpoint:
+        pipe = quest.load(pipe, arguments.checkpoint)
+
+    start = time.perf_counter()
+    batches = zip(*generate(pipe, model, "evaluation", n=arguments.n, shard=(shard, shards)), strict=True)
+    index, latents, images = map(np.concatenate, batches)
+    seconds = round(time.perf_counter() - start, 1)
+    captions = model.conditions("evaluation", index.tolist()).get("prompt") if model.clip else None
+    features = extract(images, model.extractor, model.clip, captions)
+    if arguments.checkpoint and shard == 0:
+        features["eps_error"], features["timesteps"] = eps_error(pipe, CalibrationSet.load(arguments.evaluation))
+
+    seeds = {"split": "evaluation", "first": SEEDS["evaluation"], "n": arguments.n, "shard": arguments.shard}
+    metadata = json.dumps({"seeds": seeds, "seconds": seconds, "provenance": provenance()})
+    with atomic(arguments.samples) as file:
+        np.savez(file, index=index, images=images, latents=latents, metadata=metadata)
+    with atomic(arguments.features) as file:
+        np.savez(file, index=index, **features, metadata=metadata)
+    print(f"{len(index)} images in {seconds} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Full-precision trajectories of one model: what methods calibrate on, a held-out set, and activation ranges over time."""
+
+import argparse
+import csv
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a name in quest.models.MODELS")
+    parser.add_argument("-n", type=int, nargs=2, required=True, metavar=("CALIBRATION", "EVALUATION"))
+    parser.add_argument("--calibration", type=Path, required=True, help="file to write, seeds of the calibration split")
+    parser.add_argument("--evaluation", type=Path, required=True, help="file to write, seeds of the evaluation split")
+    parser.add_argument("--ranges", type=Path, required=True, help="CSV to write: layer_class, timestep, low, high")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+
+    import torch
+
+    from quest.calibration import activation_ranges, collect
+    from quest.files import atomic
+    from quest.models import MODELS
+    from quest.provenance import provenance
+
+    torch.set_num_threads(arguments.threads)
+    model = MODELS[arguments.model]
+    pipe = model.load()
+    for split, n in zip(("calibration", "evaluation"), arguments.n, strict=True):
+        start = time.perf_counter()
+        trajectories = collect(pipe, model, split, n)
+        if split == "calibration":
+            calibration = trajectories
+        metadata = {"seconds": round(time.perf_counter() - start, 1), "provenance": provenance()}
+        with atomic(getattr(arguments, split)) as file:
+            trajectories.save(file, **metadata)
+        print(f"{split}: {n} trajectories, {len(trajectories.sample)} denoiser inputs, {metadata['seconds']} s", flush=True)
+
+    rows = activation_ranges(pipe, calibration)
+    with atomic(arguments.ranges) as file, file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
