@@ -48,16 +48,19 @@ def runs(config: dict) -> list[Run]:
     return list(dict.fromkeys(cells))
 
 
-def validate(config: dict, models: Iterable[str] | None = None) -> None:
-    """Raise ConfigError for the first thing in `config` that could not run.
+def validate(config: dict) -> None:
+    """Raise ConfigError for the first thing in `config` that could not run."""
+    from quest.models import MODELS
 
-    `models` are the valid model names, by default those of quest.models.MODELS.
-    """
-    if models is None:
-        from quest.models import MODELS as models
     _check_schema(config)
-    for name in config["models"]:
-        _one_of(name, models, f"models.{name}: unknown model")
+    for name, settings in config["models"].items():
+        _one_of(name, MODELS, f"models.{name}: unknown model")
+        batches = -(-settings["images"] // MODELS[name].batch_size)
+        if settings.get("shards", 1) > batches:
+            raise ConfigError(
+                f"models.{name}.shards: {settings['shards']} shards of {settings['images']} images in batches of "
+                f"{MODELS[name].batch_size} leave some empty; valid: 1 to {batches}"
+            )
     for i, block in enumerate(config["grid"]):
         for model in block["model"]:
             _one_of(model, config["models"], f"grid[{i}].model: {model!r} is not under models")
@@ -113,6 +116,8 @@ def _check_schema(config: dict) -> None:
     hints = [error.schema["description"]] if "description" in error.schema else []
     if error.validator == "type" and error.validator_value in ("number", "integer") and isinstance(error.instance, str):
         hints.append("YAML reads 1e-4 as text, write 1.0e-4")
+    if error.instance is None:
+        hints.append("write {} for nothing")
     raise ConfigError("; ".join([f"{key}: {error.message}", *hints]))
 
 

@@ -18,7 +18,7 @@ RUNS = runs(config)
 CELLS = sorted({(run.model, run.bits) for run in RUNS if run.method != "fp"})
 TABLES = ["main.csv", "main.md", "main.tex", "paired.csv", "eps_error.csv"]
 
-# A log is read by people, sometimes while the job runs: progress bars write to it every five seconds, not ten times a second.
+# People read logs, also while the job runs: progress bars write to them every five seconds, not ten times a second.
 shell.prefix("export TQDM_MININTERVAL=5; ")
 
 

@@ -9,13 +9,13 @@ rule sample:
         "results/{name}/{model}/{method}/{bits}/sample-{shard}.log",
     conda:
         "../../environment.yml"
-    params:
-        n=lambda wc: config["models"][wc.model]["images"],
-        shards=shards,
     threads: 1
     resources:
         mem_mb=3000,
         runtime=60,
+    params:
+        n=lambda wc: config["models"][wc.model]["images"],
+        shards=shards,
     shell:
         "python -m workflow.scripts.sample {wildcards.model} --checkpoint {input.checkpoint} -n {params.n}"
         " --shard {wildcards.shard}/{params.shards} --evaluation {input.evaluation}"

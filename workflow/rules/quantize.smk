@@ -9,13 +9,13 @@ rule trajectories:
         "results/{name}/{model}/trajectories.log",
     conda:
         "../../environment.yml"
-    params:
-        calibration=lambda wc: config["models"][wc.model].get("trajectories", MODELS[wc.model].trajectories),
-        evaluation=lambda wc: config["models"][wc.model].get("evaluation", 16),
     threads: 1
     resources:
         mem_mb=2000,
         runtime=30,
+    params:
+        calibration=lambda wc: config["models"][wc.model].get("trajectories", MODELS[wc.model].trajectories),
+        evaluation=lambda wc: config["models"][wc.model].get("evaluation", 16),
     shell:
         "python -m workflow.scripts.trajectories {wildcards.model} -n {params.calibration} {params.evaluation}"
         " --calibration {output.calibration} --evaluation {output.evaluation} --ranges {output.ranges}"
@@ -32,12 +32,12 @@ rule quantize:
         "results/{name}/{model}/{method}/{bits}/quantize.log",
     conda:
         "../../environment.yml"
-    params:
-        recipe=recipe,
     threads: 1
     resources:
         mem_mb=3000,
         runtime=60,
+    params:
+        recipe=recipe,
     shell:
         "python -m workflow.scripts.quantize {wildcards.model} {wildcards.method} {wildcards.bits}"
         " --recipe {params.recipe:q} --calibration {input.calibration} --init {input.init}"

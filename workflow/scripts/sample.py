@@ -1,4 +1,4 @@
-"""Images of one cell, their features and, where the denoiser is quantized, its errors along full-precision trajectories."""
+"""Images of one cell, their features and, in the first shard, noise-prediction errors on held-out trajectories."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("--shard", default="0/1", help="K/N: the K-th of N parts, from 0")
     parser.add_argument("--evaluation", type=Path, required=True, help="held-out full-precision trajectories")
     parser.add_argument("--samples", type=Path, required=True, help="file to write: index, images, latents")
-    parser.add_argument("--features", type=Path, required=True, help="file to write: index and the features of the images")
+    parser.add_argument("--features", type=Path, required=True, help="file to write: index, features of the images")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 
@@ -37,12 +37,13 @@ def main() -> None:
         pipe = quest.load(pipe, arguments.checkpoint)
 
     start = time.perf_counter()
-    batches = zip(*generate(pipe, model, "evaluation", n=arguments.n, shard=(shard, shards)), strict=True)
-    index, latents, images = map(np.concatenate, batches)
+    batches = list(generate(pipe, model, "evaluation", arguments.n, (shard, shards)))
+    index, images = (np.concatenate([batch[i] for batch in batches]) for i in (0, 2))
+    latents = torch.cat([batch[1] for batch in batches]).cpu().numpy()
     seconds = round(time.perf_counter() - start, 1)
     captions = model.conditions("evaluation", index.tolist()).get("prompt") if model.clip else None
     features = extract(images, model.extractor, model.clip, captions)
-    if arguments.checkpoint and shard == 0:
+    if shard == 0:
         features["eps_error"], features["timesteps"] = eps_error(pipe, CalibrationSet.load(arguments.evaluation))
 
     seeds = {"split": "evaluation", "first": SEEDS["evaluation"], "n": arguments.n, "shard": arguments.shard}

@@ -34,7 +34,10 @@ def main() -> None:
         metadata = {"seconds": round(time.perf_counter() - start, 1), "provenance": provenance()}
         with atomic(getattr(arguments, split)) as file:
             trajectories.save(file, **metadata)
-        print(f"{split}: {n} trajectories, {len(trajectories.sample)} denoiser inputs, {metadata['seconds']} s", flush=True)
+        print(
+            f"{split}: {n} trajectories, {len(trajectories.sample)} denoiser inputs, {metadata['seconds']} s",
+            flush=True,
+        )
 
     rows = activation_ranges(pipe, calibration)
     with atomic(arguments.ranges) as file, file.open("w", newline="") as stream:

@@ -1,0 +1,46 @@
+"""Measure one cell from its arrays. Imports no torch."""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a name in quest.models.MODELS")
+    parser.add_argument("method")
+    parser.add_argument("bits")
+    parser.add_argument("--features", type=Path, nargs="+", required=True, help="features-*.npz of the cell")
+    parser.add_argument("--samples", type=Path, nargs="+", required=True, help="samples-*.npz of the cell")
+    parser.add_argument("--fp-features", type=Path, nargs="+", required=True, help="the same of full precision")
+    parser.add_argument("--fp-samples", type=Path, nargs="+", required=True)
+    parser.add_argument("--reference", type=Path, required=True, help="statistics of real images")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    arguments = parser.parse_args()
+
+    from quest.files import atomic
+    from quest.metrics import Cell, measure
+    from quest.metrics.frechet import load_reference
+    from quest.models import MODELS
+    from quest.provenance import provenance
+
+    model = MODELS[arguments.model]
+    cell = Cell.load(arguments.features, arguments.samples)
+    fp = None if arguments.method == "fp" else Cell.load(arguments.fp_features, arguments.fp_samples)
+    measured = measure(
+        cell,
+        load_reference(arguments.reference),
+        fp,
+        extractor=model.extractor,
+        clip=model.clip,
+        protocol=model.protocol,
+    )
+    run = {"model": arguments.model, "method": arguments.method, "bits": arguments.bits}
+    with atomic(arguments.output) as file:
+        file.write_text(json.dumps(run | measured | {"provenance": provenance()}))
+    for row in measured["rows"]:
+        print(f"{row['metric']:>10} {row['value']:10.4g}  [{row['low']:.4g}, {row['high']:.4g}]  {row['note']}")
+
+
+if __name__ == "__main__":
+    main()
