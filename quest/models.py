@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quest.zoo import ZOO
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-RESOURCES = Path(__file__).resolve().parent.parent / "resources"
 
 # Image i of a split has seed SEEDS[split] + i, so no two splits ever share noise.
 SEEDS = {"evaluation": 0, "calibration": 1_000_000, "validation": 2_000_000}
@@ -65,18 +65,14 @@ class Model:
         start, stop = min(indices), max(indices) + 1
         found = self.source(split, start, stop)
         if len(found) < stop - start:
-            raise ValueError(
-                f"{self.name}: image {stop - 1} of split {split!r} has no caption or label, "
-                f"the source ends after {start + len(found)}; ask for fewer images"
-            )
+            what = {"class": "labels", "text": "captions"}[self.conditioning]
+            raise ValueError(f"{self.name}: split {split!r} has fewer than {stop} {what}; ask for fewer images")
         key, kind = {"class": ("class_labels", int), "text": ("prompt", str)}[self.conditioning]
         return {key: [kind(found[index - start]) for index in indices]}
 
 
 def _load_zoo(name: str, device="cpu") -> DiffusionPipeline:
     """A shipped model from resources/zoo. Its weights are stored in float16 and computed with in float32."""
-    from quest.zoo import ZOO
-
     folder = ZOO / name
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{name}: no trained model in {folder}; `snakemake zoo` trains it")
@@ -107,7 +103,7 @@ def _scene_captions(split: str, start: int, stop: int) -> Sequence[str]:
     return draw(split, stop - start, start=start).captions()
 
 
-SCENES = RESOURCES / "reference" / "scenes.npz"
+SCENES = ZOO.parent / "reference" / "scenes.npz"
 
 MODELS = {
     model.name: model

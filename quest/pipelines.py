@@ -1,7 +1,7 @@
 """Latent diffusion without text: unconditional (LSUN) or by class (ImageNet), sampled with DDIM.
 
-The pipeline of arXiv:2112.10752 for models that `StableDiffusionPipeline` does not cover. Text-conditional models use
-diffusers' own `StableDiffusionPipeline`; both call their denoiser `unet` and double the batch for guidance in the same order.
+The models of arXiv:2112.10752 that diffusers' `StableDiffusionPipeline` does not cover. As there, the denoiser is
+called `unet`, and guidance doubles its batch: first without, then with the condition.
 """
 
 from collections.abc import Sequence
@@ -36,11 +36,11 @@ class ClassEmbedder(ModelMixin, ConfigMixin):
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
-    """Unconditional or class-conditional latent diffusion: `unet`, `vae`, a DDIM `scheduler` and, by class, a `class_embedder`.
+    """`unet`, `vae`, a DDIM `scheduler` and, for a class-conditional model, a `class_embedder`.
 
     Without `class_embedder` the denoiser is called as `unet(sample, timestep)`, with it as
-    `unet(sample, timestep, encoder_hidden_states=tokens)`. `save_pretrained` and `LatentDiffusionPipeline.from_pretrained`
-    work as for any diffusers pipeline.
+    `unet(sample, timestep, encoder_hidden_states=tokens)`. `save_pretrained` works as for any diffusers pipeline;
+    load with `LatentDiffusionPipeline.from_pretrained(folder)`, since diffusers does not know this class by name.
     """
 
     model_cpu_offload_seq = "class_embedder->unet->vae"
@@ -82,7 +82,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             generator: one for the batch, or a list with one per image. It draws the initial noise and, if eta > 0, the
                 noise of every step, so that an image depends on its own generator only.
             latents: initial noise [B, C, h, w], in place of drawing it.
-            output_type: "pil", "np" (float [B, H, W, 3] in [0, 1]), "pt" (float [B, 3, H, W] in [0, 1]), or "latent" [B, C, h, w].
+            output_type: "pil", "np" (float [B, H, W, 3] in [0, 1]), "pt" (float [B, 3, H, W] in [0, 1]) or "latent"
+                ([B, C, h, w], not decoded).
             return_dict: whether to return an `ImagePipelineOutput` or a tuple with the images.
 
         Raises:

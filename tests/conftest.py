@@ -1,4 +1,7 @@
-"""Tiny random-weight pipelines, one per kind of model, and their `Model` rows. Built once per session; copy before changing one."""
+"""Tiny random-weight pipelines, one per kind of model, and their `Model` rows.
+
+Built once per session: copy a pipeline before changing it (`model.load()` gives a fresh copy).
+"""
 
 import copy
 

@@ -1,0 +1,138 @@
+import numpy as np
+import pytest
+import torch
+
+from quest import sampling
+from quest.models import SEEDS
+
+KINDS = ("uncond", "class", "text")
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    """A pipeline, its model, and the way a user calls it for images 4 to 7 of the evaluation split."""
+    pipe, model = (request.getfixturevalue(f"{request.param}_{part}") for part in ("pipe", "model"))
+    call = {
+        "uncond": {"batch_size": 4, "eta": 1.0},
+        "class": {"class_labels": [4, 0, 1, 2], "guidance_scale": 3.0},
+        "text": {"prompt": ["a green square", "a blue square", "a red star", "a green star"], "guidance_scale": 3.0},
+    }
+    return pipe, model, call[request.param]
+
+
+def run(pipe, model, n, shard=(0, 1), split="evaluation"):
+    """All of a shard as (indices [n], latents [n, C, h, w], images [n, H, W, 3])."""
+    parts = list(sampling.generate(pipe, model, split, n, shard))
+    return tuple(np.concatenate([np.asarray(part[i]) for part in parts]) for i in range(3)) if parts else None
+
+
+def test_generate_makes_the_images_of_the_pipeline(kind):
+    pipe, model, call = kind
+
+    def direct(output_type):
+        generators = [torch.Generator().manual_seed(SEEDS["evaluation"] + i) for i in range(4, 8)]
+        return pipe(num_inference_steps=6, generator=generators, output_type=output_type, **call).images
+
+    indices, latents, images = run(pipe, model, 8)
+    assert indices.tolist() == list(range(8))
+    assert latents.dtype == np.float32 and images.dtype == np.uint8
+    np.testing.assert_array_equal(latents[4:], direct("latent").numpy())
+    np.testing.assert_array_equal(images[4:], np.stack([np.asarray(image) for image in direct("pil")]))
+    assert len(np.unique(images)) > 50  # neither flat nor saturated
+
+
+def test_any_number_of_shards_gives_the_same_bytes(kind):
+    pipe, model, _ = kind
+    whole = run(pipe, model, 14)
+    for count in (2, 8):
+        shards = [found for k in range(count) if (found := run(pipe, model, 14, (k, count))) is not None]
+        indices = np.concatenate([shard[0] for shard in shards])
+        order = np.argsort(indices)
+        assert indices[order].tolist() == list(range(14))
+        for i in (1, 2):
+            assert np.concatenate([shard[i] for shard in shards])[order].tobytes() == whole[i].tobytes()
+
+
+def test_an_image_does_not_depend_on_n(kind):
+    pipe, model, _ = kind
+    few, more = run(pipe, model, 5), run(pipe, model, 8)
+    assert few[0].tolist() == list(range(5))
+    for i in (1, 2):
+        assert few[i].tobytes() == more[i][:5].tobytes()
+
+
+def test_splits_draw_different_noise(uncond_pipe, uncond_model):
+    evaluation, calibration = (run(uncond_pipe, uncond_model, 1, split=s)[1] for s in ("evaluation", "calibration"))
+    assert np.abs(evaluation - calibration).max() > 0.1
+
+
+def test_shards_are_whole_batches_and_may_be_empty(uncond_pipe, uncond_model):
+    assert [len(run(uncond_pipe, uncond_model, 9, (k, 3))[0]) for k in range(3)] == [4, 4, 1]
+    assert run(uncond_pipe, uncond_model, 4, (1, 2)) is None
+
+
+@pytest.mark.parametrize("steps", [20, 40])
+def test_ddim_timesteps(uncond_pipe, uncond_model, steps):
+    from dataclasses import replace
+
+    stride = 1000 // steps
+    times = sampling.timesteps(replace(uncond_model, steps=steps), uncond_pipe)
+    assert times == list(range(1001 - stride, 0, -stride))
+    assert (times[0], times[-1], len(times)) == {20: (951, 1, 20), 40: (976, 1, 40)}[steps]
+
+
+def test_plms_repeats_its_second_timestep(text_pipe, text_model):
+    from dataclasses import replace
+
+    times = sampling.timesteps(replace(text_model, steps=20), text_pipe)
+    assert times == [951, 901, *range(901, 0, -50)]
+    assert len(times) == 21
+
+
+def test_timesteps_are_those_of_the_denoiser_calls(kind):
+    pipe, model, _ = kind
+    seen = []
+
+    def note(module, inputs):
+        seen.append(int(inputs[1]))
+
+    handle = pipe.unet.register_forward_pre_hook(note)
+    try:
+        run(pipe, model, 4)
+    finally:
+        handle.remove()
+    pipe.scheduler.set_timesteps(3)
+    assert sampling.timesteps(model, pipe) == seen
+    assert len(pipe.scheduler.timesteps) in (3, 4)  # the pipeline's own scheduler is left alone
+
+
+def test_one_bar_and_the_pipelines_setting_is_restored(uncond_model, capsys):
+    pipe = uncond_model.load()
+    pipe.set_progress_bar_config(desc="inner", disable=False)
+    run(pipe, uncond_model, 6)
+    err = capsys.readouterr().err
+    assert "6/6" in err and "inner" not in err
+    pipe(num_inference_steps=1, output_type="latent")
+    assert "inner" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0)])
+def test_bad_shard(uncond_pipe, uncond_model, shard):
+    with pytest.raises(ValueError, match="shard: "):
+        sampling.generate(uncond_pipe, uncond_model, "evaluation", 4, shard)
+
+
+def test_bad_split_and_n(uncond_pipe, uncond_model):
+    with pytest.raises(ValueError, match="n: 0 images"):
+        sampling.generate(uncond_pipe, uncond_model, "evaluation", 0)
+    with pytest.raises(ValueError, match="split: 'test' is not one of evaluation, calibration, validation"):
+        sampling.generate(uncond_pipe, uncond_model, "test", 4)
+
+
+def test_too_few_captions_is_said_before_sampling(text_pipe, text_model):
+    from dataclasses import replace
+
+    captions = ["a red circle"] * 6
+    model = replace(text_model, source=lambda split, start, stop: captions[start:stop])
+    with pytest.raises(ValueError, match="tiny-text: split 'evaluation' has fewer than 8 captions"):
+        sampling.generate(text_pipe, model, "evaluation", 7)
