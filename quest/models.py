@@ -84,7 +84,8 @@ def _load_zoo(name: str, device="cpu") -> DiffusionPipeline:
 
     kinds = {kind.__name__: kind for kind in (LatentDiffusionPipeline, StableDiffusionPipeline)}
     kind = kinds[DiffusionPipeline.load_config(folder)["_class_name"]]
-    pipe = kind.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+    # Some components load in the float16 they are stored in, others do not.
+    pipe = kind.from_pretrained(folder).to(device, torch.float32)
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.eval()

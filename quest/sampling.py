@@ -66,7 +66,8 @@ def generate(
         The denoiser itself always sees the model's full batch size, doubled under guidance.
 
     Raises:
-        ValueError: unknown split, n below 1, a shard that does not exist, fewer captions than images.
+        ValueError: unknown split, n below 1, a shard that does not exist, fewer captions than images, or timesteps
+            outside the range that a quantized denoiser was calibrated for. Raised by the call, before any sampling.
     """
     k, count = shard
     if not 0 <= k < count:
@@ -76,6 +77,9 @@ def generate(
     size = model.batch_size
     starts = range(0, n, size)
     arguments(model, split, [starts[-1] + size - 1])  # too few captions: better now than in the last batch
+    groups = getattr(pipe.unet, "time_groups", None)
+    if groups is not None:
+        groups.check(timesteps(model, pipe))
     return _batches(pipe, model, split, n, starts[k::count])
 
 

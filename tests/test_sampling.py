@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from quest import sampling
 from quest.models import SEEDS
+from quest.timegroups import TimeGroups
 
 KINDS = ("uncond", "class", "text")
 
@@ -73,8 +76,6 @@ def test_shards_are_whole_batches_and_may_be_empty(uncond_pipe, uncond_model):
 
 @pytest.mark.parametrize("steps", [20, 40])
 def test_ddim_timesteps(uncond_pipe, uncond_model, steps):
-    from dataclasses import replace
-
     stride = 1000 // steps
     times = sampling.timesteps(replace(uncond_model, steps=steps), uncond_pipe)
     assert times == list(range(1001 - stride, 0, -stride))
@@ -82,8 +83,6 @@ def test_ddim_timesteps(uncond_pipe, uncond_model, steps):
 
 
 def test_plms_repeats_its_second_timestep(text_pipe, text_model):
-    from dataclasses import replace
-
     times = sampling.timesteps(replace(text_model, steps=20), text_pipe)
     assert times == [951, 901, *range(901, 0, -50)]
     assert len(times) == 21
@@ -130,9 +129,15 @@ def test_bad_split_and_n(uncond_pipe, uncond_model):
 
 
 def test_too_few_captions_is_said_before_sampling(text_pipe, text_model):
-    from dataclasses import replace
-
     captions = ["a red circle"] * 6
     model = replace(text_model, source=lambda split, start, stop: captions[start:stop])
     with pytest.raises(ValueError, match="tiny-text: split 'evaluation' has fewer than 8 captions"):
         sampling.generate(text_pipe, model, "evaluation", 7)
+
+
+def test_time_groups_are_checked_before_sampling(uncond_model):
+    pipe = uncond_model.load()
+    TimeGroups([831, 400]).attach(pipe.unet)
+    run(pipe, uncond_model, 1)  # six steps start at 831
+    with pytest.raises(ValueError, match="951..1.*calibrated for 831..0"):
+        sampling.generate(pipe, replace(uncond_model, steps=20), "evaluation", 1)
