@@ -1,4 +1,4 @@
-"""Full-precision trajectories of one model: what methods calibrate on, a held-out set, and activation ranges over time."""
+"""Full-precision trajectories of one model: a calibration set, a held-out set, and activation ranges over time."""
 
 import argparse
 import csv
@@ -20,7 +20,7 @@ def main() -> None:
 
     from quest.calibration import activation_ranges, collect
     from quest.files import atomic
-    from quest.models import MODELS
+    from quest.models import MODELS, SEEDS
     from quest.provenance import provenance
 
     torch.set_num_threads(arguments.threads)
@@ -31,11 +31,15 @@ def main() -> None:
         trajectories = collect(pipe, model, split, n)
         if split == "calibration":
             calibration = trajectories
-        metadata = {"seconds": round(time.perf_counter() - start, 1), "provenance": provenance()}
-        with atomic(getattr(arguments, split)) as file:
-            trajectories.save(file, **metadata)
+        metadata = {
+            "model": model.name,
+            "seeds": [SEEDS[split], n],
+            "seconds": round(time.perf_counter() - start, 1),
+            "provenance": provenance(),
+        }
+        trajectories.save(getattr(arguments, split), metadata)
         print(
-            f"{split}: {n} trajectories, {len(trajectories.sample)} denoiser inputs, {metadata['seconds']} s",
+            f"{split}: {n} trajectories, {len(trajectories)} denoiser inputs, {metadata['seconds']} s",
             flush=True,
         )
 

@@ -1,0 +1,123 @@
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from quest import config as configuration
+from quest.config import ConfigError, Run, check_names, parse_bits, runs, validate
+
+CONFIGS = sorted(Path(__file__).parents[1].glob("workflow/config/*.yaml"))
+
+
+@pytest.fixture
+def default():
+    return yaml.safe_load((CONFIGS[0].parent / "default.yaml").read_text())
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_shipped_configs_are_valid(file):
+    validate(yaml.safe_load(file.read_text()))
+
+
+def test_default_grid(default):
+    cells = runs(default)
+    assert len(cells) == len(set(cells)) == 3 * (1 + 3 * 3)
+    assert Run("scenes-text", "quest", "w4a8").path == "scenes-text/quest/w4a8"
+    assert [run.bits for run in cells if run.method == "fp"] == ["w32a32"] * 3
+
+
+def test_a_cell_named_twice_runs_once(default):
+    once = runs(default)
+    default["grid"].append(copy.deepcopy(default["grid"][1]))
+    assert runs(default) == once
+
+
+@pytest.mark.parametrize("bits, parsed", [("w4a8", (4, 8)), ("w8a8", (8, 8)), ("w2a3", (2, 3)), ("w32a32", (32, 32))])
+def test_bits(bits, parsed):
+    assert parse_bits(bits) == parsed
+
+
+@pytest.mark.parametrize("bits", ["W4A4", "w4", "w4a16", "w1a4", "w04a4", "4/8", "", "w4a8 ", 48, None])
+def test_bits_that_do_not_exist(bits):
+    with pytest.raises(ValueError, match="w<2 to 8>a<2 to 8>"):
+        parse_bits(bits)
+
+
+def test_capital_bits_are_told_the_small_ones():
+    with pytest.raises(ValueError, match="'W4A4'.*e.g. 'w4a4'"):
+        parse_bits("W4A4")
+
+
+def _put(value, *path):
+    def change(config):
+        *parents, last = path
+        for key in parents:
+            config = config[key]
+        config[last] = value
+
+    return change
+
+
+FAULTS = {
+    "unknown key": (_put({}, "modles"), ["config", "'modles'", "did you mean 'models'", "grid"]),
+    "missing key": (lambda config: config.pop("grid"), ["config", "'grid' is missing"]),
+    "unknown model": (
+        _put({"images": 9}, "models", "scenes-txt"),
+        ["models.scenes-txt", "'scenes-text'", "scenes-class"],
+    ),
+    "model not configured": (_put(["sd14"], "grid", 0, "model"), ["grid[0].model", "'sd14'", "scenes-class"]),
+    "unknown method": (_put({}, "methods", "rtn_mse"), ["methods", "'rtn_mse'", "did you mean 'rtn-mse'", "quest"]),
+    "method not configured": (lambda config: config["methods"].pop("rtn"), ["grid[1].method", "'rtn'", "rtn-mse"]),
+    "typo in a recipe": (_put(1, "methods", "quest", "inti"), ["methods.quest", "'inti'", "did you mean 'init'"]),
+    "recipe left empty": (_put(None, "methods", "rtn"), ["methods.rtn", "write {}"]),
+    "init of nothing": (_put("rtnn", "methods", "quest", "init"), ["methods.quest.init", "'rtnn'", "rtn-mse"]),
+    "init of itself": (_put("quest", "methods", "quest", "init"), ["methods.quest.init", "'quest'", "rtn-mse"]),
+    "init of full precision": (_put("fp", "methods", "quest", "init"), ["methods.quest.init", "'fp'", "rtn-mse"]),
+    "unknown bits": (_put(["w4a9"], "grid", 1, "bits"), ["grid[1].bits", "'w4a9'", "w<2 to 8>a<2 to 8>"]),
+    "capital bits": (_put(["W4A4"], "grid", 1, "bits"), ["grid[1].bits", "'W4A4'", "'w4a4'"]),
+    "bits no list": (_put("w4a4", "grid", 1, "bits"), ["grid[1].bits", "'w4a4'", "a list"]),
+    "quantized full precision": (_put(["w8a8"], "grid", 0, "bits"), ["grid[0]", "fp at w8a8", "w32a32"]),
+    "unquantized method": (_put(["w32a32"], "grid", 1, "bits"), ["grid[1]", "rtn at w32a32"]),
+    "images as text": (_put("1e3", "models", "scenes-text", "images"), ["models.scenes-text.images", "'1e3'", "text"]),
+    "too few images": (_put(1, "models", "scenes-text", "images"), ["models.scenes-text.images", "minimum of 2"]),
+    "empty shards": (_put(11, "models", "scenes-text", "shards"), ["models.scenes-text.shards", "11", "1 to 10"]),
+    "name no folder": (_put("My run", "name"), ["name", "'My run'", "small letters"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_one_line_that_names_the_key_and_what_is_valid(default, fault):
+    change, words = FAULTS[fault]
+    change(default)
+    with pytest.raises(ConfigError) as caught:
+        validate(default)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [word for word in words if word not in message] == []
+
+
+def test_two_configs_with_one_name(tmp_path):
+    for file, name in {"a.yaml": "same", "b.yaml": "same", "c.yaml": "other"}.items():
+        (tmp_path / file).write_text(f"name: {name}\n")
+    check_names([tmp_path / "a.yaml", tmp_path / "c.yaml", tmp_path / "a.yaml"])
+    with pytest.raises(ConfigError, match="'same'.*a.yaml.*b.yaml"):
+        check_names(tmp_path.glob("*.yaml"))
+
+
+def test_shipped_names_differ():
+    check_names(CONFIGS)
+
+
+def test_the_snakefile_imports_nothing_heavy():
+    code = "import sys, quest.config, quest.models; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {"torch", "numpy", "pandas", "diffusers"} & set(modules) == set()
+
+
+def test_the_schema_speaks_of_the_methods_there_are():
+    baselines = pytest.importorskip("baselines")
+    schema = yaml.safe_load(configuration.SCHEMA.read_text())
+    assert set(schema["properties"]["methods"]["properties"]) == {"fp", *baselines.METHODS}

@@ -1,0 +1,48 @@
+import ast
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+FIXED = (
+    "torch torchvision diffusers transformers clean-fid torchmetrics open-clip-torch pandas snakemake pytest-benchmark"
+)
+
+
+def test_environment_has_the_ranges_of_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert pip == PROJECT["dependencies"]
+    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    assert any(entry.startswith("python>=3.11") for entry in conda) and "cxx-compiler" in conda
+
+
+def test_fixed_packages_are_declared():
+    assert {*FIXED, "pytest-benchmark"} <= {Requirement(line).name for line in PROJECT["dependencies"]}
+
+
+@pytest.mark.parametrize("requirement", map(Requirement, PROJECT["dependencies"]), ids=lambda r: r.name)
+def test_installed_version_lies_in_the_range(requirement):
+    assert requirement.specifier.contains(Version(version(requirement.name)).public, prereleases=True)
+
+
+def test_what_code_imports_is_declared():
+    """Every third-party package imported anywhere in the code is among the dependencies, by the name pip knows."""
+    pip_names = {"yaml": "pyyaml", "PIL": "pillow", "open_clip": "open-clip-torch", "cleanfid": "clean-fid"}
+    declared = {Requirement(line).name for line in PROJECT["dependencies"]}
+    undeclared = set()
+    for file in (file for folder in ("quest", "baselines", "workflow") for file in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in {name.split(".")[0] for name in names}:
+                if name not in {*sys.stdlib_module_names, "quest", "baselines", "workflow"}:
+                    undeclared |= {f"{file.name}: {name}"} if pip_names.get(name, name) not in declared else set()
+    assert undeclared == set()
