@@ -1,0 +1,302 @@
+"""Measuring one cell (model, method, bits), and comparing two.
+
+A cell is what one denoiser drew: images, latents and features on the evaluation seeds, and noise-prediction errors.
+`measure` turns it into rows with intervals and keeps every metric's resampled values beside them. All cells resample
+the same images (see intervals.py), so `compare` needs those numbers only: the spread of their differences is the
+paired interval. Needs no torch.
+"""
+
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from quest.metrics import intervals
+from quest.metrics.clip_score import clip_scores
+from quest.metrics.frechet import Reference, Statistics, frechet_distance
+from quest.metrics.inception_score import default_splits, inception_score, resampled_inception_scores
+from quest.metrics.paired import latent_mse, psnr
+
+FEATURES = ("pool", "spatial", "logits", "clip_image", "clip_text")
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """Outputs of one denoiser, sorted by image index."""
+
+    index: np.ndarray  # [N], image i has the i-th evaluation seed
+    features: dict[str, np.ndarray]  # each [N, D]
+    images: np.ndarray  # uint8 [N, H, W, 3]
+    latents: np.ndarray  # [N, ...]
+    eps_error: np.ndarray | None = None  # [trajectories, calls], relative squared error of each noise prediction
+    timesteps: np.ndarray | None = None  # [calls], timestep of each denoiser call; a multistep sampler may repeat one
+
+    @classmethod
+    def load(cls, features: Sequence[str | Path], samples: Sequence[str | Path]) -> "Cell":
+        """Join the shards of a cell, given in any order.
+
+        Raises ValueError, naming the file, for an array that is missing, an image that occurs twice, or features and
+        samples of different images.
+        """
+        feature_shards = [_read(path, ("index", "pool", "spatial", "logits")) for path in features]
+        sample_shards = [_read(path, ("index", "images", "latents")) for path in samples]
+        names = [name for name in FEATURES if all(name in shard for shard in feature_shards)]
+        joined = _join(features, feature_shards, names)
+        drawn = _join(samples, sample_shards, ["images", "latents"])
+        if not np.array_equal(joined["index"], drawn["index"]):
+            raise ValueError(f"{samples[0]} and {features[0]}: samples and features are of different images")
+        errors = next((shard for shard in feature_shards if "eps_error" in shard and "timesteps" in shard), {})
+        eps_error, timesteps = errors.get("eps_error"), errors.get("timesteps")
+        if eps_error is not None and (eps_error.ndim != 2 or timesteps.shape != eps_error.shape[1:]):
+            raise ValueError(
+                f"{features[0]}: eps_error must be [trajectories, calls] and timesteps [calls], "
+                f"got {eps_error.shape} and {timesteps.shape}"
+            )
+        return cls(
+            index=joined["index"],
+            features={name: joined[name] for name in names},
+            images=drawn["images"],
+            latents=drawn["latents"],
+            eps_error=eps_error,
+            timesteps=timesteps,
+        )
+
+
+def _read(path: str | Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files if name != "metadata"}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not an .npz file of arrays") from error
+    missing = [name for name in needed if name not in arrays]
+    if missing:
+        raise ValueError(f"{path}: lacks {', '.join(missing)}")
+    for name in set(arrays) - {"eps_error", "timesteps"}:
+        if len(arrays[name]) != len(arrays["index"]):
+            raise ValueError(f"{path}: {name} has {len(arrays[name])} rows for {len(arrays['index'])} images")
+    return arrays
+
+
+def _join(paths: Sequence, shards: list[dict], names: list[str]) -> dict[str, np.ndarray]:
+    index = np.concatenate([shard["index"] for shard in shards])
+    order = np.argsort(index, kind="stable")
+    repeated = index[order][1:][np.diff(index[order]) == 0]
+    if repeated.size:
+        raise ValueError(f"{paths[0]} and its other shards: image {repeated[0]} occurs more than once")
+    return {"index": index[order]} | {name: np.concatenate([s[name] for s in shards])[order] for name in names}
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A metric's value, its values on the resamples [R], and the number of independent draws behind it."""
+
+    value: float
+    resampled: np.ndarray
+    n: int
+    protocol: str = ""  # what the metric itself chose, added to the model's protocol
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of METRICS: what tables call it, which way is better, and how it is estimated."""
+
+    label: str
+    better: str  # "lower" or "higher"
+    # (cell, full-precision cell, reference, counts [R, N]) -> Estimate, or None where the cell lacks what it needs
+    estimate: Callable[[Cell, Cell | None, Reference, np.ndarray], Estimate | None]
+    is_mean: bool = False  # a mean over n draws, whose interval takes Student's factor
+    paired: bool = False  # measured against full precision, which has no such row itself
+    network: str | None = None  # the network that is named beside it: "extractor", "clip" or None
+
+
+def _fid(cell, fp, reference, counts):
+    return _frechet(cell.features["pool"], reference.pool, counts)
+
+
+def _sfid(cell, fp, reference, counts):
+    return _frechet(cell.features["spatial"], reference.spatial, counts)
+
+
+def _frechet(features, reference, counts):
+    drawn = Statistics.from_features(features)
+    resampled = intervals.resampled_frechet(features, reference, counts)
+    return Estimate(frechet_distance(drawn, reference), resampled, drawn.n, note=_rank_note(drawn))
+
+
+def _rank_note(statistics):
+    dimensions = statistics.mean.size
+    return f"n = {statistics.n} <= {dimensions} dimensions: singular covariance" if statistics.singular else ""
+
+
+def _inception_score(cell, fp, reference, counts):
+    logits = cell.features["logits"]
+    splits = default_splits(len(logits))
+    resampled = resampled_inception_scores(logits, counts, splits)
+    protocol = f"{splits} split{'s' if splits > 1 else ''}"
+    return Estimate(inception_score(logits, splits), resampled, len(logits), protocol=protocol)
+
+
+def _clip(cell, fp, reference, counts):
+    if "clip_image" not in cell.features or "clip_text" not in cell.features:
+        return None
+    return _mean(clip_scores(cell.features["clip_image"], cell.features["clip_text"]), counts)
+
+
+def _mean(values, counts, note=""):
+    return Estimate(float(np.mean(values)), intervals.resampled_means(values, counts), len(values), note=note)
+
+
+def _psnr(cell, fp, reference, counts):
+    identical = int((cell.images == fp.images).all(axis=(1, 2, 3)).sum())
+    note = f"{identical} of {len(cell.images)} images identical, counted as one level apart" if identical else ""
+    return _mean(psnr(cell.images, fp.images), counts, note)
+
+
+def _latent_mse(cell, fp, reference, counts):
+    return _mean(latent_mse(cell.latents, fp.latents), counts, _broken_note(cell.latents, "latents"))
+
+
+def _broken_note(values, what):
+    broken = int((~np.isfinite(values.reshape(len(values), -1))).any(axis=1).sum())
+    return f"{broken} of {len(values)} {what} not finite" if broken else ""
+
+
+def _fid_to_fp(cell, fp, reference, counts):
+    drawn, target = cell.features["pool"], fp.features["pool"]
+    statistics = Statistics.from_features(drawn)
+    value = frechet_distance(statistics, Statistics.from_features(target))
+    resampled = intervals.resampled_frechet_between(drawn, target, counts)
+    return Estimate(value, resampled, statistics.n, note=_rank_note(statistics))
+
+
+def _eps_error(cell, fp, reference, counts):
+    # Trajectories are what is resampled: the calls of one trajectory are not independent.
+    counts = intervals.resample_counts(len(cell.eps_error), len(counts))
+    return _mean(cell.eps_error.mean(axis=1, dtype=np.float64), counts, _broken_note(cell.eps_error, "trajectories"))
+
+
+METRICS = {
+    "fid": Metric("FID", "lower", _fid, network="extractor"),
+    "sfid": Metric("sFID", "lower", _sfid, network="extractor"),
+    "is": Metric("IS", "higher", _inception_score, network="extractor"),
+    "clip": Metric("CLIP score", "higher", _clip, is_mean=True, network="clip"),
+    "psnr": Metric("PSNR to FP", "higher", _psnr, is_mean=True, paired=True),
+    "latent_mse": Metric("latent MSE to FP", "lower", _latent_mse, is_mean=True, paired=True),
+    "fid_to_fp": Metric("FID to FP", "lower", _fid_to_fp, paired=True, network="extractor"),
+    "eps_error": Metric("noise-prediction error", "lower", _eps_error, is_mean=True, paired=True),
+}
+
+
+def measure(
+    cell: Cell,
+    reference: Reference,
+    fp: Cell | None,
+    *,
+    extractor: str,
+    clip: str | None = None,
+    protocol: str = "",
+) -> dict:
+    """Every metric of a cell; `fp` is the full-precision cell of the same seeds, or None for that cell itself.
+
+    Returns, fit for JSON: "rows" [{metric, value, low, high, n, extractor, protocol, note}]; "eps_error", one row per
+    denoiser call [{call, timestep, value, low, high, n}]; "resampled" {metric: [R values]}; and "drawn", what two cells
+    must share to be compared: images, trajectories, timesteps.
+
+    Raises ValueError where cell and full precision are of different images, or the cell has no eps_error to measure.
+    """
+    if fp is not None and not np.array_equal(cell.index, fp.index):
+        ours, theirs = index_ranges(cell.index), index_ranges(fp.index)
+        raise ValueError(f"only the same images are compared: the cell has {ours}, full precision {theirs}")
+    if fp is not None and cell.eps_error is None:
+        raise ValueError("the cell has no eps_error; it belongs into the first feature shard")
+    counts = intervals.resample_counts(len(cell.index))
+    rows, resampled = [], {}
+    for name, metric in METRICS.items():
+        estimate = None if metric.paired and fp is None else metric.estimate(cell, fp, reference, counts)
+        if estimate is None:
+            continue
+        low, high = _interval(metric, estimate.value, estimate.resampled, estimate.n)
+        rows.append(
+            {
+                "metric": name,
+                "value": estimate.value,
+                "low": low,
+                "high": high,
+                "n": estimate.n,
+                "extractor": {"extractor": extractor, "clip": clip, None: ""}[metric.network],
+                "protocol": "; ".join(filter(None, [protocol, estimate.protocol])),
+                "note": estimate.note,
+            }
+        )
+        resampled[name] = estimate.resampled.tolist()
+    return {
+        "rows": rows,
+        "eps_error": [] if fp is None else _eps_error_by_call(cell),
+        "resampled": resampled,
+        "drawn": {
+            "images": index_ranges(cell.index),
+            "trajectories": 0 if cell.eps_error is None else len(cell.eps_error),
+            "timesteps": [] if cell.timesteps is None else cell.timesteps.tolist(),
+        },
+    }
+
+
+def compare(a: dict, b: dict) -> list[dict]:
+    """Paired rows of two cells as `measure` returned them: a minus b for every metric that both have.
+
+    Returns [{metric, difference, low, high, n, better}]; better is "method" (a), "versus" (b) or "neither", by whether
+    the interval excludes 0. Raises ValueError where the two are not of the same images, networks and protocol, or their
+    noise-prediction errors not of the same trajectories.
+    """
+    of_a, of_b = ({row["metric"]: row for row in cell["rows"]} for cell in (a, b))
+    rows = []
+    for name in (name for name in METRICS if name in of_a and name in of_b):
+        keys = ("images", "trajectories", "timesteps") if name == "eps_error" else ("images",)
+        for key, left, right in [(key, a["drawn"][key], b["drawn"][key]) for key in keys] + [
+            (key, of_a[name][key], of_b[name][key]) for key in ("n", "extractor", "protocol")
+        ]:
+            if left != right:
+                raise ValueError(f"{name}: only cells of equal {key} are compared, got {left} and {right}")
+        difference = of_a[name]["value"] - of_b[name]["value"]
+        spread = np.subtract(a["resampled"][name], b["resampled"][name])
+        low, high = _interval(METRICS[name], difference, spread, of_a[name]["n"])
+        smaller = "method" if high < 0 else "versus" if low > 0 else "neither"
+        larger = {"method": "versus", "versus": "method", "neither": "neither"}[smaller]
+        better = smaller if METRICS[name].better == "lower" else larger
+        rows.append(
+            {
+                "metric": name,
+                "difference": difference,
+                "low": low,
+                "high": high,
+                "n": of_a[name]["n"],
+                "better": better,
+            }
+        )
+    return rows
+
+
+def index_ranges(index: np.ndarray) -> str:
+    """Sorted image indices as a person writes them: "0-499", "0-3,7"."""
+    breaks = np.flatnonzero(np.diff(index) != 1) + 1
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in np.split(index, breaks))
+
+
+def _interval(metric, value, resampled, n):
+    low, high = intervals.mean_interval(value, resampled, n) if metric.is_mean else intervals.interval(value, resampled)
+    return float(low), float(high)
+
+
+def _eps_error_by_call(cell):
+    trajectories = len(cell.eps_error)
+    values = cell.eps_error.mean(axis=0, dtype=np.float64)  # [calls]
+    resampled = intervals.resampled_means(cell.eps_error, intervals.resample_counts(trajectories))  # [R, calls]
+    low, high = intervals.mean_interval(values, resampled, trajectories)
+    columns = zip(cell.timesteps.tolist(), values.tolist(), low.tolist(), high.tolist(), strict=True)
+    return [
+        {"call": call, "timestep": timestep, "value": value, "low": lower, "high": upper, "n": trajectories}
+        for call, (timestep, value, lower, upper) in enumerate(columns)
+    ]

@@ -1,0 +1,201 @@
+"""Cells from files, their metrics, and paired comparison of two of them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from quest.metrics import METRICS, Cell, compare, index_ranges, measure
+from quest.metrics.frechet import Reference, Statistics, frechet_distance
+
+N, TIMESTEPS = 200, [901, 601, 601, 301, 1]
+
+
+def draw_cell(noise=0.0, seed=0, n=N, clip=True):
+    """A synthetic cell: what seed-paired models share, and each one's own deviation of size `noise`."""
+    common, own = np.random.default_rng(123), np.random.default_rng(seed)
+
+    def around(*shape):
+        return (common.normal(size=shape) + noise * own.normal(size=shape)).astype(np.float32)
+
+    pixels = 128 + 40 * around(n, 8, 8, 3)
+    names = ["pool", "spatial", "logits"] + (["clip_image", "clip_text"] if clip else [])
+    return Cell(
+        index=np.arange(n),
+        features={name: around(n, 12 if name != "logits" else 5) for name in names},
+        images=pixels.round().clip(0, 255).astype(np.uint8),
+        latents=around(n, 3, 4, 4),
+        eps_error=(noise**2 * (1 + own.random((16, len(TIMESTEPS))))).astype(np.float32),
+        timesteps=np.array(TIMESTEPS),
+    )
+
+
+@pytest.fixture(scope="module")
+def reference():
+    pool, spatial = (Statistics.from_features(np.random.default_rng(s).normal(size=(5000, 12))) for s in (7, 8))
+    return Reference(pool, spatial, {})
+
+
+@pytest.fixture(scope="module")
+def measured(reference):
+    fp = draw_cell()
+    cells = {"fp": None, "good": draw_cell(0.2, seed=1), "twin": draw_cell(0.2, seed=2), "bad": draw_cell(0.6, seed=3)}
+    return {
+        name: measure(cell or fp, reference, cell and fp, extractor="scenes", clip="scenes-clip", protocol="DDIM 5")
+        for name, cell in cells.items()
+    }
+
+
+def by_metric(rows):
+    return {row["metric"]: row for row in rows}
+
+
+def test_full_precision_has_no_paired_metrics(measured):
+    assert [row["metric"] for row in measured["fp"]["rows"]] == ["fid", "sfid", "is", "clip"]
+    assert [row["metric"] for row in measured["good"]["rows"]] == list(METRICS)
+    assert measured["fp"]["eps_error"] == []
+
+
+def test_rows_are_complete_and_survive_json(measured):
+    for cell in measured.values():
+        assert json.loads(json.dumps(cell)) == cell
+        for row in cell["rows"]:
+            assert list(row) == ["metric", "value", "low", "high", "n", "extractor", "protocol", "note"]
+            assert row["low"] < row["value"] < row["high"]
+            assert row["n"] == (16 if row["metric"] == "eps_error" else N)
+            assert row["protocol"].startswith("DDIM 5")
+    rows = by_metric(measured["good"]["rows"])
+    assert rows["fid"]["extractor"] == rows["is"]["extractor"] == rows["fid_to_fp"]["extractor"] == "scenes"
+    assert rows["clip"]["extractor"] == "scenes-clip" and rows["psnr"]["extractor"] == ""
+    assert rows["is"]["protocol"] == "DDIM 5; 1 split"
+
+
+def test_values_are_those_of_the_metrics(measured, reference):
+    cell, fp, rows = draw_cell(0.2, seed=1), draw_cell(), by_metric(measured["good"]["rows"])
+    pool, fp_pool = (Statistics.from_features(c.features["pool"]) for c in (cell, fp))
+    assert rows["fid"]["value"] == pytest.approx(frechet_distance(pool, reference.pool))
+    assert rows["fid_to_fp"]["value"] == pytest.approx(frechet_distance(pool, fp_pool))
+    assert rows["latent_mse"]["value"] == pytest.approx(np.mean((cell.latents - fp.latents) ** 2), rel=1e-5)
+    assert rows["eps_error"]["value"] == pytest.approx(cell.eps_error.mean(), rel=1e-5)
+
+
+def test_eps_error_by_call_keeps_repeated_timesteps(measured):
+    rows = measured["good"]["eps_error"]
+    assert [row["call"] for row in rows] == [0, 1, 2, 3, 4] and [row["timestep"] for row in rows] == TIMESTEPS
+    errors = draw_cell(0.2, seed=1).eps_error
+    assert [row["value"] for row in rows] == pytest.approx(errors.mean(axis=0), rel=1e-5)
+    assert all(row["low"] < row["value"] < row["high"] and row["n"] == 16 for row in rows)
+
+
+def test_better_cell_is_told_from_worse_and_not_from_its_twin(measured):
+    against_bad = by_metric(compare(measured["good"], measured["bad"]))
+    for name in ("psnr", "latent_mse", "fid_to_fp", "eps_error", "fid"):
+        row = against_bad[name]
+        assert row["better"] == "method", name
+        assert row["low"] < row["difference"] < row["high"] and row["low"] * row["high"] > 0
+    assert against_bad["psnr"]["difference"] > 0 > against_bad["latent_mse"]["difference"]
+    against_twin = by_metric(compare(measured["good"], measured["twin"]))
+    for name in ("psnr", "latent_mse", "fid_to_fp", "fid", "sfid"):
+        assert against_twin[name]["better"] == "neither", name
+
+
+def test_comparison_is_antisymmetric(measured):
+    there, back = (compare(measured[a], measured[b]) for a, b in [("good", "bad"), ("bad", "good")])
+    for one, other in zip(there, back, strict=True):
+        assert one["difference"] == -other["difference"] and one["low"] == pytest.approx(-other["high"])
+        assert {one["better"], other["better"]} in ({"method", "versus"}, {"neither"})
+
+
+def test_comparison_with_full_precision_has_the_unpaired_metrics(measured):
+    rows = compare(measured["bad"], measured["fp"])
+    assert [row["metric"] for row in rows] == ["fid", "sfid", "is", "clip"]
+    assert by_metric(rows)["fid"]["better"] == "versus"
+    assert all(row["better"] == "neither" and row["high"] == 0 for row in compare(measured["fp"], measured["fp"]))
+
+
+def test_paired_interval_is_narrower_than_the_intervals_of_the_two(measured):
+    row = by_metric(compare(measured["good"], measured["twin"]))["fid"]
+    alone = [by_metric(measured[name]["rows"])["fid"] for name in ("good", "twin")]
+    assert row["high"] - row["low"] < 0.7 * math.hypot(*(r["high"] - r["low"] for r in alone))
+
+
+def test_clip_only_where_there_are_captions(reference):
+    rows = measure(draw_cell(clip=False), reference, None, extractor="scenes")["rows"]
+    assert [row["metric"] for row in rows] == ["fid", "sfid", "is"]
+
+
+def test_small_n_is_said_in_the_row(reference):
+    rows = by_metric(measure(draw_cell(n=10), reference, None, extractor="scenes")["rows"])
+    assert rows["fid"]["note"] == "n = 10 <= 12 dimensions: singular covariance" and rows["is"]["note"] == ""
+
+
+def test_identical_images_and_broken_latents_are_said_in_the_row(reference):
+    cell, fp = draw_cell(0.2, seed=1, n=50), draw_cell(n=50)
+    cell.images[:2] = fp.images[:2]
+    cell.latents[3, 0, 0, 0] = np.nan
+    rows = by_metric(measure(cell, reference, fp, extractor="scenes")["rows"])
+    assert "2 of 50 images identical" in rows["psnr"]["note"] and math.isfinite(rows["psnr"]["value"])
+    assert rows["latent_mse"]["note"] == "1 of 50 latents not finite" and math.isnan(rows["latent_mse"]["value"])
+
+
+def test_only_equal_seeds_and_n_are_compared(measured, reference):
+    fp, cell = draw_cell(), draw_cell(0.2, seed=1, n=150)
+    with pytest.raises(ValueError, match="the cell has 0-149, full precision 0-199"):
+        measure(cell, reference, fp, extractor="scenes")
+    short = measure(cell, reference, draw_cell(n=150), extractor="scenes", clip="scenes-clip", protocol="DDIM 5")
+    with pytest.raises(ValueError, match="equal images are compared, got 0-199 and 0-149"):
+        compare(measured["good"], short)
+    other = measure(fp, reference, None, extractor="scenes", clip="scenes-clip", protocol="DDIM 6")
+    with pytest.raises(ValueError, match="equal protocol are compared, got DDIM 5 and DDIM 6"):
+        compare(measured["good"], other)
+    calls = draw_cell(0.2, seed=1)
+    calls.timesteps[0] = 951
+    calls = measure(calls, reference, fp, extractor="scenes", clip="scenes-clip", protocol="DDIM 5")
+    with pytest.raises(ValueError, match="eps_error: only cells of equal timesteps"):
+        compare(measured["good"], calls)
+    with pytest.raises(ValueError, match="no eps_error"):
+        measure(Cell(fp.index, fp.features, fp.images, fp.latents), reference, fp, extractor="scenes")
+
+
+def test_index_ranges():
+    assert index_ranges(np.arange(500)) == "0-499"
+    assert index_ranges(np.array([0, 1, 2, 7, 9, 10])) == "0-2,7,9-10"
+
+
+def write_shards(folder, cell, parts):
+    """Shards of a cell as sampling writes them, in the order of `parts` (lists of image places)."""
+    features, samples = [], []
+    for shard, part in enumerate(parts):
+        errors = {"eps_error": cell.eps_error, "timesteps": cell.timesteps, "metadata": "{}"} if shard == 0 else {}
+        features.append(folder / f"features-{shard}.npz")
+        np.savez(features[-1], index=cell.index[part], **{k: v[part] for k, v in cell.features.items()}, **errors)
+        samples.append(folder / f"samples-{shard}.npz")
+        np.savez(samples[-1], index=cell.index[part], images=cell.images[part], latents=cell.latents[part])
+    return features, samples
+
+
+def test_shards_join_in_any_order(tmp_path):
+    cell = draw_cell(0.2, n=30)
+    features, samples = write_shards(tmp_path, cell, [np.arange(20, 30), np.arange(20)])
+    for loaded in (Cell.load(features, samples), Cell.load(features[::-1], samples)):
+        assert np.array_equal(loaded.index, cell.index) and np.array_equal(loaded.images, cell.images)
+        assert np.array_equal(loaded.latents, cell.latents) and np.array_equal(loaded.eps_error, cell.eps_error)
+        assert all(np.array_equal(loaded.features[name], cell.features[name]) for name in cell.features)
+
+
+def test_bad_shards_name_the_file(tmp_path):
+    cell = draw_cell(n=30)
+    features, samples = write_shards(tmp_path, cell, [np.arange(20), np.arange(10, 30)])
+    with pytest.raises(ValueError, match="features-0.npz.*image 10 occurs more than once"):
+        Cell.load(features, samples)
+    with pytest.raises(ValueError, match="samples-1.npz and .*features-0.npz: .*different images"):
+        Cell.load(features[:1], samples[1:])
+    with pytest.raises(ValueError, match="samples-0.npz: lacks pool, spatial, logits"):
+        Cell.load(samples, samples)
+    (tmp_path / "features-0.npz").write_bytes(b"")
+    with pytest.raises(ValueError, match="features-0.npz: not an .npz file"):
+        Cell.load(features, samples)
+    np.savez(features[0], index=np.arange(3), pool=np.zeros((2, 4)), spatial=np.zeros((3, 4)), logits=np.zeros((3, 4)))
+    with pytest.raises(ValueError, match="features-0.npz: pool has 2 rows for 3 images"):
+        Cell.load(features, samples)
