@@ -1,5 +1,6 @@
 rule sample:
     input:
+        script="workflow/scripts/sample.py",
         evaluation="results/{name}/{model}/evaluation.safetensors",
         checkpoint=checkpoint_of,
     output:
@@ -24,6 +25,7 @@ rule sample:
 
 rule metrics:
     input:
+        script="workflow/scripts/metrics.py",
         features=cell("features"),
         samples=cell("samples"),
         fp_features=full_precision("features"),

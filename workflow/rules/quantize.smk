@@ -1,6 +1,7 @@
 rule trajectories:
     input:
-        weights,
+        script="workflow/scripts/trajectories.py",
+        weights=weights,
     output:
         calibration="results/{name}/{model}/calibration.safetensors",
         evaluation="results/{name}/{model}/evaluation.safetensors",
@@ -24,6 +25,7 @@ rule trajectories:
 
 rule quantize:
     input:
+        script="workflow/scripts/quantize.py",
         calibration="results/{name}/{model}/calibration.safetensors",
         init=init,
     output:

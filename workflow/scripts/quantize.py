@@ -1,6 +1,7 @@
 """Quantize the denoiser of one model with one method."""
 
 import argparse
+import inspect
 import json
 import time
 from pathlib import Path
@@ -21,32 +22,28 @@ def main() -> None:
     import torch
 
     import quest
+    from baselines import METHODS
     from quest.calibration import CalibrationSet
-    from quest.files import atomic
     from quest.models import MODELS
     from quest.provenance import provenance
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     model = MODELS[arguments.model]
+    # What the model's protocol says holds for every method that knows of it; the recipe has the last word.
+    protocol = {name: getattr(model, name) for name in ("keep", "softmax_bits", "time_groups", "selection")}
+    known = inspect.signature(METHODS[arguments.method]).parameters
+    recipe = {name: value for name, value in protocol.items() if name in known} | arguments.recipe
+    if arguments.init:
+        recipe["init"] = str(arguments.init)
+    print(f"{arguments.model} {arguments.method} {arguments.bits}: {json.dumps(recipe)}", flush=True)
+
     calibration = CalibrationSet.load(arguments.calibration)
-    recipe = arguments.recipe | ({"init": arguments.init} if arguments.init else {})
     start = time.perf_counter()
-    pipe = quest.quantize(
-        model.load(), method=arguments.method, bits=arguments.bits, calibration=calibration, model=model, **recipe
-    )
-    metadata = {
-        "model": arguments.model,
-        "method": arguments.method,
-        "bits": arguments.bits,
-        "recipe": arguments.recipe,
-        "seed": 0,
-        "seconds": round(time.perf_counter() - start, 1),
-        "provenance": provenance(),
-    }
-    with atomic(arguments.output) as file:
-        quest.save(pipe, file, **metadata)
-    print(f"{arguments.model} {arguments.method} {arguments.bits}: {metadata['seconds']} s", flush=True)
+    pipe = quest.quantize(model.load(), method=arguments.method, bits=arguments.bits, calibration=calibration, **recipe)
+    seconds = round(time.perf_counter() - start, 1)
+    quest.save(pipe, arguments.output, model=model.name, seconds=seconds, provenance=provenance())
+    print(f"{arguments.model} {arguments.method} {arguments.bits}: {seconds} s", flush=True)
 
 
 if __name__ == "__main__":
