@@ -6,6 +6,7 @@ the same images (see intervals.py), so `compare` needs those numbers only: the s
 paired interval. Needs no torch.
 """
 
+import json
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Cell:
     latents: np.ndarray  # [N, ...]
     eps_error: np.ndarray | None = None  # [trajectories, calls], relative squared error of each noise prediction
     timesteps: np.ndarray | None = None  # [calls], timestep of each denoiser call; a multistep sampler may repeat one
+    sampled: tuple[dict, ...] = ()  # provenance of each shard: where and with what it was drawn
 
     @classmethod
     def load(cls, features: Sequence[str | Path], samples: Sequence[str | Path]) -> "Cell":
@@ -61,22 +63,27 @@ class Cell:
             latents=drawn["latents"],
             eps_error=eps_error,
             timesteps=timesteps,
+            sampled=tuple(_provenance(shard) for shard in sample_shards if "metadata" in shard),
         )
 
 
 def _read(path: str | Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name != "metadata"}
+            arrays = dict(file)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not an .npz file of arrays") from error
     missing = [name for name in needed if name not in arrays]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}")
-    for name in set(arrays) - {"eps_error", "timesteps"}:
+    for name in set(arrays) - {"eps_error", "timesteps", "metadata"}:
         if len(arrays[name]) != len(arrays["index"]):
             raise ValueError(f"{path}: {name} has {len(arrays[name])} rows for {len(arrays['index'])} images")
     return arrays
+
+
+def _provenance(shard):
+    return json.loads(str(shard["metadata"])).get("provenance", {})
 
 
 def _join(paths: Sequence, shards: list[dict], names: list[str]) -> dict[str, np.ndarray]:
@@ -202,8 +209,8 @@ def measure(
     """Every metric of a cell; `fp` is the full-precision cell of the same seeds, or None for that cell itself.
 
     Returns, fit for JSON: "rows" [{metric, value, low, high, n, extractor, protocol, note}]; "eps_error", one row per
-    denoiser call [{call, timestep, value, low, high, n}]; "resampled" {metric: [R values]}; and "drawn", what two cells
-    must share to be compared: images, trajectories, timesteps.
+    denoiser call [{call, timestep, value, low, high, n}]; "resampled" {metric: [R values]}; "drawn", what two cells
+    must share to be compared: images, trajectories, timesteps; and "sampled", the provenance of each shard.
 
     Raises ValueError where cell and full precision are of different images, or the cell has no eps_error to measure.
     """
@@ -241,6 +248,7 @@ def measure(
             "trajectories": 0 if cell.eps_error is None else len(cell.eps_error),
             "timesteps": [] if cell.timesteps is None else cell.timesteps.tolist(),
         },
+        "sampled": list(cell.sampled),
     }
 
 

@@ -167,11 +167,14 @@ def write_shards(folder, cell, parts):
     """Shards of a cell as sampling writes them, in the order of `parts` (lists of image places)."""
     features, samples = [], []
     for shard, part in enumerate(parts):
-        errors = {"eps_error": cell.eps_error, "timesteps": cell.timesteps, "metadata": "{}"} if shard == 0 else {}
+        errors = {"eps_error": cell.eps_error, "timesteps": cell.timesteps} if shard == 0 else {}
+        metadata = json.dumps({"provenance": {"commit": f"c{shard}"}})
         features.append(folder / f"features-{shard}.npz")
         np.savez(features[-1], index=cell.index[part], **{k: v[part] for k, v in cell.features.items()}, **errors)
         samples.append(folder / f"samples-{shard}.npz")
-        np.savez(samples[-1], index=cell.index[part], images=cell.images[part], latents=cell.latents[part])
+        np.savez(
+            samples[-1], index=cell.index[part], images=cell.images[part], latents=cell.latents[part], metadata=metadata
+        )
     return features, samples
 
 
@@ -181,6 +184,7 @@ def test_shards_join_in_any_order(tmp_path):
     for loaded in (Cell.load(features, samples), Cell.load(features[::-1], samples)):
         assert np.array_equal(loaded.index, cell.index) and np.array_equal(loaded.images, cell.images)
         assert np.array_equal(loaded.latents, cell.latents) and np.array_equal(loaded.eps_error, cell.eps_error)
+        assert sorted(shard["commit"] for shard in loaded.sampled) == ["c0", "c1"]
         assert all(np.array_equal(loaded.features[name], cell.features[name]) for name in cell.features)
 
 
