@@ -84,12 +84,11 @@ def _load_zoo(name: str, device="cpu") -> DiffusionPipeline:
 
     kinds = {kind.__name__: kind for kind in (LatentDiffusionPipeline, StableDiffusionPipeline)}
     kind = kinds[DiffusionPipeline.load_config(folder)["_class_name"]]
-    # Some components load in the float16 they are stored in, others do not.
-    pipe = kind.from_pretrained(folder).to(device, torch.float32)
+    pipe = kind.from_pretrained(folder)
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
-            module.eval()
-    return pipe
+            module.float().eval()  # a text encoder loads in the float16 it is stored in
+    return pipe.to(device)
 
 
 def _scene_labels(split: str, start: int, stop: int) -> Sequence[int]:

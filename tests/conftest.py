@@ -189,3 +189,24 @@ def text_model(text_pipe) -> Model:
         source=_captions,
         selection="sd",
     )
+
+
+def _calibration(pipe, model):
+    from quest.calibration import collect
+
+    return collect(pipe, model, "calibration", 4)
+
+
+@pytest.fixture(scope="session")
+def uncond_calibration(uncond_pipe, uncond_model):
+    return _calibration(uncond_pipe, uncond_model)
+
+
+@pytest.fixture(scope="session")
+def class_calibration(class_pipe, class_model):
+    return _calibration(class_pipe, class_model)
+
+
+@pytest.fixture(scope="session")
+def text_calibration(text_pipe, text_model):
+    return _calibration(text_pipe, text_model)
