@@ -1,0 +1,106 @@
+"""What a trained model is worth: error on held-out scenes, FID of samples beside its floor, and whether they obey.
+
+The floor of FID (scenes net) at the same n is the distance of real scenes sent through the autoencoder, since no
+sample can be better than its decoder.  Obedience is the share of samples whose main object, say, the classifier reads
+as asked.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from quest.files import atomic
+from quest.metrics.frechet import Statistics, frechet_distance, load_reference
+from quest.models import MODELS
+from quest.pipelines import LatentDiffusionPipeline
+from quest.provenance import provenance
+from quest.sampling import generate
+from quest.zoo import ZOO, scenes
+from quest.zoo.extractor import HEADS, load, outputs, targets
+from quest.zoo.latents import HELD_OUT, posterior_means
+from quest.zoo.train_autoencoder import to_tensor
+from quest.zoo.train_denoiser import Trainee, held_out_error
+from quest.zoo.train_extractor import reconstruct
+
+
+def load_pipeline(name, folder):
+    """The pipeline of a folder in float32."""
+    kind = StableDiffusionPipeline if MODELS[name].conditioning == "text" else LatentDiffusionPipeline
+    return kind.from_pretrained(folder).to(torch.float32)
+
+
+def error_of(name, pipe):
+    """Mean squared error of the noise on the latents of HELD_OUT validation scenes."""
+    drawn = scenes.draw("validation", HELD_OUT)
+    z = posterior_means(pipe.vae, drawn.images())
+    trainee = Trainee(name)
+    trainee.unet = pipe.unet
+    if trainee.encoder is not None:
+        trainee.encoder = pipe.text_encoder if name == "scenes-text" else pipe.class_embedder
+    return held_out_error(trainee, z, trainee.conditions(drawn))
+
+
+def distance(features, reference):
+    """Fréchet distance of pooled features [N, 64] to the reference."""
+    return frechet_distance(Statistics.from_features(features), reference.pool)
+
+
+def judge(name, folder, extractor, reference, n=1000):
+    """(numbers, images uint8 [n, 64, 64, 3]): every number measured on n images of the evaluation split."""
+    pipe, net, reference = load_pipeline(name, folder), load(extractor), load_reference(reference)
+    numbers = {"model": name, "protocol": MODELS[name].protocol, "n": n}
+    numbers["held-out error"] = error_of(name, pipe)
+    images = np.concatenate([batch[2] for batch in generate(pipe, MODELS[name], "evaluation", n)])
+    real = scenes.draw("evaluation", n)
+    rebuilt = reconstruct(pipe.vae, real.images())
+    said = {
+        "samples": outputs(net, to_tensor(images)),
+        "reconstructions": outputs(net, to_tensor(rebuilt)),
+        "real": outputs(net, to_tensor(real.images())),
+    }
+    for what, features in said.items():
+        numbers[f"FID (scenes net), {what}"] = distance(features["pool"].numpy(), reference)
+    # Only what the model was told can be obeyed.
+    told = {"none": [], "class": ["logits"], "text": list(HEADS)}[MODELS[name].conditioning]
+    wanted = targets(real)
+    for head in told:
+        for what in ("samples", "reconstructions"):
+            numbers[f"{head} right, {what}"] = (said[what][head].argmax(1) == wanted[head]).float().mean().item()
+    return numbers, images
+
+
+def grid(images, columns=8, scale=2):
+    """A PIL image with uint8 images [n, H, W, 3] side by side."""
+    rows = [np.concatenate(images[i : i + columns], 1) for i in range(0, len(images) - columns + 1, columns)]
+    picture = Image.fromarray(np.concatenate(rows, 0))
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=[name for name in MODELS if name.startswith("scenes-")])
+    parser.add_argument("folder", type=Path, help="pipeline folder")
+    parser.add_argument("--extractor", type=Path, default=ZOO / "scenes-extractor", help="its folder (%(default)s)")
+    parser.add_argument("--reference", type=Path, default=MODELS["scenes-text"].reference, help="(%(default)s)")
+    parser.add_argument("-n", type=int, default=1000, help="samples (default %(default)s)")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="file (.json) to write")
+    parser.add_argument("--grid", type=Path, required=True, help="picture (.png) of the first 64 samples to write")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    numbers, images = judge(args.model, args.folder, args.extractor, args.reference, args.n)
+    with atomic(args.grid) as temporary:
+        grid(images[:64]).save(temporary)
+    numbers["provenance"] = provenance()
+    with atomic(args.out) as temporary:
+        temporary.write_text(json.dumps(numbers, indent=2) + "\n")
+    print(args.out.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Statistics of real scenes for FID and sFID: scenes of the reference split through the extractor."""
+
+import argparse
+import hashlib
+from pathlib import Path
+
+import torch
+
+from quest.files import atomic
+from quest.metrics.frechet import Statistics, save_reference
+from quest.provenance import provenance
+from quest.zoo import ZOO, scenes
+from quest.zoo.extractor import load, outputs
+from quest.zoo.train_autoencoder import to_tensor
+
+
+def build(path, extractor=ZOO / "scenes-extractor", n=20_000):
+    """Write reference statistics of n scenes to `path` (.npz)."""
+    net, parts = load(extractor), []
+    for start in range(0, n, 1000):
+        said = outputs(net, to_tensor(scenes.draw("reference", min(1000, n - start), start).images()))
+        parts.append({name: said[name] for name in ("pool", "spatial")})
+        print(f"reference: {min(start + 1000, n)}/{n} scenes", flush=True)
+    pool, spatial = (Statistics.from_features(torch.cat([p[k] for p in parts]).numpy()) for k in ("pool", "spatial"))
+    weights = (Path(extractor) / "model.safetensors").read_bytes()
+    metadata = {
+        "data": f"scenes 0 to {n - 1} of the reference split of quest.zoo.scenes",
+        "extractor": "scenes",
+        "extractor_sha256": hashlib.sha256(weights).hexdigest(),
+        "provenance": provenance(),
+    }
+    with atomic(Path(path)) as temporary:
+        save_reference(temporary, pool, spatial, metadata)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="statistics file (.npz) to write")
+    parser.add_argument("--extractor", type=Path, default=ZOO / "scenes-extractor", help="its folder (%(default)s)")
+    parser.add_argument("-n", type=int, default=20_000, help="scenes (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    build(args.out, args.extractor, args.n)
+
+
+if __name__ == "__main__":
+    main()

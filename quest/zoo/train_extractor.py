@@ -1,0 +1,117 @@
+"""Train the extractor of the image metrics: first on scenes, then with the autoencoder's reconstructions mixed in.
+
+Both phases blur and add noise lightly, so that the features follow what is drawn and not how sharply.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+
+from quest.zoo import scenes
+from quest.zoo.extractor import HEADS, SceneNet, outputs, targets
+from quest.zoo.train_autoencoder import to_images, to_tensor
+from quest.zoo.training import Progress, atomic_folder, cosine, generator, load_checkpoint, save_checkpoint
+
+
+def augment(x, g):
+    """x [N, 3, H, W]: a 3x3 blur of random strength, then a little noise."""
+    kernel = torch.tensor([0.25, 0.5, 0.25])
+    kernel = (kernel[:, None] * kernel).expand(3, 1, 3, 3)
+    blurred = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
+    x = torch.lerp(x, blurred, torch.rand(len(x), 1, 1, 1, generator=g))
+    return x + 0.06 * torch.rand(len(x), 1, 1, 1, generator=g) * torch.randn(x.shape, generator=g)
+
+
+def loss_of(heads, wanted):
+    """Cross entropy of every head; the main object counts twice."""
+    losses = {name: F.cross_entropy(heads[name], wanted[name]) for name in HEADS}
+    return sum(losses.values()) + losses["logits"]
+
+
+@torch.no_grad()
+def reconstruct(vae, images):
+    """uint8 scenes [N, H, W, 3] through encoder and decoder."""
+    x = to_tensor(images).split(64)
+    return to_images(torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in x]))
+
+
+def accuracy(net, images, wanted):
+    """Share of right answers per head on uint8 images."""
+    said = outputs(net, to_tensor(images))
+    return {name: (said[name].argmax(1) == wanted[name]).float().mean().item() for name in HEADS}
+
+
+def run_phase(name, net, data, wanted, iterations, checkpoint, learning_rate, seed, batch_size=64, log_every=100):
+    """Train on uint8 data [N, H, W, 3]; the rows of `wanted` repeat where data holds each scene more than once."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=1e-3)
+    start = load_checkpoint(checkpoint, [net], optimizer)
+    progress = Progress(name, start, iterations, log_every)
+    for i in range(start, iterations):
+        g = generator(seed, i)
+        rows = torch.randint(len(data), (batch_size,), generator=g)
+        said = net(augment(to_tensor(data[rows.numpy()]), g))
+        loss = loss_of(said, {k: v[rows % len(v)] for k, v in wanted.items()})
+        optimizer.param_groups[0]["lr"] = learning_rate * cosine(i, iterations)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        progress(i + 1, loss=loss)
+        if (i + 1) % 500 == 0 or i + 1 == iterations:
+            save_checkpoint(checkpoint, i + 1, [net], optimizer)
+
+
+def train(out, autoencoder, iterations, fine_tuning, images=40_000, seed=1):
+    """Train and write config.json and model.safetensors to the folder `out`."""
+    out = Path(out)
+    checkpoints = [out.with_name(f"{out.name}.checkpoint{k}") for k in (1, 2)]
+    torch.manual_seed(seed)
+    net = SceneNet()
+    drawn = scenes.draw("train", images)
+    data, wanted = drawn.images(), targets(drawn)
+    held_out = scenes.draw("validation", 2000)
+    held_out_images, held_out_wanted = held_out.images(), targets(held_out)
+    run_phase("extractor", net, data, wanted, iterations, checkpoints[0], 2e-3, seed)
+    report(net, "real scenes", held_out_images, held_out_wanted)
+    if fine_tuning:
+        vae = AutoencoderKL.from_pretrained(autoencoder).float().eval()
+        few = images // 4
+        data = np.concatenate([data[:few], reconstruct(vae, data[:few])])
+        wanted = {k: v[:few] for k, v in wanted.items()}
+        run_phase("extractor, reconstructions", net, data, wanted, fine_tuning, checkpoints[1], 5e-4, seed + 1)
+        report(net, "real scenes", held_out_images, held_out_wanted)
+        report(net, "reconstructions", reconstruct(vae, held_out_images), held_out_wanted)
+    with atomic_folder(out) as folder:
+        (folder / "config.json").write_text(json.dumps(net.settings, indent=2) + "\n")
+        save_file({k: v.half().contiguous() for k, v in net.state_dict().items()}, folder / "model.safetensors")
+
+
+def report(net, what, images, wanted):
+    scores = "  ".join(f"{name} {share:.4f}" for name, share in accuracy(net, images, wanted).items())
+    print(f"extractor: held-out accuracy on {what}: {scores}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--autoencoder", type=Path, help="diffusers folder of the trained autoencoder")
+    parser.add_argument("--iterations", type=int, default=5000, help="batches of 64 scenes (default %(default)s)")
+    parser.add_argument(
+        "--fine-tuning", type=int, default=1500, help="further batches, half of them reconstructions (%(default)s)"
+    )
+    parser.add_argument("--images", type=int, default=40_000, help="scenes to draw (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    if args.fine_tuning and not args.autoencoder:
+        parser.error("--autoencoder is needed unless --fine-tuning 0")
+    torch.set_num_threads(args.threads)
+    train(args.out, args.autoencoder, args.iterations, args.fine_tuning, args.images)
+
+
+if __name__ == "__main__":
+    main()

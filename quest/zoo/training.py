@@ -1,0 +1,113 @@
+"""What the training scripts of the zoo share: learning rate, averaging, checkpoints, progress.
+
+Every random number of iteration i comes from a generator seeded with i, so a run that was stopped and resumed equals
+one that was not, and a recipe is its number of iterations.
+"""
+
+import math
+import shutil
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from quest.files import atomic
+
+
+def generator(seed, iteration):
+    """The source of every random number of one iteration."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + iteration)
+
+
+def cosine(iteration, total, warmup=100):
+    """Share of the learning rate: up over `warmup` iterations, then half a cosine down to nothing."""
+    return min(1.0, (iteration + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * iteration / total))
+
+
+def constant_then_decay(iteration, total, warmup=200, decay=0.25):
+    """Share of the learning rate: up, level, and linearly to nothing over the last `decay` of the run.
+
+    While it is level it does not depend on the total, so a run can be resumed with another one.
+    """
+    return min(1.0, (iteration + 1) / warmup, (total - iteration) / (decay * total))
+
+
+class Average:
+    """Exponential moving average of parameters, quick at first: decay min(limit, (1 + i) / (10 + i))."""
+
+    def __init__(self, parameters, limit):
+        self.parameters, self.limit = list(parameters), limit
+        self.values = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self, iteration):
+        torch._foreach_lerp_(self.values, self.parameters, 1 - min(self.limit, (1 + iteration) / (10 + iteration)))
+
+    @torch.no_grad()
+    def swap(self):
+        """Exchange parameters and averages; a second call undoes it."""
+        for p, v in zip(self.parameters, self.values, strict=True):
+            kept = p.clone()
+            p.copy_(v)
+            v.copy_(kept)
+
+
+def save_checkpoint(path, iteration, modules, optimizer, average=None):
+    """Write everything a resumed run needs, all at once or not at all."""
+    state = {"iteration": iteration, "modules": [m.state_dict() for m in modules], "optimizer": optimizer.state_dict()}
+    if average:
+        state["average"] = average.values
+    with atomic(Path(path)) as temporary:
+        torch.save(state, temporary)
+
+
+def load_checkpoint(path, modules, optimizer, average=None):
+    """The iteration to go on from: 0 where there is no checkpoint."""
+    if not Path(path).exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    for module, values in zip(modules, state["modules"], strict=True):
+        module.load_state_dict(values)
+    optimizer.load_state_dict(state["optimizer"])
+    if average:
+        average.values = state["average"]
+    return state["iteration"]
+
+
+@contextmanager
+def atomic_folder(path):
+    """Yield an empty folder beside `path` that takes its place when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp makes folders only their owner can read
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class Progress:
+    """One line per `every` iterations: iteration, mean of the reported numbers, seconds per iteration, time left."""
+
+    def __init__(self, name, start, total, every):
+        self.name, self.start, self.total, self.every = name, start, total, every
+        self.began, self.sums = time.monotonic(), {}
+
+    def __call__(self, iteration, **numbers):
+        for key, value in numbers.items():
+            self.sums[key] = self.sums.get(key, 0.0) + float(torch.as_tensor(value).detach())
+        if iteration % self.every and iteration != self.total:
+            return
+        done = iteration - self.start
+        pace = (time.monotonic() - self.began) / done
+        count = min(done, iteration % self.every or self.every)
+        means = "  ".join(f"{key} {value / count:.4f}" for key, value in self.sums.items())
+        left = pace * (self.total - iteration) / 60
+        print(f"{self.name} {iteration}/{self.total}  {means}  {pace:.2f} s/it  ETA {left:.1f} min", flush=True)
+        self.sums = {}

@@ -1,0 +1,157 @@
+# `snakemake zoo` retrains the models of resources/zoo from nothing, into results/zoo: hours of CPU. Nothing that is
+# shipped changes until `snakemake zoo_accept`.
+
+ZOO_DENOISERS = ["scenes-text", "scenes-class", "scenes-uncond"]
+
+
+localrules:
+    zoo,
+    zoo_accept,
+
+
+rule zoo:
+    input:
+        expand("results/zoo/{part}", part=["scenes-extractor", "scenes-clip", "scenes.npz"]),
+        expand("results/zoo/{denoiser}{part}", denoiser=ZOO_DENOISERS, part=["", ".json", ".png"]),
+
+
+rule zoo_autoencoder:
+    output:
+        directory("results/zoo/autoencoder"),
+    log:
+        "results/zoo/autoencoder.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=120,
+    shell:
+        "python -u -m quest.zoo.train_autoencoder -o {output} --threads {threads} > {log} 2>&1"
+
+
+rule zoo_extractor:
+    input:
+        "results/zoo/autoencoder",
+    output:
+        directory("results/zoo/scenes-extractor"),
+    log:
+        "results/zoo/scenes-extractor.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=120,
+    shell:
+        "python -u -m quest.zoo.train_extractor --autoencoder {input} -o {output} --threads {threads} > {log} 2>&1"
+
+
+rule zoo_clip:
+    output:
+        directory("results/zoo/scenes-clip"),
+    log:
+        "results/zoo/scenes-clip.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=120,
+    shell:
+        "python -u -m quest.zoo.train_clip -o {output} --threads {threads} > {log} 2>&1"
+
+
+rule zoo_latents:
+    input:
+        "results/zoo/autoencoder",
+    output:
+        "results/zoo/latents.safetensors",
+    log:
+        "results/zoo/latents.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=60,
+    shell:
+        "python -u -m quest.zoo.latents {input} -o {output} --threads {threads} > {log} 2>&1"
+
+
+rule zoo_denoiser:
+    input:
+        autoencoder="results/zoo/autoencoder",
+        latents="results/zoo/latents.safetensors",
+    output:
+        directory("results/zoo/{denoiser}"),
+    log:
+        "results/zoo/{denoiser}.log",
+    wildcard_constraints:
+        denoiser="|".join(ZOO_DENOISERS),
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=360,
+    shell:
+        "python -u -m quest.zoo.train_denoiser {wildcards.denoiser} --autoencoder {input.autoencoder}"
+        " --latents {input.latents} -o {output} --threads {threads} > {log} 2>&1"
+
+
+rule zoo_reference:
+    input:
+        "results/zoo/scenes-extractor",
+    output:
+        "results/zoo/scenes.npz",
+    log:
+        "results/zoo/reference.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    shell:
+        "python -u -m quest.zoo.reference --extractor {input} -o {output} --threads {threads} > {log} 2>&1"
+
+
+rule zoo_judge:
+    input:
+        model="results/zoo/{denoiser}",
+        extractor="results/zoo/scenes-extractor",
+        reference="results/zoo/scenes.npz",
+    output:
+        numbers="results/zoo/{denoiser}.json",
+        grid="results/zoo/{denoiser}.png",
+    log:
+        "results/zoo/{denoiser}.judge.log",
+    wildcard_constraints:
+        denoiser="|".join(ZOO_DENOISERS),
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=60,
+    shell:
+        "python -u -m quest.zoo.judge {wildcards.denoiser} {input.model} --extractor {input.extractor}"
+        " --reference {input.reference} -o {output.numbers} --grid {output.grid} --threads {threads} > {log} 2>&1"
+
+
+# Look at the grids and numbers first: this replaces what the suite measures with.
+rule zoo_accept:
+    input:
+        rules.zoo.input,
+    log:
+        "results/zoo/accept.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=200,
+        runtime=5,
+    params:
+        folders=expand("results/zoo/{part}", part=[*ZOO_DENOISERS, "scenes-extractor", "scenes-clip"]),
+    shell:
+        "{{ cp -rv {params.folders} -t resources/zoo && cp -v results/zoo/scenes.npz resources/reference; }} > {log} 2>&1"
