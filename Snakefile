@@ -14,13 +14,14 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/zoo.smk"
 
 
 rule all:
     default_target: True
     input:
         expand("results/{name}/tables/{table}", name=NAME, table=TABLES),
-        expand("results/{name}/figures/{figure}.png", name=NAME, figure=FIGURES),
+        expand("results/{name}/figures/{figure}.png", name=NAME, figure=CURVES + GRIDS),
 
 
 onerror:

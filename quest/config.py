@@ -53,6 +53,8 @@ def validate(config: dict) -> None:
     from quest.models import MODELS
 
     _check_schema(config)
+    if config["name"] == "zoo":
+        raise ConfigError("name: 'zoo' is where `snakemake zoo` writes; give the config another name")
     for name, settings in config["models"].items():
         _one_of(name, MODELS, f"models.{name}: unknown model")
         batches = -(-settings["images"] // MODELS[name].batch_size)

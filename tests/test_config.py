@@ -85,6 +85,7 @@ FAULTS = {
     "images as text": (_put("1e3", "models", "scenes-text", "images"), ["models.scenes-text.images", "'1e3'", "text"]),
     "too few images": (_put(1, "models", "scenes-text", "images"), ["models.scenes-text.images", "minimum of 2"]),
     "empty shards": (_put(11, "models", "scenes-text", "shards"), ["models.scenes-text.shards", "11", "1 to 10"]),
+    "name taken": (_put("zoo", "name"), ["name", "'zoo'", "another name"]),
     "name no folder": (_put("My run", "name"), ["name", "'My run'", "small letters"]),
 }
 

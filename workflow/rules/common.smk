@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from pathlib import Path
 
@@ -8,15 +9,24 @@ from quest.config import ConfigError, check_names, runs, validate
 from quest.models import MODELS
 
 try:
-    validate(config)
     check_names([*Path(workflow.basedir, "workflow/config").glob("*.yaml"), *workflow.overwrite_configfiles])
+    validate(config)
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
 NAME = config["name"]
 RUNS = runs(config)
-CELLS = sorted({(run.model, run.bits) for run in RUNS if run.method != "fp"})
+# Per model, the bits in the order of the grid: what one sample grid compares.
+CELLS = list(dict.fromkeys((run.model, run.bits) for run in RUNS if run.method != "fp"))
 TABLES = ["main.csv", "main.md", "main.tex", "paired.csv", "eps_error.csv"]
+METRICS = ["fid", "sfid", "is", "psnr", "latent_mse", "fid_to_fp", "eps_error"]
+METRICS += ["clip"] if any(MODELS[run.model].clip for run in RUNS) else []
+CURVES = [f"{metric}_vs_bits" for metric in METRICS] + ["eps_error_vs_timestep"] if CELLS else []
+CURVES += ["activation_ranges_vs_timestep"]
+GRIDS = [f"samples-{model}-{bits}" for model, bits in CELLS]
+# What the README shows: the last bits of each model in the grid, where methods differ most.
+SHOWN = [f"samples-{model}-{bits}" for model, bits in dict(CELLS).items()]
+SHOWN += [figure for figure in CURVES if figure.startswith(("latent_mse_vs_bits", "eps_error_vs_t", "activation"))]
 
 # People read logs, also while the job runs: progress bars write to them every five seconds, not ten times a second.
 shell.prefix("export TQDM_MININTERVAL=5; ")
@@ -30,9 +40,20 @@ wildcard_constraints:
     shard=r"\d+",
 
 
+def shipped(name):
+    """The weights in one folder of resources/zoo."""
+    return sorted(str(file) for file in Path("resources/zoo", name).rglob("*.safetensors"))
+
+
 def weights(wc):
-    """The shipped files of a model: a retrained model reruns its cells."""
-    return sorted(str(file) for file in Path("resources/zoo", wc.model).rglob("*.safetensors"))
+    """A retrained model reruns its cells."""
+    return shipped(wc.model)
+
+
+def networks(wc):
+    """A retrained network of the metrics means other features."""
+    model = MODELS[wc.model]
+    return shipped(f"{model.extractor}-extractor") + (shipped(model.clip) if model.clip else [])
 
 
 def recipe(wc):
@@ -71,4 +92,12 @@ def full_precision(kind):
 
 
 def reference(wc):
-    return str(Path(MODELS[wc.model].reference).relative_to(Path.cwd()))
+    return os.path.relpath(MODELS[wc.model].reference)
+
+
+def first_samples(wc):
+    """The first shard of full precision and of every method at these bits: the rows of a sample grid."""
+    methods = [run.method for run in RUNS if (run.model, run.bits) == (wc.model, wc.bits)]
+    return [
+        arrays("samples", *cell)[0] for cell in [(wc.model, "fp", "w32a32"), *((wc.model, m, wc.bits) for m in methods)]
+    ]

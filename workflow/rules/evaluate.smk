@@ -3,6 +3,7 @@ rule sample:
         script="workflow/scripts/sample.py",
         evaluation="results/{name}/{model}/evaluation.safetensors",
         checkpoint=checkpoint_of,
+        networks=networks,
     output:
         samples="results/{name}/{model}/{method}/{bits}/samples-{shard}.npz",
         features="results/{name}/{model}/{method}/{bits}/features-{shard}.npz",

@@ -1,1 +1,74 @@
-FIGURES = []
+rule tables:
+    input:
+        script="workflow/scripts/tables.py",
+        metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in RUNS]),
+    output:
+        expand("results/{{name}}/tables/{table}", table=TABLES),
+    log:
+        "results/{name}/tables/tables.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    shell:
+        "python -m workflow.scripts.tables {input.metrics} -o results/{wildcards.name}/tables > {log} 2>&1"
+
+
+rule curves:
+    input:
+        script="workflow/scripts/curves.py",
+        main="results/{name}/tables/main.csv",
+        eps_error="results/{name}/tables/eps_error.csv",
+        ranges=expand("results/{{name}}/{model}/ranges.csv", model=config["models"]),
+    output:
+        expand("results/{{name}}/figures/{figure}.png", figure=CURVES),
+    log:
+        "results/{name}/figures/curves.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    shell:
+        "python -m workflow.scripts.curves --main {input.main} --eps-error {input.eps_error} --ranges {input.ranges}"
+        " -o {output} > {log} 2>&1"
+
+
+rule grid:
+    input:
+        script="workflow/scripts/grid.py",
+        samples=first_samples,
+    output:
+        "results/{name}/figures/samples-{model}-{bits}.png",
+    log:
+        "results/{name}/figures/samples-{model}-{bits}.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    shell:
+        "python -m workflow.scripts.grid {input.samples} -o {output} > {log} 2>&1"
+
+
+# No output: it edits a tracked file, and runs whenever it is asked for.
+rule readme:
+    input:
+        script="workflow/scripts/readme.py",
+        tables=expand("results/{name}/tables/{table}", name=NAME, table=["main.md", "main.csv", "paired.csv"]),
+        figures=expand("results/{name}/figures/{figure}.png", name=NAME, figure=SHOWN),
+    log:
+        f"results/{NAME}/readme.log",
+    localrule: True
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=5,
+    shell:
+        "python -m workflow.scripts.readme --tables {input.tables} --figures {input.figures} > {log} 2>&1"

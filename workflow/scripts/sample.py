@@ -1,4 +1,4 @@
-"""Images of one cell, their features and, in the first shard, noise-prediction errors on held-out trajectories."""
+"""Images of one cell, their features and, if quantized, noise-prediction errors on held-out trajectories."""
 
 import argparse
 import json
@@ -43,8 +43,9 @@ def main() -> None:
     seconds = round(time.perf_counter() - start, 1)
     captions = model.conditions("evaluation", index.tolist()).get("prompt") if model.clip else None
     features = extract(images, model.extractor, model.clip, captions)
-    if shard == 0:
-        features["eps_error"], features["timesteps"] = eps_error(pipe, CalibrationSet.load(arguments.evaluation))
+    if arguments.checkpoint and shard == 0:
+        errors, timesteps = eps_error(pipe, CalibrationSet.load(arguments.evaluation))
+        features |= {"eps_error": errors.cpu().numpy(), "timesteps": np.array(timesteps)}
 
     seeds = {"split": "evaluation", "first": SEEDS["evaluation"], "n": arguments.n, "shard": arguments.shard}
     metadata = json.dumps({"seeds": seeds, "seconds": seconds, "provenance": provenance()})

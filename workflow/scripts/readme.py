@@ -1,0 +1,58 @@
+"""Put the results of a run into the README, between its markers, and the files it shows into docs/assets."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tables", type=Path, nargs="+", required=True, help="main.md, and tables to copy")
+    parser.add_argument("--figures", type=Path, nargs="+", required=True)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    arguments = parser.parse_args()
+
+    from quest.files import atomic
+
+    text = arguments.readme.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise SystemExit(f"{arguments.readme}: needs {BEGIN} and {END}, once each and in this order")
+    assets = arguments.readme.parent / "docs" / "assets"
+    assets.mkdir(parents=True, exist_ok=True)
+    for file in [*arguments.tables, *arguments.figures]:
+        shutil.copyfile(file, assets / file.name)
+        print(assets / file.name, flush=True)
+
+    (main_table,) = [file.read_text().strip() for file in arguments.tables if file.name == "main.md"]
+    (paired,) = [file for file in arguments.tables if file.name == "paired.csv"]
+    images = [f"![{file.stem.replace('-', ' ')}](docs/assets/{file.name})" for file in arguments.figures]
+    links = "Every row: [main.csv](docs/assets/main.csv), [paired.csv](docs/assets/paired.csv)."
+    block = "\n\n".join([BEGIN, main_table, "### Method against method", paired_table(paired), links, *images, END])
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    with atomic(arguments.readme) as file:
+        file.write_text(before + block + after)
+
+
+def paired_table(file: Path) -> str:
+    """The two metrics that see most with few images, for every two methods at the last bits of each model."""
+    import pandas as pd
+
+    from quest.metrics import METRICS
+    from quest.tables import with_interval
+
+    frame = pd.read_csv(file)
+    frame = frame[(frame["versus"] != "fp") & frame["metric"].isin(["latent_mse", "fid_to_fp"])]
+    lines = ["| model | bits | metric | method | versus | difference | better |", "|---|---|---|---|---|---:|---|"]
+    frame = frame[frame["bits"] == frame.groupby("model")["bits"].transform("last")]
+    for row in frame.itertuples():
+        difference = with_interval(row.difference, (row.high - row.low) / 2)
+        words = [row.model, row.bits, METRICS[row.metric].label, row.method, row.versus, difference, row.better]
+        lines.append("| " + " | ".join(words) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
