@@ -190,7 +190,7 @@ METRICS = {
     "sfid": Metric("sFID", "lower", _sfid, network="extractor"),
     "is": Metric("IS", "higher", _inception_score, network="extractor"),
     "clip": Metric("CLIP score", "higher", _clip, is_mean=True, network="clip"),
-    "psnr": Metric("PSNR to FP", "higher", _psnr, is_mean=True, paired=True),
+    "psnr": Metric("PSNR to FP [dB]", "higher", _psnr, is_mean=True, paired=True),
     "latent_mse": Metric("latent MSE to FP", "lower", _latent_mse, is_mean=True, paired=True),
     "fid_to_fp": Metric("FID to FP", "lower", _fid_to_fp, paired=True, network="extractor"),
     "eps_error": Metric("noise-prediction error", "lower", _eps_error, is_mean=True, paired=True),

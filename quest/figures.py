@@ -1,0 +1,215 @@
+"""Figures of a run, drawn from its tables and samples. Needs no torch and no display."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from quest.files import atomic
+from quest.metrics import METRICS
+
+# Okabe and Ito's palette, told apart with any colour vision; shapes say it a second time. Full precision is black.
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
+MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
+DPI = 150
+INK = "#333333"
+
+
+def sample_grid(rows: Sequence[tuple[str, np.ndarray]], path: str | Path, title: str = "", scale: int = 2) -> None:
+    """Rows of (label, images uint8 [N, H, W, 3]): column i is one seed, so what changes down a column is the method.
+
+    Every pixel is drawn as scale x scale pixels, without smoothing.
+    """
+    shapes = {images.shape for _, images in rows}
+    if len(shapes) != 1:
+        raise ValueError(f"rows of a sample grid need images of one shape, got {sorted(shapes)}")
+    n, height, width, _ = rows[0][1].shape
+    gap, margin, head = 4, 12, 44 if title else 12
+    label = 24 + max(12 * max(len(line) for line in text.split("\n")) for text, _ in rows)
+    full = label + n * (width * scale + gap) + margin
+    tall = head + len(rows) * (height * scale + gap) + margin
+    figure = Figure(figsize=(full / DPI, tall / DPI), dpi=DPI)
+    for row, (text, images) in enumerate(rows):
+        bottom = tall - head - (row + 1) * (height * scale + gap)
+        middle = (bottom + height * scale / 2) / tall
+        figure.text((label - 14) / full, middle, text, ha="right", va="center", fontsize=8, color=INK)
+        for column, image in enumerate(images):
+            left = label + column * (width * scale + gap)
+            axes = figure.add_axes((left / full, bottom / tall, width * scale / full, height * scale / tall))
+            axes.imshow(image, interpolation="nearest", aspect="auto")
+            axes.set_axis_off()
+    if title:
+        figure.text(label / full, 1 - head / 2 / tall, title, ha="left", va="center", fontsize=9, color=INK)
+    _save(figure, path)
+
+
+def metric_vs_bits(main: pd.DataFrame, metric: str, path: str | Path) -> None:
+    """A metric with its 95 % intervals against bits, a panel per model, from the frame of main.csv.
+
+    Full precision, where it has the metric, is a line with its interval as a band.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric: {metric!r} is not one of {', '.join(METRICS)}")
+    frame = main[main["metric"] == metric]
+    if frame.empty:
+        raise ValueError(f"no row of metric {metric!r} to draw")
+    models = list(dict.fromkeys(frame["model"]))
+    methods = [method for method in dict.fromkeys(frame["method"]) if method != "fp"]
+    bits = sorted(set(frame.loc[frame["method"] != "fp", "bits"]), key=_most_bits_first)
+    figure = Figure(figsize=(1.2 + 2.9 * len(models), 3.3), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    logarithmic = _spans_decades(frame["value"])
+    for axes, model in zip(panels, models, strict=True):
+        of_model = frame[frame["model"] == model]
+        for row in of_model[of_model["method"] == "fp"].itertuples():
+            axes.axhspan(row.low, row.high, color="black", alpha=0.12, lw=0)
+            axes.axhline(row.value, color="black", lw=1, label="full precision")
+        for place, method in enumerate(methods):
+            points = of_model[of_model["method"] == method].set_index("bits").reindex(bits)
+            x = np.arange(len(bits)) + 0.18 * (place - (len(methods) - 1) / 2)
+            error = [points["value"] - points["low"], points["high"] - points["value"]]
+            axes.errorbar(
+                x,
+                points["value"],
+                error,
+                fmt=MARKERS[place % len(MARKERS)],
+                color=COLOURS[place % len(COLOURS)],
+                ms=5,
+                lw=0,
+                elinewidth=1.4,
+                capsize=2.5,
+                label=method,
+            )
+        axes.set_xticks(range(len(bits)), [text.upper() for text in bits])
+        axes.set_xlim(-0.5, len(bits) - 0.5)
+        if logarithmic:
+            _log_axis(axes, of_model["value"])
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+        sizes = ", ".join(str(n) for n in sorted(set(of_model["n"])))
+        axes.set_title(f"{model}, n = {sizes}", fontsize=9)
+        _plain(axes)
+    panels[0].set_ylabel(_axis_label(metric, frame), fontsize=9)
+    _legend(figure, panels)
+    _save(figure, path)
+
+
+def activation_ranges(frame: pd.DataFrame, path: str | Path) -> None:
+    """Range of a layer's input against timestep: a row per model, a panel per class of layers.
+
+    `frame` has columns model, layer_class, timestep, low, high. Sampling runs from left to right, from noise to image.
+    """
+    models, classes = list(dict.fromkeys(frame["model"])), list(dict.fromkeys(frame["layer_class"]))
+    figure = Figure(figsize=(0.8 + 2.1 * len(classes), 0.6 + 1.8 * len(models)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(models), len(classes), squeeze=False, sharex="row")
+    for row, model in enumerate(models):
+        for column, layer_class in enumerate(classes):
+            axes = panels[row, column]
+            chosen = (frame["model"] == model) & (frame["layer_class"] == layer_class)
+            points = frame[chosen].sort_values("timestep")
+            if points.empty:
+                axes.set_axis_off()
+                continue
+            axes.fill_between(points["timestep"], points["low"], points["high"], color=COLOURS[0], alpha=0.25, lw=0)
+            for edge in ("low", "high"):
+                axes.plot(points["timestep"], points[edge], color=COLOURS[0], lw=1.4)
+            axes.axhline(0, color=INK, lw=0.5)
+            axes.set_xlim(frame["timestep"].max(), frame["timestep"].min())
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+            axes.set_title(layer_class, fontsize=8)
+            _plain(axes)
+        panels[row, 0].set_ylabel(model, fontsize=9)
+    figure.supxlabel("timestep (noise to image)", fontsize=9)
+    figure.suptitle("Activation range: smallest to largest input of a layer", fontsize=9)
+    _save(figure, path)
+
+
+def eps_error_curves(frame: pd.DataFrame, path: str | Path) -> None:
+    """Noise-prediction error against timestep with its 95 % band: a row per model, a column per bits.
+
+    `frame` is that of eps_error.csv. Sampling runs from left to right.
+    """
+    models = list(dict.fromkeys(frame["model"]))
+    bits = sorted(set(frame["bits"]), key=_most_bits_first)
+    methods = list(dict.fromkeys(frame["method"]))
+    figure = Figure(figsize=(0.9 + 2.6 * len(bits), 0.8 + 2.1 * len(models)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(models), len(bits), squeeze=False, sharey="row")
+    for row, model in enumerate(models):
+        for column, width in enumerate(bits):
+            axes = panels[row, column]
+            cell = frame[(frame["model"] == model) & (frame["bits"] == width)]
+            if cell.empty:
+                axes.set_axis_off()
+                continue
+            for place, method in enumerate(methods):
+                points = cell[cell["method"] == method].sort_values("call")
+                if points.empty:
+                    continue
+                colour = COLOURS[place % len(COLOURS)]
+                # On a logarithmic axis a band that reaches below zero ends at the axis.
+                low = points["low"].clip(lower=points["value"] / 10)
+                axes.fill_between(points["timestep"], low, points["high"], color=colour, alpha=0.2, lw=0)
+                marker = MARKERS[place % len(MARKERS)]
+                axes.plot(points["timestep"], points["value"], color=colour, lw=1.3, marker=marker, ms=3, label=method)
+            _log_axis(axes, frame.loc[frame["model"] == model, "value"])
+            axes.set_xlim(frame["timestep"].max() + 15, frame["timestep"].min() - 15)
+            sizes = ", ".join(str(n) for n in sorted(set(cell["n"])))
+            axes.set_title(f"{model}, {width.upper()}, n = {sizes} trajectories", fontsize=8)
+            _plain(axes)
+    figure.supxlabel("timestep (noise to image)", fontsize=9)
+    figure.supylabel("relative squared error of the noise prediction", fontsize=9)
+    _legend(figure, panels.flat)
+    _save(figure, path)
+
+
+def _most_bits_first(bits):
+    weight, activation = (int(part) for part in bits[1:].split("a"))
+    return (-weight, -activation)
+
+
+def _axis_label(metric, frame):
+    spec = METRICS[metric]
+    networks = ", ".join(sorted(set(frame["extractor"]) - {""}))
+    name = {"extractor": f" ({networks} net)", "clip": f" ({networks})", None: ""}[spec.network]
+    return f"{spec.label}{name}, {spec.better} is better"
+
+
+def _spans_decades(values):
+    values = values[np.isfinite(values)]
+    return len(values) > 0 and values.min() > 0 and values.max() / values.min() > 20
+
+
+def _log_axis(axes, values):
+    values = values[np.isfinite(values) & (values > 0)]
+    decades = np.log10(values.max() / values.min()) if len(values) else 0
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _plain(axes):
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8, colors=INK)
+
+
+def _legend(figure, panels):
+    """One legend above all panels, with what any of them shows."""
+    found = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(
+        found.values(), found, loc="outside upper center", ncols=min(len(found), 6), fontsize=8, frameon=False
+    )
+
+
+def _save(figure, path):
+    with atomic(path) as file:
+        figure.savefig(file, dpi=DPI, facecolor="white")

@@ -1,0 +1,208 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from quest import tables
+from quest.metrics import METRICS, compare, intervals
+
+MODELS = {"scenes-text": ["fid", "clip", "latent_mse", "eps_error"], "scenes-uncond": ["fid", "latent_mse"]}
+# Mean of each method's metrics at 4 bits; full precision is at 1.
+LEVELS = {"rtn": 4.0, "rtn-mse": 2.0, "quest": 1.5}
+BITS = {"w8a8": 0.001, "w4a4": 1.0}
+
+
+def cell(model, method, bits, spread=0.05):
+    """A metrics.json as measure() returns it, made of a level per method, with resampled values that go together."""
+    trajectories, n = 16, 500
+    common = np.random.default_rng(0).normal(size=intervals.RESAMPLES)
+    own = np.random.default_rng(len(method) * 100 + len(bits)).normal(size=intervals.RESAMPLES)
+    level = 1 + (LEVELS[method] - 1) * BITS[bits] if method != "fp" else 1.0
+    rows, resampled = [], {}
+    for name in MODELS[model]:
+        if METRICS[name].paired and method == "fp":
+            continue
+        value = level if METRICS[name].better == "lower" else 30 / level
+        resampled[name] = (value + spread * common + 0.01 * own).tolist()
+        low, high = intervals.interval(value, np.array(resampled[name]))
+        rows.append(
+            {
+                "metric": name,
+                "value": value,
+                "low": low,
+                "high": high,
+                "n": trajectories if name == "eps_error" else n,
+                "extractor": {"extractor": "scenes", "clip": "scenes-clip", None: ""}[METRICS[name].network],
+                "protocol": "plms 20, guidance 3",
+                "note": "",
+            }
+        )
+    calls = (
+        []
+        if method == "fp"
+        else [
+            {"call": call, "timestep": t, "value": level, "low": level - 0.1, "high": level + 0.1, "n": trajectories}
+            for call, t in enumerate([951, 901, 901, 1])
+        ]
+    )
+    made = {
+        "versions": {"python": "3.12.1", "torch": "2.9.0", "scipy": None},
+        "machine": {"cpu": "Some CPU", "cores": 2},
+    }
+    return {
+        "model": model,
+        "method": method,
+        "bits": bits,
+        "rows": rows,
+        "eps_error": calls,
+        "resampled": resampled,
+        "drawn": {"images": f"0-{n - 1}", "trajectories": trajectories, "timesteps": [951, 901, 901, 1]},
+        "sampled": [made | {"commit": "aaa", "dirty": False}],
+        "provenance": made | {"commit": "bbb", "dirty": True},
+    }
+
+
+@pytest.fixture
+def cells():
+    runs = [("fp", "w32a32")] + [(method, bits) for method in LEVELS for bits in BITS]
+    return [cell(model, method, bits) for model in MODELS for method, bits in runs]
+
+
+def test_main_frame_is_tidy(cells):
+    frame = tables.main_frame(cells)
+    assert list(frame.columns) == tables.MAIN
+    assert len(frame) == sum(len(c["rows"]) for c in cells)
+    assert not frame.duplicated(["model", "method", "bits", "metric"]).any()
+    row = frame[(frame.model == "scenes-text") & (frame.method == "quest") & (frame.bits == "w4a4")].iloc[0]
+    assert (row.metric, row.value, row.n, row.extractor) == ("fid", 1.5, 500, "scenes")
+    assert row.seeds == "evaluation 0-499" and row.commit == "aaa / bbb-dirty"
+    assert row.versions == "python 3.12.1, torch 2.9.0" and row.machine == "cpu Some CPU, cores 2"
+    assert set(frame[frame.metric == "eps_error"].seeds) == {"evaluation 0-15"}
+
+
+def test_paired_frame_has_every_pair_once_and_full_precision(cells):
+    frame = tables.paired_frame(cells)
+    assert list(frame.columns) == tables.PAIRED
+    fid = frame[(frame.model == "scenes-uncond") & (frame.metric == "fid") & (frame.bits == "w4a4")]
+    assert list(zip(fid.method, fid.versus, strict=True)) == [
+        ("rtn-mse", "rtn"), ("quest", "rtn"), ("quest", "rtn-mse"), ("rtn", "fp"), ("rtn-mse", "fp"), ("quest", "fp")
+    ]  # fmt: skip
+    assert fid.difference.tolist() == pytest.approx([-2, -2.5, -0.5, 3, 1, 0.5])
+    assert fid.better.tolist() == ["rtn-mse", "quest", "quest", "fp", "fp", "fp"]
+    assert "latent_mse" not in set(frame[frame.versus == "fp"].metric)
+    clip = frame[(frame.metric == "clip") & (frame.bits == "w4a4") & (frame.versus == "rtn")]
+    assert clip.better.tolist() == ["rtn-mse", "quest"] and (clip.difference > 0).all()
+    # Noise is common to the two, so the paired interval is far narrower than that of either.
+    assert (fid.high - fid.low).max() < 0.1 < 2 * 1.96 * 0.05
+
+
+def test_paired_rows_are_those_of_compare(cells):
+    frame = tables.paired_frame(cells)
+    by_key = {(c["model"], c["method"], c["bits"]): c for c in cells}
+    a, b = (by_key["scenes-text", method, "w8a8"] for method in ("quest", "rtn"))
+    ours = frame[(frame.model == "scenes-text") & (frame.bits == "w8a8") & (frame.method == "quest")]
+    ours = ours[ours.versus == "rtn"]
+    for row, expected in zip(ours.itertuples(), compare(a, b), strict=True):
+        assert (row.metric, row.difference, row.low, row.high) == tuple(
+            expected[key] for key in ("metric", "difference", "low", "high")
+        )
+
+
+def test_eps_error_frame_keeps_every_call(cells):
+    frame = tables.eps_error_frame(cells)
+    assert list(frame.columns) == tables.EPS_ERROR
+    assert len(frame) == len(MODELS) * len(LEVELS) * len(BITS) * 4
+    one = frame[(frame.model == "scenes-text") & (frame.method == "rtn") & (frame.bits == "w4a4")]
+    assert one.timestep.tolist() == [951, 901, 901, 1] and one.call.tolist() == [0, 1, 2, 3]
+
+
+def test_markdown_says_network_direction_interval_and_protocol(cells):
+    text = tables.markdown(tables.main_frame(cells), tables.paired_frame(cells))
+    first, second = text.split("### scenes-uncond")
+    assert "| method | bits | FID (scenes net) ↓ | CLIP score (scenes-clip) ↑ | latent MSE to FP ↓ |" in first
+    assert "CLIP" not in second
+    assert "FID ↓" not in text
+    rows = [line.split(" | ") for line in first.splitlines() if line.startswith("| ")][2:]
+    assert [row[:2] for row in rows] == [
+        ["| fp", "w32a32"], ["| rtn", "w8a8"], ["| rtn-mse", "w8a8"], ["| quest", "w8a8"],
+        ["| rtn", "w4a4"], ["| rtn-mse", "w4a4"], ["| quest", "w4a4"]
+    ]  # fmt: skip
+    assert "–" in rows[0] and "1.000 ± 0.0" in rows[0][2]
+    for part in ("plms 20, guidance 3", "n = 500, seeds evaluation 0-499", "n = 16", "1.96 bootstrap standard"):
+        assert part in first
+    assert all(len(row) == len(rows[0]) for row in rows)
+
+
+def test_bold_only_where_the_paired_interval_excludes_zero(cells):
+    lines = tables.markdown(tables.main_frame(cells), tables.paired_frame(cells)).splitlines()
+    bold = {tuple(line.split(" | ")[:2]) for line in lines if line.startswith("| ") and "**" in line}
+    # At 8 bits the methods lie within each other's noise.
+    assert bold == {("| quest", "w4a4")}
+
+
+def test_notes_stand_below_the_table(cells):
+    cells[1]["rows"][0]["note"] = "n = 50 <= 64 dimensions: singular covariance"
+    text = tables.markdown(tables.main_frame(cells), tables.paired_frame(cells))
+    assert "Notes: rtn w8a8 FID (scenes net): n = 50 <= 64 dimensions: singular covariance." in text
+
+
+def test_latex_is_balanced_and_escaped(cells):
+    cells[1]["rows"][0]["note"] = "100 % of a_b"
+    text = tables.latex(tables.main_frame(cells), tables.paired_frame(cells))
+    for environment in ("table*", "tabular"):
+        assert text.count(rf"\begin{{{environment}}}") == text.count(rf"\end{{{environment}}}") == 2
+    assert text.count("{") == text.count("}")
+    assert all(text.count(rule) == 2 for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
+    assert r"100 \% of a\_b" in text and "±" not in text
+    assert r"\shortstack{FID $\downarrow$\\(scenes net)}" in text
+    body = text.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+    assert len(body) == 7 and all(line.count(" & ") == 5 and line.endswith(r"\\") for line in body)
+    assert body[-1].count(r"\textbf{") >= 3
+
+
+@pytest.mark.parametrize(
+    "value, half, text",
+    [
+        (12.3449, 0.5612, "12.34 ± 0.56"),
+        (1234.4, 120.3, "1234 ± 120"),
+        (0.000123449, 0.0000056, "(1.234 ± 0.056)e-04"),
+        (2345678.0, 45678.0, "(2.346 ± 0.046)e+06"),
+        (0.0, 0.0, "0.00 ± 0.00"),
+        (float("nan"), float("nan"), "nan"),
+    ],
+)
+def test_rounding(value, half, text):
+    assert tables.with_interval(value, half) == text
+
+
+def test_files(cells, tmp_path):
+    paths = []
+    for c in cells:
+        paths.append(tmp_path / c["model"] / c["method"] / c["bits"] / "metrics.json")
+        paths[-1].parent.mkdir(parents=True)
+        paths[-1].write_text(json.dumps(c))
+    tables.write(paths, tmp_path / "tables")
+    written = sorted(file.name for file in (tmp_path / "tables").iterdir())
+    assert written == ["eps_error.csv", "main.csv", "main.md", "main.tex", "paired.csv"]
+    main = pd.read_csv(tmp_path / "tables" / "main.csv", keep_default_na=False)
+    pd.testing.assert_frame_equal(main, tables.main_frame(cells), check_dtype=False)
+
+
+def test_bad_input(cells, tmp_path):
+    def stored(content, name="metrics.json"):
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        return tmp_path / name
+
+    with pytest.raises(ValueError, match="metrics.json: not a json file"):
+        tables.read([stored("{")])
+    with pytest.raises(ValueError, match="metrics.json: lacks resampled, provenance"):
+        tables.read([stored({k: v for k, v in cells[0].items() if k not in ("resampled", "provenance")})])
+    with pytest.raises(ValueError, match="other.json: scenes-text fp w32a32 is also in .*metrics.json"):
+        tables.read([stored(cells[0]), stored(cells[0], "other.json")])
+    cells[0]["rows"][0]["metric"] = "FID"
+    with pytest.raises(ValueError, match="metric 'FID' is not one of fid, sfid"):
+        tables.read([stored(cells[0])])
+    cells[1]["drawn"]["images"] = "0-399"
+    with pytest.raises(ValueError, match="scenes-text w8a8: rtn-mse against rtn: .*equal images"):
+        tables.paired_frame(cells)
