@@ -1,0 +1,37 @@
+"""Round to nearest: no reconstruction, no finetuning, no time groups."""
+
+from quest import ranges as choosers
+from quest.calibration import CalibrationSet, calibrate
+from quest.layers import quant_layers, swap
+
+RANGES = {"minmax": choosers.minmax, "mse": choosers.mse}
+
+
+def quantize(
+    pipe,
+    calibration: CalibrationSet,
+    w: int,
+    a: int,
+    *,
+    init=None,  # nothing to start from: must stay None
+    ranges: str = "minmax",  # of weights (per output channel) and activations (per tensor): "minmax" or "mse"
+    keep: dict[str, int] | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
+    softmax_bits: int = 8,
+    samples: int = 256,  # random calibration rows, all timesteps mixed, that set the activation ranges
+    seed: int = 0,
+):
+    """Quantize weights and activations to the nearest code of static ranges.
+
+    "minmax" takes whole ranges; "mse" the shrunk range of least |x - x~|^2.4 (Q-Diffusion, arXiv:2302.04304). Static:
+    one activation range per tensor for all timesteps.
+    """
+    if init is not None:
+        raise ValueError("init: round to nearest starts from the full-precision weights")
+    if ranges not in RANGES:
+        raise ValueError(f"ranges: {ranges!r} is not one of {', '.join(RANGES)}")
+    choose = RANGES[ranges]
+    pipe = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits)
+    for _, layer in quant_layers(pipe.unet):
+        layer.choose_weight_range(choose)
+    calibrate(pipe.unet, calibration, choose, samples=samples, seed=seed)
+    return pipe

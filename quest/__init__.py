@@ -1,0 +1,51 @@
+"""QuEST (arXiv:2402.03666) and its rivals: quantize, save and load diffusers pipelines. Imports nothing heavy."""
+
+
+def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration, **recipe):
+    """Quantize the denoiser of a diffusers pipeline; returns a new pipeline and leaves the given one as it was.
+
+    Args:
+        pipe: a full-precision pipeline with a `unet`, in float32.
+        method: a name in `baselines.METHODS`, or a callable of the same form.
+        bits: weight and activation bits, such as "w4a8".
+        calibration: a `CalibrationSet` of this pipeline (`quest.calibration.collect`).
+        recipe: the method's hyperparameters, by keyword; see its `quantize`.
+
+    Raises:
+        ValueError: unknown method, malformed bits, a pipeline that is quantized already or in half precision.
+        TypeError: a hyperparameter the method does not have.
+    """
+    from baselines import METHODS
+    from quest.checkpoint import freeze
+    from quest.config import parse_bits
+
+    if not callable(method) and method not in METHODS:
+        raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
+    function = method if callable(method) else METHODS[method]
+    w, a = parse_bits(bits)
+    new = function(pipe, calibration, w, a, **recipe)
+    if new is not pipe:
+        freeze(new.unet)
+        new.unet.quantization = {
+            "method": method if isinstance(method, str) else f"{method.__module__}.{method.__qualname__}",
+            "bits": bits,
+            "recipe": {
+                k: v if isinstance(v, (int, float, bool, dict, list, type(None))) else str(v) for k, v in recipe.items()
+            },
+            "timesteps": calibration.timesteps,
+        }
+    return new
+
+
+def save(pipe, path, **extra) -> None:
+    """Write a quantized pipeline's denoiser to one .safetensors file; see `quest.checkpoint.save`."""
+    from quest import checkpoint
+
+    checkpoint.save(pipe, path, **extra)
+
+
+def load(pipe, path):
+    """A quantized pipeline from the full-precision one and a saved file; see `quest.checkpoint.load`."""
+    from quest import checkpoint
+
+    return checkpoint.load(pipe, path)

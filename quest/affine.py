@@ -1,0 +1,110 @@
+"""Uniform affine quantization: x ~ scale * (code - zero_point) (QuEST, arXiv:2402.03666, equations 2-3).
+
+`quantize(...).dequantize()` is what every quantizer of the suite means. `fake_quantize` computes the same values in one
+fused autograd function (four passes over one buffer instead of an autograd node per operation); an integer kernel
+multiplies the codes of the same `QTensor`. The three cannot disagree about rounding, clamping or the zero point.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Integer format of one tensor.
+
+    bits: code width, 2 to 16. symmetric: signed codes and zero point 0, else unsigned codes.
+    axis: None for one scale per tensor, else the dimension that has a scale of its own for every index.
+    """
+
+    bits: int
+    symmetric: bool = False
+    axis: int | None = None
+
+    def __post_init__(self):
+        if not 2 <= self.bits <= 16:
+            raise ValueError(f"bits must be between 2 and 16, not {self.bits}")
+
+    @property
+    def qmin(self) -> int:
+        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+
+class QParams(NamedTuple):
+    """What a kernel needs to quantize one tensor; scale and zero_point broadcast against it."""
+
+    scale: Tensor
+    zero_point: Tensor
+    spec: QuantSpec
+
+
+class QTensor(NamedTuple):
+    """Codes with their scale and zero point. Codes are floats while they carry a straight-through gradient."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def dequantize(self) -> Tensor:
+        return (self.codes - self.zero_point) * self.scale
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round to nearest, ties to even; the gradient passes straight through."""
+    return x + (x.round() - x).detach()
+
+
+def quantize(x: Tensor, qparams: QParams) -> QTensor:
+    """Codes of x. Differentiable by the straight-through estimator; no gradient where a value is clipped.
+
+    A value that rounds to the first or last code without being clipped keeps its gradient. torch.clamp gave it one in
+    torch 1 (which the released QuEST runs on) and gives it none in recent versions, so the rule is written out here.
+    """
+    scale, zero_point, spec = qparams
+    codes = round_ste(x / scale) + zero_point
+    clipped = codes.detach().clamp(spec.qmin, spec.qmax)
+    return QTensor(torch.where(clipped == codes, codes, clipped), scale, zero_point)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, qmin, qmax):
+        # Clamping before the zero point is added gives the values of equation 2 with two passes fewer.
+        low, high = qmin - zero_point, qmax - zero_point
+        q = (x / scale).round_()
+        wants_x, wants_scale = ctx.needs_input_grad[:2]
+        if not (wants_x or wants_scale):
+            return q.clamp_(min=low, max=high).mul_(scale)
+        inside = (q >= low) & (q <= high)
+        q.clamp_(min=low, max=high)
+        ctx.save_for_backward(inside, *((x, scale, q) if wants_scale else ()))
+        return q * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        inside, *rest = ctx.saved_tensors
+        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        grad_scale = None
+        if rest:
+            x, scale, q = rest
+            # d x~ / d scale, v = x / scale: round(v) - v inside the range, clipped code less zero point outside.
+            grad_scale = torch.where(inside, q - x / scale, q).mul_(grad).sum_to_size(scale.shape)
+        return grad_x, grad_scale, None, None, None
+
+
+def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
+    """`quantize(x, qparams).dequantize()` as one autograd function.
+
+    Gradients: straight through to x inside the clipping range, none outside; to the scale that of LSQ
+    (arXiv:1902.08153, equation 3) without its 1 / sqrt(N Qp) factor, as automatic differentiation of equations 2-3
+    gives. The zero point has no gradient.
+    """
+    scale, zero_point, spec = qparams
+    return _FakeQuantize.apply(x, scale, zero_point, spec.qmin, spec.qmax)

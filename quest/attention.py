@@ -1,0 +1,59 @@
+"""Quantized attention: a diffusers attention processor that quantizes q, k, v and the softmax probabilities."""
+
+from torch import Tensor, nn
+
+from quest import ranges
+from quest.affine import QuantSpec, fake_quantize
+from quest.kernels import reference
+from quest.quantizer import Quantizer
+from quest.timegroups import TimeGroups
+
+
+class QuantAttention(nn.Module):
+    """Stands in for `AttnProcessor`: the same computation, with both matrix products through the kernel.
+
+    Probabilities lie in [0, 1] and take the range [0, max] with zero point 0, as in Q-Diffusion; their width is usually
+    8 bits whatever the activations have.
+    """
+
+    kernel = reference
+
+    def __init__(self, spec: QuantSpec, probability_spec: QuantSpec, groups: TimeGroups | None = None):
+        super().__init__()
+        self.q, self.k, self.v = (Quantizer(spec, groups=groups) for _ in range(3))
+        self.p = Quantizer(probability_spec, groups=groups)
+
+    # Not `forward`: diffusers reads the processor's arguments off `__call__`.
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """hidden_states [B, C, H, W] or [B, n, C], encoder_hidden_states [B, m, C'] -> as hidden_states."""
+        if attention_mask is not None or attn.spatial_norm is not None or attn.norm_cross:
+            raise NotImplementedError("quantized attention has no masks, spatial norms or cross norms")
+        residual = hidden_states
+        if hidden_states.ndim == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q = attn.head_to_batch_dim(attn.to_q(hidden_states))  # [B * heads, n, d]
+        k = attn.head_to_batch_dim(attn.to_k(context))
+        v = attn.head_to_batch_dim(attn.to_v(context))
+
+        q_params, k_params, v_params = self.q(q), self.k(k), self.v(v)
+        if self.p.choose is not None:
+            p = reference.probabilities(fake_quantize(q, q_params), fake_quantize(k, k_params), attn.scale)
+            self.p.calibrate(p, ranges.always_zero)
+        x = self.kernel.attention(q, k, v, q_params, k_params, v_params, self.p.qparams, attn.scale)
+
+        x = attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(x)))
+        if residual.ndim == 4:
+            x = x.transpose(1, 2).reshape(residual.shape)
+        if attn.residual_connection:
+            x = x + residual
+        return x / attn.rescale_output_factor

@@ -1,0 +1,186 @@
+"""Calibration sets: what the full-precision denoiser met, and answered, along its own sampling trajectories.
+
+Data-free (QuEST, arXiv:2402.03666, section 4): trajectories start from Gaussian noise, so no image is needed. A guided
+sampler calls the denoiser on a doubled batch; both halves are kept, so every latent appears once with its condition and
+once without.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quest.files import atomic
+from quest.layers import input_quantizers, layer_class
+from quest.models import Model
+from quest.sampling import generate
+
+
+@dataclass
+class CalibrationSet:
+    """N denoiser calls: rows in the order they were made, trajectory by trajectory within a call.
+
+    sample [N, C, h, w], timestep [N] (int64), conditioning {argument: [N, ...]}, target [N, C, h, w] (the full-precision
+    prediction), trajectory [N] (image index), call [N] (0 for the noisiest; a sampler may visit a timestep twice).
+    """
+
+    sample: Tensor
+    timestep: Tensor
+    target: Tensor
+    trajectory: Tensor
+    call: Tensor
+    conditioning: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    @property
+    def timesteps(self) -> list[int]:
+        """Distinct timesteps, noisiest first."""
+        return sorted(set(self.timestep.tolist()), reverse=True)
+
+    def inputs(self, rows: Tensor) -> dict[str, Tensor]:
+        """Keyword arguments of the denoiser for these rows."""
+        return dict(
+            sample=self.sample[rows], timestep=self.timestep[rows], **{k: v[rows] for k, v in self.conditioning.items()}
+        )
+
+    def save(self, path, metadata: dict | None = None) -> None:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "conditioning"}
+        tensors |= {f"conditioning.{k}": v for k, v in self.conditioning.items()}
+        with atomic(path) as tmp:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, {"quest": json.dumps(metadata or {})})
+
+    @classmethod
+    def load(cls, path) -> CalibrationSet:
+        """Raises ValueError for a file that is not a calibration set."""
+        with safe_open(path, "pt") as f:
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+        missing = {f.name for f in fields(cls)} - {"conditioning"} - set(tensors)
+        if missing:
+            raise ValueError(f"{path} is not a calibration set: it lacks {', '.join(sorted(missing))}")
+        prefix = "conditioning."
+        conditioning = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
+        return cls(**tensors, conditioning=conditioning)
+
+
+@torch.no_grad()
+def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int) -> CalibrationSet:
+    """Sample n images of a split and keep every denoiser call of their trajectories."""
+    calls: list[dict] = []
+
+    def record(_denoiser, args, kwargs, output):
+        named = dict(zip(("sample", "timestep"), args, strict=False)) | kwargs
+        conditioning = {k: v for k, v in named.items() if isinstance(v, Tensor) and k not in ("sample", "timestep")}
+        prediction = output.sample if hasattr(output, "sample") else output[0]
+        t = torch.as_tensor(named["timestep"]).reshape(-1)[0].expand(len(prediction))
+        calls.append(dict(sample=named["sample"], timestep=t, target=prediction, **conditioning))
+
+    kept: dict[str, list[Tensor]] = {}
+    handle = pipe.unet.register_forward_hook(record, with_kwargs=True)
+    try:
+        for indices, _, _ in generate(pipe, model, split, n):
+            for number, call in enumerate(calls):
+                halves = len(call["sample"]) // model.batch_size  # 2 under guidance
+                rows = torch.cat([torch.arange(len(indices)) + h * model.batch_size for h in range(halves)])
+                for name, value in call.items():
+                    kept.setdefault(name, []).append(value.cpu()[rows].clone())
+                kept.setdefault("trajectory", []).append(torch.as_tensor(indices).repeat(halves))
+                kept.setdefault("call", []).append(torch.full((len(rows),), number))
+            calls.clear()
+    finally:
+        handle.remove()
+    tensors = {k: torch.cat(v) for k, v in kept.items()}
+    names = [f.name for f in fields(CalibrationSet) if f.name != "conditioning"]
+    own = {k: tensors.pop(k) for k in names}
+    own["timestep"] = own["timestep"].long()
+    return CalibrationSet(**own, conditioning=tensors)
+
+
+@contextmanager
+def calibrating(denoiser: nn.Module, choose: Callable) -> Iterator[None]:
+    """While inside, a forward pass sets the range of every activation quantizer, each from its own (quantized) input."""
+    quantizers = input_quantizers(denoiser).values()
+    for q in quantizers:
+        q.choose = choose
+    try:
+        yield
+    finally:
+        for q in quantizers:
+            q.choose = None
+
+
+@torch.no_grad()
+def calibrate(denoiser: nn.Module, calibration: CalibrationSet, choose: Callable, *, samples: int, seed: int) -> None:
+    """Set every activation range from one forward pass on `samples` random rows: of each time group, or of all rows."""
+    groups = getattr(denoiser, "time_groups", None)
+    group = groups.index(calibration.timestep) if groups else torch.zeros(len(calibration), dtype=torch.long)
+    if (group < 0).any():
+        raise ValueError("the calibration set holds timesteps above the first time group")
+    generator = torch.Generator().manual_seed(seed)
+    with calibrating(denoiser, choose):
+        for g in range(len(groups) if groups else 1):
+            rows = (group == g).nonzero().flatten()
+            if not len(rows):
+                raise ValueError(f"the calibration set holds no timestep of time group {g} ({groups.starts.tolist()})")
+            rows = rows[torch.randperm(len(rows), generator=generator)[:samples]]
+            denoiser(**calibration.inputs(rows))
+
+
+@torch.no_grad()
+def eps_error(pipe: DiffusionPipeline, calibration: CalibrationSet) -> tuple[Tensor, list[int]]:
+    """Relative squared error of the noise prediction, |e~ - e|^2 / |e|^2, on full-precision trajectories.
+
+    Returns the errors, [trajectories, calls] (the two halves of a guided call are averaged), and each call's timestep.
+    """
+    trajectories = calibration.trajectory.unique()
+    calls = int(calibration.call.max()) + 1
+    errors, steps = torch.zeros(len(trajectories), calls), []
+    for number in range(calls):
+        rows = (calibration.call == number).nonzero().flatten()
+        steps.append(int(calibration.timestep[rows[0]]))
+        prediction = pipe.unet(**calibration.inputs(rows)).sample
+        target = calibration.target[rows]
+        error = (prediction - target).square().flatten(1).sum(1) / target.square().flatten(1).sum(1)
+        place = torch.searchsorted(trajectories, calibration.trajectory[rows])
+        halves = len(rows) // len(trajectories)
+        errors[:, number].index_add_(0, place, error / halves)
+    return errors, steps
+
+
+@torch.no_grad()
+def activation_ranges(pipe: DiffusionPipeline, calibration: CalibrationSet, samples: int = 32) -> list[dict]:
+    """Input range of the full-precision layers at every timestep, averaged over the layers of a class.
+
+    Returns rows {layer_class, timestep, low, high, layers}.
+    """
+    seen: dict[str, list[tuple[float, float]]] = {}
+    layers = {n: m for n, m in pipe.unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+
+    def record(name):
+        return lambda _module, args: seen.setdefault(layer_class(name), []).append(
+            (args[0].min().item(), args[0].max().item())
+        )
+
+    handles = [m.register_forward_pre_hook(record(n)) for n, m in layers.items()]
+    rows = []
+    try:
+        for t in calibration.timesteps:
+            seen.clear()
+            at_t = (calibration.timestep == t).nonzero().flatten()
+            pipe.unet(**calibration.inputs(at_t[:: max(1, len(at_t) // samples)]))
+            for name, ranges in seen.items():
+                low, high = torch.tensor(ranges, dtype=torch.float64).mean(0).tolist()
+                rows.append(dict(layer_class=name, timestep=t, low=low, high=high, layers=len(ranges)))
+    finally:
+        for h in handles:
+            h.remove()
+    return rows

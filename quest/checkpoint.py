@@ -1,0 +1,157 @@
+"""Save and load a quantized denoiser. The file says what it holds; loading needs the full-precision pipeline and it."""
+
+import json
+from dataclasses import asdict
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from quest.affine import QuantSpec
+from quest.attention import QuantAttention
+from quest.files import atomic
+from quest.layers import (
+    attentions,
+    finish,
+    is_quantized,
+    quant_layers,
+    quantized,
+    replace,
+    with_denoiser,
+)
+from quest.timegroups import TimeGroups
+
+FORMAT = 1
+
+
+def save(pipe, path, **extra) -> None:
+    """Write the quantized denoiser of a pipeline to one safetensors file, atomically.
+
+    The header (metadata key "quest", JSON) holds the bits of every quantizer, the time groups, what `quest.quantize`
+    was called with, and `extra` (provenance). Raises ValueError for a pipeline that is not quantized.
+    """
+    denoiser = pipe.unet
+    if not is_quantized(denoiser):
+        raise ValueError("the pipeline is not quantized: call quest.quantize first")
+    groups = getattr(denoiser, "time_groups", None)
+    header = {
+        "format": FORMAT,
+        "denoiser": type(denoiser).__name__,
+        "layers": {
+            n: [asdict(m.weight_quantizer.spec), asdict(m.input_quantizer.spec)] for n, m in quant_layers(denoiser)
+        },
+        "attentions": {n: [asdict(m.processor.q.spec), asdict(m.processor.p.spec)] for n, m in attentions(denoiser)},
+        "time_groups": groups.starts.tolist() if groups else None,
+        **getattr(denoiser, "quantization", {}),
+        **extra,
+    }
+    tensors = {k: v.contiguous() for k, v in denoiser.state_dict().items()}
+    with atomic(path) as tmp:
+        save_file(tensors, tmp, {"quest": json.dumps(header)})
+
+
+def read(path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Header and tensors of a checkpoint. Raises ValueError for a file that `save` did not write."""
+    try:
+        with safe_open(path, "pt") as f:
+            header = json.loads((f.metadata() or {})["quest"])
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+        if header["format"] != FORMAT:
+            raise ValueError(f"{path} has checkpoint format {header['format']}, this version reads {FORMAT}")
+        header["layers"]  # a calibration set has a header too
+    except FileNotFoundError:
+        raise
+    except KeyError as error:
+        raise ValueError(f"{path} is not a quantized checkpoint: its header lacks {error}") from error
+    except (OSError, json.JSONDecodeError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # safetensors' own error class has no public base but Exception
+        if type(error).__module__.startswith("safetensors"):
+            raise ValueError(f"{path} is corrupted: {error}") from error
+        raise
+    return header, tensors
+
+
+def load(pipe, path):
+    """A quantized pipeline from a full-precision one and a file that `save` wrote; the given one stays as it was.
+
+    Samples are bit-equal to those of the pipeline that was saved. Raises ValueError for a file that is not a
+    checkpoint, one of another model (the shapes that differ are listed), and a scheduler whose steps leave the
+    calibrated timesteps.
+    """
+    import copy
+
+    header, tensors = read(path)
+    if is_quantized(pipe.unet):
+        raise ValueError("the pipeline is already quantized; load into the full-precision one")
+    check_shapes(pipe.unet, tensors, path)
+    groups = TimeGroups(header["time_groups"]) if header["time_groups"] else None
+    check_schedule(pipe, groups, header)
+    denoiser = copy.deepcopy(pipe.unet)
+    for name, (weight, input) in header["layers"].items():
+        replace(
+            denoiser, name, quantized(denoiser.get_submodule(name), QuantSpec(**weight), QuantSpec(**input), groups)
+        )
+    for name, (spec, probability) in header["attentions"].items():
+        denoiser.get_submodule(name).set_processor(QuantAttention(QuantSpec(**spec), QuantSpec(**probability), groups))
+    for name, value in tensors.items():
+        # Per-channel scales have a shape only the file knows.
+        module, _, leaf = name.rpartition(".")
+        if leaf in ("scale", "zero_point"):
+            getattr(denoiser.get_submodule(module), leaf).data = torch.empty_like(value)
+    denoiser.load_state_dict(tensors)
+    finish(denoiser.to(pipe.unet.device), groups)
+    freeze(denoiser)
+    denoiser.quantization = {k: header[k] for k in ("method", "bits", "recipe", "timesteps") if k in header}
+    return with_denoiser(pipe, denoiser)
+
+
+def load_weights(denoiser, path) -> None:
+    """Take weights, biases and weight quantizers from another method's checkpoint into a swapped denoiser.
+
+    Raises ValueError where the file is of another model or other weight bits.
+    """
+    header, tensors = read(path)
+    check_shapes(denoiser, tensors, path)
+    for name, layer in quant_layers(denoiser):
+        bits = header["layers"][name][0]["bits"]
+        if bits != layer.weight_quantizer.spec.bits:
+            raise ValueError(f"{path}: layer {name} has {bits}-bit weights, not {layer.weight_quantizer.spec.bits}")
+        layer.weight.data.copy_(tensors[f"{name}.weight"])
+        if layer.bias is not None:
+            layer.bias.data.copy_(tensors[f"{name}.bias"])
+        layer.weight_quantizer.scale.data = tensors[f"{name}.weight_quantizer.scale"].to(layer.weight.device)
+        layer.weight_quantizer.zero_point = tensors[f"{name}.weight_quantizer.zero_point"].to(layer.weight.device)
+
+
+def freeze(denoiser) -> None:
+    """Pack every weight for its kernel: what sampling runs on."""
+    for _, layer in quant_layers(denoiser):
+        layer.freeze()
+
+
+def check_shapes(denoiser, tensors: dict[str, torch.Tensor], path) -> None:
+    """Raise ValueError listing where a checkpoint's float tensors differ from the denoiser's."""
+    quantizers = ("scale", "zero_point")
+    own = {k: v.shape for k, v in denoiser.state_dict().items() if k.rpartition(".")[2] not in quantizers}
+    stored = {k: v.shape for k, v in tensors.items() if k.rpartition(".")[2] not in quantizers}
+    differ = [
+        f"{k}: {tuple(stored[k]) if k in stored else 'missing'} in the file, "
+        f"{tuple(own[k]) if k in own else 'missing'} in the model"
+        for k in sorted(own.keys() | stored.keys())
+        if own.get(k) != stored.get(k)
+    ]
+    if differ:
+        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise ValueError(f"{path} is a checkpoint of another model: {'; '.join(differ[:5])}{more}")
+
+
+def check_schedule(pipe, groups: TimeGroups | None, header: dict) -> None:
+    """Raise ValueError if the pipeline's scheduler, at the calibrated number of steps, leaves the time groups."""
+    import copy
+
+    if groups is None:
+        return
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(len(header["timesteps"]))
+    groups.check(scheduler.timesteps.tolist())

@@ -1,0 +1,174 @@
+"""Quantized layers. One forward pass: whether codes are simulated or multiplied is the kernel's business."""
+
+import copy
+from collections.abc import Iterator
+from fnmatch import fnmatch
+
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from quest import ranges
+from quest.affine import QTensor, QuantSpec, quantize
+from quest.attention import QuantAttention
+from quest.kernels import reference
+from quest.quantizer import Quantizer
+from quest.timegroups import TimeGroups
+
+
+class QuantLayer(nn.Module):
+    """What QuantLinear and QuantConv2d share: two quantizers, a kernel, and a weight that can be frozen.
+
+    weight_quantizer: asymmetric, one scale per output channel, as in every method of the paper. input_quantizer: of the
+    layer's input, one scale per time group.
+    """
+
+    kernel = reference
+
+    def add_quantizers(self, weight: QuantSpec, input: QuantSpec, groups: TimeGroups | None) -> None:
+        self.weight_quantizer = Quantizer(weight, (len(self.weight),) + (1,) * (self.weight.ndim - 1))
+        self.input_quantizer = Quantizer(input, groups=groups)
+        self.register_buffer("packed", None, persistent=False)
+
+    def choose_weight_range(self, choose=ranges.minmax) -> None:
+        """Take the weight's scales and zero points from the weight itself. A zero channel keeps a tiny scale."""
+        scale, zero_point = choose(self.weight.detach(), self.weight_quantizer.spec)
+        self.weight_quantizer.scale.data, self.weight_quantizer.zero_point = scale[None], zero_point[None]
+
+    @property
+    def qweight(self) -> QTensor | Tensor:
+        """Live codes while training, packed once frozen."""
+        return quantize(self.weight, self.weight_quantizer.qparams) if self.packed is None else self.packed
+
+    def freeze(self) -> None:
+        """Keep the weight in the kernel's packed form; `thaw` makes it follow `weight` again."""
+        self.thaw()
+        self.packed = self.kernel.pack(self.qweight)
+
+    def thaw(self) -> None:
+        self.packed = None
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernel.linear(x, self.input_quantizer(x), self.qweight, self.bias)
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        conv = dict(stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups)
+        return self.kernel.conv2d(x, self.input_quantizer(x), self.qweight, self.bias, **conv)
+
+
+def quantized(layer: nn.Module, weight: QuantSpec, input: QuantSpec, groups: TimeGroups | None) -> QuantLayer:
+    """The quantized twin of a float Linear or Conv2d, sharing its weight and bias; ranges not yet chosen."""
+    if isinstance(layer, nn.Linear):
+        new = QuantLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    else:
+        if layer.padding_mode != "zeros":
+            raise NotImplementedError(f"padding_mode {layer.padding_mode!r}: only zeros is supported")
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        new = QuantConv2d(**{n: getattr(layer, n) for n in names}, bias=layer.bias is not None, device="meta")
+    new.weight, new.bias = layer.weight, layer.bias
+    new.add_quantizers(weight, input, groups)
+    return new
+
+
+def layer_bits(name: str, w: int, a: int, keep: dict[str, int]) -> tuple[int, int]:
+    """Weight and input bits of the layer: those of the first glob in `keep` that matches its name, else (w, a)."""
+    return next(((max(b, w), max(b, a)) for glob, b in keep.items() if fnmatch(name, glob)), (w, a))
+
+
+KEEP = {"conv_in": 8, "conv_out": 8}  # the released QuEST's exceptions, for weights as well as inputs
+
+
+def swap(
+    pipe,
+    w: int,
+    a: int,
+    *,
+    keep: dict[str, int] | None = None,
+    softmax_bits: int = 8,
+    groups: TimeGroups | None = None,
+):
+    """A pipeline with every Linear, Conv2d and attention of the denoiser in its quantized twin; ranges not yet chosen.
+
+    The pipeline that is given stays as it was; the new one shares all but denoiser and scheduler with it.
+    keep: globs over layer names to the bits such a layer keeps at least, weight and input (default: KEEP).
+    softmax_bits: of the attention probabilities.
+    Raises ValueError for a denoiser that is already quantized or not float32, and for a glob that matches no layer.
+    """
+    keep = KEEP if keep is None else keep
+    if is_quantized(pipe.unet):
+        raise ValueError("the pipeline is already quantized; quantize the full-precision one")
+    if pipe.unet.dtype.itemsize < 4:
+        raise ValueError(f"the denoiser is in {pipe.unet.dtype}; load the pipeline in torch.float32 to quantize it")
+    denoiser = copy.deepcopy(pipe.unet)
+    layers = {n: m for n, m in denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
+    for glob in keep:
+        if not any(fnmatch(n, glob) for n in layers):
+            raise ValueError(f"keep: no layer is named like {glob!r}")
+    for name, layer in layers.items():
+        layer_w, layer_a = layer_bits(name, w, a, keep)
+        replace(denoiser, name, quantized(layer, QuantSpec(layer_w, axis=0), QuantSpec(layer_a), groups))
+    for _, module in attentions(denoiser):
+        module.set_processor(QuantAttention(QuantSpec(a), QuantSpec(max(softmax_bits, a)), groups))
+    return with_denoiser(pipe, finish(denoiser, groups))
+
+
+def finish(denoiser: nn.Module, groups: TimeGroups | None) -> nn.Module:
+    """Name the quantizers, attach the time groups, and freeze every parameter."""
+    for name, quantizer in input_quantizers(denoiser).items():
+        quantizer.name = name.removesuffix(".input_quantizer")
+    if groups is not None:
+        groups.attach(denoiser)
+    return denoiser.requires_grad_(False).eval()
+
+
+def with_denoiser(pipe, denoiser: nn.Module):
+    """A copy of the pipeline with another denoiser and a scheduler of its own; all else is shared."""
+    new = copy.copy(pipe)
+    new.unet = denoiser
+    new.scheduler = copy.deepcopy(pipe.scheduler)
+    return new
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def is_quantized(denoiser: nn.Module) -> bool:
+    return any(isinstance(m, Quantizer) for m in denoiser.modules())
+
+
+def quant_layers(denoiser: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
+    return ((n, m) for n, m in denoiser.named_modules() if isinstance(m, QuantLayer))
+
+
+def attentions(denoiser: nn.Module) -> Iterator[tuple[str, Attention]]:
+    return ((n, m) for n, m in denoiser.named_modules() if isinstance(m, Attention))
+
+
+def input_quantizers(denoiser: nn.Module) -> dict[str, Quantizer]:
+    """Every activation quantizer by name: layer inputs, and q, k, v and p of each attention."""
+    return {
+        n: m for n, m in denoiser.named_modules() if isinstance(m, Quantizer) and not n.endswith("weight_quantizer")
+    }
+
+
+LAYER_CLASSES = (  # first match wins; names are those of diffusers' U-Nets
+    ("boundary", ("conv_in", "conv_out")),
+    ("time embedding", ("time_embedding.*", "*time_emb_proj")),
+    ("attention q, k, v", ("*.to_q", "*.to_k", "*.to_v")),
+    ("attention output", ("*.to_out.*",)),
+    ("feed-forward", ("*.ff.net.*",)),
+    ("transformer in, out", ("*.proj_in", "*.proj_out")),
+    ("shortcut", ("*.conv_shortcut",)),
+    ("resampling", ("*samplers.*",)),
+    ("residual convolution", ("*.conv1", "*.conv2")),
+)
+
+
+def layer_class(name: str) -> str:
+    """The class of a layer by its name in a diffusers denoiser, for figures and sensitivity tables."""
+    return next((c for c, globs in LAYER_CLASSES if any(fnmatch(name, g) for g in globs)), "other")

@@ -1,0 +1,61 @@
+"""The quantizer of one tensor: a spec, and a scale and zero point for each time group."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from quest.affine import QParams, QuantSpec
+from quest.timegroups import TimeGroups
+
+
+class Quantizer(nn.Module):
+    """scale [T, *shape] (a parameter), zero_point [T, *shape] (a buffer).
+
+    T is the number of time groups, 1 without. Called with a tensor it gives the `QParams` to quantize that tensor with;
+    quantizing is the kernel's business. TAQuant is a Quantizer with time groups.
+    """
+
+    def __init__(self, spec: QuantSpec, shape: tuple[int, ...] = (), groups: TimeGroups | None = None):
+        super().__init__()
+        self.spec, self.groups = spec, groups
+        self.name = ""  # in its denoiser, for error messages
+        # NaN until calibrated: an uncalibrated quantizer cannot pass for a calibrated one.
+        self.scale = nn.Parameter(torch.full((len(groups) if groups else 1, *shape), torch.nan), requires_grad=False)
+        self.register_buffer("zero_point", torch.full_like(self.scale.data, torch.nan))
+        self.choose: Callable | None = None  # a range chooser while calibrating, see calibration.calibrating
+
+    @property
+    def qparams(self) -> QParams:
+        """Scale and zero point of the current time group."""
+        if self.groups is None:
+            return QParams(self.scale[0], self.zero_point[0], self.spec)
+        group = self.groups.current
+        return QParams(self.scale[group].squeeze(0), self.zero_point[group].squeeze(0), self.spec)
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor, choose: Callable) -> None:
+        """Take scale and zero point of the current group from x.
+
+        Raises ValueError for a tensor or channel that is constant or not finite.
+        """
+        dims = [d for d in range(x.ndim) if self.spec.axis is None or d != self.spec.axis % x.ndim]
+        low, high = x.amin(dims), x.amax(dims)
+        if not (low.isfinite() & high.isfinite()).all():
+            raise ValueError(f"layer {self.name}: its calibration input holds NaN or infinite values")
+        if (low == high).any():
+            raise ValueError(
+                f"layer {self.name}: its calibration input is constant ({low[low == high].flatten()[0].item()})"
+            )
+        scale, zero_point = choose(x, self.spec)
+        if self.scale.shape[1:] != scale.shape:
+            # The shape of a per-channel scale is known from the first tensor it meets.
+            self.scale.data = torch.full((len(self.scale), *scale.shape), torch.nan)
+            self.zero_point = torch.full_like(self.scale.data, torch.nan)
+        group = self.groups.current if self.groups else 0
+        self.scale[group], self.zero_point[group] = scale, zero_point
+
+    def forward(self, x: Tensor) -> QParams:
+        if self.choose is not None:
+            self.calibrate(x, self.choose)
+        return self.qparams

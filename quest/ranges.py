@@ -1,0 +1,115 @@
+"""Choosing a scale and zero point for a tensor.
+
+Every chooser has the signature `choose(x, spec) -> (scale, zero_point)`. With `spec.axis` None both are 0-dimensional;
+else they keep x's number of dimensions, with size 1 everywhere but at the axis, so that they broadcast against x.
+"""
+
+import torch
+from torch import Tensor
+
+from quest.affine import QuantSpec
+
+EPS = 1e-8
+BINS = 2048  # of the histogram that stands for a large tensor in the search; 8 to a step of an 8-bit code
+
+
+def _rows(x: Tensor, spec: QuantSpec) -> Tensor:
+    """x as [channels, values]; one row for a per-tensor spec."""
+    return x.reshape(1, -1) if spec.axis is None else x.movedim(spec.axis, 0).flatten(1)
+
+
+def _shaped(value: Tensor, x: Tensor, spec: QuantSpec) -> Tensor:
+    """[channels] -> a shape that broadcasts against x."""
+    if spec.axis is None:
+        return value.reshape(())
+    shape = [1] * x.ndim
+    shape[spec.axis] = -1
+    return value.reshape(shape)
+
+
+def _affine(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point whose codes reach from low to high; the range is taken as it is, zero inside or not."""
+    if spec.symmetric:
+        scale = (torch.maximum(low.abs(), high.abs()) / spec.qmax).clamp(min=EPS)
+        return scale, torch.zeros_like(scale)
+    scale = ((high - low) / (spec.qmax - spec.qmin)).clamp(min=EPS)
+    return scale, (-low / scale).round()
+
+
+def minmax(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The whole range of x, widened to hold zero.
+
+    Q-Diffusion's code takes the scale from the raw range and the zero point from the widened one, which shifts a
+    one-signed tensor out of its own range. Here both come from the widened range; for two-signed tensors the two agree.
+    """
+    rows = _rows(x, spec)
+    low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+    return tuple(_shaped(v, x, spec) for v in _affine(low, high, spec))
+
+
+def always_zero(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """[0, max]: the range of softmax probabilities in Q-Diffusion (arXiv:2302.04304), zero point 0."""
+    high = _rows(x, spec).amax(1)
+    scale = (high / (spec.qmax - spec.qmin)).clamp(min=EPS)
+    return _shaped(scale, x, spec), _shaped(torch.zeros_like(scale), x, spec)
+
+
+def mse(x: Tensor, spec: QuantSpec, steps: int = 80, power: float = 2.4) -> tuple[Tensor, Tensor]:
+    """The range with the smallest mean |x - x~|^2.4 among 80 joint shrinkings (1 - 0.01 i) [min, max].
+
+    The search of BRECQ (arXiv:2102.05426) and Q-Diffusion. The range is not widened to hold zero. All channels are
+    searched at once. Where channels hold more than 4 * 2048 values, candidates are scored on a histogram of 2048 bins
+    between the channel's minimum and maximum, which costs a hundredth on activations.
+    """
+    rows = _rows(x, spec)
+    low, high = rows.amin(1), rows.amax(1)
+    counts = None
+    if rows.shape[1] > 4 * BINS:
+        rows, counts = _histogram(rows, low, high)
+    factors = 1.0 - 0.01 * torch.arange(steps, device=x.device, dtype=x.dtype)
+    scale, zero_point = _affine(factors[:, None] * low, factors[:, None] * high, spec)  # [steps, channels]
+    scores = []
+    for s, z in zip(*(v.split(max(1, 2**18 // rows.numel())) for v in (scale, zero_point)), strict=True):
+        # |e|^p as exp(p/2 log e^2): half the time of pow, and the same range is chosen.
+        error = _dequantized(rows, s, z, spec).sub_(rows).square_().log_().mul_(power / 2).exp_()
+        scores.append((error if counts is None else error.mul_(counts)).mean(-1))
+    best = torch.cat(scores).argmin(0, keepdim=True)
+    return tuple(_shaped(v.gather(0, best), x, spec) for v in (scale, zero_point))
+
+
+def _histogram(rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Bin centres and counts of each row, both [channels, BINS]."""
+    width = ((high - low) / BINS).clamp(min=EPS)[:, None]
+    centres = low[:, None] + (torch.arange(BINS, device=rows.device) + 0.5) * width
+    if len(rows) == 1:
+        return centres, rows.histc(BINS, low.item(), high.item())[None]
+    index = ((rows - low[:, None]) / width).long().clamp_(max=BINS - 1)
+    index += torch.arange(len(rows), device=rows.device)[:, None] * BINS
+    counts = index.flatten().bincount(minlength=len(rows) * BINS).reshape(-1, BINS)
+    return centres, counts.to(rows.dtype)
+
+
+def _dequantized(rows: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """rows [channels, values] through codes and back; scale and zero_point [..., channels]."""
+    s, z = scale[..., None], zero_point[..., None]
+    return (rows / s).round_().clamp_(min=spec.qmin - z, max=spec.qmax - z).mul_(s)
+
+
+def percentile(
+    x: Tensor, spec: QuantSpec, candidates: tuple[float, ...] = (0.999, 0.9999, 0.99999)
+) -> tuple[Tensor, Tensor]:
+    """The two-sided percentile range with the smallest squared error: QuEST's released default for activations.
+
+    Channels of more than 2^24 values (the limit of torch.quantile) are strided through.
+    """
+    rows = _rows(x, spec)
+    rows = rows[:, :: -(-rows.shape[1] // 2**24)]
+    best = torch.full_like(rows[:, 0], torch.inf)
+    scale, zero_point = torch.ones_like(best), torch.zeros_like(best)
+    for p in candidates:
+        s, z = _affine(rows.quantile(1 - p, dim=1), rows.quantile(p, dim=1), spec)
+        score = _dequantized(rows, s, z, spec).sub_(rows).square_().mean(1)
+        better = score < best
+        best = torch.where(better, score, best)
+        scale, zero_point = torch.where(better, s, scale), torch.where(better, z, zero_point)
+    return _shaped(scale, x, spec), _shaped(zero_point, x, spec)

@@ -1,0 +1,82 @@
+"""Time groups: which stretch of the diffusion trajectory the denoiser is in (the time in TAQuant)."""
+
+from inspect import signature
+
+import torch
+from torch import Tensor, nn
+
+
+class TimeGroups:
+    """Maps a timestep to its group and holds the group of the forward pass in progress.
+
+    A group is a stretch of timesteps: from its start (its noisiest step) down to just above the next group's start, the
+    last one down to 0. It covers every timestep in between, whatever the number of sampling steps.
+
+    A quantized denoiser owns one and shares it by reference with its time-aware quantizers. It is not an nn.Module: it
+    has nothing to train and no place in a state dict.
+    """
+
+    def __init__(self, starts: list[int]):
+        """starts: the noisiest timestep of every group, any order, no repetition."""
+        if not starts or len(set(starts)) != len(starts):
+            raise ValueError(f"time groups need distinct starts, got {list(starts)}")
+        self.starts = torch.tensor(sorted(starts, reverse=True))
+        # 1-D, so that indexing with it is a gather; a 0-d index would be read on the host and recompile per group.
+        self.current = torch.zeros(1, dtype=torch.long)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def index(self, timestep: Tensor | float) -> Tensor:
+        """Group of each timestep, [N]; -1 for one above the first start."""
+        t = torch.as_tensor(timestep).reshape(-1, 1)
+        return (self.starts.to(t.device) >= t).sum(1) - 1
+
+    def enter(self, timestep: Tensor | float) -> None:
+        """Make the group of this forward pass current.
+
+        Raises ValueError for a timestep above the calibrated range and for two groups in one batch. On a GPU both are
+        asynchronous asserts, so that sampling never waits for the device.
+        """
+        group = self.index(timestep)
+        if group.is_cuda:
+            torch._assert_async((group >= 0).all() & (group == group[0]).all())
+        elif (group < 0).any():
+            high = torch.as_tensor(timestep).max().item()
+            raise ValueError(f"timestep {high} is above the calibrated range 0..{self.starts[0].item()}")
+        elif (group != group[0]).any():
+            raise ValueError(
+                f"one batch holds timesteps of {len(group.unique())} time groups; a forward pass has one "
+                f"(calibrated range 0..{self.starts[0].item()}, group starts {self.starts.tolist()})"
+            )
+        self.current = group[:1]
+
+    def check(self, timesteps: list[int]) -> None:
+        """Raise ValueError if a sampler's timesteps leave the calibrated range."""
+        if max(timesteps) > self.starts[0] or min(timesteps) < 0:
+            raise ValueError(
+                f"the sampler visits timesteps {max(timesteps)}..{min(timesteps)}, but the time groups were calibrated "
+                f"for {self.starts[0].item()}..0: use the sampler and spacing of the calibration set"
+            )
+
+    def attach(self, denoiser: nn.Module) -> None:
+        """Follow the `timestep` argument of every forward pass of the denoiser; no sampler is edited."""
+        self.position = list(signature(denoiser.forward).parameters).index("timestep")
+        # A bound method, not a closure: a deep copy of the denoiser then takes its own copy of this object along.
+        denoiser.register_forward_pre_hook(self._enter_from_call, with_kwargs=True)
+        denoiser.time_groups = self
+
+    def _enter_from_call(self, _denoiser, args, kwargs) -> None:
+        self.enter(kwargs["timestep"] if "timestep" in kwargs else args[self.position])
+
+
+def grouped(timesteps: list[int], groups: int) -> list[int]:
+    """Starts of `groups` equal stretches of a sampler's distinct timesteps.
+
+    Raises ValueError where the number of groups does not divide the number of timesteps.
+    """
+    distinct = sorted(set(timesteps), reverse=True)
+    if groups < 1 or len(distinct) % groups:
+        divisors = [d for d in range(1, len(distinct) + 1) if len(distinct) % d == 0]
+        raise ValueError(f"time_groups: {groups} does not divide the {len(distinct)} timesteps; valid: {divisors}")
+    return distinct[:: len(distinct) // groups]
