@@ -172,7 +172,7 @@ def _most_bits_first(bits):
 
 def _axis_label(metric, frame):
     spec = METRICS[metric]
-    networks = ", ".join(sorted(set(frame["extractor"]) - {""}))
+    networks = ", ".join(frame["extractor"].unique()) if spec.network else ""
     name = {"extractor": f" ({networks} net)", "clip": f" ({networks})", None: ""}[spec.network]
     return f"{spec.label}{name}, {spec.better} is better"
 

@@ -26,7 +26,7 @@ def write(paths: Sequence[str | Path], folder: str | Path) -> None:
     folder, main, paired = Path(folder), main_frame(cells), paired_frame(cells)
     for name, frame in (("main", main), ("paired", paired), ("eps_error", eps_error_frame(cells))):
         with atomic(folder / f"{name}.csv") as file:
-            frame.to_csv(file, index=False)
+            frame.to_csv(file, index=False, na_rep="nan")
     for suffix, render in (("md", markdown), ("tex", latex)):
         with atomic(folder / f"main.{suffix}") as file:
             file.write_text(render(main, paired), encoding="utf-8")
@@ -269,8 +269,8 @@ def _footer(of_model, heads):
     lines = [
         f"Protocol: {'; '.join([common, *own])}. {'; '.join(counts)}. "
         "± is half of a 95 % interval: 1.96 bootstrap standard deviations over images (noise-prediction error: over "
-        "trajectories, with Student's factor). Only equal n compares. Bold: better than the runner-up at the same bits, "
-        "by the paired interval of their difference on the same seeds."
+        "trajectories, with Student's factor). Only equal n compares. Bold: better than the runner-up at the same "
+        "bits, by the paired interval of their difference on the same seeds."
     ]
     notes = of_model[of_model["note"] != ""]
     if len(notes):

@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -177,6 +178,7 @@ def test_rounding(value, half, text):
 
 
 def test_files(cells, tmp_path):
+    cells[1]["rows"][1].update(value=math.nan, low=math.nan, high=math.nan)  # a method that broke down
     paths = []
     for c in cells:
         paths.append(tmp_path / c["model"] / c["method"] / c["bits"] / "metrics.json")
@@ -185,7 +187,8 @@ def test_files(cells, tmp_path):
     tables.write(paths, tmp_path / "tables")
     written = sorted(file.name for file in (tmp_path / "tables").iterdir())
     assert written == ["eps_error.csv", "main.csv", "main.md", "main.tex", "paired.csv"]
-    main = pd.read_csv(tmp_path / "tables" / "main.csv", keep_default_na=False)
+    main = pd.read_csv(tmp_path / "tables" / "main.csv", keep_default_na=False, na_values=["nan"])
+    assert main["value"].isna().sum() == 1
     pd.testing.assert_frame_equal(main, tables.main_frame(cells), check_dtype=False)
 
 

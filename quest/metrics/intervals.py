@@ -15,7 +15,7 @@ distances of equal n are comparable, and nothing of the choice of the reference 
 """
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from quest.metrics.frechet import Statistics, frechet_distance, trace_sqrt
 
@@ -39,7 +39,7 @@ def mean_interval(value, resampled: np.ndarray, n: int) -> tuple:
     Where n is a few dozen, a mean takes Student's factor instead of 1.96, and the bootstrap's variance, (n - 1) / n of
     the unbiased one, is corrected.
     """
-    half = stats.t.ppf(0.975, n - 1) * np.sqrt(n / (n - 1)) * np.std(resampled, axis=0, ddof=1)
+    half = stdtrit(n - 1, 0.975) * np.sqrt(n / (n - 1)) * np.std(resampled, axis=0, ddof=1)
     return value - half, value + half
 
 
