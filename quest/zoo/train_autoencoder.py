@@ -99,7 +99,17 @@ def psnr(vae, x):
     return 10 * math.log10(4 / (y - x).square().mean().item())
 
 
-def train(out, iterations, images=20_000, batch_size=8, warm_start=0.33, learning_rate=1e-3, seed=0, log_every=50):
+def train(
+    out,
+    iterations,
+    images=20_000,
+    batch_size=8,
+    warm_start=0.33,
+    learning_rate=1e-3,
+    held_out=500,
+    seed=0,
+    log_every=50,
+):
     """Train and write a diffusers folder to `out`; `out`.checkpoint beside it is what a stopped run resumes from."""
     out = Path(out)
     checkpoint = out.with_name(out.name + ".checkpoint")
@@ -133,18 +143,18 @@ def train(out, iterations, images=20_000, batch_size=8, warm_start=0.33, learnin
             save_checkpoint(checkpoint, i + 1, [vae], optimizer)
     vae.eval()
     normalise(vae, to_tensor(data[:2000]))
-    held_out = to_tensor(scenes.draw("validation", 500).images())
-    print(f"autoencoder: {psnr(vae, held_out):.2f} dB on held-out scenes", flush=True)
+    unseen = to_tensor(scenes.draw("validation", held_out).images())
+    print(f"autoencoder: {psnr(vae, unseen):.2f} dB on held-out scenes", flush=True)
     with atomic_folder(out) as folder:
         vae.half().save_pretrained(folder)
-    print(f"autoencoder: {psnr(AutoencoderKL.from_pretrained(out).float(), held_out):.2f} dB after rounding to fp16")
+    print(f"autoencoder: {psnr(AutoencoderKL.from_pretrained(out).float(), unseen):.2f} dB after rounding to fp16")
     checkpoint.unlink(missing_ok=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, required=True, help="diffusers folder to write")
-    parser.add_argument("--iterations", type=int, default=2000, help="batches of 8 scenes (default %(default)s)")
+    parser.add_argument("--iterations", type=int, default=1800, help="batches of 8 scenes (default %(default)s)")
     parser.add_argument("--images", type=int, default=20_000, help="scenes to draw (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -43,7 +43,7 @@ def contrastive_loss(image, text, scale):
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
-def train(out, iterations, images=40_000, batch_size=128, learning_rate=2e-3, seed=2, log_every=25):
+def train(out, iterations, images=40_000, batch_size=128, learning_rate=2e-3, held_out=1000, seed=2, log_every=25):
     """Train and write a folder that quest.zoo.clip.load reads."""
     out = Path(out)
     checkpoint = out.with_name(out.name + ".checkpoint")
@@ -76,11 +76,11 @@ def train(out, iterations, images=40_000, batch_size=128, learning_rate=2e-3, se
         tokenizer.save_pretrained(folder)
         state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
         save_file({k: v.contiguous() for k, v in state.items()}, folder / "open_clip_model.safetensors")
-    report(out)
+    report(out, held_out)
 
 
 @torch.no_grad()
-def report(folder, n=1000):
+def report(folder, n):
     """Scores and retrieval on held-out scenes, with the weights as shipped."""
     model, _, tokenizer = load(folder)
     drawn = scenes.draw("validation", n)

@@ -66,7 +66,7 @@ def run_phase(name, net, data, wanted, iterations, checkpoint, learning_rate, se
             save_checkpoint(checkpoint, i + 1, [net], optimizer)
 
 
-def train(out, autoencoder, iterations, fine_tuning, images=40_000, seed=1):
+def train(out, autoencoder, iterations, fine_tuning, images=40_000, held_out=2000, seed=1):
     """Train and write config.json and model.safetensors to the folder `out`."""
     out = Path(out)
     checkpoints = [out.with_name(f"{out.name}.checkpoint{k}") for k in (1, 2)]
@@ -74,18 +74,18 @@ def train(out, autoencoder, iterations, fine_tuning, images=40_000, seed=1):
     net = SceneNet()
     drawn = scenes.draw("train", images)
     data, wanted = drawn.images(), targets(drawn)
-    held_out = scenes.draw("validation", 2000)
-    held_out_images, held_out_wanted = held_out.images(), targets(held_out)
+    unseen = scenes.draw("validation", held_out)
+    unseen, unseen_wanted = unseen.images(), targets(unseen)
     run_phase("extractor", net, data, wanted, iterations, checkpoints[0], 2e-3, seed)
-    report(net, "real scenes", held_out_images, held_out_wanted)
+    report(net, "real scenes", unseen, unseen_wanted)
     if fine_tuning:
         vae = AutoencoderKL.from_pretrained(autoencoder).float().eval()
         few = images // 4
         data = np.concatenate([data[:few], reconstruct(vae, data[:few])])
         wanted = {k: v[:few] for k, v in wanted.items()}
         run_phase("extractor, reconstructions", net, data, wanted, fine_tuning, checkpoints[1], 5e-4, seed + 1)
-        report(net, "real scenes", held_out_images, held_out_wanted)
-        report(net, "reconstructions", reconstruct(vae, held_out_images), held_out_wanted)
+        report(net, "real scenes", unseen, unseen_wanted)
+        report(net, "reconstructions", reconstruct(vae, unseen), unseen_wanted)
     with atomic_folder(out) as folder:
         (folder / "config.json").write_text(json.dumps(net.settings, indent=2) + "\n")
         save_file({k: v.half().contiguous() for k, v in net.state_dict().items()}, folder / "model.safetensors")

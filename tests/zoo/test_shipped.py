@@ -1,0 +1,103 @@
+"""The shipped weights do what their READMEs say, on scenes they were not trained on."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from quest.metrics.frechet import Statistics, frechet_distance, load_reference
+from quest.models import MODELS
+from quest.sampling import generate
+from quest.zoo import ZOO, clip, extractor, scenes
+from quest.zoo.latents import posterior_means
+from quest.zoo.train_autoencoder import to_tensor
+from quest.zoo.train_extractor import accuracy, reconstruct
+
+DENOISERS = ["scenes-text", "scenes-class", "scenes-uncond"]
+
+
+@pytest.fixture(scope="module")
+def pipelines():
+    return {name: MODELS[name].load() for name in DENOISERS}
+
+
+@pytest.fixture(scope="module")
+def unseen():
+    drawn = scenes.draw("validation", 300, start=5000)
+    return drawn, drawn.images()
+
+
+@pytest.fixture(scope="module")
+def net():
+    return extractor.load()
+
+
+def test_weights_are_small_and_half_precision():
+    assert sum(f.stat().st_size for f in ZOO.rglob("*") if f.is_file()) < 60e6
+    for file in ZOO.rglob("*.safetensors"):
+        assert {x.dtype for x in load_file(file).values() if x.is_floating_point()} == {torch.float16}, file
+
+
+def test_denoisers_share_one_autoencoder():
+    files = [(ZOO / name / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() for name in DENOISERS]
+    assert files[0] == files[1] == files[2]
+
+
+def test_latents_have_zero_mean_and_unit_variance(pipelines, unseen):
+    vae = pipelines["scenes-text"].vae
+    z = posterior_means(vae, unseen[1])
+    assert vae.config.scaling_factor == 1.0
+    assert z.mean((0, 2, 3)).abs().max() < 0.15 and (z.std((0, 2, 3)) - 1).abs().max() < 0.15
+
+
+def test_extractor_knows_unseen_scenes(net, unseen, pipelines):
+    drawn, images = unseen
+    wanted = extractor.targets(drawn)
+    assert accuracy(net, images, wanted)["logits"] >= 0.9
+    assert accuracy(net, reconstruct(pipelines["scenes-text"].vae, images), wanted)["logits"] >= 0.8
+
+
+def test_reference_belongs_to_the_extractor(net):
+    reference = load_reference(MODELS["scenes-text"].reference)
+    assert reference.pool.n >= 10_000
+    weights = (ZOO / "scenes-extractor" / "model.safetensors").read_bytes()
+    assert reference.metadata["extractor_sha256"] == hashlib.sha256(weights).hexdigest()
+    real = scenes.draw("evaluation", 500)
+    pool = extractor.outputs(net, to_tensor(real.images()))["pool"].numpy()
+    one_kind = pool[real.kind[:, 0] == 0]
+    near = frechet_distance(Statistics.from_features(pool), reference.pool)
+    assert frechet_distance(Statistics.from_features(one_kind), reference.pool) > 3 * near
+
+
+@torch.no_grad()
+def test_clip_score_tells_captions_apart(unseen):
+    model, preprocess, tokenizer = clip.load()
+    drawn, images = unseen[0][:100], unseen[1][:100]
+    image = model.encode_image(torch.stack([preprocess(Image.fromarray(i)) for i in images]), normalize=True)
+    text = model.encode_text(tokenizer(drawn.captions()), normalize=True)
+    scores = (100 * image @ text.T).numpy()
+    other = scores[~np.eye(100, dtype=bool)]
+    assert scores.diagonal().mean() > other.mean() + 3 * other.std()
+    assert (scores.argmax(1) == np.arange(100)).mean() > 0.8
+
+
+def test_preprocessing_of_clip_is_that_of_training(unseen):
+    _, preprocess, _ = clip.load()
+    assert torch.allclose(preprocess(Image.fromarray(unseen[1][0])), to_tensor(unseen[1][:1])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["scenes-text", "scenes-class"])
+def test_samples_obey(name, pipelines, net):
+    n = MODELS[name].batch_size // 2
+    images = next(generate(pipelines[name], MODELS[name], "validation", n))[2]
+    assert accuracy(net, images, extractor.targets(scenes.draw("validation", n)))["logits"] >= 0.7
+
+
+def test_unconditional_samples_are_scenes(pipelines, net):
+    _, latents, images = next(generate(pipelines["scenes-uncond"], MODELS["scenes-uncond"], "validation", 16))
+    assert torch.isfinite(latents).all() and len({image.tobytes() for image in images}) == 16
+    sure = extractor.outputs(net, to_tensor(images))["logits"].softmax(1).amax(1)
+    assert sure.mean() > 0.7
