@@ -19,7 +19,7 @@ STEP = 500
 @torch.no_grad()
 def posterior_means(vae, images):
     """uint8 scenes [N, 64, 64, 3] to latents [N, 8, 8, 8]."""
-    return torch.cat([vae.encode(part).latent_dist.mean for part in to_tensor(images).split(50)])
+    return torch.cat([vae.encode(part).latent_dist.mean for part in to_tensor(images).split(50)]).contiguous()
 
 
 def compute(autoencoder, path, count):

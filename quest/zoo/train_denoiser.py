@@ -197,18 +197,25 @@ def train(
     iterations,
     batch_size=32,
     learning_rate=1e-3,
+    start_from=None,
     seed=0,
     snapshot_every=0,
     save_every=100,
     log_every=50,
 ):
-    """Train model `name` and write its pipeline to the folder `out`; return the held-out error of the result."""
+    """Train model `name` and write its pipeline to the folder `out`; return the held-out error of the result.
+
+    `start_from` is the pipeline folder of another model, from whose denoiser (of the same kind) training starts.
+    """
     out = Path(out)
     checkpoint = out.with_name(out.name + ".checkpoint")
     vae = AutoencoderKL.from_pretrained(autoencoder).float().eval().requires_grad_(False)
     z, held_out = latents.load(latents_path)
     torch.manual_seed(seed)
     trainee = Trainee(name)
+    if start_from:
+        other = type(trainee.unet).from_pretrained(start_from, subfolder="unet")
+        trainee.unet.load_state_dict(other.float().state_dict())
     trainee.unet.to(memory_format=torch.channels_last)
     conditions = trainee.conditions(scenes.draw("train", len(z)))
     held_out_conditions = trainee.conditions(scenes.draw("validation", len(held_out)))
@@ -263,6 +270,7 @@ def main():
     parser.add_argument("--latents", type=Path, required=True, help="what quest.zoo.latents wrote")
     parser.add_argument("--iterations", type=int, default=6000, help="batches (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="scenes per batch (default %(default)s)")
+    parser.add_argument("--start-from", type=Path, help="pipeline folder whose denoiser training starts from")
     parser.add_argument("--snapshot-every", type=int, default=0, help="also write OUT.snapshot every N iterations")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -274,6 +282,7 @@ def main():
         args.latents,
         args.iterations,
         args.batch_size,
+        start_from=args.start_from,
         snapshot_every=args.snapshot_every,
     )
 
