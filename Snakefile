@@ -25,4 +25,4 @@ rule all:
 
 
 onerror:
-    print(f"A job failed. Its own log, named above after 'log:', says why; Snakemake's log is {log}.")
+    print(f"A job failed. Its own log, named above after 'log:', says why; Snakemake's log is {', '.join(log)}.")

@@ -12,78 +12,117 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 
-# Stands in for every script of the workflow: each path after an output option gets the whole command line.
-STUB = '''
+# Stands in for every script: each path after one of these options gets the whole command line, each folder its tables.
+STUB = """
 import sys
 from pathlib import Path
-outputs = {outputs!r}
-option = None
+outputs, option = {outputs!r}, None
 for argument in sys.argv[1:]:
-    option = argument if argument.startswith("-") else option
-    if option in outputs:
-        Path(argument).write_text(" ".join(sys.argv[1:]))
-'''
+    if argument.startswith("-"):
+        option = argument
+    elif option in outputs:
+        path = Path(argument)
+        for file in [path] if path.suffix else [path / name for name in {tables!r}]:
+            file.write_text(" ".join(sys.argv[1:]))
+"""
 OUTPUTS = {
     "trajectories": ["--calibration", "--evaluation", "--ranges"],
     "quantize": ["-o"],
     "sample": ["--samples", "--features"],
     "metrics": ["-o"],
     "tables": ["-o"],
-    "figures": ["-o"],
-    "readme": ["-o"],
+    "curves": ["-o"],
+    "grid": ["-o"],
 }
+TABLES = ["main.csv", "main.md", "main.tex", "paired.csv", "eps_error.csv"]
 
 
 class Project:
-    """A folder with the workflow in it."""
+    """A folder with the workflow in it; with `stubs`, in place of what takes time: scripts and weights of models."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, stubs: bool = False):
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         shutil.copy(ROOT / "Snakefile", folder)
         shutil.copy(ROOT / "environment.yml", folder)
-        shutil.copytree(ROOT / "workflow", folder / "workflow", ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("quest", "baselines", "resources"):
-            (folder / name).symlink_to(ROOT / name)
-
-    def stub(self) -> None:
+        for name in ("workflow", "quest", "baselines"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        if not stubs:
+            (folder / "resources").symlink_to(ROOT / "resources")
+            return
         for name, outputs in OUTPUTS.items():
-            (self.folder / f"workflow/scripts/{name}.py").write_text(STUB.format(outputs=outputs))
+            self.write(f"workflow/scripts/{name}.py", STUB.format(outputs=outputs, tables=TABLES))
+        for model in ("scenes-uncond", "scenes-class", "scenes-text"):
+            self.write(f"resources/zoo/{model}/unet/weights.safetensors", "")
+        self.write("resources/reference/scenes.npz", "")
+
+    def write(self, name: str, text: str) -> None:
+        file = self.folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
 
     def config(self, name: str = "default") -> dict:
         return yaml.safe_load((self.folder / f"workflow/config/{name}.yaml").read_text())
 
-    def write(self, config: dict, name: str = "default") -> None:
-        (self.folder / f"workflow/config/{name}.yaml").write_text(yaml.safe_dump(config))
+    def configure(self, config: dict) -> None:
+        self.write("workflow/config/default.yaml", yaml.safe_dump(config, sort_keys=False))
 
-    def snakemake(self, *arguments: str, **options) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
-        environment = os.environ | {"PYTHONPATH": str(self.folder)}
-        options = {"capture_output": True, "text": True, "timeout": 300} | options
-        return subprocess.run(command, cwd=self.folder, env=environment, **options)
+    def command(self, *arguments: str) -> dict:
+        """What subprocess needs to run Snakemake here; rules call `python`, which must be this one."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {
+            "args": [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
+            "cwd": self.folder,
+            "env": os.environ | {"PYTHONPATH": str(self.folder), "PATH": path},
+        }
+
+    def snakemake(self, *arguments: str, timeout: int = 300) -> subprocess.CompletedProcess:
+        """Run Snakemake; what it says is in `stdout`."""
+        return subprocess.run(
+            **self.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+        )
 
     def planned(self, *arguments: str) -> list[str]:
-        """The shell commands Snakemake would run, and "rule: reason" lines mixed in, as `snakemake -n -p` tells them."""
+        """The shell commands Snakemake would run."""
         run = self.snakemake("--dry-run", "--printshellcmds", *arguments)
-        assert run.returncode == 0, run.stdout + run.stderr
-        return re.findall(r"python -m workflow\.scripts\.\S+ .*", run.stdout + run.stderr)
+        assert run.returncode == 0, run.stdout
+        return re.findall(r"python -m workflow\.scripts\.\S+ .*", run.stdout)
 
 
 @pytest.fixture
 def project(tmp_path) -> Project:
-    return Project(tmp_path)
+    """The workflow as it is, with the shipped models."""
+    return Project(tmp_path / "project")
 
 
 @pytest.fixture
 def stubbed(tmp_path) -> Project:
-    """One model, five cells, stub scripts."""
-    project = Project(tmp_path)
-    project.stub()
-    config = project.config()
-    config["models"] = {"scenes-class": {"images": 500, "shards": 2}}
-    config["grid"] = [
-        {"model": ["scenes-class"], "method": ["fp"], "bits": ["w32a32"]},
-        {"model": ["scenes-class"], "method": ["rtn", "rtn-mse", "quest"], "bits": ["w4a4"]},
-    ]
-    config["methods"] = {"fp": {}, "rtn": {}, "rtn-mse": {}, "quest": {"init": "rtn-mse"}}
-    project.write(config)
+    """The default config with stub scripts, nothing made yet."""
+    return Project(tmp_path / "project", stubs=True)
+
+
+@pytest.fixture(scope="session")
+def _finished(tmp_path_factory) -> Path:
+    project = Project(tmp_path_factory.mktemp("finished") / "project", stubs=True)
+    project.configure(
+        {
+            "name": "default",
+            "models": {"scenes-class": {"images": 500}},
+            "grid": [
+                {"model": ["scenes-class"], "method": ["fp"], "bits": ["w32a32"]},
+                {"model": ["scenes-class"], "method": ["rtn", "rtn-mse", "quest"], "bits": ["w4a4"]},
+            ],
+            "methods": {"fp": {}, "rtn": {}, "rtn-mse": {}, "quest": {"init": "rtn-mse"}},
+        }
+    )
+    run = project.snakemake()
+    assert run.returncode == 0, run.stdout
+    return project.folder
+
+
+@pytest.fixture
+def finished(_finished, tmp_path) -> Project:
+    """One model, four cells, stub scripts, everything made. A copy: tests may change it."""
+    project = object.__new__(Project)
+    project.folder = shutil.copytree(_finished, tmp_path / "project")  # keeps the times of files
     return project

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -13,51 +14,191 @@ from pathlib import Path
 import pytest
 import yaml
 
+from quest.config import runs
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(file.stem for file in ROOT.glob("workflow/config/*.yaml"))
+METHODS = {"fp", "rtn", "rtn-mse", "quest"}
 
 
-def cells(commands: list[str], script: str) -> set[str]:
-    """The "method" or "method/bits" words of the commands of one script."""
-    words = [shlex.split(command) for command in commands if f"workflow.scripts.{script} " in command]
+def of(commands: list[str], script: str) -> list[list[str]]:
+    """The commands of one script, in words."""
+    return [shlex.split(command) for command in commands if f"workflow.scripts.{script} " in command]
+
+
+def methods(commands: list[str], script: str) -> set[str]:
+    """The methods whose cells one script would make."""
     if script == "sample":
-        return {re.search(r"([\w-]+)/w\d+a\d+/samples-\d+", " ".join(line))[1] for line in words}
-    return {line[4] for line in words}
+        return {re.search(r"([\w-]+)/w\d+a\d+/samples-\d+", " ".join(words))[1] for words in of(commands, script)}
+    return {words[4] for words in of(commands, script)}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_runs_its_own_recipes(project, name):
+def test_every_config_runs_its_own_recipes(stubbed, name):
     """A default loaded beside another config would leak its recipes and cells into it."""
-    options = [] if name == "default" else ["--configfile", f"workflow/config/{name}.yaml"]
-    commands = project.planned(*options)
-    config = project.config(name)
-    quantized = [shlex.split(command) for command in commands if "workflow.scripts.quantize " in command]
-    recipes = {line[4]: json.loads(line[line.index("--recipe") + 1]) for line in quantized}
+    commands = stubbed.planned(*([] if name == "default" else ["--configfile", f"workflow/config/{name}.yaml"]))
+    config = stubbed.config(name)
+    recipes = {words[4]: json.loads(words[words.index("--recipe") + 1]) for words in of(commands, "quantize")}
     assert recipes == {method: recipe for method, recipe in config["methods"].items() if method != "fp"}
-    assert {line[3] for line in quantized} == set(config["models"])
-    grid = {method for block in config["grid"] for method in block["method"]}
-    assert cells(commands, "metrics") == cells(commands, "sample") == grid
+    made = {tuple(words[3:6]) for words in of(commands, "metrics")}
+    assert made == {(run.model, run.method, run.bits) for run in runs(config)}
+    images = {words[3]: int(words[words.index("-n") + 1]) for words in of(commands, "sample")}
+    assert images == {model: settings["images"] for model, settings in config["models"].items()}
     assert all(f"results/{name}/" in command for command in commands)
 
 
-def test_editing_a_recipe_reruns_that_method_and_a_comment_reruns_nothing(stubbed):
-    done = stubbed.snakemake()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert stubbed.planned() == []
+def test_nothing_runs_twice_and_a_comment_reruns_nothing(finished):
+    assert finished.planned() == []
+    file = finished.folder / "workflow/config/default.yaml"
+    reordered = yaml.safe_dump(finished.config(), sort_keys=True)
+    assert reordered != file.read_text()
+    file.write_text("# A comment, and the same settings in another order.\n" + reordered)
+    assert finished.planned() == []
 
-    file = stubbed.folder / "workflow/config/default.yaml"
-    file.write_text("# A comment, and the same settings in another order.\n" + yaml.safe_dump(stubbed.config()))
-    assert stubbed.planned() == []
 
+@pytest.mark.parametrize("edited, rerun", [("rtn", {"rtn"}), ("rtn-mse", {"rtn-mse", "quest"}), ("quest", {"quest"})])
+def test_editing_a_recipe_reruns_that_method_and_what_starts_from_it(finished, edited, rerun):
+    config = finished.config()
+    config["methods"][edited]["samples"] = 8
+    finished.configure(config)
+    commands = finished.planned()
+    assert {script: methods(commands, script) for script in ("quantize", "sample", "metrics")} == {
+        "quantize": rerun,
+        "sample": rerun,
+        "metrics": rerun,
+    }
+    assert (len(of(commands, "tables")), len(of(commands, "trajectories"))) == (1, 0)
+
+
+def test_adding_a_method_runs_that_method(finished):
+    config = finished.config()
+    config["grid"].append({"model": ["scenes-class"], "method": ["rtn"], "bits": ["w8a8"]})
+    finished.configure(config)
+    commands = finished.planned()
+    assert [words[3:6] for words in of(commands, "quantize")] == [["scenes-class", "rtn", "w8a8"]]
+    assert len(of(commands, "tables")) == 1
+
+
+def test_a_retrained_model_reruns_its_cells(finished):
+    finished.write("resources/zoo/scenes-class/unet/weights.safetensors", "trained for longer")
+    assert methods(finished.planned(), "sample") == METHODS
+
+
+def test_editing_a_script_reruns_its_rule(finished):
+    finished.write("workflow/scripts/metrics.py", (finished.folder / "workflow/scripts/metrics.py").read_text() + "#\n")
+    commands = finished.planned()
+    assert methods(commands, "metrics") == METHODS
+    assert of(commands, "sample") == []
+
+
+def test_a_second_run_of_the_default_grid_takes_seconds(stubbed):
+    """In seconds of CPU, so that a busy machine does not fail it. Files stand in for what a first run leaves."""
+    listed = stubbed.snakemake("--summary").stdout
+    outputs = re.findall(r"^results/default/\S+", listed, flags=re.MULTILINE)
+    assert len(outputs) > 100
+    for output in outputs:
+        stubbed.write(output, "")
+    now = time.time()
+    for output in outputs:
+        os.utime(stubbed.folder / output, (now, now))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    again = stubbed.snakemake()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "Nothing to be done" in again.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+
+
+def test_lint(stubbed):
+    run = stubbed.snakemake("--lint")
+    assert run.returncode == 0, run.stdout
+
+
+def test_a_fault_in_a_config_is_one_line_before_any_job(stubbed):
     config = stubbed.config()
-    config["methods"]["rtn"] = {"samples": 8}
-    stubbed.write(config)
-    commands = stubbed.planned()
-    assert cells(commands, "quantize") == cells(commands, "sample") == cells(commands, "metrics") == {"rtn"}
-    assert any("workflow.scripts.tables" in command for command in commands)
-    assert not any("workflow.scripts.trajectories" in command for command in commands)
+    config["methods"]["quest"]["lr_wieght"] = 1
+    stubbed.configure(config)
+    run = stubbed.snakemake()
+    assert run.returncode != 0 and "Traceback" not in run.stdout and "rule " not in run.stdout
+    (line,) = [line for line in run.stdout.splitlines() if "lr_wieght" in line]
+    assert "methods.quest" in line and "did you mean 'lr_weight'" in line and "cma_iterations" in line
 
-    config["methods"]["rtn"] = {}
-    config["methods"]["rtn-mse"] = {"samples": 8}
-    stubbed.write(config)
-    assert cells(stubbed.planned(), "quantize") == {"rtn-mse", "quest"}  # quest starts from rtn-mse
+
+def test_two_configs_with_one_name(stubbed):
+    stubbed.write("mine.yaml", yaml.safe_dump(stubbed.config()))
+    run = stubbed.snakemake("--dry-run", "--configfile", "mine.yaml")
+    assert run.returncode != 0 and "Traceback" not in run.stdout
+    (line,) = [line for line in run.stdout.splitlines() if "'default'" in line]
+    assert "mine.yaml" in line and "workflow/config/default.yaml" in line
+
+
+def test_a_failed_job_tells_where_its_log_is(stubbed):
+    stubbed.write("workflow/scripts/trajectories.py", "raise SystemExit('layer conv_in: the input is constant')")
+    run = stubbed.snakemake("results/default/scenes-class/calibration.safetensors")
+    log = "results/default/scenes-class/trajectories.log"
+    assert run.returncode != 0 and f"log: {log}" in run.stdout
+    assert (stubbed.folder / log).read_text() == "layer conv_in: the input is constant\n"
+
+
+SLOW_WRITER = """
+import sys, time
+from pathlib import Path
+from quest.files import atomic
+with atomic(sys.argv[sys.argv.index("-o") + 1]) as file:
+    file.write_text("first half, ")
+    if not Path("killed").exists():
+        Path("writing").touch()
+        time.sleep(300)
+    file.write_text("first half, second half")
+"""
+
+
+def test_a_run_killed_in_mid_write_resumes(stubbed):
+    stubbed.write("workflow/scripts/quantize.py", SLOW_WRITER)
+    cell = stubbed.folder / "results/default/scenes-class/rtn/w4a4"
+    target = str((cell / "model.safetensors").relative_to(stubbed.folder))
+    with (stubbed.folder / "killed.log").open("w") as log:
+        run = subprocess.Popen(**stubbed.command(target), stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (stubbed.folder / "writing").exists():
+            assert time.monotonic() < deadline and run.poll() is None, (stubbed.folder / "killed.log").read_text()
+            time.sleep(0.1)
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)  # Snakemake and the job at once, as when a machine goes down
+        run.wait()
+    assert not (stubbed.folder / target).exists()
+
+    stubbed.write("killed", "")
+    calibration = cell.parents[1] / "calibration.safetensors"
+    made = calibration.stat().st_mtime_ns
+    stubbed.snakemake("--unlock")
+    again = stubbed.snakemake("--rerun-incomplete", target)
+    assert again.returncode == 0, again.stdout
+    assert (stubbed.folder / target).read_text() == "first half, second half"
+    assert calibration.stat().st_mtime_ns == made  # what was whole is not made again
+
+
+@pytest.mark.parametrize("script", ["metrics", "tables", "curves", "grid"])
+def test_scripts_on_arrays_need_no_torch(script):
+    """What such a script imports, and nothing else: its imports are late, so they are read from its source."""
+    source = (ROOT / f"workflow/scripts/{script}.py").read_text()
+    imports = re.findall(r"^ +((?:from quest\S* )?import .*)$", source, flags=re.MULTILINE)
+    assert any("quest" in line for line in imports)
+    code = "\n".join([*imports, "import sys; print(*sys.modules)"])
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {"torch", "diffusers", "transformers"} & set(run.stdout.split()) == set()
+
+
+def test_readme_has_the_two_commands():
+    readme = (ROOT / "README.md").read_text()
+    assert "\n    pip install -e . && snakemake --cores all\n" in readme
+    assert "\n    pip install -e '.[test]' && pytest\n" in readme
+
+
+@pytest.mark.slow
+def test_the_smoke_config_runs_from_beginning_to_end(project):
+    run = project.snakemake("--configfile", "workflow/config/smoke.yaml", timeout=900)
+    assert run.returncode == 0, run.stdout
+    main = (project.folder / "results/smoke/tables/main.csv").read_text()
+    assert all(f"scenes-class,{cell}," in main for cell in ("fp,w32a32", "rtn,w4a4", "quest,w4a4"))
