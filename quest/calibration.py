@@ -28,8 +28,8 @@ from quest.sampling import generate
 class CalibrationSet:
     """N denoiser calls: rows in the order they were made, trajectory by trajectory within a call.
 
-    sample [N, C, h, w], timestep [N] (int64), conditioning {argument: [N, ...]}, target [N, C, h, w] (the full-precision
-    prediction), trajectory [N] (image index), call [N] (0 for the noisiest; a sampler may visit a timestep twice).
+    sample [N, C, h, w], timestep [N] (int64), conditioning {argument: [N, ...]}, target [N, C, h, w] (the prediction of
+    full precision), trajectory [N] (image index), call [N] (0 for the noisiest; a sampler may visit a timestep twice).
     """
 
     sample: Tensor
@@ -107,7 +107,7 @@ def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int) -> Calibr
 
 @contextmanager
 def calibrating(denoiser: nn.Module, choose: Callable) -> Iterator[None]:
-    """While inside, a forward pass sets the range of every activation quantizer, each from its own (quantized) input."""
+    """While inside, a forward pass sets the range of each activation quantizer from its own (quantized) input."""
     quantizers = input_quantizers(denoiser).values()
     for q in quantizers:
         q.choose = choose
