@@ -1,0 +1,135 @@
+"""The scripts that see arrays only, from made-up arrays to the README, as the rules call them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from quest.metrics.frechet import Statistics
+
+ROOT = Path(__file__).parents[2]
+N, CALLS = 40, 3
+TORCH_FREE = (
+    "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__');"
+    "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+)
+
+
+def script(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run one script in a process of its own, which fails if torch was imported."""
+    command = [sys.executable, "-c", TORCH_FREE, f"workflow.scripts.{name}", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def succeed(*arguments: object) -> None:
+    run = script(*arguments)
+    assert run.returncode == 0, run.stderr
+
+
+def sample(folder: Path, seed: int, noise: float) -> None:
+    """What the sample script would write for a cell, in two shards: the same draws everywhere, and noise on top."""
+    common, own = np.random.default_rng(0), np.random.default_rng(seed)
+    drawn = {"latents": (N, 2, 4, 4), "pool": (N, 6), "spatial": (N, 7), "logits": (N, 5)}
+    arrays = {name: common.normal(size=shape) + noise * own.normal(size=shape) for name, shape in drawn.items()}
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    images = (64 * common.random((N, 8, 8, 3)) + 64 * noise * own.random((N, 8, 8, 3))).astype(np.uint8)
+    metadata = json.dumps({"provenance": {"commit": "abc", "dirty": False, "versions": {}, "machine": {}}})
+    folder.mkdir(parents=True)
+    for shard, index in enumerate((np.arange(0, N // 2), np.arange(N // 2, N))):
+        features = {name: arrays[name][index] for name in ("pool", "spatial", "logits")}
+        if shard == 0 and noise:
+            features |= {"eps_error": noise * own.random((4, CALLS)), "timesteps": np.array([801, 401, 1])}
+        np.savez(folder / f"features-{shard}.npz", index=index, **features, metadata=metadata)
+        kept = {"images": images[index], "latents": arrays["latents"][index]}
+        np.savez(folder / f"samples-{shard}.npz", index=index, **kept, metadata=metadata)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Metrics, tables and figures of three cells."""
+    from quest.metrics.frechet import save_reference
+
+    folder = tmp_path_factory.mktemp("run")
+    model = folder / "scenes-class"
+    cells = {"fp/w32a32": 0.0, "rtn/w4a4": 0.5, "quest/w4a4": 0.1}
+    for seed, (cell, noise) in enumerate(cells.items(), 1):
+        sample(model / cell, seed, noise)
+    reference = folder / "reference.npz"
+    real = np.random.default_rng(9)
+    pool, spatial = (Statistics.from_features(real.normal(size=(200, d))) for d in (6, 7))
+    save_reference(reference, pool, spatial, {"what": "made up"})
+
+    def files(cell, kind):
+        return [model / cell / f"{kind}-{shard}.npz" for shard in (1, 0)]
+
+    for cell in cells:
+        arguments = ["--features", *files(cell, "features"), "--samples", *files(cell, "samples")]
+        full = ["--fp-features", *files("fp/w32a32", "features"), "--fp-samples", *files("fp/w32a32", "samples")]
+        rest = [*full, "--reference", reference, "-o", model / cell / "metrics.json"]
+        succeed("metrics", "scenes-class", *cell.split("/"), *arguments, *rest)
+    succeed("tables", *[model / cell / "metrics.json" for cell in cells], "-o", folder / "tables")
+    (model / "ranges.csv").write_text("layer_class,timestep,low,high\nattention,801,-1,2\nattention,1,-2,3\n")
+    figures = [folder / f"figures/{name}.png" for name in ("fid_vs_bits", "eps_error_vs_timestep")]
+    figures += [folder / "figures/activation_ranges_vs_timestep.png"]
+    tables = ["--main", folder / "tables/main.csv", "--eps-error", folder / "tables/eps_error.csv"]
+    succeed("curves", *tables, "--ranges", model / "ranges.csv", "-o", *figures)
+    rows = [model / cell / "samples-0.npz" for cell in cells]
+    succeed("grid", *rows, "-n", 4, "-o", folder / "figures/samples-scenes-class-w4a4.png")
+    return folder
+
+
+def test_cells_become_tables_and_figures(run):
+    main = pd.read_csv(run / "tables/main.csv").set_index(["method", "metric"])
+    assert main.loc[("quest", "latent_mse"), "value"] == pytest.approx(0.01, rel=0.2)
+    assert main.loc[("rtn", "latent_mse"), "value"] == pytest.approx(0.25, rel=0.2)
+    assert ("fp", "latent_mse") not in main.index
+    assert set(main["n"].drop("eps_error", level="metric")) == {N}
+    assert set(main["protocol"].str.partition(";")[0]) == {"ddim 20, eta 0, guidance 3"}
+    paired = pd.read_csv(run / "tables/paired.csv").set_index(["method", "versus", "metric"])
+    assert paired.loc[("quest", "rtn", "latent_mse"), "better"] == "quest"
+    for figure in (
+        "fid_vs_bits",
+        "eps_error_vs_timestep",
+        "activation_ranges_vs_timestep",
+        "samples-scenes-class-w4a4",
+    ):
+        assert (run / f"figures/{figure}.png").stat().st_size > 1000
+
+
+def put_into(readme: Path, run: Path) -> subprocess.CompletedProcess:
+    tables = [run / f"tables/{name}" for name in ("main.md", "main.csv", "paired.csv")]
+    figures = [run / "figures/samples-scenes-class-w4a4.png"]
+    return script("readme", "--tables", *tables, "--figures", *figures, "--readme", readme)
+
+
+def test_results_go_between_the_markers_of_the_readme(run, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results: begin -->\nstale\n<!-- results: end -->\nafter\n")
+    assert put_into(readme, run).returncode == 0
+    once = readme.read_text()
+    assert once.startswith("before\n<!-- results: begin -->\n") and once.endswith("<!-- results: end -->\nafter\n")
+    assert "stale" not in once and (run / "tables/main.md").read_text().strip() in once
+    assert "| scenes-class | w4a4 | latent MSE to FP | quest | rtn |" in once
+    for link in ("samples-scenes-class-w4a4.png", "main.csv", "paired.csv"):
+        assert f"(docs/assets/{link})" in once and (tmp_path / "docs/assets" / link).is_file()
+    assert put_into(readme, run).returncode == 0
+    assert readme.read_text() == once
+
+
+def test_a_readme_without_markers_is_left_alone(run, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    said = put_into(readme, run)
+    assert said.returncode != 0 and "<!-- results: begin -->" in said.stderr
+    assert readme.read_text() == "no markers"
+
+
+def test_the_readme_has_the_markers_and_the_two_commands():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("<!-- results: begin -->") == text.count("<!-- results: end -->") == 1
+    assert "\n    pip install -e . && snakemake --cores all\n" in text
+    assert "\n    pip install -e '.[test]' && pytest\n" in text
