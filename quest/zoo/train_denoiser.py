@@ -53,7 +53,7 @@ def build_unet(name):
         "sample_size": 8,
         "in_channels": LATENT_CHANNELS,
         "out_channels": LATENT_CHANNELS,
-        "block_out_channels": (64, 128),
+        "block_out_channels": (48, 96),
         "layers_per_block": 1,
         "norm_num_groups": 8,
     }
@@ -62,7 +62,7 @@ def build_unet(name):
             **common,
             down_block_types=("AttnDownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "AttnUpBlock2D"),
-            attention_head_dim=32,
+            attention_head_dim=24,
             resnet_time_scale_shift="scale_shift",
             downsample_type="resnet",
             upsample_type="resnet",
