@@ -1,0 +1,52 @@
+"""Try recipes of one method on held-out trajectories: how the presets were chosen (results/LOG.md has the outcome).
+
+The trajectories are those of the validation seeds, which nothing else uses. Prints one row per recipe, best last.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a name in quest.models.MODELS")
+    parser.add_argument("method", help="a name in baselines.METHODS")
+    parser.add_argument("bits", help="weight and activation bits, e.g. w4a4")
+    parser.add_argument("recipes", type=json.loads, help='JSON list of keyword arguments, e.g. [{}, {"samples": 64}]')
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--validation", type=Path, required=True, help="made here where it is missing")
+    parser.add_argument("-n", type=int, default=16, help="validation trajectories (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+
+    import torch
+
+    import quest
+    from quest.calibration import CalibrationSet, collect, eps_error
+    from quest.models import MODELS
+
+    torch.set_num_threads(arguments.threads)
+    model = MODELS[arguments.model]
+    pipe = model.load()
+    if not arguments.validation.exists():
+        collect(pipe, model, "validation", arguments.n).save(arguments.validation)
+    validation = CalibrationSet.load(arguments.validation)
+    calibration = CalibrationSet.load(arguments.calibration)
+    rows = []
+    for recipe in arguments.recipes:
+        start = time.perf_counter()
+        q = quest.quantize(pipe, arguments.method, arguments.bits, calibration=calibration, **recipe)
+        seconds = time.perf_counter() - start
+        errors = eps_error(q, validation)[0].mean(1)  # [trajectories]
+        deviation = errors.std() / len(errors) ** 0.5
+        rows.append((errors.mean().item(), deviation.item(), seconds, json.dumps(recipe)))
+        print("{:.5f} +- {:.5f}  {:.0f} s  {}".format(*rows[-1]), flush=True)
+    print("in order:")
+    for row in sorted(rows, reverse=True):
+        print("{:.5f} +- {:.5f}  {:.0f} s  {}".format(*row))
+
+
+if __name__ == "__main__":
+    main()
