@@ -66,7 +66,7 @@ def run_phase(name, net, data, wanted, iterations, checkpoint, learning_rate, se
             save_checkpoint(checkpoint, i + 1, [net], optimizer)
 
 
-def train(out, autoencoder, iterations, fine_tuning, images=40_000, held_out=2000, seed=1):
+def train(out, autoencoder, iterations, fine_tuning, images=20_000, held_out=2000, seed=1):
     """Train and write config.json and model.safetensors to the folder `out`."""
     out = Path(out)
     checkpoints = [out.with_name(f"{out.name}.checkpoint{k}") for k in (1, 2)]
@@ -100,11 +100,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--autoencoder", type=Path, help="diffusers folder of the trained autoencoder")
-    parser.add_argument("--iterations", type=int, default=5000, help="batches of 64 scenes (default %(default)s)")
+    parser.add_argument("--iterations", type=int, default=1200, help="batches of 64 scenes (default %(default)s)")
     parser.add_argument(
-        "--fine-tuning", type=int, default=1500, help="further batches, half of them reconstructions (%(default)s)"
+        "--fine-tuning", type=int, default=400, help="further batches, half of them reconstructions (%(default)s)"
     )
-    parser.add_argument("--images", type=int, default=40_000, help="scenes to draw (default %(default)s)")
+    parser.add_argument("--images", type=int, default=20_000, help="scenes to draw (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     if args.fine_tuning and not args.autoencoder:
