@@ -4,7 +4,7 @@ scenes-text   a StableDiffusionPipeline; the small CLIP text encoder is trained 
 scenes-class  conditioned on kind x colour of the main object
 scenes-uncond unconditional
 
-All predict the noise of the scaled-linear schedule of latent diffusion (arXiv:2112.10752) over 1000 steps, with
+scenes-class starts from the denoiser of scenes-text, whose shape it shares.  All predict the noise of the scaled-linear schedule of latent diffusion (arXiv:2112.10752) over 1000 steps, with
 min-SNR-5 weights (arXiv:2303.09556) and a moving average of the parameters, and drop a tenth of the conditions for
 classifier-free guidance (arXiv:2207.12598).  A stopped run resumes from `OUT.checkpoint`; while the learning rate is
 level (the first three quarters) it may resume with another number of iterations.
@@ -39,7 +39,8 @@ from quest.zoo.training import (
 )
 from quest.zoo.vocabulary import MAX_LENGTH, build_tokenizer, encode
 
-MODELS = ("scenes-text", "scenes-class", "scenes-uncond")
+# Model -> batches its recipe takes.
+MODELS = {"scenes-text": 5200, "scenes-class": 2500, "scenes-uncond": 4700}
 WIDTH = 64  # of a context token
 DROPPED = 0.1
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -268,7 +269,7 @@ def main():
     parser.add_argument("--autoencoder", type=Path, required=True, help="diffusers folder of the trained autoencoder")
     parser.add_argument("-o", "--out", type=Path, required=True, help="pipeline folder to write")
     parser.add_argument("--latents", type=Path, required=True, help="what quest.zoo.latents wrote")
-    parser.add_argument("--iterations", type=int, default=6000, help="batches (default %(default)s)")
+    parser.add_argument("--iterations", type=int, help=f"batches (default {MODELS})")
     parser.add_argument("--batch-size", type=int, default=32, help="scenes per batch (default %(default)s)")
     parser.add_argument("--start-from", type=Path, help="pipeline folder whose denoiser training starts from")
     parser.add_argument("--snapshot-every", type=int, default=0, help="also write OUT.snapshot every N iterations")
@@ -280,7 +281,7 @@ def main():
         args.autoencoder,
         args.out,
         args.latents,
-        args.iterations,
+        args.iterations or MODELS[args.model],
         args.batch_size,
         start_from=args.start_from,
         snapshot_every=args.snapshot_every,

@@ -83,6 +83,7 @@ rule zoo_denoiser:
     input:
         autoencoder="results/zoo/autoencoder",
         latents="results/zoo/latents.safetensors",
+        start=lambda wc: "results/zoo/scenes-text" if wc.denoiser == "scenes-class" else [],
     output:
         directory("results/zoo/{denoiser}"),
     log:
@@ -95,9 +96,11 @@ rule zoo_denoiser:
     resources:
         mem_mb=3000,
         runtime=360,
+    params:
+        start=lambda wc, input: f"--start-from {input.start}" if input.start else "",
     shell:
         "python -u -m quest.zoo.train_denoiser {wildcards.denoiser} --autoencoder {input.autoencoder}"
-        " --latents {input.latents} -o {output} --threads {threads} > {log} 2>&1"
+        " {params.start} --latents {input.latents} -o {output} --threads {threads} > {log} 2>&1"
 
 
 rule zoo_reference:
