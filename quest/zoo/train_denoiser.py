@@ -4,10 +4,11 @@ scenes-text   a StableDiffusionPipeline; the small CLIP text encoder is trained 
 scenes-class  conditioned on kind x colour of the main object
 scenes-uncond unconditional
 
-scenes-class starts from the denoiser of scenes-text, whose shape it shares.  All predict the noise of the scaled-linear schedule of latent diffusion (arXiv:2112.10752) over 1000 steps, with
-min-SNR-5 weights (arXiv:2303.09556) and a moving average of the parameters, and drop a tenth of the conditions for
-classifier-free guidance (arXiv:2207.12598).  A stopped run resumes from `OUT.checkpoint`; while the learning rate is
-level (the first three quarters) it may resume with another number of iterations.
+scenes-class starts from the denoiser of scenes-text, whose shape it shares.  All predict the noise of the scaled-linear
+schedule of latent diffusion (arXiv:2112.10752) over 1000 steps, with min-SNR-5 weights (arXiv:2303.09556) and a moving
+average of the parameters, and drop a tenth of the conditions for classifier-free guidance (arXiv:2207.12598).  A
+stopped run resumes from `OUT.checkpoint`; while the learning rate is level (the first three quarters) it may resume
+with another number of iterations.
 """
 
 import argparse
