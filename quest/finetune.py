@@ -45,7 +45,7 @@ def quantize(
     selection: str | None = None,  # layers tuned in step 3, of SELECTIONS; default: by the kind of pipeline
     keep: dict[str, int] | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
     softmax_bits: int = 8,
-    samples: int = 64,  # random calibration rows per time group that set the activation ranges
+    samples: int = 32,  # random calibration rows per time group that set the activation ranges
     tla_iterations: int = 100,
     cma_iterations: int = 200,
     batch: int = 32,  # rows per iteration, all of one time group
