@@ -101,9 +101,9 @@ def test_cells_become_tables_and_figures(run):
 
 
 def put_into(readme: Path, run: Path) -> subprocess.CompletedProcess:
-    tables = [run / f"tables/{name}" for name in ("main.md", "main.csv", "paired.csv")]
-    figures = [run / "figures/samples-scenes-class-w4a4.png"]
-    return script("readme", "--tables", *tables, "--figures", *figures, "--readme", readme)
+    names = {"--table": "main.md", "--main": "main.csv", "--paired": "paired.csv"}
+    tables = [word for option, name in names.items() for word in (option, run / "tables" / name)]
+    return script("readme", *tables, "--figures", run / "figures/samples-scenes-class-w4a4.png", "--readme", readme)
 
 
 def test_results_go_between_the_markers_of_the_readme(run, tmp_path):
@@ -113,6 +113,7 @@ def test_results_go_between_the_markers_of_the_readme(run, tmp_path):
     once = readme.read_text()
     assert once.startswith("before\n<!-- results: begin -->\n") and once.endswith("<!-- results: end -->\nafter\n")
     assert "stale" not in once and (run / "tables/main.md").read_text().strip() in once
+    assert "commit abc" in once
     assert "| scenes-class | w4a4 | latent MSE to FP | quest | rtn |" in once
     for link in ("samples-scenes-class-w4a4.png", "main.csv", "paired.csv"):
         assert f"(docs/assets/{link})" in once and (tmp_path / "docs/assets" / link).is_file()

@@ -59,7 +59,9 @@ rule grid:
 rule readme:
     input:
         script="workflow/scripts/readme.py",
-        tables=expand("results/{name}/tables/{table}", name=NAME, table=["main.md", "main.csv", "paired.csv"]),
+        table=f"results/{NAME}/tables/main.md",
+        main=f"results/{NAME}/tables/main.csv",
+        paired=f"results/{NAME}/tables/paired.csv",
         figures=expand("results/{name}/figures/{figure}.png", name=NAME, figure=SHOWN),
     log:
         f"results/{NAME}/readme.log",
@@ -71,4 +73,5 @@ rule readme:
         mem_mb=1000,
         runtime=5,
     shell:
-        "python -m workflow.scripts.readme --tables {input.tables} --figures {input.figures} > {log} 2>&1"
+        "python -m workflow.scripts.readme --table {input.table} --main {input.main} --paired {input.paired}"
+        " --figures {input.figures} > {log} 2>&1"

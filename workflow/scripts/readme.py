@@ -10,7 +10,9 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tables", type=Path, nargs="+", required=True, help="main.md, and tables to copy")
+    parser.add_argument("--table", type=Path, required=True, help="main.md")
+    parser.add_argument("--main", type=Path, required=True, help="main.csv")
+    parser.add_argument("--paired", type=Path, required=True, help="paired.csv")
     parser.add_argument("--figures", type=Path, nargs="+", required=True)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     arguments = parser.parse_args()
@@ -22,18 +24,25 @@ def main() -> None:
         raise SystemExit(f"{arguments.readme}: needs {BEGIN} and {END}, once each and in this order")
     assets = arguments.readme.parent / "docs" / "assets"
     assets.mkdir(parents=True, exist_ok=True)
-    for file in [*arguments.tables, *arguments.figures]:
+    for file in [arguments.main, arguments.paired, *arguments.figures]:
         shutil.copyfile(file, assets / file.name)
         print(assets / file.name, flush=True)
 
-    (main_table,) = [file.read_text().strip() for file in arguments.tables if file.name == "main.md"]
-    (paired,) = [file for file in arguments.tables if file.name == "paired.csv"]
-    images = [f"![{file.stem.replace('-', ' ')}](docs/assets/{file.name})" for file in arguments.figures]
-    links = "Every row: [main.csv](docs/assets/main.csv), [paired.csv](docs/assets/paired.csv)."
-    block = "\n\n".join([BEGIN, main_table, "### Method against method", paired_table(paired), links, *images, END])
+    tables = [arguments.table.read_text().strip(), "### Method against method", paired_table(arguments.paired)]
+    images = [f"![{file.stem.replace('_', ' ')}](docs/assets/{file.name})" for file in arguments.figures]
+    block = "\n\n".join([BEGIN, origin(arguments.main), *tables, *images, END])
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     with atomic(arguments.readme) as file:
         file.write_text(before + block + after)
+
+
+def origin(file: Path) -> str:
+    """Where the numbers come from: every commit and machine that had a part in them, and the tables with every row."""
+    import pandas as pd
+
+    made = {name: " / ".join(column.unique()) for name, column in pd.read_csv(file)[["commit", "machine"]].items()}
+    rows = "Every row: [main.csv](docs/assets/main.csv), [paired.csv](docs/assets/paired.csv)."
+    return f"Written by `snakemake readme`, from a run at commit {made['commit']} on {made['machine']}. {rows}"
 
 
 def paired_table(file: Path) -> str:
