@@ -5,10 +5,10 @@ scenes-class  conditioned on kind x colour of the main object
 scenes-uncond unconditional
 
 scenes-class starts from the denoiser of scenes-text, whose shape it shares.  All predict the noise of the scaled-linear
-schedule of latent diffusion (arXiv:2112.10752) over 1000 steps, with min-SNR-5 weights (arXiv:2303.09556) and a moving
-average of the parameters, and drop a tenth of the conditions for classifier-free guidance (arXiv:2207.12598).  A
-stopped run resumes from `OUT.checkpoint`; while the learning rate is level (the first three quarters) it may resume
-with another number of iterations.
+schedule of latent diffusion (arXiv:2112.10752) over 1000 steps, with min-SNR-5 weights (arXiv:2303.09556; here with a
+floor) and a moving average of the parameters, and drop a tenth of the conditions for classifier-free guidance
+(arXiv:2207.12598).  A stopped run resumes from `OUT.checkpoint`; while the learning rate is level (the first three
+quarters) it may resume with another number of iterations.
 """
 
 import argparse
@@ -227,7 +227,9 @@ def train(
 
     a = alphas()
     snr = a / (1 - a)
-    weight = snr.clamp(max=5) / snr  # of the error of the noise; flat in the error of the sample below an SNR of 5
+    # In terms of the error of the sample this is SNR clamped to [0.2, 5].  Without the lower end the noisiest steps,
+    # which settle where things are, hardly count, and the model paints the right things in any place.
+    weight = snr.clamp(0.2, 5) / snr
     progress = Progress(name, start, iterations, log_every)
     for i in range(start, iterations):
         g = generator(seed, i)
