@@ -85,12 +85,16 @@ def validate(config: dict) -> None:
 
 
 def check_names(files: Iterable[Path]) -> None:
-    """Raise ConfigError where two config files have one name: their results would lie in one folder."""
+    """Raise ConfigError where two config files have one name, hence one folder of results, or a file is not YAML."""
     import yaml
 
     seen: dict[str, Path] = {}
     for file in sorted({Path(file).resolve() for file in files}):
-        name = (yaml.safe_load(file.read_text()) or {}).get("name")
+        try:
+            content = yaml.safe_load(file.read_text())
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+        name = content.get("name") if isinstance(content, dict) else None
         if name in seen:
             raise ConfigError(f"name: {name!r} stands in both {seen[name]} and {file}; give one of them another name")
         if name is not None:

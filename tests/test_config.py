@@ -109,6 +109,13 @@ def test_two_configs_with_one_name(tmp_path):
         check_names(tmp_path.glob("*.yaml"))
 
 
+def test_a_config_that_is_no_yaml(tmp_path):
+    (tmp_path / "a.yaml").write_text("name: [")
+    with pytest.raises(ConfigError, match="a.yaml: not YAML: .*line 1") as caught:
+        check_names([tmp_path / "a.yaml"])
+    assert "\n" not in str(caught.value)
+
+
 def test_shipped_names_differ():
     check_names(CONFIGS)
 

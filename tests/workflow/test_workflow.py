@@ -14,10 +14,12 @@ import pytest
 import yaml
 
 from quest.config import runs
+from quest.metrics import METRICS
+from quest.models import MODELS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(file.stem for file in ROOT.glob("workflow/config/*.yaml"))
-METHODS = {"fp", "rtn", "rtn-mse", "quest"}
+ALL_METHODS = {"fp", "rtn", "rtn-mse", "quest"}
 
 
 def of(commands: list[str], script: str) -> list[list[str]]:
@@ -44,6 +46,10 @@ def test_every_config_runs_its_own_recipes(stubbed, name):
     images = {words[3]: int(words[words.index("-n") + 1]) for words in of(commands, "sample")}
     assert images == {model: settings["images"] for model, settings in config["models"].items()}
     assert all(f"results/{name}/" in command for command in commands)
+    (curves,) = of(commands, "curves")
+    drawn = {Path(word).stem.removesuffix("_vs_bits") for word in curves if word.endswith("_vs_bits.png")}
+    captioned = any(MODELS[model].clip for model in config["models"])
+    assert drawn == {metric for metric in METRICS if captioned or metric != "clip"}
 
 
 def test_nothing_runs_twice_and_a_comment_reruns_nothing(finished):
@@ -80,13 +86,13 @@ def test_adding_a_method_runs_that_method(finished):
 
 def test_a_retrained_model_reruns_its_cells(finished):
     finished.write("resources/zoo/scenes-class/unet/weights.safetensors", "trained for longer")
-    assert methods(finished.planned(), "sample") == METHODS
+    assert methods(finished.planned(), "sample") == ALL_METHODS
 
 
 def test_editing_a_script_reruns_its_rule(finished):
     finished.write("workflow/scripts/metrics.py", (finished.folder / "workflow/scripts/metrics.py").read_text() + "#\n")
     commands = finished.planned()
-    assert methods(commands, "metrics") == METHODS
+    assert methods(commands, "metrics") == ALL_METHODS
     assert of(commands, "sample") == []
 
 

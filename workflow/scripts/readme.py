@@ -40,7 +40,8 @@ def origin(file: Path) -> str:
     """Where the numbers come from: every commit and machine that had a part in them, and the tables with every row."""
     import pandas as pd
 
-    made = {name: " / ".join(column.unique()) for name, column in pd.read_csv(file)[["commit", "machine"]].items()}
+    frame = pd.read_csv(file)[["commit", "machine"]].fillna("unknown")
+    made = {name: " / ".join(column.unique()) for name, column in frame.items()}
     rows = "Every row: [main.csv](docs/assets/main.csv), [paired.csv](docs/assets/paired.csv)."
     return f"Written by `snakemake readme`, from a run at commit {made['commit']} on {made['machine']}. {rows}"
 
