@@ -43,7 +43,7 @@ def contrastive_loss(image, text, scale):
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
-def train(out, iterations, images=40_000, batch_size=128, learning_rate=2e-3, held_out=1000, seed=2, log_every=25):
+def train(out, iterations, images=20_000, batch_size=128, learning_rate=2e-3, held_out=1000, seed=2, log_every=25):
     """Train and write a folder that quest.zoo.clip.load reads."""
     out = Path(out)
     checkpoint = out.with_name(out.name + ".checkpoint")
@@ -97,8 +97,8 @@ def report(folder, n):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--iterations", type=int, default=1000, help="batches of 128 scenes (default %(default)s)")
-    parser.add_argument("--images", type=int, default=40_000, help="scenes to draw (default %(default)s)")
+    parser.add_argument("--iterations", type=int, default=400, help="batches of 128 scenes (default %(default)s)")
+    parser.add_argument("--images", type=int, default=20_000, help="scenes to draw (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -12,6 +12,7 @@ quarters) it may resume with another number of iterations.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ from quest.zoo.training import (
 from quest.zoo.vocabulary import MAX_LENGTH, build_tokenizer, encode
 
 # Model -> batches its recipe takes.
-MODELS = {"scenes-text": 5200, "scenes-class": 2500, "scenes-uncond": 4700}
+MODELS = {"scenes-text": 5600, "scenes-class": 2800, "scenes-uncond": 4700}
 WIDTH = 64  # of a context token
 DROPPED = 0.1
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -188,7 +189,15 @@ def export(trainee, vae, out):
         mine.load_state_dict(theirs.state_dict())
     with atomic_folder(out) as folder:
         copy.pipeline(vae).to(dtype=torch.float16).save_pretrained(folder)
+        _forget_origin(folder / "vae" / "config.json")
     vae.float()
+
+
+def _forget_origin(path):
+    """Take the folder a component was loaded from out of its config: it means nothing on another machine."""
+    settings = json.loads(path.read_text())
+    settings.pop("_name_or_path", None)
+    path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def train(
