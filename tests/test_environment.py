@@ -19,7 +19,8 @@ def test_environment_has_the_ranges_of_pyproject():
     (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
     assert pip == PROJECT["dependencies"]
     conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
-    assert any(entry.startswith("python>=3.11") for entry in conda) and "cxx-compiler" in conda
+    for needed in ("python>=3.11", "cxx-compiler"):
+        assert any(entry.startswith(needed) for entry in conda), needed
 
 
 def test_fixed_packages_are_declared():
