@@ -41,7 +41,8 @@ def origin(file: Path) -> str:
     import pandas as pd
 
     frame = pd.read_csv(file)[["commit", "machine"]].fillna("unknown")
-    made = {name: " / ".join(column.unique()) for name, column in frame.items()}
+    # A row joins with " / " all that had a part in it, and rows share most of that.
+    made = {name: " / ".join(dict.fromkeys(" / ".join(column).split(" / "))) for name, column in frame.items()}
     rows = "Every row: [main.csv](docs/assets/main.csv), [paired.csv](docs/assets/paired.csv)."
     return f"Written by `snakemake readme`, from a run at commit {made['commit']} on {made['machine']}. {rows}"
 
