@@ -87,7 +87,9 @@ def _load_zoo(name: str, device="cpu") -> DiffusionPipeline:
     pipe = kind.from_pretrained(folder)
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
-            module.float().eval()  # a text encoder loads in the float16 it is stored in
+            # A text encoder loads in the float16 it is stored in. On a CPU, convolutions are half again as fast when
+            # channels are innermost, and what follows a layer keeps the layout its weight has.
+            module.float().eval().to(memory_format=torch.channels_last)
     return pipe.to(device)
 
 
