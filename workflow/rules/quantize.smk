@@ -10,6 +10,7 @@ rule trajectories:
         "results/{name}/{model}/trajectories.log",
     conda:
         "../../environment.yml"
+    priority: 1  # others wait for it
     threads: 1
     resources:
         mem_mb=2000,
@@ -34,6 +35,7 @@ rule quantize:
         "results/{name}/{model}/{method}/{bits}/quantize.log",
     conda:
         "../../environment.yml"
+    priority: 1  # others wait for it
     threads: 1
     resources:
         mem_mb=3000,
