@@ -8,9 +8,9 @@ rule trajectories:
         ranges="results/{name}/{model}/ranges.csv",
     log:
         "results/{name}/{model}/trajectories.log",
+    priority: 1  # others wait for it
     conda:
         "../../environment.yml"
-    priority: 1  # others wait for it
     threads: 1
     resources:
         mem_mb=2000,
@@ -33,9 +33,9 @@ rule quantize:
         "results/{name}/{model}/{method}/{bits}/model.safetensors",
     log:
         "results/{name}/{model}/{method}/{bits}/quantize.log",
+    priority: 1  # others wait for it
     conda:
         "../../environment.yml"
-    priority: 1  # others wait for it
     threads: 1
     resources:
         mem_mb=3000,
