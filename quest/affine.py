@@ -11,12 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FLOAT = 32  # bits of a tensor that is not quantized
+
 
 @dataclass(frozen=True)
 class QuantSpec:
     """Integer format of one tensor.
 
-    bits: code width, 2 to 16. symmetric: signed codes and zero point 0, else unsigned codes.
+    bits: code width, 2 to 16, or 32 for a tensor that stays in float: no code, scale 1, zero point 0.
+    symmetric: signed codes and zero point 0, else unsigned codes.
     axis: None for one scale per tensor, else the dimension that has a scale of its own for every index.
     """
 
@@ -25,8 +28,8 @@ class QuantSpec:
     axis: int | None = None
 
     def __post_init__(self):
-        if not 2 <= self.bits <= 16:
-            raise ValueError(f"bits must be between 2 and 16, not {self.bits}")
+        if not (2 <= self.bits <= 16 or self.bits == FLOAT):
+            raise ValueError(f"bits must be between 2 and 16, or 32 for float, not {self.bits}")
 
     @property
     def qmin(self) -> int:
@@ -62,12 +65,14 @@ def round_ste(x: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, qparams: QParams) -> QTensor:
-    """Codes of x. Differentiable by the straight-through estimator; no gradient where a value is clipped.
+    """Codes of x; x itself where the spec is float.
 
-    A value that rounds to the first or last code without being clipped keeps its gradient. torch.clamp gave it one in
+    Differentiable by the straight-through estimator; no gradient where a value is clipped. A value that rounds to the first or last code without being clipped keeps its gradient. torch.clamp gave it one in
     torch 1 (which the released QuEST runs on) and gives it none in recent versions, so the rule is written out here.
     """
     scale, zero_point, spec = qparams
+    if spec.bits == FLOAT:
+        return QTensor(x, scale, zero_point)
     codes = round_ste(x / scale) + zero_point
     clipped = codes.detach().clamp(spec.qmin, spec.qmax)
     return QTensor(torch.where(clipped == codes, codes, clipped), scale, zero_point)
@@ -112,4 +117,6 @@ def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
     gives. The zero point has no gradient.
     """
     scale, zero_point, spec = qparams
+    if spec.bits == FLOAT:
+        return x
     return _FakeQuantize.apply(x, scale, zero_point, spec.qmin, spec.qmax)

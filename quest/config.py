@@ -29,17 +29,19 @@ class Run:
 
 
 def parse_bits(bits: str) -> tuple[int, int]:
-    """Return (weight bits, activation bits) of "w4a8", each 2 to 8; "w32a32" is full precision.
+    """Return (weight bits, activation bits) of "w4a8", each 2 to 8; a32 is weights only, w32a32 full precision.
 
     Raises ValueError for anything else, capitals included, since bits are folder names.
     """
     match = re.fullmatch(r"w(\d+)a(\d+)", bits) if isinstance(bits, str) else None
     weight, activation = map(int, match.groups()) if match else (0, 0)
     plain = bits == f"w{weight}a{activation}"  # no leading zeros: w04a4 and w4a4 would be two folders of one thing
-    if plain and (2 <= weight <= 8 and 2 <= activation <= 8 or weight == activation == 32):
+    if plain and (2 <= weight <= 8 and (2 <= activation <= 8 or activation == 32) or weight == activation == 32):
         return weight, activation
     hint = f", e.g. {bits.lower()!r}" if isinstance(bits, str) and bits != bits.lower() else ""
-    raise ValueError(f"bits {bits!r}: write w<2 to 8>a<2 to 8> in small letters{hint} (w32a32 is full precision)")
+    raise ValueError(
+        f"bits {bits!r}: write w<2 to 8>a<2 to 8> in small letters{hint} (a32 is weights only, w32a32 full precision)"
+    )
 
 
 def runs(config: dict) -> list[Run]:

@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from quest import ranges
-from quest.affine import QTensor, QuantSpec, quantize
+from quest.affine import FLOAT, QTensor, QuantSpec, quantize
 from quest.attention import QuantAttention
 from quest.kernels import reference
 from quest.quantizer import Quantizer
@@ -31,6 +31,8 @@ class QuantLayer(nn.Module):
 
     def choose_weight_range(self, choose=ranges.minmax) -> None:
         """Take the weight's scales and zero points from the weight itself. A zero channel keeps a tiny scale."""
+        if self.weight_quantizer.spec.bits == FLOAT:
+            return
         scale, zero_point = choose(self.weight.detach(), self.weight_quantizer.spec)
         self.weight_quantizer.scale.data, self.weight_quantizer.zero_point = scale[None], zero_point[None]
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from quest.affine import QParams, QuantSpec
+from quest.affine import FLOAT, QParams, QuantSpec
 from quest.timegroups import TimeGroups
 
 
@@ -20,9 +20,10 @@ class Quantizer(nn.Module):
         super().__init__()
         self.spec, self.groups = spec, groups
         self.name = ""  # in its denoiser, for error messages
-        # NaN until calibrated: an uncalibrated quantizer cannot pass for a calibrated one.
-        self.scale = nn.Parameter(torch.full((len(groups) if groups else 1, *shape), torch.nan), requires_grad=False)
-        self.register_buffer("zero_point", torch.full_like(self.scale.data, torch.nan))
+        # NaN until calibrated: an uncalibrated quantizer cannot pass for a calibrated one. Float needs no calibration.
+        scale, zero_point = (1.0, 0.0) if spec.bits == FLOAT else (torch.nan, torch.nan)
+        self.scale = nn.Parameter(torch.full((len(groups) if groups else 1, *shape), scale), requires_grad=False)
+        self.register_buffer("zero_point", torch.full_like(self.scale.data, zero_point))
         self.choose: Callable | None = None  # a range chooser while calibrating, see calibration.calibrating
 
     @property
@@ -35,10 +36,12 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, choose: Callable) -> None:
-        """Take scale and zero point of the current group from x.
+        """Take scale and zero point of the current group from x; nothing to do where the spec is float.
 
         Raises ValueError for a tensor or channel that is constant or not finite.
         """
+        if self.spec.bits == FLOAT:
+            return
         dims = [d for d in range(x.ndim) if self.spec.axis is None or d != self.spec.axis % x.ndim]
         low, high = x.amin(dims), x.amax(dims)
         if not (low.isfinite() & high.isfinite()).all():

@@ -5,6 +5,10 @@ import pytest
 import torch
 
 from quest.affine import QParams, QuantSpec, fake_quantize, quantize
+from quest.layers import quantized
+from quest.quantizer import Quantizer
+from quest.ranges import minmax
+from quest.timegroups import TimeGroups
 
 GOLDEN = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / "golden" / "quantizers.npz").items()}
 
@@ -24,8 +28,22 @@ def test_integer_range(bits, symmetric, low, high):
 
 @pytest.mark.parametrize("bits", [1, 17])
 def test_bits_out_of_range(bits):
-    with pytest.raises(ValueError, match="between 2 and 16"):
+    with pytest.raises(ValueError, match="between 2 and 16, or 32 for float"):
         QuantSpec(bits)
+
+
+def test_32_bits_stay_in_float():
+    """No rounding, no clamp, no calibration, and no NaN in what is saved."""
+    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)) * 1e3
+    quantizer = Quantizer(QuantSpec(32), groups=TimeGroups([800, 400]))
+    quantizer.calibrate(x * torch.nan, minmax)
+    assert fake_quantize(x, quantizer(x)) is x and torch.equal(quantize(x, quantizer(x)).dequantize(), x)
+    assert (quantizer.scale == 1).all() and (quantizer.zero_point == 0).all() and len(quantizer.scale) == 2
+    layer = quantized(torch.nn.Linear(7, 3), QuantSpec(32, axis=0), QuantSpec(32), None)
+    layer.choose_weight_range(minmax)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+    layer.freeze()
+    assert torch.equal(layer.packed, layer.weight)
 
 
 @pytest.mark.parametrize("axis, shape", [(None, ()), (1, (1, 12, 1, 1))])

@@ -36,7 +36,9 @@ def test_a_cell_named_twice_runs_once(default):
     assert runs(default) == once
 
 
-@pytest.mark.parametrize("bits, parsed", [("w4a8", (4, 8)), ("w8a8", (8, 8)), ("w2a3", (2, 3)), ("w32a32", (32, 32))])
+@pytest.mark.parametrize(
+    "bits, parsed", [("w4a8", (4, 8)), ("w8a8", (8, 8)), ("w2a3", (2, 3)), ("w4a32", (4, 32)), ("w32a32", (32, 32))]
+)
 def test_bits(bits, parsed):
     assert parse_bits(bits) == parsed
 
