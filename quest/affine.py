@@ -67,7 +67,9 @@ def round_ste(x: Tensor) -> Tensor:
 def quantize(x: Tensor, qparams: QParams) -> QTensor:
     """Codes of x; x itself where the spec is float.
 
-    Differentiable by the straight-through estimator; no gradient where a value is clipped. A value that rounds to the first or last code without being clipped keeps its gradient. torch.clamp gave it one in
+    Differentiable by the straight-through estimator; no gradient where a value is clipped.
+
+    A value that rounds to the first or last code without being clipped keeps its gradient. torch.clamp gave it one in
     torch 1 (which the released QuEST runs on) and gives it none in recent versions, so the rule is written out here.
     """
     scale, zero_point, spec = qparams
