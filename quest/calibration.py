@@ -53,6 +53,18 @@ class CalibrationSet:
             sample=self.sample[rows], timestep=self.timestep[rows], **{k: v[rows] for k, v in self.conditioning.items()}
         )
 
+    def calls(self) -> Tensor:
+        """Rows of each sampler call, [calls * trajectories, halves], call by call.
+
+        Under guidance a call has two halves, without and then with the condition; else one.
+        Raises ValueError for a set that lacks a call or a half of some trajectory.
+        """
+        key = self.call * (int(self.trajectory.max()) + 1) + self.trajectory
+        counts = key.unique(return_counts=True)[1]
+        if (counts != counts[0]).any():
+            raise ValueError("the calibration set holds some sampler calls in full and others in part")
+        return key.argsort(stable=True).reshape(-1, int(counts[0]))
+
     def save(self, path, metadata: dict | None = None) -> None:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "conditioning"}
         tensors |= {f"conditioning.{k}": v for k, v in self.conditioning.items()}
@@ -70,6 +82,21 @@ class CalibrationSet:
         prefix = "conditioning."
         conditioning = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
         return cls(**tensors, conditioning=conditioning)
+
+
+def guide(predictions: Tensor, guidance: float | None) -> Tensor:
+    """What the sampler works with, [B, C, h, w], of predictions [B, halves, C, h, w] (classifier-free guidance).
+
+    Raises ValueError for two halves without a guidance scale, and for one half with another scale than 1.
+    """
+    if predictions.shape[1] == 1:
+        if guidance not in (None, 1):
+            raise ValueError(f"guidance: {guidance} needs calibration trajectories that were sampled with guidance")
+        return predictions[:, 0]
+    if guidance is None:
+        raise ValueError("guidance: the calibration trajectories were guided; give the sampler's scale")
+    without, given = predictions.unbind(1)
+    return without + guidance * (given - without)
 
 
 @torch.no_grad()

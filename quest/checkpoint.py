@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from quest import schedulers
 from quest.affine import QuantSpec
 from quest.attention import QuantAttention
 from quest.files import atomic
@@ -22,10 +23,11 @@ from quest.layers import (
 from quest.timegroups import TimeGroups
 
 FORMAT = 1
+SCHEDULER = "scheduler."  # prefix of the tensors that belong to the scheduler, not to the denoiser
 
 
 def save(pipe, path, **extra) -> None:
-    """Write the quantized denoiser of a pipeline to one safetensors file, atomically.
+    """Write the quantized denoiser of a pipeline, and what its scheduler corrects, to one safetensors file, atomically.
 
     The header (metadata key "quest", JSON) holds the bits of every quantizer, the time groups, what `quest.quantize`
     was called with, and `extra` (provenance). Raises ValueError for a pipeline that is not quantized.
@@ -46,6 +48,7 @@ def save(pipe, path, **extra) -> None:
         **extra,
     }
     tensors = {k: v.contiguous() for k, v in denoiser.state_dict().items()}
+    tensors |= {f"{SCHEDULER}{k}": v.contiguous() for k, v in schedulers.state(pipe.scheduler).items()}
     with atomic(path) as tmp:
         save_file(tensors, tmp, {"quest": json.dumps(header)})
 
@@ -84,6 +87,7 @@ def load(pipe, path):
     header, tensors = read(path)
     if is_quantized(pipe.unet):
         raise ValueError("the pipeline is already quantized; load into the full-precision one")
+    correction = {k.removeprefix(SCHEDULER): tensors.pop(k) for k in list(tensors) if k.startswith(SCHEDULER)}
     check_shapes(pipe.unet, tensors, path)
     groups = TimeGroups(header["time_groups"]) if header["time_groups"] else None
     check_schedule(pipe, groups, header)
@@ -103,7 +107,9 @@ def load(pipe, path):
     finish(denoiser.to(pipe.unet.device), groups)
     freeze(denoiser)
     denoiser.quantization = {k: header[k] for k in ("method", "bits", "recipe", "timesteps") if k in header}
-    return with_denoiser(pipe, denoiser)
+    new = with_denoiser(pipe, denoiser)
+    new.scheduler = schedulers.restore(new.scheduler, correction)
+    return new
 
 
 def load_weights(denoiser, path) -> None:
@@ -135,6 +141,7 @@ def check_shapes(denoiser, tensors: dict[str, torch.Tensor], path) -> None:
     quantizers = ("scale", "zero_point")
     own = {k: v.shape for k, v in denoiser.state_dict().items() if k.rpartition(".")[2] not in quantizers}
     stored = {k: v.shape for k, v in tensors.items() if k.rpartition(".")[2] not in quantizers}
+    stored = {k: v for k, v in stored.items() if not k.startswith(SCHEDULER)}
     differ = [
         f"{k}: {tuple(stored[k]) if k in stored else 'missing'} in the file, "
         f"{tuple(own[k]) if k in own else 'missing'} in the model"
