@@ -75,9 +75,19 @@ def quantized(layer: nn.Module, weight: QuantSpec, input: QuantSpec, groups: Tim
     return new
 
 
-def layer_bits(name: str, w: int, a: int, keep: dict[str, int]) -> tuple[int, int]:
-    """Weight and input bits of the layer: those of the first glob in `keep` that matches its name, else (w, a)."""
-    return next(((max(b, w), max(b, a)) for glob, b in keep.items() if fnmatch(name, glob)), (w, a))
+Keep = dict[str, int | list[int]]  # globs over layer names -> bits kept at least: of both, or [weight, input]
+
+
+def layer_bits(name: str, w: int, a: int, keep: Keep) -> tuple[int, int]:
+    """Weight and input bits of the layer: at least those of the first glob in `keep` that matches it, else (w, a).
+
+    For an attention's `processor`: bits of q, k and v, and of the probabilities.
+    """
+    for glob, bits in keep.items():
+        if fnmatch(name, glob):
+            kept_w, kept_a = bits if isinstance(bits, list | tuple) else (bits, bits)
+            return max(kept_w, w), max(kept_a, a)
+    return w, a
 
 
 KEEP = {"conv_in": 8, "conv_out": 8}  # the released QuEST's exceptions, for weights as well as inputs
@@ -88,16 +98,18 @@ def swap(
     w: int,
     a: int,
     *,
-    keep: dict[str, int] | None = None,
+    keep: Keep | None = None,
     softmax_bits: int = 8,
     groups: TimeGroups | None = None,
+    weight_axis: int | None = 0,
 ):
     """A pipeline with every Linear, Conv2d and attention of the denoiser in its quantized twin; ranges not yet chosen.
 
     The pipeline that is given stays as it was; the new one shares all but denoiser and scheduler with it.
-    keep: globs over layer names to the bits such a layer keeps at least, weight and input (default: KEEP).
-    softmax_bits: of the attention probabilities.
-    Raises ValueError for a denoiser that is already quantized or not float32, and for a glob that matches no layer.
+    keep: globs over the names of layers and attention processors to the bits such a one keeps at least (default: KEEP).
+    softmax_bits: of the attention probabilities. weight_axis: 0 for one weight scale per output channel, None for one
+    per tensor.
+    Raises ValueError for a denoiser that is already quantized or not float32, and for a glob that matches nothing.
     """
     keep = KEEP if keep is None else keep
     if is_quantized(pipe.unet):
@@ -106,14 +118,16 @@ def swap(
         raise ValueError(f"the denoiser is in {pipe.unet.dtype}; load the pipeline in torch.float32 to quantize it")
     denoiser = copy.deepcopy(pipe.unet)
     layers = {n: m for n, m in denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
+    processors = {f"{n}.processor": m for n, m in attentions(denoiser)}
     for glob in keep:
-        if not any(fnmatch(n, glob) for n in layers):
+        if not any(fnmatch(n, glob) for n in (*layers, *processors)):
             raise ValueError(f"keep: no layer is named like {glob!r}")
     for name, layer in layers.items():
         layer_w, layer_a = layer_bits(name, w, a, keep)
-        replace(denoiser, name, quantized(layer, QuantSpec(layer_w, axis=0), QuantSpec(layer_a), groups))
-    for _, module in attentions(denoiser):
-        module.set_processor(QuantAttention(QuantSpec(a), QuantSpec(max(softmax_bits, a)), groups))
+        replace(denoiser, name, quantized(layer, QuantSpec(layer_w, axis=weight_axis), QuantSpec(layer_a), groups))
+    for name, module in processors.items():
+        qkv_bits, p_bits = layer_bits(name, a, max(softmax_bits, a), keep)
+        module.set_processor(QuantAttention(QuantSpec(qkv_bits), QuantSpec(p_bits), groups))
     return with_denoiser(pipe, finish(denoiser, groups))
 
 
