@@ -91,6 +91,8 @@ def layer_bits(name: str, w: int, a: int, keep: Keep) -> tuple[int, int]:
 
 
 KEEP = {"conv_in": 8, "conv_out": 8}  # the released QuEST's exceptions, for weights as well as inputs
+# Layers that not every U-Net has (residual blocks can resample instead): to keep them is no mistake where there are none.
+OPTIONAL = ("*.conv_shortcut", "*.downsamplers.*.conv")
 
 
 def swap(
@@ -120,7 +122,7 @@ def swap(
     layers = {n: m for n, m in denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
     processors = {f"{n}.processor": m for n, m in attentions(denoiser)}
     for glob in keep:
-        if not any(fnmatch(n, glob) for n in (*layers, *processors)):
+        if glob not in OPTIONAL and not any(fnmatch(n, glob) for n in (*layers, *processors)):
             raise ValueError(f"keep: no layer is named like {glob!r}")
     for name, layer in layers.items():
         layer_w, layer_a = layer_bits(name, w, a, keep)
