@@ -125,7 +125,7 @@ def correct(scheduler, correction: Correction):
         raise ValueError(f"scheduler: a {type(scheduler).__name__} cannot be corrected; valid: {known}")
     config = scheduler.config
     if config.prediction_type != "epsilon":
-        raise ValueError(f"prediction_type: {config.prediction_type!r}; the correction is of predicted noise, 'epsilon'")
+        raise ValueError(f"prediction_type: {config.prediction_type!r}; only 'epsilon' can be corrected")
     if config.get("clip_sample") or config.get("thresholding"):
         raise ValueError("clip_sample, thresholding: must be off, a corrected step is linear in the prediction")
     new = CORRECTED[type(scheduler)].from_config(config)
