@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quest import ranges
 from quest.files import atomic
 from quest.layers import input_quantizers, layer_class
 from quest.models import Model
@@ -134,14 +135,17 @@ def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int) -> Calibr
 
 @contextmanager
 def calibrating(denoiser: nn.Module, choose: Callable) -> Iterator[None]:
-    """While inside, a forward pass sets the range of each activation quantizer from its own (quantized) input."""
-    quantizers = input_quantizers(denoiser).values()
-    for q in quantizers:
-        q.choose = choose
+    """While inside, a forward pass sets the range of each activation quantizer from its own (quantized) input.
+
+    Softmax probabilities take [0, max] whatever is chosen for the others.
+    """
+    quantizers = input_quantizers(denoiser)
+    for name, q in quantizers.items():
+        q.choose = ranges.always_zero if name.endswith("processor.p") else choose
     try:
         yield
     finally:
-        for q in quantizers:
+        for q in quantizers.values():
             q.choose = None
 
 

@@ -98,10 +98,8 @@ def split(conv: nn.Conv2d, channels: int) -> SplitConv2d:
         half = type(conv)(weight.shape[1], **shape, bias=bias is not None, device="meta")
         half.weight, half.bias = nn.Parameter(weight.detach().clone(), requires_grad=False), bias
         if isinstance(conv, QuantLayer):
-            output = conv.output_quantizer and conv.output_quantizer.spec
-            half.add_quantizers(
-                conv.weight_quantizer.spec, conv.input_quantizer.spec, conv.input_quantizer.groups, output
-            )
+            input, output = conv.input_quantizer, conv.output_quantizer
+            half.add_quantizers(conv.weight_quantizer.spec, input.spec, input.groups, output and output.spec)
         halves.append(half)
     return SplitConv2d(*halves)
 
@@ -168,8 +166,8 @@ def layer_bits(name: str, w: int, a: int, keep: Keep) -> tuple[int, int]:
 
 
 KEEP = {"conv_in": 8, "conv_out": 8}  # the released QuEST's exceptions, for weights as well as inputs
-# Layers that not every U-Net has (residual blocks can resample instead): keeping them where there are none is no mistake.
-OPTIONAL = ("*.conv_shortcut", "*.downsamplers.*.conv")
+# Layers that not every U-Net has (residual blocks can resample, attention stand in transformers): keep may name them.
+OPTIONAL = ("*.conv_shortcut", "*.downsamplers.*.conv", "*.attentions.?.to_*")
 
 
 def swap(
@@ -215,11 +213,15 @@ def swap(
 
 def finish(denoiser: nn.Module, groups: TimeGroups | None) -> nn.Module:
     """Name the quantizers, attach the time groups, and freeze every parameter."""
-    for name, quantizer in input_quantizers(denoiser).items():
-        quantizer.name = name.removesuffix(".input_quantizer").removesuffix(".output_quantizer")
+    name_quantizers(denoiser)
     if groups is not None:
         groups.attach(denoiser)
     return denoiser.requires_grad_(False).eval()
+
+
+def name_quantizers(denoiser: nn.Module) -> None:
+    for name, quantizer in input_quantizers(denoiser).items():
+        quantizer.name = name.removesuffix(".input_quantizer").removesuffix(".output_quantizer")
 
 
 def with_denoiser(pipe, denoiser: nn.Module):
