@@ -107,7 +107,10 @@ def load(pipe, path):
         # Per-channel scales have a shape only the file knows.
         module, _, leaf = name.rpartition(".")
         if leaf in ("scale", "zero_point"):
-            getattr(denoiser.get_submodule(module), leaf).data = torch.empty_like(value)
+            quantizer = denoiser.get_submodule(module)
+            getattr(quantizer, leaf).data = torch.empty_like(value)
+            if len(value) == 1:
+                quantizer.groups = None  # the same range in every time group
     denoiser.load_state_dict(tensors)
     finish(denoiser.to(pipe.unet.device), groups)
     freeze(denoiser)
