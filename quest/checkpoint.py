@@ -114,7 +114,7 @@ def load(pipe, path):
     denoiser.load_state_dict(tensors)
     finish(denoiser.to(pipe.unet.device), groups)
     freeze(denoiser)
-    denoiser.quantization = {k: header[k] for k in ("method", "bits", "recipe", "timesteps") if k in header}
+    denoiser.quantization = {k: header[k] for k in ("method", "bits", "recipe", "timesteps", "cost") if k in header}
     new = with_denoiser(pipe, denoiser)
     new.scheduler = schedulers.restore(new.scheduler, correction)
     return new

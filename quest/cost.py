@@ -134,9 +134,9 @@ def summary(denoiser: nn.Module, w: int, a: int, calibration: CalibrationSet) ->
     }
 
 
-def record(denoiser: nn.Module, stage: str, parameters: int, iterations: int, batch: int) -> None:
-    """Note a stage of optimisation on the denoiser: learned values, iterations (of every unit) and batch size."""
-    row = {"stage": stage, "parameters": parameters, "iterations": iterations, "batch": batch}
+def record(denoiser: nn.Module, stage: str, learned: Iterable[Tensor], iterations: int, batch: int) -> None:
+    """Note a stage of optimisation on the denoiser: how many values it learned, iterations (of every unit), batch."""
+    row = {"stage": stage, "parameters": _numel(learned), "iterations": iterations, "batch": batch}
     denoiser.stages = [*getattr(denoiser, "stages", []), row]
 
 

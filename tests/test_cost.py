@@ -45,7 +45,7 @@ def test_quantizing_changes_no_count(kept, class_pipe, class_calibration):
 
 def test_summary(kept, class_pipe, class_calibration):
     denoiser, _ = kept
-    cost.record(denoiser, "nothing", parameters=5, iterations=7, batch=2)
+    cost.record(denoiser, "nothing", [torch.zeros(2), torch.zeros(3, 1)], iterations=7, batch=2)
     found = json.loads(json.dumps(cost.summary(denoiser, 4, 4, class_calibration)))
     assert found["weights"] == "per channel 0" and found["activations"] == "per tensor"
     shortcuts = [m for n, m in class_pipe.unet.named_modules() if n.endswith("conv_shortcut")]
