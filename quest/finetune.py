@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from quest import ranges
 from quest.calibration import CalibrationSet, calibrate
-from quest.checkpoint import load_weights
+from quest.checkpoint import freeze, load_weights
 from quest.layers import QuantLayer, input_quantizers, quant_layers, swap
 from quest.quantizer import Quantizer
 from quest.timegroups import TimeGroups, grouped
@@ -74,6 +74,7 @@ def quantize(
             layer.choose_weight_range(ranges.mse)
     else:
         load_weights(denoiser, init)
+    freeze(denoiser)
     calibrate(denoiser, calibration, ranges.mse, samples=samples, seed=seed)
 
     layers = dict(quant_layers(denoiser))
@@ -85,14 +86,17 @@ def quantize(
     temporal_scales = [m.input_quantizer for m in temporal.values()]
     critical_scales = [q for q in scales if not any(q is s for s in temporal_scales)]
 
-    for name, tuned, tuned_scales, iterations in (
+    stages = (
         ("temporal layer alignment", temporal, temporal_scales, tla_iterations),
         ("critical module alignment", critical, critical_scales, cma_iterations),
-    ):
+    )
+    aligned = [n for _, tuned, _, iterations in stages if iterations for n in tuned]
+    targets = layer_outputs(pipe.unet, aligned, calibration) if aligned else {}
+    for name, tuned, tuned_scales, iterations in stages:
         align(
             name,
             denoiser,
-            pipe.unet,
+            targets,
             calibration,
             tuned,
             tuned_scales,
@@ -120,7 +124,7 @@ def matches(name: str, globs: tuple[str, ...]) -> bool:
 def align(
     stage: str,
     denoiser: nn.Module,
-    teacher: nn.Module,
+    targets: dict[str, Tensor],
     calibration: CalibrationSet,
     tuned: dict[str, QuantLayer],
     scales: list[Quantizer],
@@ -134,25 +138,22 @@ def align(
 ) -> None:
     """One stage: tune the weights of `tuned` and the `scales` so that their layers and the noise prediction agree with
     the full-precision model: sum over layers of the mean squared error of the output, plus global_weight times that of
-    the prediction.
+    the prediction. targets: what `layer_outputs` found for the tuned layers.
 
     Raises FloatingPointError naming stage and iteration if the loss is not finite.
     """
     if not iterations:
         return
-    denoiser.requires_grad_(False)
-    for _, layer in quant_layers(denoiser):
-        layer.freeze()
+    # Frozen layers give no gradient to their weights and are not quantized again in every iteration.
     weights = []
     for layer in tuned.values():
         layer.thaw()
         weights += [p.requires_grad_() for p in (layer.weight, layer.bias) if p is not None]
     for q in scales:
         q.scale.requires_grad_()
-    adam = torch.optim.Adam(weights, lr=lr_weight)
+    adam = torch.optim.Adam(weights, lr=lr_weight, fused=True)
     adam_scales = ScaleAdam(scales)
 
-    targets = layer_outputs(teacher, list(tuned), calibration)
     outputs: dict[str, Tensor] = {}
     handles = [
         layer.register_forward_hook(lambda _m, _args, out, name=name: outputs.__setitem__(name, out))
@@ -183,6 +184,8 @@ def align(
         for h in handles:
             h.remove()
         denoiser.requires_grad_(False)
+        for layer in tuned.values():
+            layer.freeze()
 
 
 @torch.no_grad()
@@ -190,18 +193,22 @@ def layer_outputs(
     teacher: nn.Module, names: list[str], calibration: CalibrationSet, batch: int = 64
 ) -> dict[str, Tensor]:
     """Outputs of the teacher's layers for every calibration row, [N, ...], in half precision to save memory."""
-    outputs: dict[str, list[Tensor]] = {n: [] for n in names}
-    handles = [
-        teacher.get_submodule(n).register_forward_hook(lambda _m, _args, out, n=n: outputs[n].append(out.half()))
-        for n in names
-    ]
+    outputs: dict[str, Tensor] = {}
+    rows: Tensor
+
+    def keep(name: str, output: Tensor) -> None:
+        if name not in outputs:
+            outputs[name] = torch.empty(len(calibration), *output.shape[1:], dtype=torch.half, device=output.device)
+        outputs[name][rows[0] : rows[-1] + 1] = output
+
+    handles = [teacher.get_submodule(n).register_forward_hook(lambda _m, _args, out, n=n: keep(n, out)) for n in names]
     try:
         for rows in torch.arange(len(calibration)).split(batch):
             teacher(**calibration.inputs(rows))
     finally:
         for h in handles:
             h.remove()
-    return {n: torch.cat(v) for n, v in outputs.items()}
+    return outputs
 
 
 def interleaved(
@@ -223,9 +230,10 @@ class ScaleAdam:
 
     def __init__(self, quantizers: list[Quantizer], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-12):
         self.scales = [q.scale for q in quantizers]
-        self.mean = [torch.zeros_like(s) for s in self.scales]
-        self.square = [torch.zeros_like(s) for s in self.scales]
-        self.steps = [0] * max((len(s) for s in self.scales), default=1)
+        # The scales of a group side by side: one vector to move, whatever the number and the shapes of the quantizers.
+        self.sizes = [s[0].numel() for s in self.scales]
+        self.steps = [0] * len(self.scales[0])
+        self.mean, self.square = torch.zeros(2, len(self.steps), sum(self.sizes), device=self.scales[0].device)
         self.betas, self.eps = betas, eps
 
     def zero_grad(self) -> None:
@@ -238,11 +246,12 @@ class ScaleAdam:
         b1, b2 = self.betas
         self.steps[group] += 1
         n = self.steps[group]
-        for s, m, v in zip(self.scales, self.mean, self.square, strict=True):
-            if s.grad is None:
-                continue
-            g = s.grad[group] * s[group]  # d loss / d log(scale)
-            m[group] = b1 * m[group] + (1 - b1) * g
-            v[group] = b2 * v[group] + (1 - b2) * g * g
-            move = (m[group] / (1 - b1**n)) / ((v[group] / (1 - b2**n)).sqrt() + self.eps)
-            s[group] *= torch.exp(-lr * move)
+        scale = torch.cat([s[group].flatten() for s in self.scales])
+        # A scale without a gradient belongs to a quantizer that was not called; zeros leave it where it is.
+        grad = torch.cat([(torch.zeros_like(s) if s.grad is None else s.grad)[group].flatten() for s in self.scales])
+        grad *= scale  # d loss / d log(scale)
+        mean = self.mean[group].lerp_(grad, 1 - b1)
+        square = self.square[group].lerp_(grad.square(), 1 - b2)
+        scale *= torch.exp(-lr * (mean / (1 - b1**n)) / ((square / (1 - b2**n)).sqrt_() + self.eps))
+        for s, moved in zip(self.scales, scale.split(self.sizes), strict=True):
+            s[group] = moved.reshape(s.shape[1:])

@@ -93,6 +93,27 @@ def test_idle_groups_do_not_move():
     assert torch.equal(quantizer.scale[[0, 2]].detach(), moved[[0, 2]]) and quantizer.scale[1] > 2.0
 
 
+def test_scales_move_as_by_one_adam_for_each_group_and_quantizer():
+    groups = TimeGroups([800, 400])
+    quantizers = [Quantizer(QuantSpec(4), groups=groups), Quantizer(QuantSpec(4, axis=1), (1, 3, 1), groups=groups)]
+    g = torch.Generator().manual_seed(0)
+    for q in quantizers:
+        q.scale.data = torch.rand(q.scale.shape, generator=g) + 0.1
+    logarithms = [[q.scale[i].log().requires_grad_() for q in quantizers] for i in range(2)]
+    expected = [torch.optim.Adam(logs, lr=0.1, eps=1e-12) for logs in logarithms]
+    adam = ScaleAdam(quantizers)
+    for group in (0, 1, 1, 0, 1):
+        for q, log in zip(quantizers, logarithms[group], strict=True):
+            q.scale.grad = torch.zeros_like(q.scale)
+            q.scale.grad[group] = torch.randn(q.scale.shape[1:], generator=g)
+            log.grad = q.scale.grad[group] * q.scale.detach()[group]
+        adam.step(group, 0.1)
+        expected[group].step()
+    for i in range(2):
+        for q, log in zip(quantizers, logarithms[i], strict=True):
+            torch.testing.assert_close(q.scale[i].detach(), log.detach().exp(), rtol=1e-5, atol=0)
+
+
 def test_scales_stay_positive_under_large_steps():
     quantizer = Quantizer(QuantSpec(4))
     quantizer.scale.data.fill_(0.01)
