@@ -7,10 +7,10 @@ else they keep x's number of dimensions, with size 1 everywhere but at the axis,
 import torch
 from torch import Tensor
 
-from quest.affine import QuantSpec
+from quest.affine import QuantSpec, clamp_
 
 EPS = 1e-8
-BINS = 2048  # of the histogram that stands for a large tensor in the search; 8 to a step of an 8-bit code
+BINS = 2048  # at most, of the histogram that stands for a large tensor in the search: 8 to a step of an 8-bit code
 
 
 def _rows(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -59,13 +59,14 @@ def mse(x: Tensor, spec: QuantSpec, steps: int = 80, power: float = 2.4) -> tupl
 
     The search of BRECQ (arXiv:2102.05426) and Q-Diffusion. The range is not widened to hold zero. All channels are
     searched at once. Where channels hold more than 4 * 2048 values, candidates are scored on a histogram of 2048 bins
-    between the channel's minimum and maximum, which costs a hundredth on activations.
+    (32 for every code where that is fewer) between the channel's minimum and maximum: a hundredth of the cost on
+    activations.
     """
     rows = _rows(x, spec)
     low, high = rows.amin(1), rows.amax(1)
     counts = None
     if rows.shape[1] > 4 * BINS:
-        rows, counts = _histogram(rows, low, high)
+        rows, counts = _histogram(rows, low, high, min(BINS, 32 * 2**spec.bits))
     factors = 1.0 - 0.01 * torch.arange(steps, device=x.device, dtype=x.dtype)
     scale, zero_point = _affine(factors[:, None] * low, factors[:, None] * high, spec)  # [steps, channels]
     scores = []
@@ -77,22 +78,24 @@ def mse(x: Tensor, spec: QuantSpec, steps: int = 80, power: float = 2.4) -> tupl
     return tuple(_shaped(v.gather(0, best), x, spec) for v in (scale, zero_point))
 
 
-def _histogram(rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Bin centres and counts of each row, both [channels, BINS]."""
-    width = ((high - low) / BINS).clamp(min=EPS)[:, None]
-    centres = low[:, None] + (torch.arange(BINS, device=rows.device) + 0.5) * width
+def _histogram(rows: Tensor, low: Tensor, high: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """Bin centres and counts of each row, both [channels, bins]; of a single row, without its empty bins."""
+    width = ((high - low) / bins).clamp(min=EPS)[:, None]
+    centres = low[:, None] + (torch.arange(bins, device=rows.device) + 0.5) * width
     if len(rows) == 1:
-        return centres, rows.histc(BINS, low.item(), high.item())[None]
-    index = ((rows - low[:, None]) / width).long().clamp_(max=BINS - 1)
-    index += torch.arange(len(rows), device=rows.device)[:, None] * BINS
-    counts = index.flatten().bincount(minlength=len(rows) * BINS).reshape(-1, BINS)
+        counts = rows.histc(bins, low.item(), high.item())
+        found = counts > 0  # wide tails leave many bins empty
+        return centres[:, found], counts[None, found]
+    index = ((rows - low[:, None]) / width).long().clamp_(max=bins - 1)
+    index += torch.arange(len(rows), device=rows.device)[:, None] * bins
+    counts = index.flatten().bincount(minlength=len(rows) * bins).reshape(-1, bins)
     return centres, counts.to(rows.dtype)
 
 
 def _dequantized(rows: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """rows [channels, values] through codes and back; scale and zero_point [..., channels]."""
     s, z = scale[..., None], zero_point[..., None]
-    return (rows / s).round_().clamp_(min=spec.qmin - z, max=spec.qmax - z).mul_(s)
+    return clamp_((rows / s).round_(), spec.qmin - z, spec.qmax - z).mul_(s)
 
 
 def percentile(
@@ -113,3 +116,34 @@ def percentile(
         best = torch.where(better, score, best)
         scale, zero_point = torch.where(better, s, scale), torch.where(better, z, zero_point)
     return _shaped(scale, x, spec), _shaped(zero_point, x, spec)
+
+
+def extremes(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of x, widened to hold zero, [channels] each."""
+    rows = _rows(x, spec)
+    return rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+
+
+def positive(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """0 and the maximum of x, [channels] each: the range of probabilities."""
+    high = _rows(x, spec).amax(1)
+    return torch.zeros_like(high), high
+
+
+class Running:
+    """A chooser with a memory: the running average of the ranges of the batches it has met.
+
+    find(x, spec) -> (low, high) is the range of one batch. The first one counts in full, each further one is mixed in
+    with weight 1 - momentum.
+    """
+
+    def __init__(self, momentum: float, find=extremes):
+        self.momentum, self.find = momentum, find
+        self.low = self.high = None
+
+    def __call__(self, x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        low, high = self.find(x, spec)
+        if self.low is not None:
+            low, high = torch.lerp(low, self.low, self.momentum), torch.lerp(high, self.high, self.momentum)
+        self.low, self.high = low, high
+        return tuple(_shaped(v, x, spec) for v in _affine(low, high, spec))
