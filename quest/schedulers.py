@@ -51,7 +51,7 @@ class Corrected:
             )
 
     def corrected(self, prediction: Tensor, timestep: Tensor | int) -> Tensor:
-        """(e~ - bias) / (1 + k) (arXiv:2305.10657, sections 4.1 and 4.2). prediction [B, C, h, w]."""
+        """(e~ - bias) / (1 + k) (arXiv:2305.10657). prediction [B, C, h, w]."""
         slope, bias, _ = self.correction.at(timestep)
         return (prediction - bias.to(prediction)) / (1 + slope.to(prediction))
 
@@ -60,7 +60,7 @@ class CorrectedDDIMScheduler(Corrected, DDIMScheduler):
     """DDIM on the corrected prediction; the injected noise gives way to the quantization noise already there."""
 
     def noise_share(self, timestep: Tensor | int, eta: float) -> float:
-        """Standard deviation of the noise to inject over that of full precision (arXiv:2305.10657, section 4.2).
+        """Standard deviation of the noise to inject over that of full precision (arXiv:2305.10657).
 
         With s the deviation of full precision and c the coefficient of the prediction in the DDIM step, quantization
         noise of deviation q = std / (1 + k) arrives as c q, so s_new^2 = max(0, s^2 - c^2 q^2). Needs eta > 0: without
