@@ -135,20 +135,23 @@ def align(
     lr_scale: float,
     global_weight: float,
     generator: torch.Generator,
+    learned: dict[str, list[nn.Parameter]] | None = None,
 ) -> None:
     """One stage: tune the weights of `tuned` and the `scales` so that their layers and the noise prediction agree with
     the full-precision model: sum over layers of the mean squared error of the output, plus global_weight times that of
-    the prediction. targets: what `layer_outputs` found for the tuned layers.
+    the prediction. targets: what `layer_outputs` found for the tuned layers. learned: parameters by layer to tune in
+    place of the weights and biases of `tuned`.
 
     Raises FloatingPointError naming stage and iteration if the loss is not finite.
     """
     if not iterations:
         return
     # Frozen layers give no gradient to their weights and are not quantized again in every iteration.
-    weights = []
-    for layer in tuned.values():
-        layer.thaw()
-        weights += [p.requires_grad_() for p in (layer.weight, layer.bias) if p is not None]
+    if learned is None:
+        learned = {n: [p for p in (layer.weight, layer.bias) if p is not None] for n, layer in tuned.items()}
+    for name in learned:
+        denoiser.get_submodule(name).thaw()
+    weights = [p.requires_grad_() for parameters in learned.values() for p in parameters]
     for q in scales:
         q.scale.requires_grad_()
     adam = torch.optim.Adam(weights, lr=lr_weight, fused=True)
@@ -184,8 +187,8 @@ def align(
         for h in handles:
             h.remove()
         denoiser.requires_grad_(False)
-        for layer in tuned.values():
-            layer.freeze()
+        for name in learned:
+            denoiser.get_submodule(name).freeze()
 
 
 @torch.no_grad()
