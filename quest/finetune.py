@@ -10,7 +10,7 @@ All other parameters stay frozen. Weight scales and every zero point stay fixed.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quest import ranges
+from quest import cost, ranges
 from quest.calibration import CalibrationSet, calibrate
 from quest.checkpoint import freeze, load_weights
 from quest.layers import QuantLayer, input_quantizers, quant_layers, swap
@@ -77,6 +77,43 @@ def quantize(
     freeze(denoiser)
     calibrate(denoiser, calibration, ranges.mse, samples=samples, seed=seed)
 
+    finetune(
+        denoiser,
+        pipe.unet,
+        calibration,
+        selection,
+        tla_iterations=tla_iterations,
+        cma_iterations=cma_iterations,
+        batch=batch,
+        lr_weight=lr_weight,
+        lr_scale=lr_scale,
+        global_weight=global_weight,
+        seed=seed,
+    )
+    return student
+
+
+def weights_and_biases(denoiser: nn.Module, tuned: dict[str, QuantLayer]) -> dict[str, list[nn.Parameter]]:
+    """What a stage learns beside scales: the parameters of its tuned layers, by layer."""
+    return {n: [p for p in (layer.weight, layer.bias) if p is not None] for n, layer in tuned.items()}
+
+
+def finetune(
+    denoiser: nn.Module,
+    teacher: nn.Module,
+    calibration: CalibrationSet,
+    selection: str,
+    *,
+    tla_iterations: int,
+    cma_iterations: int,
+    batch: int,
+    lr_weight: float,
+    lr_scale: float,
+    global_weight: float | None,
+    seed: int,
+    learn: Callable = weights_and_biases,
+) -> None:
+    """Both stages on a calibrated denoiser. learn(denoiser, tuned): the parameters that a stage learns, by layer."""
     layers = dict(quant_layers(denoiser))
     temporal = {n: m for n, m in layers.items() if matches(n, TEMPORAL)}
     critical = {n: m for n, m in layers.items() if matches(n, SELECTIONS[selection])}
@@ -91,7 +128,7 @@ def quantize(
         ("critical module alignment", critical, critical_scales, cma_iterations),
     )
     aligned = [n for _, tuned, _, iterations in stages if iterations for n in tuned]
-    targets = layer_outputs(pipe.unet, aligned, calibration) if aligned else {}
+    targets = layer_outputs(teacher, aligned, calibration) if aligned else {}
     for name, tuned, tuned_scales, iterations in stages:
         align(
             name,
@@ -100,6 +137,7 @@ def quantize(
             calibration,
             tuned,
             tuned_scales,
+            learn(denoiser, tuned),
             iterations=iterations,
             batch=batch,
             lr_weight=lr_weight,
@@ -107,7 +145,6 @@ def quantize(
             global_weight=len(tuned) if global_weight is None else global_weight,
             generator=torch.Generator().manual_seed(seed),
         )
-    return student
 
 
 def default_selection(pipe) -> str:
@@ -128,6 +165,7 @@ def align(
     calibration: CalibrationSet,
     tuned: dict[str, QuantLayer],
     scales: list[Quantizer],
+    learned: dict[str, list[nn.Parameter]],
     *,
     iterations: int,
     batch: int,
@@ -135,20 +173,16 @@ def align(
     lr_scale: float,
     global_weight: float,
     generator: torch.Generator,
-    learned: dict[str, list[nn.Parameter]] | None = None,
 ) -> None:
-    """One stage: tune the weights of `tuned` and the `scales` so that their layers and the noise prediction agree with
-    the full-precision model: sum over layers of the mean squared error of the output, plus global_weight times that of
-    the prediction. targets: what `layer_outputs` found for the tuned layers. learned: parameters by layer to tune in
-    place of the weights and biases of `tuned`.
+    """One stage: tune the `learned` parameters and the `scales` so that the outputs of the `tuned` layers and the noise
+    prediction agree with the full-precision model: sum over layers of the mean squared error of the output, plus
+    global_weight times that of the prediction. targets: what `layer_outputs` found for the tuned layers.
 
     Raises FloatingPointError naming stage and iteration if the loss is not finite.
     """
     if not iterations:
         return
     # Frozen layers give no gradient to their weights and are not quantized again in every iteration.
-    if learned is None:
-        learned = {n: [p for p in (layer.weight, layer.bias) if p is not None] for n, layer in tuned.items()}
     for name in learned:
         denoiser.get_submodule(name).thaw()
     weights = [p.requires_grad_() for parameters in learned.values() for p in parameters]
@@ -156,6 +190,7 @@ def align(
         q.scale.requires_grad_()
     adam = torch.optim.Adam(weights, lr=lr_weight, fused=True)
     adam_scales = ScaleAdam(scales)
+    cost.record(denoiser, stage, [*weights, *adam_scales.scales], iterations, batch)
 
     outputs: dict[str, Tensor] = {}
     handles = [
