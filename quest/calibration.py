@@ -54,6 +54,11 @@ class CalibrationSet:
             sample=self.sample[rows], timestep=self.timestep[rows], **{k: v[rows] for k, v in self.conditioning.items()}
         )
 
+    def subset(self, rows: Tensor) -> CalibrationSet:
+        """These rows, in this order; a row may occur more than once."""
+        own = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "conditioning"}
+        return CalibrationSet(**own, conditioning={k: v[rows] for k, v in self.conditioning.items()})
+
     def calls(self) -> Tensor:
         """Rows of each sampler call, [calls * trajectories, halves], call by call.
 
@@ -150,8 +155,20 @@ def calibrating(denoiser: nn.Module, choose: Callable) -> Iterator[None]:
 
 
 @torch.no_grad()
-def calibrate(denoiser: nn.Module, calibration: CalibrationSet, choose: Callable, *, samples: int, seed: int) -> None:
-    """Set every activation range from one forward pass on `samples` random rows: of each time group, or of all rows."""
+def calibrate(
+    denoiser: nn.Module,
+    calibration: CalibrationSet,
+    choose: Callable,
+    *,
+    samples: int,
+    seed: int,
+    momentum: float | None = None,
+) -> None:
+    """Set every activation range from one forward pass on `samples` random rows: of each time group, or of all rows.
+
+    momentum: instead of one pass, running averages of the whole ranges over all rows, in batches of `samples`; the first
+    batch is where they start and is met again (the released QuEST's running statistics, momentum 0.95).
+    """
     groups = getattr(denoiser, "time_groups", None)
     group = groups.index(calibration.timestep) if groups else torch.zeros(len(calibration), dtype=torch.long)
     if (group < 0).any():
@@ -162,8 +179,16 @@ def calibrate(denoiser: nn.Module, calibration: CalibrationSet, choose: Callable
             rows = (group == g).nonzero().flatten()
             if not len(rows):
                 raise ValueError(f"the calibration set holds no timestep of time group {g} ({groups.starts.tolist()})")
-            rows = rows[torch.randperm(len(rows), generator=generator)[:samples]]
-            denoiser(**calibration.inputs(rows))
+            rows = rows[torch.randperm(len(rows), generator=generator)]
+            if momentum is None:
+                denoiser(**calibration.inputs(rows[:samples]))
+                continue
+            for name, q in input_quantizers(denoiser).items():
+                q.choose = ranges.Running(
+                    momentum, ranges.positive if name.endswith("processor.p") else ranges.extremes
+                )
+            for batch in (rows[:samples], *rows.split(samples)):
+                denoiser(**calibration.inputs(batch))
 
 
 @torch.no_grad()

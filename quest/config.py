@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 
 FULL_PRECISION = ("fp", "w32a32")
+WEIGHTS_ONLY = ("adaround", "adaround-ndtc")  # methods whose bits are w4a32: what others start from
 SCHEMA = Path(__file__).parents[1] / "workflow" / "schemas" / "config.schema.yaml"
 
 
@@ -44,6 +45,15 @@ def parse_bits(bits: str) -> tuple[int, int]:
     )
 
 
+def start_of(config: dict, run: Run) -> Run | None:
+    """The run whose checkpoint a run starts from, if its recipe names one: at its bits, or at its weight bits."""
+    method = config["methods"][run.method].get("init")
+    if method is None:
+        return None
+    weight, _ = parse_bits(run.bits)
+    return Run(run.model, method, f"w{weight}a32" if method in WEIGHTS_ONLY else run.bits)
+
+
 def runs(config: dict) -> list[Run]:
     """The cells of `config["grid"]`, in its order, each once."""
     cells = (Run(*cell) for block in config["grid"] for cell in product(block["model"], block["method"], block["bits"]))
@@ -78,6 +88,8 @@ def validate(config: dict) -> None:
         for method, bits in product(block["method"], block["bits"]):
             if (method == FULL_PRECISION[0]) != (bits == FULL_PRECISION[1]):
                 raise ConfigError(f"grid[{i}]: {method} at {bits}; w32a32 goes with fp and with nothing else")
+            if method in WEIGHTS_ONLY and parse_bits(bits)[1] != 32:
+                raise ConfigError(f"grid[{i}]: {method} at {bits}; it quantizes weights only, e.g. at w4a32")
     for method in config["methods"]:
         chain = [method]
         while start := config["methods"][chain[-1]].get("init"):

@@ -250,20 +250,6 @@ def split_layers(denoiser: nn.Module) -> dict[str, int]:
     return {n: m.hidden.in_channels for n, m in denoiser.named_modules() if isinstance(m, SplitConv2d)}
 
 
-def widths(denoiser: nn.Module) -> dict[str, list[str]]:
-    """Names of the layers and attention products of a quantized denoiser under each pair of bits, as "w4a8"; a product
-    stands under the bits of its q, k and v and of its probabilities, as "qkv8p8"."""
-    found: dict[str, list[str]] = {}
-    for name, layer in quant_layers(denoiser):
-        output = layer.output_quantizer
-        bits = f"w{layer.weight_quantizer.spec.bits}a{(output or layer.input_quantizer).spec.bits}"
-        found.setdefault(bits, []).append(name)
-    for name, module in attentions(denoiser):
-        bits = f"qkv{module.processor.q.spec.bits}p{module.processor.p.spec.bits}"
-        found.setdefault(bits, []).append(f"{name}.processor")
-    return found
-
-
 def attentions(denoiser: nn.Module) -> Iterator[tuple[str, Attention]]:
     return ((n, m) for n, m in denoiser.named_modules() if isinstance(m, Attention))
 

@@ -20,6 +20,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from quest import cost
 from quest.affine import FLOAT, QParams, QuantSpec, quantize
 from quest.attention import QuantAttention
 from quest.calibration import CalibrationSet
@@ -102,6 +103,7 @@ def reconstruct_weights(
     n = len(rows)
     inputs = _inputs(student, calibration, rows)
     errors: dict[str, tuple[float, float]] = {}
+    learned: list[Tensor] = []
 
     def visit(unit: Unit, forward: Callable, *args, **kwargs) -> Tensor:
         if not unit.layers:
@@ -114,7 +116,7 @@ def reconstruct_weights(
             for name, layer in unit.layers.items()
             if layer.weight_quantizer.spec.bits < FLOAT and not any(fnmatch(name, glob) for glob in exclude)
         }
-        if layers and iterations:
+        if layers:
             errors[unit.name] = learn_rounding(
                 unit.name,
                 layers,
@@ -125,12 +127,14 @@ def reconstruct_weights(
                 lr=lr,
                 generator=generator,
             )
+            learned.extend(layer.weight for layer in layers.values())
         return torch.cat([target, _chunked(run, quantized)])
 
     # The first half of the rows runs through the units of full precision, the second through the quantized ones.
     doubled = {k: torch.cat([v, v]) for k, v in inputs.items()}
     with float_activations(input_quantizers(student).values()), frozen(student):
         _run(student, inputs, doubled, visit, "AdaRound")
+    cost.record(student, "AdaRound", learned, iterations, batch)
     return errors
 
 
@@ -157,6 +161,7 @@ def reconstruct_activations(
     n = len(rows)
     inputs = _inputs(student, calibration, rows)
     errors: dict[str, tuple[float, float]] = {}
+    learned: list[Tensor] = []
 
     def visit(unit: Unit, forward: Callable, *args, **kwargs) -> Tensor:
         run = partial(_call, forward, args, kwargs, n)
@@ -171,14 +176,16 @@ def reconstruct_activations(
             product = run
             run = lambda r: product(r).unflatten(0, (len(r), -1)).transpose(1, 2)  # noqa: E731
         quantizers = {name: q for name, q in unit.quantizers.items() if q.spec.bits < FINE}
-        if quantizers and iterations:
+        if quantizers:
             errors[unit.name] = learn_steps(
                 unit.name, quantizers, run, target, iterations=iterations, batch=batch, lr=lr, generator=generator
             )
+            learned.extend(q.scale for q in quantizers.values())
         return output
 
     with frozen(student):
         _run(student, inputs, inputs, visit, "activation steps")
+    cost.record(student, "activation steps", learned, iterations, batch)
     return errors
 
 

@@ -25,6 +25,7 @@ def main() -> None:
     from baselines import METHODS
     from quest.calibration import CalibrationSet
     from quest.checkpoint import read
+    from quest.config import parse_bits
     from quest.cost import peak_memory
     from quest.models import MODELS
     from quest.provenance import provenance
@@ -35,6 +36,10 @@ def main() -> None:
     # What the model's protocol says holds for every method that knows of it and has no choice of its own; the recipe
     # has the last word.
     protocol = {n: getattr(model, n) for n in ("keep", "softmax_bits", "time_groups", "selection", "guidance")}
+    protocol["split"] = model.split
+    if parse_bits(arguments.bits)[1] >= 8:
+        # Published for 8-bit activations only; below, the method's default, the MSE search, serves it better.
+        protocol["activation_ranges"] = model.activation_ranges
     method = METHODS[arguments.method]
     known = set(inspect.signature(method).parameters) - set(getattr(method, "keywords", ()))
     recipe = {name: value for name, value in protocol.items() if name in known} | arguments.recipe
