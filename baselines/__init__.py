@@ -20,13 +20,15 @@ from baselines import (
     tfmq_dm,
 )
 
-# What the released code of a paper keeps in float or at more bits than it says, of the rows named "...-as-released".
+# What the released code of a paper keeps in float or at other bits than the common stack, of the rows named
+# "...-as-released" and of QuEST's "-official" one, whose first and last layer have 8-bit inputs but ordinary weights.
 # Every other row quantizes all layers and attention products, the first and the last layer at 8 bits: the common stack.
 KEPT = {
     "efficient-dm-as-released": efficient_dm.RELEASED,
     "ptq4dm-as-released": ptq4dm.RELEASED,
     "ptqd-as-released": ptqd.RELEASED,
     "tfmq-dm-as-released": tfmq_dm.RELEASED,
+    "quest-official": quest.finetune.OFFICIAL["keep"],
 }
 
 METHODS = {
@@ -47,4 +49,6 @@ METHODS = {
     "full-finetune": full_finetune.quantize,
     "qalora": qalora.quantize,
     "quest": quest.finetune.quantize,
+    "quest-paper": partial(quest.finetune.quantize, **quest.finetune.PAPER),
+    "quest-official": partial(quest.finetune.quantize, **quest.finetune.OFFICIAL),
 }

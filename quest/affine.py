@@ -21,22 +21,31 @@ class QuantSpec:
     bits: code width, 2 to 16, or 32 for a tensor that stays in float: no code, scale 1, zero point 0.
     symmetric: signed codes and zero point 0, else unsigned codes.
     axis: None for one scale per tensor, else the dimension that has a scale of its own for every index.
+    wide: the symmetric rule of the released QuEST before August 2024: twice the codes that the bits allow and two more.
+    A range of +-max takes 2^(bits + 1) + 1 of them, 33 at "4 bit".
     """
 
     bits: int
     symmetric: bool = False
     axis: int | None = None
+    wide: bool = False
 
     def __post_init__(self):
+        if self.wide and not self.symmetric:
+            raise ValueError("wide codes are symmetric: give symmetric=True")
         if not (2 <= self.bits <= 16 or self.bits == FLOAT):
             raise ValueError(f"bits must be between 2 and 16, or 32 for float, not {self.bits}")
 
     @property
     def qmin(self) -> int:
+        if self.wide:
+            return -(2**self.bits) - 1
         return -(2 ** (self.bits - 1)) if self.symmetric else 0
 
     @property
     def qmax(self) -> int:
+        if self.wide:
+            return 2**self.bits
         return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
 
 

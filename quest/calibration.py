@@ -166,8 +166,8 @@ def calibrate(
 ) -> None:
     """Set every activation range from one forward pass on `samples` random rows: of each time group, or of all rows.
 
-    momentum: instead of one pass, running averages of the whole ranges over all rows, in batches of `samples`; the first
-    batch is where they start and is met again (the released QuEST's running statistics, momentum 0.95).
+    momentum: instead of `choose`, running averages of the whole ranges over all rows in batches of `samples`; they
+    start at the first batch, which is met again (the released QuEST's running statistics, momentum 0.95).
     """
     groups = getattr(denoiser, "time_groups", None)
     group = groups.index(calibration.timestep) if groups else torch.zeros(len(calibration), dtype=torch.long)
