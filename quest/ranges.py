@@ -73,9 +73,9 @@ def mse(x: Tensor, spec: QuantSpec, steps: int = 80, power: float = 2.4) -> tupl
 def least_error(rows: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, power: float = 2.4) -> Tensor:
     """Which of the candidate ranges low to high, [candidates, channels], has the least mean |x - x~|^power: an index.
 
-    rows [channels, values] -> [1, channels]. Where channels hold more than 4 * 2048 values, candidates are scored on a histogram of 2048
-    bins (32 for every code where that is fewer) between the channel's minimum and maximum: a hundredth of the cost on
-    activations.
+    rows [channels, values] -> [1, channels]. Where channels hold more than 4 * 2048 values, candidates are scored on a
+    histogram of 2048 bins (32 for every code where that is fewer) between the channel's minimum and maximum: a
+    hundredth of the cost on activations.
     """
     counts = None
     if rows.shape[1] > 4 * BINS:

@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from quest import cost
 from quest.affine import FLOAT, QParams, QuantSpec, quantize
 from quest.attention import QuantAttention
 from quest.calibration import CalibrationSet
-from quest.layers import QuantLayer, input_quantizers, quant_layers
+from quest.layers import QuantLayer, attentions, input_quantizers, quant_layers
 from quest.quantizer import Quantizer
 from quest.ranges import EPS
 
@@ -40,12 +41,31 @@ CHECK = 256  # rows on which a unit is judged before and after
 
 @dataclass(frozen=True)
 class Unit:
-    """What is reconstructed together: a module, its quantized layers and its activation quantizers, by name."""
+    """What is reconstructed together, with its quantized layers and activation quantizers by name.
+
+    modules: one, or several that read the same input; their outputs are concatenated. lay: turns the output for a
+    number of rows into the layout in which the papers' networks have it, dimension 1 of images being channels.
+    """
 
     name: str
-    module: nn.Module
+    modules: dict[str, nn.Module]
     layers: dict[str, QuantLayer]
     quantizers: dict[str, Quantizer]
+    lay: Callable[[Tensor, int], Tensor]
+
+
+def _as_it_is(y: Tensor, _rows: int) -> Tensor:
+    return y
+
+
+def _channels_first(y: Tensor, _rows: int) -> Tensor:
+    """[B, n, C] -> [B, C, n]: a linear layer here is a 1-d convolution there."""
+    return y.transpose(1, 2)
+
+
+def _heads_as_channels(y: Tensor, rows: int) -> Tensor:
+    """[B * heads, n, d] -> [B, heads * d, n]."""
+    return y.unflatten(0, (rows, -1)).transpose(2, 3).flatten(1, 2)
 
 
 @torch.no_grad()
@@ -54,7 +74,8 @@ def units(denoiser: nn.Module, inputs: dict[str, Tensor]) -> list[Unit]:
 
     As in Q-Diffusion (arXiv:2302.04304) with quantized activations: every ResnetBlock2D with its time embedding
     projection, every BasicTransformerBlock, every other quantized layer alone. Attention outside a transformer block is
-    no unit: its layers are, and its two products are a unit without weights.
+    no unit: to_q, to_k and to_v together are (CompVis has them as one layer), to_out is, and the two products are a
+    unit without weights.
     """
     found: dict[str, nn.Module] = {}
     for name, module in denoiser.named_modules():
@@ -68,12 +89,24 @@ def units(denoiser: nn.Module, inputs: dict[str, Tensor]) -> list[Unit]:
     finally:
         for h in handles:
             h.remove()
-    result = []
+    attention = {n: m for n, m in attentions(denoiser) if f"{n}.processor" in found}
+    members: dict[str, list[str]] = {}
     for name in dict.fromkeys(order):
-        module = found[name]
-        layers = {f"{name}.{n}".rstrip("."): m for n, m in quant_layers(module)}
-        quantizers = {f"{name}.{n}": q for n, q in input_quantizers(module).items()}
-        result.append(Unit(name, module, layers, quantizers))
+        parent, _, child = name.rpartition(".")
+        self_attention = parent in attention and not attention[parent].is_cross_attention
+        together = self_attention and child in ("to_q", "to_k", "to_v")
+        members.setdefault(f"{parent}.qkv" if together else name, []).append(name)
+    result = []
+    for unit, names in members.items():
+        modules = {n: found[n] for n in names}
+        layers = {f"{n}.{sub}".rstrip("."): m for n in names for sub, m in quant_layers(found[n])}
+        quantizers = {f"{n}.{sub}": q for n in names for sub, q in input_quantizers(found[n]).items()}
+        lay = _as_it_is
+        if isinstance(modules[names[0]], QuantAttention):
+            lay = _heads_as_channels
+        elif any(unit.startswith(f"{n}.") for n in attention):
+            lay = _channels_first
+        result.append(Unit(unit, modules, layers, quantizers, lay))
     return result
 
 
@@ -105,30 +138,32 @@ def reconstruct_weights(
     errors: dict[str, tuple[float, float]] = {}
     learned: list[Tensor] = []
 
-    def visit(unit: Unit, forward: Callable, *args, **kwargs) -> Tensor:
+    def visit(unit: Unit, forwards: dict[str, Callable], name: str, *args, **kwargs) -> Tensor:
+        call = partial(_call, args=args, kwargs=kwargs, n=2 * n)
         if not unit.layers:
-            return _chunked(partial(_call, forward, args, kwargs, 2 * n), torch.arange(2 * n))
-        full, quantized = torch.arange(n), torch.arange(n, 2 * n)
-        target = _chunked(partial(_call, teacher.get_submodule(unit.name), args, kwargs, 2 * n), full)
-        run = partial(_call, forward, args, kwargs, 2 * n)
+            return _chunked(partial(call, [forwards[name]]), torch.arange(2 * n))
         layers = {
             name: layer
             for name, layer in unit.layers.items()
             if layer.weight_quantizer.spec.bits < FLOAT and not any(fnmatch(name, glob) for glob in exclude)
         }
-        if layers:
+        learning = bool(layers) and unit.name not in errors
+        full = [teacher.get_submodule(m) for m in (unit.modules if learning else [name])]
+        outputs = [_chunked(partial(call, [forward]), torch.arange(n)) for forward in full]
+        if learning:
             errors[unit.name] = learn_rounding(
                 unit.name,
                 layers,
-                lambda r: run(r + n),
-                target,
+                lambda r: unit.lay(call(list(forwards.values()), r + n), len(r)),
+                unit.lay(_together(outputs), n),
                 iterations=iterations,
                 batch=batch,
                 lr=lr,
                 generator=generator,
             )
             learned.extend(layer.weight for layer in layers.values())
-        return torch.cat([target, _chunked(run, quantized)])
+        # The first of a unit's modules to be called is the one that learns.
+        return torch.cat([outputs[0], _chunked(partial(call, [forwards[name]]), torch.arange(n, 2 * n))])
 
     # The first half of the rows runs through the units of full precision, the second through the quantized ones.
     doubled = {k: torch.cat([v, v]) for k, v in inputs.items()}
@@ -163,25 +198,29 @@ def reconstruct_activations(
     errors: dict[str, tuple[float, float]] = {}
     learned: list[Tensor] = []
 
-    def visit(unit: Unit, forward: Callable, *args, **kwargs) -> Tensor:
-        run = partial(_call, forward, args, kwargs, n)
-        if unit.layers:
-            full = partial(_call, teacher.get_submodule(unit.name), args, kwargs, n)
-            output = target = _chunked(full, torch.arange(n))
-        else:
-            with float_activations(unit.quantizers.values()):
-                output = _chunked(run, torch.arange(n))
-            # [n * heads, tokens, d] -> [n, tokens, heads, d]
-            target = output.unflatten(0, (n, -1)).transpose(1, 2)
-            product = run
-            run = lambda r: product(r).unflatten(0, (len(r), -1)).transpose(1, 2)  # noqa: E731
+    def visit(unit: Unit, forwards: dict[str, Callable], name: str, *args, **kwargs) -> Tensor:
+        call = partial(_call, args=args, kwargs=kwargs, n=n)
+
         quantizers = {name: q for name, q in unit.quantizers.items() if q.spec.bits < FINE}
-        if quantizers:
+        learning = bool(quantizers) and unit.name not in errors
+        with float_activations(() if unit.layers else unit.quantizers.values()):
+            full = [
+                teacher.get_submodule(m) if unit.layers else forwards[m] for m in (unit.modules if learning else [name])
+            ]
+            outputs = [_chunked(partial(call, [forward]), torch.arange(n)) for forward in full]
+        if learning:
             errors[unit.name] = learn_steps(
-                unit.name, quantizers, run, target, iterations=iterations, batch=batch, lr=lr, generator=generator
+                unit.name,
+                quantizers,
+                lambda r: unit.lay(call(list(forwards.values()), r), len(r)),
+                unit.lay(_together(outputs), n),
+                iterations=iterations,
+                batch=batch,
+                lr=lr,
+                generator=generator,
             )
             learned.extend(q.scale for q in quantizers.values())
-        return output
+        return outputs[0]
 
     with frozen(student):
         _run(student, inputs, inputs, visit, "activation steps")
@@ -213,11 +252,10 @@ def learn_rounding(
     adam = torch.optim.Adam([rounding.alpha.requires_grad_()], lr=lr, fused=True)
     with torch.enable_grad():
         for i in range(iterations):
-            weights, regulariser = rounding.soft(beta(i, iterations))
-            for layer, weight in zip(layers.values(), weights, strict=True):
+            for layer, weight in zip(layers.values(), rounding.soft(beta(i, iterations)), strict=True):
                 layer.packed = weight
             rows = torch.randperm(len(target), generator=generator)[:batch]
-            loss = error(run(rows), target[rows], 2) + LAMBDA * regulariser
+            loss = error(run(rows), target[rows], 2)
             _finite(loss, "AdaRound", name, i)
             adam.zero_grad()
             loss.backward()
@@ -279,9 +317,11 @@ def error(output: Tensor, target: Tensor, power: float) -> Tensor:
 
     Dimension 1 holds channels in images and tokens in sequences; the balance with the regulariser depends on it.
     """
-    difference = output - target
-    powered = difference.square() if power == 2 else difference.abs().pow(power)
-    return powered.sum(1).mean()
+    if power == 2:
+        total = F.mse_loss(output, target, reduction="sum")
+    else:
+        total = (output - target).abs().pow(power).sum()
+    return total * (output.shape[1] / output.numel())
 
 
 def beta(iteration: int, iterations: int) -> float | None:
@@ -301,21 +341,23 @@ class Rounding:
         self.qparams = [layer.weight_quantizer.qparams for layer in layers]
         self.weights = [layer.weight.detach() for layer in layers]
         pairs = list(zip(self.weights, self.qparams, strict=True))
-        self.scale = _flat(q.scale.detach().expand_as(w) for w, q in pairs)
-        self.low = _flat((q.spec.qmin - q.zero_point).expand_as(w) for w, q in pairs)
-        self.high = _flat((q.spec.qmax - q.zero_point).expand_as(w) for w, q in pairs)
-        ratio = _flat(self.weights) / self.scale
-        self.floor = ratio.floor()
+        scale = _flat(q.scale.detach().expand_as(w) for w, q in pairs)
+        low = _flat((q.spec.qmin - q.zero_point).expand_as(w) for w, q in pairs)
+        high = _flat((q.spec.qmax - q.zero_point).expand_as(w) for w, q in pairs)
+        ratio = _flat(self.weights) / scale
+        floor = ratio.floor()
         # So that h(alpha) is the fraction: the soft weights start as the float ones, up to clipping.
-        self.alpha = -((ZETA - GAMMA) / (ratio - self.floor - GAMMA) - 1).log()
+        self.alpha = -((ZETA - GAMMA) / (ratio - floor - GAMMA) - 1).log()
+        # clip(floor + h) s for any h in [0, 1]; a clipped weight has no step.
+        self.base = torch.minimum(torch.maximum(floor, low), high) * scale
+        self.step = scale * ((floor >= low) & (floor < high))
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         return [v.view(s) for v, s in zip(flat.split([s.numel() for s in self.shapes]), self.shapes, strict=True)]
 
-    def soft(self, beta: float | None) -> tuple[list[Tensor], Tensor]:
-        """Dequantized weights with soft rounding, and the regulariser (0 where beta is None)."""
-        flat, regulariser = _Soft.apply(self.alpha, self.floor, self.low, self.high, self.scale, beta)
-        return self._split(flat), regulariser
+    def soft(self, beta: float | None) -> list[Tensor]:
+        """Dequantized weights with soft rounding; their gradient brings that of the regulariser along, see `_Soft`."""
+        return self._split(_Soft.apply(self.alpha, self.base, self.step, beta))
 
     @torch.no_grad()
     def folded(self) -> list[Tensor]:
@@ -336,37 +378,31 @@ def fold(weight: Tensor, up: Tensor, qparams: QParams) -> Tensor:
 
 
 class _Soft(torch.autograd.Function):
-    """Soft weights clip(floor + h) s and the sum of 1 - |2 h - 1|^beta.
+    """Soft weights base + h step, h = clip(sigmoid(alpha) (zeta - gamma) + gamma, 0, 1) (arXiv:2004.10568, eq. 22, 23).
 
-    Here h = clip(sigmoid(alpha) (zeta - gamma) + gamma) in [0, 1] (arXiv:2004.10568, equations 22 to 24).
-    By hand: a third of the passes that automatic differentiation makes over tensors as large as the weights.
+    The gradient of LAMBDA times the regulariser, the sum of 1 - |2 h - 1|^beta (eq. 24), is added on the way back: its
+    value is never needed. beta None leaves it out. Written by hand for its number of passes over tensors as large as
+    the weights: small units spend most of their time in them.
     """
 
     @staticmethod
-    def forward(ctx, alpha, floor, low, high, scale, beta):
+    def forward(ctx, alpha, base, step, beta):
         sigmoid = alpha.sigmoid()
         h = (sigmoid * (ZETA - GAMMA)).add_(GAMMA).clamp_(0, 1)
-        codes = floor + h
-        clipped = torch.minimum(torch.maximum(codes, low), high)
-        slope = (sigmoid * (1 - sigmoid)).mul_(ZETA - GAMMA).mul_((h > 0) & (h < 1))  # d h / d alpha
         ctx.beta = beta
-        regulariser = alpha.new_zeros(())
-        side = power = None
-        if beta is not None:
-            side = h.mul_(2).sub_(1)
-            power = side.abs().log_().mul_(beta).exp_()
-            regulariser = side.numel() - power.sum()
-        ctx.save_for_backward(slope, scale * (codes == clipped), side, power)
-        return clipped.mul_(scale), regulariser
+        ctx.save_for_backward(sigmoid, h, step)
+        return torch.addcmul(base, h, step)
 
     @staticmethod
-    def backward(ctx, grad, grad_regulariser):
-        slope, scale, side, power = ctx.saved_tensors
-        grad_h = grad * scale
+    def backward(ctx, grad):
+        sigmoid, h, step = ctx.saved_tensors
+        grad = grad * step
         if ctx.beta is not None:
-            # d (1 - |2 h - 1|^beta) / d h; at h = 1/2 the power is 0 and so is the slope.
-            grad_h += power.div(side).nan_to_num_(0).mul_(-2 * ctx.beta * grad_regulariser)
-        return grad_h * slope, None, None, None, None, None
+            side = (h + h).sub_(1)
+            power = side.abs().log_().mul_(ctx.beta - 1).exp_().copysign_(side)
+            grad.add_(power, alpha=-2 * LAMBDA * ctx.beta)
+        grad = torch.ops.aten.hardtanh_backward(grad, h, 0, 1)
+        return torch.ops.aten.sigmoid_backward(grad, sigmoid).mul_(ZETA - GAMMA), None, None, None
 
 
 @contextmanager
@@ -404,31 +440,40 @@ def _inputs(denoiser: nn.Module, calibration: CalibrationSet, rows: Tensor) -> d
 def _run(
     denoiser: nn.Module, example: dict[str, Tensor], inputs: dict[str, Tensor], visit: Callable, stage: str
 ) -> None:
-    """One forward pass in which visit(unit, forward, *args, **kwargs) stands in for every unit.
+    """One forward pass in which visit(unit, forwards, name, *args, **kwargs) stands in for every unit's modules.
 
+    forwards: what the unit's modules compute, by name. name: which of them is called.
     `forward` and not a call of the denoiser: a pass over all timesteps is in no time group.
     """
     found = units(denoiser, {k: v[:1] for k, v in example.items()})
-    bar = tqdm(total=len(found), desc=stage, mininterval=5)
+    modules = {n: m for unit in found for n, m in unit.modules.items()}
+    bar = tqdm(total=len(modules), desc=stage, mininterval=5)
 
-    def visited(unit, forward, *args, **kwargs):
-        output = visit(unit, forward, *args, **kwargs)
+    def visited(*args, **kwargs):
+        output = visit(*args, **kwargs)
         bar.update()
         return output
 
     for unit in found:
-        unit.module.forward = partial(visited, unit, unit.module.forward)
+        forwards = {n: m.forward for n, m in unit.modules.items()}
+        for name, module in unit.modules.items():
+            module.forward = partial(visited, unit, forwards, name)
     try:
         with bar:
             denoiser.forward(**inputs)
     finally:
-        for unit in found:
-            del unit.module.forward
+        for module in modules.values():
+            del module.forward
 
 
-def _call(forward: Callable, args: tuple, kwargs: dict, n: int, rows: Tensor) -> Tensor:
-    """A unit's output on some of the n rows that its arguments hold."""
-    return forward(*(_take(a, rows, n) for a in args), **{k: _take(v, rows, n) for k, v in kwargs.items()})
+def _call(forwards: list[Callable], rows: Tensor, *, args: tuple, kwargs: dict, n: int) -> Tensor:
+    """The outputs of some modules side by side, on some of the n rows that their arguments hold."""
+    args, kwargs = [_take(a, rows, n) for a in args], {k: _take(v, rows, n) for k, v in kwargs.items()}
+    return _together([forward(*args, **kwargs) for forward in forwards])
+
+
+def _together(outputs: list[Tensor]) -> Tensor:
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
 def _take(value, rows: Tensor, n: int):
@@ -454,7 +499,7 @@ def _judge(run: Callable[[Tensor], Tensor], target: Tensor, rows: Tensor, power:
 
 
 def _finite(loss: Tensor, stage: str, unit: str, iteration: int) -> None:
-    if not loss.isfinite():
+    if not math.isfinite(loss.item()):
         raise FloatingPointError(f"{stage}, unit {unit}, iteration {iteration}: the loss is {loss.item()}")
 
 

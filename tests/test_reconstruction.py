@@ -11,9 +11,8 @@ from torch import nn
 
 from quest import ranges, reconstruction
 from quest.affine import QuantSpec, quantize
-from quest.attention import QuantAttention
 from quest.calibration import calibrate
-from quest.layers import QuantLayer, attentions, input_quantizers, quant_layers, quantized, swap
+from quest.layers import attentions, input_quantizers, quant_layers, quantized, swap
 from quest.reconstruction import (
     Rounding,
     beta,
@@ -48,7 +47,7 @@ def test_adaround_starts_as_the_released_quantizer(case):
     q = layer(GOLDEN[f"input.{name}"], int(bits[1:]))
     rounding = Rounding([q])
     torch.testing.assert_close(rounding.alpha.view_as(q.weight), GOLDEN[f"{case}.alpha"], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(rounding.soft(None)[0][0], GOLDEN[f"{case}.soft"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rounding.soft(None)[0], GOLDEN[f"{case}.soft"], rtol=1e-5, atol=1e-6)
     q.weight.data = rounding.folded()[0]
     torch.testing.assert_close(q.qweight.dequantize(), GOLDEN[f"{case}.hard"], rtol=1e-5, atol=1e-6)
 
@@ -63,9 +62,9 @@ def test_soft_weights_start_as_the_float_ones_and_hard_ones_as_the_nearest(bits)
     scale, zero_point, spec = q.weight_quantizer.qparams
     low, high = (spec.qmin - zero_point) * scale, (spec.qmax - zero_point) * scale
     rounding = Rounding([q])
-    soft, regulariser = rounding.soft(None)
+    soft = rounding.soft(None)
     inside = (q.weight >= low) & (q.weight <= high)
-    assert (soft[0] - q.weight)[inside].abs().max() < 1e-5 and inside.float().mean() > 0.7 and regulariser == 0
+    assert (soft[0] - q.weight)[inside].abs().max() < 1e-5 and inside.float().mean() > 0.7
     nearest = q.qweight.codes
     folded = rounding.folded()[0]
     assert torch.equal(quantize(folded, q.weight_quantizer.qparams).codes, nearest)
@@ -90,26 +89,28 @@ def test_folded_weights_round_to_the_learned_codes(bits):
 
 @pytest.mark.parametrize("exponent", [None, 20.0, 2.0])
 def test_gradient_of_the_soft_weights_is_that_of_automatic_differentiation(exponent):
+    """With the regulariser's along, which is a sum over all weights; it is off before the exponent is there."""
     g = generator()
-    rounding = Rounding([layer(torch.randn(6, 10, generator=g), 4), layer(torch.randn(3, 2, 3, 3, generator=g), 3)])
+    layers = [layer(torch.randn(6, 10, generator=g), 4), layer(torch.randn(3, 2, 3, 3, generator=g), 3)]
+    rounding = Rounding(layers)
     rounding.alpha = torch.randn(rounding.alpha.shape, generator=g) * 3
+    rounding.alpha[:4] = 0  # h = 1/2: the regulariser's slope is 0
     upstream = torch.randn(rounding.alpha.shape, generator=g)
-    gradients, values = [], []
-    for by_hand in (True, False):
-        alpha = rounding.alpha.detach().clone().requires_grad_()
-        if by_hand:
-            rounding.alpha = alpha
-            weights, regulariser = rounding.soft(exponent)
-            weights = torch.cat([w.flatten() for w in weights])
-        else:
-            h = (torch.sigmoid(alpha) * 1.2 - 0.1).clamp(0, 1)
-            weights = (rounding.floor + h).clamp(rounding.low, rounding.high) * rounding.scale
-            regulariser = (1 - (2 * h - 1).abs().pow(exponent)).sum() if exponent else torch.zeros(())
-        ((weights * upstream).sum() + 0.3 * regulariser).backward()
-        gradients.append(alpha.grad)
-        values.append((weights.detach(), regulariser.detach()))
-    torch.testing.assert_close(values[0], values[1], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
+    by_hand, automatic = (rounding.alpha.clone().requires_grad_() for _ in range(2))
+    rounding.alpha = by_hand
+    soft = torch.cat([w.flatten() for w in rounding.soft(exponent)])
+    (soft * upstream).sum().backward()
+    h = (torch.sigmoid(automatic) * 1.2 - 0.1).clamp(0, 1)
+    weights = []
+    for q, part in zip(layers, h.split([q.weight.numel() for q in layers]), strict=True):
+        scale, zero_point, spec = q.weight_quantizer.qparams
+        codes = ((q.weight / scale).floor() + part.view_as(q.weight) + zero_point).clamp(spec.qmin, spec.qmax)
+        weights.append(((codes - zero_point) * scale).flatten())
+    weights = torch.cat(weights)
+    regulariser = (1 - (2 * h - 1).abs().pow(exponent)).sum() if exponent else torch.zeros(())
+    ((weights * upstream).sum() + 0.01 * regulariser).backward()
+    torch.testing.assert_close(soft, weights, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(by_hand.grad, automatic.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_the_exponent_falls_from_20_to_2_after_a_fifth():
@@ -175,14 +176,30 @@ def test_units_stand_in_execution_order_and_hold_everything_once(case):
     assert max(middle) < min(i for i, n in enumerate(names) if n.startswith("up_blocks"))
     assert sorted(n for u in found for n in u.layers) == sorted(n for n, _ in quant_layers(q))
     assert sorted(n for u in found for n in u.quantizers) == sorted(input_quantizers(q))
-    kinds = {type(u.module) for u in found if len(u.layers) > 1}
+    whole = {type(m) for u in found for m in u.modules.values() if len(u.modules) < len(u.layers)}
     if any(isinstance(m, BasicTransformerBlock) for m in q.modules()):
-        assert kinds == {ResnetBlock2D, BasicTransformerBlock} and all(u.layers for u in found)
+        assert whole == {ResnetBlock2D, BasicTransformerBlock}
+        assert all(u.layers and len(u.modules) == 1 for u in found)
     else:
-        products = [u for u in found if not u.layers]
-        assert kinds == {ResnetBlock2D} and len(products) == len(list(attentions(q)))
-        assert all(isinstance(u.module, QuantAttention) and len(u.quantizers) == 4 for u in products)
-        assert all(isinstance(u.module, QuantLayer) for u in found if len(u.layers) == 1)
+        assert whole == {ResnetBlock2D}
+        attention = [n for n, _ in attentions(q)]
+        for kind, size in (("qkv", 3), ("processor", 1), ("to_out.0", 1)):  # one after the other
+            assert [n.removesuffix(f".{kind}") for n in names if n.endswith(kind)] == [
+                n for n in sorted(attention, key=lambda n: names.index(f"{n}.qkv"))
+            ]
+            of = [u for u in found if u.name.endswith(kind)]
+            assert all(len(u.modules) == size and bool(u.layers) == (kind != "processor") for u in of)
+        at = names.index(f"{attention[0]}.qkv")
+        assert names[at : at + 3] == [f"{attention[0]}.{kind}" for kind in ("qkv", "processor", "to_out.0")]
+
+
+def test_an_unconditional_attention_is_judged_in_the_layout_of_the_paper_s_network():
+    """[B, channels, tokens], whether of its layers or of its products' heads."""
+    g = generator()
+    y = torch.randn(3, 5, 8, generator=g)
+    heads = y.unflatten(2, (2, 4)).transpose(1, 2).flatten(0, 1)  # [3 * 2, 5, 4], as a processor has them
+    assert torch.equal(reconstruction._channels_first(y, 3), y.transpose(1, 2))
+    assert torch.equal(reconstruction._heads_as_channels(heads, 3), y.transpose(1, 2))
 
 
 def test_the_weight_pass_learns_roundings_and_nothing_else(case):
