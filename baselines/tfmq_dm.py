@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.adaround import TRAVEL, Preset, settings, uniform
-from quest import ranges
+from quest import cost, ranges
 from quest.affine import FLOAT
 from quest.calibration import CalibrationSet, calibrate, calibrating
 from quest.checkpoint import freeze, load_weights
@@ -145,6 +145,8 @@ def reconstruct(
             lr=TRAVEL / settings.weight_iterations,
             generator=generator,
         )
+    learned = [layer.weight for layer in layers.values()]
+    cost.record(denoiser, "temporal information block", learned, settings.weight_iterations, settings.batch)
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ def main() -> None:
     if arguments.init:
         recipe["init"] = str(arguments.init)
         header = read(arguments.init)[0]
-        started = {"init": {k: header.get(k) for k in ("method", "bits", "seconds", "peak_memory")}}
+        started = {"init": {k: header.get(k) for k in ("method", "bits", "recipe", "cost", "seconds", "peak_memory")}}
     print(f"{arguments.model} {arguments.method} {arguments.bits}: {json.dumps(recipe)}", flush=True)
 
     calibration = CalibrationSet.load(arguments.calibration)
