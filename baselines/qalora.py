@@ -16,17 +16,18 @@ def quantize(
     a: int,
     *,
     init: str | None = None,  # checkpoint whose weights to start from; default: nearest codes of the mse range
+    preset: str = "short",  # iterations, batch and learning rates: "short", "tenth" or "full", see finetune.PRESETS
     time_groups: int | None = None,  # default: one for each timestep of the calibration set
     selection: str | None = None,  # layers tuned in the second stage, of finetune.SELECTIONS; default: by the pipeline
     keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
     softmax_bits: int = 8,
     samples: int = 32,  # random calibration rows per time group that set the activation ranges
-    tla_iterations: int = 100,
-    cma_iterations: int = 200,
-    batch: int = 16,  # rows per iteration, all of one time group
+    tla_iterations: int | None = None,  # default: the preset's
+    cma_iterations: int | None = None,  # default: the preset's
+    batch: int | None = None,  # rows per iteration, all of one time group; default: the preset's
     rank: int = 32,
-    lr_weight: float = 1e-3,  # of both factors of an update
-    lr_scale: float = 1e-2,  # of the logarithm of the scale
+    lr_weight: float = 1e-5,  # of both factors of an update; the preset multiplies it
+    lr_scale: float = 1e-4,  # of the logarithm of the scale; the preset multiplies it
     global_weight: float | None = None,  # of L_G; default: the number of tuned layers
     seed: int = 0,
 ):
@@ -45,6 +46,7 @@ def quantize(
             for n, layer in tuned.items()
         }
 
+    selection = selection or finetune.default_selection(pipe)
     student = finetune.quantize(
         pipe,
         calibration,
@@ -60,16 +62,17 @@ def quantize(
         cma_iterations=0,
         seed=seed,
     )
+    size = finetune.sized(preset, selection)
     finetune.finetune(
         student.unet,
         pipe.unet,
         calibration,
-        selection or finetune.default_selection(pipe),
-        tla_iterations=tla_iterations,
-        cma_iterations=cma_iterations,
-        batch=batch,
-        lr_weight=lr_weight,
-        lr_scale=lr_scale,
+        selection,
+        tla_iterations=size.iterations[0] if tla_iterations is None else tla_iterations,
+        cma_iterations=size.iterations[1] if cma_iterations is None else cma_iterations,
+        batch=batch or size.batch,
+        lr_weight=lr_weight * size.faster,
+        lr_scale=lr_scale * size.faster,
         global_weight=global_weight,
         seed=seed,
         learn=low_rank,

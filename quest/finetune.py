@@ -172,7 +172,7 @@ def quantize(
         raise ValueError(f"bits w{w}a32: QuEST tunes the scales of activations; give them 2 to 8 bits")
     selection = _one_of("selection", selection or default_selection(pipe), SELECTIONS)
     released = RELEASED[selection]
-    size = PRESETS[_one_of("preset", preset, PRESETS)]
+    size = sized(preset, selection)
     _one_of("granularity", granularity, ("tensor", "released"))
     if _one_of("levels", levels, (*LEVELS, "released")) == "released":
         levels = released["levels"]
@@ -205,9 +205,6 @@ def quantize(
     momentum = MOMENTUM if ranges == "running" else None
     calibrate(denoiser, calibration, RANGES[ranges], samples=samples, seed=seed, momentum=momentum)
 
-    iterations = size.iterations
-    if not isinstance(iterations, tuple):
-        iterations = [round(iterations * n) for n in PUBLISHED[selection]]
     finetune(
         denoiser,
         pipe.unet,
@@ -220,8 +217,8 @@ def quantize(
         global_weight=global_weight,
         order=order,
         schedule=schedule,
-        tla_iterations=iterations[0] if tla_iterations is None else tla_iterations,
-        cma_iterations=iterations[1] if cma_iterations is None else cma_iterations,
+        tla_iterations=size.iterations[0] if tla_iterations is None else tla_iterations,
+        cma_iterations=size.iterations[1] if cma_iterations is None else cma_iterations,
         batch=batch or size.batch,
         lr_weight=lr_weight * size.faster,
         lr_scale=lr_scale * size.faster,
@@ -231,6 +228,15 @@ def quantize(
         seed=seed,
     )
     return student
+
+
+def sized(preset: str, selection: str) -> Preset:
+    """The preset with the numbers of iterations of a kind of model. Raises ValueError for an unknown one."""
+    size = PRESETS[_one_of("preset", preset, PRESETS)]
+    if isinstance(size.iterations, tuple):
+        return size
+    first, second = (round(size.iterations * n) for n in PUBLISHED[selection])
+    return size._replace(iterations=(first, second))
 
 
 def weights_and_biases(denoiser: nn.Module, tuned: dict[str, QuantLayer]) -> dict[str, list[nn.Parameter]]:
