@@ -117,7 +117,7 @@ def test_adaround_is_a_file_that_methods_of_any_activation_bits_start_from(class
     rounded = {n: m.weight for n, m in quant_layers(start.unet)}
     original = dict(class_pipe.unet.named_modules())
     moved = [n for n, w in rounded.items() if not torch.equal(w, original[n].weight)]
-    assert len(moved) > 10 and not {"conv_in", "conv_out"} & set(moved)  # 8 bits: nearest in `short`
+    assert len(moved) > 5 and not {"conv_in", "conv_out"} & set(moved)  # 8 bits: nearest in `short`
     loaded = quest.load(class_pipe, path)
     inputs = class_calibration.inputs(torch.arange(3))
     assert torch.equal(loaded.unet(**inputs).sample, start.unet(**inputs).sample)
