@@ -320,8 +320,24 @@ def error(output: Tensor, target: Tensor, power: float) -> Tensor:
     if power == 2:
         total = F.mse_loss(output, target, reduction="sum")
     else:
-        total = (output - target).abs().pow(power).sum()
+        total = _Power.apply(output - target, power).sum()
     return total * (output.shape[1] / output.numel())
+
+
+class _Power(torch.autograd.Function):
+    """|x|^power as exp(power log |x|), half the time of pow; its gradient power |x|^power / x takes no other one."""
+
+    @staticmethod
+    def forward(ctx, x, power):
+        powered = x.abs().log_().mul_(power).exp_()
+        ctx.power = power
+        ctx.save_for_backward(x, powered)
+        return powered
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, powered = ctx.saved_tensors
+        return powered.div(x).nan_to_num_(0).mul_(grad * ctx.power), None  # 0 / 0 where x is 0
 
 
 def beta(iteration: int, iterations: int) -> float | None:

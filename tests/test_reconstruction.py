@@ -124,6 +124,11 @@ def test_the_loss_sums_over_dimension_1():
     difference = a - b
     assert error(a, b, 2).item() == pytest.approx(difference.square().sum().item() / (3 * 4 * 4), rel=1e-5)
     assert error(a, b, 2.4).item() == pytest.approx(difference.abs().pow(2.4).sum().item() / (3 * 4 * 4), rel=1e-5)
+    a[0] = b[0]
+    by_hand, automatic = (a.clone().requires_grad_() for _ in range(2))
+    error(by_hand, b, 2.4).backward()
+    ((automatic - b).abs().pow(2.4).sum() / (3 * 4 * 4)).backward()
+    torch.testing.assert_close(by_hand.grad, automatic.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_adaround_beats_the_nearest_codes():
