@@ -291,7 +291,7 @@ def learn_steps(
     first = [s.detach().clone() for s in scales]
     check = _check(target)
     before = _judge(run, target, check, ACTIVATION_POWER)
-    adam = torch.optim.Adam([s.requires_grad_() for s in scales], lr=lr)
+    adam = torch.optim.Adam([s.requires_grad_() for s in scales], lr=lr, fused=True)
     with torch.enable_grad():
         for i in range(iterations):
             rows = torch.randperm(len(target), generator=generator)[:batch]
