@@ -33,6 +33,8 @@ FAST = dict(
     tla_iterations=1,
     cma_iterations=1,
     time_groups=2,
+    lr_weight=1e-7,  # one step at a useful rate wrecks random weights, and W8A8 would not be near full precision
+    lr_scale=1e-7,
 )
 ELSEWHERE = {"rtn": "class", "efficient-dm": "class", "ptqd": "text", "ptqd-as-released": "class"}
 QUANTIZING = [m for m in METHODS if m not in ("fp", *WEIGHTS_ONLY)]
