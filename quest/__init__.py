@@ -15,7 +15,10 @@ def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration, **recipe)
         ValueError: unknown method, malformed bits, a pipeline that is quantized already or in half precision.
         TypeError: a hyperparameter the method does not have.
     """
+    import inspect
+
     from baselines import METHODS
+    from quest import cost
     from quest.checkpoint import freeze
     from quest.config import parse_bits
 
@@ -26,13 +29,16 @@ def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration, **recipe)
     new = function(pipe, calibration, w, a, **recipe)
     if new is not pipe:
         freeze(new.unet)
+        settings = {n: p.default for n, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
         new.unet.quantization = {
             "method": method if isinstance(method, str) else f"{method.__module__}.{method.__qualname__}",
             "bits": bits,
             "recipe": {
-                k: v if isinstance(v, (int, float, bool, dict, list, type(None))) else str(v) for k, v in recipe.items()
+                k: v if isinstance(v, (int, float, bool, dict, list, type(None))) else str(v)
+                for k, v in (settings | recipe).items()
             },
             "timesteps": calibration.timesteps,
+            "cost": cost.summary(new.unet, w, a, calibration),
         }
     return new
 

@@ -11,29 +11,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FLOAT = 32  # bits of a tensor that is not quantized
+
 
 @dataclass(frozen=True)
 class QuantSpec:
     """Integer format of one tensor.
 
-    bits: code width, 2 to 16. symmetric: signed codes and zero point 0, else unsigned codes.
+    bits: code width, 2 to 16, or 32 for a tensor that stays in float: no code, scale 1, zero point 0.
+    symmetric: signed codes and zero point 0, else unsigned codes.
     axis: None for one scale per tensor, else the dimension that has a scale of its own for every index.
+    wide: the symmetric rule of the released QuEST before August 2024: twice the codes that the bits allow and two more.
+    A range of +-max takes 2^(bits + 1) + 1 of them, 33 at "4 bit".
     """
 
     bits: int
     symmetric: bool = False
     axis: int | None = None
+    wide: bool = False
 
     def __post_init__(self):
-        if not 2 <= self.bits <= 16:
-            raise ValueError(f"bits must be between 2 and 16, not {self.bits}")
+        if self.wide and not self.symmetric:
+            raise ValueError("wide codes are symmetric: give symmetric=True")
+        if not (2 <= self.bits <= 16 or self.bits == FLOAT):
+            raise ValueError(f"bits must be between 2 and 16, or 32 for float, not {self.bits}")
 
     @property
     def qmin(self) -> int:
+        if self.wide:
+            return -(2**self.bits) - 1
         return -(2 ** (self.bits - 1)) if self.symmetric else 0
 
     @property
     def qmax(self) -> int:
+        if self.wide:
+            return 2**self.bits
         return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
 
 
@@ -62,12 +74,16 @@ def round_ste(x: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, qparams: QParams) -> QTensor:
-    """Codes of x. Differentiable by the straight-through estimator; no gradient where a value is clipped.
+    """Codes of x; x itself where the spec is float.
+
+    Differentiable by the straight-through estimator; no gradient where a value is clipped.
 
     A value that rounds to the first or last code without being clipped keeps its gradient. torch.clamp gave it one in
     torch 1 (which the released QuEST runs on) and gives it none in recent versions, so the rule is written out here.
     """
     scale, zero_point, spec = qparams
+    if spec.bits == FLOAT:
+        return QTensor(x, scale, zero_point)
     codes = round_ste(x / scale) + zero_point
     clipped = codes.detach().clamp(spec.qmin, spec.qmax)
     return QTensor(torch.where(clipped == codes, codes, clipped), scale, zero_point)
@@ -112,4 +128,6 @@ def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
     gives. The zero point has no gradient.
     """
     scale, zero_point, spec = qparams
+    if spec.bits == FLOAT:
+        return x
     return _FakeQuantize.apply(x, scale, zero_point, spec.qmin, spec.qmax)

@@ -2,7 +2,6 @@
 
 from torch import Tensor, nn
 
-from quest import ranges
 from quest.affine import QuantSpec, fake_quantize
 from quest.kernels import reference
 from quest.quantizer import Quantizer
@@ -23,7 +22,7 @@ class QuantAttention(nn.Module):
         self.q, self.k, self.v = (Quantizer(spec, groups=groups) for _ in range(3))
         self.p = Quantizer(probability_spec, groups=groups)
 
-    # Not `forward`: diffusers reads the processor's arguments off `__call__`.
+    # diffusers reads the processor's arguments off `__call__`.
     def __call__(
         self,
         attn: nn.Module,
@@ -45,15 +44,19 @@ class QuantAttention(nn.Module):
         k = attn.head_to_batch_dim(attn.to_k(context))
         v = attn.head_to_batch_dim(attn.to_v(context))
 
-        q_params, k_params, v_params = self.q(q), self.k(k), self.v(v)
-        if self.p.choose is not None:
-            p = reference.probabilities(fake_quantize(q, q_params), fake_quantize(k, k_params), attn.scale)
-            self.p.calibrate(p, ranges.always_zero)
-        x = self.kernel.attention(q, k, v, q_params, k_params, v_params, self.p.qparams, attn.scale)
-
+        # Module's own call: hooks and block reconstruction meet the two products as a module of its own.
+        x = nn.Module.__call__(self, q, k, v, attn.scale)
         x = attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(x)))
         if residual.ndim == 4:
             x = x.transpose(1, 2).reshape(residual.shape)
         if attn.residual_connection:
             x = x + residual
         return x / attn.rescale_output_factor
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """The two products: q [B * heads, n, d], k and v [B * heads, m, d] -> [B * heads, n, d]."""
+        q_params, k_params, v_params = self.q(q), self.k(k), self.v(v)
+        if self.p.choose is not None:
+            p = reference.probabilities(fake_quantize(q, q_params), fake_quantize(k, k_params), scale)
+            self.p.calibrate(p, self.p.choose)
+        return self.kernel.attention(q, k, v, q_params, k_params, v_params, self.p.qparams, scale)

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quest import ranges
 from quest.files import atomic
 from quest.layers import input_quantizers, layer_class
 from quest.models import Model
@@ -53,6 +54,23 @@ class CalibrationSet:
             sample=self.sample[rows], timestep=self.timestep[rows], **{k: v[rows] for k, v in self.conditioning.items()}
         )
 
+    def subset(self, rows: Tensor) -> CalibrationSet:
+        """These rows, in this order; a row may occur more than once."""
+        own = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "conditioning"}
+        return CalibrationSet(**own, conditioning={k: v[rows] for k, v in self.conditioning.items()})
+
+    def calls(self) -> Tensor:
+        """Rows of each sampler call, [calls * trajectories, halves], call by call.
+
+        Under guidance a call has two halves, without and then with the condition; else one.
+        Raises ValueError for a set that lacks a call or a half of some trajectory.
+        """
+        key = self.call * (int(self.trajectory.max()) + 1) + self.trajectory
+        counts = key.unique(return_counts=True)[1]
+        if (counts != counts[0]).any():
+            raise ValueError("the calibration set holds some sampler calls in full and others in part")
+        return key.argsort(stable=True).reshape(-1, int(counts[0]))
+
     def save(self, path, metadata: dict | None = None) -> None:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "conditioning"}
         tensors |= {f"conditioning.{k}": v for k, v in self.conditioning.items()}
@@ -70,6 +88,21 @@ class CalibrationSet:
         prefix = "conditioning."
         conditioning = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
         return cls(**tensors, conditioning=conditioning)
+
+
+def guide(predictions: Tensor, guidance: float | None) -> Tensor:
+    """What the sampler works with, [B, C, h, w], of predictions [B, halves, C, h, w] (classifier-free guidance).
+
+    Raises ValueError for two halves without a guidance scale, and for one half with another scale than 1.
+    """
+    if predictions.shape[1] == 1:
+        if guidance not in (None, 1):
+            raise ValueError(f"guidance: {guidance} needs calibration trajectories that were sampled with guidance")
+        return predictions[:, 0]
+    if guidance is None:
+        raise ValueError("guidance: the calibration trajectories were guided; give the sampler's scale")
+    without, given = predictions.unbind(1)
+    return without + guidance * (given - without)
 
 
 @torch.no_grad()
@@ -107,20 +140,35 @@ def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int) -> Calibr
 
 @contextmanager
 def calibrating(denoiser: nn.Module, choose: Callable) -> Iterator[None]:
-    """While inside, a forward pass sets the range of each activation quantizer from its own (quantized) input."""
-    quantizers = input_quantizers(denoiser).values()
-    for q in quantizers:
-        q.choose = choose
+    """While inside, a forward pass sets the range of each activation quantizer from its own (quantized) input.
+
+    Softmax probabilities take [0, max] whatever is chosen for the others.
+    """
+    quantizers = input_quantizers(denoiser)
+    for name, q in quantizers.items():
+        q.choose = ranges.always_zero if name.endswith("processor.p") else choose
     try:
         yield
     finally:
-        for q in quantizers:
+        for q in quantizers.values():
             q.choose = None
 
 
 @torch.no_grad()
-def calibrate(denoiser: nn.Module, calibration: CalibrationSet, choose: Callable, *, samples: int, seed: int) -> None:
-    """Set every activation range from one forward pass on `samples` random rows: of each time group, or of all rows."""
+def calibrate(
+    denoiser: nn.Module,
+    calibration: CalibrationSet,
+    choose: Callable,
+    *,
+    samples: int,
+    seed: int,
+    momentum: float | None = None,
+) -> None:
+    """Set every activation range from one forward pass on `samples` random rows: of each time group, or of all rows.
+
+    momentum: instead of `choose`, running averages of the whole ranges over all rows in batches of `samples`; they
+    start at the first batch, which is met again (the released QuEST's running statistics, momentum 0.95).
+    """
     groups = getattr(denoiser, "time_groups", None)
     group = groups.index(calibration.timestep) if groups else torch.zeros(len(calibration), dtype=torch.long)
     if (group < 0).any():
@@ -131,8 +179,16 @@ def calibrate(denoiser: nn.Module, calibration: CalibrationSet, choose: Callable
             rows = (group == g).nonzero().flatten()
             if not len(rows):
                 raise ValueError(f"the calibration set holds no timestep of time group {g} ({groups.starts.tolist()})")
-            rows = rows[torch.randperm(len(rows), generator=generator)[:samples]]
-            denoiser(**calibration.inputs(rows))
+            rows = rows[torch.randperm(len(rows), generator=generator)]
+            if momentum is None:
+                denoiser(**calibration.inputs(rows[:samples]))
+                continue
+            for name, q in input_quantizers(denoiser).items():
+                q.choose = ranges.Running(
+                    momentum, ranges.positive if name.endswith("processor.p") else ranges.extremes
+                )
+            for batch in (rows[:samples], *rows.split(samples)):
+                denoiser(**calibration.inputs(batch))
 
 
 @torch.no_grad()

@@ -7,25 +7,30 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from quest.affine import QuantSpec
+from quest import schedulers
+from quest.affine import FLOAT, QuantSpec
 from quest.attention import QuantAttention
 from quest.files import atomic
 from quest.layers import (
     attentions,
     finish,
     is_quantized,
+    name_quantizers,
     quant_layers,
     quantized,
     replace,
+    split,
+    split_layers,
     with_denoiser,
 )
 from quest.timegroups import TimeGroups
 
 FORMAT = 1
+SCHEDULER = "scheduler."  # prefix of the tensors that belong to the scheduler, not to the denoiser
 
 
 def save(pipe, path, **extra) -> None:
-    """Write the quantized denoiser of a pipeline to one safetensors file, atomically.
+    """Write the quantized denoiser of a pipeline, and what its scheduler corrects, to one safetensors file, atomically.
 
     The header (metadata key "quest", JSON) holds the bits of every quantizer, the time groups, what `quest.quantize`
     was called with, and `extra` (provenance). Raises ValueError for a pipeline that is not quantized.
@@ -37,8 +42,10 @@ def save(pipe, path, **extra) -> None:
     header = {
         "format": FORMAT,
         "denoiser": type(denoiser).__name__,
+        "splits": split_layers(denoiser),
         "layers": {
-            n: [asdict(m.weight_quantizer.spec), asdict(m.input_quantizer.spec)] for n, m in quant_layers(denoiser)
+            n: [asdict(q.spec) for q in (m.weight_quantizer, m.input_quantizer, m.output_quantizer) if q is not None]
+            for n, m in quant_layers(denoiser)
         },
         "attentions": {n: [asdict(m.processor.q.spec), asdict(m.processor.p.spec)] for n, m in attentions(denoiser)},
         "time_groups": groups.starts.tolist() if groups else None,
@@ -46,6 +53,7 @@ def save(pipe, path, **extra) -> None:
         **extra,
     }
     tensors = {k: v.contiguous() for k, v in denoiser.state_dict().items()}
+    tensors |= {f"{SCHEDULER}{k}": v.contiguous() for k, v in schedulers.state(pipe.scheduler).items()}
     with atomic(path) as tmp:
         save_file(tensors, tmp, {"quest": json.dumps(header)})
 
@@ -84,36 +92,46 @@ def load(pipe, path):
     header, tensors = read(path)
     if is_quantized(pipe.unet):
         raise ValueError("the pipeline is already quantized; load into the full-precision one")
-    check_shapes(pipe.unet, tensors, path)
+    correction = {k.removeprefix(SCHEDULER): tensors.pop(k) for k in list(tensors) if k.startswith(SCHEDULER)}
+    denoiser = copy.deepcopy(pipe.unet)
+    split_as(denoiser, header, path)
+    check_shapes(denoiser, tensors, path)
     groups = TimeGroups(header["time_groups"]) if header["time_groups"] else None
     check_schedule(pipe, groups, header)
-    denoiser = copy.deepcopy(pipe.unet)
-    for name, (weight, input) in header["layers"].items():
-        replace(
-            denoiser, name, quantized(denoiser.get_submodule(name), QuantSpec(**weight), QuantSpec(**input), groups)
-        )
+    for name, specs in header["layers"].items():
+        weight, input, *output = (QuantSpec(**spec) for spec in specs)
+        replace(denoiser, name, quantized(denoiser.get_submodule(name), weight, input, groups, *output))
     for name, (spec, probability) in header["attentions"].items():
         denoiser.get_submodule(name).set_processor(QuantAttention(QuantSpec(**spec), QuantSpec(**probability), groups))
     for name, value in tensors.items():
         # Per-channel scales have a shape only the file knows.
         module, _, leaf = name.rpartition(".")
         if leaf in ("scale", "zero_point"):
-            getattr(denoiser.get_submodule(module), leaf).data = torch.empty_like(value)
+            quantizer = denoiser.get_submodule(module)
+            getattr(quantizer, leaf).data = torch.empty_like(value)
+            if len(value) == 1:
+                quantizer.groups = None  # the same range in every time group
     denoiser.load_state_dict(tensors)
     finish(denoiser.to(pipe.unet.device), groups)
     freeze(denoiser)
-    denoiser.quantization = {k: header[k] for k in ("method", "bits", "recipe", "timesteps") if k in header}
-    return with_denoiser(pipe, denoiser)
+    denoiser.quantization = {k: header[k] for k in ("method", "bits", "recipe", "timesteps", "cost") if k in header}
+    new = with_denoiser(pipe, denoiser)
+    new.scheduler = schedulers.restore(new.scheduler, correction)
+    return new
 
 
 def load_weights(denoiser, path) -> None:
     """Take weights, biases and weight quantizers from another method's checkpoint into a swapped denoiser.
 
+    Convolutions that the file has split are split. A layer whose weight the denoiser keeps in float keeps its own.
     Raises ValueError where the file is of another model or other weight bits.
     """
     header, tensors = read(path)
+    split_as(denoiser, header, path)
     check_shapes(denoiser, tensors, path)
     for name, layer in quant_layers(denoiser):
+        if layer.weight_quantizer.spec.bits == FLOAT:
+            continue
         bits = header["layers"][name][0]["bits"]
         if bits != layer.weight_quantizer.spec.bits:
             raise ValueError(f"{path}: layer {name} has {bits}-bit weights, not {layer.weight_quantizer.spec.bits}")
@@ -122,6 +140,19 @@ def load_weights(denoiser, path) -> None:
             layer.bias.data.copy_(tensors[f"{name}.bias"])
         layer.weight_quantizer.scale.data = tensors[f"{name}.weight_quantizer.scale"].to(layer.weight.device)
         layer.weight_quantizer.zero_point = tensors[f"{name}.weight_quantizer.zero_point"].to(layer.weight.device)
+
+
+def split_as(denoiser, header: dict, path) -> None:
+    """Split the convolutions that a checkpoint has split. Raises ValueError where the denoiser has no such layer."""
+    own = split_layers(denoiser)
+    for name, channels in header.get("splits", {}).items():
+        if name in own:
+            continue
+        try:
+            replace(denoiser, name, split(denoiser.get_submodule(name), channels))
+        except AttributeError:
+            raise ValueError(f"{path} is a checkpoint of another model: it splits {name}") from None
+    name_quantizers(denoiser)
 
 
 def freeze(denoiser) -> None:
@@ -135,6 +166,7 @@ def check_shapes(denoiser, tensors: dict[str, torch.Tensor], path) -> None:
     quantizers = ("scale", "zero_point")
     own = {k: v.shape for k, v in denoiser.state_dict().items() if k.rpartition(".")[2] not in quantizers}
     stored = {k: v.shape for k, v in tensors.items() if k.rpartition(".")[2] not in quantizers}
+    stored = {k: v for k, v in stored.items() if not k.startswith(SCHEDULER)}
     differ = [
         f"{k}: {tuple(stored[k]) if k in stored else 'missing'} in the file, "
         f"{tuple(own[k]) if k in own else 'missing'} in the model"

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 
 FULL_PRECISION = ("fp", "w32a32")
+WEIGHTS_ONLY = ("adaround", "adaround-ndtc")  # methods whose bits are w4a32: what others start from
 SCHEMA = Path(__file__).parents[1] / "workflow" / "schemas" / "config.schema.yaml"
 
 
@@ -29,17 +30,28 @@ class Run:
 
 
 def parse_bits(bits: str) -> tuple[int, int]:
-    """Return (weight bits, activation bits) of "w4a8", each 2 to 8; "w32a32" is full precision.
+    """Return (weight bits, activation bits) of "w4a8", each 2 to 8; a32 is weights only, w32a32 full precision.
 
     Raises ValueError for anything else, capitals included, since bits are folder names.
     """
     match = re.fullmatch(r"w(\d+)a(\d+)", bits) if isinstance(bits, str) else None
     weight, activation = map(int, match.groups()) if match else (0, 0)
     plain = bits == f"w{weight}a{activation}"  # no leading zeros: w04a4 and w4a4 would be two folders of one thing
-    if plain and (2 <= weight <= 8 and 2 <= activation <= 8 or weight == activation == 32):
+    if plain and (2 <= weight <= 8 and (2 <= activation <= 8 or activation == 32) or weight == activation == 32):
         return weight, activation
     hint = f", e.g. {bits.lower()!r}" if isinstance(bits, str) and bits != bits.lower() else ""
-    raise ValueError(f"bits {bits!r}: write w<2 to 8>a<2 to 8> in small letters{hint} (w32a32 is full precision)")
+    raise ValueError(
+        f"bits {bits!r}: write w<2 to 8>a<2 to 8> in small letters{hint} (a32 is weights only, w32a32 full precision)"
+    )
+
+
+def start_of(config: dict, run: Run) -> Run | None:
+    """The run whose checkpoint a run starts from, if its recipe names one: at its bits, or at its weight bits."""
+    method = config["methods"][run.method].get("init")
+    if method is None:
+        return None
+    weight, _ = parse_bits(run.bits)
+    return Run(run.model, method, f"w{weight}a32" if method in WEIGHTS_ONLY else run.bits)
 
 
 def runs(config: dict) -> list[Run]:
@@ -76,6 +88,8 @@ def validate(config: dict) -> None:
         for method, bits in product(block["method"], block["bits"]):
             if (method == FULL_PRECISION[0]) != (bits == FULL_PRECISION[1]):
                 raise ConfigError(f"grid[{i}]: {method} at {bits}; w32a32 goes with fp and with nothing else")
+            if method in WEIGHTS_ONLY and parse_bits(bits)[1] != 32:
+                raise ConfigError(f"grid[{i}]: {method} at {bits}; it quantizes weights only, e.g. at w4a32")
     for method in config["methods"]:
         chain = [method]
         while start := config["methods"][chain[-1]].get("init"):

@@ -7,31 +7,118 @@ Three steps, data-free, supervised by the full-precision model:
 3. Critical module alignment (L_CMA + L_G, equations 5 and 6): the attention-related weights and all remaining
    activation scales.
 All other parameters stay frozen. Weight scales and every zero point stay fixed.
+
+The sixth version of the paper and the released code differ from each other, and from what works best on small models.
+Every such place is a keyword of `quantize`; PAPER and OFFICIAL are the keywords that make the two.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quest import ranges
+from quest import cost
+from quest import ranges as choosers
+from quest.affine import FLOAT
 from quest.calibration import CalibrationSet, calibrate
-from quest.checkpoint import freeze, load_weights
-from quest.layers import QuantLayer, input_quantizers, quant_layers, swap
+from quest.checkpoint import freeze, load_weights, read
+from quest.layers import (
+    KEEP,
+    Keep,
+    QuantLayer,
+    attentions,
+    input_quantizers,
+    name_quantizers,
+    quant_layers,
+    swap,
+)
 from quest.quantizer import Quantizer
 from quest.timegroups import TimeGroups, grouped
 
-# The released code's choices, by diffusers' names. `emb_layers` of CompVis is time_emb_proj; time_embed is not tuned.
+
+class Preset(NamedTuple):
+    """Iterations of the two stages, as numbers or as a share of those published; rows of an iteration; and what the
+    published learning rates are multiplied with."""
+
+    iterations: float | tuple[int, int]
+    batch: tuple[int, int]
+    faster: float
+
+
+PRESETS = {
+    "short": Preset((100, 200), (16, 16), 100),  # chosen on held-out trajectories (results/LOG.md)
+    "tenth": Preset(0.1, (2, 4), 10),  # the 2,200 iterations of the paper's table 8
+    "full": Preset(1.0, (2, 4), 1),
+}
+# Iterations of the released code; those of Stable Diffusion differ from timestep to timestep, here all have their mean.
+PUBLISHED = {"lsun": (16_000, 6_400), "imagenet": (24_000, 6_400), "sd": (3_850, 8_000)}
+
+# The released code's choices, by diffusers' names. `emb_layers` of CompVis is time_emb_proj, `time_embed` the other.
 TEMPORAL = ("*.time_emb_proj",)
+TIME_EMBEDDING = ("time_embedding.*",)
 SELECTIONS = {
     "lsun": ("*.to_q", "*.to_k", "*.to_v"),
     "imagenet": ("*.ff.net.*", "*.to_q", "*.attn1.to_k", "*.attn1.to_v"),
     "sd": ("*.ff.net.*",),
 }
+# What the released commands set by model: LSUN-Bedrooms and ImageNet take whole symmetric ranges, as running averages
+# but for 4-bit activations. (The running average of its Stable Diffusion reaches one timestep only and is left out.)
+RELEASED = {
+    "lsun": dict(levels="symmetric", ranges="running", ranges_a4="minmax", local_cma=False),
+    "imagenet": dict(levels="symmetric", ranges="running", ranges_a4="minmax", local_cma=False),
+    "sd": dict(levels="asymmetric", ranges="percentile", ranges_a4="percentile", local_cma=True),
+}
+
+LEVELS = {"asymmetric": {}, "symmetric": dict(symmetric=True), "wide": dict(symmetric=True, wide=True)}
+RANGES = {"mse": choosers.mse, "minmax": choosers.minmax, "percentile": choosers.percentile, "running": choosers.minmax}
+MOMENTUM = 0.95  # of the running ranges
+
+
+class Visit(NamedTuple):
+    """A stretch of iterations on one time group: how many (None: all the group gets) of how many rows (None: all)."""
+
+    iterations: int | None = None
+    rows: int | None = None
+
+
+# Of the two stages. None: one iteration of a time group after another, in random order. With visits, groups follow each
+# other from the noisiest to the cleanest, and every visit has a new Adam for the scales.
+SCHEDULES = {
+    "interleaved": (None, None),
+    "sequential": (Visit(), Visit()),
+    "released": (Visit(rows=8), Visit(16, rows=64)),  # 200 epochs of 8 rows, group by group; 20 rounds of 64 new rows
+}
+
+PAPER = dict(
+    preset="tenth",
+    time_groups=1,
+    samples=256,
+    time_embedding="tuned",
+    global_weight=1.0,
+    log_scales=False,
+    cosine=False,
+)
+OFFICIAL = dict(
+    preset="tenth",
+    keep={"conv_in": [2, 8], "conv_out": [2, 8]},  # the ends: activations at 8 bits, weights like all others
+    granularity="released",
+    levels="released",
+    ranges="released",
+    samples=64,
+    time_embedding="frozen",
+    qkv_as_one=True,
+    local_cma="released",
+    schedule="released",
+    lr_temporal_scale=1e-5,
+    log_scales=False,
+    cosine=False,
+)
 
 
 def quantize(
@@ -41,73 +128,202 @@ def quantize(
     a: int,
     *,
     init: str | None = None,  # checkpoint whose weights to start from; default: nearest codes of the mse range
-    time_groups: int | None = None,  # TAQuant's number of groups; default: one for each timestep of the calibration set
-    selection: str | None = None,  # layers tuned in step 3, of SELECTIONS; default: by the kind of pipeline
-    keep: dict[str, int] | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
+    preset: str = "short",  # iterations, batch and learning rates: "short", "tenth" or "full", see PRESETS
+    # The activation quantizers.
+    time_groups: int | None = None,  # TAQuant's number of groups, 1 for a single set; default: one for each timestep
+    keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
     softmax_bits: int = 8,
+    granularity: str = "tensor",  # or "released": at 4 bits one scale per channel or token, see `released_axes`
+    levels: str = "asymmetric",  # "asymmetric", "symmetric" or "wide" (33 levels at "4 bit"); "released": the model's
+    ranges: str = "mse",  # "mse", "minmax", "percentile" or "running" (averages); "released": the model's
     samples: int = 32,  # random calibration rows per time group that set the activation ranges
-    tla_iterations: int = 100,
-    cma_iterations: int = 200,
-    batch: int = 16,  # rows per iteration, all of one time group
-    lr_weight: float = 1e-3,  # the paper's 1e-5 belongs to the released code's 22,000 iterations
-    lr_scale: float = 1e-2,  # of the logarithm of the scale, so a step is relative to it
+    # What is tuned.
+    selection: str | None = None,  # layers of the critical stage, of SELECTIONS; default: by the kind of pipeline
+    time_embedding: str = "scales",  # its two layers: "scales" in the critical stage, "tuned" with TLA, or "frozen"
+    qkv_as_one: bool = False,  # to_q, to_k, to_v of an unconditional attention: one layer with one input, as in CompVis
+    # The losses.
+    local_tla: bool = True,
+    local_cma: bool | str = True,  # or "released": for Stable Diffusion only
     global_weight: float | None = None,  # of L_G; default: the number of tuned layers, as in the released code
+    # The stages.
+    order: str = "tla-cma",  # or "cma-tla", or "joint": one stage with both losses and 2 L_G (equation 7)
+    schedule: str = "interleaved",  # of timesteps: "interleaved", "sequential" or "released", see SCHEDULES
+    tla_iterations: int | None = None,  # default: the preset's
+    cma_iterations: int | None = None,  # default: the preset's
+    batch: int | None = None,  # rows per iteration, all of one time group; default: the preset's
+    # The optimizer.
+    lr_weight: float = 1e-5,  # published; the preset multiplies it
+    lr_scale: float = 1e-4,  # published; the preset multiplies it
+    lr_temporal_scale: float | None = None,  # of the temporal stage; default: lr_scale
+    log_scales: bool = True,  # tune the logarithm of a scale, so that a step is relative to it
+    cosine: bool = True,  # learning rates fall to zero over a stage
     seed: int = 0,
 ):
     """Quantize by QuEST. Returns a new pipeline.
 
-    Departures from the paper, which names no iterations, batch or schedule: both learning rates fall to zero as a
-    cosine; scales are tuned through their logarithm, by an Adam with a state of its own for every time group, so that
-    they stay positive and idle groups do not move; timesteps are interleaved, one group per iteration. The paper's
-    global_weight is 1; the released code adds L_G once for every tuned layer. The defaults were chosen on held-out
-    trajectories (results/LOG.md).
+    Departures of the defaults from the paper, which names no batch or schedule: TAQuant (of the first version; the
+    sixth has a single set of scales); both learning rates fall to zero as a cosine; scales are tuned through their
+    logarithm, by an Adam with a state of its own for every time group, so that they stay positive and idle groups do
+    not move; timesteps are interleaved, one group per iteration; L_G is weighted as in the released code.
+
+    Raises ValueError that names a keyword and what would be valid, FloatingPointError where a loss is not finite.
     """
-    selection = selection or default_selection(pipe)
-    if selection not in SELECTIONS:
-        raise ValueError(f"selection: {selection!r} is not one of {', '.join(SELECTIONS)}")
+    if a == FLOAT:
+        raise ValueError(f"bits w{w}a32: QuEST tunes the scales of activations; give them 2 to 8 bits")
+    selection = _one_of("selection", selection or default_selection(pipe), SELECTIONS)
+    released = RELEASED[selection]
+    size = sized(preset, selection)
+    _one_of("granularity", granularity, ("tensor", "released"))
+    if _one_of("levels", levels, (*LEVELS, "released")) == "released":
+        levels = released["levels"]
+    if _one_of("ranges", ranges, (*RANGES, "released")) == "released":
+        ranges = released["ranges_a4" if a == 4 else "ranges"]
+    _one_of("time_embedding", time_embedding, ("scales", "tuned", "frozen"))
+    if _one_of("local_cma", local_cma, (True, False, "released")) == "released":
+        local_cma = released["local_cma"]
+    _one_of("order", order, ("tla-cma", "cma-tla", "joint"))
+    _one_of("schedule", schedule, SCHEDULES)
+
     timesteps = calibration.timesteps
     groups = TimeGroups(grouped(timesteps, time_groups or len(timesteps)))
+    if schedule == "released":
+        # All steps of a group share the scale of its noisiest, the only one that is calibrated and tuned on.
+        calibration = calibration.subset(torch.isin(calibration.timestep, groups.starts).nonzero().flatten())
     student = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits, groups=groups)
     denoiser = student.unet
     if init is None:
         for _, layer in quant_layers(denoiser):
-            layer.choose_weight_range(ranges.mse)
+            layer.choose_weight_range(choosers.mse)
     else:
-        load_weights(denoiser, init)
+        start_from(denoiser, init, KEEP if keep is None else keep)
     freeze(denoiser)
-    calibrate(denoiser, calibration, ranges.mse, samples=samples, seed=seed)
+    axes = released_axes(denoiser) if granularity == "released" and a == 4 else {}
+    for name, q in input_quantizers(denoiser).items():
+        # Probabilities are unsigned whatever the other codes are.
+        kind = {} if name.endswith("processor.p") else LEVELS[levels]
+        q.spec = replace(q.spec, axis=axes.get(name), **kind)
+    momentum = MOMENTUM if ranges == "running" else None
+    calibrate(denoiser, calibration, RANGES[ranges], samples=samples, seed=seed, momentum=momentum)
 
-    layers = dict(quant_layers(denoiser))
-    temporal = {n: m for n, m in layers.items() if matches(n, TEMPORAL)}
-    critical = {n: m for n, m in layers.items() if matches(n, SELECTIONS[selection])}
-    if not temporal or not critical:
-        raise ValueError(f"selection {selection!r}: the denoiser has no such layers, or no time embedding projections")
-    scales = list(input_quantizers(denoiser).values())
-    temporal_scales = [m.input_quantizer for m in temporal.values()]
-    critical_scales = [q for q in scales if not any(q is s for s in temporal_scales)]
-
-    stages = (
-        ("temporal layer alignment", temporal, temporal_scales, tla_iterations),
-        ("critical module alignment", critical, critical_scales, cma_iterations),
+    finetune(
+        denoiser,
+        pipe.unet,
+        calibration,
+        selection,
+        time_embedding=time_embedding,
+        qkv_as_one=qkv_as_one,
+        local_tla=local_tla,
+        local_cma=local_cma,
+        global_weight=global_weight,
+        order=order,
+        schedule=schedule,
+        tla_iterations=size.iterations[0] if tla_iterations is None else tla_iterations,
+        cma_iterations=size.iterations[1] if cma_iterations is None else cma_iterations,
+        batch=batch or size.batch,
+        lr_weight=lr_weight * size.faster,
+        lr_scale=lr_scale * size.faster,
+        lr_temporal_scale=None if lr_temporal_scale is None else lr_temporal_scale * size.faster,
+        log_scales=log_scales,
+        cosine=cosine,
+        seed=seed,
     )
-    aligned = [n for _, tuned, _, iterations in stages if iterations for n in tuned]
-    targets = layer_outputs(pipe.unet, aligned, calibration) if aligned else {}
-    for name, tuned, tuned_scales, iterations in stages:
+    return student
+
+
+def sized(preset: str, selection: str) -> Preset:
+    """The preset with the numbers of iterations of a kind of model. Raises ValueError for an unknown one."""
+    size = PRESETS[_one_of("preset", preset, PRESETS)]
+    if isinstance(size.iterations, tuple):
+        return size
+    first, second = (round(size.iterations * n) for n in PUBLISHED[selection])
+    return size._replace(iterations=(first, second))
+
+
+def weights_and_biases(denoiser: nn.Module, tuned: dict[str, QuantLayer]) -> dict[str, list[nn.Parameter]]:
+    """What a stage learns beside scales: the parameters of its tuned layers, by layer."""
+    return {n: [p for p in (layer.weight, layer.bias) if p is not None] for n, layer in tuned.items()}
+
+
+def finetune(
+    denoiser: nn.Module,
+    teacher: nn.Module,
+    calibration: CalibrationSet,
+    selection: str,
+    *,
+    tla_iterations: int,
+    cma_iterations: int,
+    batch: int | tuple[int, int],
+    lr_weight: float,
+    lr_scale: float,
+    global_weight: float | None,
+    seed: int,
+    learn: Callable = weights_and_biases,
+    lr_temporal_scale: float | None = None,
+    time_embedding: str = "scales",
+    qkv_as_one: bool = False,
+    local_tla: bool = True,
+    local_cma: bool = True,
+    order: str = "tla-cma",
+    schedule: str = "interleaved",
+    log_scales: bool = True,
+    cosine: bool = True,
+) -> None:
+    """Both stages on a calibrated denoiser. Keywords are those of `quantize`, learning rates as they are used.
+
+    batch: of both stages or of each. learn(denoiser, tuned): the parameters that a stage learns, by layer.
+    """
+    if qkv_as_one:
+        share_inputs(denoiser)
+    (temporal, temporal_scales), (critical, critical_scales) = selected(denoiser, selection, time_embedding)
+    batches = (batch, batch) if isinstance(batch, int) else batch
+    tla = Stage(
+        "temporal layer alignment",
+        temporal,
+        temporal_scales,
+        local=tuple(temporal) if local_tla else (),
+        global_weight=tuned_layers(denoiser, temporal, qkv_as_one) if global_weight is None else global_weight,
+        iterations=tla_iterations,
+        batch=batches[0],
+        visit=SCHEDULES[schedule][0],
+        lr_weight=lr_weight,
+        lr_scale=lr_scale if lr_temporal_scale is None else lr_temporal_scale,
+    )
+    cma = Stage(
+        "critical module alignment",
+        critical,
+        critical_scales,
+        local=tuple(critical) if local_cma else (),
+        global_weight=tuned_layers(denoiser, critical, qkv_as_one) if global_weight is None else global_weight,
+        iterations=cma_iterations,
+        batch=batches[1],
+        visit=SCHEDULES[schedule][1],
+        lr_weight=lr_weight,
+        lr_scale=lr_scale,
+    )
+    stages = {"tla-cma": (tla, cma), "cma-tla": (cma, tla), "joint": (joint(tla, cma),)}[order]
+    stages = [stage for stage in stages if stage.iterations]
+    targets = layer_outputs(teacher, list(dict.fromkeys(n for s in stages for n in s.local)), calibration)
+    for stage in stages:
         align(
-            name,
             denoiser,
+            stage,
+            learn(denoiser, stage.layers),
             targets,
             calibration,
-            tuned,
-            tuned_scales,
-            iterations=iterations,
-            batch=batch,
-            lr_weight=lr_weight,
-            lr_scale=lr_scale,
-            global_weight=len(tuned) if global_weight is None else global_weight,
+            log_scales=log_scales,
+            cosine=cosine,
             generator=torch.Generator().manual_seed(seed),
         )
-    return student
+    if qkv_as_one:
+        unshare_inputs(denoiser)
+
+
+def _one_of(keyword: str, value, valid: Iterable):
+    """The value, if it is valid; else ValueError with what is."""
+    valid = list(valid)
+    if value not in valid:
+        raise ValueError(f"{keyword}: {value!r} is not one of {', '.join(map(str, valid))}")
+    return value
 
 
 def default_selection(pipe) -> str:
@@ -117,75 +333,196 @@ def default_selection(pipe) -> str:
     return "imagenet" if getattr(pipe, "class_embedder", None) is not None else "lsun"
 
 
-def matches(name: str, globs: tuple[str, ...]) -> bool:
+def matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatch(name, g) for g in globs)
 
 
+def start_from(denoiser: nn.Module, init: str, keep: Keep) -> None:
+    """Take the weights of a checkpoint. A layer of `keep` that has more bits there than asked for here is rounded to
+    the nearest codes of its own bits: the ends of the released QuEST, whose weights have fewer than 8."""
+    found = {n: specs[0]["bits"] for n, specs in read(init)[0]["layers"].items()}
+    layers = dict(quant_layers(denoiser))
+    specs = {n: layer.weight_quantizer.spec for n, layer in layers.items() if matches(n, keep)}
+    coarser = {n: spec for n, spec in specs.items() if spec.bits < found.get(n, 0)}
+    for name, spec in coarser.items():
+        layers[name].weight_quantizer.spec = replace(spec, bits=found[name])
+    load_weights(denoiser, init)
+    for name, spec in coarser.items():
+        layers[name].weight_quantizer.spec = spec
+        layers[name].choose_weight_range(choosers.mse)
+
+
+def released_axes(denoiser: nn.Module) -> dict[str, int]:
+    """The dimension along which the released code has a scale of its own for every index, for 4-bit activations.
+
+    Of [N, C, H, W] and [N, C] the channels, of three dimensions the last. The products' inputs and transformers' tokens
+    are [B, n, C], so again the channels; an unconditional attention of CompVis works on [B, C, n], so its scales go by
+    token. Probabilities [B, n, m] have one scale per key. Most of these dimensions are summed over in the product, so
+    that no integer kernel can compute it.
+    """
+    by_token = tuple(f"{n}." for n, m in attentions(denoiser) if m.residual_connection)
+    convolutions = {f"{n}.input_quantizer" for n, m in quant_layers(denoiser) if isinstance(m, nn.Conv2d)}
+    axes = dict.fromkeys(input_quantizers(denoiser), -1)
+    for name in axes:
+        if name in convolutions or name.startswith(by_token) and not name.endswith("processor.p"):
+            axes[name] = 1
+    return axes
+
+
+def selected(
+    denoiser: nn.Module, selection: str, time_embedding: str
+) -> tuple[tuple[dict[str, QuantLayer], list[Quantizer]], tuple[dict[str, QuantLayer], list[Quantizer]]]:
+    """Layers whose weights are tuned, and activation quantizers whose scales are, of the temporal and critical stage.
+
+    time_embedding: the two layers before all projections. The released code never touches them ("frozen"), the paper
+    tunes all remaining activation scales in the critical stage ("scales"), and its text can be read as tuning them with
+    the projections ("tuned").
+    """
+    layers = dict(quant_layers(denoiser))
+    temporal_globs = TEMPORAL + (TIME_EMBEDDING if time_embedding == "tuned" else ())
+    temporal = {n: m for n, m in layers.items() if matches(n, temporal_globs)}
+    critical = {n: m for n, m in layers.items() if matches(n, SELECTIONS[selection])}
+    if not temporal or not critical:
+        raise ValueError(f"selection {selection!r}: the denoiser has no such layers, or no time embedding projections")
+    taken = {id(m.input_quantizer) for m in temporal.values()}
+    if time_embedding == "frozen":
+        taken |= {id(m.input_quantizer) for n, m in layers.items() if matches(n, TIME_EMBEDDING)}
+    temporal_scales = [m.input_quantizer for m in temporal.values()]
+    critical_scales = [q for q in input_quantizers(denoiser).values() if id(q) not in taken]
+    return tuple(
+        (tuned, [q for q in scales if q.spec.bits != FLOAT])
+        for tuned, scales in ((temporal, temporal_scales), (critical, critical_scales))
+    )
+
+
+def qkv(denoiser: nn.Module) -> dict[str, str]:
+    """to_k and to_v of every unconditional attention -> its to_q: in CompVis the three are one convolution.
+
+    Such an attention adds its input; one of a transformer leaves that to the block around it.
+    """
+    return {f"{n}.to_{x}": f"{n}.to_q" for n, m in attentions(denoiser) if m.residual_connection for x in "kv"}
+
+
+def tuned_layers(denoiser: nn.Module, tuned: dict[str, QuantLayer], qkv_as_one: bool) -> int:
+    """How many layers are tuned, which is the weight of L_G in the released code."""
+    one = qkv(denoiser) if qkv_as_one else {}
+    return len({one.get(name, name) for name in tuned})
+
+
+def share_inputs(denoiser: nn.Module) -> None:
+    """Give to_k and to_v of every unconditional attention the input quantizer of its to_q."""
+    for name, first in qkv(denoiser).items():
+        denoiser.get_submodule(name).input_quantizer = denoiser.get_submodule(first).input_quantizer
+
+
+def unshare_inputs(denoiser: nn.Module) -> None:
+    """Undo `share_inputs` without changing a value: a checkpoint holds every quantizer once."""
+    for name, first in qkv(denoiser).items():
+        shared = denoiser.get_submodule(first).input_quantizer
+        own = Quantizer(shared.spec, groups=shared.groups)
+        own.scale.data, own.zero_point = shared.scale.detach().clone(), shared.zero_point.clone()
+        denoiser.get_submodule(name).input_quantizer = own
+    name_quantizers(denoiser)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is tuned together: layers, and scales of activation quantizers.
+
+    The loss is the sum over the layers in `local` of the mean squared error of their output, plus global_weight times
+    that of the noise prediction. A `visit` of None interleaves the time groups, see SCHEDULES.
+    """
+
+    name: str
+    layers: dict[str, QuantLayer]
+    scales: list[Quantizer]
+    local: tuple[str, ...]
+    global_weight: float
+    iterations: int
+    batch: int
+    visit: Visit | None
+    lr_weight: float
+    lr_scale: float
+
+
+def joint(tla: Stage, cma: Stage) -> Stage:
+    """Both at once: L_TLA + L_CMA + 2 L_G (equation 7). Batch, visits and learning rates are those of the second."""
+    return replace(
+        cma,
+        name="joint alignment",
+        layers=tla.layers | cma.layers,
+        scales=tla.scales + cma.scales,
+        local=tla.local + cma.local,
+        global_weight=tla.global_weight + cma.global_weight,
+        iterations=tla.iterations + cma.iterations,
+    )
+
+
 def align(
-    stage: str,
     denoiser: nn.Module,
+    stage: Stage,
+    learned: dict[str, list[nn.Parameter]],
     targets: dict[str, Tensor],
     calibration: CalibrationSet,
-    tuned: dict[str, QuantLayer],
-    scales: list[Quantizer],
     *,
-    iterations: int,
-    batch: int,
-    lr_weight: float,
-    lr_scale: float,
-    global_weight: float,
+    log_scales: bool,
+    cosine: bool,
     generator: torch.Generator,
 ) -> None:
-    """One stage: tune the weights of `tuned` and the `scales` so that their layers and the noise prediction agree with
-    the full-precision model: sum over layers of the mean squared error of the output, plus global_weight times that of
-    the prediction. targets: what `layer_outputs` found for the tuned layers.
+    """Tune a stage, so that its layers and the noise prediction agree with the full-precision model.
 
-    Raises FloatingPointError naming stage and iteration if the loss is not finite.
+    learned: the parameters to tune beside the scales, by layer, usually the weights and biases of the stage's layers.
+    targets: what `layer_outputs` found for the layers with a local loss. Raises FloatingPointError naming stage,
+    iteration and layer if the loss is not finite.
     """
-    if not iterations:
-        return
     # Frozen layers give no gradient to their weights and are not quantized again in every iteration.
-    weights = []
-    for layer in tuned.values():
-        layer.thaw()
-        weights += [p.requires_grad_() for p in (layer.weight, layer.bias) if p is not None]
-    for q in scales:
-        q.scale.requires_grad_()
-    adam = torch.optim.Adam(weights, lr=lr_weight, fused=True)
-    adam_scales = ScaleAdam(scales)
+    for name in learned:
+        denoiser.get_submodule(name).thaw()
+    weights = [p.requires_grad_() for parameters in learned.values() for p in parameters]
+    adam = torch.optim.Adam(weights, lr=stage.lr_weight, fused=True)
+    adam_scales = ScaleAdam(stage.scales, log=log_scales)
+    for scale in adam_scales.scales:
+        scale.requires_grad_()
+    cost.record(denoiser, stage.name, weights + adam_scales.scales, stage.iterations, stage.batch)
 
     outputs: dict[str, Tensor] = {}
     handles = [
         layer.register_forward_hook(lambda _m, _args, out, name=name: outputs.__setitem__(name, out))
-        for name, layer in tuned.items()
+        for name, layer in stage.layers.items()
     ]
+    groups = denoiser.time_groups
     try:
-        rows_of = interleaved(denoiser.time_groups, calibration, batch, generator)
-        with tqdm(range(iterations), desc=stage, mininterval=5) as bar:
-            for i in bar:
-                rows = next(rows_of)
+        turns = scheduled(groups, calibration, stage, generator)
+        with tqdm(turns, desc=stage.name, total=stage.iterations, mininterval=5) as bar:
+            for i, (rows, new_visit) in enumerate(bar):
                 prediction = denoiser(**calibration.inputs(rows)).sample
-                local = sum(F.mse_loss(outputs[n], targets[n][rows].to(prediction.dtype)) for n in tuned)
+                losses = [F.mse_loss(outputs[n], targets[n][rows].to(prediction.dtype)) for n in stage.local]
+                local = sum(losses, start=prediction.new_zeros(()))
                 whole = F.mse_loss(prediction, calibration.target[rows])
-                loss = local + global_weight * whole
+                loss = local + stage.global_weight * whole
                 if not loss.isfinite():
+                    first = next((n for n in stage.layers if not outputs[n].isfinite().all()), "the prediction")
                     raise FloatingPointError(
-                        f"{stage}, iteration {i}: the loss is {loss.item()}; lower lr_weight or lr_scale"
+                        f"{stage.name}, iteration {i}: the loss is {loss.item()}, not finite first in {first}; "
+                        "lower lr_weight or lr_scale"
                     )
                 adam.zero_grad()
                 adam_scales.zero_grad()
                 loss.backward()
-                decay = 0.5 * (1 + math.cos(math.pi * i / iterations))
-                adam.param_groups[0]["lr"] = lr_weight * decay
+                decay = 0.5 * (1 + math.cos(math.pi * i / stage.iterations)) if cosine else 1.0
+                group = groups.current.item()
+                if new_visit:
+                    adam_scales.restart(group)
+                adam.param_groups[0]["lr"] = stage.lr_weight * decay
                 adam.step()
-                adam_scales.step(denoiser.time_groups.current.item(), lr_scale * decay)
+                adam_scales.step(group, stage.lr_scale * decay)
                 bar.set_postfix(local=f"{local.item():.2e}", whole=f"{whole.item():.2e}", refresh=False)
     finally:
         for h in handles:
             h.remove()
         denoiser.requires_grad_(False)
-        for layer in tuned.values():
-            layer.freeze()
+        for name in learned:
+            denoiser.get_submodule(name).freeze()
 
 
 @torch.no_grad()
@@ -194,6 +531,8 @@ def layer_outputs(
 ) -> dict[str, Tensor]:
     """Outputs of the teacher's layers for every calibration row, [N, ...], in half precision to save memory."""
     outputs: dict[str, Tensor] = {}
+    if not names:
+        return outputs
     rows: Tensor
 
     def keep(name: str, output: Tensor) -> None:
@@ -211,47 +550,77 @@ def layer_outputs(
     return outputs
 
 
-def interleaved(
-    groups: TimeGroups, calibration: CalibrationSet, batch: int, generator: torch.Generator
-) -> Iterator[Tensor]:
-    """Rows of one time group after another, without end: the groups in random order, all of them before any again."""
+def scheduled(
+    groups: TimeGroups, calibration: CalibrationSet, stage: Stage, generator: torch.Generator
+) -> Iterator[tuple[Tensor, bool]]:
+    """The calibration rows of every iteration of a stage, all of one time group, and whether a visit begins with it.
+
+    Interleaved, the groups come in random order, all of them before any again. With visits they come from the noisiest
+    to the cleanest, as often as visits of that length fill the iterations, which are shared out evenly.
+    """
     group = groups.index(calibration.timestep)
     rows = [(group == g).nonzero().flatten() for g in range(len(groups))]
-    while True:
-        for g in torch.randperm(len(groups), generator=generator).tolist():
-            yield rows[g][torch.randperm(len(rows[g]), generator=generator)[:batch]]
+
+    def draw(rows: Tensor, n: int | None) -> Tensor:
+        return rows[torch.randperm(len(rows), generator=generator)[:n]]
+
+    if stage.visit is None:
+        order: list[int] = []
+        for _ in range(stage.iterations):
+            order = order or torch.randperm(len(groups), generator=generator).tolist()
+            yield draw(rows[order.pop(0)], stage.batch), False
+        return
+    each = stage.visit.iterations
+    rounds = max(1, round(stage.iterations / len(groups) / each)) if each else 1
+    visits = rounds * len(groups)
+    for visit in range(visits):
+        pool = draw(rows[visit % len(groups)], stage.visit.rows)
+        batches: list[Tensor] = []
+        for i in range(stage.iterations * visit // visits, stage.iterations * (visit + 1) // visits):
+            batches = batches or list(draw(pool, None).split(stage.batch))
+            yield batches.pop(0), i == stage.iterations * visit // visits
 
 
 class ScaleAdam:
-    """Adam on the logarithm of activation scales, with moments and step count of its own for every time group.
+    """Adam on activation scales, with moments and step count of its own for every time group.
 
-    One Adam over scale [T] would go on moving idle groups by their stale momentum.
+    One Adam over scale [T] would go on moving idle groups by their stale momentum. log: on the logarithm of the scales,
+    which keeps them positive; else on the scales themselves, which are then held above zero (the released code lets
+    them pass through it).
     """
 
-    def __init__(self, quantizers: list[Quantizer], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-12):
+    def __init__(self, quantizers: list[Quantizer], betas: tuple[float, float] = (0.9, 0.999), *, log: bool = True):
         self.scales = [q.scale for q in quantizers]
         # The scales of a group side by side: one vector to move, whatever the number and the shapes of the quantizers.
         self.sizes = [s[0].numel() for s in self.scales]
         self.steps = [0] * len(self.scales[0])
         self.mean, self.square = torch.zeros(2, len(self.steps), sum(self.sizes), device=self.scales[0].device)
-        self.betas, self.eps = betas, eps
+        self.betas, self.log = betas, log
+        self.eps = 1e-12 if log else 1e-8  # a relative gradient is small; 1e-8 is Adam's own
 
     def zero_grad(self) -> None:
         for s in self.scales:
             s.grad = None
 
+    def restart(self, group: int) -> None:
+        """Forget the moments of a group."""
+        self.steps[group] = 0
+        self.mean[group] = self.square[group] = 0
+
     @torch.no_grad()
     def step(self, group: int, lr: float) -> None:
-        """Move the scales of one group by about lr, relative to each."""
+        """Move the scales of one group by about lr: relative to each with `log`, else as it is."""
         b1, b2 = self.betas
         self.steps[group] += 1
         n = self.steps[group]
         scale = torch.cat([s[group].flatten() for s in self.scales])
         # A scale without a gradient belongs to a quantizer that was not called; zeros leave it where it is.
         grad = torch.cat([(torch.zeros_like(s) if s.grad is None else s.grad)[group].flatten() for s in self.scales])
-        grad *= scale  # d loss / d log(scale)
+        if self.log:
+            grad *= scale  # d loss / d log(scale)
         mean = self.mean[group].lerp_(grad, 1 - b1)
         square = self.square[group].lerp_(grad.square(), 1 - b2)
-        scale *= torch.exp(-lr * (mean / (1 - b1**n)) / ((square / (1 - b2**n)).sqrt_() + self.eps))
+        move = lr * (mean / (1 - b1**n)) / ((square / (1 - b2**n)).sqrt_() + self.eps)
+        scale = scale * torch.exp(-move) if self.log else (scale - move).clamp_(min=choosers.EPS)
         for s, moved in zip(self.scales, scale.split(self.sizes), strict=True):
             s[group] = moved.reshape(s.shape[1:])

@@ -3,12 +3,14 @@
 import copy
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from inspect import signature
 
+import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from quest import ranges
-from quest.affine import QTensor, QuantSpec, quantize
+from quest.affine import FLOAT, QTensor, QuantSpec, fake_quantize, quantize
 from quest.attention import QuantAttention
 from quest.kernels import reference
 from quest.quantizer import Quantizer
@@ -19,18 +21,24 @@ class QuantLayer(nn.Module):
     """What QuantLinear and QuantConv2d share: two quantizers, a kernel, and a weight that can be frozen.
 
     weight_quantizer: asymmetric, one scale per output channel, as in every method of the paper. input_quantizer: of the
-    layer's input, one scale per time group.
+    layer's input, one scale per time group. output_quantizer: of the layer's output, for a method that quantizes there
+    (no integer kernel can multiply the float input it leaves behind); else None.
     """
 
     kernel = reference
 
-    def add_quantizers(self, weight: QuantSpec, input: QuantSpec, groups: TimeGroups | None) -> None:
+    def add_quantizers(
+        self, weight: QuantSpec, input: QuantSpec, groups: TimeGroups | None, output: QuantSpec | None = None
+    ) -> None:
         self.weight_quantizer = Quantizer(weight, (len(self.weight),) + (1,) * (self.weight.ndim - 1))
         self.input_quantizer = Quantizer(input, groups=groups)
+        self.output_quantizer = None if output is None else Quantizer(output, groups=groups)
         self.register_buffer("packed", None, persistent=False)
 
     def choose_weight_range(self, choose=ranges.minmax) -> None:
         """Take the weight's scales and zero points from the weight itself. A zero channel keeps a tiny scale."""
+        if self.weight_quantizer.spec.bits == FLOAT:
+            return
         scale, zero_point = choose(self.weight.detach(), self.weight_quantizer.spec)
         self.weight_quantizer.scale.data, self.weight_quantizer.zero_point = scale[None], zero_point[None]
 
@@ -47,19 +55,88 @@ class QuantLayer(nn.Module):
     def thaw(self) -> None:
         self.packed = None
 
+    def quantize_output(self, y: Tensor) -> Tensor:
+        return y if self.output_quantizer is None else fake_quantize(y, self.output_quantizer(y))
+
 
 class QuantLinear(QuantLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return self.kernel.linear(x, self.input_quantizer(x), self.qweight, self.bias)
+        return self.quantize_output(self.kernel.linear(x, self.input_quantizer(x), self.qweight, self.bias))
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         conv = dict(stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups)
-        return self.kernel.conv2d(x, self.input_quantizer(x), self.qweight, self.bias, **conv)
+        return self.quantize_output(self.kernel.conv2d(x, self.input_quantizer(x), self.qweight, self.bias, **conv))
 
 
-def quantized(layer: nn.Module, weight: QuantSpec, input: QuantSpec, groups: TimeGroups | None) -> QuantLayer:
+class SplitConv2d(nn.Module):
+    """A convolution over the concatenation [hidden, skip] as the sum of two, each with quantizers of its own.
+
+    The two halves of a decoder's shortcut have different ranges (Q-Diffusion, arXiv:2302.04304, section 4.2). Its code
+    concatenates the dequantized halves again; a sum of two convolutions is the same and multiplies integers twice.
+    """
+
+    def __init__(self, hidden: nn.Conv2d, skip: nn.Conv2d):
+        super().__init__()
+        self.hidden, self.skip = hidden, skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = self.hidden.in_channels
+        return self.hidden(x[:, :channels]) + self.skip(x[:, channels:])
+
+
+def split(conv: nn.Conv2d, channels: int) -> SplitConv2d:
+    """A float or quantized convolution as two: over its first `channels` inputs, with the bias, and over the others.
+
+    Quantizers are new and of the same specs; their ranges are not yet chosen.
+    """
+    halves = []
+    for weight, bias in ((conv.weight[:, :channels], conv.bias), (conv.weight[:, channels:], None)):
+        names = ("out_channels", "kernel_size", "stride", "padding", "dilation")
+        shape = {n: getattr(conv, n) for n in names}
+        half = type(conv)(weight.shape[1], **shape, bias=bias is not None, device="meta")
+        half.weight, half.bias = nn.Parameter(weight.detach().clone(), requires_grad=False), bias
+        if isinstance(conv, QuantLayer):
+            input, output = conv.input_quantizer, conv.output_quantizer
+            half.add_quantizers(conv.weight_quantizer.spec, input.spec, input.groups, output and output.spec)
+        halves.append(half)
+    return SplitConv2d(*halves)
+
+
+@torch.no_grad()
+def shortcut_splits(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
+    """Each shortcut convolution of the decoder that reads a concatenation, with the channels that are not of the skip.
+
+    Traced by one forward pass: a resnet of an up block reads [hidden, skip], the skips popped from the block's tuple.
+    """
+    found: dict[str, int] = {}
+
+    def record(name):
+        def hook(block, args, kwargs):
+            skips = signature(block.forward).bind(*args, **kwargs).arguments["res_hidden_states_tuple"]
+            for j, resnet in enumerate(block.resnets):
+                if resnet.conv_shortcut is not None:
+                    channels = resnet.conv_shortcut.in_channels - skips[-1 - j].shape[1]
+                    found[f"{name}.resnets.{j}.conv_shortcut"] = channels
+
+        return hook
+
+    handles = [
+        block.register_forward_pre_hook(record(f"up_blocks.{i}"), with_kwargs=True)
+        for i, block in enumerate(denoiser.up_blocks)
+    ]
+    try:
+        denoiser(**inputs)
+    finally:
+        for h in handles:
+            h.remove()
+    return found
+
+
+def quantized(
+    layer: nn.Module, weight: QuantSpec, input: QuantSpec, groups: TimeGroups | None, output: QuantSpec | None = None
+) -> QuantLayer:
     """The quantized twin of a float Linear or Conv2d, sharing its weight and bias; ranges not yet chosen."""
     if isinstance(layer, nn.Linear):
         new = QuantLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
@@ -69,16 +146,28 @@ def quantized(layer: nn.Module, weight: QuantSpec, input: QuantSpec, groups: Tim
         names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
         new = QuantConv2d(**{n: getattr(layer, n) for n in names}, bias=layer.bias is not None, device="meta")
     new.weight, new.bias = layer.weight, layer.bias
-    new.add_quantizers(weight, input, groups)
+    new.add_quantizers(weight, input, groups, output)
     return new
 
 
-def layer_bits(name: str, w: int, a: int, keep: dict[str, int]) -> tuple[int, int]:
-    """Weight and input bits of the layer: those of the first glob in `keep` that matches its name, else (w, a)."""
-    return next(((max(b, w), max(b, a)) for glob, b in keep.items() if fnmatch(name, glob)), (w, a))
+Keep = dict[str, int | list[int]]  # globs over layer names -> bits kept at least: of both, or [weight, input]
+
+
+def layer_bits(name: str, w: int, a: int, keep: Keep) -> tuple[int, int]:
+    """Weight and input bits of the layer: at least those of the first glob in `keep` that matches it, else (w, a).
+
+    For an attention's `processor`: bits of q, k and v, and of the probabilities.
+    """
+    for glob, bits in keep.items():
+        if fnmatch(name, glob):
+            kept_w, kept_a = bits if isinstance(bits, list | tuple) else (bits, bits)
+            return max(kept_w, w), max(kept_a, a)
+    return w, a
 
 
 KEEP = {"conv_in": 8, "conv_out": 8}  # the released QuEST's exceptions, for weights as well as inputs
+# Layers that not every U-Net has (residual blocks can resample, attention stand in transformers): keep may name them.
+OPTIONAL = ("*.conv_shortcut", "*.downsamplers.*.conv", "*.attentions.?.to_*")
 
 
 def swap(
@@ -86,16 +175,19 @@ def swap(
     w: int,
     a: int,
     *,
-    keep: dict[str, int] | None = None,
+    keep: Keep | None = None,
     softmax_bits: int = 8,
     groups: TimeGroups | None = None,
+    weight_axis: int | None = 0,
+    splits: dict[str, int] | None = None,
 ):
     """A pipeline with every Linear, Conv2d and attention of the denoiser in its quantized twin; ranges not yet chosen.
 
     The pipeline that is given stays as it was; the new one shares all but denoiser and scheduler with it.
-    keep: globs over layer names to the bits such a layer keeps at least, weight and input (default: KEEP).
-    softmax_bits: of the attention probabilities.
-    Raises ValueError for a denoiser that is already quantized or not float32, and for a glob that matches no layer.
+    keep: globs over the names of layers and attention processors to the bits such a one keeps at least (default: KEEP).
+    softmax_bits: of the attention probabilities. weight_axis: 0 for one weight scale per output channel, None for one
+    per tensor. splits: convolutions to split at a channel, see `shortcut_splits`.
+    Raises ValueError for a denoiser that is already quantized or not float32, and for a glob that matches nothing.
     """
     keep = KEEP if keep is None else keep
     if is_quantized(pipe.unet):
@@ -104,24 +196,32 @@ def swap(
         raise ValueError(f"the denoiser is in {pipe.unet.dtype}; load the pipeline in torch.float32 to quantize it")
     denoiser = copy.deepcopy(pipe.unet)
     layers = {n: m for n, m in denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
+    processors = {f"{n}.processor": m for n, m in attentions(denoiser)}
     for glob in keep:
-        if not any(fnmatch(n, glob) for n in layers):
+        if glob not in OPTIONAL and not any(fnmatch(n, glob) for n in (*layers, *processors)):
             raise ValueError(f"keep: no layer is named like {glob!r}")
     for name, layer in layers.items():
         layer_w, layer_a = layer_bits(name, w, a, keep)
-        replace(denoiser, name, quantized(layer, QuantSpec(layer_w, axis=0), QuantSpec(layer_a), groups))
-    for _, module in attentions(denoiser):
-        module.set_processor(QuantAttention(QuantSpec(a), QuantSpec(max(softmax_bits, a)), groups))
+        replace(denoiser, name, quantized(layer, QuantSpec(layer_w, axis=weight_axis), QuantSpec(layer_a), groups))
+    for name, module in processors.items():
+        qkv_bits, p_bits = layer_bits(name, a, max(softmax_bits, a), keep)
+        module.set_processor(QuantAttention(QuantSpec(qkv_bits), QuantSpec(p_bits), groups))
+    for name, channels in (splits or {}).items():
+        replace(denoiser, name, split(denoiser.get_submodule(name), channels))
     return with_denoiser(pipe, finish(denoiser, groups))
 
 
 def finish(denoiser: nn.Module, groups: TimeGroups | None) -> nn.Module:
     """Name the quantizers, attach the time groups, and freeze every parameter."""
-    for name, quantizer in input_quantizers(denoiser).items():
-        quantizer.name = name.removesuffix(".input_quantizer")
+    name_quantizers(denoiser)
     if groups is not None:
         groups.attach(denoiser)
     return denoiser.requires_grad_(False).eval()
+
+
+def name_quantizers(denoiser: nn.Module) -> None:
+    for name, quantizer in input_quantizers(denoiser).items():
+        quantizer.name = name.removesuffix(".input_quantizer").removesuffix(".output_quantizer")
 
 
 def with_denoiser(pipe, denoiser: nn.Module):
@@ -145,12 +245,17 @@ def quant_layers(denoiser: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
     return ((n, m) for n, m in denoiser.named_modules() if isinstance(m, QuantLayer))
 
 
+def split_layers(denoiser: nn.Module) -> dict[str, int]:
+    """The split convolutions by name, with the channels of their first half."""
+    return {n: m.hidden.in_channels for n, m in denoiser.named_modules() if isinstance(m, SplitConv2d)}
+
+
 def attentions(denoiser: nn.Module) -> Iterator[tuple[str, Attention]]:
     return ((n, m) for n, m in denoiser.named_modules() if isinstance(m, Attention))
 
 
 def input_quantizers(denoiser: nn.Module) -> dict[str, Quantizer]:
-    """Every activation quantizer by name: layer inputs, and q, k, v and p of each attention."""
+    """Every activation quantizer by name: layer inputs (or outputs), and q, k, v and p of each attention."""
     return {
         n: m for n, m in denoiser.named_modules() if isinstance(m, Quantizer) and not n.endswith("weight_quantizer")
     }

@@ -38,6 +38,8 @@ class Model:
         default_factory=lambda: {"conv_in": 8, "conv_out": 8}, hash=False
     )  # layer glob -> bits
     softmax_bits: int = 8
+    split: bool = False  # Q-Diffusion quantizes the two parts of a decoder shortcut's input apart
+    activation_ranges: str = "mse"  # of its static ranges: "mse", "ema" or "ema-symmetric"
     trajectories: int = 50  # full-precision trajectories in the calibration set; whole batches waste nothing
     extractor: str = "scenes"  # network behind FID, sFID and IS
     clip: str | None = None  # image-text model behind the CLIP score
@@ -119,6 +121,7 @@ MODELS = {
             eta=1.0,
             conditioning="none",
             selection="lsun",
+            activation_ranges="ema-symmetric",
             batch_size=50,
             time_groups=20,
             reference=SCENES,
@@ -147,6 +150,8 @@ MODELS = {
             conditioning="text",
             source=_scene_captions,
             selection="sd",
+            split=True,
+            activation_ranges="ema",
             batch_size=50,
             time_groups=10,
             clip="scenes-clip",

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from quest.affine import QParams, QuantSpec
+from quest import ranges
+from quest.affine import FLOAT, QParams, QuantSpec
 from quest.timegroups import TimeGroups
 
 
@@ -20,9 +21,10 @@ class Quantizer(nn.Module):
         super().__init__()
         self.spec, self.groups = spec, groups
         self.name = ""  # in its denoiser, for error messages
-        # NaN until calibrated: an uncalibrated quantizer cannot pass for a calibrated one.
-        self.scale = nn.Parameter(torch.full((len(groups) if groups else 1, *shape), torch.nan), requires_grad=False)
-        self.register_buffer("zero_point", torch.full_like(self.scale.data, torch.nan))
+        # NaN until calibrated: an uncalibrated quantizer cannot pass for a calibrated one. Float needs no calibration.
+        scale, zero_point = (1.0, 0.0) if spec.bits == FLOAT else (torch.nan, torch.nan)
+        self.scale = nn.Parameter(torch.full((len(groups) if groups else 1, *shape), scale), requires_grad=False)
+        self.register_buffer("zero_point", torch.full_like(self.scale.data, zero_point))
         self.choose: Callable | None = None  # a range chooser while calibrating, see calibration.calibrating
 
     @property
@@ -35,22 +37,29 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, choose: Callable) -> None:
-        """Take scale and zero point of the current group from x.
+        """Take scale and zero point of the current group from x; nothing to do where the spec is float.
 
-        Raises ValueError for a tensor or channel that is constant or not finite.
+        A constant channel takes the range from zero to its value, which it then meets exactly: at a single timestep
+        every channel of a time embedding is constant.
+        Raises ValueError for a tensor that is constant or not finite.
         """
+        if self.spec.bits == FLOAT:
+            return
         dims = [d for d in range(x.ndim) if self.spec.axis is None or d != self.spec.axis % x.ndim]
         low, high = x.amin(dims), x.amax(dims)
         if not (low.isfinite() & high.isfinite()).all():
             raise ValueError(f"layer {self.name}: its calibration input holds NaN or infinite values")
-        if (low == high).any():
-            raise ValueError(
-                f"layer {self.name}: its calibration input is constant ({low[low == high].flatten()[0].item()})"
-            )
+        constant = low == high
+        if self.spec.axis is None and constant:
+            raise ValueError(f"layer {self.name}: its calibration input is constant ({low.item()})")
         scale, zero_point = choose(x, self.spec)
+        if constant.any():
+            constant = constant.reshape(scale.shape)
+            whole = ranges.minmax(x, self.spec)
+            scale, zero_point = (torch.where(constant, a, b) for a, b in zip(whole, (scale, zero_point), strict=True))
         if self.scale.shape[1:] != scale.shape:
             # The shape of a per-channel scale is known from the first tensor it meets.
-            self.scale.data = torch.full((len(self.scale), *scale.shape), torch.nan)
+            self.scale.data = scale.new_full((len(self.scale), *scale.shape), torch.nan)
             self.zero_point = torch.full_like(self.scale.data, torch.nan)
         group = self.groups.current if self.groups else 0
         self.scale[group], self.zero_point[group] = scale, zero_point

@@ -42,8 +42,11 @@ def minmax(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     Q-Diffusion's code takes the scale from the raw range and the zero point from the widened one, which shifts a
     one-signed tensor out of its own range. Here both come from the widened range; for two-signed tensors the two agree.
     """
-    rows = _rows(x, spec)
-    low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+    return from_range(*extremes(x, spec), x, spec)
+
+
+def from_range(low: Tensor, high: Tensor, x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the range from low to high, [channels] each, in the shape that goes with x."""
     return tuple(_shaped(v, x, spec) for v in _affine(low, high, spec))
 
 
@@ -58,24 +61,32 @@ def mse(x: Tensor, spec: QuantSpec, steps: int = 80, power: float = 2.4) -> tupl
     """The range with the smallest mean |x - x~|^2.4 among 80 joint shrinkings (1 - 0.01 i) [min, max].
 
     The search of BRECQ (arXiv:2102.05426) and Q-Diffusion. The range is not widened to hold zero. All channels are
-    searched at once. Where channels hold more than 4 * 2048 values, candidates are scored on a histogram of 2048 bins
-    (32 for every code where that is fewer) between the channel's minimum and maximum: a hundredth of the cost on
-    activations.
+    searched at once.
     """
     rows = _rows(x, spec)
-    low, high = rows.amin(1), rows.amax(1)
+    factors = 1.0 - 0.01 * torch.arange(steps, device=x.device, dtype=x.dtype)[:, None]
+    low, high = factors * rows.amin(1), factors * rows.amax(1)
+    best = least_error(rows, low, high, spec, power)
+    return from_range(low.gather(0, best)[0], high.gather(0, best)[0], x, spec)
+
+
+def least_error(rows: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, power: float = 2.4) -> Tensor:
+    """Which of the candidate ranges low to high, [candidates, channels], has the least mean |x - x~|^power: an index.
+
+    rows [channels, values] -> [1, channels]. Where channels hold more than 4 * 2048 values, candidates are scored on a
+    histogram of 2048 bins (32 for every code where that is fewer) between the channel's minimum and maximum: a
+    hundredth of the cost on activations.
+    """
     counts = None
     if rows.shape[1] > 4 * BINS:
-        rows, counts = _histogram(rows, low, high, min(BINS, 32 * 2**spec.bits))
-    factors = 1.0 - 0.01 * torch.arange(steps, device=x.device, dtype=x.dtype)
-    scale, zero_point = _affine(factors[:, None] * low, factors[:, None] * high, spec)  # [steps, channels]
+        rows, counts = _histogram(rows, rows.amin(1), rows.amax(1), min(BINS, 32 * 2**spec.bits))
+    scale, zero_point = _affine(low, high, spec)
     scores = []
     for s, z in zip(*(v.split(max(1, 2**18 // rows.numel())) for v in (scale, zero_point)), strict=True):
         # |e|^p as exp(p/2 log e^2): half the time of pow, and the same range is chosen.
         error = _dequantized(rows, s, z, spec).sub_(rows).square_().log_().mul_(power / 2).exp_()
         scores.append((error if counts is None else error.mul_(counts)).mean(-1))
-    best = torch.cat(scores).argmin(0, keepdim=True)
-    return tuple(_shaped(v.gather(0, best), x, spec) for v in (scale, zero_point))
+    return torch.cat(scores).argmin(0, keepdim=True)
 
 
 def _histogram(rows: Tensor, low: Tensor, high: Tensor, bins: int) -> tuple[Tensor, Tensor]:
@@ -146,4 +157,4 @@ class Running:
         if self.low is not None:
             low, high = torch.lerp(low, self.low, self.momentum), torch.lerp(high, self.high, self.momentum)
         self.low, self.high = low, high
-        return tuple(_shaped(v, x, spec) for v in _affine(low, high, spec))
+        return from_range(low, high, x, spec)

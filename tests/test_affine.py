@@ -5,6 +5,10 @@ import pytest
 import torch
 
 from quest.affine import QParams, QuantSpec, fake_quantize, quantize
+from quest.layers import quantized
+from quest.quantizer import Quantizer
+from quest.ranges import minmax, mse
+from quest.timegroups import TimeGroups
 
 GOLDEN = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / "golden" / "quantizers.npz").items()}
 
@@ -22,10 +26,50 @@ def test_integer_range(bits, symmetric, low, high):
     assert codes.min() == low and codes.max() == high and len(codes.unique()) == 2**bits
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_wide_symmetric_levels(bits):
+    """The released QuEST before August 2024: 33 levels at "4 bit", 513 at "8 bit"."""
+    x = torch.linspace(-3, 3, 4001)
+    spec = QuantSpec(bits, symmetric=True, wide=True)
+    scale, zero_point = minmax(x, spec)
+    assert scale == 3 / 2**bits and zero_point == 0
+    assert len(quantize(x, QParams(scale, zero_point, spec)).codes.unique()) == 2 ** (bits + 1) + 1
+    assert (spec.qmin, spec.qmax) == (-(2**bits) - 1, 2**bits)
+    with pytest.raises(ValueError, match="symmetric=True"):
+        QuantSpec(bits, wide=True)
+
+
+def test_a_constant_channel_is_met_exactly():
+    """At a single timestep every channel of a time embedding is constant; a tensor that is constant is an error."""
+    x = torch.tensor([[-2.5, 1.0, 7.0, 0.0], [-2.5, 4.0, 7.0, 0.0]])
+    for spec in (QuantSpec(4, axis=1), QuantSpec(4, symmetric=True, axis=-1)):
+        quantizer = Quantizer(spec)
+        quantizer.calibrate(x, mse)
+        constant = [0, 2, 3]
+        torch.testing.assert_close(fake_quantize(x, quantizer(x))[:, constant], x[:, constant])
+        assert torch.equal(quantizer.scale[0, 0, 1], mse(x, spec)[0][0, 1])
+    with pytest.raises(ValueError, match="constant"):
+        Quantizer(QuantSpec(4)).calibrate(x[:, 2], mse)
+
+
 @pytest.mark.parametrize("bits", [1, 17])
 def test_bits_out_of_range(bits):
-    with pytest.raises(ValueError, match="between 2 and 16"):
+    with pytest.raises(ValueError, match="between 2 and 16, or 32 for float"):
         QuantSpec(bits)
+
+
+def test_32_bits_stay_in_float():
+    """No rounding, no clamp, no calibration, and no NaN in what is saved."""
+    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)) * 1e3
+    quantizer = Quantizer(QuantSpec(32), groups=TimeGroups([800, 400]))
+    quantizer.calibrate(x * torch.nan, minmax)
+    assert fake_quantize(x, quantizer(x)) is x and torch.equal(quantize(x, quantizer(x)).dequantize(), x)
+    assert (quantizer.scale == 1).all() and (quantizer.zero_point == 0).all() and len(quantizer.scale) == 2
+    layer = quantized(torch.nn.Linear(7, 3), QuantSpec(32, axis=0), QuantSpec(32), None)
+    layer.choose_weight_range(minmax)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+    layer.freeze()
+    assert torch.equal(layer.packed, layer.weight)
 
 
 @pytest.mark.parametrize("axis, shape", [(None, ()), (1, (1, 12, 1, 1))])

@@ -63,6 +63,26 @@ def test_ranges_come_from_the_group_s_own_rows(uncond_pipe, uncond_calibration):
     assert all(q.choose is None for q in input_quantizers(q.unet).values())
 
 
+def test_running_ranges_are_averages_over_the_group_s_batches(uncond_pipe, uncond_calibration):
+    groups = TimeGroups(uncond_calibration.timesteps[::3])
+    q = swap(uncond_pipe, 8, 8, groups=groups)
+    for _, layer in quant_layers(q.unet):
+        layer.choose_weight_range()
+    calibrate(q.unet, uncond_calibration, minmax, samples=5, seed=3, momentum=0.95)
+    generator = torch.Generator().manual_seed(3)
+    for g in range(len(groups)):
+        rows = (groups.index(uncond_calibration.timestep) == g).nonzero().flatten()
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        first = uncond_calibration.sample[rows[:5]]
+        low, high = first.min(), first.max()
+        for batch in rows.split(5):
+            x = uncond_calibration.sample[batch]
+            low, high = 0.95 * low + 0.05 * x.min(), 0.95 * high + 0.05 * x.max()
+        scale = q.unet.conv_in.input_quantizer.scale[g]
+        torch.testing.assert_close(scale, (high - low) / 255)
+    assert all(q.choose is None for q in input_quantizers(q.unet).values())
+
+
 def test_calibrating_ends_with_an_error_too(uncond_pipe):
     q = swap(uncond_pipe, 8, 8)
     with pytest.raises(RuntimeError), calibrating(q.unet, minmax):

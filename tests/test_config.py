@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from quest import config as configuration
-from quest.config import ConfigError, Run, check_names, parse_bits, runs, validate
+from quest.config import WEIGHTS_ONLY, ConfigError, Run, check_names, parse_bits, runs, start_of, validate
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("workflow/config/*.yaml"))
 
@@ -36,7 +36,9 @@ def test_a_cell_named_twice_runs_once(default):
     assert runs(default) == once
 
 
-@pytest.mark.parametrize("bits, parsed", [("w4a8", (4, 8)), ("w8a8", (8, 8)), ("w2a3", (2, 3)), ("w32a32", (32, 32))])
+@pytest.mark.parametrize(
+    "bits, parsed", [("w4a8", (4, 8)), ("w8a8", (8, 8)), ("w2a3", (2, 3)), ("w4a32", (4, 32)), ("w32a32", (32, 32))]
+)
 def test_bits(bits, parsed):
     assert parse_bits(bits) == parsed
 
@@ -133,15 +135,49 @@ def test_the_schema_knows_every_method_and_keyword():
     methods = schema["properties"]["methods"]["properties"]
     assert set(methods) == set(METHODS)
     fixed = {"pipe", "calibration", "w", "a"}
-    # `ranges` makes two methods of one function; only finetuning starts from a checkpoint.
+    # `ranges` makes two methods of one function; what rounds full-precision weights starts from no checkpoint.
     fixed_in = {"fp": {"init"}, "rtn": {"init", "ranges"}, "rtn-mse": {"init", "ranges"}}
+    fixed_in |= {name: {"init"} for name in (*WEIGHTS_ONLY, "ptq4dm-as-released")}
     for name, method in METHODS.items():
         allowed = schema["$defs"][methods[name]["$ref"].rpartition("/")[2]]["properties"]
         keywords = inspect.signature(method).parameters
         assert set(allowed) == set(keywords) - fixed - fixed_in.get(name, set()), name
 
 
-@pytest.mark.parametrize("method", ["rtn", "rtn-mse", "quest"])
+def test_methods_start_from_a_checkpoint_of_their_bits_or_of_their_weights_alone(default):
+    default["methods"] |= {"adaround": {}, "q-diffusion": {"init": "adaround"}, "quest": {"init": "q-diffusion"}}
+    validate(default)
+    found = {bits: start_of(default, Run("scenes-text", "q-diffusion", bits)) for bits in ("w4a8", "w4a4", "w8a8")}
+    assert found == {
+        "w4a8": Run("scenes-text", "adaround", "w4a32"),
+        "w4a4": Run("scenes-text", "adaround", "w4a32"),
+        "w8a8": Run("scenes-text", "adaround", "w8a32"),
+    }
+    assert start_of(default, Run("scenes-text", "quest", "w4a4")) == Run("scenes-text", "q-diffusion", "w4a4")
+    assert start_of(default, Run("scenes-text", "adaround", "w4a32")) is None
+
+
+def test_only_methods_that_have_recipes_run_and_weights_only_ones_at_their_bits(default):
+    default["methods"]["adaround"] = {}
+    default["grid"].append({"model": ["scenes-text"], "method": ["adaround"], "bits": ["w4a32"]})
+    validate(default)
+    default["grid"][-1]["bits"] = ["w4a8"]
+    with pytest.raises(ConfigError, match=r"grid\[2\]: adaround at w4a8; it quantizes weights only, e.g. at w4a32"):
+        validate(default)
+
+
+def test_all_methods_has_every_method(default):
+    """But for those that only others start from, each has a cell."""
+    from baselines import METHODS
+
+    every = yaml.safe_load((CONFIGS[0].parent / "all-methods.yaml").read_text())
+    assert set(every["methods"]) == set(METHODS)
+    assert {run.method for run in runs(every)} == set(METHODS) - set(WEIGHTS_ONLY)
+
+
+@pytest.mark.parametrize(
+    "method", ["rtn", "rtn-mse", "q-diffusion", "ptq4dm", "ptqd", "tfmq-dm", "quest", "quest-paper"]
+)
 def test_a_method_may_be_given_its_own_defaults(default, method):
     from baselines import METHODS
 

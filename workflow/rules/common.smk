@@ -5,7 +5,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from quest.config import ConfigError, check_names, runs, validate
+from quest.config import ConfigError, Run, check_names, runs, start_of, validate
 from quest.models import MODELS
 
 try:
@@ -68,8 +68,8 @@ def recipe(wc):
 
 def init(wc):
     """The checkpoint a method starts from, if its recipe names one."""
-    start = config["methods"][wc.method].get("init")
-    return f"results/{NAME}/{wc.model}/{start}/{wc.bits}/model.safetensors" if start else []
+    start = start_of(config, Run(wc.model, wc.method, wc.bits))
+    return f"results/{NAME}/{start.path}/model.safetensors" if start else []
 
 
 def checkpoint_of(wc):

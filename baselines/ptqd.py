@@ -1,0 +1,132 @@
+"""PTQD: a quantized denoiser's error, measured once, taken out again while sampling (He et al., arXiv:2305.10657).
+
+Along full-precision trajectories the guided prediction e~ of the quantized denoiser is compared with e of full
+precision, timestep by timestep: e~ - e = k e + bias + noise. The scheduler then samples with (e~ - bias) / (1 + k) and
+injects that much less noise as the quantized denoiser brings along (`quest.schedulers`).
+
+What applies to which sampler: DDIM with eta > 0 has all three corrections. DDIM with eta = 0 and PLMS inject no noise,
+so theirs are the corrections of mean and correlation only. The paper's mixed precision over the steps is left out: a
+row of a table has one pair of bits.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from baselines.adaround import settings, uniform
+from baselines.q_diffusion import common_stack
+from quest.calibration import CalibrationSet, guide
+from quest.checkpoint import freeze
+from quest.layers import Keep
+from quest.schedulers import Correction, correct
+
+BIASES = ("residual", "error")
+# What the released code keeps: shortcuts, downsampling convolutions and attention products in float; the first linear
+# of the time embedding and the first and last convolution at 8 bits.
+RELEASED: Keep = {
+    "*.conv_shortcut": 32,
+    "*.downsamplers.*.conv": 32,
+    "*.processor": 32,
+    "time_embedding.linear_1": 8,
+    "conv_in": 8,
+    "conv_out": 8,
+}
+
+
+def quantize(
+    pipe,
+    calibration: CalibrationSet,
+    w: int,
+    a: int,
+    *,
+    init: str | None = None,  # AdaRound's checkpoint; default: round the weights here
+    preset: str = "short",  # "short" or "full", see adaround.PRESETS
+    weight_iterations: int | None = None,  # of every unit, without init; default: the preset's
+    activation_iterations: int | None = None,  # of every unit; default: the preset's
+    batch: int | None = None,  # default: the preset's
+    guidance: float | None = None,  # the sampler's; None for one that does not guide
+    bias_of: str = "residual",  # of BIASES, see `statistics`
+    weight_axis: int | None = 0,  # None for one weight scale per tensor, as released
+    keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
+    softmax_bits: int = 8,
+    split: bool = False,  # quantize the two parts of a decoder shortcut's input apart
+    activation_ranges: str = "mse",  # see q_diffusion.activation_ranges_of
+    rows: int = 1024,  # of the calibration set, for reconstruction; the statistics take all of it
+    samples: int = 64,  # rows that set the activation ranges of "mse"
+    seed: int = 0,  # of the calibration rows, their order and the mini-batches
+):
+    """Quantize by Q-Diffusion's stack, then correct the sampler by PTQD. Returns a new pipeline with its own scheduler.
+
+    The statistics hold for the sampler, the number of steps and the guidance scale of the calibration trajectories.
+    Prints the fit's R^2: where it is low, the correlation explains little of the error.
+    Raises ValueError for a sampler that is neither DDIM nor PLMS.
+    """
+    student = common_stack(
+        pipe,
+        uniform(calibration, rows, seed),
+        w,
+        a,
+        init=init,
+        keep=keep,
+        softmax_bits=softmax_bits,
+        split=split,
+        activation_ranges=activation_ranges,
+        stored_order=False,
+        samples=samples,
+        settings=settings(preset, weight_iterations, activation_iterations, batch),
+        seed=seed,
+        weight_axis=weight_axis,
+    )
+    freeze(student.unet)
+    correction = statistics(student.unet, calibration, guidance, bias_of)
+    r_squared = correction.r_squared
+    print(
+        f"error explained by the prediction, R^2: median {r_squared.median():.3f}, "
+        f"from {r_squared.min():.3f} to {r_squared.max():.3f} over {len(r_squared)} timesteps",
+        flush=True,
+    )
+    student.scheduler = correct(student.scheduler, correction)
+    return student
+
+
+@torch.no_grad()
+def statistics(
+    denoiser: nn.Module, calibration: CalibrationSet, guidance: float | None, bias_of: str = "residual", batch: int = 64
+) -> Correction:
+    """The statistics of arXiv:2305.10657 of a quantized denoiser on full-precision trajectories.
+
+    guidance: the scale with which the sampler combines the two halves of a call (None: it has one).
+    bias_of: "residual", the mean of what the correlation leaves (the paper's: it takes the whole mean error out), or
+    "error", the mean of e~ - e itself (the released code's: it counts k times the mean of e twice).
+    batch: denoiser rows per forward pass. Timesteps that a sampler visits twice (PLMS) share their statistics.
+    Raises FloatingPointError where the quantized denoiser predicts NaN or infinite values.
+    """
+    if bias_of not in BIASES:
+        raise ValueError(f"bias_of: {bias_of!r} is not one of {', '.join(BIASES)}")
+    calls = calibration.calls()
+    timestep = calibration.timestep[calls[:, 0]]
+    measured = []
+    for t in calibration.timesteps:
+        rows = calls[timestep == t]  # [n, halves]
+        exact, found = [], []
+        for part in rows.split(max(1, batch // rows.shape[1])):
+            prediction = denoiser(**calibration.inputs(part.flatten())).sample
+            found.append(guide(prediction.unflatten(0, part.shape), guidance))
+            exact.append(guide(calibration.target[part], guidance))
+        measured.append(fit(torch.cat(exact), torch.cat(found), bias_of))
+        if not all(v.isfinite().all() for v in measured[-1]):
+            raise FloatingPointError(f"statistics of timestep {t}: the quantized denoiser's error is not finite")
+    return Correction(torch.tensor(calibration.timesteps), *(torch.stack(v) for v in zip(*measured, strict=True)))
+
+
+def fit(exact: Tensor, found: Tensor, bias_of: str = "residual") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Slope [] (at least 0), bias [C], standard deviation [] and R^2 [] of the error of `found`, both [n, C, h, w]."""
+    error = found - exact
+    centred = exact - exact.mean()
+    variance = centred.square().mean()
+    covariance = (centred * error).mean()
+    slope = (covariance / variance).clamp(min=0)
+    residual = error - slope * exact
+    bias = (residual if bias_of == "residual" else error).mean((0, 2, 3))
+    std = residual.flatten(1).std(1).mean()
+    spread = (error - error.mean()).square().mean()
+    return slope, bias, std, 1 - (residual - residual.mean()).square().mean() / spread.clamp(min=1e-20)

@@ -1,0 +1,145 @@
+"""Q-Diffusion: calibration along the sampler, block reconstruction, split shortcuts (Li et al., arXiv:2302.04304)."""
+
+from dataclasses import replace
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+
+from baselines.adaround import Preset, round_weights, settings, splits, uniform
+from quest import ranges
+from quest.calibration import CalibrationSet, calibrate, calibrating
+from quest.checkpoint import load_weights
+from quest.layers import Keep, input_quantizers, split_layers, swap
+from quest.reconstruction import reconstruct_activations
+
+RANGES = ("mse", "ema", "ema-symmetric")
+MOMENTUM = 0.95  # of the running ranges
+BATCH = 64  # rows of one update of them
+
+
+def quantize(
+    pipe,
+    calibration: CalibrationSet,
+    w: int,
+    a: int,
+    *,
+    init: str | None = None,  # AdaRound's checkpoint; default: round the weights here
+    preset: str = "short",  # "short" or "full", see adaround.PRESETS
+    weight_iterations: int | None = None,  # of every unit, without init; default: the preset's
+    activation_iterations: int | None = None,  # of every unit; default: the preset's
+    batch: int | None = None,  # default: the preset's
+    keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
+    softmax_bits: int = 8,  # published: 16 for Stable Diffusion
+    split: bool = False,  # quantize the two parts of a decoder shortcut's input apart, as published for SD and CIFAR-10
+    activation_ranges: str = "mse",  # of RANGES; see `activation_ranges_of`
+    stored_order: bool = False,  # calibrate noisiest rows first, as the released code does, not shuffled
+    rows: int = 1024,  # of the calibration set
+    samples: int = 64,  # rows that set the activation ranges of "mse"
+    seed: int = 0,  # of the calibration rows, their order and the mini-batches
+):
+    """Quantize by Q-Diffusion: AdaRound of the weights, static activation ranges, learned activation steps.
+
+    Departures from the released code: both halves of a split layer are regularised, calibration rows are shuffled
+    (`stored_order` undoes that), the first and last layer keep 8 bits as in every row of the common stack.
+    Raises ValueError where init and split disagree.
+    """
+    return common_stack(
+        pipe,
+        uniform(calibration, rows, seed),
+        w,
+        a,
+        init=init,
+        keep=keep,
+        softmax_bits=softmax_bits,
+        split=split,
+        activation_ranges=activation_ranges,
+        stored_order=stored_order,
+        samples=samples,
+        settings=settings(preset, weight_iterations, activation_iterations, batch),
+        seed=seed,
+    )
+
+
+def common_stack(
+    pipe,
+    drawn: CalibrationSet,
+    w: int,
+    a: int,
+    *,
+    init: str | None,
+    keep: Keep | None,
+    softmax_bits: int,
+    split: bool,
+    activation_ranges: str,
+    stored_order: bool,
+    samples: int,
+    settings: Preset,
+    seed: int,
+    weight_axis: int | None = 0,  # None for one weight scale per tensor (PTQD's released code)
+):
+    """Q-Diffusion on calibration rows already drawn: what later papers rerun their rivals with."""
+    if activation_ranges not in RANGES:
+        raise ValueError(f"activation_ranges: {activation_ranges!r} is not one of {', '.join(RANGES)}")
+    parts = splits(pipe, drawn) if split else {}
+    if init is None:
+        student = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits, weight_axis=weight_axis, splits=parts)
+        round_weights(student, pipe, drawn, settings, seed)
+    else:
+        student = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits)
+        load_weights(student.unet, init)
+        if split_layers(student.unet) != parts:
+            raise ValueError(f"split: {split}, but {init} has {len(split_layers(student.unet))} split layers")
+    activation_ranges_of(student.unet, drawn, activation_ranges, samples=samples, stored_order=stored_order, seed=seed)
+    if settings.activation_iterations:
+        reconstruct_activations(
+            student.unet,
+            pipe.unet,
+            drawn,
+            torch.arange(len(drawn)),
+            iterations=settings.activation_iterations,
+            batch=settings.batch,
+            generator=torch.Generator().manual_seed(seed),
+        )
+    return student
+
+
+@torch.no_grad()
+def activation_ranges_of(
+    denoiser, drawn: CalibrationSet, kind: str, *, samples: int, stored_order: bool, seed: int
+) -> None:
+    """Set the activation ranges as the released commands do for one of the models.
+
+    "mse" (Churches): the asymmetric range of least |x - x~|^2.4 on `samples` rows. "ema-symmetric" (Bedrooms, CIFAR-10)
+    and "ema" (Stable Diffusion): running averages of minimum and maximum over batches of 64 rows, momentum 0.95, from
+    which the absolute maximum or the asymmetric range is taken; they overwrite what the MSE search found first. The
+    products of attention outside a transformer block keep the range of their first batch.
+    """
+    quantizers = input_quantizers(denoiser)
+    if kind == "ema-symmetric":
+        for name, q in quantizers.items():
+            if not name.endswith("processor.p"):  # probabilities are unsigned
+                q.spec = replace(q.spec, symmetric=True)
+    order = drawn.call.argsort(stable=True) if stored_order else None
+    if kind == "mse":
+        first = drawn if order is None else drawn.subset(order[:samples])
+        calibrate(denoiser, first, ranges.mse, samples=samples, seed=seed)
+        return
+    if order is None:
+        order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))
+    blocks = tuple(f"{n}." for n, m in denoiser.named_modules() if isinstance(m, BasicTransformerBlock))
+    batches = order.split(BATCH)
+    with calibrating(denoiser, ranges.minmax if kind == "ema-symmetric" else ranges.mse):
+        denoiser(**drawn.inputs(batches[0]))
+    running = {
+        name: ranges.Running(MOMENTUM, ranges.positive if name.endswith("processor.p") else ranges.extremes)
+        for name in quantizers
+        if ".processor." not in name or name.startswith(blocks)
+    }
+    try:
+        for name, chooser in running.items():
+            quantizers[name].choose = chooser
+        for rows in batches:
+            denoiser(**drawn.inputs(rows))
+    finally:
+        for q in quantizers.values():
+            q.choose = None

@@ -1,0 +1,166 @@
+"""TFMQ-DM: the time embedding as one unit, with activation ranges of its own for every step (arXiv:2311.16503).
+
+Everything that depends on the timestep alone - the embedding's MLP and each residual block's projection of it - is the
+temporal information block. It meets only as many inputs as the sampler has timesteps. So its rounding is reconstructed
+as one unit on that finite set, apart from the images, and its activation ranges are taken at each timestep.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from baselines.adaround import TRAVEL, Preset, settings, uniform
+from quest import cost, ranges
+from quest.affine import FLOAT
+from quest.calibration import CalibrationSet, calibrate, calibrating
+from quest.checkpoint import freeze, load_weights
+from quest.layers import Keep, QuantLayer, input_quantizers, name_quantizers, quant_layers, swap
+from quest.quantizer import Quantizer
+from quest.reconstruction import float_activations, learn_rounding, reconstruct_weights
+from quest.timegroups import TimeGroups
+
+SCOPES = ("tib", "all")
+# What the released code keeps: shortcuts and downsampling convolutions in float, the weights of the first linear and of
+# the first and last convolution too; no activation quantizer there, nor at the second linear and the first block.
+RELEASED: Keep = {
+    "*.conv_shortcut": 32,
+    "*.downsamplers.*.conv": 32,
+    "time_embedding.linear_1": 32,
+    "conv_in": 32,
+    "conv_out": 32,
+    "time_embedding.linear_2": [2, 32],
+    "down_blocks.0.resnets.0.conv1": [2, 32],
+}
+
+
+class TemporalInformationBlock(nn.Module):
+    """The parts of a denoiser, float or quantized, that depend on the timestep alone; they stay the denoiser's own."""
+
+    def __init__(self, denoiser: nn.Module):
+        super().__init__()
+        self.positions, self.embedding = denoiser.time_proj, denoiser.time_embedding
+        found = [(n, m) for n, m in denoiser.named_modules() if getattr(m, "time_emb_proj", None) is not None]
+        self.activations = nn.ModuleList(m.nonlinearity for _, m in found)
+        self.projections = nn.ModuleList(m.time_emb_proj for _, m in found)
+        names = ["time_embedding.linear_1", "time_embedding.linear_2", *(f"{n}.time_emb_proj" for n, _ in found)]
+        self.layers: dict[str, QuantLayer] = {
+            n: m for n in names if isinstance(m := denoiser.get_submodule(n), QuantLayer)
+        }
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """timestep [B] -> the embeddings of all residual blocks side by side, [B, sum of their channels]."""
+        embedding = self.embedding(self.positions(timestep))
+        pairs = zip(self.activations, self.projections, strict=True)
+        return torch.cat([projection(activation(embedding)) for activation, projection in pairs], 1)
+
+
+def quantize(
+    pipe,
+    calibration: CalibrationSet,
+    w: int,
+    a: int,
+    *,
+    init: str | None = None,  # AdaRound's checkpoint for all layers but the block's; default: round the weights here
+    preset: str = "short",  # "short" or "full", see adaround.PRESETS
+    weight_iterations: int | None = None,  # of every unit; default: the preset's
+    batch: int | None = None,  # default: the preset's
+    fsc_scope: str = "tib",  # activation ranges for each timestep: "tib", in the block only, or "all" (as released)
+    keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
+    softmax_bits: int = 8,
+    rows: int = 1024,  # of the calibration set, for reconstruction
+    samples: int = 64,  # random rows that set the activation ranges: of all timesteps, or of each under "all"
+    seed: int = 0,  # of the calibration rows and the mini-batches
+):
+    """Quantize by TFMQ-DM. Returns a new pipeline.
+
+    Activation steps are not learned. Departures from the released code: ranges outside the block come from one MSE
+    search instead of a running average. Started from AdaRound, the other layers of a residual block were reconstructed
+    together with AdaRound's projection, not with the block's.
+    Raises ValueError for an unknown scope.
+    """
+    if fsc_scope not in SCOPES:
+        raise ValueError(f"fsc_scope: {fsc_scope!r} is not one of {', '.join(SCOPES)}")
+    own = settings(preset, weight_iterations, None, batch)
+    groups = TimeGroups(calibration.timesteps)
+    student = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits, groups=groups if fsc_scope == "all" else None)
+    denoiser = student.unet
+    if init is not None:
+        load_weights(denoiser, init)
+    block, exact = TemporalInformationBlock(denoiser), TemporalInformationBlock(pipe.unet)
+    for name, layer in block.layers.items():
+        layer.weight.data.copy_(pipe.unet.get_submodule(name).weight)
+    for name, layer in quant_layers(denoiser):
+        if init is None or name in block.layers:
+            layer.choose_weight_range(ranges.mse)
+    generator = torch.Generator().manual_seed(seed)
+    coarse = [n for n, m in quant_layers(denoiser) if m.weight_quantizer.spec.bits < own.nearest_from]
+    reconstruct(denoiser, block, exact, calibration.timesteps, coarse, own, generator)
+    others = [n for n in coarse if n not in block.layers]
+    if init is None and others and own.weight_iterations:
+        drawn = uniform(calibration, rows, seed)
+        reconstruct_weights(
+            denoiser,
+            pipe.unet,
+            drawn,
+            torch.arange(len(drawn)),
+            iterations=own.weight_iterations,
+            batch=own.batch,
+            lr=TRAVEL / own.weight_iterations,
+            exclude=[n for n, _ in quant_layers(denoiser) if n not in others],
+            generator=generator,
+        )
+    freeze(denoiser)
+    calibrate(denoiser, calibration, ranges.mse, samples=samples, seed=seed)
+    finite_set(denoiser, block, groups)
+    return student
+
+
+@torch.no_grad()
+def reconstruct(
+    denoiser: nn.Module,
+    block: TemporalInformationBlock,
+    exact: TemporalInformationBlock,
+    timesteps: list[int],
+    coarse: list[str],
+    settings: Preset,
+    generator: torch.Generator,
+) -> None:
+    """AdaRound of the block as one unit (arXiv:2311.16503: temporal information aware reconstruction).
+
+    The error is that of all residual blocks' embeddings, summed over them. coarse: names of the layers to round; the
+    others keep their nearest codes.
+    """
+    layers = {n: m for n, m in block.layers.items() if n in coarse and m.weight_quantizer.spec.bits < FLOAT}
+    if not layers or not settings.weight_iterations:
+        return
+    t = torch.tensor(timesteps, device=next(block.parameters()).device)
+    target = exact(t)
+    with float_activations(input_quantizers(denoiser).values()):
+        learn_rounding(
+            "temporal information block",
+            layers,
+            lambda rows: block(t[rows]),
+            target,
+            iterations=settings.weight_iterations,
+            batch=settings.batch,
+            lr=TRAVEL / settings.weight_iterations,
+            generator=generator,
+        )
+    learned = [layer.weight for layer in layers.values()]
+    cost.record(denoiser, "temporal information block", learned, settings.weight_iterations, settings.batch)
+
+
+@torch.no_grad()
+def finite_set(denoiser: nn.Module, block: TemporalInformationBlock, groups: TimeGroups) -> None:
+    """The whole range of each of the block's activations at each timestep (arXiv:2311.16503: finite set calibration).
+
+    The block's quantizers get the time groups, which the denoiser follows from here on.
+    """
+    for layer in block.layers.values():
+        layer.input_quantizer = Quantizer(layer.input_quantizer.spec, groups=groups).to(layer.weight.device)
+    if getattr(denoiser, "time_groups", None) is None:
+        groups.attach(denoiser)
+    name_quantizers(denoiser)
+    with calibrating(block, ranges.minmax):
+        for t in groups.starts.tolist():
+            groups.enter(t)
+            block(torch.tensor([t], device=next(block.parameters()).device))
