@@ -35,7 +35,7 @@ def arguments(model: Model, split: str, indices: list[int]) -> dict:
         "generator": [torch.Generator().manual_seed(seed) for seed in model.seeds(split, indices)],
         **model.conditions(split, indices),
     }
-    if model.sampler == "ddim":
+    if model.sampler != "plms":
         given["eta"] = model.eta
     if model.conditioning == "none":
         given["batch_size"] = len(indices)
