@@ -38,7 +38,6 @@ class Cell:
     eps_error: np.ndarray | None = None  # [trajectories, calls], relative squared error of each noise prediction
     timesteps: np.ndarray | None = None  # [calls], timestep of each denoiser call; a multistep sampler may repeat one
     sampled: tuple[dict, ...] = ()  # provenance of each shard: where and with what it was drawn
-    drawn: tuple[dict, ...] = ()  # what else each shard says of itself: hashes of weights and prompts, seeds
 
     @classmethod
     def load(cls, features: Sequence[str | Path], samples: Sequence[str | Path]) -> "Cell":
@@ -70,7 +69,6 @@ class Cell:
             eps_error=eps_error,
             timesteps=timesteps,
             sampled=tuple(_provenance(shard) for shard in sample_shards if "metadata" in shard),
-            drawn=tuple(_metadata(shard) for shard in sample_shards if "metadata" in shard),
         )
 
 
@@ -91,10 +89,6 @@ def _read(path: str | Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
 
 def _provenance(shard):
     return json.loads(str(shard["metadata"])).get("provenance", {})
-
-
-def _metadata(shard):
-    return {key: value for key, value in json.loads(str(shard["metadata"])).items() if key != "provenance"}
 
 
 def _join(paths: Sequence, shards: list[dict], names: list[str]) -> dict[str, np.ndarray]:
@@ -125,7 +119,7 @@ class Metric:
     better: str  # "lower" or "higher"
     # (cell, full-precision cell, reference, counts [R, N], extractor) -> Estimate, or None where the cell lacks what
     # it needs
-    estimate: Callable[[Cell, Cell | None, Reference, np.ndarray, str], Estimate | None]
+    estimate: Callable[[Cell, Cell | None, Reference | None, np.ndarray, str], Estimate | None]
     is_mean: bool = False  # a mean over n draws, whose interval takes Student's factor
     paired: bool = False  # measured against full precision, which has no such row itself
     network: str | None = None  # the network that is named beside it: "extractor", "clip" or None
@@ -243,7 +237,7 @@ METRICS = {
 
 def measure(
     cell: Cell,
-    reference: Reference,
+    reference: Reference | None,
     fp: Cell | None,
     *,
     extractor: str,
@@ -252,6 +246,8 @@ def measure(
     reference_sha256: str = "",
 ) -> dict:
     """Every metric of a cell; `fp` is the full-precision cell of the same seeds, or None for that cell itself.
+
+    Without `reference`, none that is measured against real images.
 
     Returns, fit for JSON: "rows" [{metric, value, low, high, n, extractor, protocol, reference, note}], where
     `reference` is the beginning of the hash of the file of real images' statistics, if the metric has one; "eps_error",
@@ -269,7 +265,8 @@ def measure(
     counts = intervals.resample_counts(len(cell.index), resamples)
     rows, resampled, values = [], {}, {}
     for name, metric in METRICS.items():
-        estimate = None if metric.paired and fp is None else metric.estimate(cell, fp, reference, counts, extractor)
+        lacking = metric.paired and fp is None or metric.real and reference is None
+        estimate = None if lacking else metric.estimate(cell, fp, reference, counts, extractor)
         if estimate is None:
             continue
         draws = estimate.resampled

@@ -1,8 +1,10 @@
 """Fréchet distance between Gaussians fitted to features: FID (arXiv:1706.08500, Eq. 6) and, on spatial features, sFID.
 
-Equal to the usual sqrtm implementations on the same features. With any root S = R R^T, S C has the eigenvalues of
-R^T C R, so Tr (S C)^1/2 = Tr (R^T C R)^1/2 needs symmetric eigenvalues only: no complex parts, no offset for singular
-covariances. The root of a fixed reference is kept with its statistics, however many distances are taken to it.
+Equal to the usual sqrtm implementations on the same features. With any roots C = R R^T of the two covariances,
+Tr (C_a C_b)^1/2 is the sum of the singular values of R_a^T R_b: no complex parts, no offset for singular covariances.
+Singular values are exact to rounding of the largest one, where eigenvalues of the product are squares: those of
+Inception's covariances span 12 orders of magnitude, and the square roots of their rounding add up. The root of a fixed
+reference is kept with its statistics, however many distances are taken to it.
 """
 
 import json
@@ -45,8 +47,11 @@ class Statistics:
 
     @property
     def singular(self) -> bool:
-        """True where n <= D: the covariance has no full rank, and the distance depends on n more than on anything."""
-        return self.n <= self.mean.size
+        """True where n <= D: the covariance has no full rank, and the distance depends on n more than on anything.
+
+        n is 0 where it is not known, as with published statistics.
+        """
+        return 0 < self.n <= self.mean.size
 
     @cached_property
     def root(self) -> np.ndarray:
@@ -55,19 +60,27 @@ class Statistics:
         The Cholesky factor: at 2048 dimensions a thirtieth of the work of an eigendecomposition. A singular covariance
         has none, and takes the symmetric square root.
         """
-        try:
-            return np.linalg.cholesky(self.cov)
-        except np.linalg.LinAlgError:
-            values, vectors = np.linalg.eigh(self.cov)
-            return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+        if not self.singular:
+            try:
+                return np.linalg.cholesky(self.cov)
+            except np.linalg.LinAlgError:  # features that never vary
+                pass
+        values, vectors = np.linalg.eigh(self.cov)
+        return (vectors * np.sqrt(np.where(values > _floor(values), values, 0))) @ vectors.T
+
+
+def _floor(values: np.ndarray) -> float:
+    """Below it, ascending eigenvalues of a positive semi-definite matrix are zeros with rounding noise.
+
+    Noise of about eps times the largest, whose square root would not be small.
+    """
+    return values[-1] * len(values) * np.finfo(np.float64).eps
 
 
 def trace_sqrt(matrix: np.ndarray) -> float:
     """Trace of the square root of a symmetric positive semi-definite matrix [D, D]."""
     values = np.linalg.eigvalsh(matrix)
-    # A zero eigenvalue comes out as rounding noise of about eps * the largest one; its square root would not be small.
-    floor = values[-1] * len(values) * np.finfo(np.float64).eps
-    return float(np.sqrt(values[values > floor]).sum())
+    return float(np.sqrt(values[values > _floor(values)]).sum())
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
@@ -75,7 +88,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"cannot compare statistics of {a.mean.size} and {b.mean.size} dimensions")
     difference = a.mean - b.mean
-    cross = trace_sqrt(b.root.T @ a.cov @ b.root)
+    cross = np.linalg.svd(a.root.T @ b.root, compute_uv=False).sum()
     return max(0.0, float(difference @ difference + np.trace(a.cov) + np.trace(b.cov) - 2 * cross))
 
 

@@ -52,7 +52,7 @@ def resampled_frechet(features: np.ndarray, reference: Statistics, counts: np.nd
     """Fréchet distances [R] of resampled features [N, D] to fixed statistics.
 
     The features are multiplied by the root of the reference covariance once, so that each resample takes one weighted
-    covariance, of the 63 % of rows that occur in it, and its eigenvalues.
+    covariance, of the 63 % of rows that occur in it, and its eigenvalues: with S = R R^T, R^T C R has those of S C.
     """
     n = counts.shape[1]
     centred = np.asarray(features, np.float64) - reference.mean  # [N, D]

@@ -64,6 +64,15 @@ def test_any_root_gives_the_same_distance():
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(a, symmetric), rel=1e-10)
 
 
+def test_small_variances_count():
+    # Commuting covariances whose product spans 24 orders of magnitude: the distance is known in closed form.
+    d = 400
+    scales = np.logspace(0, -6, d)
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(d, d)))[0]
+    a, b = (Statistics(np.zeros(d), (rotation * s**2) @ rotation.T, 10**6) for s in (scales, 1.1 * scales))
+    assert frechet_distance(a, b) == pytest.approx(((0.1 * scales) ** 2).sum(), rel=1e-9)
+
+
 def test_infinity_takes_the_bias_of_n_off():
     d = 8
     reference = Statistics(np.zeros(d), np.eye(d), 10**6)
