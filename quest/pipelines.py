@@ -16,6 +16,9 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+
+# `from_pretrained` looks up the base of a class of ours in its module, as it does ModelMixin's above.
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
