@@ -143,11 +143,11 @@ def _scene_captions(split: str, start: int, stop: int) -> Sequence[str]:
 
 
 def _imagenet_labels(split: str, start: int, stop: int) -> Sequence[int]:
-    """Class (617 i) mod 1000 of image i: 50 of each class in 50,000 images, and a few images are spread over all.
+    """Class (309 i) mod 1000 of image i: 50 of each class in 50,000 images, and a few images are spread over all.
 
     The released code of QuEST calibrates on classes 0 to 25 only, the first 256 of images that are sorted by class.
     """
-    return [617 * index % 1000 for index in range(start, stop)]
+    return [309 * index % 1000 for index in range(start, stop)]
 
 
 # Lines of a caption file: the evaluation's first, so that the published ones come first and calibration has others.
@@ -156,10 +156,9 @@ CAPTION_LINES = {"evaluation": (0, 10_000), "calibration": (10_000, 11_000)}
 
 def _captions(name: str, split: str, start: int, stop: int) -> Sequence[str]:
     """Captions of images start .. stop - 1 of a split: lines of the file that was prepared with the model."""
-    from quest.captions import load
-
     first, end = CAPTION_LINES.get(split, (0, 0))
-    return load(PREPARED / name / "captions.txt")[min(first + start, end) : min(first + stop, end)]
+    lines = (PREPARED / name / "captions.txt").read_text(encoding="utf-8").splitlines()
+    return lines[min(first + start, end) : min(first + stop, end)]
 
 
 SCENES = ZOO.parent / "reference" / "scenes.npz"

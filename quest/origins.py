@@ -111,7 +111,9 @@ def _same_denoiser(pipe, model: Model, checkpoint) -> None:
 
 
 def _lines(model: Model, path, images: int) -> list[str]:
-    """The captions a model needs, those of CAPTION_LINES. Raises where there are too few, or none."""
+    """The captions a model needs, those of CAPTION_LINES. Raises where there are too few, or an empty one."""
+    if path is None:
+        raise ValueError(f"models.{model.name}.captions: missing; name a text file, one caption per line, or COCO's")
     first, end = CAPTION_LINES["calibration"]
     if images > first:
         raise ValueError(f"models.{model.name}.images: {images}, but captions of {first} at most are evaluated")

@@ -12,7 +12,7 @@ rule reference:
         mem_mb=8000,
         runtime=240,
     params:
-        source=real_images,
+        source=setting("reference"),
         extractor=lambda wc: MODELS[wc.model].extractor,
         size=lambda wc: config["models"][wc.model].get("resize", 256),
     shell:
