@@ -24,6 +24,7 @@ class Quantizer(nn.Module):
         self.scale = nn.Parameter(torch.full((len(groups) if groups else 1, *shape), torch.nan), requires_grad=False)
         self.register_buffer("zero_point", torch.full_like(self.scale.data, torch.nan))
         self.choose: Callable | None = None  # a range chooser while calibrating, see calibration.calibrating
+        self.may_be_constant = False
 
     @property
     def qparams(self) -> QParams:
@@ -37,13 +38,13 @@ class Quantizer(nn.Module):
     def calibrate(self, x: Tensor, choose: Callable) -> None:
         """Take scale and zero point of the current group from x.
 
-        Raises ValueError for a tensor or channel that is constant or not finite.
+        Raises ValueError for a tensor or channel that is not finite, or constant unless it may be.
         """
         dims = [d for d in range(x.ndim) if self.spec.axis is None or d != self.spec.axis % x.ndim]
         low, high = x.amin(dims), x.amax(dims)
         if not (low.isfinite() & high.isfinite()).all():
             raise ValueError(f"layer {self.name}: its calibration input holds NaN or infinite values")
-        if (low == high).any():
+        if (low == high).any() and not self.may_be_constant:
             raise ValueError(
                 f"layer {self.name}: its calibration input is constant ({low[low == high].flatten()[0].item()})"
             )
