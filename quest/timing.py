@@ -1,7 +1,7 @@
 """What the steps of a run cost on a machine, measured: seconds of a denoiser call, of decoding, of features; memory.
 
 `resources/costs.csv` keeps what was measured where; `python -m quest plan` multiplies it out, `python -m quest measure`
-adds to it.
+adds to it. Seconds on a CPU are those of the processor with one thread, so that a shared machine says the same.
 """
 
 import csv
@@ -73,7 +73,6 @@ def measure(model, device: str, batch: int | None = None, repeats: int = 3) -> l
     """
     import torch
 
-    start = time.perf_counter()
     try:
         pipe = model.load(device=device)
     except FileNotFoundError:
@@ -81,7 +80,7 @@ def measure(model, device: str, batch: int | None = None, repeats: int = 3) -> l
             raise
         pipe = None
     denoiser = untrained(model, device) if pipe is None else pipe.unet
-    costs = {"start": time.perf_counter() - start}
+    costs = {"start": time.process_time()}  # since the process began: imports and loading
     batch = batch or model.batch_size * (2 if model.guidance > 1 else 1)
     given = inputs(denoiser, model, batch, device)
     with torch.no_grad():
@@ -171,13 +170,14 @@ def _images(pipe, model, batch, repeats, device):
 def _least(step: Callable, repeats: int, device: str) -> float:
     import torch
 
+    clock = time.perf_counter if device == "cuda" else time.process_time
     seconds = []
     for _ in range(1 + repeats):
-        start = time.perf_counter()
+        start = clock()
         step()
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return min(seconds[1:])
 
 
