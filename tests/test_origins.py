@@ -8,7 +8,9 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
+import quest
 from quest import models, origins, rehearsal, sampling
+from quest.calibration import collect
 from quest.download import sha256_of
 from quest.models import MODELS
 from quest.pipelines import LatentDiffusionPipeline, QuadraticDDIMScheduler
@@ -28,8 +30,8 @@ def checkpoint(name, path):
     return path
 
 
-@pytest.mark.parametrize("name", ["tiny-churches", "tiny-sd"])
-def test_a_prepared_model_samples_in_shards(name, prepared, tmp_path):
+@pytest.mark.parametrize("name", rehearsal.MODELS)
+def test_a_prepared_model_is_quantized_saved_and_sampled(name, prepared, tmp_path):
     model = MODELS[name]
     path = checkpoint(name, tmp_path / "model.ckpt")
     origins.prepare(model, path, prepared / name, tokenizer=TOKENIZER)
@@ -37,14 +39,19 @@ def test_a_prepared_model_samples_in_shards(name, prepared, tmp_path):
     assert (told["sha256"], told["checkpoint"]) == (sha256_of(path), "model.ckpt")
 
     pipe = model.load()
-    model = replace(model, steps=2, batch_size=2)
-    whole = next(sampling.generate(pipe, model, "evaluation", 2))
-    assert whole[2].shape == (2, 64, 64, 3)
-    shards = [next(sampling.generate(pipe, model, "evaluation", 4, (k, 2)))[0].tolist() for k in (0, 1)]
-    assert shards == [[0, 1], [2, 3]]
-    if name == "tiny-churches":
-        layers = [layer for layer in pipe.unet.modules() if hasattr(layer, "to_q")]
-        assert {layer.heads for layer in layers} == {8}
+    model = replace(model, steps=2, batch_size=1)
+    calibration = collect(pipe, model, "calibration", 2)
+    recipe = {"time_groups": 2, "selection": model.selection, "samples": 2, "tla_iterations": 1, "cma_iterations": 1}
+    quantized = quest.quantize(pipe, bits="w4a4", calibration=calibration, **recipe)
+    quest.save(quantized, tmp_path / "model.safetensors")
+    again = quest.load(model.load(), tmp_path / "model.safetensors")
+    heads = {layer.heads for layer in again.unet.modules() if hasattr(layer, "to_q")}
+    assert heads == {"tiny-bedrooms": {2}, "tiny-imagenet": {1}}.get(name, {8})
+    found = next(sampling.generate(again, model, "evaluation", 2, (1, 2)))
+    assert found[0].tolist() == [1] and found[2].shape == (1, 64, 64, 3)
+    assert torch.equal(found[1], next(sampling.generate(quantized, model, "evaluation", 2, (1, 2)))[1])
+    plain = next(sampling.generate(pipe, model, "evaluation", 2, (1, 2)))[1]
+    assert found[1].isfinite().all() and (found[1] - plain).norm() > 0.01 * plain.norm()
 
 
 def test_what_is_not_prepared_says_how(prepared):
