@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 FULL_PRECISION = ("fp", "w32a32")
-SHARED = ("zoo", "models", "checkpoints", "references")  # in results/, beside the folders of configs
+SHARED = ("zoo", "models", "checkpoints", "references", "networks")  # in results/, beside the folders of configs
 SCHEMA = Path(__file__).parents[1] / "workflow" / "schemas" / "config.schema.yaml"
 
 

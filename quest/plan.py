@@ -65,6 +65,7 @@ def jobs(config: dict) -> Counter:
     count = Counter(
         {
             "model": len(prepared),
+            "network": len({net for name in drawn for net in _networks(MODELS[name])}),
             "tiny_checkpoint": sum(settings[n].get("checkpoint", "").startswith("results/") for n in prepared),
             "reference": sum(_has_reference(name, settings[name]) for name in drawn),
             "trajectories": len(settings),
@@ -78,6 +79,11 @@ def jobs(config: dict) -> Counter:
         }
     )
     return +count
+
+
+def _networks(model):
+    """The networks of a model's metrics that do not ship."""
+    return ({"inception"} if model.extractor != "scenes" else set()) | ({model.clip} - {None, "scenes-clip"})
 
 
 def _has_reference(name, settings):

@@ -48,6 +48,7 @@ def test_jobs_of_the_papers_grid():
     assert count["model"] == len(paper["models"]) and count["trajectories"] == len(paper["models"])
     named = [m for m, s in paper["models"].items() if s["reference"] != "none"]
     assert count["reference"] == len(named) and "tiny_checkpoint" not in count and "grid" not in count
+    assert count["network"] == 2  # Inception and CLIP
 
 
 def test_sizes_are_exact_without_weights():

@@ -83,9 +83,16 @@ def at_size(cpu, cuda):
 
 
 def networks(wc):
-    """A retrained network of the metrics means other features."""
+    """A retrained network of the metrics means other features; one that does not ship is fetched before the jobs."""
     model = MODELS[wc.model]
-    return shipped(f"{model.extractor}-extractor") + (shipped(model.clip) if model.clip else [])
+    return network(model.extractor) + (network(model.clip) if model.clip else [])
+
+
+def network(name):
+    """What stands for a network of the metrics: its shipped weights, or that those of its name were checked."""
+    if name in ("adm", "torch-fidelity", "clean"):
+        name = "inception"
+    return shipped(name if name == "scenes-clip" else f"{name}-extractor") or [f"results/networks/{name}.json"]
 
 
 def recipe(wc):

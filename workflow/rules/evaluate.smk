@@ -41,10 +41,10 @@ rule metrics:
         "results/{name}/{model}/{method}/{bits}/metrics.log",
     conda:
         "../../environment.yml"
-    # Intervals of 50,000 images' FID are hours of one thread; the thousands of the small models' are seconds.
+    # Intervals of 50,000 images' distances are tens of minutes of one thread; those of the small models' are seconds.
     threads: at_size(1, 16)
     resources:
-        mem_mb=at_size(1500, 16000),
+        mem_mb=at_size(1500, 32000),
         runtime=at_size(15, 240),
     shell:
         "python -m workflow.scripts.metrics {wildcards.model} {wildcards.method} {wildcards.bits}"
