@@ -17,6 +17,7 @@ except ConfigError as error:
 NAME = config["name"]
 RUNS = runs(config)
 DEVICE = config.get("device", "cpu")
+CLIPS = {model.clip for model in MODELS.values() if model.clip}
 # Per model, the bits in the order of the grid: what one sample grid compares.
 CELLS = list(dict.fromkeys((run.model, run.bits) for run in RUNS if run.method != "fp"))
 # Models whose images are kept and can be shown; of the others, features and latents are.
@@ -90,9 +91,9 @@ def networks(wc):
 
 def network(name):
     """What stands for a network of the metrics: its shipped weights, or that those of its name were checked."""
-    if name in ("adm", "torch-fidelity", "clean"):
-        name = "inception"
-    return shipped(name if name == "scenes-clip" else f"{name}-extractor") or [f"results/networks/{name}.json"]
+    if name.startswith("scenes"):
+        return shipped("scenes-clip" if name == "scenes-clip" else f"{name}-extractor")
+    return [f"results/networks/{name if name in CLIPS else 'inception'}.json"]
 
 
 def recipe(wc):
