@@ -11,8 +11,10 @@ if not workflow.overwrite_configfiles:
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/models.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/references.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/zoo.smk"
 

@@ -21,6 +21,7 @@ class QuantAttention(nn.Module):
         super().__init__()
         self.q, self.k, self.v = (Quantizer(spec, groups=groups) for _ in range(3))
         self.p = Quantizer(probability_spec, groups=groups)
+        self.p.may_be_constant = True  # attention to a single token (a class, in ImageNet's LDM-4) has probability 1
 
     # diffusers reads the processor's arguments off `__call__`.
     def __call__(

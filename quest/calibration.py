@@ -71,6 +71,11 @@ class CalibrationSet:
             raise ValueError("the calibration set holds some sampler calls in full and others in part")
         return key.argsort(stable=True).reshape(-1, int(counts[0]))
 
+    def to(self, device) -> CalibrationSet:
+        """The same rows on another device: where a denoiser is, its inputs must be."""
+        own = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "conditioning"}
+        return CalibrationSet(**own, conditioning={k: v.to(device) for k, v in self.conditioning.items()})
+
     def save(self, path, metadata: dict | None = None) -> None:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "conditioning"}
         tensors |= {f"conditioning.{k}": v for k, v in self.conditioning.items()}
@@ -197,16 +202,16 @@ def eps_error(pipe: DiffusionPipeline, calibration: CalibrationSet) -> tuple[Ten
 
     Returns the errors, [trajectories, calls] (the two halves of a guided call are averaged), and each call's timestep.
     """
-    trajectories = calibration.trajectory.unique()
+    trajectories = calibration.trajectory.cpu().unique()
     calls = int(calibration.call.max()) + 1
     errors, steps = torch.zeros(len(trajectories), calls), []
     for number in range(calls):
         rows = (calibration.call == number).nonzero().flatten()
         steps.append(int(calibration.timestep[rows[0]]))
-        prediction = pipe.unet(**calibration.inputs(rows)).sample
-        target = calibration.target[rows]
+        prediction = pipe.unet(**calibration.inputs(rows)).sample.cpu()
+        target = calibration.target[rows].cpu()
         error = (prediction - target).square().flatten(1).sum(1) / target.square().flatten(1).sum(1)
-        place = torch.searchsorted(trajectories, calibration.trajectory[rows])
+        place = torch.searchsorted(trajectories, calibration.trajectory[rows].cpu())
         halves = len(rows) // len(trajectories)
         errors[:, number].index_add_(0, place, error / halves)
     return errors, steps

@@ -9,6 +9,7 @@ from pathlib import Path
 
 FULL_PRECISION = ("fp", "w32a32")
 WEIGHTS_ONLY = ("adaround", "adaround-ndtc")  # methods whose bits are w4a32: what others start from
+SHARED = ("zoo", "models", "checkpoints", "references", "networks")  # in results/, beside the folders of configs
 SCHEMA = Path(__file__).parents[1] / "workflow" / "schemas" / "config.schema.yaml"
 
 
@@ -65,10 +66,11 @@ def validate(config: dict) -> None:
     from quest.models import MODELS
 
     _check_schema(config)
-    if config["name"] == "zoo":
-        raise ConfigError("name: 'zoo' is where `snakemake zoo` writes; give the config another name")
+    if config["name"] in SHARED:
+        raise ConfigError(f"name: {config['name']!r} is a folder that configs share; give the config another name")
     for name, settings in config["models"].items():
         _one_of(name, MODELS, f"models.{name}: unknown model")
+        _check_sources(MODELS[name], settings)
         batches = -(-settings["images"] // MODELS[name].batch_size)
         if settings.get("shards", 1) > batches:
             raise ConfigError(
@@ -96,6 +98,21 @@ def validate(config: dict) -> None:
             valid = [name for name in config["methods"] if name not in (*chain, FULL_PRECISION[0])]
             _one_of(start, valid, f"methods.{chain[-1]}.init: {start!r} is no starting point")
             chain.append(start)
+
+
+def _check_sources(model, settings: dict) -> None:
+    """Raise ConfigError unless the config names what a model does not ship with, and nothing that it does."""
+    origin = model.origin
+    needed = {
+        "checkpoint": None if origin is None or origin.url else origin.what,
+        "captions": "a text file, one caption per line, or COCO's annotations" if origin and origin.captions else None,
+        "reference": "a folder of real images, or an npz of them" if origin and model.extractor != "scenes" else None,
+    }
+    for key, what in needed.items():
+        if what and key not in settings:
+            raise ConfigError(f"models.{model.name}.{key}: missing; name the path of {what}")
+        if origin is None and key in settings:
+            raise ConfigError(f"models.{model.name}.{key}: this model ships with its own; leave it out")
 
 
 def check_names(files: Iterable[Path]) -> None:

@@ -1,17 +1,24 @@
-"""Latent diffusion without text: unconditional (LSUN) or by class (ImageNet), sampled with DDIM.
+"""Diffusion without text: unconditional (LSUN, CIFAR-10) or by class (ImageNet), sampled with DDIM.
 
-The models of arXiv:2112.10752 that diffusers' `StableDiffusionPipeline` does not cover. As there, the denoiser is
-called `unet`, and guidance doubles its batch: first without, then with the condition.
+The models of arXiv:2112.10752 that diffusers' `StableDiffusionPipeline` does not cover, and DDIM's own, which has no
+autoencoder. As there, the denoiser is called `unet`, and guidance doubles its batch: first without, then with the
+condition.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel, VQModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+
+# `from_pretrained` looks up the base of a class of ours in its module, as it does ModelMixin's above.
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
@@ -35,27 +42,120 @@ class ClassEmbedder(ModelMixin, ConfigMixin):
         return self.embedding(labels).unflatten(-1, (self.config.tokens, self.config.dim))
 
 
+class FixedHeadsUNet2DModel(UNet2DModel):
+    """A `UNet2DModel` with the same number of attention heads at every width, as in LSUN-Churches' LDM-8.
+
+    `UNet2DModel` itself has heads of one size, hence more of them where it is wider. The parameters are the same.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int,
+        in_channels: int,
+        out_channels: int,
+        block_out_channels: tuple[int, ...],
+        down_block_types: tuple[str, ...],
+        up_block_types: tuple[str, ...],
+        num_attention_heads: int,
+        layers_per_block: int = 2,
+        norm_num_groups: int = 32,
+        attn_norm_num_groups: int | None = None,
+        resnet_time_scale_shift: str = "default",
+        downsample_type: str = "conv",
+        upsample_type: str = "conv",
+    ):
+        super().__init__(
+            sample_size=sample_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            block_out_channels=block_out_channels,
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            attn_norm_num_groups=attn_norm_num_groups,
+            resnet_time_scale_shift=resnet_time_scale_shift,
+            downsample_type=downsample_type,
+            upsample_type=upsample_type,
+            attention_head_dim=None,  # one head, which is then divided
+        )
+        for module in self.modules():
+            if isinstance(module, Attention):
+                if module.inner_dim % num_attention_heads:
+                    raise ValueError(f"num_attention_heads: {num_attention_heads} do not divide {module.inner_dim}")
+                module.heads = module.sliceable_head_dim = num_attention_heads
+                module.scale = (module.inner_dim // num_attention_heads) ** -0.5
+
+
+class QuadraticDDIMScheduler(DDIMScheduler):
+    """DDIM whose timesteps lie closer together where there is less noise, as used for CIFAR-10.
+
+    Step i of S is at floor((i / (S - 1))^2 * 0.8 T), arXiv:2010.02502, appendix D.2, with the factor 0.8 of its
+    released code. The first few may coincide (i = 0 .. 3 of 100 are all 0); they are visited all the same. Below the
+    last step is the image itself, so `set_alpha_to_one` stays true.
+    """
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device = None) -> None:
+        """Raises ValueError for more steps than the model was trained on."""
+        if not 2 <= num_inference_steps <= self.config.num_train_timesteps:
+            raise ValueError(f"num_inference_steps: {num_inference_steps}; 2 to {self.config.num_train_timesteps}")
+        self.num_inference_steps = num_inference_steps
+        roots = np.linspace(0, np.sqrt(0.8 * self.config.num_train_timesteps), num_inference_steps)
+        self.timesteps = torch.from_numpy((roots**2).astype(np.int64)[::-1].copy()).to(device)
+        self._position = 0
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int,
+        sample: torch.Tensor,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple:
+        """One step of arXiv:2010.02502, equations 12 and 16; steps are counted, since timesteps may coincide.
+
+        Raises ValueError for a timestep out of turn: `set_timesteps` starts a new trajectory.
+        """
+        place = self._position
+        if place >= len(self.timesteps) or int(timestep) != int(self.timesteps[place]):
+            raise ValueError(f"timestep {int(timestep)} is out of turn; call set_timesteps before each trajectory")
+        self._position += 1
+        last = place + 1 == len(self.timesteps)
+        now = self.alphas_cumprod[self.timesteps[place].cpu()]
+        then = self.final_alpha_cumprod if last else self.alphas_cumprod[self.timesteps[place + 1].cpu()]
+        image = (sample - (1 - now).sqrt() * model_output) / now.sqrt()
+        sigma = eta * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()
+        sample = then.sqrt() * image + (1 - then - sigma**2).clamp(min=0).sqrt() * model_output
+        if eta > 0:
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            sample = sample + sigma * noise
+        return DDIMSchedulerOutput(sample, image) if return_dict else (sample, image)
+
+
 class LatentDiffusionPipeline(DiffusionPipeline):
     """`unet`, `vae`, a DDIM `scheduler` and, for a class-conditional model, a `class_embedder`.
 
+    Without `vae` the denoiser works on pixels in [-1, 1] (DDIM on CIFAR-10), and what is called latents here is those.
     Without `class_embedder` the denoiser is called as `unet(sample, timestep)`, with it as
     `unet(sample, timestep, encoder_hidden_states=tokens)`. `save_pretrained` works as for any diffusers pipeline;
     load with `LatentDiffusionPipeline.from_pretrained(folder)`, since diffusers does not know this class by name.
     """
 
     model_cpu_offload_seq = "class_embedder->unet->vae"
-    _optional_components = ["class_embedder"]
+    _optional_components = ["vae", "class_embedder"]
 
     def __init__(
         self,
         unet: UNet2DModel | UNet2DConditionModel,
-        vae: AutoencoderKL | VQModel,
+        vae: AutoencoderKL | VQModel | None,
         scheduler: DDIMScheduler,
         class_embedder: ClassEmbedder | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler, class_embedder=class_embedder)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @torch.no_grad()
@@ -122,8 +222,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
         images = latents
         if output_type != "latent":
-            # A VQModel quantizes to its codebook inside decode.
-            images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+            if self.vae is not None:
+                # A VQModel quantizes to its codebook inside decode.
+                images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -26,6 +26,7 @@ class Quantizer(nn.Module):
         self.scale = nn.Parameter(torch.full((len(groups) if groups else 1, *shape), scale), requires_grad=False)
         self.register_buffer("zero_point", torch.full_like(self.scale.data, zero_point))
         self.choose: Callable | None = None  # a range chooser while calibrating, see calibration.calibrating
+        self.may_be_constant = False
 
     @property
     def qparams(self) -> QParams:
@@ -41,7 +42,7 @@ class Quantizer(nn.Module):
 
         A constant channel takes the range from zero to its value, which it then meets exactly: at a single timestep
         every channel of a time embedding is constant.
-        Raises ValueError for a tensor that is constant or not finite.
+        Raises ValueError for a tensor that is not finite, or constant unless it may be.
         """
         if self.spec.bits == FLOAT:
             return
@@ -50,7 +51,7 @@ class Quantizer(nn.Module):
         if not (low.isfinite() & high.isfinite()).all():
             raise ValueError(f"layer {self.name}: its calibration input holds NaN or infinite values")
         constant = low == high
-        if self.spec.axis is None and constant:
+        if self.spec.axis is None and constant and not self.may_be_constant:
             raise ValueError(f"layer {self.name}: its calibration input is constant ({low.item()})")
         scale, zero_point = choose(x, self.spec)
         if constant.any():

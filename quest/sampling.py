@@ -35,7 +35,7 @@ def arguments(model: Model, split: str, indices: list[int]) -> dict:
         "generator": [torch.Generator().manual_seed(seed) for seed in model.seeds(split, indices)],
         **model.conditions(split, indices),
     }
-    if model.sampler == "ddim":
+    if model.sampler != "plms":
         given["eta"] = model.eta
     if model.conditioning == "none":
         given["batch_size"] = len(indices)
@@ -43,9 +43,14 @@ def arguments(model: Model, split: str, indices: list[int]) -> dict:
 
 
 def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> np.ndarray:
-    """Decode latents [B, C, h, w] to images, uint8 [B, H, W, 3], as `pipe(...)` does for PIL images."""
-    with torch.no_grad():
-        pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]  # [B, 3, H, W]
+    """Decode latents [B, C, h, w] to images, uint8 [B, H, W, 3], as `pipe(...)` does for PIL images.
+
+    A pipeline without `vae` samples pixels; they are rounded only.
+    """
+    pixels = latents  # [B, 3, H, W] in [-1, 1]
+    if pipe.vae is not None:
+        with torch.no_grad():
+            pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
     pixels = pipe.image_processor.postprocess(pixels, output_type="np")  # [B, H, W, 3] in [0, 1]
     return (pixels * 255).round().astype(np.uint8)
 

@@ -8,28 +8,34 @@ from pathlib import Path
 
 import pandas as pd
 
+from quest import ledger
 from quest.files import atomic
 from quest.metrics import METRICS, compare
 
 PROVENANCE = ["seeds", "versions", "commit", "machine"]
-MAIN = ["model", "method", "bits", "metric", "value", "low", "high", "n", "extractor", "protocol", "note", *PROVENANCE]
+MAIN = ["model", "method", "bits", "metric", "value", "low", "high", "published", "n", "extractor", "protocol"]
+MAIN += ["reference", "note", *PROVENANCE]
 PAIRED = ["model", "bits", "metric", "method", "versus", "difference", "low", "high", "n", "better", *PROVENANCE]
 EPS_ERROR = ["model", "method", "bits", "call", "timestep", "value", "low", "high", "n", *PROVENANCE]
 
 
 def write(paths: Sequence[str | Path], folder: str | Path) -> None:
-    """Write main.csv, main.md, main.tex, paired.csv and eps_error.csv of the given metrics.json files into `folder`.
+    """Write main, ledger (.csv, .md, .tex), paired.csv and eps_error.csv of the given metrics.json files into `folder`.
 
     Models and methods keep the order in which the files name them.
     """
     cells = read(paths)
     folder, main, paired = Path(folder), main_frame(cells), paired_frame(cells)
-    for name, frame in (("main", main), ("paired", paired), ("eps_error", eps_error_frame(cells))):
+    verdicts = ledger.ledger(cells, ledger.published())
+    frames = {"main": main, "paired": paired, "eps_error": eps_error_frame(cells), "ledger": verdicts}
+    for name, frame in frames.items():
         with atomic(folder / f"{name}.csv") as file:
             frame.to_csv(file, index=False, na_rep="nan")
-    for suffix, render in (("md", markdown), ("tex", latex)):
-        with atomic(folder / f"main.{suffix}") as file:
-            file.write_text(render(main, paired), encoding="utf-8")
+    texts = {"main.md": markdown(main, paired), "main.tex": latex(main, paired)}
+    texts |= {"ledger.md": ledger_markdown(verdicts), "ledger.tex": ledger_latex(verdicts)}
+    for name, text in texts.items():
+        with atomic(folder / name) as file:
+            file.write_text(text, encoding="utf-8")
 
 
 def read(paths: Sequence[str | Path]) -> list[dict]:
@@ -59,8 +65,16 @@ def read(paths: Sequence[str | Path]) -> list[dict]:
 
 
 def main_frame(cells: list[dict]) -> pd.DataFrame:
-    """One row per cell and metric, columns MAIN."""
-    rows = [_name(cell) | row | _provenance(row["metric"], cell) for cell in cells for row in cell["rows"]]
+    """One row per cell and metric, columns MAIN; `published` is the paper's own number, which ledger.csv judges."""
+    numbers = ledger.beside(ledger.published())
+    rows = [
+        _name(cell)
+        | row
+        | {"published": numbers.get((cell["model"], cell["method"], cell["bits"], row["metric"]), math.nan)}
+        | _provenance(row["metric"], cell)
+        for cell in cells
+        for row in cell["rows"]
+    ]
     return pd.DataFrame(rows, columns=MAIN)
 
 
@@ -148,27 +162,30 @@ def latex(main: pd.DataFrame, paired: pd.DataFrame) -> str:
             arrow = r"$\downarrow$" if low else r"$\uparrow$"
             name, _, network = _tex(label).partition(" (")
             heads.append(rf"\shortstack{{{name} {arrow}\\({network}}}" if network else f"{name} {arrow}")
-        rows = [" & ".join([_tex(row[0]), _tex(row[1]), *map(_tex, row[2:])]) + r" \\" for row in block["rows"]]
-        footer = " ".join(map(_tex, block["footer"]))
-        blocks.append(
-            "\n".join(
-                [
-                    r"\begin{table*}[t]",
-                    r"\centering\small",
-                    rf"\caption{{{_tex(block['model'])}. {footer}}}",
-                    rf"\begin{{tabular}}{{ll{'r' * len(block['columns'])}}}",
-                    r"\toprule",
-                    " & ".join(heads) + r" \\",
-                    r"\midrule",
-                    *rows,
-                    r"\bottomrule",
-                    r"\end{tabular}",
-                    r"\end{table*}",
-                    "",
-                ]
-            )
-        )
+        footer = " ".join(block["footer"])
+        columns = "ll" + "r" * len(block["columns"])
+        blocks.append(_tex_table(heads, block["rows"], columns, f"{block['model']}. {footer}"))
     return "\n".join(blocks)
+
+
+def _tex_table(heads, rows, columns, caption):
+    """A table of booktabs; heads are TeX already, rows and caption plain."""
+    return "\n".join(
+        [
+            r"\begin{table*}[t]",
+            r"\centering\small",
+            rf"\caption{{{_tex(caption)}}}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            " & ".join(heads) + r" \\",
+            r"\midrule",
+            *(" & ".join(map(_tex, row)) + r" \\" for row in rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table*}",
+            "",
+        ]
+    )
 
 
 def _tex(text):
@@ -183,6 +200,51 @@ def _tex(text):
     }.items():
         text = text.replace(plain, escaped)
     return text
+
+
+def ledger_markdown(verdicts: pd.DataFrame) -> str:
+    """Verdicts by model and every published number that has a measured one beside it, in Markdown."""
+    heads, rows = _verdict_counts(verdicts)
+    lines = ["### Published and measured", "", _md_row(heads), _md_row(["---", *["---:"] * len(ledger.VERDICTS)])]
+    lines += [_md_row(row) for row in rows]
+    for model, of_model in verdicts[verdicts["verdict"] != "NOT RUN"].groupby("model", sort=False):
+        lines += ["", f"### {model}", "", _md_row(SHOWN), _md_row(["---"] * len(SHOWN))]
+        lines += [_md_row(row) for row in _shown(of_model)]
+    return "\n".join([*lines, "", _LEDGER_FOOTER, ""])
+
+
+def ledger_latex(verdicts: pd.DataFrame) -> str:
+    """The same for papers; needs the package booktabs."""
+    heads, rows = _verdict_counts(verdicts)
+    blocks = [_tex_table(heads, rows, "l" + "r" * len(ledger.VERDICTS), f"Published and measured. {_LEDGER_FOOTER}")]
+    for model, of_model in verdicts[verdicts["verdict"] != "NOT RUN"].groupby("model", sort=False):
+        blocks.append(_tex_table(SHOWN, _shown(of_model), "l" * len(SHOWN), f"Ledger of {model}."))
+    return "\n".join(blocks)
+
+
+SHOWN = ["method", "bits", "metric", "published", "ours", "verdict", "why", "source", "not stated there"]
+_LEDGER_FOOTER = (
+    "PASS: within 2 % of the published number (CLIP score: 0.2 %), or it lies in our interval. DRIFT: neither. "
+    "NOT COMPARABLE: the protocols differ. INCONCLUSIVE: our interval is too wide to tell. NOT RUN: nothing measured. "
+    "Every number with its note: ledger.csv."
+)
+
+
+def _verdict_counts(verdicts):
+    counts = pd.crosstab(verdicts["model"], verdicts["verdict"]).reindex(columns=ledger.VERDICTS, fill_value=0)
+    rows = [[model, *map(str, counts.loc[model])] for model in dict.fromkeys(verdicts["model"])]
+    return ["model", *ledger.VERDICTS], rows
+
+
+def _shown(of_model):
+    rows = []
+    for row in of_model.itertuples():
+        label = METRICS[row.metric].label
+        ours = "–" if math.isnan(row.ours) else with_interval(row.ours, (row.high - row.low) / 2)
+        theirs = "–" if math.isnan(row.published) else f"{row.published:g}"
+        source = f"{row.source}, {row.table}"
+        rows.append([row.method, row.bits, label, theirs, ours, row.verdict, row.why, source, row.not_stated])
+    return rows
 
 
 def _blocks(main, paired, bold):
@@ -201,7 +263,8 @@ def _blocks(main, paired, bold):
                     continue
                 row = shown.loc[(method, bits, name)]
                 text = with_interval(row["value"], (row["high"] - row["low"]) / 2)
-                texts.append(bold.format(text) if (method, bits, name) in best else text)
+                text = bold.format(text) if (method, bits, name) in best else text
+                texts.append(text if math.isnan(row["published"]) else f"{text} ({row['published']:g})")
             rows.append([method, bits, *texts])
         yield {
             "model": model,
@@ -272,6 +335,8 @@ def _footer(of_model, heads):
         "trajectories, with Student's factor). Only equal n compares. Bold: better than the runner-up at the same "
         "bits, by the paired interval of their difference on the same seeds."
     ]
+    if of_model["published"].notna().any():
+        lines.append(f"In parentheses: the number of {ledger.PAPER}; the ledger says whether the two may be compared.")
     notes = of_model[of_model["note"] != ""]
     if len(notes):
         told = [f"{r.method} {r.bits} {heads[r.metric]}: {r.note}" for r in notes.itertuples()]

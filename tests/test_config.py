@@ -88,6 +88,17 @@ FAULTS = {
     "too few images": (_put(1, "models", "scenes-text", "images"), ["models.scenes-text.images", "minimum of 2"]),
     "empty shards": (_put(11, "models", "scenes-text", "shards"), ["models.scenes-text.shards", "11", "1 to 10"]),
     "name taken": (_put("zoo", "name"), ["name", "'zoo'", "another name"]),
+    "name of what configs share": (_put("models", "name"), ["name", "'models'", "another name"]),
+    "weights that ship": (
+        _put("a.ckpt", "models", "scenes-class", "checkpoint"),
+        ["models.scenes-class.checkpoint", "ships with its own"],
+    ),
+    "weights that do not": (_put({"images": 9}, "models", "imagenet"), ["models.imagenet.checkpoint", "cin256-v2"]),
+    "no captions": (_put({"images": 9}, "models", "sd14"), ["models.sd14.captions", "one caption per line"]),
+    "no real images": (
+        _put({"images": 9, "checkpoint": "a.ckpt"}, "models", "imagenet"),
+        ["models.imagenet.reference", "folder of real images"],
+    ),
     "name no folder": (_put("My run", "name"), ["name", "'My run'", "small letters"]),
 }
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from quest.pipelines import ClassEmbedder, LatentDiffusionPipeline
+from quest.pipelines import ClassEmbedder, LatentDiffusionPipeline, QuadraticDDIMScheduler
 
 
 def generators(*seeds):
@@ -150,6 +150,60 @@ def test_vq_autoencoder_decodes_through_its_codebook(uncond_pipe):
         expected = vae.decode(codes, force_not_quantize=True).sample
     assert pixels.shape == (1, 3, 16, 16)
     torch.testing.assert_close(pixels, (expected / 2 + 0.5).clamp(0, 1))
+
+
+def pixel_pipe(uncond_pipe):
+    scheduler = QuadraticDDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    pipe = LatentDiffusionPipeline(uncond_pipe.unet, None, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_quadratic_ddim_without_an_autoencoder(uncond_pipe, eta):
+    pipe, steps = pixel_pipe(uncond_pipe), 6
+    x, drawn = noise(3, 4)
+    a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+    times = [800, 512, 288, 128, 32, 0]  # 800 (i / 5)^2
+    expected = x
+    with torch.no_grad():
+        for t, now, then in zip(times, a[times], [*a[times[1:]], torch.tensor(1.0)], strict=True):
+            eps = pipe.unet(expected, t).sample
+            sigma = eta * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()
+            image = (expected - (1 - now).sqrt() * eps) / now.sqrt()
+            expected = then.sqrt() * image + (1 - then - sigma**2).sqrt() * eps
+            if eta:
+                fresh = torch.cat([torch.randn(1, 4, 8, 8, generator=generator) for generator in drawn])
+                expected = expected + sigma * fresh
+    call = {"num_inference_steps": steps, "eta": eta}
+    latents = pipe(2, generator=generators(3, 4), output_type="latent", **call).images
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+    pixels = pipe(2, generator=generators(3, 4), output_type="pt", **call).images
+    torch.testing.assert_close(pixels, (latents / 2 + 0.5).clamp(0, 1))
+
+
+def test_quadratic_steps_that_coincide_leave_the_image(uncond_pipe):
+    scheduler = pixel_pipe(uncond_pipe).scheduler
+    scheduler.set_timesteps(100)
+    x, eps = torch.randn(2, 1, 4, 8, 8).unbind()
+    for t in scheduler.timesteps[:-1]:
+        before, x = x, scheduler.step(eps, t, x, eta=1.0, generator=torch.Generator().manual_seed(0)).prev_sample
+    torch.testing.assert_close(x, before)  # from 0 to 0
+    with pytest.raises(ValueError, match="timestep 800 is out of turn"):
+        scheduler.step(eps, 800, x)
+    with pytest.raises(ValueError, match="num_inference_steps: 1; 2 to 1000"):
+        scheduler.set_timesteps(1)
+
+
+def test_a_pixel_pipeline_is_saved_with_its_scheduler(uncond_pipe, tmp_path):
+    pipe = pixel_pipe(uncond_pipe)
+    pipe.save_pretrained(tmp_path)
+    again = LatentDiffusionPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert again.vae is None and type(again.scheduler) is QuadraticDDIMScheduler
+    call = {"num_inference_steps": 3, "output_type": "np"}
+    first, second = (p(1, generator=generators(0), **call).images for p in (pipe, again))
+    np.testing.assert_array_equal(first, second)
 
 
 def test_class_embedder_has_a_last_row_for_no_class():

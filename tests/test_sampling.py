@@ -1,12 +1,15 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, PNDMScheduler
 
 from quest import sampling
-from quest.models import SEEDS
-from quest.timegroups import TimeGroups
+from quest.models import MODELS, SEEDS
+from quest.pipelines import QuadraticDDIMScheduler
+from quest.timegroups import TimeGroups, grouped
 
 KINDS = ("uncond", "class", "text")
 
@@ -80,6 +83,36 @@ def test_ddim_timesteps(uncond_pipe, uncond_model, steps):
     times = sampling.timesteps(replace(uncond_model, steps=steps), uncond_pipe)
     assert times == list(range(1001 - stride, 0, -stride))
     assert (times[0], times[-1], len(times)) == {20: (951, 1, 20), 40: (976, 1, 40)}[steps]
+
+
+def noise_schedule(name):
+    """The scheduler of one of the paper's models, as its loader makes it."""
+    if name == "cifar10":
+        return QuadraticDDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    leading = {"steps_offset": 1, "timestep_spacing": "leading", "set_alpha_to_one": False}
+    return PNDMScheduler(**leading, skip_prk_steps=True) if name == "sd14" else DDIMScheduler(**leading)
+
+
+# Stride c of the original samplers: timesteps 1, 1 + c, 1 + 2c, ...
+@pytest.mark.parametrize(
+    ("name", "stride", "calls"), [("lsun-bedrooms", 5, 200), ("lsun-churches", 2, 500), ("imagenet", 50, 20)]
+)
+def test_ddim_timesteps_of_the_papers_models(name, stride, calls):
+    pipe = SimpleNamespace(scheduler=noise_schedule(name))
+    times = sampling.timesteps(MODELS[name], pipe)
+    assert times == list(range(1001 - stride, 0, -stride)) and len(times) == calls
+
+
+def test_plms_calls_51_times_for_50_steps():
+    times = sampling.timesteps(MODELS["sd14"], SimpleNamespace(scheduler=noise_schedule("sd14")))
+    assert times == [981, 961, *range(961, 0, -20)] and len(times) == 51
+
+
+def test_quadratic_timesteps_of_cifar10():
+    times = sampling.timesteps(MODELS["cifar10"], SimpleNamespace(scheduler=noise_schedule("cifar10")))
+    assert len(times) == 100 and len(set(times)) == 96
+    assert times[:4] == [800, 783, 768, 752] and times[-12:] == [9, 8, 6, 5, 3, 2, 2, 1, 0, 0, 0, 0]
+    assert len(grouped(times, MODELS["cifar10"].time_groups)) == 24
 
 
 def test_plms_repeats_its_second_timestep(text_pipe, text_model):

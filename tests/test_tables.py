@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from quest import tables
+from quest import ledger, tables
 from quest.metrics import METRICS, compare, intervals
 
 MODELS = {"scenes-text": ["fid", "clip", "latent_mse", "eps_error"], "scenes-uncond": ["fid", "latent_mse"]}
@@ -36,6 +36,7 @@ def cell(model, method, bits, spread=0.05):
                 "n": trajectories if name == "eps_error" else n,
                 "extractor": {"extractor": "scenes", "clip": "scenes-clip", None: ""}[METRICS[name].network],
                 "protocol": "plms 20, guidance 3",
+                "reference": "",
                 "note": "",
             }
         )
@@ -162,6 +163,41 @@ def test_latex_is_balanced_and_escaped(cells):
     assert body[-1].count(r"\textbf{") >= 3
 
 
+@pytest.fixture
+def of_the_paper(cells):
+    """The cells of scenes-uncond as if they were of the paper's bedrooms."""
+    fingerprint = {"sampler": "ddim", "steps": 200, "eta": 1.0, "n": 50_000, "extractor": "adm"}
+    drawn = [one for one in cells if one["model"] == "scenes-uncond"]
+    return [one | {"model": "lsun-bedrooms", "fingerprint": fingerprint} for one in drawn]
+
+
+def test_published_numbers_stand_beside_ours(of_the_paper):
+    main = tables.main_frame(of_the_paper)
+    assert main[(main.method == "quest") & (main.bits == "w4a4") & (main.metric == "fid")].published.tolist() == [5.64]
+    paired = tables.paired_frame(of_the_paper)
+    text = tables.markdown(main, paired)
+    row = next(line for line in text.splitlines() if line.startswith("| quest | w4a4"))
+    assert row.split(" | ")[2].endswith("(5.64)") and "(" not in row.split(" | ")[3]
+    assert "In parentheses: the number of arXiv:2402.03666v6" in text
+    assert "(5.64)" in tables.latex(main, paired)
+
+
+def test_ledger_counts_verdicts_and_shows_what_was_run(of_the_paper):
+    verdicts = ledger.ledger(of_the_paper, ledger.published())
+    text = tables.ledger_markdown(verdicts)
+    counts = dict(
+        line.strip("| ").split(" | ", 1) for line in text.splitlines() if line.startswith(("| lsun-b", "| sd14"))
+    )
+    run = verdicts[(verdicts.verdict != "NOT RUN") & (verdicts.model == "lsun-bedrooms")]
+    assert counts["sd14"].startswith("0 | 0 | 0 | 0 | ") and set(run.verdict) <= {"DRIFT", "NOT COMPARABLE"}
+    assert sum(map(int, counts["lsun-bedrooms"].split(" | "))) == (verdicts.model == "lsun-bedrooms").sum()
+    shown = [line for line in text.splitlines() if line.startswith("| quest")]
+    assert len(shown) == (run.method == "quest").sum() and any("DRIFT | -73.4% ±" in line for line in shown)
+    tex = tables.ledger_latex(verdicts)
+    assert tex.count(r"\toprule") == tex.count(r"\bottomrule") == 2 and tex.count("{") == tex.count("}")
+    assert r"\%" in tex and "±" not in tex
+
+
 @pytest.mark.parametrize(
     "value, half, text",
     [
@@ -186,9 +222,11 @@ def test_files(cells, tmp_path):
         paths[-1].write_text(json.dumps(c))
     tables.write(paths, tmp_path / "tables")
     written = sorted(file.name for file in (tmp_path / "tables").iterdir())
-    assert written == ["eps_error.csv", "main.csv", "main.md", "main.tex", "paired.csv"]
+    ledgers = ["ledger.csv", "ledger.md", "ledger.tex"]
+    assert written == ["eps_error.csv", *ledgers, "main.csv", "main.md", "main.tex", "paired.csv"]
     main = pd.read_csv(tmp_path / "tables" / "main.csv", keep_default_na=False, na_values=["nan"])
     assert main["value"].isna().sum() == 1
+    assert main["published"].isna().all()  # nothing is published of models that the suite drew itself
     pd.testing.assert_frame_equal(main, tables.main_frame(cells), check_dtype=False)
 
 

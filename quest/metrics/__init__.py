@@ -16,11 +16,15 @@ import numpy as np
 
 from quest.metrics import intervals
 from quest.metrics.clip_score import clip_scores
-from quest.metrics.frechet import Reference, Statistics, frechet_distance
-from quest.metrics.inception_score import default_splits, inception_score, resampled_inception_scores
+from quest.metrics.frechet import Reference, Statistics, fid_infinity, frechet_distance
+from quest.metrics.inception_score import inception_score, partition, resampled_inception_scores
 from quest.metrics.paired import latent_mse, psnr
+from quest.metrics.precision import NEIGHBOURS, inside
 
 FEATURES = ("pool", "spatial", "logits", "clip_image", "clip_text")
+# How the protocols of Inception bring an image to 299x299, as rows say it.
+RESIZE = {"adm": "TensorFlow bilinear", "torch-fidelity": "TensorFlow bilinear", "clean": "Pillow bicubic"}
+INCEPTION_RESAMPLES = 100  # each takes the eigenvalues of a 2048x2048 matrix: seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +33,8 @@ class Cell:
 
     index: np.ndarray  # [N], image i has the i-th evaluation seed
     features: dict[str, np.ndarray]  # each [N, D]
-    images: np.ndarray  # uint8 [N, H, W, 3]
-    latents: np.ndarray  # [N, ...]
+    images: np.ndarray | None  # uint8 [N, H, W, 3]; a run that keeps features only has none
+    latents: np.ndarray | None  # [N, ...]
     eps_error: np.ndarray | None = None  # [trajectories, calls], relative squared error of each noise prediction
     timesteps: np.ndarray | None = None  # [calls], timestep of each denoiser call; a multistep sampler may repeat one
     sampled: tuple[dict, ...] = ()  # provenance of each shard: where and with what it was drawn
@@ -43,10 +47,11 @@ class Cell:
         samples of different images.
         """
         feature_shards = [_read(path, ("index", "pool", "spatial", "logits")) for path in features]
-        sample_shards = [_read(path, ("index", "images", "latents")) for path in samples]
+        sample_shards = [_read(path, ("index",)) for path in samples]
         names = [name for name in FEATURES if all(name in shard for shard in feature_shards)]
         joined = _join(features, feature_shards, names)
-        drawn = _join(samples, sample_shards, ["images", "latents"])
+        kept = [name for name in ("images", "latents") if all(name in shard for shard in sample_shards)]
+        drawn = _join(samples, sample_shards, kept)
         if not np.array_equal(joined["index"], drawn["index"]):
             raise ValueError(f"{samples[0]} and {features[0]}: samples and features are of different images")
         errors = next((shard for shard in feature_shards if "eps_error" in shard and "timesteps" in shard), {})
@@ -59,8 +64,8 @@ class Cell:
         return cls(
             index=joined["index"],
             features={name: joined[name] for name in names},
-            images=drawn["images"],
-            latents=drawn["latents"],
+            images=drawn.get("images"),
+            latents=drawn.get("latents"),
             eps_error=eps_error,
             timesteps=timesteps,
             sampled=tuple(_provenance(shard) for shard in sample_shards if "metadata" in shard),
@@ -112,25 +117,47 @@ class Metric:
 
     label: str
     better: str  # "lower" or "higher"
-    # (cell, full-precision cell, reference, counts [R, N]) -> Estimate, or None where the cell lacks what it needs
-    estimate: Callable[[Cell, Cell | None, Reference, np.ndarray], Estimate | None]
+    # (cell, full-precision cell, reference, counts [R, N], extractor) -> Estimate, or None where the cell lacks what
+    # it needs
+    estimate: Callable[[Cell, Cell | None, Reference | None, np.ndarray, str], Estimate | None]
     is_mean: bool = False  # a mean over n draws, whose interval takes Student's factor
     paired: bool = False  # measured against full precision, which has no such row itself
     network: str | None = None  # the network that is named beside it: "extractor", "clip" or None
+    real: bool = False  # measured against real images, whose file is named in the row
 
 
-def _fid(cell, fp, reference, counts):
-    return _frechet(cell.features["pool"], reference.pool, counts)
+def _fid(cell, fp, reference, counts, extractor):
+    return _frechet(cell.features["pool"], reference.pool, counts, extractor)
 
 
-def _sfid(cell, fp, reference, counts):
-    return _frechet(cell.features["spatial"], reference.spatial, counts)
+def _fid_infinity(cell, fp, reference, counts, extractor):
+    if extractor not in RESIZE or len(cell.index) < 10_000:
+        return None
+    value = fid_infinity(cell.features["pool"], reference.pool)
+    return Estimate(value, np.array([]), len(cell.index), _resized(extractor), "interval: that of FID, moved")
 
 
-def _frechet(features, reference, counts):
+def _precision(cell, fp, reference, counts, extractor):
+    if reference.features is None:
+        return None
+    samples = inside(cell.features["pool"], reference.features)
+    protocol = f"k = {NEIGHBOURS}, {len(reference.features)} real images"
+    return _mean(samples, counts, protocol="; ".join(filter(None, [_resized(extractor), protocol])))
+
+
+def _sfid(cell, fp, reference, counts, extractor):
+    return _frechet(cell.features["spatial"], reference.spatial, counts, extractor)
+
+
+def _frechet(features, reference, counts, extractor):
     drawn = Statistics.from_features(features)
     resampled = intervals.resampled_frechet(features, reference, counts)
-    return Estimate(frechet_distance(drawn, reference), resampled, drawn.n, note=_rank_note(drawn))
+    value = frechet_distance(drawn, reference)
+    return Estimate(value, resampled, drawn.n, protocol=_resized(extractor), note=_rank_note(drawn))
+
+
+def _resized(extractor):
+    return f"resize {RESIZE[extractor]}" if extractor in RESIZE else ""
 
 
 def _rank_note(statistics):
@@ -138,31 +165,40 @@ def _rank_note(statistics):
     return f"n = {statistics.n} <= {dimensions} dimensions: singular covariance" if statistics.singular else ""
 
 
-def _inception_score(cell, fp, reference, counts):
+def _inception_score(cell, fp, reference, counts, extractor):
+    if extractor == "clean":  # defines none
+        return None
     logits = cell.features["logits"]
-    splits = default_splits(len(logits))
+    splits = partition(len(logits), extractor)
     resampled = resampled_inception_scores(logits, counts, splits)
-    protocol = f"{splits} split{'s' if splits > 1 else ''}"
+    shuffled = " of shuffled images" if extractor == "torch-fidelity" else ""
+    protocol = f"{len(splits)} split{'s' if len(splits) > 1 else ''}{shuffled}"
+    protocol = "; ".join(filter(None, [_resized(extractor), protocol]))
     return Estimate(inception_score(logits, splits), resampled, len(logits), protocol=protocol)
 
 
-def _clip(cell, fp, reference, counts):
+def _clip(cell, fp, reference, counts, extractor):
     if "clip_image" not in cell.features or "clip_text" not in cell.features:
         return None
     return _mean(clip_scores(cell.features["clip_image"], cell.features["clip_text"]), counts)
 
 
-def _mean(values, counts, note=""):
-    return Estimate(float(np.mean(values)), intervals.resampled_means(values, counts), len(values), note=note)
+def _mean(values, counts, note="", protocol=""):
+    resampled = intervals.resampled_means(values, counts)
+    return Estimate(float(np.mean(values)), resampled, len(values), protocol=protocol, note=note)
 
 
-def _psnr(cell, fp, reference, counts):
+def _psnr(cell, fp, reference, counts, extractor):
+    if cell.images is None or fp.images is None:
+        return None
     identical = int((cell.images == fp.images).all(axis=(1, 2, 3)).sum())
     note = f"{identical} of {len(cell.images)} images identical, counted as one level apart" if identical else ""
     return _mean(psnr(cell.images, fp.images), counts, note)
 
 
-def _latent_mse(cell, fp, reference, counts):
+def _latent_mse(cell, fp, reference, counts, extractor):
+    if cell.latents is None or fp.latents is None:
+        return None
     return _mean(latent_mse(cell.latents, fp.latents), counts, _broken_note(cell.latents, "latents"))
 
 
@@ -171,7 +207,7 @@ def _broken_note(values, what):
     return f"{broken} of {len(values)} {what} not finite" if broken else ""
 
 
-def _fid_to_fp(cell, fp, reference, counts):
+def _fid_to_fp(cell, fp, reference, counts, extractor):
     drawn, target = cell.features["pool"], fp.features["pool"]
     statistics = Statistics.from_features(drawn)
     value = frechet_distance(statistics, Statistics.from_features(target))
@@ -179,16 +215,18 @@ def _fid_to_fp(cell, fp, reference, counts):
     return Estimate(value, resampled, statistics.n, note=_rank_note(statistics))
 
 
-def _eps_error(cell, fp, reference, counts):
+def _eps_error(cell, fp, reference, counts, extractor):
     # Trajectories are what is resampled: the calls of one trajectory are not independent.
     counts = intervals.resample_counts(len(cell.eps_error), len(counts))
     return _mean(cell.eps_error.mean(axis=1, dtype=np.float64), counts, _broken_note(cell.eps_error, "trajectories"))
 
 
 METRICS = {
-    "fid": Metric("FID", "lower", _fid, network="extractor"),
-    "sfid": Metric("sFID", "lower", _sfid, network="extractor"),
+    "fid": Metric("FID", "lower", _fid, network="extractor", real=True),
+    "sfid": Metric("sFID", "lower", _sfid, network="extractor", real=True),
     "is": Metric("IS", "higher", _inception_score, network="extractor"),
+    "precision": Metric("precision", "higher", _precision, is_mean=True, network="extractor", real=True),
+    "fid_infinity": Metric("FID at infinity", "lower", _fid_infinity, network="extractor", real=True),
     "clip": Metric("CLIP score", "higher", _clip, is_mean=True, network="clip"),
     "psnr": Metric("PSNR to FP [dB]", "higher", _psnr, is_mean=True, paired=True),
     "latent_mse": Metric("latent MSE to FP", "lower", _latent_mse, is_mean=True, paired=True),
@@ -199,18 +237,22 @@ METRICS = {
 
 def measure(
     cell: Cell,
-    reference: Reference,
+    reference: Reference | None,
     fp: Cell | None,
     *,
     extractor: str,
     clip: str | None = None,
     protocol: str = "",
+    reference_sha256: str = "",
 ) -> dict:
     """Every metric of a cell; `fp` is the full-precision cell of the same seeds, or None for that cell itself.
 
-    Returns, fit for JSON: "rows" [{metric, value, low, high, n, extractor, protocol, note}]; "eps_error", one row per
-    denoiser call [{call, timestep, value, low, high, n}]; "resampled" {metric: [R values]}; "drawn", what two cells
-    must share to be compared: images, trajectories, timesteps; and "sampled", the provenance of each shard.
+    Without `reference`, none that is measured against real images.
+
+    Returns, fit for JSON: "rows" [{metric, value, low, high, n, extractor, protocol, reference, note}], where
+    `reference` is the beginning of the hash of the file of real images' statistics, if the metric has one; "eps_error",
+    one row per denoiser call [{call, timestep, value, low, high, n}]; "resampled" {metric: [R values]}; "drawn", what
+    two cells must share to be compared: images, trajectories, timesteps; and "sampled", the provenance of each shard.
 
     Raises ValueError where cell and full precision are of different images, or the cell has no eps_error to measure.
     """
@@ -219,13 +261,20 @@ def measure(
         raise ValueError(f"only the same images are compared: the cell has {ours}, full precision {theirs}")
     if fp is not None and cell.eps_error is None:
         raise ValueError("the cell has no eps_error; it belongs into the first feature shard")
-    counts = intervals.resample_counts(len(cell.index))
-    rows, resampled = [], {}
+    resamples = INCEPTION_RESAMPLES if extractor in RESIZE else intervals.RESAMPLES
+    counts = intervals.resample_counts(len(cell.index), resamples)
+    rows, resampled, values = [], {}, {}
     for name, metric in METRICS.items():
-        estimate = None if metric.paired and fp is None else metric.estimate(cell, fp, reference, counts)
+        lacking = metric.paired and fp is None or metric.real and reference is None
+        estimate = None if lacking else metric.estimate(cell, fp, reference, counts, extractor)
         if estimate is None:
             continue
-        low, high = _interval(metric, estimate.value, estimate.resampled, estimate.n)
+        draws = estimate.resampled
+        if name == "fid_infinity":
+            # The bias taken off is one number for all resamples, and its own spread is left out.
+            draws = np.array(resampled["fid"]) + (estimate.value - values["fid"])
+        values[name], resampled[name] = estimate.value, draws.tolist()
+        low, high = _interval(metric, estimate.value, draws, estimate.n)
         rows.append(
             {
                 "metric": name,
@@ -235,10 +284,10 @@ def measure(
                 "n": estimate.n,
                 "extractor": {"extractor": extractor, "clip": clip, None: ""}[metric.network],
                 "protocol": "; ".join(filter(None, [protocol, estimate.protocol])),
+                "reference": reference_sha256[:12] if metric.real else "",
                 "note": estimate.note,
             }
         )
-        resampled[name] = estimate.resampled.tolist()
     return {
         "rows": rows,
         "eps_error": [] if fp is None else _eps_error_by_call(cell),
@@ -264,7 +313,7 @@ def compare(a: dict, b: dict) -> list[dict]:
     for name in (name for name in METRICS if name in of_a and name in of_b):
         keys = ("images", "trajectories", "timesteps") if name == "eps_error" else ("images",)
         for key, left, right in [(key, a["drawn"][key], b["drawn"][key]) for key in keys] + [
-            (key, of_a[name][key], of_b[name][key]) for key in ("n", "extractor", "protocol")
+            (key, of_a[name].get(key), of_b[name].get(key)) for key in ("n", "extractor", "protocol", "reference")
         ]:
             if left != right:
                 raise ValueError(f"{name}: only cells of equal {key} are compared, got {left} and {right}")

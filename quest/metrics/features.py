@@ -1,5 +1,8 @@
 """Images to the features the metrics are made of. The only part of the metrics that needs torch."""
 
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 
 BATCH = 250  # images per pass of a network
@@ -8,7 +11,19 @@ BATCH = 250  # images per pass of a network
 def _scenes():
     from quest.zoo import extractor
 
-    return extractor.load()
+    network = extractor.load()
+
+    def features(images):
+        return network(images.float() / 127.5 - 1)
+
+    return features
+
+
+def _inception(protocol):
+    from quest.metrics import weights
+    from quest.metrics.inception import Inception
+
+    return Inception(weights.path("inception"), protocol)
 
 
 def _scenes_clip():
@@ -17,16 +32,69 @@ def _scenes_clip():
     return clip.load()
 
 
-# Name -> loader of a module: x [N, 3, H, W] in [-1, 1] -> dict with pool [N, D], spatial [N, E], logits [N, K].
-EXTRACTORS = {"scenes": _scenes}
+def _clip(architecture, name):
+    from quest.metrics import weights
+
+    return load_clip(architecture, weights.path(name))
+
+
+def load_clip(architecture: str, weights: str | Path) -> tuple:
+    """(model, preprocess, tokenizer) of open_clip's `architecture` with weights from a file, in float32.
+
+    The file is a TorchScript archive, as OpenAI published its models, or tensors (.safetensors or a state dict). Raises
+    ValueError, naming the file, for anything else or tensors of another architecture.
+    """
+    import open_clip
+
+    state = _tensors(Path(weights))
+    for setting in ("input_resolution", "context_length", "vocab_size"):  # numbers among OpenAI's tensors
+        state.pop(setting, None)
+    model, _, preprocess = open_clip.create_model_and_transforms(architecture, load_weights=False)
+    try:
+        model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    except RuntimeError as error:
+        raise ValueError(f"{weights}: not weights of {architecture}: {' '.join(str(error).split())[:300]}") from error
+    return model.eval().requires_grad_(False), preprocess, open_clip.get_tokenizer(architecture)
+
+
+def _tensors(path):
+    import torch
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)  # runs nothing that is in the file
+        except RuntimeError:  # a TorchScript archive, which torch.load refuses to read in this way
+            return torch.jit.load(path, map_location="cpu").state_dict()
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a file of something else fails in as many ways as there are files
+        raise ValueError(f"{path}: neither tensors nor a TorchScript archive") from error
+
+
+# Name -> loader of a function or module: uint8 images [B, 3, H, W] -> dict with pool [B, D], spatial [B, E] and
+# logits [B, K]. Inception's names are its protocols, see inception.py.
+EXTRACTORS = {
+    "scenes": _scenes,
+    "adm": partial(_inception, "adm"),
+    "torch-fidelity": partial(_inception, "torch-fidelity"),
+    "clean": partial(_inception, "clean"),
+}
 # Name -> loader of (model, preprocess, tokenizer) as open_clip has them.
-CLIPS = {"scenes-clip": _scenes_clip}
+# OpenAI's models have the activation that open_clip calls quickgelu.
+CLIPS = {"scenes-clip": _scenes_clip, "ViT-B-16": partial(_clip, "ViT-B-16-quickgelu", "ViT-B-16")}
 
 
 def extract(
-    images: np.ndarray, extractor: str, clip: str | None = None, captions: list[str] | None = None
+    images: np.ndarray,
+    extractor: str,
+    clip: str | None = None,
+    captions: list[str] | None = None,
+    device: str = "cpu",
 ) -> dict[str, np.ndarray]:
-    """Features of images, uint8 [N, H, W, 3]: float32 arrays pool, spatial and logits.
+    """Features of images, uint8 [N, H, W, 3], all of one pass: float32 arrays pool, spatial and logits.
 
     With `clip`, also clip_image and clip_text, the normalised embeddings of images and of the captions they were drawn
     for (one each, in order).
@@ -43,23 +111,30 @@ def extract(
     if clip is not None and len(captions or []) != len(images):
         raise ValueError(f"clip needs one caption per image: {len(captions or [])} captions for {len(images)} images")
 
-    features = _image_features(images, EXTRACTORS[extractor]())
-    return features | _clip_features(images, captions, *CLIPS[clip]()) if clip else features
+    features = _image_features(images, _on(EXTRACTORS[extractor](), device), device)
+    if clip is None:
+        return features
+    model, preprocess, tokenizer = CLIPS[clip]()
+    return features | _clip_features(images, captions, _on(model, device), preprocess, tokenizer, device)
 
 
-def _image_features(images, network):
+def _on(network, device):
+    return network.to(device) if hasattr(network, "to") else network
+
+
+def _image_features(images, network, device):
     import torch
 
     parts = []
     with torch.no_grad():
         for start in range(0, len(images), BATCH):
-            batch = torch.from_numpy(images[start : start + BATCH]).permute(0, 3, 1, 2).float()  # [B, 3, H, W]
-            outputs = network(batch / 127.5 - 1)
+            batch = torch.from_numpy(images[start : start + BATCH]).permute(0, 3, 1, 2).to(device)  # [B, 3, H, W]
+            outputs = network(batch)
             parts.append({name: outputs[name].float().cpu().numpy() for name in ("pool", "spatial", "logits")})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _clip_features(images, captions, model, preprocess, tokenizer):
+def _clip_features(images, captions, model, preprocess, tokenizer, device):
     import torch
     from PIL import Image
 
@@ -67,7 +142,7 @@ def _clip_features(images, captions, model, preprocess, tokenizer):
     with torch.no_grad():
         for start in range(0, len(images), BATCH):
             batch = torch.stack([preprocess(Image.fromarray(image)) for image in images[start : start + BATCH]])
-            image_parts.append(model.encode_image(batch, normalize=True).float().cpu().numpy())
+            image_parts.append(model.encode_image(batch.to(device), normalize=True).float().cpu().numpy())
             tokens = tokenizer(captions[start : start + BATCH])
-            text_parts.append(model.encode_text(tokens, normalize=True).float().cpu().numpy())
+            text_parts.append(model.encode_text(tokens.to(device), normalize=True).float().cpu().numpy())
     return {"clip_image": np.concatenate(image_parts), "clip_text": np.concatenate(text_parts)}

@@ -1,8 +1,10 @@
 """Fréchet distance between Gaussians fitted to features: FID (arXiv:1706.08500, Eq. 6) and, on spatial features, sFID.
 
-Equal to the usual sqrtm implementations on the same features. The trace of the matrix square root is taken as
-Tr (S C)^1/2 = Tr (S^1/2 C S^1/2)^1/2, which needs symmetric eigenvalues only: no complex parts, no offset for singular
-covariances, and S^1/2 of a fixed reference is computed once however many distances are taken to it.
+Equal to the usual sqrtm implementations on the same features. With any roots C = R R^T of the two covariances,
+Tr (C_a C_b)^1/2 is the sum of the singular values of R_a^T R_b: no complex parts, no offset for singular covariances.
+Singular values are exact to rounding of the largest one, where eigenvalues of the product are squares: those of
+Inception's covariances span 12 orders of magnitude, and the square roots of their rounding add up. The root of a fixed
+reference is kept with its statistics, however many distances are taken to it.
 """
 
 import json
@@ -45,46 +47,101 @@ class Statistics:
 
     @property
     def singular(self) -> bool:
-        """True where n <= D: the covariance has no full rank, and the distance depends on n more than on anything."""
-        return self.n <= self.mean.size
+        """True where n <= D: the covariance has no full rank, and the distance depends on n more than on anything.
+
+        n is 0 where it is not known, as with published statistics.
+        """
+        return 0 < self.n <= self.mean.size
 
     @cached_property
-    def sqrt_cov(self) -> np.ndarray:
-        """The symmetric square root of the covariance, [D, D]."""
+    def root(self) -> np.ndarray:
+        """R with R R^T = covariance, [D, D]; computed once.
+
+        The Cholesky factor: at 2048 dimensions a thirtieth of the work of an eigendecomposition. A singular covariance
+        has none, and takes the symmetric square root.
+        """
+        if not self.singular:
+            try:
+                return np.linalg.cholesky(self.cov)
+            except np.linalg.LinAlgError:  # features that never vary
+                pass
         values, vectors = np.linalg.eigh(self.cov)
-        return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+        return (vectors * np.sqrt(np.where(values > _floor(values), values, 0))) @ vectors.T
+
+
+def _floor(values: np.ndarray) -> float:
+    """Below it, ascending eigenvalues of a positive semi-definite matrix are zeros with rounding noise.
+
+    Noise of about eps times the largest, whose square root would not be small.
+    """
+    return values[-1] * len(values) * np.finfo(np.float64).eps
 
 
 def trace_sqrt(matrix: np.ndarray) -> float:
     """Trace of the square root of a symmetric positive semi-definite matrix [D, D]."""
     values = np.linalg.eigvalsh(matrix)
-    # A zero eigenvalue comes out as rounding noise of about eps * the largest one; its square root would not be small.
-    floor = values[-1] * len(values) * np.finfo(np.float64).eps
-    return float(np.sqrt(values[values > floor]).sum())
+    return float(np.sqrt(values[values > _floor(values)]).sum())
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """|m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^1/2). Pass the fixed reference as `b`: its square root is kept."""
+    """|m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^1/2). Pass the fixed reference as `b`: its root is kept."""
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"cannot compare statistics of {a.mean.size} and {b.mean.size} dimensions")
     difference = a.mean - b.mean
-    cross = trace_sqrt(b.sqrt_cov @ a.cov @ b.sqrt_cov)
+    cross = np.linalg.svd(a.root.T @ b.root, compute_uv=False).sum()
     return max(0.0, float(difference @ difference + np.trace(a.cov) + np.trace(b.cov) - 2 * cross))
+
+
+def fid_infinity(features: np.ndarray, reference: Statistics, points: int = 15, seed: int = 2020) -> float:
+    """Distance that infinitely many samples would have: FID_n is a line in 1/n, taken to 1/n = 0 (arXiv:1911.07023).
+
+    Fitted to `points` random subsets of features [N, D] of evenly spaced sizes from 5000 to N, as there; the subsets
+    are drawn by `seed`. Raises ValueError below 10,000 images, where the line has no length to be fitted on.
+    """
+    n = len(features)
+    if n < 10_000:
+        raise ValueError(f"FID at infinity is extrapolated from 5000 images and more: at least 10000 needed, got {n}")
+    rng = np.random.default_rng(seed)
+    sizes = np.linspace(5000, n, points).astype(int)
+    values = [
+        frechet_distance(Statistics.from_features(features[rng.choice(n, size, replace=False)]), reference)
+        for size in sizes
+    ]
+    return float(np.polynomial.Polynomial.fit(1 / sizes, values, 1)(0.0))
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Statistics of n real images, for FID (`pool`) and sFID (`spatial`), and where they come from."""
+    """Statistics of n real images, for FID (`pool`) and sFID (`spatial`), and where they come from.
+
+    `features` [M, D], pooled features of some of the images, is there where precision is to be measured.
+    """
 
     pool: Statistics
     spatial: Statistics
     metadata: dict
+    features: np.ndarray | None = None
+
+    def check(self, extractor: str, name: str = "reference") -> None:
+        """Raise ValueError where the statistics are of another network or protocol than `extractor`."""
+        made = self.metadata.get("extractor")
+        if made != extractor:
+            raise ValueError(
+                f"{name}: statistics of {made or 'an unnamed extractor'}, the cell has features of {extractor}; make "
+                f"them with `python -m workflow.scripts.reference IMAGES --extractor {extractor} -o {name}`"
+            )
 
 
-def save_reference(path: str | Path, pool: Statistics, spatial: Statistics, metadata: dict) -> None:
-    """Write reference statistics as .npz (pool_mean, pool_cov, spatial_mean, spatial_cov, n, metadata as json)."""
+def save_reference(
+    path: str | Path, pool: Statistics, spatial: Statistics, metadata: dict, features: np.ndarray | None = None
+) -> None:
+    """Write reference statistics as .npz: pool_mean, pool_cov, spatial_mean, spatial_cov, n, metadata (json).
+
+    `features` [M, D] is written as well if it is given. n is 0 where the source does not say of how many images it is.
+    """
     if pool.n != spatial.n:
         raise ValueError(f"pool and spatial statistics are of {pool.n} and {spatial.n} images")
+    more = {} if features is None else {"features": np.asarray(features, np.float32)}
     np.savez(
         path,
         pool_mean=pool.mean,
@@ -93,6 +150,7 @@ def save_reference(path: str | Path, pool: Statistics, spatial: Statistics, meta
         spatial_cov=spatial.cov,
         n=pool.n,
         metadata=json.dumps(metadata),
+        **more,
     )
 
 
@@ -101,14 +159,18 @@ def load_reference(path: str | Path) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-    except (ValueError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not an .npz file of reference statistics") from error
     missing = {"pool_mean", "pool_cov", "spatial_mean", "spatial_cov", "n", "metadata"} - set(arrays)
     if missing:
-        raise ValueError(f"{path}: reference statistics lack {', '.join(sorted(missing))}")
+        hint = ""
+        if {"mu", "sigma"} <= set(arrays) or "arr_0" in arrays:
+            hint = f"; `python -m workflow.scripts.reference {path} -o NEW.npz` makes them of it"
+        raise ValueError(f"{path}: reference statistics lack {', '.join(sorted(missing))}{hint}")
     n = int(arrays["n"])
     return Reference(
         pool=Statistics(arrays["pool_mean"], arrays["pool_cov"], n),
         spatial=Statistics(arrays["spatial_mean"], arrays["spatial_cov"], n),
         metadata=json.loads(str(arrays["metadata"])),
+        features=arrays.get("features"),
     )

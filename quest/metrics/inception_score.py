@@ -7,30 +7,55 @@ form on another scale. Like the Fréchet distance it depends on n, so only equal
 import numpy as np
 from scipy.special import log_softmax
 
+SPLIT = 5000  # images of a split in the guided-diffusion evaluator
+
 
 def default_splits(n: int) -> int:
     """Splits of 5000 images, at most 10, as for the usual 50,000 images; fewer images are one split."""
-    return min(10, max(1, n // 5000))
+    return min(10, max(1, n // SPLIT))
 
 
-def inception_score(logits: np.ndarray, splits: int | None = None) -> float:
-    """Mean over `splits` runs of consecutive images of exp(mean_i KL(p_i || mean p)); logits [N, K]."""
+def partition(n: int, extractor: str) -> list[np.ndarray]:
+    """Which of n images make up each split under a protocol of Inception; `default_splits` even runs for any other.
+
+    `adm`: runs of 5000, the last one shorter where 5000 does not divide n. `torch-fidelity`: 10 parts of a shuffle by
+    numpy's legacy generator with seed 2020, its defaults.
+    """
+    order = np.arange(n)
+    if extractor == "adm":
+        return [order[start : start + SPLIT] for start in range(0, n, SPLIT)]
+    if extractor == "torch-fidelity":
+        order = np.random.RandomState(2020).permutation(n)
+        parts = [order[i * n // 10 : (i + 1) * n // 10] for i in range(10)]
+        return [part for part in parts if len(part)]
+    return np.array_split(order, default_splits(n))
+
+
+def inception_score(logits: np.ndarray, splits: int | list[np.ndarray] | None = None) -> float:
+    """Mean over splits of exp(mean_i KL(p_i || mean p)); logits [N, K].
+
+    splits: a number of even runs of consecutive images, or the images of each, see `partition`.
+    """
     return float(resampled_inception_scores(logits, np.ones((1, len(logits))), splits)[0])
 
 
-def resampled_inception_scores(logits: np.ndarray, counts: np.ndarray, splits: int | None = None) -> np.ndarray:
+def resampled_inception_scores(
+    logits: np.ndarray, counts: np.ndarray, splits: int | list[np.ndarray] | None = None
+) -> np.ndarray:
     """Scores [R] of resamples in which image i occurs counts[r, i] times (within its own split); counts [R, N]."""
     logits = np.asarray(logits, np.float64)
     if logits.ndim != 2:
         raise ValueError(f"logits must be [N, K], got shape {logits.shape}")
     splits = default_splits(len(logits)) if splits is None else splits
-    if not 1 <= splits <= len(logits):
-        raise ValueError(f"splits must lie between 1 and the number of images, {len(logits)}; got {splits}")
+    if isinstance(splits, int):
+        if not 1 <= splits <= len(logits):
+            raise ValueError(f"splits must lie between 1 and the number of images, {len(logits)}; got {splits}")
+        splits = np.array_split(np.arange(len(logits)), splits)
     log_p = log_softmax(logits, axis=1)
     p = np.exp(log_p)
     negative_entropy = (p * log_p).sum(axis=1)  # [N]
     scores = []
-    for part in np.array_split(np.arange(len(logits)), splits):
+    for part in splits:
         weight = counts[:, part]
         weight = weight / weight.sum(axis=1, keepdims=True)
         mean_p = weight @ p[part]  # [R, K]

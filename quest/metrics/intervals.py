@@ -51,19 +51,25 @@ def resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def resampled_frechet(features: np.ndarray, reference: Statistics, counts: np.ndarray) -> np.ndarray:
     """Fréchet distances [R] of resampled features [N, D] to fixed statistics.
 
-    The features are multiplied by the square root of the reference covariance once, so that each resample takes one
-    weighted covariance and its eigenvalues.
+    The features are multiplied by the root of the reference covariance once, so that each resample takes one weighted
+    covariance, of the 63 % of rows that occur in it, and its eigenvalues: with S = R R^T, R^T C R has those of S C.
     """
     n = counts.shape[1]
     centred = np.asarray(features, np.float64) - reference.mean  # [N, D]
-    rooted = centred @ reference.sqrt_cov
-    shifts, rooted_shifts = counts @ centred / n, counts @ rooted / n  # [R, D]
-    traces = (counts @ (centred**2).sum(axis=1) - n * (shifts**2).sum(axis=1)) / (n - 1)  # of the resampled covariance
-    cross = [
-        trace_sqrt(((rooted * weight[:, None]).T @ rooted - n * np.outer(shift, shift)) / (n - 1))
-        for weight, shift in zip(counts, rooted_shifts, strict=True)
-    ]
-    return (shifts**2).sum(axis=1) + traces + np.trace(reference.cov) - 2 * np.array(cross)
+    shifts = counts @ centred / n  # [R, D]
+    traces = counts @ np.einsum("nd,nd->n", centred, centred) - n * (shifts**2).sum(axis=1)
+    rooted, rooted_shifts = centred @ reference.root, shifts @ reference.root
+    del centred  # as large as the features in float64, 0.8 GB for 50,000 images
+    cross = [trace_sqrt(_scatter(rooted, w, s) / (n - 1)) for w, s in zip(counts, rooted_shifts, strict=True)]
+    return (shifts**2).sum(axis=1) + traces / (n - 1) + np.trace(reference.cov) - 2 * np.array(cross)
+
+
+def _scatter(features: np.ndarray, weight: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Sum over rows of weight times the outer product of a row's deviation from the weighted mean, [D, D]."""
+    drawn = np.flatnonzero(weight)
+    rows = features[drawn]
+    rows *= np.sqrt(weight[drawn])[:, None]
+    return rows.T @ rows - weight.sum() * np.outer(mean, mean)  # a matrix with itself: BLAS computes one triangle
 
 
 def resampled_frechet_between(a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -76,5 +82,4 @@ def _weighted(features: np.ndarray, weight: np.ndarray) -> Statistics:
     """Statistics of features [N, D] in which row i occurs weight[i] times."""
     n = len(features)
     mean = weight @ features / n
-    centred = features - mean
-    return Statistics(mean, (centred * weight[:, None]).T @ centred / (n - 1), n)
+    return Statistics(mean, _scatter(features - mean, weight, np.zeros_like(mean)) / (n - 1), n)

@@ -1,8 +1,10 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from quest.metrics import features
+from quest.metrics import features, weights
 from quest.metrics.clip_score import clip_scores
 from quest.metrics.features import extract
 from quest.zoo import ZOO
@@ -11,7 +13,9 @@ from quest.zoo import ZOO
 class MeanColour(torch.nn.Module):
     """An extractor whose features are plain to see: the mean of each channel, in [-1, 1]."""
 
-    def forward(self, x):
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        x = images / 127.5 - 1
         mean = x.mean(dim=(2, 3))
         return {"pool": mean, "spatial": x[:, 0, :2, :2].flatten(1), "logits": 2 * mean, "size": mean}
 
@@ -43,7 +47,7 @@ def tiny_clip():
     return model, image_transform(16, is_train=False), tokenizer
 
 
-def test_pixels_reach_the_extractor_in_minus_one_to_one(images):
+def test_pixels_reach_the_extractor_channels_first(images):
     got = extract(images, "mean-colour")
     assert set(got) == {"pool", "spatial", "logits"}
     assert all(value.dtype == np.float32 for value in got.values())
@@ -76,10 +80,10 @@ def test_clip_features_are_normalised_and_those_of_each_image_and_caption(images
 
 def test_bad_input(images, monkeypatch):
     monkeypatch.setitem(features.CLIPS, "tiny", tiny_clip)
-    with pytest.raises(ValueError, match="extractor: 'inception' is not one of scenes, mean-colour"):
+    with pytest.raises(ValueError, match="'inception' is not one of scenes, adm, torch-fidelity, clean, mean-colour"):
         extract(images, "inception")
-    with pytest.raises(ValueError, match="clip: 'ViT-B-16' is not one of scenes-clip, tiny"):
-        extract(images, "mean-colour", "ViT-B-16", ["a"] * 7)
+    with pytest.raises(ValueError, match="clip: 'ViT-H-14' is not one of scenes-clip, ViT-B-16, tiny"):
+        extract(images, "mean-colour", "ViT-H-14", ["a"] * 7)
     with pytest.raises(ValueError, match=r"uint8 array \[N, H, W, 3\], got float32 \(7, 16, 16, 3\)"):
         extract(images.astype(np.float32), "mean-colour")
     with pytest.raises(ValueError, match=r"got uint8 \(7, 3, 16, 16\)"):
@@ -109,3 +113,98 @@ def test_scenes_clip_prefers_the_right_caption():
     right = clip_scores(got["clip_image"], got["clip_text"])
     wrong = clip_scores(got["clip_image"], np.roll(got["clip_text"], 1, axis=0))
     assert (right > wrong).mean() > 0.8
+
+
+@pytest.fixture
+def small_vit(tmp_path, monkeypatch):
+    """A small model of ViT-B/16's kind among open_clip's configs, and its random weights."""
+    import open_clip
+
+    config = {
+        "embed_dim": 16,
+        "quick_gelu": True,
+        "vision_cfg": {"layers": 1, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 32},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "small-vit.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "small-vit.json")
+    torch.manual_seed(0)
+    model = open_clip.create_model("small-vit", load_weights=False).eval()
+    return model, tmp_path
+
+
+class Archive(torch.nn.Module):
+    """Holds tensors under dotted names, as scripted models do."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        for name, tensor in tensors.items():
+            owner, _, last = name.rpartition(".")
+            module = self
+            for part in filter(None, owner.split(".")):
+                if part not in module._modules:
+                    module.add_module(part, Archive({}))
+                module = module._modules[part]
+            module.register_buffer(last, tensor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_clip_weights_of_any_kind_give_the_models_embeddings(small_vit, images):
+    from safetensors.torch import save_file
+
+    model, folder = small_vit
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "weights.safetensors")
+    torch.save(state, folder / "weights.pt")
+    # As OpenAI ships its models: half precision, scripted, with three settings among the tensors.
+    half = {name: tensor.half() for name, tensor in state.items()} | {"context_length": torch.tensor(77)}
+    torch.jit.save(torch.jit.script(Archive(half)), folder / "archive.pt")
+    captions = ["a photo of a cat"] * 6 + ["two dogs"]
+    monkey = pytest.MonkeyPatch()
+    got = {}
+    for file in ("weights.safetensors", "weights.pt", "archive.pt"):
+        monkey.setitem(features.CLIPS, "small", lambda file=file: features.load_clip("small-vit", folder / file))
+        got[file] = extract(images, "mean-colour", "small", captions)
+    monkey.undo()
+    loaded, preprocess, tokenizer = features.load_clip("small-vit", folder / "weights.pt")
+    with torch.no_grad():
+        text = model.encode_text(tokenizer(captions), normalize=True)
+    assert got["weights.pt"]["clip_text"] == pytest.approx(text.numpy(), abs=1e-6)
+    assert np.array_equal(got["weights.pt"]["clip_image"], got["weights.safetensors"]["clip_image"])
+    assert got["archive.pt"]["clip_image"] == pytest.approx(got["weights.pt"]["clip_image"], abs=5e-3)
+    # Preprocessing is OpenAI's: bicubic to the model's size, their mean and deviation.
+    assert "bicubic" in str(preprocess) and "0.48145466" in str(preprocess)
+
+
+def test_clip_weights_that_are_none(small_vit):
+    model, folder = small_vit
+    (folder / "text.pt").write_text("hello")
+    with pytest.raises(ValueError, match="text.pt: neither tensors nor a TorchScript archive"):
+        features.load_clip("small-vit", folder / "text.pt")
+    torch.save({"visual.proj": torch.zeros(64, 16)}, folder / "part.pt")
+    with pytest.raises(ValueError, match="part.pt: not weights of small-vit: .*Missing key"):
+        features.load_clip("small-vit", folder / "part.pt")
+
+
+def test_without_weights_the_error_says_what_to_put_where(images, tmp_path, monkeypatch):
+    def refused(url, *_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setenv("QUEST_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr("quest.download.urllib.request.urlopen", refused)
+    monkeypatch.setattr("quest.download.time.sleep", lambda seconds: None)
+    with pytest.raises(OSError, match=rf"no route.*put it at {tmp_path}/weights-inception-2015-12-05-6726825d.pth"):
+        extract(images, "adm")
+    with pytest.raises(OSError, match=rf"put it at {tmp_path}/ViT-B-16.pt \(SHA-256 5806e77c"):
+        extract(images, "mean-colour", "ViT-B-16", ["a"] * 7)
+    (tmp_path / "weights-inception-2015-12-05-6726825d.pth").write_bytes(b"half of it")
+    with pytest.raises(ValueError, match=r"6726825d.pth \(10 bytes\): SHA-256 is .*truncated or another file"):
+        extract(images, "adm")
+
+
+def test_hashes_of_networks():
+    assert weights.sha256("ViT-B-16").startswith("5806e77c") and weights.sha256(None) is None
+    assert len(weights.sha256("scenes")) == 64 and weights.sha256("adm") == weights.sha256("clean")
+    assert weights.sha256("adm").startswith("6726825d")

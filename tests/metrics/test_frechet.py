@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from quest.metrics.frechet import Statistics, frechet_distance, load_reference, save_reference
+from quest.metrics.frechet import Statistics, fid_infinity, frechet_distance, load_reference, save_reference
 
 
 def features(n, d, seed=0, shift=0.0):
@@ -45,6 +45,48 @@ def test_equals_clean_fid_and_torchmetrics(n, d):
     assert ours == pytest.approx(theirs.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("n", [300, 40])
+def test_equals_torch_fidelity(n):
+    fidelity = pytest.importorskip("torch_fidelity.metric_fid")
+    torch = pytest.importorskip("torch")
+    a, b = features(n, 64, 1), features(900, 64, 2, shift=0.1)
+    theirs = [fidelity.fid_features_to_statistics(torch.from_numpy(x.astype(np.float64))) for x in (a, b)]
+    theirs = fidelity.fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(*map(Statistics.from_features, (a, b))) == pytest.approx(theirs, rel=1e-6)
+
+
+def test_any_root_gives_the_same_distance():
+    a, b = Statistics.from_features(features(300, 32, 1)), Statistics.from_features(features(300, 32, 2, shift=0.1))
+    values, vectors = np.linalg.eigh(b.cov)
+    symmetric = Statistics(b.mean, b.cov, b.n)
+    object.__setattr__(symmetric, "root", (vectors * np.sqrt(values)) @ vectors.T)
+    assert np.tril(b.root).tolist() == b.root.tolist() and b.root is b.root
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(a, symmetric), rel=1e-10)
+
+
+def test_small_variances_count():
+    # Commuting covariances whose product spans 24 orders of magnitude: the distance is known in closed form.
+    d = 400
+    scales = np.logspace(0, -6, d)
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(d, d)))[0]
+    a, b = (Statistics(np.zeros(d), (rotation * s**2) @ rotation.T, 10**6) for s in (scales, 1.1 * scales))
+    assert frechet_distance(a, b) == pytest.approx(((0.1 * scales) ** 2).sum(), rel=1e-9)
+
+
+def test_infinity_takes_the_bias_of_n_off():
+    d = 8
+    reference = Statistics(np.zeros(d), np.eye(d), 10**6)
+    drawn = np.random.default_rng(0).normal(size=(20_000, d)) * 1.1  # the distance of the truth is d * 0.01
+    finite = frechet_distance(Statistics.from_features(drawn), reference)
+    infinite = fid_infinity(drawn, reference)
+    assert infinite == fid_infinity(drawn, reference)
+    # On a line a + c / n, the distance at n lies above its end by c / n; c is taken from a second point.
+    at_5000 = np.mean([frechet_distance(Statistics.from_features(p), reference) for p in np.split(drawn, 4)])
+    assert infinite == pytest.approx(finite - (at_5000 - finite) / 3, abs=3e-3) and infinite < finite < at_5000
+    with pytest.raises(ValueError, match="at least 10000 needed, got 9999"):
+        fid_infinity(drawn[:9999], reference)
+
+
 def test_covariance_is_the_unbiased_one():
     x = features(50, 5)
     statistics = Statistics.from_features(x)
@@ -70,6 +112,19 @@ def test_reference_round_trip(tmp_path):
     assert loaded.pool.n == 200 and loaded.metadata == {"split": "reference", "start": 0}
 
 
+def test_reference_of_another_extractor_is_refused(tmp_path):
+    pool, spatial = Statistics.from_features(features(200, 6)), Statistics.from_features(features(200, 9))
+    save_reference(tmp_path / "bedrooms.npz", pool, spatial, {"extractor": "clean"}, features(50, 6))
+    loaded = load_reference(tmp_path / "bedrooms.npz")
+    assert np.array_equal(loaded.features, features(50, 6))
+    loaded.check("clean")
+    with pytest.raises(ValueError, match="bedrooms.npz: statistics of clean, the cell has features of adm; make them"):
+        loaded.check("adm", "bedrooms.npz")
+    save_reference(tmp_path / "bedrooms.npz", pool, spatial, {})
+    with pytest.raises(ValueError, match="reference: statistics of an unnamed extractor"):
+        load_reference(tmp_path / "bedrooms.npz").check("adm")
+
+
 def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match=r"\[N, D\] with N >= 2.*\(1, 4\)"):
         Statistics.from_features(np.zeros((1, 4)))
@@ -81,6 +136,9 @@ def test_bad_input(tmp_path):
     np.savez(tmp_path / "other.npz", pool_mean=np.zeros(3), n=3)
     with pytest.raises(ValueError, match=r"other.npz: .* lack metadata, pool_cov, spatial_cov, spatial_mean"):
         load_reference(tmp_path / "other.npz")
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3))  # as the guided-diffusion evaluator publishes them
+    with pytest.raises(ValueError, match="adm.npz: .* lack .*; `python -m workflow.scripts.reference .*adm.npz -o NEW"):
+        load_reference(tmp_path / "adm.npz")
     (tmp_path / "text.npz").write_text("hello")
     with pytest.raises(ValueError, match="text.npz: not an .npz file"):
         load_reference(tmp_path / "text.npz")

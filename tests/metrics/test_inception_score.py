@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from quest.metrics.inception_score import default_splits, inception_score, resampled_inception_scores
+from quest.metrics.inception_score import default_splits, inception_score, partition, resampled_inception_scores
 from quest.metrics.intervals import resample_counts
 
 
@@ -35,6 +35,22 @@ def test_equals_torch_fidelity():
     logits = np.random.default_rng(0).normal(size=(500, 48)) * 3
     theirs = fidelity.isc_features_to_metric(torch.from_numpy(logits), splits=10, shuffle=False)
     assert inception_score(logits, 10) == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
+
+
+def test_equals_torch_fidelity_as_it_shuffles():
+    fidelity = pytest.importorskip("torch_fidelity.metric_isc")
+    torch = pytest.importorskip("torch")
+    logits = np.random.default_rng(0).normal(size=(503, 48)) * 3
+    theirs = fidelity.isc_features_to_metric(torch.from_numpy(logits))  # its defaults
+    ours = inception_score(logits, partition(503, "torch-fidelity"))
+    assert ours == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
+    assert ours != pytest.approx(inception_score(logits, 10), rel=1e-6)
+
+
+def test_partition_of_adm_is_runs_of_5000():
+    parts = partition(12_000, "adm")
+    assert [(part[0], part[-1]) for part in parts] == [(0, 4999), (5000, 9999), (10_000, 11_999)]
+    assert len(partition(50_000, "adm")) == 10 and len(partition(500, "scenes")) == 1
 
 
 @pytest.mark.parametrize("splits", [1, 4])

@@ -9,6 +9,8 @@ import pytest
 from quest.metrics import METRICS, Cell, compare, index_ranges, measure
 from quest.metrics.frechet import Reference, Statistics, frechet_distance
 
+HASH = "0123456789abcdef"
+SAID = {"extractor": "scenes", "clip": "scenes-clip", "protocol": "DDIM 5", "reference_sha256": HASH}
 N, TIMESTEPS = 200, [901, 601, 601, 301, 1]
 
 
@@ -42,7 +44,15 @@ def measured(reference):
     fp = draw_cell()
     cells = {"fp": None, "good": draw_cell(0.2, seed=1), "twin": draw_cell(0.2, seed=2), "bad": draw_cell(0.6, seed=3)}
     return {
-        name: measure(cell or fp, reference, cell and fp, extractor="scenes", clip="scenes-clip", protocol="DDIM 5")
+        name: measure(
+            cell or fp,
+            reference,
+            cell and fp,
+            extractor="scenes",
+            clip="scenes-clip",
+            protocol="DDIM 5",
+            reference_sha256=HASH,
+        )
         for name, cell in cells.items()
     }
 
@@ -53,7 +63,10 @@ def by_metric(rows):
 
 def test_full_precision_has_no_paired_metrics(measured):
     assert [row["metric"] for row in measured["fp"]["rows"]] == ["fid", "sfid", "is", "clip"]
-    assert [row["metric"] for row in measured["good"]["rows"]] == list(METRICS)
+    # Neither real images' features nor Inception: no precision, no distance at infinity.
+    assert [row["metric"] for row in measured["good"]["rows"]] == [
+        name for name in METRICS if name not in ("precision", "fid_infinity")
+    ]
     assert measured["fp"]["eps_error"] == []
 
 
@@ -61,7 +74,7 @@ def test_rows_are_complete_and_survive_json(measured):
     for cell in measured.values():
         assert json.loads(json.dumps(cell)) == cell
         for row in cell["rows"]:
-            assert list(row) == ["metric", "value", "low", "high", "n", "extractor", "protocol", "note"]
+            assert list(row) == ["metric", "value", "low", "high", "n", "extractor", "protocol", "reference", "note"]
             assert row["low"] < row["value"] < row["high"]
             assert row["n"] == (16 if row["metric"] == "eps_error" else N)
             assert row["protocol"].startswith("DDIM 5")
@@ -69,6 +82,8 @@ def test_rows_are_complete_and_survive_json(measured):
     assert rows["fid"]["extractor"] == rows["is"]["extractor"] == rows["fid_to_fp"]["extractor"] == "scenes"
     assert rows["clip"]["extractor"] == "scenes-clip" and rows["psnr"]["extractor"] == ""
     assert rows["is"]["protocol"] == "DDIM 5; 1 split"
+    assert rows["fid"]["reference"] == rows["sfid"]["reference"] == "0123456789ab"
+    assert rows["fid_to_fp"]["reference"] == rows["clip"]["reference"] == ""
 
 
 def test_values_are_those_of_the_metrics(measured, reference):
@@ -143,19 +158,72 @@ def test_only_equal_seeds_and_n_are_compared(measured, reference):
     fp, cell = draw_cell(), draw_cell(0.2, seed=1, n=150)
     with pytest.raises(ValueError, match="the cell has 0-149, full precision 0-199"):
         measure(cell, reference, fp, extractor="scenes")
-    short = measure(cell, reference, draw_cell(n=150), extractor="scenes", clip="scenes-clip", protocol="DDIM 5")
+    short = measure(
+        cell,
+        reference,
+        draw_cell(n=150),
+        extractor="scenes",
+        clip="scenes-clip",
+        protocol="DDIM 5",
+        reference_sha256=HASH,
+    )
     with pytest.raises(ValueError, match="equal images are compared, got 0-199 and 0-149"):
         compare(measured["good"], short)
-    other = measure(fp, reference, None, extractor="scenes", clip="scenes-clip", protocol="DDIM 6")
+    other = measure(
+        fp, reference, None, extractor="scenes", clip="scenes-clip", protocol="DDIM 6", reference_sha256=HASH
+    )
     with pytest.raises(ValueError, match="equal protocol are compared, got DDIM 5 and DDIM 6"):
         compare(measured["good"], other)
+    elsewhere = measure(fp, reference, None, **SAID | {"reference_sha256": ""})
+    with pytest.raises(ValueError, match="fid: only cells of equal reference are compared, got 0123456789ab and $"):
+        compare(measured["good"], elsewhere)
     calls = draw_cell(0.2, seed=1)
     calls.timesteps[0] = 951
-    calls = measure(calls, reference, fp, extractor="scenes", clip="scenes-clip", protocol="DDIM 5")
+    calls = measure(
+        calls, reference, fp, extractor="scenes", clip="scenes-clip", protocol="DDIM 5", reference_sha256=HASH
+    )
     with pytest.raises(ValueError, match="eps_error: only cells of equal timesteps"):
         compare(measured["good"], calls)
     with pytest.raises(ValueError, match="no eps_error"):
         measure(Cell(fp.index, fp.features, fp.images, fp.latents), reference, fp, extractor="scenes")
+
+
+def test_protocols_of_inception_are_said_in_the_row(reference):
+    cell = draw_cell(clip=False)
+    said = {name: by_metric(measure(cell, reference, None, extractor=name)["rows"]) for name in ("adm", "clean")}
+    assert said["adm"]["fid"]["protocol"] == said["adm"]["sfid"]["protocol"] == "resize TensorFlow bilinear"
+    assert said["adm"]["is"]["protocol"] == "resize TensorFlow bilinear; 1 split"
+    assert said["clean"]["fid"]["protocol"] == "resize Pillow bicubic" and "is" not in said["clean"]
+    shuffled = by_metric(measure(cell, reference, None, extractor="torch-fidelity")["rows"])["is"]
+    assert shuffled["protocol"] == "resize TensorFlow bilinear; 10 splits of shuffled images"
+    assert shuffled["value"] != said["adm"]["is"]["value"]
+
+
+def test_precision_where_there_are_features_of_real_images(reference):
+    cell = draw_cell(clip=False)
+    real = Reference(reference.pool, reference.spatial, {}, features=draw_cell(seed=9).features["pool"][:100])
+    row = by_metric(measure(cell, real, None, extractor="adm")["rows"])["precision"]
+    assert row["protocol"] == "resize TensorFlow bilinear; k = 3, 100 real images"
+    assert row["low"] < row["value"] <= row["high"] and row["value"] > 0.5  # half of the samples are those images
+
+
+def test_distance_at_infinity_lies_below_that_at_n_and_has_its_interval(reference):
+    cell = Cell(np.arange(12_000), {"pool": np.random.default_rng(0).normal(size=(12_000, 12)) * 1.1}, None, None)
+    cell.features.update(spatial=cell.features["pool"], logits=cell.features["pool"])
+    rows = by_metric(measure(cell, reference, None, extractor="adm")["rows"])
+    fid, infinite = rows["fid"], rows["fid_infinity"]
+    assert infinite["value"] < fid["value"]
+    assert infinite["high"] - infinite["low"] == pytest.approx(fid["high"] - fid["low"])
+
+
+def test_features_alone_are_measured(reference, tmp_path):
+    cell = draw_cell(0.2, n=30)
+    features, samples = write_shards(tmp_path, cell, [np.arange(30)])
+    np.savez(samples[0], index=cell.index)
+    loaded = Cell.load(features, samples)
+    assert loaded.images is None and loaded.latents is None
+    rows = by_metric(measure(loaded, reference, draw_cell(n=30), extractor="scenes")["rows"])
+    assert "psnr" not in rows and "latent_mse" not in rows and {"fid", "fid_to_fp", "eps_error"} <= set(rows)
 
 
 def test_index_ranges():

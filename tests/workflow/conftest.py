@@ -34,7 +34,7 @@ OUTPUTS = {
     "curves": ["-o"],
     "grid": ["-o"],
 }
-TABLES = ["main.csv", "main.md", "main.tex", "paired.csv", "eps_error.csv"]
+TABLES = ["main.csv", "main.md", "main.tex", "paired.csv", "eps_error.csv", "ledger.csv", "ledger.md", "ledger.tex"]
 
 
 class Project:

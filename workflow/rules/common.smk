@@ -16,16 +16,21 @@ except ConfigError as error:
 
 NAME = config["name"]
 RUNS = runs(config)
+DEVICE = config.get("device", "cpu")
+CLIPS = {model.clip for model in MODELS.values() if model.clip}
 # Per model, the bits in the order of the grid: what one sample grid compares.
 CELLS = list(dict.fromkeys((run.model, run.bits) for run in RUNS if run.method != "fp"))
-TABLES = ["main.csv", "main.md", "main.tex", "paired.csv", "eps_error.csv"]
-METRICS = ["fid", "sfid", "is", "psnr", "latent_mse", "fid_to_fp", "eps_error"]
+# Models whose images are kept and can be shown; of the others, features and latents are.
+PICTURED = [model for model, settings in config["models"].items() if settings.get("keep_images", True)]
+TABLES = ["main.csv", "main.md", "main.tex", "paired.csv", "eps_error.csv", "ledger.csv", "ledger.md", "ledger.tex"]
+METRICS = ["fid", "sfid", "is", "latent_mse", "fid_to_fp", "eps_error"]
+METRICS += ["psnr"] if PICTURED else []
 METRICS += ["clip"] if any(MODELS[run.model].clip for run in RUNS) else []
 CURVES = [f"{metric}_vs_bits" for metric in METRICS] + ["eps_error_vs_timestep"] if CELLS else []
 CURVES += ["activation_ranges_vs_timestep"]
-GRIDS = [f"samples-{model}-{bits}" for model, bits in CELLS]
+GRIDS = [f"samples-{model}-{bits}" for model, bits in CELLS if model in PICTURED]
 # What the README shows: the last bits of each model in the grid, where methods differ most.
-SHOWN = [f"samples-{model}-{bits}" for model, bits in dict(CELLS).items()]
+SHOWN = [f"samples-{model}-{bits}" for model, bits in dict(CELLS).items() if model in PICTURED]
 SHOWN += [figure for figure in CURVES if figure.startswith(("latent_mse_vs_bits", "eps_error_vs_t", "activation"))]
 
 # People read logs, also while the job runs: progress bars write to them every five seconds, not ten times a second.
@@ -51,14 +56,44 @@ def shipped(name):
 
 
 def weights(wc):
-    """A retrained model reruns its cells."""
-    return shipped(wc.model)
+    """A retrained model reruns its cells, and so does one that was made from another checkpoint."""
+    return f"results/models/{wc.model}" if MODELS[wc.model].origin else shipped(wc.model)
+
+
+def setting(key):
+    """What the config says of a model under `key`, or nothing."""
+    return lambda wc: config["models"][wc.model].get(key, [])
+
+
+def given(key):
+    """The file that the config names under `key`, as an input where it is there or made by a rule.
+
+    One that is missing does not stop a plan: the job that needs it says what to put where.
+    """
+
+    def found(wc):
+        path = config["models"][wc.model].get(key)
+        return [path] if path and (Path(path).exists() or path.startswith("results/checkpoints/tiny-")) else []
+
+    return found
+
+
+def at_size(cpu, cuda):
+    """A resource of a job: for the small models on a CPU, or for the paper's on a GPU."""
+    return cuda if DEVICE == "cuda" else cpu
 
 
 def networks(wc):
-    """A retrained network of the metrics means other features."""
+    """A retrained network of the metrics means other features; one that does not ship is fetched before the jobs."""
     model = MODELS[wc.model]
-    return shipped(f"{model.extractor}-extractor") + (shipped(model.clip) if model.clip else [])
+    return network(model.extractor) + (network(model.clip) if model.clip else [])
+
+
+def network(name):
+    """What stands for a network of the metrics: its shipped weights, or that those of its name were checked."""
+    if name.startswith("scenes"):
+        return shipped("scenes-clip" if name == "scenes-clip" else f"{name}-extractor")
+    return [f"results/networks/{name if name in CLIPS else 'inception'}.json"]
 
 
 def recipe(wc):
@@ -97,6 +132,9 @@ def full_precision(kind):
 
 
 def reference(wc):
+    """Statistics of real images: shipped, or made from what the config names; none where it says `reference: none`."""
+    if config["models"][wc.model].get("reference") == "none":
+        return []
     return os.path.relpath(MODELS[wc.model].reference)
 
 

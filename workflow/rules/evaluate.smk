@@ -13,15 +13,18 @@ rule sample:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=3000,
-        runtime=60,
+        mem_mb=at_size(3000, 64000),
+        runtime=at_size(60, 1440),
+        gpu=at_size(0, 1),
     params:
-        n=lambda wc: config["models"][wc.model]["images"],
+        n=setting("images"),
         shards=shards,
+        images=lambda wc: "" if wc.model in PICTURED else "--drop-images",
+        device=DEVICE,
     shell:
         "python -m workflow.scripts.sample {wildcards.model} --checkpoint {input.checkpoint} -n {params.n}"
-        " --shard {wildcards.shard}/{params.shards} --evaluation {input.evaluation}"
-        " --threads {threads} --samples {output.samples} --features {output.features} > {log} 2>&1"
+        " --shard {wildcards.shard}/{params.shards} --evaluation {input.evaluation} {params.images}"
+        " --threads {threads} --device {params.device} --samples {output.samples} --features {output.features} > {log} 2>&1"
 
 
 rule metrics:
@@ -38,10 +41,11 @@ rule metrics:
         "results/{name}/{model}/{method}/{bits}/metrics.log",
     conda:
         "../../environment.yml"
-    threads: 1
+    # Intervals of 50,000 images' distances are tens of minutes of one thread; those of the small models' are seconds.
+    threads: at_size(1, 16)
     resources:
-        mem_mb=1500,
-        runtime=15,
+        mem_mb=at_size(1500, 32000),
+        runtime=at_size(15, 240),
     shell:
         "python -m workflow.scripts.metrics {wildcards.model} {wildcards.method} {wildcards.bits}"
         " --features {input.features} --samples {input.samples} --fp-features {input.fp_features}"

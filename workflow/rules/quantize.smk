@@ -13,15 +13,17 @@ rule trajectories:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=30,
+        mem_mb=at_size(2000, 64000),
+        runtime=at_size(30, 720),
+        gpu=at_size(0, 1),
     params:
+        device=DEVICE,
         calibration=lambda wc: config["models"][wc.model].get("trajectories", MODELS[wc.model].trajectories),
         evaluation=lambda wc: config["models"][wc.model].get("evaluation", 16),
     shell:
         "python -m workflow.scripts.trajectories {wildcards.model} -n {params.calibration} {params.evaluation}"
         " --calibration {output.calibration} --evaluation {output.evaluation} --ranges {output.ranges}"
-        " --threads {threads} > {log} 2>&1"
+        " --threads {threads} --device {params.device} > {log} 2>&1"
 
 
 rule quantize:
@@ -38,11 +40,13 @@ rule quantize:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=3000,
-        runtime=60,
+        mem_mb=at_size(3000, 128000),
+        runtime=at_size(60, 4320),
+        gpu=at_size(0, 1),
     params:
         recipe=recipe,
+        device=DEVICE,
     shell:
         "python -m workflow.scripts.quantize {wildcards.model} {wildcards.method} {wildcards.bits}"
         " --recipe {params.recipe:q} --calibration {input.calibration} --init {input.init}"
-        " --threads {threads} -o {output} > {log} 2>&1"
+        " --threads {threads} --device {params.device} -o {output} > {log} 2>&1"

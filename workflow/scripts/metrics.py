@@ -14,11 +14,13 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, nargs="+", required=True, help="samples-*.npz of the cell")
     parser.add_argument("--fp-features", type=Path, nargs="+", required=True, help="the same of full precision")
     parser.add_argument("--fp-samples", type=Path, nargs="+", required=True)
-    parser.add_argument("--reference", type=Path, required=True, help="statistics of real images")
+    parser.add_argument("--reference", type=Path, nargs="?", help="statistics of real images, for FID and its kin")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
 
+    from quest.download import sha256_of
     from quest.files import atomic
+    from quest.ledger import fingerprint
     from quest.metrics import Cell, measure
     from quest.metrics.frechet import load_reference
     from quest.models import MODELS
@@ -27,15 +29,21 @@ def main() -> None:
     model = MODELS[arguments.model]
     cell = Cell.load(arguments.features, arguments.samples)
     fp = None if arguments.method == "fp" else Cell.load(arguments.fp_features, arguments.fp_samples)
+    reference, reference_sha256 = None, ""
+    if arguments.reference:
+        reference, reference_sha256 = load_reference(arguments.reference), sha256_of(arguments.reference)
+        reference.check(model.extractor, str(arguments.reference))
     measured = measure(
         cell,
-        load_reference(arguments.reference),
+        reference,
         fp,
         extractor=model.extractor,
         clip=model.clip,
         protocol=model.protocol,
+        reference_sha256=reference_sha256,
     )
     run = {"model": arguments.model, "method": arguments.method, "bits": arguments.bits}
+    measured["fingerprint"] = fingerprint(model, measured["drawn"]["images"], len(cell.index), reference_sha256)
     with atomic(arguments.output) as file:
         file.write_text(json.dumps(run | measured | {"provenance": provenance()}))
     for row in measured["rows"]:

@@ -17,6 +17,7 @@ def main() -> None:
     parser.add_argument("--init", type=Path, nargs="?", help="checkpoint to start from")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
 
     import torch
@@ -50,9 +51,15 @@ def main() -> None:
         started = {"init": {k: header.get(k) for k in ("method", "bits", "recipe", "cost", "seconds", "peak_memory")}}
     print(f"{arguments.model} {arguments.method} {arguments.bits}: {json.dumps(recipe)}", flush=True)
 
-    calibration = CalibrationSet.load(arguments.calibration)
+    calibration = CalibrationSet.load(arguments.calibration).to(arguments.device)
     start = time.perf_counter()
-    pipe = quest.quantize(model.load(), method=arguments.method, bits=arguments.bits, calibration=calibration, **recipe)
+    pipe = quest.quantize(
+        model.load(device=arguments.device),
+        method=arguments.method,
+        bits=arguments.bits,
+        calibration=calibration,
+        **recipe,
+    )
     seconds = round(time.perf_counter() - start, 1)
     spent = {"seconds": seconds, "peak_memory": peak_memory(), **started}
     quest.save(pipe, arguments.output, model=model.name, **spent, provenance=provenance())

@@ -15,7 +15,9 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, required=True, help="held-out full-precision trajectories")
     parser.add_argument("--samples", type=Path, required=True, help="file to write: index, images, latents")
     parser.add_argument("--features", type=Path, required=True, help="file to write: index, features of the images")
+    parser.add_argument("--drop-images", action="store_true", help="keep latents and features only")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
 
     import numpy as np
@@ -32,7 +34,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     shard, shards = map(int, arguments.shard.split("/"))
     model = MODELS[arguments.model]
-    pipe = model.load()
+    pipe = model.load(device=arguments.device)
     if arguments.checkpoint:
         pipe = quest.load(pipe, arguments.checkpoint)
 
@@ -42,15 +44,16 @@ def main() -> None:
     latents = torch.cat([batch[1] for batch in batches]).cpu().numpy()
     seconds = round(time.perf_counter() - start, 1)
     captions = model.conditions("evaluation", index.tolist()).get("prompt") if model.clip else None
-    features = extract(images, model.extractor, model.clip, captions)
+    features = extract(images, model.extractor, model.clip, captions, device=arguments.device)
     if arguments.checkpoint and shard == 0:
-        errors, timesteps = eps_error(pipe, CalibrationSet.load(arguments.evaluation))
+        errors, timesteps = eps_error(pipe, CalibrationSet.load(arguments.evaluation).to(arguments.device))
         features |= {"eps_error": errors.cpu().numpy(), "timesteps": np.array(timesteps)}
 
     seeds = {"split": "evaluation", "first": SEEDS["evaluation"], "n": arguments.n, "shard": arguments.shard}
     metadata = json.dumps({"seeds": seeds, "seconds": seconds, "provenance": provenance()})
     with atomic(arguments.samples) as file:
-        np.savez(file, index=index, images=images, latents=latents, metadata=metadata)
+        kept = {"latents": latents} if arguments.drop_images else {"images": images, "latents": latents}
+        np.savez(file, index=index, **kept, metadata=metadata)
     with atomic(arguments.features) as file:
         np.savez(file, index=index, **features, metadata=metadata)
     print(f"{len(index)} images in {seconds} s", flush=True)

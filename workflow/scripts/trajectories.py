@@ -14,6 +14,7 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, required=True, help="file to write, seeds of the evaluation split")
     parser.add_argument("--ranges", type=Path, required=True, help="CSV to write: layer_class, timestep, low, high")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
 
     import torch
@@ -25,7 +26,7 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     model = MODELS[arguments.model]
-    pipe = model.load()
+    pipe = model.load(device=arguments.device)
     for split, n in zip(("calibration", "evaluation"), arguments.n, strict=True):
         start = time.perf_counter()
         trajectories = collect(pipe, model, split, n)
@@ -43,7 +44,7 @@ def main() -> None:
             flush=True,
         )
 
-    rows = activation_ranges(pipe, calibration)
+    rows = activation_ranges(pipe, calibration.to(arguments.device))
     with atomic(arguments.ranges) as file, file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()

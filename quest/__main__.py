@@ -1,0 +1,64 @@
+"""`python -m quest plan CONFIG`: what a config costs. `python -m quest measure MODEL`: what its steps cost here."""
+
+import argparse
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m quest", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    plan = commands.add_parser("plan", help="jobs, hours, disk and memory of a config, before anything starts")
+    plan.add_argument("config", type=Path, help="workflow/config/*.yaml")
+    plan.add_argument("--machine", help="a machine of resources/costs.csv; default: this one's processor or GPU")
+    plan.add_argument("--costs", type=Path, help="measured costs (default resources/costs.csv)")
+    measure = commands.add_parser("measure", help="add to the measured costs")
+    measure.add_argument("model", help="a name in quest.models.MODELS")
+    measure.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    measure.add_argument("--batch", type=int, help="samples per call; default: those of a sampling batch")
+    measure.add_argument("--costs", type=Path, help="file to write (default resources/costs.csv)")
+    given = parser.parse_args(arguments)
+    try:
+        _plan(given) if given.command == "plan" else _measure(given)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"{given.command}: {error}") from None
+
+
+def _plan(given):
+    import yaml
+
+    from quest import plan, timing
+    from quest.config import validate
+
+    if not given.config.is_file():
+        raise FileNotFoundError(f"{given.config}: no such file; valid: a config such as workflow/config/paper.yaml")
+    config = yaml.safe_load(given.config.read_text())
+    validate(config)
+    costs = timing.read(given.costs or timing.COSTS)
+    machines = sorted({row["machine"] for row in costs})
+    machine = given.machine or timing.machine("cuda" if _has_gpu() else "cpu")
+    if given.machine and given.machine not in machines:
+        raise ValueError(f"--machine: nothing was measured on {given.machine!r}; valid: {', '.join(machines)}")
+    print(plan.report(config, costs, machine), end="")
+
+
+def _measure(given):
+    import torch
+
+    from quest import timing
+    from quest.models import get
+
+    torch.set_num_threads(1)
+    rows = timing.measure(get(given.model), given.device, given.batch)
+    timing.record(rows, given.costs or timing.COSTS)
+    for row in rows:
+        print(f"{row['model']} on {row['machine']}: {row['what']} {row['value']} {row['unit']}")
+
+
+def _has_gpu():
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Reference statistics from real images: LSUN Churches has no official ones, and others come as the evaluator's .npz.
+
+Images of a folder are prepared as latent diffusion's loader does for training (arXiv:2112.10752): cropped at the centre
+to a square of the shorter side, resized with Pillow's bicubic filter, 8 bits. Its random flips are left out.
+"""
+
+import hashlib
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from quest.download import sha256_of
+from quest.files import atomic
+from quest.metrics import weights
+from quest.metrics.features import extract
+from quest.metrics.frechet import Reference, Statistics, load_reference, save_reference
+from quest.provenance import provenance
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+CHUNK = 1000  # images held at once
+
+
+def build(
+    source: str | Path,
+    output: str | Path,
+    extractor: str = "adm",
+    *,
+    size: int = 256,
+    n: int | None = None,
+    keep: int = 10_000,
+    device: str = "cpu",
+) -> Reference:
+    """Write statistics of the images in `source`, or of the first n of them, to `output` (.npz), and return them.
+
+    Features of the first `keep` images are kept for precision. Raises ValueError, naming what is at fault, for a source
+    without images, fewer than n, an image that cannot be read, or an .npz of something else.
+    """
+    source = Path(source)
+    made = {"extractor": extractor, "extractor_sha256": weights.sha256(extractor), "provenance": provenance()}
+    if source.is_file():
+        arrays = _arrays(source)
+        if not arrays:  # statistics that this project made
+            return _copied(source, output, extractor)
+        if "mu_s" in arrays:
+            return _published(source, arrays, output, made)
+        images, digest, what = _array_chunks(source, arrays, n), sha256_of(source), f"images of {source.name}"
+    elif source.is_dir():
+        files = _files(source, n)
+        digest = _listing(source, files)
+        images = _file_chunks(files, size)
+        what = f"images of folder {source.name}, centre crop, bicubic to {size}"
+    else:
+        raise FileNotFoundError(f"{source}: no such file or folder; give a folder of images or an .npz")
+
+    moments, features, count = {"pool": _Moments(), "spatial": _Moments()}, [], 0
+    for chunk in images:
+        got = extract(chunk, extractor, device=device)
+        for name, of in moments.items():
+            of.add(got[name])
+        features.append(got["pool"][: max(0, keep - count)])
+        count += len(chunk)
+    pool, spatial = (moments[name].statistics() for name in ("pool", "spatial"))
+    metadata = {"data": f"{count} {what}", "source_sha256": digest} | made
+    with atomic(output) as temporary:
+        save_reference(temporary, pool, spatial, metadata, np.concatenate(features) if keep else None)
+    return load_reference(output)
+
+
+class _Moments:
+    """Sums of features and of their products, in float64, about the first chunk's mean: no cancellation later."""
+
+    def __init__(self):
+        self.n, self.origin = 0, None
+
+    def add(self, features: np.ndarray) -> None:
+        features = features.astype(np.float64)
+        if self.origin is None:
+            self.origin = features.mean(axis=0)
+            self.sum, self.products = np.zeros_like(self.origin), np.zeros((features.shape[1],) * 2)
+        centred = features - self.origin
+        self.n += len(features)
+        self.sum += centred.sum(axis=0)
+        self.products += centred.T @ centred
+
+    def statistics(self) -> Statistics:
+        if self.n < 2:
+            raise ValueError(f"statistics need at least 2 images, got {self.n}")
+        mean = self.sum / self.n
+        return Statistics(self.origin + mean, (self.products - self.n * np.outer(mean, mean)) / (self.n - 1), self.n)
+
+
+def _arrays(path):
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            # Images are gigabytes: only what is asked for is read.
+            names = [name for name in ("mu", "sigma", "mu_s", "sigma_s", "arr_0") if name in file.files]
+            if {"mu", "sigma", "mu_s", "sigma_s"} <= set(names):
+                return {name: file[name] for name in names if name != "arr_0"}
+            if "arr_0" in names:
+                return {"arr_0": file["arr_0"]}
+            if "pool_mean" in file.files:
+                return {}
+            found = ", ".join(file.files) or "nothing"
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not an .npz file of arrays") from error
+    raise ValueError(f"{path}: holds {found}; needed: images arr_0, or statistics mu, sigma, mu_s, sigma_s")
+
+
+def _copied(source, output, extractor):
+    loaded = load_reference(source)
+    loaded.check(extractor, str(source))
+    with atomic(output) as temporary:
+        shutil.copyfile(source, temporary)
+    return loaded
+
+
+def _published(source, arrays, output, made):
+    if made["extractor"] != "adm":
+        raise ValueError(f"{source}: statistics of the guided-diffusion evaluator are for adm, not {made['extractor']}")
+    pool, spatial = (Statistics(arrays[f"mu{s}"], arrays[f"sigma{s}"], 0) for s in ("", "_s"))
+    metadata = {"data": f"statistics in {source.name}, number of images not said", "source_sha256": sha256_of(source)}
+    with atomic(output) as temporary:
+        save_reference(temporary, pool, spatial, metadata | made)
+    return load_reference(output)
+
+
+def _array_chunks(path, arrays, n) -> Iterator[np.ndarray]:
+    images = arrays["arr_0"]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"{path}: arr_0 must be uint8 [N, H, W, 3], got {images.dtype} {images.shape}")
+    _at_least(path, len(images), n)
+    images = images[:n]
+    return (images[i : i + CHUNK] for i in range(0, len(images), CHUNK))
+
+
+def _files(folder, n):
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"{folder}: no images in it; looked for {', '.join(sorted(SUFFIXES))}")
+    _at_least(folder, len(files), n)
+    return files[:n]
+
+
+def _at_least(source, found, n):
+    if n is not None and found < n:
+        raise ValueError(f"{source}: {found} images, {n} asked for")
+
+
+def _listing(folder, files):
+    """One hash of the files' names and contents, in order."""
+    digest = hashlib.sha256()
+    for file in tqdm(files, desc="hashing", unit="image"):
+        digest.update(f"{file.relative_to(folder).as_posix()} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _file_chunks(files, size) -> Iterator[np.ndarray]:
+    with tqdm(total=len(files), desc="reference", unit="image") as bar:
+        for start in range(0, len(files), CHUNK):
+            chunk = np.stack([prepared(file, size) for file in files[start : start + CHUNK]])
+            bar.update(len(chunk))
+            yield chunk
+
+
+def prepared(file: Path, size: int) -> np.ndarray:
+    """An image of a file, cropped to its middle square and resized, uint8 [size, size, 3]."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"{file}: not an image that can be read ({error})") from error
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    if side != size:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image)

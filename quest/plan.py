@@ -1,0 +1,259 @@
+"""What a config will cost before anything starts: jobs, hours, disk and memory, from measured costs of single steps.
+
+What was not measured on a machine is said to be unknown, and no total contains a guess.
+"""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from quest import timing
+from quest.config import FULL_PRECISION, Run, runs
+from quest.models import MODELS, Model
+from quest.zoo import ZOO
+
+FLOAT = 4  # bytes of a float32
+INCEPTION_VALUES = 2048 + 2023 + 1008
+FEATURE_VALUES = {"scenes": 64 + 112 + 48, "adm": INCEPTION_VALUES}
+FEATURE_VALUES |= {"torch-fidelity": INCEPTION_VALUES, "clean": INCEPTION_VALUES}
+CLIP_VALUES = {None: 0, "scenes-clip": 2 * 64, "ViT-B-16": 2 * 512}
+RANGES_SAMPLES = 32  # per timestep, of the ranges that the figures show
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model: denoiser parameters, values of a latent and of an image, values of the context of a sample."""
+
+    parameters: int
+    latent: int
+    image: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Jobs of one kind of one model: hours is NaN where a cost was not measured, bytes where a size is not known."""
+
+    model: str
+    kind: str
+    jobs: int
+    hours: float
+    bytes: float
+    missing: tuple[str, ...] = ()
+
+
+def cells(config: dict) -> tuple[list[Run], list[Run]]:
+    """(cells that are sampled, checkpoints that are made): full precision and starting points included."""
+    grid = runs(config)
+    sampled = list(dict.fromkeys([Run(run.model, *FULL_PRECISION) for run in grid] + grid))
+    made = [run for run in grid if run.method != FULL_PRECISION[0]]
+    for run in made:  # grows while it is read: a starting point may have one itself
+        start = config["methods"][run.method].get("init")
+        if start and (at := Run(run.model, start, run.bits)) not in made:
+            made.append(at)
+    return sampled, made
+
+
+def jobs(config: dict) -> Counter:
+    """Jobs of each rule, as `snakemake -n` counts them where nothing is there yet."""
+    grid, (sampled, made) = runs(config), cells(config)
+    settings = config["models"]
+    drawn = dict.fromkeys(run.model for run in sampled)
+    prepared = [name for name in settings if MODELS[name].origin]
+    pairs = {(run.model, run.bits) for run in grid if run.method != FULL_PRECISION[0]}
+    count = Counter(
+        {
+            "model": len(prepared),
+            "network": len({net for name in drawn for net in _networks(MODELS[name])}),
+            "tiny_checkpoint": sum(settings[n].get("checkpoint", "").startswith("results/") for n in prepared),
+            "reference": sum(_has_reference(name, settings[name]) for name in drawn),
+            "trajectories": len(settings),
+            "quantize": len(made),
+            "sample": sum(settings[run.model].get("shards", 1) for run in sampled),
+            "metrics": len(grid),
+            "tables": 1,
+            "curves": 1,
+            "grid": sum(settings[model].get("keep_images", True) for model, _ in pairs),
+            "all": 1,
+        }
+    )
+    return +count
+
+
+def _networks(model):
+    """The networks of a model's metrics that do not ship."""
+    return ({"inception"} if model.extractor != "scenes" else set()) | ({model.clip} - {None, "scenes-clip"})
+
+
+def _has_reference(name, settings):
+    return MODELS[name].origin is not None and MODELS[name].extractor != "scenes" and settings["reference"] != "none"
+
+
+def shape(model: Model) -> Shape | None:
+    """Sizes of a model, exact without its weights; None where only a prepared folder would say."""
+    if model.origin is None:
+        return _shipped(model)
+    if model.origin.compvis is None:
+        return None
+    from quest.compvis import denoiser
+    from quest.rehearsal import COMPVIS
+
+    unet = denoiser(COMPVIS / f"{model.origin.compvis}.yaml", "meta")
+    config = unet.config
+    tokens = {"none": 0, "class": timing.CLASS_TOKENS, "text": timing.TEXT_TOKENS}[model.conditioning]
+    factor = 8 if config.in_channels == 4 else 4  # KL-f8 has four channels, VQ-f4 three
+    return Shape(
+        parameters=sum(p.numel() for p in unet.parameters()),
+        latent=config.in_channels * config.sample_size**2,
+        image=3 * (config.sample_size * factor) ** 2,
+        context=tokens * config.cross_attention_dim if tokens else 0,
+    )
+
+
+def _shipped(model):
+    folder = ZOO / model.name / "unet"
+    config = json.loads((folder / "config.json").read_text())
+    with open(folder / "diffusion_pytorch_model.safetensors", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    tokens = {"none": 0, "class": 4, "text": timing.TEXT_TOKENS}[model.conditioning]
+    return Shape(
+        parameters=sum(math.prod(tensor["shape"]) for tensor in header.values()),
+        latent=config["in_channels"] * config["sample_size"] ** 2,
+        image=3 * 64**2,
+        context=tokens * config.get("cross_attention_dim", 0) if tokens else 0,
+    )
+
+
+def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
+    """What each kind of job of each model needs in all, from what was measured on `machine`."""
+    sampled, made = cells(config)
+    found = []
+    for name, settings in config["models"].items():
+        model, sizes = MODELS[name], shape(MODELS[name])
+        known = {row["what"]: row["value"] for row in costs if (row["model"], row["machine"]) == (name, machine)}
+        images, halves = settings["images"], 2 if model.guidance > 1 else 1
+        calls = (model.steps + (model.sampler == "plms")) * halves  # denoiser samples per image
+        rows = settings.get("trajectories", model.trajectories) + settings.get("evaluation", 16)
+        row_bytes = math.nan if sizes is None else FLOAT * (2 * sizes.latent + sizes.context)
+        found.append(_trajectories(name, model, known, rows, calls, row_bytes))
+        checkpoints = [run for run in made if run.model == name]
+        size = math.nan if sizes is None else FLOAT * sizes.parameters
+        needed, unknown = Counter(), []
+        for run in checkpoints:
+            work = _quantize_work(run.method, config["methods"][run.method], rows * calls)
+            needed.update(work or {})
+            unknown += [] if work is not None else [f"what {run.method} does"]
+        hours, missing = _hours(known, len(checkpoints), needed)
+        if unknown:
+            hours, missing = math.nan, (*missing, *dict.fromkeys(unknown))
+        found.append(Part(name, "quantize", len(checkpoints), hours, size * len(checkpoints), missing))
+        for kind, own, call in (
+            ("fp", "sample, full precision", "call"),
+            (None, "sample, quantized", "quantized call"),
+        ):
+            of_kind = [run for run in sampled if run.model == name and (run.method == "fp") == (kind == "fp")]
+            made_images = images * len(of_kind)
+            count = settings.get("shards", 1) * len(of_kind)
+            hours, missing = _hours(
+                known, count, {call: made_images * calls, "decode": made_images, "features": made_images}
+            )
+            kept = _image_bytes(model, sizes, settings.get("keep_images", True))
+            found.append(Part(name, own, count, hours, kept * made_images, missing))
+    return [part for part in found if part.jobs]
+
+
+def _trajectories(name, model, known, rows, calls, row_bytes):
+    padded = -(-rows // model.batch_size) * model.batch_size
+    work = {"call": padded * calls + RANGES_SAMPLES * model.steps}
+    hours, missing = _hours(known, 1, work)
+    return Part(name, "trajectories", 1, hours, rows * calls * row_bytes, missing)
+
+
+def _quantize_work(method, recipe, calibration):
+    """What making one checkpoint takes, {cost: how often}; None for a method whose work is not written down here.
+
+    calibration: samples in the calibration set. Round-to-nearest passes a few of them once, which is left out.
+    """
+    if method.startswith("rtn"):
+        return {}
+    if not method.startswith("quest"):
+        return None
+    recipe = _defaults() | recipe
+    iterations = recipe["tla_iterations"] + recipe["cma_iterations"]
+    # Each of the two stages lets full precision see the whole calibration set first.
+    return {"training step": iterations * recipe["batch"], "call": 2 * calibration}
+
+
+def _defaults():
+    """QuEST's own iterations and batch."""
+    import inspect
+
+    from quest.finetune import quantize
+
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(quantize).parameters.items()
+        if name in ("tla_iterations", "cma_iterations", "batch")
+    }
+
+
+def _image_bytes(model, sizes, keep):
+    if sizes is None:
+        return math.nan
+    values = FEATURE_VALUES[model.extractor] + CLIP_VALUES[model.clip] + sizes.latent
+    return FLOAT * values + (sizes.image if keep else 0)
+
+
+def _hours(known, jobs, work):
+    """Hours of `work` {what: how often} in `jobs` processes, and what of it was not measured."""
+    needed = {what: often for what, often in work.items() if often} | {"start": jobs}
+    missing = tuple(what for what in needed if what not in known)
+    seconds = sum(known.get(what, math.nan) * often for what, often in needed.items())
+    return seconds / 3600, missing
+
+
+def report(config: dict, costs: list[dict], machine: str) -> str:
+    """The plan as Markdown: jobs by rule, work by model, disk, memory, and where each cost was measured."""
+    of_rule, found = jobs(config), parts(config, costs, machine)
+    lines = [f"## Plan of `{config['name']}` on {machine}", "", "| rule | jobs |", "|---|---:|"]
+    lines += [f"| {rule} | {count} |" for rule, count in of_rule.items()]
+    lines += [f"| in all | {sum(of_rule.values())} |", ""]
+    lines += ["| model | jobs | number | hours | disk [GB] |", "|---|---|---:|---:|---:|"]
+    for part in found:
+        hours = f"{part.hours:.2f}" if math.isfinite(part.hours) else f"not measured: {', '.join(part.missing)}"
+        disk = f"{part.bytes / 1e9:.2f}" if math.isfinite(part.bytes) else "size not known before it is prepared"
+        lines.append(f"| {part.model} | {part.kind} | {part.jobs} | {hours} | {disk} |")
+    lines += ["", *_totals(found), "", *_measured(config, costs, machine)]
+    return "\n".join(lines) + "\n"
+
+
+def _totals(found):
+    hours = [part.hours for part in found if math.isfinite(part.hours)]
+    sizes = [part.bytes for part in found if math.isfinite(part.bytes)]
+    unknown = sum(not math.isfinite(part.hours) for part in found)
+    told = f"Hours of one device, of what was measured: {sum(hours):.1f}"
+    if unknown:
+        told += f"; {unknown} of {len(found)} lines were not, so this is no total"
+    disk = f"Disk of what is known: {sum(sizes) / 1e9:.1f} GB. Metrics, tables and figures are left out of both."
+    return [f"{told}.", "", disk]
+
+
+def _measured(config, costs, machine):
+    lines = []
+    for name in config["models"]:
+        rows = [row for row in costs if row["model"] == name]
+        here = [row for row in rows if row["machine"] == machine]
+        memory = next((row["value"] for row in here if row["what"] == "memory"), None)
+        if here:
+            kinds = ", ".join(row["what"] for row in here)
+            one = here[0]
+            told = f"measured on {one['date']}, batch {one['batch']}, {one['weights']} weights: {kinds}"
+            told += f"; at most {memory:.0f} MB" if memory is not None else "; memory not measured"
+        else:
+            others = sorted({row["machine"] for row in rows})
+            told = f"nothing measured here; `python -m quest measure {name} --device DEVICE` does, in a minute"
+            told += f" (measured on {'; '.join(others)})" if others else ""
+        lines.append(f"- {name}: {told}.")
+    return lines

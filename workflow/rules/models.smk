@@ -1,0 +1,47 @@
+# The paper's models: their checkpoints, named in the config or fetched, become pipelines in results/models. That is done
+# once, whatever the configs that use them.
+
+
+# Random weights in CompVis's format, for the rehearsal.
+rule tiny_checkpoint:
+    output:
+        "results/checkpoints/{tiny}.ckpt",
+    log:
+        "results/checkpoints/{tiny}.log",
+    wildcard_constraints:
+        tiny="tiny-[a-z]+",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=5,
+    shell:
+        "python -m quest.rehearsal {wildcards.tiny} -o {output} > {log} 2>&1"
+
+
+rule model:
+    input:
+        script="workflow/scripts/model.py",
+        checkpoint=given("checkpoint"),
+        tokenizer=given("tokenizer"),
+        captions=given("captions"),
+    output:
+        directory("results/models/{model}"),
+    log:
+        "results/models/{model}.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=at_size(2000, 32000),
+        runtime=at_size(10, 240),
+    params:
+        checkpoint=setting("checkpoint"),
+        tokenizer=setting("tokenizer"),
+        captions=setting("captions"),
+        n=setting("images"),
+    shell:
+        "python -m workflow.scripts.model {wildcards.model} --checkpoint {params.checkpoint}"
+        " --tokenizer {params.tokenizer} --captions {params.captions} -n {params.n}"
+        " --fetched results/checkpoints -o {output} > {log} 2>&1"

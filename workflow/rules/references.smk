@@ -1,0 +1,44 @@
+# Statistics of real images for the models whose own do not ship. Made once for all configs, like the models themselves:
+# another source under the same model is another file name in the config, so `--forcerun reference` replaces them.
+rule reference:
+    input:
+        networks=networks,
+    output:
+        "results/references/{model}.npz",
+    log:
+        "results/references/{model}.log",
+    conda:
+        "../../environment.yml"
+    threads: 8
+    resources:
+        mem_mb=8000,
+        runtime=240,
+        gpu=at_size(0, 1),
+    params:
+        source=setting("reference"),
+        extractor=lambda wc: MODELS[wc.model].extractor,
+        size=lambda wc: config["models"][wc.model].get("resize", 256),
+        device=DEVICE,
+    shell:
+        "python -m workflow.scripts.reference {params.source:q} --extractor {params.extractor} --size {params.size}"
+        " --threads {threads} --device {params.device} -o {output} > {log} 2>&1"
+
+
+# Inception and CLIP, fetched unless they lie there, and checked. Before the jobs that use them: many jobs that start at
+# once would fetch one file into one place.
+rule network:
+    output:
+        "results/networks/{network}.json",
+    log:
+        "results/networks/{network}.log",
+    wildcard_constraints:
+        network="inception|ViT-B-16",
+    localrule: True
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=60,
+    shell:
+        "python -m workflow.scripts.network {wildcards.network} -o {output} > {log} 2>&1"

@@ -1,0 +1,52 @@
+"""The pipeline of one of the paper's models from its published weights: found or fetched, checked and converted."""
+
+import argparse
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a name in quest.models.MODELS that does not ship")
+    parser.add_argument(
+        "--checkpoint", type=Path, nargs="?", help="published weights; without it, fetched if they can be"
+    )
+    parser.add_argument("--tokenizer", type=Path, nargs="?", help="folder of the CLIP tokenizer")
+    parser.add_argument("--captions", type=Path, nargs="?", help="file with one caption per line")
+    parser.add_argument("-n", type=int, required=True, help="images that will be evaluated")
+    parser.add_argument("--fetched", type=Path, required=True, help="folder for what is fetched")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
+    arguments = parser.parse_args()
+
+    from quest.download import fetch
+    from quest.models import get
+
+    model = get(arguments.model)
+    origin, checkpoint = model.origin, arguments.checkpoint
+    if origin is None:
+        raise SystemExit(f"{model.name}: ships with the suite; nothing to prepare")
+    if checkpoint is None:
+        if origin.url is None:
+            raise SystemExit(
+                f"models.{model.name}.checkpoint: not in the config, and no address is known; name the path of "
+                f"{origin.what}"
+            )
+        checkpoint = fetch(origin.url, arguments.fetched / Path(origin.url).name, origin.sha256)
+
+    from quest.origins import prepare
+
+    try:
+        prepare(
+            model,
+            checkpoint,
+            arguments.output,
+            tokenizer=arguments.tokenizer,
+            captions=arguments.captions,
+            images=arguments.n,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"{model.name}: {error}") from None
+    print(f"{model.name}: {checkpoint} became {arguments.output}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

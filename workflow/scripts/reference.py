@@ -1,0 +1,42 @@
+"""Statistics of real images for FID, sFID and precision, from a folder of images or an .npz, with their provenance.
+
+SOURCE is a folder (searched through, files in the order of their paths), an .npz with uint8 images `arr_0`
+[N, H, W, 3], or one that the guided-diffusion evaluator publishes: its `mu`, `sigma`, `mu_s`, `sigma_s` are taken as
+they are then.
+"""
+
+import argparse
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--extractor", default="adm", help="network and protocol (default %(default)s)")
+    parser.add_argument("--size", type=int, default=256, help="side of the images of a folder (default %(default)s)")
+    parser.add_argument("-n", type=int, help="the first N images only")
+    parser.add_argument("--features", type=int, default=10_000, help="images kept for precision (default %(default)s)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    arguments = parser.parse_args()
+
+    import torch
+
+    from quest.metrics.reference import build
+
+    torch.set_num_threads(arguments.threads)
+    reference = build(
+        arguments.source,
+        arguments.output,
+        arguments.extractor,
+        size=arguments.size,
+        n=arguments.n,
+        keep=arguments.features,
+        device=arguments.device,
+    )
+    print(f"{arguments.output}: {reference.metadata['data']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
