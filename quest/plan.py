@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from quest import timing
-from quest.config import FULL_PRECISION, Run, runs
+from quest.config import FULL_PRECISION, Run, runs, start_of
 from quest.models import MODELS, Model
 from quest.zoo import ZOO
 
@@ -49,9 +49,8 @@ def cells(config: dict) -> tuple[list[Run], list[Run]]:
     sampled = list(dict.fromkeys([Run(run.model, *FULL_PRECISION) for run in grid] + grid))
     made = [run for run in grid if run.method != FULL_PRECISION[0]]
     for run in made:  # grows while it is read: a starting point may have one itself
-        start = config["methods"][run.method].get("init")
-        if start and (at := Run(run.model, start, run.bits)) not in made:
-            made.append(at)
+        if (start := start_of(config, run)) and start not in made:
+            made.append(start)
     return sampled, made
 
 
@@ -142,7 +141,7 @@ def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
         size = math.nan if sizes is None else FLOAT * sizes.parameters
         needed, unknown = Counter(), []
         for run in checkpoints:
-            work = _quantize_work(run.method, config["methods"][run.method], rows * calls)
+            work = _quantize_work(run.method, config["methods"][run.method], model.selection, rows * calls)
             needed.update(work or {})
             unknown += [] if work is not None else [f"what {run.method} does"]
         hours, missing = _hours(known, len(checkpoints), needed)
@@ -171,7 +170,7 @@ def _trajectories(name, model, known, rows, calls, row_bytes):
     return Part(name, "trajectories", 1, hours, rows * calls * row_bytes, missing)
 
 
-def _quantize_work(method, recipe, calibration):
+def _quantize_work(method, recipe, selection, calibration):
     """What making one checkpoint takes, {cost: how often}; None for a method whose work is not written down here.
 
     calibration: samples in the calibration set. Round-to-nearest passes a few of them once, which is left out.
@@ -180,23 +179,17 @@ def _quantize_work(method, recipe, calibration):
         return {}
     if not method.startswith("quest"):
         return None
-    recipe = _defaults() | recipe
-    iterations = recipe["tla_iterations"] + recipe["cma_iterations"]
-    # Each of the two stages lets full precision see the whole calibration set first.
-    return {"training step": iterations * recipe["batch"], "call": 2 * calibration}
+    from baselines import METHODS
+    from quest.finetune import sized
 
-
-def _defaults():
-    """QuEST's own iterations and batch."""
-    import inspect
-
-    from quest.finetune import quantize
-
-    return {
-        name: parameter.default
-        for name, parameter in inspect.signature(quantize).parameters.items()
-        if name in ("tla_iterations", "cma_iterations", "batch")
-    }
+    recipe = getattr(METHODS[method], "keywords", {}) | recipe
+    size = sized(recipe.get("preset", "short"), recipe.get("selection", selection))
+    batch = recipe.get("batch")
+    steps = 0
+    for stage, iterations, own in zip(("tla", "cma"), size.iterations, size.batch, strict=True):
+        steps += recipe.get(f"{stage}_iterations", iterations) * (batch or own)
+    # Full precision sees the whole calibration set first, for the targets of both stages.
+    return {"training step": steps, "call": calibration}
 
 
 def _image_bytes(model, sizes, keep):

@@ -36,6 +36,7 @@ def test_installed_version_lies_in_the_range(line):
 def test_what_code_imports_is_declared():
     """Every third-party package imported anywhere in the code is among the dependencies, by the name pip knows."""
     pip_names = {"yaml": "pyyaml", "PIL": "pillow", "open_clip": "open-clip-torch", "cleanfid": "clean-fid"}
+    pip_names["torch_fidelity"] = "torch-fidelity"
     declared = {Requirement(line).name for line in PROJECT["dependencies"]}
     undeclared = set()
     for file in (file for folder in ("quest", "baselines", "workflow") for file in (ROOT / folder).rglob("*.py")):

@@ -69,7 +69,7 @@ def test_hours_are_the_costs_times_the_work():
     assert found["sample, quantized"].hours * 3600 == pytest.approx(2 * (drawn * 0.003 + 120 * 0.3) + 4 * 10)
     assert found["trajectories"].hours * 3600 == pytest.approx((50 * 40 + 32 * 20) * 0.002 + 10)
     calibration = 12 * 40
-    quest = (5 + 5) * 16 * 0.01 + 2 * calibration * 0.002
+    quest = (5 + 5) * 16 * 0.01 + calibration * 0.002
     assert found["quantize"].hours * 3600 == pytest.approx(quest + 2 * 10)
     assert found["sample, full precision"].bytes == 120 * (4 * (64 + 112 + 48) + 4 * 512 + 3 * 64 * 64)
 

@@ -61,7 +61,7 @@ def run(tmp_path_factory) -> Path:
     reference = folder / "reference.npz"
     real = np.random.default_rng(9)
     pool, spatial = (Statistics.from_features(real.normal(size=(200, d))) for d in (6, 7))
-    save_reference(reference, pool, spatial, {"what": "made up"})
+    save_reference(reference, pool, spatial, {"what": "made up", "extractor": "scenes"})
 
     def files(cell, kind):
         return [model / cell / f"{kind}-{shard}.npz" for shard in (1, 0)]

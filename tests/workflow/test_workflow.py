@@ -45,8 +45,8 @@ def test_every_config_runs_its_own_recipes(stubbed, name):
     assert made == {(run.model, run.method, run.bits) for run in runs(config)}
     images = {words[3]: int(words[words.index("-n") + 1]) for words in of(commands, "sample")}
     assert images == {model: settings["images"] for model, settings in config["models"].items()}
-    # What configs share lies beside their folders: prepared models, statistics of real images.
-    shared = ("workflow.scripts.model ", "workflow.scripts.reference ")
+    # What configs share lies beside their folders: prepared models, fetched networks, statistics of real images.
+    shared = tuple(f"workflow.scripts.{script} " for script in ("model", "network", "reference"))
     assert all(f"results/{name}/" in command for command in commands if not any(script in command for script in shared))
     assert {words[3] for words in of(commands, "model")} == {m for m in config["models"] if MODELS[m].origin}
     (curves,) = of(commands, "curves")
