@@ -9,11 +9,11 @@ from pathlib import Path
 from quest import captions as caption_files
 from quest.compvis import load
 from quest.download import sha256_of
+from quest.files import atomic_folder
 from quest.models import CAPTION_LINES, Model, load_pipeline
-from quest.pipelines import LatentDiffusionPipeline, QuadraticDDIMScheduler
+from quest.pipelines import LatentDiffusionPipeline, QuadraticDDIMScheduler, forget_origin
 from quest.provenance import provenance
 from quest.rehearsal import COMPVIS
-from quest.zoo.training import atomic_folder
 
 
 def prepare(model: Model, checkpoint, out, *, tokenizer=None, captions=None, images: int = 0) -> None:
@@ -38,7 +38,7 @@ def prepare(model: Model, checkpoint, out, *, tokenizer=None, captions=None, ima
     with atomic_folder(out) as folder:
         pipe.save_pretrained(folder)
         for config in folder.glob("*/config.json"):
-            _forget_origin(config)
+            forget_origin(config)
         if lines is not None:
             (folder / "captions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         origin = {
@@ -121,10 +121,3 @@ def _lines(model: Model, path, images: int) -> list[str]:
     # The last batch is filled with trajectories that are then left out; they have captions too.
     caption_files.enough(path, captions, first + -(-model.trajectories // model.batch_size) * model.batch_size)
     return captions[:end]
-
-
-def _forget_origin(path: Path) -> None:
-    """Take the folder a component was loaded from out of its config: it means nothing on another machine."""
-    settings = json.loads(path.read_text())
-    settings.pop("_name_or_path", None)
-    path.write_text(json.dumps(settings, indent=2) + "\n")

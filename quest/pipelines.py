@@ -5,7 +5,9 @@ autoencoder. As there, the denoiser is called `unet`, and guidance doubles its b
 condition.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -257,3 +259,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
+
+
+def forget_origin(path: Path) -> None:
+    """Take the folder a component was loaded from out of its config: it means nothing on another machine."""
+    settings = json.loads(path.read_text())
+    settings.pop("_name_or_path", None)
+    path.write_text(json.dumps(settings, indent=2) + "\n")

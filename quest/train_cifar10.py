@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
-from quest.files import atomic
-from quest.zoo.training import Average, Progress, atomic_folder, generator, load_checkpoint, save_checkpoint
+from quest.files import atomic, atomic_folder
+from quest.zoo.training import Average, Progress, generator, load_checkpoint, save_checkpoint
 
 ITERATIONS = 800_000
 BATCH = 128

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
+from quest.files import atomic_folder
 from quest.zoo import scenes
-from quest.zoo.training import Progress, atomic_folder, cosine, generator, load_checkpoint, save_checkpoint
+from quest.zoo.training import Progress, cosine, generator, load_checkpoint, save_checkpoint
 
 LATENT_CHANNELS = 8
 PATCH = 8

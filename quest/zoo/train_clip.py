@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from quest.files import atomic_folder
 from quest.zoo import scenes
 from quest.zoo.clip import load
 from quest.zoo.train_autoencoder import to_tensor
 from quest.zoo.train_extractor import augment
-from quest.zoo.training import Progress, atomic_folder, cosine, generator, load_checkpoint, save_checkpoint
+from quest.zoo.training import Progress, cosine, generator, load_checkpoint, save_checkpoint
 from quest.zoo.vocabulary import MAX_LENGTH, build_tokenizer, encode
 
 

@@ -12,7 +12,6 @@ quarters) it may resume with another number of iterations.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -27,13 +26,13 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from quest.pipelines import ClassEmbedder, LatentDiffusionPipeline
+from quest.files import atomic_folder
+from quest.pipelines import ClassEmbedder, LatentDiffusionPipeline, forget_origin
 from quest.zoo import latents, scenes
 from quest.zoo.train_autoencoder import LATENT_CHANNELS
 from quest.zoo.training import (
     Average,
     Progress,
-    atomic_folder,
     constant_then_decay,
     generator,
     load_checkpoint,
@@ -189,15 +188,8 @@ def export(trainee, vae, out):
         mine.load_state_dict(theirs.state_dict())
     with atomic_folder(out) as folder:
         copy.pipeline(vae).to(dtype=torch.float16).save_pretrained(folder)
-        _forget_origin(folder / "vae" / "config.json")
+        forget_origin(folder / "vae" / "config.json")
     vae.float()
-
-
-def _forget_origin(path):
-    """Take the folder a component was loaded from out of its config: it means nothing on another machine."""
-    settings = json.loads(path.read_text())
-    settings.pop("_name_or_path", None)
-    path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def train(

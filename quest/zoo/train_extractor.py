@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
+from quest.files import atomic_folder
 from quest.zoo import scenes
 from quest.zoo.extractor import HEADS, SceneNet, outputs, targets
 from quest.zoo.train_autoencoder import to_images, to_tensor
-from quest.zoo.training import Progress, atomic_folder, cosine, generator, load_checkpoint, save_checkpoint
+from quest.zoo.training import Progress, cosine, generator, load_checkpoint, save_checkpoint
 
 
 def augment(x, g):

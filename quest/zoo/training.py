@@ -5,10 +5,7 @@ one that was not, and a recipe is its number of iterations.
 """
 
 import math
-import shutil
-import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -74,22 +71,6 @@ def load_checkpoint(path, modules, optimizer, average=None):
     if average:
         average.values = state["average"]
     return state["iteration"]
-
-
-@contextmanager
-def atomic_folder(path):
-    """Yield an empty folder beside `path` that takes its place when the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes folders only their owner can read
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class Progress:
