@@ -7,7 +7,7 @@ from diffusers.models.attention import BasicTransformerBlock
 
 from baselines.adaround import Preset, round_weights, settings, splits, uniform
 from quest import ranges
-from quest.calibration import CalibrationSet, calibrate, calibrating
+from quest.calibration import CalibrationSet, calibrate, calibrating, running
 from quest.checkpoint import load_weights
 from quest.layers import Keep, input_quantizers, split_layers, swap
 from quest.reconstruction import reconstruct_activations
@@ -130,13 +130,11 @@ def activation_ranges_of(
     batches = order.split(BATCH)
     with calibrating(denoiser, ranges.minmax if kind == "ema-symmetric" else ranges.mse):
         denoiser(**drawn.inputs(batches[0]))
-    running = {
-        name: ranges.Running(MOMENTUM, ranges.positive if name.endswith("processor.p") else ranges.extremes)
-        for name in quantizers
-        if ".processor." not in name or name.startswith(blocks)
+    choosers = {
+        name: running(name, MOMENTUM) for name in quantizers if ".processor." not in name or name.startswith(blocks)
     }
     try:
-        for name, chooser in running.items():
+        for name, chooser in choosers.items():
             quantizers[name].choose = chooser
         for rows in batches:
             denoiser(**drawn.inputs(rows))

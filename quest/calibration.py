@@ -159,6 +159,11 @@ def calibrating(denoiser: nn.Module, choose: Callable) -> Iterator[None]:
             q.choose = None
 
 
+def running(quantizer: str, momentum: float) -> ranges.Running:
+    """Running averages as the range of the activation quantizer of this name; softmax probabilities keep [0, max]."""
+    return ranges.Running(momentum, ranges.positive if quantizer.endswith("processor.p") else ranges.extremes)
+
+
 @torch.no_grad()
 def calibrate(
     denoiser: nn.Module,
@@ -189,9 +194,7 @@ def calibrate(
                 denoiser(**calibration.inputs(rows[:samples]))
                 continue
             for name, q in input_quantizers(denoiser).items():
-                q.choose = ranges.Running(
-                    momentum, ranges.positive if name.endswith("processor.p") else ranges.extremes
-                )
+                q.choose = running(name, momentum)
             for batch in (rows[:samples], *rows.split(samples)):
                 denoiser(**calibration.inputs(batch))
 
