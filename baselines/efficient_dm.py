@@ -15,9 +15,9 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from quest import cost, ranges
+from quest.alignment import ScaleAdam
 from quest.calibration import CalibrationSet, calibrate, guide
 from quest.checkpoint import load_weights
-from quest.finetune import ScaleAdam
 from quest.layers import KEEP, Keep, QuantLayer, input_quantizers, quant_layers, swap
 from quest.timegroups import TimeGroups
 

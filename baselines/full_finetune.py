@@ -34,38 +34,27 @@ def quantize(
     activation scales; but both learn the weights of every layer. The paper's table says no more than that all weights
     are trained for as many iterations.
     """
-    selection = selection or finetune.default_selection(pipe)
-    student = finetune.quantize(
+    return finetune.learning(
+        everything,
         pipe,
         calibration,
         w,
         a,
         init=init,
+        preset=preset,
         time_groups=time_groups,
         selection=selection,
         keep=keep,
         softmax_bits=softmax_bits,
         samples=samples,
-        tla_iterations=0,
-        cma_iterations=0,
-        seed=seed,
-    )
-    size = finetune.sized(preset, selection)
-    finetune.finetune(
-        student.unet,
-        pipe.unet,
-        calibration,
-        selection,
-        tla_iterations=size.iterations[0] if tla_iterations is None else tla_iterations,
-        cma_iterations=size.iterations[1] if cma_iterations is None else cma_iterations,
-        batch=batch or size.batch,
-        lr_weight=lr_weight * size.faster,
-        lr_scale=lr_scale * size.faster,
+        tla_iterations=tla_iterations,
+        cma_iterations=cma_iterations,
+        batch=batch,
+        lr_weight=lr_weight,
+        lr_scale=lr_scale,
         global_weight=global_weight,
         seed=seed,
-        learn=everything,
     )
-    return student
 
 
 def everything(denoiser: nn.Module, _tuned: dict[str, QuantLayer]) -> dict[str, list[nn.Parameter]]:
