@@ -4,7 +4,7 @@ The weight pass sees no quantized activation, so its result, one file for each m
 with any activation bits start from (`init: adaround`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,11 +20,13 @@ STEPS = 20  # sampler calls of a calibration set, as published for DDIM
 
 @dataclass(frozen=True)
 class Preset:
-    """Iterations of every unit in the two passes, mini-batch, and the weight bits from which rounding is nearest."""
+    """Iterations of every unit in the two passes, mini-batch, learning rate of the activation steps, and the weight
+    bits from which rounding is nearest."""
 
     weight_iterations: int
     activation_iterations: int
     batch: int
+    activation_lr: float = 4e-4
     nearest_from: int = FLOAT
 
 
@@ -34,17 +36,11 @@ PRESETS = {
 }
 
 
-def settings(preset: str, weight_iterations=None, activation_iterations=None, batch=None) -> Preset:
-    """A preset with what is given in place of its own. Raises ValueError for an unknown one."""
+def settings(preset: str, **given) -> Preset:
+    """A preset with what is given, and not None, in place of its own. Raises ValueError for an unknown preset."""
     if preset not in PRESETS:
         raise ValueError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
-    own = PRESETS[preset]
-    return Preset(
-        own.weight_iterations if weight_iterations is None else weight_iterations,
-        own.activation_iterations if activation_iterations is None else activation_iterations,
-        own.batch if batch is None else batch,
-        own.nearest_from,
-    )
+    return replace(PRESETS[preset], **{k: v for k, v in given.items() if v is not None})
 
 
 def uniform(calibration: CalibrationSet, rows: int, seed: int) -> CalibrationSet:
@@ -89,7 +85,7 @@ def quantize(
         init=init,
         keep=keep,
         split=split,
-        settings=settings(preset, weight_iterations, None, batch),
+        settings=settings(preset, weight_iterations=weight_iterations, batch=batch),
         seed=seed,
     )
 

@@ -66,6 +66,7 @@ def quantize(
     preset: str = "short",  # "short" or "full", see adaround.PRESETS
     weight_iterations: int | None = None,  # of every unit, without init; default: the preset's
     activation_iterations: int | None = None,  # of every unit; default: the preset's
+    activation_lr: float | None = None,  # of the activation steps; default: the preset's
     batch: int | None = None,  # default: the preset's
     keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
     softmax_bits: int = 8,
@@ -91,7 +92,13 @@ def quantize(
         activation_ranges=activation_ranges,
         stored_order=False,
         samples=samples,
-        settings=settings(preset, weight_iterations, activation_iterations, batch),
+        settings=settings(
+            preset,
+            weight_iterations=weight_iterations,
+            activation_iterations=activation_iterations,
+            activation_lr=activation_lr,
+            batch=batch,
+        ),
         seed=seed,
     )
 
@@ -121,7 +128,7 @@ def round_weights(
         init=init,
         keep=keep,
         split=False,
-        settings=settings(preset, weight_iterations, None, batch),
+        settings=settings(preset, weight_iterations=weight_iterations, batch=batch),
         seed=seed,
     )
 

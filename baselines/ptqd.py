@@ -42,6 +42,7 @@ def quantize(
     preset: str = "short",  # "short" or "full", see adaround.PRESETS
     weight_iterations: int | None = None,  # of every unit, without init; default: the preset's
     activation_iterations: int | None = None,  # of every unit; default: the preset's
+    activation_lr: float | None = None,  # of the activation steps; default: the preset's
     batch: int | None = None,  # default: the preset's
     guidance: float | None = None,  # the sampler's; None for one that does not guide
     bias_of: str = "residual",  # of BIASES, see `statistics`
@@ -72,7 +73,13 @@ def quantize(
         activation_ranges=activation_ranges,
         stored_order=False,
         samples=samples,
-        settings=settings(preset, weight_iterations, activation_iterations, batch),
+        settings=settings(
+            preset,
+            weight_iterations=weight_iterations,
+            activation_iterations=activation_iterations,
+            activation_lr=activation_lr,
+            batch=batch,
+        ),
         seed=seed,
         weight_axis=weight_axis,
     )

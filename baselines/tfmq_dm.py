@@ -79,7 +79,7 @@ def quantize(
     """
     if fsc_scope not in SCOPES:
         raise ValueError(f"fsc_scope: {fsc_scope!r} is not one of {', '.join(SCOPES)}")
-    own = settings(preset, weight_iterations, None, batch)
+    own = settings(preset, weight_iterations=weight_iterations, batch=batch)
     groups = TimeGroups(calibration.timesteps)
     student = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits, groups=groups if fsc_scope == "all" else None)
     denoiser = student.unet

@@ -181,7 +181,7 @@ def reconstruct_activations(
     *,
     iterations: int,
     batch: int,
-    lr: float = 4e-4,
+    lr: float,
     generator: torch.Generator,
 ) -> dict[str, tuple[float, float]]:
     """Learn the steps of the activation quantizers, unit by unit; weights and zero points stay (arXiv:2302.04304).

@@ -271,7 +271,7 @@ def test_the_weight_pass_does_not_mind_time_groups(uncond_pipe, uncond_calibrati
     weights = [{n: m.weight for n, m in quant_layers(d)} for d in (plain, timed)]
     assert all(torch.equal(w, weights[1][n]) for n, w in weights[0].items())
     with pytest.raises(ValueError, match="no time groups"):
-        arguments = dict(iterations=2, batch=4, generator=generator())
+        arguments = dict(iterations=2, batch=4, lr=4e-4, generator=generator())
         reconstruct_activations(timed, uncond_pipe.unet, uncond_calibration, torch.arange(8), **arguments)
 
 
