@@ -71,7 +71,7 @@ def main_frame(cells: list[dict]) -> pd.DataFrame:
         _name(cell)
         | row
         | {"published": numbers.get((cell["model"], cell["method"], cell["bits"], row["metric"]), math.nan)}
-        | _provenance(row["metric"], cell)
+        | provenance_of(row["metric"], cell)
         for cell in cells
         for row in cell["rows"]
     ]
@@ -99,13 +99,13 @@ def paired_frame(cells: list[dict]) -> pd.DataFrame:
                     raise ValueError(f"{model} {bits}: {names['method']} against {names['versus']}: {error}") from None
                 for row in compared:
                     row["better"] = names.get(row["better"], "neither")
-                    rows.append({"model": model, "bits": bits} | names | row | _provenance(row["metric"], a, b))
+                    rows.append({"model": model, "bits": bits} | names | row | provenance_of(row["metric"], a, b))
     return pd.DataFrame(rows, columns=PAIRED)
 
 
 def eps_error_frame(cells: list[dict]) -> pd.DataFrame:
     """Noise-prediction error by denoiser call, columns EPS_ERROR."""
-    rows = [_name(cell) | row | _provenance("eps_error", cell) for cell in cells for row in cell["eps_error"]]
+    rows = [_name(cell) | row | provenance_of("eps_error", cell) for cell in cells for row in cell["eps_error"]]
     return pd.DataFrame(rows, columns=EPS_ERROR)
 
 
@@ -120,7 +120,7 @@ def _name(cell):
     return {key: cell[key] for key in ("model", "method", "bits")}
 
 
-def _provenance(metric, *cells):
+def provenance_of(metric: str, *cells: dict) -> dict[str, str]:
     """Where the rows of these cells come from; what differs between sampling, metrics and cells is joined by " / "."""
     made = [one for cell in cells for one in (*cell.get("sampled", []), cell["provenance"])]
 

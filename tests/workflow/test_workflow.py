@@ -103,6 +103,30 @@ def test_editing_a_script_reruns_its_rule(finished):
     assert of(commands, "sample") == []
 
 
+def test_another_quantization_seed_has_its_own_calibration_and_start(stubbed):
+    config = stubbed.config() | {"models": {"scenes-class": {"images": 500}}}
+    config["grid"] = [{"model": ["scenes-class"], "method": ["quest"], "bits": ["w4a4"]}]
+    config["seeds"] = {"method": ["quest"], "bits": ["w4a4"], "seed": [0, 1]}
+    stubbed.configure(config)
+    assert not any("@1" in command for command in stubbed.planned())
+    commands = stubbed.planned("seeds")
+    assert {words[words.index("--draw") + 1] for words in of(commands, "trajectories") if "--draw" in words} == {"1"}
+    cell = "results/default/scenes-class"
+    made = {words[words.index("-o") + 1].removeprefix(f"{cell}/"): words for words in of(commands, "quantize")}
+    assert set(made) == {
+        f"{method}/{bits}/model.safetensors"
+        for method, bits in [("adaround", "w4a32"), ("adaround@1", "w4a32"), ("quest", "w4a4"), ("quest@1", "w4a4")]
+    }
+    again = made["quest@1/w4a4/model.safetensors"]
+    assert json.loads(again[again.index("--recipe") + 1]) == {"init": "adaround", "seed": 1}
+    assert again[again.index("--calibration") + 1] == f"{cell}/calibration-1.safetensors"
+    assert again[again.index("--init") + 1] == f"{cell}/adaround@1/w4a32/model.safetensors"
+    first = made["quest/w4a4/model.safetensors"]
+    assert json.loads(first[first.index("--recipe") + 1]) == {"init": "adaround"}
+    (table,) = of(commands, "seeds")
+    assert table[3:5] == [f"{cell}/quest/w4a4/metrics.json", f"{cell}/quest@1/w4a4/metrics.json"]
+
+
 def test_a_second_run_of_the_default_grid_takes_seconds(stubbed):
     """In seconds of CPU, so that a busy machine does not fail it. Files stand in for what a first run leaves."""
     listed = stubbed.snakemake("--summary").stdout
