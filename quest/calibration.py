@@ -148,6 +148,15 @@ def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int, draw: int
     return CalibrationSet(**own, conditioning=tensors)
 
 
+def static_rows(a: int) -> int:
+    """How many calibration rows set an activation range that holds at all timesteps, by activation bits.
+
+    Chosen on held-out trajectories (results/LOG.md): the search for the range of least error shrinks from the extremes,
+    which grow with the number of rows, and 4 bits are too few for a range that holds them.
+    """
+    return 64 if a >= 8 else 8
+
+
 @contextmanager
 def calibrating(denoiser: nn.Module, choose: Callable) -> Iterator[None]:
     """While inside, a forward pass sets the range of each activation quantizer from its own (quantized) input.
