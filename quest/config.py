@@ -55,6 +55,16 @@ def start_of(config: dict, run: Run) -> Run | None:
     return Run(run.model, method, f"w{weight}a32" if method in WEIGHTS_ONLY else run.bits)
 
 
+def starting_points(config: dict) -> list[Run]:
+    """The runs whose checkpoints others start from, each once. One of them may start from another."""
+    found, waiting = [], runs(config)
+    for run in waiting:  # grows while it is read
+        if (start := start_of(config, run)) and start not in found:
+            found.append(start)
+            waiting.append(start)
+    return found
+
+
 def runs(config: dict) -> list[Run]:
     """The cells of `config["grid"]`, in its order, each once."""
     cells = (Run(*cell) for block in config["grid"] for cell in product(block["model"], block["method"], block["bits"]))

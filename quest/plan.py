@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from quest import timing
-from quest.config import FULL_PRECISION, Run, runs, start_of
+from quest.config import FULL_PRECISION, Run, runs, starting_points
 from quest.models import MODELS, Model
 from quest.zoo import ZOO
 
@@ -48,10 +48,7 @@ def cells(config: dict) -> tuple[list[Run], list[Run]]:
     grid = runs(config)
     sampled = list(dict.fromkeys([Run(run.model, *FULL_PRECISION) for run in grid] + grid))
     made = [run for run in grid if run.method != FULL_PRECISION[0]]
-    for run in made:  # grows while it is read: a starting point may have one itself
-        if (start := start_of(config, run)) and start not in made:
-            made.append(start)
-    return sampled, made
+    return sampled, list(dict.fromkeys(made + starting_points(config)))
 
 
 def jobs(config: dict) -> Counter:

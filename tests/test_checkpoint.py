@@ -137,13 +137,13 @@ def test_changed_bytes_are_noticed(uncond_pipe, quantized, tmp_path):
     (tmp_path / "tensor.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"tensor\.safetensors is corrupted: its tensor .* is not what was saved"):
         quest.load(uncond_pipe, tmp_path / "tensor.safetensors")
-    header = changed(path, tmp_path / "header.safetensors", rb'\"time_groups\": null', rb'\"time_groups\": [99]')
+    header = changed(path, tmp_path / "header.safetensors", rb"\"time_groups\": null", rb"\"time_groups\": [99]")
     with pytest.raises(ValueError, match=r"header\.safetensors is corrupted: its header is not what was saved"):
         quest.load(uncond_pipe, header)
 
 
 def test_a_file_of_an_older_version(uncond_pipe, quantized, tmp_path):
-    older = changed(quantized[1], tmp_path / "m.safetensors", rb'\"format\": 2', rb'\"format\": 1')
+    older = changed(quantized[1], tmp_path / "m.safetensors", rb"\"format\": 2", rb"\"format\": 1")
     with pytest.raises(ValueError, match="checkpoint format 1, this version reads 2: quantize again"):
         quest.load(uncond_pipe, older)
 

@@ -45,8 +45,9 @@ rule quantize:
         gpu=at_size(0, 1),
     params:
         recipe=recipe,
+        floats=floats,
         device=DEVICE,
     shell:
         "python -m workflow.scripts.quantize {wildcards.model} {wildcards.method} {wildcards.bits}"
-        " --recipe {params.recipe:q} --calibration {input.calibration} --init {input.init}"
+        " --recipe {params.recipe:q} --calibration {input.calibration} --init {input.init} {params.floats}"
         " --threads {threads} --device {params.device} -o {output} > {log} 2>&1"

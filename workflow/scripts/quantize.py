@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=json.loads, default={}, help="the method's keyword arguments, as JSON")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--init", type=Path, nargs="?", help="checkpoint to start from")
-    parser.add_argument("--floats", action="store_true", help="keep float weights: what other methods are to start from")
+    parser.add_argument("--floats", action="store_true", help="keep float weights: others are to start from them")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
