@@ -5,10 +5,13 @@ adds to it. Seconds on a CPU are those of the processor with one thread, so that
 """
 
 import csv
+import json
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+
+from quest.zoo import ZOO
 
 COSTS = Path(__file__).parents[1] / "resources" / "costs.csv"
 COLUMNS = ["model", "machine", "what", "value", "unit", "batch", "weights", "date"]
@@ -22,7 +25,6 @@ WHAT = {
     "start": "seconds until a process has imported and loaded what it needs",
     "memory": "MB at most, of the GPU where one is used, else resident",
 }
-CLASS_TOKENS, TEXT_TOKENS = 1, 77
 
 
 def read(path: Path = COSTS) -> list[dict]:
@@ -82,7 +84,7 @@ def measure(model, device: str, batch: int | None = None, repeats: int = 3) -> l
     denoiser = untrained(model, device) if pipe is None else pipe.unet
     costs = {"start": time.process_time()}  # since the process began: imports and loading
     batch = batch or model.batch_size * (2 if model.guidance > 1 else 1)
-    given = inputs(denoiser, model, batch, device)
+    given = inputs(denoiser, model, batch, device, pipe)
     with torch.no_grad():
         costs["call"] = _least(lambda: denoiser(**given), repeats, device) / batch
     if pipe is not None:
@@ -90,7 +92,7 @@ def measure(model, device: str, batch: int | None = None, repeats: int = 3) -> l
         with torch.no_grad():
             costs["quantized call"] = _least(lambda: quantized(**given), repeats, device) / batch
         quantized.requires_grad_(True)
-        few = inputs(denoiser, model, min(batch, 16), device)
+        few = inputs(denoiser, model, min(batch, 16), device, pipe)
         costs["training step"] = _least(lambda: quantized(**few).sample.sum().backward(), repeats, device) / len(
             few["sample"]
         )
@@ -109,17 +111,16 @@ def untrained(model, device: str):
     """A model's denoiser from its configuration, every parameter at a small constant: no time goes into drawing any."""
     import torch
 
-    from quest.compvis import denoiser
-    from quest.rehearsal import COMPVIS
+    from quest import origins
 
-    built = denoiser(COMPVIS / f"{model.origin.compvis}.yaml", "meta").to_empty(device=device)
+    built = origins.denoiser(model).to_empty(device=device)
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.fill_(0.01)
     return built.to(memory_format=torch.channels_last)
 
 
-def inputs(denoiser, model, batch: int, device: str) -> dict:
+def inputs(denoiser, model, batch: int, device: str, pipe=None) -> dict:
     """Random arguments of one call on `batch` samples."""
     import torch
 
@@ -129,9 +130,23 @@ def inputs(denoiser, model, batch: int, device: str) -> dict:
         "timestep": torch.full((batch,), 500, device=device),
     }
     if model.conditioning != "none":
-        tokens = TEXT_TOKENS if model.conditioning == "text" else CLASS_TOKENS
-        given["encoder_hidden_states"] = torch.randn(batch, tokens, config.cross_attention_dim, device=device)
+        count = tokens(model, pipe)
+        given["encoder_hidden_states"] = torch.randn(batch, count, config.cross_attention_dim, device=device)
     return given
+
+
+def tokens(model, pipe=None) -> int:
+    """Tokens of the condition of a sample: those of the pipeline where there is one, else of the model as published."""
+    if model.conditioning == "none":
+        return 0
+    if pipe is not None:
+        return pipe.tokenizer.model_max_length if model.conditioning == "text" else pipe.class_embedder.config.tokens
+    if model.origin is not None:
+        return {"class": 1, "text": 77}[model.conditioning]
+    encoder, key = {"class": ("class_embedder", "tokens"), "text": ("text_encoder", "max_position_embeddings")}[
+        model.conditioning
+    ]
+    return json.loads((ZOO / model.name / encoder / "config.json").read_text())[key]
 
 
 def _quantized(pipe, model, given):

@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from quest import plan, timing
+from quest import checkpoint, cost, plan, timing
 from quest.__main__ import main
+from quest.layers import quant_layers, swap
 from quest.metrics import features
 from quest.models import MODELS
 
@@ -56,8 +58,38 @@ def test_sizes_are_exact_without_weights():
     assert bedrooms.parameters == pytest.approx(274.06e6, rel=1e-4) and bedrooms.latent == 3 * 64 * 64
     assert sd.parameters == pytest.approx(859.52e6, rel=1e-4) and sd.latent == 4 * 64 * 64
     assert bedrooms.image == 3 * 256**2 and sd.image == 3 * 512**2 and sd.context == 77 * 768
+    cifar = plan.shape(MODELS["cifar10"])
+    assert cifar.parameters == pytest.approx(143.2e6 / 4, rel=2e-3) and cifar.latent == cifar.image == 3 * 32**2
     shipped = plan.shape(MODELS["scenes-class"])
     assert shipped.latent == 8 * 8 * 8 and shipped.parameters > 1e6
+
+
+@pytest.mark.parametrize("name, gflops", [("lsun-bedrooms", 202.6), ("lsun-churches", 41.9), ("cifar10", 12.47)])
+def test_work_is_that_which_q_diffusion_published(name, gflops):
+    """Two operations to a multiply-accumulate there (arXiv:2302.04304, reckoned from its tables of bit operations)."""
+    found = plan.footprint(name, "w32a32")
+    assert 2 * found["macs"] == pytest.approx(gflops * 1e9, rel=4e-3)
+    assert found["bops"] == 1024 * found["macs"] and found["bytes"] == 4 * found["parameters"]
+
+
+def test_footprints_of_shipped_models_are_those_of_the_models_themselves():
+    """From the configuration alone, and from the loaded pipeline, quantized."""
+    model = MODELS["scenes-text"]
+    pipe = model.load()
+    with torch.no_grad():
+        text = pipe.encode_prompt(["a red circle"], "cpu", 1, False)[0]
+    size = pipe.unet.config.sample_size
+    sample = torch.zeros(1, pipe.unet.config.in_channels, size, size)
+    work = cost.macs(pipe.unet, {"sample": sample, "timestep": torch.tensor([5]), "encoder_hidden_states": text})
+    assert plan.footprint(model.name, "w32a32") == cost.footprint(pipe.unet, work)
+    student = swap(pipe, 4, 8, keep=model.keep, softmax_bits=model.softmax_bits)
+    for _, layer in quant_layers(student.unet):
+        layer.choose_weight_range()
+    assert plan.footprint(model.name, "w4a8") == cost.footprint(student.unet, work)
+    assert (
+        sum(v.numel() * v.element_size() for v in checkpoint.state(student.unet).values())
+        == (plan.footprint(model.name, "w4a8")["bytes"])
+    )
 
 
 def test_hours_are_the_costs_times_the_work():
@@ -68,7 +100,7 @@ def test_hours_are_the_costs_times_the_work():
     assert found["sample, full precision"].hours * 3600 == pytest.approx(drawn * 0.002 + 120 * 0.3 + 2 * 10)
     assert found["sample, quantized"].hours * 3600 == pytest.approx(2 * (drawn * 0.003 + 120 * 0.3) + 4 * 10)
     assert found["trajectories"].hours * 3600 == pytest.approx((50 * 40 + 32 * 20) * 0.002 + 10)
-    calibration = 12 * 40
+    calibration = 8 * 40
     quest = (5 + 5) * 16 * 0.01 + calibration * 0.002
     assert found["quantize"].hours * 3600 == pytest.approx(quest + 2 * 10)
     assert found["sample, full precision"].bytes == 120 * (4 * (64 + 112 + 48) + 4 * 512 + 3 * 64 * 64)
