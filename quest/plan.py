@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from quest import timing
+from quest import timing, work
 from quest.config import FULL_PRECISION, Run, parse_bits, runs, starting_points
 from quest.models import MODELS, Model
 
@@ -146,8 +146,7 @@ def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
     for name, settings in config["models"].items():
         model, sizes = MODELS[name], shape(MODELS[name])
         known = {row["what"]: row["value"] for row in costs if (row["model"], row["machine"]) == (name, machine)}
-        images, halves = settings["images"], 2 if model.guidance > 1 else 1
-        calls = (model.steps + (model.sampler == "plms")) * halves  # denoiser samples per image
+        images, calls = settings["images"], math.prod(work.calls(model))  # denoiser samples per image
         trajectories = settings.get("trajectories", model.trajectories)
         rows = trajectories + settings.get("evaluation", 16)
         row_bytes = FLOAT * (2 * sizes.latent + sizes.context)
@@ -159,9 +158,9 @@ def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
         )
         needed, unknown = Counter(), []
         for run in checkpoints:
-            work = _quantize_work(run.method, config["methods"][run.method], model.selection, trajectories * calls)
-            needed.update(work or {})
-            unknown += [] if work is not None else [f"what {run.method} does"]
+            counted = work.quantizing(run, config["methods"][run.method], model, trajectories)
+            needed.update(counted or {})
+            unknown += [] if counted is not None else [f"what {run.method} does"]
         hours, missing = _hours(known, len(checkpoints), needed)
         if unknown:
             hours, missing = math.nan, (*missing, *dict.fromkeys(unknown))
@@ -183,31 +182,8 @@ def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
 
 def _trajectories(name, model, known, rows, calls, row_bytes):
     padded = -(-rows // model.batch_size) * model.batch_size
-    work = {"call": padded * calls + RANGES_SAMPLES * model.steps}
-    hours, missing = _hours(known, 1, work)
+    hours, missing = _hours(known, 1, {"call": padded * calls + RANGES_SAMPLES * model.steps})
     return Part(name, "trajectories", 1, hours, rows * calls * row_bytes, missing)
-
-
-def _quantize_work(method, recipe, selection, calibration):
-    """What making one checkpoint takes, {cost: how often}; None for a method whose work is not written down here.
-
-    calibration: samples in the calibration set. Round-to-nearest passes a few of them once, which is left out.
-    """
-    if method.startswith("rtn"):
-        return {}
-    if not method.startswith("quest"):
-        return None
-    from baselines import METHODS
-    from quest.finetune import sized
-
-    recipe = getattr(METHODS[method], "keywords", {}) | recipe
-    size = sized(recipe.get("preset", "short"), recipe.get("selection", selection))
-    batch = recipe.get("batch")
-    steps = 0
-    for stage, iterations, own in zip(("tla", "cma"), size.iterations, size.batch, strict=True):
-        steps += recipe.get(f"{stage}_iterations", iterations) * (batch or own)
-    # Full precision sees the whole calibration set first, for the targets of both stages.
-    return {"training step": steps, "call": calibration}
 
 
 def _image_bytes(model, sizes, keep):
@@ -215,9 +191,9 @@ def _image_bytes(model, sizes, keep):
     return FLOAT * values + (sizes.image if keep else 0)
 
 
-def _hours(known, jobs, work):
-    """Hours of `work` {what: how often} in `jobs` processes, and what of it was not measured."""
-    needed = {what: often for what, often in work.items() if often} | {"start": jobs}
+def _hours(known, jobs, counted):
+    """Hours of {what: how often} in `jobs` processes, and what of it was not measured."""
+    needed = {what: often for what, often in counted.items() if often} | {"start": jobs}
     missing = tuple(what for what in needed if what not in known)
     seconds = sum(known.get(what, math.nan) * often for what, often in needed.items())
     return seconds / 3600, missing

@@ -14,10 +14,10 @@ import torch
 
 import quest
 from baselines import KEPT, METHODS
-from quest import checkpoint, cost
+from quest import checkpoint, cost, work
 from quest.affine import FLOAT, quantize
 from quest.calibration import collect, eps_error
-from quest.config import WEIGHTS_ONLY
+from quest.config import WEIGHTS_ONLY, Run
 from quest.kernels import reference
 from quest.layers import KEEP, input_quantizers, is_quantized, quant_layers
 from quest.sampling import arguments, timesteps
@@ -137,6 +137,35 @@ def test_effective_bits(cell, monkeypatch):
     with torch.no_grad():
         q.unet(**cell.calibration.inputs(torch.tensor([0, 1])))
     assert len(seen) == sum(m.spec.bits < FLOAT for m in input_quantizers(q.unet).values())
+
+
+STAGES = {  # of the steps of quest.timing
+    "rounding": ("AdaRound",),
+    "temporal rounding": ("temporal information block",),
+    "step learning": ("activation steps",),
+    "distillation": ("distillation",),
+    "full finetuning": ("temporal layer alignment", "critical module alignment"),
+    "training step": ("temporal layer alignment", "critical module alignment"),
+}
+
+
+def test_the_plan_counts_what_was_learned(cell):
+    """Iterations and rows of every stage, as the denoiser noted them, against those that a plan reckons with."""
+    recipe = fast(cell.method, cell.model)
+    planned = work.quantizing(Run(cell.model.name, cell.method, "w4a8"), recipe, cell.model, 2)
+    stages = cell.made["w4a8"].unet.quantization["cost"]["stages"]
+    halves = 2 if cell.method.startswith("efficient-dm") and cell.model.guidance > 1 else 1
+    for what, names in STAGES.items():
+        own = [stage for stage in stages if stage["stage"] in names]
+        rows = sum(stage["iterations"] * stage["batch"] for stage in own) * halves
+        if what == "training step":
+            assert planned[what] == (0 if cell.method == "full-finetune" else rows)
+        elif what == "full finetuning":
+            assert planned[f"{what} row"] == (rows if cell.method == "full-finetune" else 0)
+        else:
+            assert planned[what] == sum(stage["iterations"] for stage in own)
+            assert what == "temporal rounding" or planned[f"{what} row"] == rows
+    assert bool(stages) == any(planned[what] for what in STAGES)
 
 
 def test_the_timestep_table_fits_the_sampler(cell):
