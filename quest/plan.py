@@ -123,8 +123,8 @@ def footprint(name: str, bits: str) -> dict:
     """`quest.cost.footprint` of a model at some bits, exact without weights.
 
     Of the common stack: every layer quantized, with the model's exceptions, one scale per output channel of a weight
-    and one per activation tensor. A method with time groups stores 8 bytes more for each activation tensor and further
-    group.
+    and one per activation tensor. A method with time groups or split shortcuts stores 8 bytes more for each further
+    scale.
     """
     from types import SimpleNamespace
 
