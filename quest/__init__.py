@@ -43,11 +43,14 @@ def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration, **recipe)
     return new
 
 
-def save(pipe, path, **extra) -> None:
-    """Write a quantized pipeline's denoiser to one .safetensors file; see `quest.checkpoint.save`."""
+def save(pipe, path, floats: bool = False, **extra) -> None:
+    """Write a quantized pipeline's denoiser to one .safetensors file; see `quest.checkpoint.save`.
+
+    floats: keep float weights, not codes: what another method is to start from (`init`).
+    """
     from quest import checkpoint
 
-    checkpoint.save(pipe, path, **extra)
+    checkpoint.save(pipe, path, floats, **extra)
 
 
 def load(pipe, path):

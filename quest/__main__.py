@@ -1,4 +1,5 @@
-"""`python -m quest plan CONFIG`: what a config costs. `python -m quest measure MODEL`: what its steps cost here."""
+"""`python -m quest plan CONFIG`: what a config costs. `python -m quest measure MODEL`: what its steps cost here.
+`python -m quest audit FILE`: what is in a checkpoint, to the byte."""
 
 import argparse
 from pathlib import Path
@@ -16,9 +17,11 @@ def main(arguments: list[str] | None = None) -> None:
     measure.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     measure.add_argument("--batch", type=int, help="samples per call; default: those of a sampling batch")
     measure.add_argument("--costs", type=Path, help="file to write (default resources/costs.csv)")
+    audit = commands.add_parser("audit", help="bytes, bits per parameter and bit operations of a checkpoint")
+    audit.add_argument("file", type=Path, help="model.safetensors, as quest.save writes it")
     given = parser.parse_args(arguments)
     try:
-        _plan(given) if given.command == "plan" else _measure(given)
+        {"plan": _plan, "measure": _measure, "audit": _audit}[given.command](given)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"{given.command}: {error}") from None
 
@@ -52,6 +55,14 @@ def _measure(given):
     timing.record(rows, given.costs or timing.COSTS)
     for row in rows:
         print(f"{row['model']} on {row['machine']}: {row['what']} {row['value']} {row['unit']}")
+
+
+def _audit(given):
+    from quest import audit
+
+    if not given.file.is_file():
+        raise FileNotFoundError(f"{given.file}: no such file; valid: a checkpoint, model.safetensors of a cell")
+    print(audit.report(given.file), end="")
 
 
 def _has_gpu():

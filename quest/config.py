@@ -71,6 +71,16 @@ def start_of(config: dict, run: Run) -> Run | None:
     return Run(run.model, recipe["init"] + at + seed, f"w{weight}a32" if registered in WEIGHTS_ONLY else run.bits)
 
 
+def starting_points(config: dict, cells: list[Run]) -> list[Run]:
+    """The runs whose checkpoints these start from, each once. One of them may start from another."""
+    found, waiting = [], list(cells)
+    for run in waiting:  # grows while it is read
+        if (start := start_of(config, run)) and start not in found:
+            found.append(start)
+            waiting.append(start)
+    return found
+
+
 def runs(config: dict) -> list[Run]:
     """The cells of `config["grid"]`, in its order, each once."""
     cells = (Run(*cell) for block in config["grid"] for cell in product(block["model"], block["method"], block["bits"]))
@@ -79,6 +89,8 @@ def runs(config: dict) -> list[Run]:
 
 def seed_runs(config: dict) -> list[Run]:
     """The cells of `config["seeds"]` in the order model, bits, method, seed; seed 0 is the cell of the grid itself."""
+    if "seeds" not in config:
+        return []
     block = config["seeds"]
     cells = product(config["models"], block["bits"], block["method"], block["seed"])
     return [Run(model, f"{method}@{seed}" if seed else method, bits) for model, bits, method, seed in cells]

@@ -11,9 +11,19 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from quest import packing
 from quest.affine import FLOAT
 from quest.calibration import CalibrationSet
-from quest.layers import Keep, QuantLayer, attentions, input_quantizers, layer_bits, quant_layers, split_layers
+from quest.layers import (
+    Keep,
+    QuantLayer,
+    attentions,
+    input_quantizers,
+    layer_bits,
+    layer_class,
+    quant_layers,
+    split_layers,
+)
 from quest.quantizer import Quantizer
 
 
@@ -57,6 +67,94 @@ def macs(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
     return counted
 
 
+def bops(denoiser: nn.Module, work: dict[str, int]) -> int:
+    """Bit operations of one denoiser call on one sample: multiply-accumulates times the bits of either operand.
+
+    Summed over layers (weight bits x bits of the input that is multiplied) and the products of attention (q x k bits,
+    probabilities x v bits), as in arXiv:2005.07093; what is not quantized counts as 32 bits. Norms, activations,
+    softmax and additions are no multiply-accumulates and are left out. work: of `macs`.
+
+    Published numbers differ in what they count: Q-Diffusion (arXiv:2302.04304) counts two operations for a
+    multiply-accumulate, and float32 as 23 bits.
+    """
+    layers = dict(quant_layers(denoiser))
+    total = 0
+    for name, count in work.items():
+        if name.endswith(".processor"):
+            q, k, v, p = _product_bits(denoiser.get_submodule(name.removesuffix(".processor")))
+            total += count // 2 * (q * k + p * v)  # `macs` counts the two products, which are of one size, together
+        elif name in layers:
+            total += count * layers[name].weight_quantizer.spec.bits * layers[name].input_quantizer.spec.bits
+        else:
+            total += count * FLOAT * FLOAT
+    return total
+
+
+def stored(denoiser: nn.Module) -> dict[str, dict[str, int]]:
+    """Bytes of a denoiser's packed file, {kind: {class of layers: bytes}}; works on the meta device, too.
+
+    Kinds: "codes" of quantized weights, "weight scales" and "activation scales" (with their zero points), "float" for
+    all the rest. Classes are those of `layer_class`. The file has a header besides.
+    """
+    layers = dict(quant_layers(denoiser))
+    found: dict[str, dict[str, int]] = {kind: {} for kind in KINDS}
+    for name, value in denoiser.state_dict().items():
+        layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        coded = layer is not None and layer.weight_quantizer.spec.bits < FLOAT
+        spec = layer.weight_quantizer.spec if coded else None
+        size = packing.nbytes(tuple(value.shape), spec) if coded else value.numel() * value.element_size()
+        of_kind = found["codes" if coded else kind(name)]
+        place = tensor_class(name)
+        of_kind[place] = of_kind.get(place, 0) + size
+    return found
+
+
+KINDS = ("codes", "weight scales", "activation scales", "float")
+
+
+def kind(name: str) -> str:
+    """What a tensor of a checkpoint is by its name, one of KINDS."""
+    module, _, leaf = name.rpartition(".")
+    if leaf == "codes":
+        return "codes"
+    if leaf not in ("scale", "zero_point"):
+        return "float"
+    return "weight scales" if module.endswith("weight_quantizer") else "activation scales"
+
+
+def tensor_class(name: str) -> str:
+    """The class of the layer a tensor of a checkpoint belongs to; "norm" for those of normalisation."""
+    layer = name.rpartition(".")[0]
+    for quantizer in (".weight_quantizer", ".input_quantizer", ".output_quantizer"):
+        layer = layer.removesuffix(quantizer)
+    if ".processor." in f"{layer}.":
+        return "attention products"
+    whole = layer.removesuffix(".hidden").removesuffix(".skip")  # of a split convolution
+    if "norm" in whole.rpartition(".")[2]:
+        return "norm"
+    return layer_class(whole)
+
+
+def parameters(denoiser: nn.Module) -> int:
+    """Parameters of the denoiser itself, scales of quantizers left out."""
+    return _numel(denoiser.parameters()) - _numel(_scales(denoiser))
+
+
+def footprint(denoiser: nn.Module, work: dict[str, int]) -> dict[str, float]:
+    """What a row of a table says of size and work: parameters, macs, bops, bytes (packed), effective_bits.
+
+    effective_bits: bits that a parameter takes as stored, scales and what stays float included. work: of `macs`.
+    """
+    count, size = parameters(denoiser), sum(sum(of_kind.values()) for of_kind in stored(denoiser).values())
+    return {
+        "parameters": count,
+        "macs": sum(work.values()),
+        "bops": bops(denoiser, work),
+        "bytes": size,
+        "effective_bits": 8 * size / count,
+    }
+
+
 def undeclared(denoiser: nn.Module, w: int, a: int, keep: Keep, softmax_bits: int = 8) -> list[str]:
     """Layers and attention products with other bits than w, a and `keep` say, each as "name: bits, not bits".
 
@@ -87,9 +185,14 @@ def _bits(layer: QuantLayer) -> tuple[int, int]:
 
 def _attention_bits(module: Attention) -> tuple[int, int]:
     """Bits of q, k and v (the most of the three), and of the probabilities."""
+    *bits, probability = _product_bits(module)
+    return max(bits), probability
+
+
+def _product_bits(module: Attention) -> list[int]:
+    """Bits of q, k, v and of the probabilities."""
     quantizers = [getattr(module.processor, n, None) for n in "qkvp"]
-    bits = [q.spec.bits if isinstance(q, Quantizer) else FLOAT for q in quantizers]
-    return max(bits[:3]), bits[3]
+    return [q.spec.bits if isinstance(q, Quantizer) else FLOAT for q in quantizers]
 
 
 def summary(denoiser: nn.Module, w: int, a: int, calibration: CalibrationSet) -> dict:
@@ -99,10 +202,10 @@ def summary(denoiser: nn.Module, w: int, a: int, calibration: CalibrationSet) ->
     count, names, share of the denoiser's parameters and of its multiply-accumulates. attention: bits of q, k, v and of
     the probabilities, and the products' share. quantized_at: which side of a layer. split: layers that quantize the two
     parts of a concatenated input apart. calibration: rows, trajectories, timesteps, halves of a call (2 under
-    guidance). stages: what was optimised, see `record`.
+    guidance). stages: what was optimised, see `record`. footprint: size and work, see there.
     """
     work = macs(denoiser, calibration.inputs(torch.tensor([0])))
-    all_work, all_parameters = sum(work.values()), _numel(denoiser.parameters()) - _numel(_scales(denoiser))
+    all_work, all_parameters = sum(work.values()), parameters(denoiser)
     kept: dict[str, dict] = {}
     for name, layer in quant_layers(denoiser):
         bits = _bits(layer)
@@ -114,8 +217,8 @@ def summary(denoiser: nn.Module, w: int, a: int, calibration: CalibrationSet) ->
             row["names"].append(name)
     products = sorted({_attention_bits(m) for _, m in attentions(denoiser)})
     return {
-        "weights": _granularity(layer.weight_quantizer for _, layer in quant_layers(denoiser)),
-        "activations": _granularity(input_quantizers(denoiser).values()),
+        **granularity(denoiser),
+        "footprint": footprint(denoiser, work),
         "quantized_at": "output" if any(m.output_quantizer for _, m in quant_layers(denoiser)) else "input",
         "split": len(split_layers(denoiser)),
         "kept": kept,
@@ -153,6 +256,14 @@ def _numel(tensors: Iterable[Tensor]) -> int:
 
 def _scales(denoiser: nn.Module) -> Iterable[Tensor]:
     return (m.scale for m in denoiser.modules() if isinstance(m, Quantizer))
+
+
+def granularity(denoiser: nn.Module) -> dict[str, str]:
+    """How many scales there are, of the weights and of the activations."""
+    return {
+        "weights": _granularity(layer.weight_quantizer for _, layer in quant_layers(denoiser)),
+        "activations": _granularity(input_quantizers(denoiser).values()),
+    }
 
 
 def _granularity(quantizers: Iterable[Quantizer]) -> str:

@@ -24,7 +24,7 @@ from quest import ranges as choosers
 from quest.affine import FLOAT
 from quest.alignment import Stage, Visit, align, joint, layer_outputs
 from quest.calibration import CalibrationSet, calibrate
-from quest.checkpoint import freeze, load_weights, read
+from quest.checkpoint import freeze, load_weights, read_header
 from quest.layers import (
     KEEP,
     Keep,
@@ -378,7 +378,7 @@ def matches(name: str, globs: Iterable[str]) -> bool:
 def start_from(denoiser: nn.Module, init: str, keep: Keep) -> None:
     """Take the weights of a checkpoint. A layer of `keep` that has more bits there than asked for here is rounded to
     the nearest codes of its own bits: the ends of the released QuEST, whose weights have fewer than 8."""
-    found = {n: specs[0]["bits"] for n, specs in read(init)[0]["layers"].items()}
+    found = {n: specs[0]["bits"] for n, specs in read_header(init)["layers"].items()}
     layers = dict(quant_layers(denoiser))
     specs = {n: layer.weight_quantizer.spec for n, layer in layers.items() if matches(n, keep)}
     coarser = {n: spec for n, spec in specs.items() if spec.bits < found.get(n, 0)}

@@ -14,6 +14,7 @@ from quest.models import CAPTION_LINES, Model, load_pipeline
 from quest.pipelines import LatentDiffusionPipeline, QuadraticDDIMScheduler, forget_origin
 from quest.provenance import provenance
 from quest.rehearsal import COMPVIS
+from quest.zoo import ZOO
 
 
 def prepare(model: Model, checkpoint, out, *, tokenizer=None, captions=None, images: int = 0) -> None:
@@ -49,6 +50,26 @@ def prepare(model: Model, checkpoint, out, *, tokenizer=None, captions=None, ima
             "provenance": provenance(),
         }
         (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
+
+
+def denoiser(model: Model, device="meta"):
+    """A model's denoiser from its configuration alone, untrained; on "meta" it takes no memory and has its shapes."""
+    import diffusers
+    import torch
+
+    from quest import compvis
+
+    if model.origin is None:
+        config = json.loads((ZOO / model.name / "unet" / "config.json").read_text())
+        kind = getattr(diffusers, config["_class_name"])
+        with torch.device(device):
+            return kind.from_config(config).eval()
+    if model.origin.compvis is not None:
+        return compvis.denoiser(COMPVIS / f"{model.origin.compvis}.yaml", device)
+    from quest.train_cifar10 import ARCHITECTURE  # the only one in diffusers layout
+
+    with torch.device(device):
+        return diffusers.UNet2DModel(**ARCHITECTURE).eval()
 
 
 def convert(model: Model, checkpoint: Path, tokenizer=None):
@@ -96,11 +117,8 @@ def _pixels(folder: Path) -> LatentDiffusionPipeline:
 
 def _same_denoiser(pipe, model: Model, checkpoint) -> None:
     """Raise ValueError where a pipeline's denoiser has other parameters than the model's configuration."""
-    from quest.compvis import denoiser
-
     own, expected = (
-        {name: tuple(value.shape) for name, value in unet.state_dict().items()}
-        for unet in (pipe.unet, denoiser(COMPVIS / f"{model.origin.compvis}.yaml", "meta"))
+        {name: tuple(value.shape) for name, value in unet.state_dict().items()} for unet in (pipe.unet, denoiser(model))
     )
     differ = sorted(name for name in own.keys() | expected.keys() if own.get(name) != expected.get(name))
     if differ:

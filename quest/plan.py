@@ -3,15 +3,14 @@
 What was not measured on a machine is said to be unknown, and no total contains a guess.
 """
 
-import json
+import functools
 import math
 from collections import Counter
 from dataclasses import dataclass
 
-from quest import timing
-from quest.config import FULL_PRECISION, Run, runs, start_of
+from quest import timing, work
+from quest.config import FULL_PRECISION, Run, parse_bits, recipe_of, runs, starting_points
 from quest.models import MODELS, Model
-from quest.zoo import ZOO
 
 FLOAT = 4  # bytes of a float32
 INCEPTION_VALUES = 2048 + 2023 + 1008
@@ -33,7 +32,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Part:
-    """Jobs of one kind of one model: hours is NaN where a cost was not measured, bytes where a size is not known."""
+    """Jobs of one kind of one model: hours is NaN where a cost was not measured."""
 
     model: str
     kind: str
@@ -48,10 +47,7 @@ def cells(config: dict) -> tuple[list[Run], list[Run]]:
     grid = runs(config)
     sampled = list(dict.fromkeys([Run(run.model, *FULL_PRECISION) for run in grid] + grid))
     made = [run for run in grid if run.method != FULL_PRECISION[0]]
-    for run in made:  # grows while it is read: a starting point may have one itself
-        if (start := start_of(config, run)) and start not in made:
-            made.append(start)
-    return sampled, made
+    return sampled, list(dict.fromkeys(made + starting_points(config, grid)))
 
 
 def jobs(config: dict) -> Counter:
@@ -89,65 +85,86 @@ def _has_reference(name, settings):
     return MODELS[name].origin is not None and MODELS[name].extractor != "scenes" and settings["reference"] != "none"
 
 
-def shape(model: Model) -> Shape | None:
-    """Sizes of a model, exact without its weights; None where only a prepared folder would say."""
+def shape(model: Model) -> Shape:
+    """Sizes of a model, exact without its weights."""
+    unet = _denoiser(model.name)
+    config, width = unet.config, timing.tokens(model)
     if model.origin is None:
-        return _shipped(model)
-    if model.origin.compvis is None:
-        return None
-    from quest.compvis import denoiser
-    from quest.rehearsal import COMPVIS
-
-    unet = denoiser(COMPVIS / f"{model.origin.compvis}.yaml", "meta")
-    config = unet.config
-    tokens = {"none": 0, "class": timing.CLASS_TOKENS, "text": timing.TEXT_TOKENS}[model.conditioning]
-    factor = 8 if config.in_channels == 4 else 4  # KL-f8 has four channels, VQ-f4 three
+        side = 64
+    elif model.origin.compvis is None:
+        side = config.sample_size  # its latents are the pixels
+    else:
+        side = config.sample_size * (8 if config.in_channels == 4 else 4)  # KL-f8 has four channels, VQ-f4 three
     return Shape(
         parameters=sum(p.numel() for p in unet.parameters()),
         latent=config.in_channels * config.sample_size**2,
-        image=3 * (config.sample_size * factor) ** 2,
-        context=tokens * config.cross_attention_dim if tokens else 0,
+        image=3 * side**2,
+        context=width * config.cross_attention_dim if width else 0,
     )
 
 
-def _shipped(model):
-    folder = ZOO / model.name / "unet"
-    config = json.loads((folder / "config.json").read_text())
-    with open(folder / "diffusion_pytorch_model.safetensors", "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    header.pop("__metadata__", None)
-    tokens = {"none": 0, "class": 4, "text": timing.TEXT_TOKENS}[model.conditioning]
-    return Shape(
-        parameters=sum(math.prod(tensor["shape"]) for tensor in header.values()),
-        latent=config["in_channels"] * config["sample_size"] ** 2,
-        image=3 * 64**2,
-        context=tokens * config.get("cross_attention_dim", 0) if tokens else 0,
-    )
+@functools.cache
+def _denoiser(name):
+    from quest import origins
+
+    return origins.denoiser(MODELS[name])
+
+
+@functools.cache
+def _work(name):
+    from quest import cost
+
+    unet = _denoiser(name)
+    return cost.macs(unet, timing.inputs(unet, MODELS[name], 1, "meta"))
+
+
+@functools.cache
+def footprint(name: str, bits: str) -> dict:
+    """`quest.cost.footprint` of a model at some bits, exact without weights.
+
+    Of the common stack: every layer quantized, with the model's exceptions, one scale per output channel of a weight
+    and one per activation tensor. A method with time groups or split shortcuts stores 8 bytes more for each further
+    scale.
+    """
+    from types import SimpleNamespace
+
+    from quest import cost
+    from quest.layers import swap
+
+    model, unet = MODELS[name], _denoiser(name)
+    if bits != FULL_PRECISION[1]:
+        pipe = SimpleNamespace(unet=unet, scheduler=None)
+        unet = swap(pipe, *parse_bits(bits), keep=model.keep, softmax_bits=model.softmax_bits).unet
+    return cost.footprint(unet, _work(name))
 
 
 def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
     """What each kind of job of each model needs in all, from what was measured on `machine`."""
     sampled, made = cells(config)
+    starts = starting_points(config, runs(config))
     found = []
     for name, settings in config["models"].items():
         model, sizes = MODELS[name], shape(MODELS[name])
         known = {row["what"]: row["value"] for row in costs if (row["model"], row["machine"]) == (name, machine)}
-        images, halves = settings["images"], 2 if model.guidance > 1 else 1
-        calls = (model.steps + (model.sampler == "plms")) * halves  # denoiser samples per image
-        rows = settings.get("trajectories", model.trajectories) + settings.get("evaluation", 16)
-        row_bytes = math.nan if sizes is None else FLOAT * (2 * sizes.latent + sizes.context)
+        images, calls = settings["images"], math.prod(work.calls(model))  # denoiser samples per image
+        trajectories = settings.get("trajectories", model.trajectories)
+        rows = trajectories + settings.get("evaluation", 16)
+        row_bytes = FLOAT * (2 * sizes.latent + sizes.context)
         found.append(_trajectories(name, model, known, rows, calls, row_bytes))
         checkpoints = [run for run in made if run.model == name]
-        size = math.nan if sizes is None else FLOAT * sizes.parameters
+        # What others start from keeps float weights.
+        size = sum(
+            FLOAT * sizes.parameters if run in starts else footprint(name, run.bits)["bytes"] for run in checkpoints
+        )
         needed, unknown = Counter(), []
         for run in checkpoints:
-            work = _quantize_work(run.method, config["methods"][run.method], model.selection, rows * calls)
-            needed.update(work or {})
-            unknown += [] if work is not None else [f"what {run.method} does"]
+            counted = work.quantizing(*recipe_of(config, run.method), run.bits, model, trajectories)
+            needed.update(counted or {})
+            unknown += [] if counted is not None else [f"what {run.method} does"]
         hours, missing = _hours(known, len(checkpoints), needed)
         if unknown:
             hours, missing = math.nan, (*missing, *dict.fromkeys(unknown))
-        found.append(Part(name, "quantize", len(checkpoints), hours, size * len(checkpoints), missing))
+        found.append(Part(name, "quantize", len(checkpoints), hours, size, missing))
         for kind, own, call in (
             ("fp", "sample, full precision", "call"),
             (None, "sample, quantized", "quantized call"),
@@ -165,43 +182,18 @@ def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
 
 def _trajectories(name, model, known, rows, calls, row_bytes):
     padded = -(-rows // model.batch_size) * model.batch_size
-    work = {"call": padded * calls + RANGES_SAMPLES * model.steps}
-    hours, missing = _hours(known, 1, work)
+    hours, missing = _hours(known, 1, {"call": padded * calls + RANGES_SAMPLES * model.steps})
     return Part(name, "trajectories", 1, hours, rows * calls * row_bytes, missing)
 
 
-def _quantize_work(method, recipe, selection, calibration):
-    """What making one checkpoint takes, {cost: how often}; None for a method whose work is not written down here.
-
-    calibration: samples in the calibration set. Round-to-nearest passes a few of them once, which is left out.
-    """
-    if method.startswith("rtn"):
-        return {}
-    if not method.startswith("quest"):
-        return None
-    from baselines import METHODS
-    from quest.finetune import sized
-
-    recipe = getattr(METHODS[method], "keywords", {}) | recipe
-    size = sized(recipe.get("preset", "short"), recipe.get("selection", selection))
-    batch = recipe.get("batch")
-    steps = 0
-    for stage, iterations, own in zip(("tla", "cma"), size.iterations, size.batch, strict=True):
-        steps += recipe.get(f"{stage}_iterations", iterations) * (batch or own)
-    # Full precision sees the whole calibration set first, for the targets of both stages.
-    return {"training step": steps, "call": calibration}
-
-
 def _image_bytes(model, sizes, keep):
-    if sizes is None:
-        return math.nan
     values = FEATURE_VALUES[model.extractor] + CLIP_VALUES[model.clip] + sizes.latent
     return FLOAT * values + (sizes.image if keep else 0)
 
 
-def _hours(known, jobs, work):
-    """Hours of `work` {what: how often} in `jobs` processes, and what of it was not measured."""
-    needed = {what: often for what, often in work.items() if often} | {"start": jobs}
+def _hours(known, jobs, counted):
+    """Hours of {what: how often} in `jobs` processes, and what of it was not measured."""
+    needed = {what: often for what, often in counted.items() if often} | {"start": jobs}
     missing = tuple(what for what in needed if what not in known)
     seconds = sum(known.get(what, math.nan) * often for what, often in needed.items())
     return seconds / 3600, missing
@@ -216,21 +208,33 @@ def report(config: dict, costs: list[dict], machine: str) -> str:
     lines += ["| model | jobs | number | hours | disk [GB] |", "|---|---|---:|---:|---:|"]
     for part in found:
         hours = f"{part.hours:.2f}" if math.isfinite(part.hours) else f"not measured: {', '.join(part.missing)}"
-        disk = f"{part.bytes / 1e9:.2f}" if math.isfinite(part.bytes) else "size not known before it is prepared"
-        lines.append(f"| {part.model} | {part.kind} | {part.jobs} | {hours} | {disk} |")
-    lines += ["", *_totals(found), "", *_measured(config, costs, machine)]
+        lines.append(f"| {part.model} | {part.kind} | {part.jobs} | {hours} | {part.bytes / 1e9:.2f} |")
+    lines += ["", *_totals(found), "", *_sizes(config), "", *_measured(config, costs, machine)]
     return "\n".join(lines) + "\n"
 
 
 def _totals(found):
     hours = [part.hours for part in found if math.isfinite(part.hours)]
-    sizes = [part.bytes for part in found if math.isfinite(part.bytes)]
+    size = sum(part.bytes for part in found)
     unknown = sum(not math.isfinite(part.hours) for part in found)
     told = f"Hours of one device, of what was measured: {sum(hours):.1f}"
     if unknown:
         told += f"; {unknown} of {len(found)} lines were not, so this is no total"
-    disk = f"Disk of what is known: {sum(sizes) / 1e9:.1f} GB. Metrics, tables and figures are left out of both."
-    return [f"{told}.", "", disk]
+    return [f"{told}.", "", f"Disk: {size / 1e9:.1f} GB. Metrics, tables and figures are left out of both."]
+
+
+def _sizes(config):
+    lines = ["| model | bits | size [MB] | bits per parameter | TBOPs | times fewer |", "|---|---|---:|---:|---:|---:|"]
+    for name in config["models"]:
+        quantized = [run.bits for run in runs(config) if run.model == name]
+        for bits in dict.fromkeys([FULL_PRECISION[1], *quantized]):
+            found = footprint(name, bits)
+            times = found["macs"] * 32**2 / found["bops"]
+            lines.append(
+                f"| {name} | {bits} | {found['bytes'] / 1e6:.1f} | {found['effective_bits']:.3f} "
+                f"| {found['bops'] / 1e12:.4g} | {times:.1f} |"
+            )
+    return [*lines, "", "Sizes are of packed denoisers, scales included; bit operations of one call on one sample."]
 
 
 def _measured(config, costs, machine):

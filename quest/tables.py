@@ -14,7 +14,10 @@ from quest.metrics import METRICS, compare
 
 PROVENANCE = ["seeds", "versions", "commit", "machine"]
 MAIN = ["model", "method", "bits", "metric", "value", "low", "high", "published", "n", "extractor", "protocol"]
-MAIN += ["reference", "note", *PROVENANCE]
+# Of the denoiser: bytes of its packed file over 1e6, bit operations of one call on one sample, bits that a parameter
+# takes as stored; what exactly counts is said by quest.cost.
+FOOTPRINT = ["size_mb", "bops", "effective_bits"]
+MAIN += ["reference", "note", *FOOTPRINT, *PROVENANCE]
 PAIRED = ["model", "bits", "metric", "method", "versus", "difference", "low", "high", "n", "better", *PROVENANCE]
 EPS_ERROR = ["model", "method", "bits", "call", "timestep", "value", "low", "high", "n", *PROVENANCE]
 
@@ -49,7 +52,7 @@ def read(paths: Sequence[str | Path]) -> list[dict]:
             cell = json.loads(Path(path).read_text())
         except ValueError as error:
             raise ValueError(f"{path}: not a json file") from error
-        needed = ("model", "method", "bits", "rows", "eps_error", "resampled", "drawn", "provenance")
+        needed = ("model", "method", "bits", "rows", "eps_error", "resampled", "drawn", "footprint", "provenance")
         missing = [key for key in needed if key not in cell]
         if missing:
             raise ValueError(f"{path}: lacks {', '.join(missing)}")
@@ -71,6 +74,7 @@ def main_frame(cells: list[dict]) -> pd.DataFrame:
         _name(cell)
         | row
         | {"published": numbers.get((cell["model"], cell["method"], cell["bits"], row["metric"]), math.nan)}
+        | _footprint(cell)
         | provenance_of(row["metric"], cell)
         for cell in cells
         for row in cell["rows"]
@@ -120,6 +124,12 @@ def _name(cell):
     return {key: cell[key] for key in ("model", "method", "bits")}
 
 
+def _footprint(cell):
+    """Columns FOOTPRINT of a cell; samples of unknown origin say nothing of their denoiser."""
+    found = {"bytes": math.nan, "bops": math.nan, "effective_bits": math.nan} | cell["footprint"]
+    return {"size_mb": found["bytes"] / 1e6, "bops": found["bops"], "effective_bits": found["effective_bits"]}
+
+
 def provenance_of(metric: str, *cells: dict) -> dict[str, str]:
     """Where the rows of these cells come from; what differs between sampling, metrics and cells is joined by " / "."""
     made = [one for cell in cells for one in (*cell.get("sampled", []), cell["provenance"])]
@@ -137,13 +147,16 @@ def provenance_of(metric: str, *cells: dict) -> dict[str, str]:
     }
 
 
+LEFT = ["method", "bits", "size [MB]", "TBOPs"]  # the first columns of a table for people
+
+
 def markdown(main: pd.DataFrame, paired: pd.DataFrame) -> str:
     """One table per model for people, in Markdown."""
     blocks = []
     for block in _blocks(main, paired, bold="**{}**"):
-        heads = ["method", "bits", *(f"{label} {'↓' if low else '↑'}" for label, low in block["columns"])]
+        heads = [*LEFT, *(f"{label} {'↓' if low else '↑'}" for label, low in block["columns"])]
         lines = [f"### {block['model']}", ""]
-        lines += [_md_row(heads), _md_row(["---", "---", *["---:"] * len(block["columns"])])]
+        lines += [_md_row(heads), _md_row(["---", "---", *["---:"] * (len(heads) - 2)])]
         lines += [_md_row(row) for row in block["rows"]]
         blocks.append("\n".join([*lines, "", *block["footer"], ""]))
     return "\n".join(blocks)
@@ -157,13 +170,13 @@ def latex(main: pd.DataFrame, paired: pd.DataFrame) -> str:
     """One table per model for papers; needs the package booktabs."""
     blocks = []
     for block in _blocks(main, paired, bold=r"\textbf{{{}}}"):
-        heads = ["method", "bits"]
+        heads = list(LEFT)
         for label, low in block["columns"]:
             arrow = r"$\downarrow$" if low else r"$\uparrow$"
             name, _, network = _tex(label).partition(" (")
             heads.append(rf"\shortstack{{{name} {arrow}\\({network}}}" if network else f"{name} {arrow}")
         footer = " ".join(block["footer"])
-        columns = "ll" + "r" * len(block["columns"])
+        columns = "ll" + "r" * (len(heads) - 2)
         blocks.append(_tex_table(heads, block["rows"], columns, f"{block['model']}. {footer}"))
     return "\n".join(blocks)
 
@@ -254,6 +267,7 @@ def _blocks(main, paired, bold):
         heads = {name: _label(name, of_model) for name in names}
         best = _best(of_model, paired[paired["model"] == model])
         shown = of_model.set_index(["method", "bits", "metric"])
+        cells = of_model.drop_duplicates(["method", "bits"]).set_index(["method", "bits"])
         rows = []
         for method, bits in sorted(dict.fromkeys(zip(of_model["method"], of_model["bits"], strict=True)), key=_by_bits):
             texts = []
@@ -265,13 +279,18 @@ def _blocks(main, paired, bold):
                 text = with_interval(row["value"], (row["high"] - row["low"]) / 2)
                 text = bold.format(text) if (method, bits, name) in best else text
                 texts.append(text if math.isnan(row["published"]) else f"{text} ({row['published']:g})")
-            rows.append([method, bits, *texts])
+            size, bops = cells.loc[(method, bits), ["size_mb", "bops"]]
+            rows.append([method, bits, _plain(size, ".4g"), _plain(bops / 1e12, ".3g"), *texts])
         yield {
             "model": model,
             "columns": [(heads[name], METRICS[name].better == "lower") for name in names],
             "rows": rows,
             "footer": _footer(of_model, heads),
         }
+
+
+def _plain(value, form):
+    return "–" if math.isnan(value) else format(value, form)
 
 
 def _by_bits(run):
@@ -333,7 +352,9 @@ def _footer(of_model, heads):
         f"Protocol: {'; '.join([common, *own])}. {'; '.join(counts)}. "
         "± is half of a 95 % interval: 1.96 bootstrap standard deviations over images (noise-prediction error: over "
         "trajectories, with Student's factor). Only equal n compares. Bold: better than the runner-up at the same "
-        "bits, by the paired interval of their difference on the same seeds."
+        "bits, by the paired interval of their difference on the same seeds. Size: the denoiser as packed, scales and "
+        "what stays float included (1e6 bytes). TBOPs: 1e12 bit operations of one denoiser call on one image, "
+        "multiply-accumulates times the bits of both operands (float: 32)."
     ]
     if of_model["published"].notna().any():
         lines.append(f"In parentheses: the number of {ledger.PAPER}; the ledger says whether the two may be compared.")

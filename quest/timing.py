@@ -5,10 +5,14 @@ adds to it. Seconds on a CPU are those of the processor with one thread, so that
 """
 
 import csv
+import json
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+
+from quest.zoo import ZOO
 
 COSTS = Path(__file__).parents[1] / "resources" / "costs.csv"
 COLUMNS = ["model", "machine", "what", "value", "unit", "batch", "weights", "date"]
@@ -17,12 +21,25 @@ WHAT = {
     "call": "seconds per sample of one denoiser call, full precision",
     "quantized call": "the same with fake quantization at W8A8",
     "training step": "seconds per sample of one forward and backward pass of the quantized denoiser",
+    "weight ranges": "seconds of the MSE search of every weight's range",
+    "ranges": "seconds of the MSE search of every activation's range, of one time group",
+    # What it takes whatever the number of rows, and "... row", for each row of the calibration set or mini-batch.
+    "threshold search": "seconds of the released PTQ4DM",
+    "threshold search row": "seconds",
+    "rounding": "seconds of one AdaRound iteration in every unit",
+    "rounding row": "seconds",
+    "step learning": "seconds of one iteration in every unit that learns activation steps",
+    "step learning row": "seconds",
+    "temporal rounding": "seconds of one AdaRound iteration of TFMQ-DM's block, 16 rows",
+    "distillation": "seconds of one iteration of EfficientDM",
+    "distillation row": "seconds",
+    "full finetuning": "seconds of one iteration that learns all weights",
+    "full finetuning row": "seconds",
     "decode": "seconds per image",
     "features": "seconds per image",
     "start": "seconds until a process has imported and loaded what it needs",
     "memory": "MB at most, of the GPU where one is used, else resident",
 }
-CLASS_TOKENS, TEXT_TOKENS = 1, 77
 
 
 def read(path: Path = COSTS) -> list[dict]:
@@ -82,7 +99,7 @@ def measure(model, device: str, batch: int | None = None, repeats: int = 3) -> l
     denoiser = untrained(model, device) if pipe is None else pipe.unet
     costs = {"start": time.process_time()}  # since the process began: imports and loading
     batch = batch or model.batch_size * (2 if model.guidance > 1 else 1)
-    given = inputs(denoiser, model, batch, device)
+    given = inputs(denoiser, model, batch, device, pipe)
     with torch.no_grad():
         costs["call"] = _least(lambda: denoiser(**given), repeats, device) / batch
     if pipe is not None:
@@ -90,10 +107,11 @@ def measure(model, device: str, batch: int | None = None, repeats: int = 3) -> l
         with torch.no_grad():
             costs["quantized call"] = _least(lambda: quantized(**given), repeats, device) / batch
         quantized.requires_grad_(True)
-        few = inputs(denoiser, model, min(batch, 16), device)
+        few = inputs(denoiser, model, min(max(batch, 2), 16), device, pipe)
         costs["training step"] = _least(lambda: quantized(**few).sample.sum().backward(), repeats, device) / len(
             few["sample"]
         )
+        costs |= _quantizing(pipe, model, few, repeats, device)
         costs |= _images(pipe, model, min(model.batch_size, batch), repeats, device)
     costs["memory"] = _memory(device)
     where, now = machine(device), datetime.now(UTC).date().isoformat()
@@ -109,17 +127,16 @@ def untrained(model, device: str):
     """A model's denoiser from its configuration, every parameter at a small constant: no time goes into drawing any."""
     import torch
 
-    from quest.compvis import denoiser
-    from quest.rehearsal import COMPVIS
+    from quest import origins
 
-    built = denoiser(COMPVIS / f"{model.origin.compvis}.yaml", "meta").to_empty(device=device)
+    built = origins.denoiser(model).to_empty(device=device)
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.fill_(0.01)
     return built.to(memory_format=torch.channels_last)
 
 
-def inputs(denoiser, model, batch: int, device: str) -> dict:
+def inputs(denoiser, model, batch: int, device: str, pipe=None) -> dict:
     """Random arguments of one call on `batch` samples."""
     import torch
 
@@ -129,22 +146,119 @@ def inputs(denoiser, model, batch: int, device: str) -> dict:
         "timestep": torch.full((batch,), 500, device=device),
     }
     if model.conditioning != "none":
-        tokens = TEXT_TOKENS if model.conditioning == "text" else CLASS_TOKENS
-        given["encoder_hidden_states"] = torch.randn(batch, tokens, config.cross_attention_dim, device=device)
+        count = tokens(model, pipe)
+        given["encoder_hidden_states"] = torch.randn(batch, count, config.cross_attention_dim, device=device)
     return given
 
 
+def tokens(model, pipe=None) -> int:
+    """Tokens of the condition of a sample: those of the pipeline where there is one, else of the model as published."""
+    if model.conditioning == "none":
+        return 0
+    if pipe is not None:
+        return pipe.tokenizer.model_max_length if model.conditioning == "text" else pipe.class_embedder.config.tokens
+    if model.origin is not None:
+        return {"class": 1, "text": 77}[model.conditioning]
+    encoder, key = {"class": ("class_embedder", "tokens"), "text": ("text_encoder", "max_position_embeddings")}[
+        model.conditioning
+    ]
+    return json.loads((ZOO / model.name / encoder / "config.json").read_text())[key]
+
+
+def _calibration(given):
+    """One denoiser call of each of some trajectories: the arguments `given`, and noise of zeros as the prediction."""
+    import torch
+
+    from quest.calibration import CalibrationSet
+
+    given = dict(given)
+    sample, timestep = given.pop("sample"), given.pop("timestep")
+    order = torch.arange(len(sample), device=sample.device)
+    return CalibrationSet(sample, timestep, torch.zeros_like(sample), order, torch.zeros_like(order), given)
+
+
 def _quantized(pipe, model, given):
+    import quest
+
+    few = _calibration({key: value[:4] for key, value in given.items()})
+    return quest.quantize(pipe, "rtn", "w8a8", calibration=few, samples=4).unet
+
+
+def _quantizing(pipe, model, given, repeats, device):
+    """Costs of what methods do at W4A8. Learning rates are zero, so that one measurement leaves nothing to the next."""
     import torch
 
     import quest
-    from quest.calibration import CalibrationSet
+    from baselines import efficient_dm, full_finetune, tfmq_dm
+    from baselines.adaround import Preset
+    from quest import finetune, ranges
+    from quest.calibration import calibrate
+    from quest.layers import quant_layers
+    from quest.reconstruction import reconstruct_activations, reconstruct_weights
 
-    few = {key: value[:4] for key, value in given.items()}
-    sample, timestep = few.pop("sample"), few.pop("timestep")
-    order = torch.arange(len(sample))
-    calibration = CalibrationSet(sample, timestep, torch.zeros_like(sample), order, torch.zeros_like(order), few)
-    return quest.quantize(pipe, "rtn", "w8a8", calibration=calibration, samples=4).unet
+    calibration, bits = _calibration(given), {"keep": model.keep, "softmax_bits": model.softmax_bits}
+    n = len(calibration)
+    rows = torch.arange(n, device=calibration.sample.device)
+    student = quest.quantize(pipe, "rtn", "w4a8", calibration=calibration, samples=n, **bits).unet
+    timed = quest.quantize(
+        pipe, "quest", "w4a8", calibration=calibration, samples=n, selection=model.selection, **bits,
+        tla_iterations=0, cma_iterations=0,
+    ).unet  # fmt: skip
+    layers = [layer for _, layer in quant_layers(student)]
+    costs = {
+        "weight ranges": _least(lambda: [layer.choose_weight_range(ranges.mse) for layer in layers], 1, device),
+        "ranges": _least(lambda: calibrate(student, calibration, ranges.mse, samples=n, seed=0), 1, device),
+    }
+
+    def thresholds(rows):
+        quest.quantize(pipe, "ptq4dm-as-released", "w8a8", calibration=calibration, rows=rows)
+
+    small = max(1, n // 4)
+    searches = [_least(partial(thresholds, count), 1, device) for count in (small, n)]
+    costs |= _fixed_and_row("threshold search", small, n, *searches)
+    common = dict(lr=0.0, generator=torch.Generator().manual_seed(0))
+
+    def rounding(iterations, batch):
+        reconstruct_weights(student, pipe.unet, calibration, rows, iterations=iterations, batch=batch, **common)
+
+    def step_learning(iterations, batch):
+        reconstruct_activations(student, pipe.unet, calibration, rows, iterations=iterations, batch=batch, **common)
+
+    def temporal_rounding(iterations, batch):
+        block, exact = (tfmq_dm.TemporalInformationBlock(unet) for unet in (student, pipe.unet))
+        settings = Preset(iterations, 0, batch)
+        timesteps = list(range(1, 1 + batch))
+        tfmq_dm.reconstruct(student, block, exact, timesteps, list(block.layers), settings, common["generator"])
+
+    def distillation(iterations, batch):
+        efficient_dm.distil(
+            timed, calibration, dict(quant_layers(timed)), guidance=None, rank=32, iterations=iterations, batch=batch,
+            lr_update=0.0, lr_weight_scale=0.0, lr_scale=0.0, generator=common["generator"],
+        )  # fmt: skip
+
+    def full_finetuning(iterations, batch):
+        finetune.finetune(
+            timed, pipe.unet, calibration, model.selection, tla_iterations=0, cma_iterations=iterations, batch=batch,
+            lr_weight=0.0, lr_scale=0.0, global_weight=None, seed=0, learn=full_finetune.everything,
+        )  # fmt: skip
+
+    for learn in (rounding, step_learning, full_finetuning, distillation):
+        seconds = [_iteration(learn, batch, repeats, device) for batch in (small, n)]
+        costs |= _fixed_and_row(learn.__name__.replace("_", " "), small, n, *seconds)
+    costs["temporal rounding"] = _iteration(temporal_rounding, 16, repeats, device)
+    return costs
+
+
+def _fixed_and_row(name, small, large, few, many):
+    """What takes `few` seconds with `small` rows and `many` with `large`, as a part for each row and the rest."""
+    row = max(0.0, many - few) / (large - small)
+    return {name: max(0.0, many - large * row), f"{name} row": row}
+
+
+def _iteration(learn: Callable, batch: int, repeats: int, device: str) -> float:
+    """Seconds of one iteration: what four more of them add."""
+    one, five = (_least(partial(learn, count, batch), repeats, device) for count in (1, 5))
+    return max(0.0, five - one) / 4
 
 
 def _images(pipe, model, batch, repeats, device):

@@ -18,6 +18,7 @@ from quest.config import (
     runs,
     seed_runs,
     start_of,
+    starting_points,
     validate,
 )
 
@@ -148,6 +149,15 @@ def test_the_snakefile_imports_nothing_heavy():
     code = "import sys, quest.config, quest.models; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {"torch", "numpy", "pandas", "diffusers"} & set(modules) == set()
+
+
+def test_starting_points_are_found_behind_each_other():
+    config = {
+        "methods": {"fp": {}, "adaround": {}, "q-diffusion": {"init": "adaround"}, "ptqd": {"init": "q-diffusion"}},
+        "grid": [{"model": ["scenes-text"], "method": ["ptqd"], "bits": ["w4a8", "w4a4"]}],
+    }
+    found = [run.path for run in starting_points(config, runs(config))]
+    assert found == [f"scenes-text/q-diffusion/{bits}" for bits in ("w4a8", "w4a4")] + ["scenes-text/adaround/w4a32"]
 
 
 def test_the_schema_knows_every_method_and_keyword():

@@ -63,6 +63,24 @@ def test_summary(kept, class_pipe, class_calibration):
     assert found["stages"] == [{"stage": "nothing", "parameters": 5, "iterations": 7, "batch": 2}]
 
 
+def test_bit_operations_are_of_the_operands_that_are_multiplied(kept, class_pipe, class_calibration):
+    denoiser, _ = kept
+    work = cost.macs(denoiser, class_calibration.inputs(torch.tensor([0])))
+    assert cost.bops(class_pipe.unet, work) == 1024 * sum(work.values())
+    expected = 0
+    for name, count in work.items():
+        if name.endswith(".processor"):  # q, k and v at 8 bits, probabilities in float
+            expected += count // 2 * 8 * 8 + count // 2 * 32 * 8
+        else:
+            bits = 8 if name == "conv_in" else 32 if name.endswith("conv_shortcut") else 4
+            expected += count * bits**2
+    assert cost.bops(denoiser, work) == expected
+    found = cost.summary(denoiser, 4, 4, class_calibration)["footprint"]
+    assert found["bops"] == expected and found["macs"] == sum(work.values())
+    assert found["parameters"] == sum(p.numel() for p in class_pipe.unet.parameters())
+    assert found["effective_bits"] == 8 * found["bytes"] / found["parameters"]
+
+
 def test_undeclared(kept, class_pipe):
     denoiser, keep = kept
     assert cost.undeclared(denoiser, 4, 4, keep) == []

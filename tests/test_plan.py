@@ -5,10 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from quest import plan, timing
+from baselines import METHODS
+from quest import checkpoint, cost, plan, timing, work
 from quest.__main__ import main
+from quest.layers import quant_layers, swap
 from quest.metrics import features
 from quest.models import MODELS
 
@@ -56,22 +59,98 @@ def test_sizes_are_exact_without_weights():
     assert bedrooms.parameters == pytest.approx(274.06e6, rel=1e-4) and bedrooms.latent == 3 * 64 * 64
     assert sd.parameters == pytest.approx(859.52e6, rel=1e-4) and sd.latent == 4 * 64 * 64
     assert bedrooms.image == 3 * 256**2 and sd.image == 3 * 512**2 and sd.context == 77 * 768
+    cifar = plan.shape(MODELS["cifar10"])
+    assert cifar.parameters == pytest.approx(143.2e6 / 4, rel=2e-3) and cifar.latent == cifar.image == 3 * 32**2
     shipped = plan.shape(MODELS["scenes-class"])
     assert shipped.latent == 8 * 8 * 8 and shipped.parameters > 1e6
+
+
+@pytest.mark.parametrize("name, gflops", [("lsun-bedrooms", 202.6), ("lsun-churches", 41.9), ("cifar10", 12.47)])
+def test_work_is_that_which_q_diffusion_published(name, gflops):
+    """Two operations to a multiply-accumulate there (arXiv:2302.04304, reckoned from its tables of bit operations)."""
+    found = plan.footprint(name, "w32a32")
+    assert 2 * found["macs"] == pytest.approx(gflops * 1e9, rel=4e-3)
+    assert found["bops"] == 1024 * found["macs"] and found["bytes"] == 4 * found["parameters"]
+
+
+def test_footprints_of_shipped_models_are_those_of_the_models_themselves():
+    """From the configuration alone, and from the loaded pipeline, quantized."""
+    model = MODELS["scenes-text"]
+    pipe = model.load()
+    with torch.no_grad():
+        text = pipe.encode_prompt(["a red circle"], "cpu", 1, False)[0]
+    size = pipe.unet.config.sample_size
+    sample = torch.zeros(1, pipe.unet.config.in_channels, size, size)
+    work = cost.macs(pipe.unet, {"sample": sample, "timestep": torch.tensor([5]), "encoder_hidden_states": text})
+    assert plan.footprint(model.name, "w32a32") == cost.footprint(pipe.unet, work)
+    student = swap(pipe, 4, 8, keep=model.keep, softmax_bits=model.softmax_bits)
+    for _, layer in quant_layers(student.unet):
+        layer.choose_weight_range()
+    assert plan.footprint(model.name, "w4a8") == cost.footprint(student.unet, work)
+    assert (
+        sum(v.numel() * v.element_size() for v in checkpoint.state(student.unet).values())
+        == (plan.footprint(model.name, "w4a8")["bytes"])
+    )
 
 
 def test_hours_are_the_costs_times_the_work():
     small = config("smoke")  # 120 images, 8 + 4 trajectories in batches of 50, 20 steps, guided
     known = {"call": 0.002, "quantized_call": 0.003, "training_step": 0.01, "decode": 0.1, "features": 0.2, "start": 10}
+    known |= {"ranges": 0.5}
     found = {part.kind: part for part in plan.parts(small, costs("scenes-class", **known), "box")}
     drawn = 120 * 20 * 2
     assert found["sample, full precision"].hours * 3600 == pytest.approx(drawn * 0.002 + 120 * 0.3 + 2 * 10)
     assert found["sample, quantized"].hours * 3600 == pytest.approx(2 * (drawn * 0.003 + 120 * 0.3) + 4 * 10)
     assert found["trajectories"].hours * 3600 == pytest.approx((50 * 40 + 32 * 20) * 0.002 + 10)
-    calibration = 12 * 40
-    quest = (5 + 5) * 16 * 0.01 + calibration * 0.002
-    assert found["quantize"].hours * 3600 == pytest.approx(quest + 2 * 10)
+    calibration = 8 * 40
+    quest = (5 + 5) * 16 * 0.01 + calibration * 0.002 + 20 * 0.5  # the ranges of 20 time groups
+    rtn = 256 * 0.003
+    assert found["quantize"].hours * 3600 == pytest.approx(quest + rtn + 2 * 10)
     assert found["sample, full precision"].bytes == 120 * (4 * (64 + 112 + 48) + 4 * 512 + 3 * 64 * 64)
+
+
+def test_work_of_the_rivals():
+    """By hand from their presets: scenes-uncond is called 40 times, scenes-class 20 times on both halves."""
+    uncond, clas = MODELS["scenes-uncond"], MODELS["scenes-class"]
+
+    def count(method, bits, model=uncond, **recipe):
+        return dict(work.quantizing(method, recipe, bits, model, 50))
+
+    rounded = {"weight ranges": 1, "rounding": 1000, "rounding row": 16_000}
+    # 20 of 40 calls, 1024 // 20 = 51 trajectories of which there are 50; both networks, and 256 rows twice.
+    assert count("adaround", "w4a32") == rounded | {"call": 2 * 1000 + 2 * 256}
+    assert count("adaround", "w4a32", clas) == rounded | {"call": 2 * 20 * 2 * (1024 // 40) + 2 * 256}
+    full = {"weight ranges": 1, "rounding": 20_000, "rounding row": 20_000 * 32}
+    assert count("adaround-ndtc", "w4a32", preset="full") == full | {"call": 2 * 1024 + 2 * 256}
+    assert count("adaround", "w8a32") == {"weight ranges": 1}  # to the nearest code in the short preset
+    learned = {"ranges": 1, "step learning": 250, "step learning row": 4000}
+    q_diffusion = learned | {"call": 1000, "quantized call": 512}
+    assert count("q-diffusion", "w4a4", init="adaround") == q_diffusion
+    running = q_diffusion | {"quantized call": 512 + 1000}  # at 8 bits, the model's running averages
+    assert count("q-diffusion", "w4a8", init="adaround") == running
+    assert count("ptqd", "w4a4", init="adaround") == q_diffusion | {"quantized call": 512 + 50 * 40}
+    here = count("ptqd-as-released", "w4a4")
+    assert here["rounding"] == 1000 and here["call"] == 2 * 1000 + 2 * 256 + 1000
+    assert count("ptq4dm-as-released", "w8a8") == {"threshold search": 1, "threshold search row": 1024}
+    assert count("tfmq-dm", "w4a8", init="adaround") == {"ranges": 1, "temporal rounding": 1000}
+    assert count("tfmq-dm-as-released", "w4a8", clas)["ranges"] == 20
+    assert count("efficient-dm", "w4a4", clas) == {"ranges": 20, "distillation": 1000, "distillation row": 16_000}
+    assert count("efficient-dm", "w4a4", preset="full")["distillation row"] == 32_000
+    tuned = {"call": 50 * 40, "ranges": 20}
+    assert count("quest", "w4a4", init="adaround") == tuned | {"training step": 300 * 16}
+    assert count("quest-paper", "w4a4", init="adaround")["ranges"] == 1
+    assert count("full-finetune", "w4a4") == tuned | {
+        "weight ranges": 1, "full finetuning": 300, "full finetuning row": 4800
+    }  # fmt: skip
+
+
+def test_every_method_s_work_is_counted():
+    grid = config("all-methods")
+    made = plan.cells(grid)[1]
+    assert {run.method for run in made} == set(METHODS) - {"fp"}
+    for run in made:
+        counted = work.quantizing(run.method, grid["methods"][run.method], run.bits, MODELS[run.model], 50)
+        assert set(counted) <= set(timing.WHAT), run.method
 
 
 def test_what_was_not_measured_is_said_and_never_guessed():
@@ -124,13 +203,50 @@ def test_records_replace_those_of_the_same_kind(tmp_path):
         timing.read(file)
 
 
-def test_measured_costs_of_a_tiny_pipeline(text_model, monkeypatch):
+def test_inputs_have_the_tokens_of_the_pipeline(class_pipe, class_model, text_pipe, text_model):
+    for pipe, model, tokens in ((class_pipe, class_model, 2), (text_pipe, text_model, 32)):
+        given = timing.inputs(pipe.unet, model, 3, "cpu", pipe)
+        assert given["encoder_hidden_states"].shape == (3, tokens, 32) and given["sample"].shape == (3, 4, 8, 8)
+    assert [timing.tokens(MODELS[name]) for name in ("scenes-class", "scenes-text", "imagenet", "sd14")] == [
+        4,
+        20,
+        1,
+        77,
+    ]
+
+
+def test_measured_costs_of_a_tiny_pipeline(uncond_model, monkeypatch):
     monkeypatch.setitem(features.EXTRACTORS, "scenes", lambda: lambda images: images.float().mean())
-    rows = timing.measure(text_model, "cpu", batch=2, repeats=1)
+
+    def once(learn, batch, repeats, device):
+        learn(1, batch)
+        return 0.1 + 0.01 * batch
+
+    monkeypatch.setattr(timing, "_iteration", once)  # every step runs, once
+    rows = timing.measure(uncond_model, "cpu", batch=2, repeats=1)
     found = {row["what"]: float(row["value"]) for row in rows}
     assert set(found) == set(timing.WHAT)
+    learned = {
+        f"{what}{row}"
+        for what in ("rounding", "step learning", "distillation", "full finetuning")
+        for row in ("", " row")
+    }
+    assert {what: found.pop(what) for what in learned} == {w: 0.01 if w.endswith("row") else 0.1 for w in learned}
+    assert found.pop("threshold search row") >= 0  # a difference of two times can be lost in their noise
     assert all(value > 0 for value in found.values()) and found["memory"] > 50
     assert {row["machine"] for row in rows} == {timing.machine("cpu")} and rows[0]["weights"] == "trained"
+
+
+def test_an_iteration_is_what_more_of_them_add(monkeypatch):
+    def seconds(step, repeats, device):
+        return step()
+
+    monkeypatch.setattr(timing, "_least", seconds)
+    found = timing._iteration(lambda iterations, batch: 7 + iterations * (3 + 0.5 * batch), 16, 1, "cpu")
+    assert found == pytest.approx(3 + 0.5 * 16)
+    assert timing._fixed_and_row("rounding", 4, 16, 3 + 0.5 * 4, found) == {"rounding": 3, "rounding row": 0.5}
+    # Noise makes nothing negative.
+    assert timing._fixed_and_row("x", 4, 16, 2.0, 1.0) == {"x": 1.0, "x row": 0.0}
 
 
 def test_measured_costs_without_weights_are_of_the_denoiser():

@@ -96,7 +96,7 @@ def test_split_layers_quantize_save_load_and_start_others(uncond_pipe, uncond_mo
     layers = dict(quant_layers(q.unet))
     assert names <= set(layers) and all(layers[n].weight_quantizer.spec.bits == 4 for n in names)
     assert all(layers[n].input_quantizer.scale.isfinite().all() for n in names)
-    quest.save(q, path)
+    quest.save(q, path, floats=True)
     loaded = quest.load(uncond_pipe, path)
     images = [p(**arguments(uncond_model, "evaluation", [0]), output_type="latent").images for p in (q, loaded)]
     assert torch.equal(*images)
@@ -112,7 +112,7 @@ def test_adaround_is_a_file_that_methods_of_any_activation_bits_start_from(class
     path = tmp_path / "model.safetensors"
     arguments = dict(calibration=class_calibration, rows=24)
     start = quest.quantize(class_pipe, "adaround", "w3a32", weight_iterations=6, batch=8, **arguments)
-    quest.save(start, path)
+    quest.save(start, path, floats=True)
     assert all(q.spec.bits == 32 for q in input_quantizers(start.unet).values())
     rounded = {n: m.weight for n, m in quant_layers(start.unet)}
     original = dict(class_pipe.unet.named_modules())

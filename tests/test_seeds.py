@@ -25,6 +25,7 @@ def cell(method, value, metric="latent_mse", images="0-499"):
         "eps_error": [],
         "resampled": {metric: resampled.tolist()},
         "drawn": {"images": images, "trajectories": 16, "timesteps": []},
+        "footprint": {},
         "provenance": {"versions": {"torch": "2.9"}, "machine": {"cpu": "Some CPU"}, "commit": "abc"},
     }
 

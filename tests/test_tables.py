@@ -12,6 +12,7 @@ MODELS = {"scenes-text": ["fid", "clip", "latent_mse", "eps_error"], "scenes-unc
 # Mean of each method's metrics at 4 bits; full precision is at 1.
 LEVELS = {"rtn": 4.0, "rtn-mse": 2.0, "quest": 1.5}
 BITS = {"w8a8": 0.001, "w4a4": 1.0}
+BYTES = {"w32a32": 40_000_000, "w8a8": 10_234_567, "w4a4": 5_123_456}
 
 
 def cell(model, method, bits, spread=0.05):
@@ -60,6 +61,7 @@ def cell(model, method, bits, spread=0.05):
         "eps_error": calls,
         "resampled": resampled,
         "drawn": {"images": f"0-{n - 1}", "trajectories": trajectories, "timesteps": [951, 901, 901, 1]},
+        "footprint": {"bytes": BYTES[bits], "bops": 5e10, "effective_bits": 4.5, "parameters": 9, "macs": 8},
         "sampled": [made | {"commit": "aaa", "dirty": False}],
         "provenance": made | {"commit": "bbb", "dirty": True},
     }
@@ -81,6 +83,16 @@ def test_main_frame_is_tidy(cells):
     assert row.seeds == "evaluation 0-499" and row.commit == "aaa / bbb-dirty"
     assert row.versions == "python 3.12.1, torch 2.9.0" and row.machine == "cpu Some CPU, cores 2"
     assert set(frame[frame.metric == "eps_error"].seeds) == {"evaluation 0-15"}
+    assert (row.size_mb, row.bops, row.effective_bits) == (5.123456, 5e10, 4.5)
+    assert frame[frame.method == "fp"].size_mb.tolist() == [40.0] * (frame.method == "fp").sum()
+
+
+def test_a_cell_of_unknown_size_is_shown_without(cells):
+    cells[0]["footprint"] = {}
+    frame = tables.main_frame(cells)
+    assert frame[(frame.model == "scenes-text") & (frame.method == "fp")][tables.FOOTPRINT].isna().all().all()
+    text = tables.markdown(frame, tables.paired_frame(cells))
+    assert "| fp | w32a32 | – | – | 1.000" in text and "| quest | w4a4 | 5.123 | 0.05 |" in text
 
 
 def test_paired_frame_has_every_pair_once_and_full_precision(cells):
@@ -122,7 +134,10 @@ def test_eps_error_frame_keeps_every_call(cells):
 def test_markdown_says_network_direction_interval_and_protocol(cells):
     text = tables.markdown(tables.main_frame(cells), tables.paired_frame(cells))
     first, second = text.split("### scenes-uncond")
-    assert "| method | bits | FID (scenes net) ↓ | CLIP score (scenes-clip) ↑ | latent MSE to FP ↓ |" in first
+    assert (
+        "| method | bits | size [MB] | TBOPs | FID (scenes net) ↓ | CLIP score (scenes-clip) ↑ | latent MSE to FP ↓ |"
+        in first
+    )
     assert "CLIP" not in second
     assert "FID ↓" not in text
     rows = [line.split(" | ") for line in first.splitlines() if line.startswith("| ")][2:]
@@ -130,7 +145,8 @@ def test_markdown_says_network_direction_interval_and_protocol(cells):
         ["| fp", "w32a32"], ["| rtn", "w8a8"], ["| rtn-mse", "w8a8"], ["| quest", "w8a8"],
         ["| rtn", "w4a4"], ["| rtn-mse", "w4a4"], ["| quest", "w4a4"]
     ]  # fmt: skip
-    assert "–" in rows[0] and "1.000 ± 0.0" in rows[0][2]
+    assert "–" in rows[0] and "1.000 ± 0.0" in rows[0][4]
+    assert rows[0][2:4] == ["40", "0.05"] and rows[1][2:4] == ["10.23", "0.05"]
     for part in ("plms 20, guidance 3", "n = 500, seeds evaluation 0-499", "n = 16", "1.96 bootstrap standard"):
         assert part in first
     assert all(len(row) == len(rows[0]) for row in rows)
@@ -159,7 +175,7 @@ def test_latex_is_balanced_and_escaped(cells):
     assert r"100 \% of a\_b" in text and "±" not in text
     assert r"\shortstack{FID $\downarrow$\\(scenes net)}" in text
     body = text.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
-    assert len(body) == 7 and all(line.count(" & ") == 5 and line.endswith(r"\\") for line in body)
+    assert len(body) == 7 and all(line.count(" & ") == 7 and line.endswith(r"\\") for line in body)
     assert body[-1].count(r"\textbf{") >= 3
 
 
@@ -177,7 +193,7 @@ def test_published_numbers_stand_beside_ours(of_the_paper):
     paired = tables.paired_frame(of_the_paper)
     text = tables.markdown(main, paired)
     row = next(line for line in text.splitlines() if line.startswith("| quest | w4a4"))
-    assert row.split(" | ")[2].endswith("(5.64)") and "(" not in row.split(" | ")[3]
+    assert row.split(" | ")[4].endswith("(5.64)") and "(" not in row.split(" | ")[5]
     assert "In parentheses: the number of arXiv:2402.03666v6" in text
     assert "(5.64)" in tables.latex(main, paired)
 

@@ -83,7 +83,7 @@ def test_all_ranges_follow_the_timestep_as_released(class_pipe, class_calibratio
 
 def test_started_from_adaround_only_the_block_is_learned(runs, class_pipe, class_calibration, tmp_path):
     start = tmp_path / "start.safetensors"
-    quest.save(runs[1], start)
+    quest.save(runs[1], start, floats=True)
     q = tfmq_dm.quantize(class_pipe, class_calibration, 4, 8, init=str(start), weight_iterations=0, **FAST)
     block = TemporalInformationBlock(q.unet).layers
     other = dict(quant_layers(runs[1].unet))

@@ -9,7 +9,7 @@ paired interval. Needs no torch.
 import json
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ class Cell:
     eps_error: np.ndarray | None = None  # [trajectories, calls], relative squared error of each noise prediction
     timesteps: np.ndarray | None = None  # [calls], timestep of each denoiser call; a multistep sampler may repeat one
     sampled: tuple[dict, ...] = ()  # provenance of each shard: where and with what it was drawn
+    footprint: dict = field(default_factory=dict)  # size and work of the denoiser, see quest.cost
 
     @classmethod
     def load(cls, features: Sequence[str | Path], samples: Sequence[str | Path]) -> "Cell":
@@ -68,7 +69,8 @@ class Cell:
             latents=drawn.get("latents"),
             eps_error=eps_error,
             timesteps=timesteps,
-            sampled=tuple(_provenance(shard) for shard in sample_shards if "metadata" in shard),
+            sampled=tuple(_metadata(shard).get("provenance", {}) for shard in sample_shards if "metadata" in shard),
+            footprint=_metadata(sample_shards[0]).get("footprint", {}),
         )
 
 
@@ -87,8 +89,8 @@ def _read(path: str | Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _provenance(shard):
-    return json.loads(str(shard["metadata"])).get("provenance", {})
+def _metadata(shard):
+    return json.loads(str(shard.get("metadata", "{}")))
 
 
 def _join(paths: Sequence, shards: list[dict], names: list[str]) -> dict[str, np.ndarray]:
@@ -252,7 +254,8 @@ def measure(
     Returns, fit for JSON: "rows" [{metric, value, low, high, n, extractor, protocol, reference, note}], where
     `reference` is the beginning of the hash of the file of real images' statistics, if the metric has one; "eps_error",
     one row per denoiser call [{call, timestep, value, low, high, n}]; "resampled" {metric: [R values]}; "drawn", what
-    two cells must share to be compared: images, trajectories, timesteps; and "sampled", the provenance of each shard.
+    two cells must share to be compared: images, trajectories, timesteps; "sampled", the provenance of each shard; and
+    "footprint", size and work of the denoiser.
 
     Raises ValueError where cell and full precision are of different images, or the cell has no eps_error to measure.
     """
@@ -298,6 +301,7 @@ def measure(
             "timesteps": [] if cell.timesteps is None else cell.timesteps.tolist(),
         },
         "sampled": list(cell.sampled),
+        "footprint": cell.footprint,
     }
 
 

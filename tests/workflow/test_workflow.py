@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quest.config import runs
+from quest.config import runs, starting_points
 from quest.metrics import METRICS
 from quest.models import MODELS
 
@@ -41,6 +41,9 @@ def test_every_config_runs_its_own_recipes(stubbed, name):
     config = stubbed.config(name)
     recipes = {words[4]: json.loads(words[words.index("--recipe") + 1]) for words in of(commands, "quantize")}
     assert recipes == {method: recipe for method, recipe in config["methods"].items() if method != "fp"}
+    # What another method starts from keeps float weights.
+    starts = {(run.model, run.method, run.bits) for run in starting_points(config, runs(config))}
+    assert {tuple(words[3:6]) for words in of(commands, "quantize") if "--floats" in words} == starts
     made = {tuple(words[3:6]) for words in of(commands, "metrics")}
     assert made == {(run.model, run.method, run.bits) for run in runs(config)}
     images = {words[3]: int(words[words.index("-n") + 1]) for words in of(commands, "sample")}

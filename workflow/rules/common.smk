@@ -5,7 +5,17 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from quest.config import ConfigError, Run, check_names, recipe_of, runs, seed_runs, start_of, validate
+from quest.config import (
+    ConfigError,
+    Run,
+    check_names,
+    recipe_of,
+    runs,
+    seed_runs,
+    start_of,
+    starting_points,
+    validate,
+)
 from quest.models import MODELS
 
 try:
@@ -16,7 +26,8 @@ except ConfigError as error:
 
 NAME = config["name"]
 RUNS = runs(config)
-SEED_RUNS = seed_runs(config) if "seeds" in config else []
+SEED_RUNS = seed_runs(config)
+STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS)
 DEVICE = config.get("device", "cpu")
 CLIPS = {model.clip for model in MODELS.values() if model.clip}
 # Per model, the bits in the order of the grid: what one sample grid compares.
@@ -115,6 +126,11 @@ def init(wc):
     """The checkpoint a method starts from, if its recipe names one."""
     start = start_of(config, Run(wc.model, wc.method, wc.bits))
     return f"results/{NAME}/{start.path}/model.safetensors" if start else []
+
+
+def floats(wc):
+    """What another method starts from keeps float weights; what is only sampled from is packed."""
+    return "--floats" if Run(wc.model, wc.method, wc.bits) in STARTING_POINTS else ""
 
 
 def checkpoint_of(wc):

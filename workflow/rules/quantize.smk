@@ -71,8 +71,9 @@ rule quantize:
     params:
         method=lambda wc: recipe_of(config, wc.method)[0],
         recipe=recipe,
+        floats=floats,
         device=DEVICE,
     shell:
         "python -m workflow.scripts.quantize {wildcards.model} {params.method} {wildcards.bits}"
-        " --recipe {params.recipe:q} --calibration {input.calibration} --init {input.init}"
+        " --recipe {params.recipe:q} --calibration {input.calibration} --init {input.init} {params.floats}"
         " --threads {threads} --device {params.device} -o {output} > {log} 2>&1"

@@ -15,6 +15,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=json.loads, default={}, help="the method's keyword arguments, as JSON")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--init", type=Path, nargs="?", help="checkpoint to start from")
+    parser.add_argument("--floats", action="store_true", help="keep float weights: others are to start from them")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -25,11 +26,10 @@ def main() -> None:
     import quest
     from baselines import METHODS
     from quest.calibration import CalibrationSet
-    from quest.checkpoint import read
+    from quest.checkpoint import read_header
     from quest.config import parse_bits
     from quest.cost import peak_memory
     from quest.models import MODELS
-    from quest.provenance import provenance
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def main() -> None:
     started = {}
     if arguments.init:
         recipe["init"] = str(arguments.init)
-        header = read(arguments.init)[0]
+        header = read_header(arguments.init)
         started = {"init": {k: header.get(k) for k in ("method", "bits", "recipe", "cost", "seconds", "peak_memory")}}
     print(f"{arguments.model} {arguments.method} {arguments.bits}: {json.dumps(recipe)}", flush=True)
 
@@ -62,7 +62,7 @@ def main() -> None:
     )
     seconds = round(time.perf_counter() - start, 1)
     spent = {"seconds": seconds, "peak_memory": peak_memory(), **started}
-    quest.save(pipe, arguments.output, model=model.name, **spent, provenance=provenance())
+    quest.save(pipe, arguments.output, arguments.floats, model=model.name, **spent)
     print(json.dumps(pipe.unet.quantization["cost"], indent=1))
     print(f"{arguments.model} {arguments.method} {arguments.bits}: {seconds} s, {spent['peak_memory']} MB", flush=True)
 

@@ -24,6 +24,7 @@ def main() -> None:
     import torch
 
     import quest
+    from quest import cost
     from quest.calibration import CalibrationSet, eps_error
     from quest.files import atomic
     from quest.metrics.features import extract
@@ -35,8 +36,12 @@ def main() -> None:
     shard, shards = map(int, arguments.shard.split("/"))
     model = MODELS[arguments.model]
     pipe = model.load(device=arguments.device)
+    evaluation = CalibrationSet.load(arguments.evaluation).to(arguments.device)
     if arguments.checkpoint:
         pipe = quest.load(pipe, arguments.checkpoint)
+        footprint = pipe.unet.quantization["cost"]["footprint"]
+    else:
+        footprint = cost.footprint(pipe.unet, cost.macs(pipe.unet, evaluation.inputs(torch.tensor([0]))))
 
     start = time.perf_counter()
     batches = list(generate(pipe, model, "evaluation", arguments.n, (shard, shards)))
@@ -46,11 +51,12 @@ def main() -> None:
     captions = model.conditions("evaluation", index.tolist()).get("prompt") if model.clip else None
     features = extract(images, model.extractor, model.clip, captions, device=arguments.device)
     if arguments.checkpoint and shard == 0:
-        errors, timesteps = eps_error(pipe, CalibrationSet.load(arguments.evaluation).to(arguments.device))
+        errors, timesteps = eps_error(pipe, evaluation)
         features |= {"eps_error": errors.cpu().numpy(), "timesteps": np.array(timesteps)}
 
     seeds = {"split": "evaluation", "first": SEEDS["evaluation"], "n": arguments.n, "shard": arguments.shard}
-    metadata = json.dumps({"seeds": seeds, "seconds": seconds, "provenance": provenance()})
+    metadata = {"seeds": seeds, "seconds": seconds, "footprint": footprint, "provenance": provenance()}
+    metadata = json.dumps(metadata)
     with atomic(arguments.samples) as file:
         kept = {"latents": latents} if arguments.drop_images else {"images": images, "latents": latents}
         np.savez(file, index=index, **kept, metadata=metadata)

@@ -1,0 +1,50 @@
+"""Codes of a weight as they lie in a file: two to a byte, one to a byte, or two bytes each.
+
+Up to 16 levels (2 to 4 bits, asymmetric) two codes share a byte, the first in its low half; up to 256 each has a byte;
+more, two bytes. A row is an output channel with its other dimensions in their order (C, kh, kw); a row of odd length
+ends in a half that is zero. What is stored is code less qmin, so that it is unsigned.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from quest.affine import QuantSpec
+
+
+def shape(weight: tuple[int, ...], spec: QuantSpec) -> tuple[int, int]:
+    """Shape of the packed codes of a weight of this shape: [rows, bytes or, of more than 256 levels, pairs of them]."""
+    row = math.prod(weight[1:])
+    return weight[0], (row + 1) // 2 if _levels(spec) <= 16 else row
+
+
+def dtype(spec: QuantSpec) -> torch.dtype:
+    return torch.uint8 if _levels(spec) <= 256 else torch.uint16
+
+
+def nbytes(weight: tuple[int, ...], spec: QuantSpec) -> int:
+    """Bytes that the codes of a weight of this shape take."""
+    return math.prod(shape(weight, spec)) * dtype(spec).itemsize
+
+
+def pack(codes: Tensor, spec: QuantSpec) -> Tensor:
+    """codes [O, ...], whole numbers from spec.qmin to spec.qmax of any dtype -> uint8 or uint16, see `shape`."""
+    rows = (codes.flatten(1) - spec.qmin).to(torch.int32).to(dtype(spec))
+    if _levels(spec) > 16:
+        return rows.contiguous()
+    if rows.shape[1] % 2:
+        rows = torch.cat([rows, rows.new_zeros(len(rows), 1)], 1)
+    return rows[:, ::2] | rows[:, 1::2] << 4
+
+
+def unpack(packed: Tensor, spec: QuantSpec, weight: tuple[int, ...]) -> Tensor:
+    """The codes that `pack` was given, float32 of the shape `weight`."""
+    rows = packed
+    if _levels(spec) <= 16:
+        rows = torch.stack([packed & 15, packed >> 4], 2).flatten(1)[:, : math.prod(weight[1:])]
+    return (rows.float() + spec.qmin).reshape(weight)
+
+
+def _levels(spec: QuantSpec) -> int:
+    return spec.qmax - spec.qmin + 1
