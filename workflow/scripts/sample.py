@@ -16,6 +16,7 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, required=True, help="file to write: index, images, latents")
     parser.add_argument("--features", type=Path, required=True, help="file to write: index, features of the images")
     parser.add_argument("--drop-images", action="store_true", help="keep latents and features only")
+    parser.add_argument("--kernel", default="auto", help="a name in quest.kernels.KERNELS; auto: the fastest here")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -28,6 +29,7 @@ def main() -> None:
     from quest.files import atomic
     from quest.metrics.features import extract
     from quest.models import MODELS, SEEDS
+    from quest.placement import deviation
     from quest.provenance import provenance
     from quest.sampling import generate
 
@@ -36,7 +38,12 @@ def main() -> None:
     model = MODELS[arguments.model]
     pipe = model.load(device=arguments.device)
     if arguments.checkpoint:
-        pipe = quest.load(pipe, arguments.checkpoint)
+        pipe = quest.load(pipe, arguments.checkpoint, arguments.kernel)
+        evaluation = CalibrationSet.load(arguments.evaluation).to(arguments.device)
+        placement = pipe.unet.placement
+        kernel = {"kernel": placement._asdict() | {"deviation": deviation(pipe.unet, evaluation)}}
+    else:
+        kernel = {}
 
     start = time.perf_counter()
     batches = list(generate(pipe, model, "evaluation", arguments.n, (shard, shards)))
@@ -46,11 +53,11 @@ def main() -> None:
     captions = model.conditions("evaluation", index.tolist()).get("prompt") if model.clip else None
     features = extract(images, model.extractor, model.clip, captions, device=arguments.device)
     if arguments.checkpoint and shard == 0:
-        errors, timesteps = eps_error(pipe, CalibrationSet.load(arguments.evaluation).to(arguments.device))
+        errors, timesteps = eps_error(pipe, evaluation)
         features |= {"eps_error": errors.cpu().numpy(), "timesteps": np.array(timesteps)}
 
     seeds = {"split": "evaluation", "first": SEEDS["evaluation"], "n": arguments.n, "shard": arguments.shard}
-    metadata = json.dumps({"seeds": seeds, "seconds": seconds, "provenance": provenance()})
+    metadata = json.dumps({"seeds": seeds, "seconds": seconds, **kernel, "provenance": provenance()})
     with atomic(arguments.samples) as file:
         kept = {"latents": latents} if arguments.drop_images else {"images": images, "latents": latents}
         np.savez(file, index=index, **kept, metadata=metadata)
