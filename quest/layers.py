@@ -61,6 +61,7 @@ class QuantLayer(nn.Module):
         """Follow `weight`, on the reference kernel: the one with a gradient."""
         self.packed = None
         self.kernel_name = "reference"
+        self.input_quantizer.thaw()
 
     def quantize_output(self, y: Tensor) -> Tensor:
         return y if self.output_quantizer is None else fake_quantize(y, self.output_quantizer(y))

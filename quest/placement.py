@@ -33,16 +33,17 @@ def place(denoiser: nn.Module, kernel: str = "auto") -> Placement:
     for layer_name, layer in quant_layers(denoiser):
         reason = refusal(layer, name)
         layer.freeze("reference" if reason else name)
+        freeze(name == "integer" and not reason, layer.input_quantizer)
         if reason:
             refused[layer_name] = reason
     for attention_name, attention in attentions(denoiser):
         processor = attention.processor
         if not isinstance(processor, QuantAttention):
             continue
-        reason = kernels.get(name).supports_attention(
-            *map(every_group, (processor.q, processor.k, processor.v, processor.p))
-        )
+        quantizers = processor.q, processor.k, processor.v, processor.p
+        reason = kernels.get(name).supports_attention(*map(every_group, quantizers))
         processor.kernel_name = "reference" if reason else name
+        freeze(name == "integer" and not reason, *quantizers)
         if reason:
             refused[f"{attention_name}.processor"] = reason
     if name == "integer":
@@ -51,6 +52,11 @@ def place(denoiser: nn.Module, kernel: str = "auto") -> Placement:
         blocks.unfuse(denoiser)
     denoiser.placement = Placement(name, refused)
     return denoiser.placement
+
+
+def freeze(frozen: bool, *quantizers: Quantizer) -> None:
+    for quantizer in quantizers:
+        quantizer.freeze() if frozen else quantizer.thaw()
 
 
 @torch.no_grad()

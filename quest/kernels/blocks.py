@@ -14,7 +14,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quest.kernels.integer import core
+from quest.kernels.integer import core, linear
 
 
 def computes(x: Tensor) -> bool:
@@ -71,13 +71,10 @@ class FusedLayerNorm(nn.LayerNorm):
 
 class FusedGEGLU(GEGLU):
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        if not computes(hidden_states):
+        proj = self.proj
+        if not computes(hidden_states) or proj.kernel_name != "integer" or proj.output_quantizer is not None:
             return super().forward(hidden_states, *args, **kwargs)
-        x = self.proj(hidden_states).contiguous()
-        n = x.shape[-1] // 2
-        y = torch.empty((*x.shape[:-1], n))
-        core().quest_geglu(x.data_ptr(), x.numel() // (2 * n), n, y.data_ptr(), torch.get_num_threads())
-        return y
+        return linear(hidden_states, proj.input_quantizer(hidden_states), proj.qweight, proj.bias, gated=True)
 
 
 class FusedResnetBlock(ResnetBlock2D):

@@ -40,7 +40,7 @@ def core() -> ctypes.CDLL:
         "quest_use": (c_int, [ctypes.c_char_p]),
         "quest_packed_bytes": (i64, [i64] * 5),
         "quest_pack": (None, [pointer] * 3 + [i64] * 5 + [pointer]),
-        "quest_linear": (c_int, [pointer, i64, i64, pointer, pointer, f32, f32, f32, pointer, c_int]),
+        "quest_linear": (c_int, [pointer, i64, i64, pointer, pointer, f32, f32, f32, c_int, pointer, c_int]),
         "quest_conv2d": (
             c_int,
             [pointer] + [i64] * 6 + [pointer, pointer, f32, f32, f32] + [i64] * 6 + [pointer, i64, i64, c_int],
@@ -50,7 +50,6 @@ def core() -> ctypes.CDLL:
             None,
             [pointer] + [i64] * 6 + [f32] + [pointer] * 4 + [c_int, pointer, c_int],
         ),
-        "quest_geglu": (None, [pointer, i64, i64, pointer, c_int]),
         "quest_layer_norm": (None, [pointer, i64, i64, f32, pointer, pointer, pointer, c_int]),
     }
     for name, (result, arguments) in signatures.items():
@@ -165,25 +164,20 @@ def pack(weight: QTensor) -> Tensor:
     return packed
 
 
-def linear(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K], weight what `pack` gave -> [..., N], float32."""
-    return _run(_linear, torch.ops.quest.integer_linear, x, weight, bias, *qparams[:2], *_limits(qparams.spec))
+def linear(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
+    """x [..., K], weight what `pack` gave -> [..., N], float32.
+
+    gated: -> [..., N / 2], the first half of the outputs times gelu of the second.
+    """
+    scale, zero_point, spec = qparams
+    return _run(_linear, "integer_linear", x, weight, bias, scale, zero_point, spec.qmin, spec.qmax, gated)
 
 
 def conv2d(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups):
     """x [N, C, H, W] -> [N, O, H', W'], channels innermost. Padding is zero, after quantization; groups is 1."""
-    return _run(
-        _conv2d,
-        torch.ops.quest.integer_conv2d,
-        x,
-        weight,
-        bias,
-        *qparams[:2],
-        *_limits(qparams.spec),
-        stride,
-        padding,
-        dilation,
-    )
+    scale, zero_point, spec = qparams
+    limits = spec.qmin, spec.qmax
+    return _run(_conv2d, "integer_conv2d", x, weight, bias, scale, zero_point, *limits, stride, padding, dilation)
 
 
 def attention(
@@ -201,22 +195,17 @@ def attention(
     Rows need not lie together. The normalised probabilities are quantized, as in the reference.
     """
     params = (q_params, k_params, v_params, p_params)
-    scales = torch.stack([p.scale for p in params])
-    zero_points = torch.stack([p.zero_point for p in params])
-    limits = [limit for p in params for limit in _limits(p.spec)]
-    return _run(_attention, torch.ops.quest.integer_attention, q, k, v, scales, zero_points, limits, scale)
+    scales, zero_points, specs = zip(*params, strict=True)
+    limits = [limit for spec in specs for limit in (spec.qmin, spec.qmax)]
+    return _run(_attention, "integer_attention", q, k, v, scales, zero_points, limits, scale)
 
 
-def _limits(spec: QuantSpec) -> tuple[int, int]:
-    return spec.qmin, spec.qmax
-
-
-def _run(function, op, x: Tensor, *arguments) -> Tensor:
+def _run(function, op: str, x: Tensor, *arguments) -> Tensor:
     """The function itself; as a torch op where torch traces instead of computing."""
     # The dispatcher takes longer than a small layer.
     if type(x) is Tensor and not torch.compiler.is_compiling() and not x.is_meta:
         return function(x, *arguments)
-    return op(x, *arguments)
+    return getattr(torch.ops.quest, op)(x, *arguments)
 
 
 def _checked(x: Tensor, name: str) -> None:
@@ -235,17 +224,17 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _linear(x, weight, bias, scale, zero_point, qmin, qmax):
+def _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated):
     _checked(x, "linear")
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    z = zero_point.item()
-    out = torch.empty((*x.shape[:-1], len(weight)))
+    scale, z = float(scale), float(zero_point)
+    out = torch.empty((*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0]))
     _raise(
         core().quest_linear(
-            rows.data_ptr(), len(rows), rows.stride(0), weight.data_ptr(), _pointer(bias), scale.item(), qmin - z,
-            qmax - z, out.data_ptr(), torch.get_num_threads(),
+            rows.data_ptr(), rows.shape[0], rows.stride(0), weight.data_ptr(), _pointer(bias), scale, qmin - z,
+            qmax - z, gated, out.data_ptr(), torch.get_num_threads(),
         ),
         "linear",
     )  # fmt: skip
@@ -264,11 +253,11 @@ def _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dil
     sample, _, row, pixel = x.stride()
     out_height = _output_size(height, weight.shape[1], stride[0], padding[0], dilation[0])
     out_width = _output_size(width, weight.shape[2], stride[1], padding[1], dilation[1])
-    z = zero_point.item()
-    out = torch.empty((samples, len(weight), out_height, out_width), memory_format=torch.channels_last)
+    scale, z = float(scale), float(zero_point)
+    out = torch.empty((samples, weight.shape[0], out_height, out_width), memory_format=torch.channels_last)
     _raise(
         core().quest_conv2d(
-            x.data_ptr(), samples, height, width, sample, row, pixel, weight.data_ptr(), _pointer(bias), scale.item(),
+            x.data_ptr(), samples, height, width, sample, row, pixel, weight.data_ptr(), _pointer(bias), scale,
             qmin - z, qmax - z, *stride, *padding, *dilation, out.data_ptr(), out_height, out_width,
             torch.get_num_threads(),
         ),
@@ -285,8 +274,8 @@ def _attention(q, k, v, scales, zero_points, limits, scale):
     out = torch.empty((batch, n, heads, d)).transpose(1, 2)
     strides = [s for t in (q4, k4, v4, out) for s in t.stride()[:3]]
     ranges = []
-    for i, (s, z) in enumerate(zip(scales.tolist(), zero_points.tolist(), strict=True)):
-        ranges += [s, limits[2 * i] - z, limits[2 * i + 1] - z]
+    for i, (s, z) in enumerate(zip(scales, zero_points, strict=True)):
+        ranges += [float(s), limits[2 * i] - float(z), limits[2 * i + 1] - float(z)]
     _raise(
         core().quest_attention(
             q4.data_ptr(), k4.data_ptr(), v4.data_ptr(), (ctypes.c_int64 * 12)(*strides), batch, heads, n, k4.shape[2],
@@ -299,14 +288,21 @@ def _attention(q, k, v, scales, zero_points, limits, scale):
 
 @torch.library.custom_op("quest::integer_linear", mutates_args=())
 def _linear_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    gated: bool,
 ) -> Tensor:
-    return _linear(x, weight, bias, scale, zero_point, qmin, qmax)
+    return _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated)
 
 
 @_linear_op.register_fake
-def _(x, weight, bias, scale, zero_point, qmin, qmax):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _(x, weight, bias, scale, zero_point, qmin, qmax, gated):
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0]))
 
 
 @torch.library.custom_op("quest::integer_conv2d", mutates_args=())
@@ -333,7 +329,7 @@ def _(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation)
 
 @torch.library.custom_op("quest::integer_attention", mutates_args=())
 def _attention_op(
-    q: Tensor, k: Tensor, v: Tensor, scales: Tensor, zero_points: Tensor, limits: list[int], scale: float
+    q: Tensor, k: Tensor, v: Tensor, scales: list[Tensor], zero_points: list[Tensor], limits: list[int], scale: float
 ) -> Tensor:
     return _attention(q, k, v, scales, zero_points, limits, scale)
 

@@ -94,14 +94,24 @@ bool quantize(const float* x, int64_t n, int64_t padded, Range range, int16_t* o
                         to_int16(clamp_round(a, low, high), clamp_round(b, low, high)));
   }
   if (i < n) {
-    alignas(32) float part[16] = {};
-    alignas(32) int16_t codes[16];
-    std::memcpy(part, x + i, (n - i) * sizeof(float));
-    __m256 a = _mm256_div_ps(_mm256_load_ps(part), scale), b = _mm256_div_ps(_mm256_load_ps(part + 8), scale);
-    nan = _mm256_or_ps(nan, _mm256_cmp_ps(a, b, _CMP_UNORD_Q));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(codes),
-                       to_int16(clamp_round(a, low, high), clamp_round(b, low, high)));
-    std::memcpy(out + i, codes, (n - i) * sizeof(int16_t));
+    const __m256i left = _mm256_set1_epi32(static_cast<int>(n - i));
+    const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i first = _mm256_cmpgt_epi32(left, index);
+    const __m256i second = _mm256_cmpgt_epi32(left, _mm256_add_epi32(index, _mm256_set1_epi32(8)));
+    __m256 a = _mm256_div_ps(_mm256_maskload_ps(x + i, first), scale);
+    __m256 b = _mm256_div_ps(_mm256_maskload_ps(x + i + 8, second), scale);
+    nan = _mm256_or_ps(nan, _mm256_and_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q), _mm256_castsi256_ps(first)));
+    nan = _mm256_or_ps(nan, _mm256_and_ps(_mm256_cmp_ps(b, b, _CMP_UNORD_Q), _mm256_castsi256_ps(second)));
+    const __m256i codes = to_int16(_mm256_and_si256(clamp_round(a, low, high), first),
+                                   _mm256_and_si256(clamp_round(b, low, high), second));
+    if (padded - i >= 16) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), codes);
+      n = i + 16;
+    } else {
+      alignas(32) int16_t part[16];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(part), codes);
+      std::memcpy(out + i, part, (n - i) * sizeof(int16_t));
+    }
   }
   if (n < padded) std::memset(out + n, 0, (padded - n) * sizeof(int16_t));
   return _mm256_movemask_ps(nan);
@@ -289,47 +299,59 @@ void winograd_output(const int32_t* in, ptrdiff_t stride, int64_t channels, cons
   }
 }
 
-void softmax(const int32_t* scores, int64_t m, int64_t padded, float factor, Range range, float* work, int16_t* out) {
+// In three passes over all rows, so that the end of one row's sum need not be waited for.
+void softmax(int rows, const int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
+             float* work, int16_t* out) {
   const __m256 by = _mm256_set1_ps(factor), least = _mm256_set1_ps(-INFINITY);
-  const int64_t whole = m / 8 * 8;
-  alignas(32) int32_t rest[8] = {};
-  std::memcpy(rest, scores + whole, (m - whole) * sizeof(int32_t));
-  const __m256 there = _mm256_castsi256_ps(_mm256_cmpgt_epi32(
-      _mm256_set1_epi32(static_cast<int>(m - whole)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
-  const __m256 end = _mm256_blendv_ps(
-      least, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_load_si256(reinterpret_cast<__m256i*>(rest))), by), there);
-  __m256 top = end;
-  for (int64_t i = 0; i < whole; i += 8) {
-    const __m256 f =
-        _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scores + i))), by);
-    _mm256_storeu_ps(work + i, f);
-    top = _mm256_max_ps(top, f);
-  }
-  __m128 t = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
-  t = _mm_max_ps(t, _mm_movehl_ps(t, t));
-  t = _mm_max_ss(t, _mm_shuffle_ps(t, t, 1));
-  top = _mm256_broadcastss_ps(t);
-  const __m256 last = _mm256_and_ps(exp(_mm256_sub_ps(end, top)), there);
-  __m256 total = last;
-  for (int64_t i = 0; i < whole; i += 8) {
-    const __m256 e = exp(_mm256_sub_ps(_mm256_loadu_ps(work + i), top));
-    _mm256_storeu_ps(work + i, e);
-    total = _mm256_add_ps(total, e);
-  }
-  const __m256 one = _mm256_set1_ps(1.f / sum(total)), scale = _mm256_set1_ps(range.scale);
   const __m256 low = _mm256_set1_ps(range.low), high = _mm256_set1_ps(range.high);
-  int64_t i = 0;
-  for (; i < whole; i += 8) {
-    const __m256i c = clamp_round(_mm256_div_ps(_mm256_mul_ps(_mm256_loadu_ps(work + i), one), scale), low, high);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_castsi256_si128(to_int16(c, c)));
+  const int64_t whole = m / 8 * 8;
+  const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(m - whole)),
+                                           _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  __m256 top[MAX_MR], total[MAX_MR];
+  for (int r = 0; r < rows; r++) {
+    const int32_t* in = scores + r * width;
+    __m256 most = least;
+    for (int64_t i = 0; i < whole; i += 8) {
+      const __m256 f = _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i)));
+      const __m256 scaled = _mm256_mul_ps(f, by);
+      _mm256_storeu_ps(work + r * width + i, scaled);
+      most = _mm256_max_ps(most, scaled);
+    }
+    if (whole < m) {  // the row goes on, with columns of a panel that no key fills
+      const __m256 f = _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + whole)));
+      const __m256 scaled = _mm256_blendv_ps(least, _mm256_mul_ps(f, by), _mm256_castsi256_ps(there));
+      _mm256_storeu_ps(work + r * width + whole, scaled);
+      most = _mm256_max_ps(most, scaled);
+    }
+    most = _mm256_max_ps(most, _mm256_permute2f128_ps(most, most, 1));
+    most = _mm256_max_ps(most, _mm256_permute_ps(most, 0x4e));
+    top[r] = _mm256_max_ps(most, _mm256_permute_ps(most, 0xb1));
   }
-  if (i < m) {
-    alignas(32) int16_t part[16];
-    const __m256i c = clamp_round(_mm256_div_ps(_mm256_mul_ps(last, one), scale), low, high);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(part), to_int16(c, c));
-    std::memcpy(out + i, part, (m - i) * sizeof(int16_t));
+  for (int r = 0; r < rows; r++) {
+    float* row = work + r * width;
+    __m256 all = _mm256_setzero_ps();
+    for (int64_t i = 0; i < m; i += 8) {
+      __m256 e = exp(_mm256_sub_ps(_mm256_loadu_ps(row + i), top[r]));
+      if (i >= whole) e = _mm256_and_ps(e, _mm256_castsi256_ps(there));
+      _mm256_storeu_ps(row + i, e);
+      all = _mm256_add_ps(all, e);
+    }
+    all = _mm256_add_ps(all, _mm256_permute2f128_ps(all, all, 1));
+    all = _mm256_add_ps(all, _mm256_permute_ps(all, 0x4e));
+    total[r] = _mm256_add_ps(all, _mm256_permute_ps(all, 0xb1));
   }
-  if (m < padded) std::memset(out + m, 0, (padded - m) * sizeof(int16_t));
+  for (int r = 0; r < rows; r++) {
+    const float* row = work + r * width;
+    const __m256 scale = _mm256_div_ps(_mm256_set1_ps(1.f), _mm256_mul_ps(total[r], _mm256_set1_ps(range.scale)));
+    int16_t* to = out + r * padded;
+    for (int64_t i = 0; i < m; i += 8) {
+      __m256i c = clamp_round(_mm256_mul_ps(_mm256_loadu_ps(row + i), scale), low, high);
+      if (i >= whole) c = _mm256_and_si256(c, there);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_castsi256_si128(to_int16(c, c)));
+    }
+    const int64_t filled = (m + 7) / 8 * 8;
+    if (filled < padded) std::memset(to + filled, 0, (padded - filled) * sizeof(int16_t));
+  }
 }
 
 // Sums over pixels of x, or with MEAN of (x - mean)^2, for V vectors of channels.

@@ -389,20 +389,23 @@ void quest_pack(const uint8_t* codes, const int32_t* zero_points, const float* s
     }
 }
 
-// x [rows, channels] with rows `stride` apart -> out [rows, outputs]. 0, or what went wrong (Result).
+// x [rows, channels] with rows `stride` apart -> out [rows, outputs]; gated: out [rows, outputs / 2], the first half of
+// the outputs times gelu of the second. 0, or what went wrong (Result).
 int quest_linear(const float* x, int64_t rows, int64_t stride, const void* packed, const float* bias, float scale,
-                 float low, float high, float* out, int threads) {
+                 float low, float high, int gated, float* out, int threads) {
   const Weight& w = *static_cast<const Weight*>(packed);
   Range range{scale, low, high};
   if (!fits(w, range)) return OUT_OF_RANGE;
   Epilogue e(w, bias, scale);
   int64_t padded = round_up(w.channels, 16);
-  int64_t block = std::max<int64_t>(MAX_MR, std::min<int64_t>(CACHE / 4 / (padded * 2), 240) / MAX_MR * MAX_MR);
+  int64_t row = 2 * padded + (gated ? 4 * w.outputs : 0);  // bytes that stay in the cache
+  int64_t block = std::max<int64_t>(MAX_MR, std::min<int64_t>(CACHE / 2 / row, 240) / MAX_MR * MAX_MR);
   std::atomic<bool> nan{false};
   parallel(ceil_div(rows, block), threads, [&](int64_t task) {
     static thread_local Scratch<int16_t> codes;
     static thread_local std::vector<const int16_t*> a;
     static thread_local std::vector<float*> to;
+    static thread_local Scratch<float> both;
     int64_t first = task * block, count = std::min(block, rows - first);
     int16_t* q = codes.get(count * padded);
     a.resize(count), to.resize(count);
@@ -412,12 +415,16 @@ int quest_linear(const float* x, int64_t rows, int64_t stride, const void* packe
       for (int64_t r = 0; r < count; r++)
         if (isa->quantize(x + (first + r) * stride, w.channels, padded, range, q + r * padded)) nan = true;
     }
+    float* y = gated ? both.get(count * w.outputs) : out + first * w.outputs;
     for (int64_t r = 0; r < count; r++) {
       a[r] = q + r * padded;
-      to[r] = out + (first + r) * w.outputs;
+      to[r] = y + r * w.outputs;
     }
     const ptrdiff_t none = 0;
     product(w, count, a.data(), &none, e.scale.data(), e.bias.data(), to.data());
+    if (gated)
+      for (int64_t r = 0, n = w.outputs / 2; r < count; r++)
+        isa->geglu(to[r], to[r] + n, n, out + (first + r) * n);
   });
   return nan ? HAS_NAN : OK;
 }
@@ -451,68 +458,82 @@ int quest_attention(const float* q, const float* k, const float* v, const int64_
     if (!(std::max(std::fabs(r.low), std::fabs(r.high)) <= 32767.f)) return OUT_OF_RANGE;
   if (largest(range[0]) * largest(range[1]) * d > INT32_MAX || largest(range[3]) * largest(range[2]) * m > INT32_MAX)
     return OUT_OF_RANGE;
-  int64_t depth = round_up(d, 2), length = round_up(m, 2);
-  int64_t key_panels = ceil_div(m, NR), value_panels = ceil_div(d, NR);
+  int64_t depth = round_up(d, 2), length = round_up(m, 2), tail = round_up(m, 16);
+  int64_t key_panels = ceil_div(m, NR), value_panels = ceil_div(d, NR), width = key_panels * NR;
   float product_scale[NR], zero[NR] = {};
   std::fill(product_scale, product_scale + NR, range[3].scale * range[2].scale);
   float factor = range[0].scale * range[1].scale * scale;
+  // Neighbouring heads are quantized together: their rows are longer.
+  int64_t parts = std::min(heads, ceil_div(threads, batch));
   std::atomic<bool> nan{false};
-  parallel(batch * heads, threads, [&](int64_t task) {
-    static thread_local Scratch<int16_t> codes, keys, values, queries, probabilities;
+  parallel(batch * parts, threads, [&](int64_t task) {
+    static thread_local Scratch<int16_t> codes[3], keys, values, probabilities;
     static thread_local Scratch<int32_t> scores;
     static thread_local Scratch<float> work;
-    int64_t b = task / heads, h = task % heads;
-    int64_t row = round_up(std::max(d, m), 16) + 16;
-    int16_t* c = codes.get(2 * row);
+    int64_t b = task / parts, first = task % parts * heads / parts, last = (task % parts + 1) * heads / parts;
+    int64_t columns = (last - first) * d, lengths[3] = {n, m, m};
+    const float* from[3] = {q, k, v};
+    const int16_t* c[3];  // [n or m, heads, d] codes of q, k, v
+    bool bad = false;
+    for (int i = 0; i < 3; i++) {
+      // One number more than there are: rows are read in pairs.
+      int16_t* to = codes[i].get(lengths[i] * columns + 16);
+      c[i] = to;
+      const int64_t* s = strides + 3 * i;
+      const float* x = from[i] + b * s[0] + first * s[1];
+      std::memset(to + lengths[i] * columns, 0, 16 * sizeof(int16_t));
+      if (s[1] == d && s[2] == columns) {
+        bad |= isa->quantize(x, lengths[i] * columns, lengths[i] * columns, range[i], to);
+        continue;
+      }
+      for (int64_t r = 0; r < lengths[i]; r++)
+        for (int64_t h = 0; h < last - first; h++) {
+          int64_t together = s[1] == d ? columns : d;
+          bad |= isa->quantize(x + r * s[2] + h * s[1], together, together, range[i], to + r * columns + h * d);
+          if (together == columns) break;
+        }
+    }
     int16_t* kp = keys.get(key_panels * depth * NR);
     int16_t* vp = values.get(value_panels * length * NR);
-    std::memset(kp, 0, key_panels * depth * NR * sizeof(int16_t));
-    std::memset(vp, 0, value_panels * length * NR * sizeof(int16_t));
-    bool bad = false;
-    const float* kx = k + b * strides[3] + h * strides[4];
-    for (int64_t j = 0; j < m; j++) {  // [panel][d / 2][key][2]
-      bad |= isa->quantize(kx + j * strides[5], d, depth, range[1], c);
-      int16_t* to = kp + j / NR * depth * NR + j % NR * 2;
-      for (int64_t i = 0; i < depth; i += 2, to += NR * 2) std::memcpy(to, c + i, 4);
-    }
-    const float* vx = v + b * strides[6] + h * strides[7];
-    for (int64_t j = 0; j < m; j += 2) {  // [panel][m / 2][d][2]
-      bad |= isa->quantize(vx + j * strides[8], d, d, range[2], c);
-      if (j + 1 < m)
-        bad |= isa->quantize(vx + (j + 1) * strides[8], d, d, range[2], c + row);
-      else
-        std::memset(c + row, 0, d * sizeof(int16_t));
-      for (int64_t i = 0; i < d; i++) {
-        int16_t* to = vp + i / NR * length * NR + j * NR + i % NR * 2;
-        to[0] = c[i], to[1] = c[row + i];
-      }
-    }
-    const float* qx = q + b * strides[0] + h * strides[1];
-    float* o = out + b * strides[9] + h * strides[10];
-    int64_t block = isa->rows, query = round_up(d, 16), width = key_panels * NR;
-    int16_t* qc = queries.get(block * query);
-    int16_t* pc = probabilities.get(block * round_up(m, 16));
-    int32_t* s = scores.get(block * width);
-    float* f = work.get(width);
+    int16_t* p = probabilities.get(MAX_MR * tail);
+    int32_t* s = scores.get(MAX_MR * width);
+    float* f = work.get(MAX_MR * width);
     const ptrdiff_t none = 0;
-    for (int64_t i = 0; i < n; i += block) {
-      int rows = static_cast<int>(std::min(block, n - i));
-      const int16_t* a[MAX_MR];
-      float* to[MAX_MR];
-      for (int r = 0; r < rows; r++) {
-        bad |= isa->quantize(qx + (i + r) * strides[2], d, query, range[0], qc + r * query);
-        a[r] = qc + r * query;
+    for (int64_t h = first; h < last; h++) {
+      const int16_t *qh = c[0] + (h - first) * d, *kh = c[1] + (h - first) * d, *vh = c[2] + (h - first) * d;
+      std::memset(kp, 0, key_panels * depth * NR * sizeof(int16_t));
+      for (int64_t j = 0; j < m; j++) {  // [panel][d / 2][key][2]
+        const int16_t* row = kh + j * columns;
+        int16_t* to = kp + j / NR * depth * NR + j % NR * 2;
+        for (int64_t i = 0; i + 1 < d; i += 2, to += NR * 2) std::memcpy(to, row + i, 4);
+        if (d % 2) to[0] = row[d - 1];
       }
-      for (int64_t p = 0; p < key_panels; p++)
-        isa->tile_int(rows, a, 1, &none, depth / 2, kp + p * depth * NR, s + p * NR, width);
-      for (int r = 0; r < rows; r++) {
-        isa->softmax(s + r * width, m, round_up(m, 16), factor, range[3], f, pc + r * round_up(m, 16));
-        a[r] = pc + r * round_up(m, 16);
-      }
-      for (int64_t p = 0; p < value_panels; p++) {
-        for (int r = 0; r < rows; r++) to[r] = o + (i + r) * strides[11] + p * NR;
-        isa->tile_float(rows, a, 1, &none, length / 2, vp + p * length * NR, product_scale, zero,
-                        static_cast<int>(std::min<int64_t>(NR, d - p * NR)), to);
+      std::memset(vp, 0, value_panels * length * NR * sizeof(int16_t));
+      for (int64_t j = 0; j < m; j += 2)  // [panel][m / 2][d][2]
+        for (int64_t i = 0; i < d; i += NR) {
+          int16_t* __restrict to = vp + i / NR * length * NR + j * NR;
+          const int16_t *even = vh + j * columns + i, *odd = even + columns;
+          const int64_t there = std::min<int64_t>(NR, d - i);
+          if (j + 1 < m)
+            for (int64_t e = 0; e < there; e++) to[2 * e] = even[e], to[2 * e + 1] = odd[e];
+          else
+            for (int64_t e = 0; e < there; e++) to[2 * e] = even[e];
+        }
+      float* o = out + b * strides[9] + h * strides[10];
+      for (int64_t i = 0; i < n; i += isa->rows) {
+        int rows = static_cast<int>(std::min<int64_t>(isa->rows, n - i));
+        const int16_t* a[MAX_MR];
+        float* to[MAX_MR];
+        for (int r = 0; r < rows; r++) a[r] = qh + (i + r) * columns;
+        for (int64_t j = 0; j < key_panels; j++)
+          isa->tile_int(rows, a, 1, &none, depth / 2, kp + j * depth * NR, s + j * NR, width);
+        isa->softmax(rows, s, width, m, tail, factor, range[3], f, p);
+        for (int r = 0; r < rows; r++) a[r] = p + r * tail;
+        for (int64_t j = 0; j < value_panels; j++) {
+          for (int r = 0; r < rows; r++) to[r] = o + (i + r) * strides[11] + j * NR;
+          isa->tile_float(rows, a, 1, &none, length / 2, vp + j * length * NR, product_scale, zero,
+                          static_cast<int>(std::min<int64_t>(NR, d - j * NR)), to);
+        }
       }
     }
     if (bad) nan = true;
@@ -530,15 +551,6 @@ void quest_group_norm(const float* x, int64_t sample, int64_t pixel, int64_t sam
     isa->group_norm(x + i * sample, pixel, pixels, channels, groups, eps, weight, bias,
                     shift ? shift + i * channels : nullptr, modulation ? modulation + 2 * i * channels : nullptr, silu,
                     y + i * pixels * channels, work.get(4 * round_up(channels, 16)));
-  });
-}
-
-// x [rows, 2 n] -> y [rows, n]: the first half times gelu of the second.
-void quest_geglu(const float* x, int64_t rows, int64_t n, float* y, int threads) {
-  constexpr int64_t block = 64;
-  parallel(ceil_div(rows, block), threads, [&](int64_t task) {
-    for (int64_t r = task * block; r < std::min(rows, (task + 1) * block); r++)
-      isa->geglu(x + 2 * r * n, x + (2 * r + 1) * n, n, y + r * n);
   });
 }
 

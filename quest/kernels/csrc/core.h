@@ -38,9 +38,10 @@ struct Isa {
   void (*winograd_output)(const int32_t* in, ptrdiff_t stride, int64_t channels, const float* scale, const float* bias,
                           float* out, ptrdiff_t row, ptrdiff_t pixel, int height, int width);
 
-  // Codes less zero point of softmax(factor * scores) over m scores, zeros to `padded`; `work` holds m floats.
-  void (*softmax)(const int32_t* scores, int64_t m, int64_t padded, float factor, Range range, float* work,
-                  int16_t* out);
+  // Codes less zero point of softmax(factor * scores) over the m scores of each row, zeros to `padded`. Rows of scores
+  // and of `work` are `width` apart, a multiple of 8; those of out `padded`.
+  void (*softmax)(int rows, const int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
+                  float* work, int16_t* out);
 
   // y = normalized(x + shift[c]) of one sample [pixels, channels], times 1 + modulation[c], plus modulation[channels + c],
   // then SiLU if asked for. `work` holds 4 * channels.

@@ -120,12 +120,15 @@ void winograd_output(const int32_t* in, ptrdiff_t stride, int64_t channels, cons
   }
 }
 
-void softmax(const int32_t* scores, int64_t m, int64_t padded, float factor, Range range, float* work, int16_t* out) {
-  float top = -INFINITY, total = 0;
-  for (int64_t i = 0; i < m; i++) top = std::max(top, work[i] = static_cast<float>(scores[i]) * factor);
-  for (int64_t i = 0; i < m; i++) total += work[i] = std::exp(work[i] - top);
-  for (int64_t i = 0; i < m; i++) out[i] = code(work[i] / total / range.scale, range);
-  for (int64_t i = m; i < padded; i++) out[i] = 0;
+void softmax(int rows, const int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
+             float* work, int16_t* out) {
+  for (int r = 0; r < rows; r++, scores += width, out += padded) {
+    float top = -INFINITY, total = 0;
+    for (int64_t i = 0; i < m; i++) top = std::max(top, work[i] = static_cast<float>(scores[i]) * factor);
+    for (int64_t i = 0; i < m; i++) total += work[i] = std::exp(work[i] - top);
+    for (int64_t i = 0; i < m; i++) out[i] = code(work[i] / (total * range.scale), range);
+    for (int64_t i = m; i < padded; i++) out[i] = 0;
+  }
 }
 
 float silu(float x) { return x / (1 + std::exp(-x)); }
