@@ -16,7 +16,7 @@ PROVENANCE = ["seeds", "versions", "commit", "machine"]
 MAIN = ["model", "method", "bits", "metric", "value", "low", "high", "published", "n", "extractor", "protocol"]
 # Of the denoiser: bytes of its packed file over 1e6, bit operations of one call on one sample, bits that a parameter
 # takes as stored; what exactly counts is said by quest.cost.
-FOOTPRINT = ["size_mb", "bops", "effective_bits"]
+FOOTPRINT = ["size_mb", "bops", "effective_bits", "kernel", "realizable"]
 MAIN += ["reference", "note", *FOOTPRINT, *PROVENANCE]
 PAIRED = ["model", "bits", "metric", "method", "versus", "difference", "low", "high", "n", "better", *PROVENANCE]
 EPS_ERROR = ["model", "method", "bits", "call", "timestep", "value", "low", "high", "n", *PROVENANCE]
@@ -126,8 +126,9 @@ def _name(cell):
 
 def _footprint(cell):
     """Columns FOOTPRINT of a cell; samples of unknown origin say nothing of their denoiser."""
-    found = {"bytes": math.nan, "bops": math.nan, "effective_bits": math.nan} | cell["footprint"]
-    return {"size_mb": found["bytes"] / 1e6, "bops": found["bops"], "effective_bits": found["effective_bits"]}
+    unknown = dict.fromkeys(("bytes", "bops", "effective_bits", "realizable"), math.nan) | {"kernel": ""}
+    found = unknown | cell["footprint"]
+    return {"size_mb": found["bytes"] / 1e6} | {name: found[name] for name in FOOTPRINT[1:]}
 
 
 def provenance_of(metric: str, *cells: dict) -> dict[str, str]:
