@@ -35,8 +35,11 @@ def group_norm(
 
     shift [N, C] is added before; modulation [N, 2 C], the factor less 1 and the offset, is applied after the norm.
     """
-    if x.stride(1) != 1 or (x.ndim == 4 and x.stride(2) != x.shape[3] * x.stride(3)):
-        x = x.transpose(1, -1).contiguous().transpose(1, -1)
+    if x.ndim == 4 and (x.stride(1) != 1 or x.stride(2) != x.shape[3] * x.stride(3)):
+        # A tensor of one channel or one pixel has strides that say nothing.
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    elif x.stride(1) != 1:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
     pixels = x[0, 0].numel()
     if x.ndim == 4:
         y = torch.empty(x.shape, memory_format=torch.channels_last)
@@ -72,7 +75,8 @@ class FusedLayerNorm(nn.LayerNorm):
 class FusedGEGLU(GEGLU):
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         proj = self.proj
-        if not computes(hidden_states) or proj.kernel_name != "integer" or proj.output_quantizer is not None:
+        on_integers = getattr(proj, "kernel_name", None) == "integer" and proj.output_quantizer is None
+        if not computes(hidden_states) or not on_integers:
             return super().forward(hidden_states, *args, **kwargs)
         return linear(hidden_states, proj.input_quantizer(hidden_states), proj.qweight, proj.bias, gated=True)
 
