@@ -6,6 +6,7 @@ adds to it. Seconds on a CPU are those of the processor with one thread, so that
 
 import csv
 import json
+import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -86,7 +87,8 @@ def measure(model, device: str, batch: int | None = None, repeats: int = 3) -> l
     """Costs of a model's steps on this machine, rows of COLUMNS.
 
     Without its weights, those of the denoiser alone, untrained: a call takes as long. batch: samples per call, by
-    default a sampling batch (twice as many under guidance). Each is the least of `repeats` after one to warm up.
+    default a sampling batch (twice as many under guidance). Each is the least of `repeats` after one to warm up; where
+    it is a difference of two times, the median.
     """
     import torch
 
@@ -107,7 +109,9 @@ def measure(model, device: str, batch: int | None = None, repeats: int = 3) -> l
         with torch.no_grad():
             costs["quantized call"] = _least(lambda: quantized(**given), repeats, device) / batch
         quantized.requires_grad_(True)
-        few = inputs(denoiser, model, min(max(batch, 2), 16), device, pipe)
+        # Mini-batches of training: 16 rows, or 4 where a graph of the whole denoiser takes gigabytes for each.
+        most = 16 if sum(p.numel() for p in denoiser.parameters()) < 1e8 else 4
+        few = inputs(denoiser, model, min(max(batch, 2), most), device, pipe)
         costs["training step"] = _least(lambda: quantized(**few).sample.sum().backward(), repeats, device) / len(
             few["sample"]
         )
@@ -256,9 +260,16 @@ def _fixed_and_row(name, small, large, few, many):
 
 
 def _iteration(learn: Callable, batch: int, repeats: int, device: str) -> float:
-    """Seconds of one iteration: what four more of them add."""
-    one, five = (_least(partial(learn, count, batch), repeats, device) for count in (1, 5))
-    return max(0.0, five - one) / 4
+    """Seconds of one iteration: what four more of them add, the median of several differences.
+
+    A machine that is shared is as busy during the one as during the other, which is not so of their two minima.
+    """
+    learn(1, batch)  # to warm up
+    differences = []
+    for _ in range(repeats):
+        one, five = (_seconds(partial(learn, count, batch), device) for count in (1, 5))
+        differences.append(five - one)
+    return max(0.0, statistics.median(differences)) / 4
 
 
 def _images(pipe, model, batch, repeats, device):
@@ -282,17 +293,19 @@ def _images(pipe, model, batch, repeats, device):
 
 
 def _least(step: Callable, repeats: int, device: str) -> float:
+    step()  # to warm up
+    return min(_seconds(step, device) for _ in range(repeats))
+
+
+def _seconds(step: Callable, device: str) -> float:
     import torch
 
     clock = time.perf_counter if device == "cuda" else time.process_time
-    seconds = []
-    for _ in range(1 + repeats):
-        start = clock()
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(clock() - start)
-    return min(seconds[1:])
+    start = clock()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
 
 
 def _memory(device):

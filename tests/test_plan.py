@@ -238,11 +238,13 @@ def test_measured_costs_of_a_tiny_pipeline(uncond_model, monkeypatch):
 
 
 def test_an_iteration_is_what_more_of_them_add(monkeypatch):
-    def seconds(step, repeats, device):
-        return step()
+    busy = iter([1, 1, 9, 9, 1, 1])  # a disturbance that lasts for a pair of times
 
-    monkeypatch.setattr(timing, "_least", seconds)
-    found = timing._iteration(lambda iterations, batch: 7 + iterations * (3 + 0.5 * batch), 16, 1, "cpu")
+    def seconds(step, device):
+        return step() * next(busy)
+
+    monkeypatch.setattr(timing, "_seconds", seconds)
+    found = timing._iteration(lambda iterations, batch: 7 + iterations * (3 + 0.5 * batch), 16, 3, "cpu")
     assert found == pytest.approx(3 + 0.5 * 16)
     assert timing._fixed_and_row("rounding", 4, 16, 3 + 0.5 * 4, found) == {"rounding": 3, "rounding row": 0.5}
     # Noise makes nothing negative.

@@ -37,7 +37,9 @@ def sample(folder: Path, seed: int, noise: float) -> None:
     arrays = {name: common.normal(size=shape) + noise * own.normal(size=shape) for name, shape in drawn.items()}
     arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
     images = (64 * common.random((N, 8, 8, 3)) + 64 * noise * own.random((N, 8, 8, 3))).astype(np.uint8)
-    metadata = json.dumps({"provenance": {"commit": "abc", "dirty": False, "versions": {}, "machine": {}}})
+    made = {"commit": "abc", "dirty": False, "versions": {}, "machine": {}}
+    footprint = {"bytes": 1_500_000, "bops": 2_000_000_000, "effective_bits": 4.2}
+    metadata = json.dumps({"footprint": footprint, "provenance": made})
     folder.mkdir(parents=True)
     for shard, index in enumerate((np.arange(0, N // 2), np.arange(N // 2, N))):
         features = {name: arrays[name][index] for name in ("pool", "spatial", "logits")}
@@ -89,6 +91,8 @@ def test_cells_become_tables_and_figures(run):
     assert ("fp", "latent_mse") not in main.index
     assert set(main["n"].drop("eps_error", level="metric")) == {N}
     assert set(main["protocol"].str.partition(";")[0]) == {"ddim 20, eta 0, guidance 3"}
+    assert set(main["size_mb"]) == {1.5} and set(main["bops"]) == {2e9} and set(main["effective_bits"]) == {4.2}
+    assert "| fp | w32a32 | 1.5 | 0.002 |" in (run / "tables/main.md").read_text()
     paired = pd.read_csv(run / "tables/paired.csv").set_index(["method", "versus", "metric"])
     assert paired.loc[("quest", "rtn", "latent_mse"), "better"] == "quest"
     for figure in (

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from quest import plan
 from quest.config import runs, starting_points
 from quest.metrics import METRICS
 from quest.models import MODELS
@@ -52,6 +53,21 @@ def test_every_config_runs_its_own_recipes(stubbed, name):
     shared = tuple(f"workflow.scripts.{script} " for script in ("model", "network", "reference"))
     assert all(f"results/{name}/" in command for command in commands if not any(script in command for script in shared))
     assert {words[3] for words in of(commands, "model")} == {m for m in config["models"] if MODELS[m].origin}
+    # The plan's numbers of jobs are Snakemake's.
+    planned = plan.jobs(config)
+    scripts = {
+        "model",
+        "network",
+        "reference",
+        "trajectories",
+        "quantize",
+        "sample",
+        "metrics",
+        "tables",
+        "curves",
+        "grid",
+    }
+    assert {script: len(of(commands, script)) for script in scripts} == {script: planned[script] for script in scripts}
     (curves,) = of(commands, "curves")
     drawn = {Path(word).stem.removesuffix("_vs_bits") for word in curves if word.endswith("_vs_bits.png")}
     undrawn = {"precision", "fid_infinity"}  # of large runs only
