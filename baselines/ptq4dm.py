@@ -73,7 +73,7 @@ def quantize(
     activation_ranges: str = "mse",  # see q_diffusion.activation_ranges_of
     ndtc_bug: bool = False,  # label samples as the released code does, see `ndtc`
     rows: int = 1024,  # of the calibration set
-    samples: int = 64,  # rows that set the activation ranges of "mse"
+    samples: int | None = None,  # rows that set the activation ranges of "mse"; default: static_rows
     seed: int = 0,  # of the calibration rows, their order and the mini-batches
 ):
     """Quantize by Q-Diffusion's quantizers and reconstruction on PTQ4DM's timesteps, without split shortcuts.

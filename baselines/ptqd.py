@@ -52,7 +52,7 @@ def quantize(
     split: bool = False,  # quantize the two parts of a decoder shortcut's input apart
     activation_ranges: str = "mse",  # see q_diffusion.activation_ranges_of
     rows: int = 1024,  # of the calibration set, for reconstruction; the statistics take all of it
-    samples: int = 64,  # rows that set the activation ranges of "mse"
+    samples: int | None = None,  # rows that set the activation ranges of "mse"; default: static_rows
     seed: int = 0,  # of the calibration rows, their order and the mini-batches
 ):
     """Quantize by Q-Diffusion's stack, then correct the sampler by PTQD. Returns a new pipeline with its own scheduler.

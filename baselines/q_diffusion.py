@@ -7,7 +7,7 @@ from diffusers.models.attention import BasicTransformerBlock
 
 from baselines.adaround import Preset, round_weights, settings, splits, uniform
 from quest import ranges
-from quest.calibration import CalibrationSet, calibrate, calibrating, running
+from quest.calibration import CalibrationSet, calibrate, calibrating, running, static_rows
 from quest.checkpoint import load_weights
 from quest.layers import Keep, input_quantizers, split_layers, swap
 from quest.reconstruction import reconstruct_activations
@@ -35,7 +35,7 @@ def quantize(
     activation_ranges: str = "mse",  # of RANGES; see `activation_ranges_of`
     stored_order: bool = False,  # calibrate noisiest rows first, as the released code does, not shuffled
     rows: int = 1024,  # of the calibration set
-    samples: int = 64,  # rows that set the activation ranges of "mse"
+    samples: int | None = None,  # rows that set the activation ranges of "mse"; default: static_rows
     seed: int = 0,  # of the calibration rows, their order and the mini-batches
 ):
     """Quantize by Q-Diffusion: AdaRound of the weights, static activation ranges, learned activation steps.
@@ -79,7 +79,7 @@ def common_stack(
     split: bool,
     activation_ranges: str,
     stored_order: bool,
-    samples: int,
+    samples: int | None,
     settings: Preset,
     seed: int,
     weight_axis: int | None = 0,  # None for one weight scale per tensor (PTQD's released code)
@@ -96,6 +96,7 @@ def common_stack(
         load_weights(student.unet, init)
         if split_layers(student.unet) != parts:
             raise ValueError(f"split: {split}, but {init} has {len(split_layers(student.unet))} split layers")
+    samples = samples or static_rows(a)
     activation_ranges_of(student.unet, drawn, activation_ranges, samples=samples, stored_order=stored_order, seed=seed)
     if settings.activation_iterations:
         reconstruct_activations(

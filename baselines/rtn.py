@@ -1,9 +1,10 @@
 """Round to nearest: no reconstruction, no finetuning, no time groups."""
 
 from quest import ranges as choosers
-from quest.calibration import CalibrationSet, calibrate
+from quest.calibration import CalibrationSet, calibrate, static_rows
 from quest.layers import quant_layers, swap
 
+WHOLE = 256  # rows that stand for the whole calibration set
 RANGES = {"minmax": choosers.minmax, "mse": choosers.mse}
 
 
@@ -17,7 +18,7 @@ def quantize(
     ranges: str = "minmax",  # of weights (per output channel) and activations (per tensor): "minmax" or "mse"
     keep: dict[str, int] | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
     softmax_bits: int = 8,
-    samples: int = 256,  # random calibration rows, all timesteps mixed, that set the activation ranges
+    samples: int | None = None,  # random rows of all timesteps that set the ranges; default: WHOLE, "mse" static_rows
     seed: int = 0,
 ):
     """Quantize weights and activations to the nearest code of static ranges.
@@ -33,5 +34,6 @@ def quantize(
     pipe = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits)
     for _, layer in quant_layers(pipe.unet):
         layer.choose_weight_range(choose)
+    samples = samples or (WHOLE if ranges == "minmax" else static_rows(a))
     calibrate(pipe.unet, calibration, choose, samples=samples, seed=seed)
     return pipe

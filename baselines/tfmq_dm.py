@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from baselines.adaround import TRAVEL, Preset, settings, uniform
 from quest import cost, ranges
 from quest.affine import FLOAT
-from quest.calibration import CalibrationSet, calibrate, calibrating
+from quest.calibration import CalibrationSet, calibrate, calibrating, static_rows
 from quest.checkpoint import freeze, load_weights
 from quest.layers import Keep, QuantLayer, input_quantizers, name_quantizers, quant_layers, swap
 from quest.quantizer import Quantizer
@@ -67,7 +67,7 @@ def quantize(
     keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
     softmax_bits: int = 8,
     rows: int = 1024,  # of the calibration set, for reconstruction
-    samples: int = 64,  # random rows that set the activation ranges: of all timesteps, or of each under "all"
+    samples: int | None = None,  # random rows that set the ranges; default: static_rows, of each step 64 under "all"
     seed: int = 0,  # of the calibration rows and the mini-batches
 ):
     """Quantize by TFMQ-DM. Returns a new pipeline.
@@ -109,6 +109,7 @@ def quantize(
             generator=generator,
         )
     freeze(denoiser)
+    samples = samples or (64 if fsc_scope == "all" else static_rows(a))
     calibrate(denoiser, calibration, ranges.mse, samples=samples, seed=seed)
     finite_set(denoiser, block, groups)
     return student

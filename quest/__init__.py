@@ -53,8 +53,8 @@ def save(pipe, path, floats: bool = False, **extra) -> None:
     checkpoint.save(pipe, path, floats, **extra)
 
 
-def load(pipe, path):
+def load(pipe, path, kernel: str = "auto"):
     """A quantized pipeline from the full-precision one and a saved file; see `quest.checkpoint.load`."""
     from quest import checkpoint
 
-    return checkpoint.load(pipe, path)
+    return checkpoint.load(pipe, path, kernel)

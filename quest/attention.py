@@ -1,7 +1,10 @@
 """Quantized attention: a diffusers attention processor that quantizes q, k, v and the softmax probabilities."""
 
+from types import ModuleType
+
 from torch import Tensor, nn
 
+from quest import kernels
 from quest.affine import QuantSpec, fake_quantize
 from quest.kernels import reference
 from quest.quantizer import Quantizer
@@ -15,7 +18,11 @@ class QuantAttention(nn.Module):
     8 bits whatever the activations have.
     """
 
-    kernel = reference
+    kernel_name = "reference"
+
+    @property
+    def kernel(self) -> ModuleType:
+        return kernels.get(self.kernel_name)
 
     def __init__(self, spec: QuantSpec, probability_spec: QuantSpec, groups: TimeGroups | None = None):
         super().__init__()
@@ -41,13 +48,16 @@ class QuantAttention(nn.Module):
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q = attn.head_to_batch_dim(attn.to_q(hidden_states))  # [B * heads, n, d]
-        k = attn.head_to_batch_dim(attn.to_k(context))
-        v = attn.head_to_batch_dim(attn.to_v(context))
-
+        q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         # Module's own call: hooks and block reconstruction meet the two products as a module of its own.
-        x = nn.Module.__call__(self, q, k, v, attn.scale)
-        x = attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(x)))
+        if self.kernel_name == "reference":
+            q, k, v = map(attn.head_to_batch_dim, (q, k, v))  # [B * heads, n, d]
+            x = attn.batch_to_head_dim(nn.Module.__call__(self, q, k, v, attn.scale))
+        else:
+            # Other kernels read rows where they are: no copies.
+            q, k, v = (t.unflatten(2, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, n, d]
+            x = nn.Module.__call__(self, q, k, v, attn.scale).transpose(1, 2).flatten(2)
+        x = attn.to_out[1](attn.to_out[0](x))
         if residual.ndim == 4:
             x = x.transpose(1, 2).reshape(residual.shape)
         if attn.residual_connection:
@@ -55,7 +65,10 @@ class QuantAttention(nn.Module):
         return x / attn.rescale_output_factor
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """The two products: q [B * heads, n, d], k and v [B * heads, m, d] -> [B * heads, n, d]."""
+        """The two products: q [B * heads, n, d], k and v [B * heads, m, d] -> [B * heads, n, d].
+
+        Kernels other than the reference also take [B, heads, n, d].
+        """
         q_params, k_params, v_params = self.q(q), self.k(k), self.v(v)
         if self.p.choose is not None:
             p = reference.probabilities(fake_quantize(q, q_params), fake_quantize(k, k_params), scale)

@@ -8,6 +8,7 @@ once without.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -111,8 +112,12 @@ def guide(predictions: Tensor, guidance: float | None) -> Tensor:
 
 
 @torch.no_grad()
-def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int) -> CalibrationSet:
-    """Sample n images of a split and keep every denoiser call of their trajectories."""
+def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int, draw: int = 0) -> CalibrationSet:
+    """Sample n images of a split and keep every denoiser call of their trajectories.
+
+    draw: 0 for images 0 to n - 1; every further draw has other ones, from the next whole batch on.
+    """
+    first = draw * math.ceil(n / model.batch_size) * model.batch_size
     calls: list[dict] = []
 
     def record(_denoiser, args, kwargs, output):
@@ -125,7 +130,7 @@ def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int) -> Calibr
     kept: dict[str, list[Tensor]] = {}
     handle = pipe.unet.register_forward_hook(record, with_kwargs=True)
     try:
-        for indices, _, _ in generate(pipe, model, split, n):
+        for indices, _, _ in generate(pipe, model, split, n, first=first):
             for number, call in enumerate(calls):
                 halves = len(call["sample"]) // model.batch_size  # 2 under guidance
                 rows = torch.cat([torch.arange(len(indices)) + h * model.batch_size for h in range(halves)])
@@ -141,6 +146,15 @@ def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int) -> Calibr
     own = {k: tensors.pop(k) for k in names}
     own["timestep"] = own["timestep"].long()
     return CalibrationSet(**own, conditioning=tensors)
+
+
+def static_rows(a: int) -> int:
+    """How many calibration rows set an activation range that holds at all timesteps, by activation bits.
+
+    Chosen on held-out trajectories (results/LOG.md): the search for the range of least error shrinks from the extremes,
+    which grow with the number of rows, and 4 bits are too few for a range that holds them.
+    """
+    return 64 if a >= 8 else 8
 
 
 @contextmanager

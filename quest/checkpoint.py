@@ -32,6 +32,7 @@ from quest.layers import (
     split_layers,
     with_denoiser,
 )
+from quest.placement import place
 from quest.provenance import provenance
 from quest.timegroups import TimeGroups
 
@@ -180,12 +181,15 @@ def unpack(header: dict, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Te
     return tensors
 
 
-def load(pipe, path):
+def load(pipe, path, kernel: str = "auto"):
     """A quantized pipeline from a full-precision one and a file that `save` wrote; the given one stays as it was.
 
-    Samples are bit-equal to those of the pipeline that was saved; a weight that was saved as codes stands on its code.
+    kernel: a name in `quest.kernels.KERNELS`, or "auto" for the fastest on the pipeline's device. What it cannot
+    compute exactly stays on the reference kernel, see `placement.place`. On the same kernel, samples are bit-equal to
+    those of the pipeline that was saved; a weight that was saved as codes stands on its code.
+
     Raises ValueError for a file that is not a checkpoint or is corrupted, one of another model (the shapes that differ
-    are listed), and a scheduler whose steps leave the calibrated timesteps.
+    are listed), a scheduler whose steps leave the calibrated timesteps, and a kernel that is unknown or not available.
     """
     import copy
 
@@ -214,7 +218,7 @@ def load(pipe, path):
                 quantizer.groups = None  # the same range in every time group
     denoiser.load_state_dict(tensors)
     finish(denoiser.to(pipe.unet.device), groups)
-    freeze(denoiser)
+    place(denoiser, kernel)
     denoiser.quantization = {k: header[k] for k in ("method", "bits", "recipe", "timesteps", "cost") if k in header}
     new = with_denoiser(pipe, denoiser)
     new.scheduler = schedulers.restore(new.scheduler, correction)

@@ -19,7 +19,10 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of the grid, e.g. Run("scenes-text", "quest", "w4a8")."""
+    """One cell of the grid, e.g. Run("scenes-text", "quest", "w4a8").
+
+    `method` is a name under the config's `methods`, or one with a quantization seed: "quest@1".
+    """
 
     model: str
     method: str
@@ -46,18 +49,31 @@ def parse_bits(bits: str) -> tuple[int, int]:
     )
 
 
+def recipe_of(config: dict, method: str) -> tuple[str, dict]:
+    """(name in baselines.METHODS, keyword arguments) of a name under `methods`, e.g. "quest", or "quest@1" for seed 1.
+
+    A recipe may say under `method` which one it is a recipe of, so that one method can stand in several rows.
+    """
+    name, _, seed = method.partition("@")
+    recipe = dict(config["methods"][name])
+    registered = recipe.pop("method", name)
+    return registered, recipe | ({"seed": int(seed)} if seed else {})
+
+
 def start_of(config: dict, run: Run) -> Run | None:
-    """The run whose checkpoint a run starts from, if its recipe names one: at its bits, or at its weight bits."""
-    method = config["methods"][run.method].get("init")
-    if method is None:
+    """The run whose checkpoint a run starts from, if its recipe names one: of its seed, at its bits or weight bits."""
+    _, recipe = recipe_of(config, run.method)
+    if "init" not in recipe:
         return None
+    registered, _ = recipe_of(config, recipe["init"])
+    _, at, seed = run.method.partition("@")
     weight, _ = parse_bits(run.bits)
-    return Run(run.model, method, f"w{weight}a32" if method in WEIGHTS_ONLY else run.bits)
+    return Run(run.model, recipe["init"] + at + seed, f"w{weight}a32" if registered in WEIGHTS_ONLY else run.bits)
 
 
-def starting_points(config: dict) -> list[Run]:
-    """The runs whose checkpoints others start from, each once. One of them may start from another."""
-    found, waiting = [], runs(config)
+def starting_points(config: dict, cells: list[Run]) -> list[Run]:
+    """The runs whose checkpoints these start from, each once. One of them may start from another."""
+    found, waiting = [], list(cells)
     for run in waiting:  # grows while it is read
         if (start := start_of(config, run)) and start not in found:
             found.append(start)
@@ -69,6 +85,15 @@ def runs(config: dict) -> list[Run]:
     """The cells of `config["grid"]`, in its order, each once."""
     cells = (Run(*cell) for block in config["grid"] for cell in product(block["model"], block["method"], block["bits"]))
     return list(dict.fromkeys(cells))
+
+
+def seed_runs(config: dict) -> list[Run]:
+    """The cells of `config["seeds"]` in the order model, bits, method, seed; seed 0 is the cell of the grid itself."""
+    if "seeds" not in config:
+        return []
+    block = config["seeds"]
+    cells = product(config["models"], block["bits"], block["method"], block["seed"])
+    return [Run(model, f"{method}@{seed}" if seed else method, bits) for model, bits, method, seed in cells]
 
 
 def validate(config: dict) -> None:
@@ -87,27 +112,35 @@ def validate(config: dict) -> None:
                 f"models.{name}.shards: {settings['shards']} shards of {settings['images']} images in batches of "
                 f"{MODELS[name].batch_size} leave some empty; valid: 1 to {batches}"
             )
-    for i, block in enumerate(config["grid"]):
-        for model in block["model"]:
-            _one_of(model, config["models"], f"grid[{i}].model: {model!r} is not under models")
-        for method in block["method"]:
-            _one_of(method, config["methods"], f"grid[{i}].method: {method!r} is not under methods")
-        for bits in block["bits"]:
-            try:
-                parse_bits(bits)
-            except ValueError as error:
-                raise ConfigError(f"grid[{i}].bits: {error}") from None
-        for method, bits in product(block["method"], block["bits"]):
-            if (method == FULL_PRECISION[0]) != (bits == FULL_PRECISION[1]):
-                raise ConfigError(f"grid[{i}]: {method} at {bits}; w32a32 goes with fp and with nothing else")
-            if method in WEIGHTS_ONLY and parse_bits(bits)[1] != 32:
-                raise ConfigError(f"grid[{i}]: {method} at {bits}; it quantizes weights only, e.g. at w4a32")
+    blocks = {f"grid[{i}]": block for i, block in enumerate(config["grid"])}
+    if "seeds" in config:
+        blocks["seeds"] = {"model": list(config["models"])} | config["seeds"]
+    for key, block in blocks.items():
+        _check_cells(key, block, config)
     for method in config["methods"]:
         chain = [method]
         while start := config["methods"][chain[-1]].get("init"):
             valid = [name for name in config["methods"] if name not in (*chain, FULL_PRECISION[0])]
             _one_of(start, valid, f"methods.{chain[-1]}.init: {start!r} is no starting point")
             chain.append(start)
+
+
+def _check_cells(key: str, block: dict, config: dict) -> None:
+    """Raise ConfigError unless every model, method and bits of a block of cells exists and goes with the others."""
+    for model in block["model"]:
+        _one_of(model, config["models"], f"{key}.model: {model!r} is not under models")
+    for method in block["method"]:
+        _one_of(method, config["methods"], f"{key}.method: {method!r} is not under methods")
+    for bits in block["bits"]:
+        try:
+            parse_bits(bits)
+        except ValueError as error:
+            raise ConfigError(f"{key}.bits: {error}") from None
+    for method, bits in product(block["method"], block["bits"]):
+        if (method == FULL_PRECISION[0]) != (bits == FULL_PRECISION[1]):
+            raise ConfigError(f"{key}: {method} at {bits}; w32a32 goes with fp and with nothing else")
+        if recipe_of(config, method)[0] in WEIGHTS_ONLY and parse_bits(bits)[1] != 32:
+            raise ConfigError(f"{key}: {method} at {bits}; it quantizes weights only, e.g. at w4a32")
 
 
 def _check_sources(model, settings: dict) -> None:
@@ -143,14 +176,37 @@ def check_names(files: Iterable[Path]) -> None:
 
 
 def _check_schema(config: dict) -> None:
+    """Check a config as it stands, then each recipe that names its method as one of that method."""
     import yaml
     from jsonschema import Draft202012Validator
 
-    validator = Draft202012Validator(yaml.safe_load(SCHEMA.read_text()))
+    schema = yaml.safe_load(SCHEMA.read_text())
+    validator = Draft202012Validator(schema)
+    methods = config.get("methods") if isinstance(config, dict) else None
+    named = {}
+    if isinstance(methods, dict):
+        named = {n: r for n, r in methods.items() if isinstance(r, dict) and "method" in r}
+        config = config | {"methods": {n: r for n, r in methods.items() if n not in named}}
+    _check_against(validator, config)
+    known = schema["properties"]["methods"]["properties"]
+    for name, recipe in named.items():
+        if not re.fullmatch("[a-z0-9][a-z0-9-]*", str(name)) or name in known:
+            raise ConfigError(
+                f"methods.{name}: a row of its own needs a name of its own: small letters, digits, hyphens"
+            )
+        _one_of(recipe["method"], known, f"methods.{name}.method: unknown method {recipe['method']!r}")
+        own = {k: v for k, v in recipe.items() if k != "method"}
+        row = validator.evolve(schema=known[recipe["method"]] | {"$defs": schema["$defs"]})
+        _check_against(row, own, f"methods.{name}")
+
+
+def _check_against(validator, config, where: str = "") -> None:
+    """Raise ConfigError for the first fault by the schema; `where` is what stands in front of its keys."""
     error = min(validator.iter_errors(config), key=lambda e: list(map(str, e.absolute_path)), default=None)
     if error is None:
         return
-    key = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path)[1:] or "config"
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path)
+    key = (where + path).removeprefix(".") or "config"
     if error.validator == "additionalProperties":
         allowed = error.schema.get("properties", {})
         unknown = next(name for name in error.instance if name not in allowed)

@@ -131,6 +131,7 @@ def quantize(
     selection: str | None = None,  # layers of the critical stage, of SELECTIONS; default: by the kind of pipeline
     time_embedding: str = "scales",  # its two layers: "scales" in the critical stage, "tuned" with TLA, or "frozen"
     qkv_as_one: bool = False,  # to_q, to_k, to_v of an unconditional attention: one layer with one input, as in CompVis
+    control: bool = False,  # the first stage on as many weights of other layers: does it matter that they are temporal?
     # The losses.
     local_tla: bool = True,
     local_cma: bool | str = True,  # or "released": for Stable Diffusion only
@@ -202,6 +203,7 @@ def quantize(
         selection,
         time_embedding=time_embedding,
         qkv_as_one=qkv_as_one,
+        control=control,
         local_tla=local_tla,
         local_cma=local_cma,
         global_weight=global_weight,
@@ -251,6 +253,7 @@ def finetune(
     lr_temporal_scale: float | None = None,
     time_embedding: str = "scales",
     qkv_as_one: bool = False,
+    control: bool = False,
     local_tla: bool = True,
     local_cma: bool = True,
     order: str = "tla-cma",
@@ -264,7 +267,9 @@ def finetune(
     """
     if qkv_as_one:
         share_inputs(denoiser)
-    (temporal, temporal_scales), (critical, critical_scales) = selected(denoiser, selection, time_embedding)
+    (temporal, temporal_scales), (critical, critical_scales) = selected(
+        denoiser, selection, time_embedding, seed if control else None
+    )
     batches = (batch, batch) if isinstance(batch, int) else batch
     tla = Stage(
         "temporal layer alignment",
@@ -403,13 +408,13 @@ def released_axes(denoiser: nn.Module) -> dict[str, int]:
 
 
 def selected(
-    denoiser: nn.Module, selection: str, time_embedding: str
+    denoiser: nn.Module, selection: str, time_embedding: str, control: int | None = None
 ) -> tuple[tuple[dict[str, QuantLayer], list[Quantizer]], tuple[dict[str, QuantLayer], list[Quantizer]]]:
     """Layers whose weights are tuned, and activation quantizers whose scales are, of the temporal and critical stage.
 
     time_embedding: the two layers before all projections. The released code never touches them ("frozen"), the paper
     tunes all remaining activation scales in the critical stage ("scales"), and its text can be read as tuning them with
-    the projections ("tuned").
+    the projections ("tuned"). control: a seed for other layers in place of the temporal ones, see `equal_size`.
     """
     layers = dict(quant_layers(denoiser))
     temporal_globs = TEMPORAL + (TIME_EMBEDDING if time_embedding == "tuned" else ())
@@ -417,6 +422,8 @@ def selected(
     critical = {n: m for n, m in layers.items() if matches(n, SELECTIONS[selection])}
     if not temporal or not critical:
         raise ValueError(f"selection {selection!r}: the denoiser has no such layers, or no time embedding projections")
+    if control is not None:
+        temporal = equal_size(layers, temporal, {*critical, *KEEP}, control)
     taken = {id(m.input_quantizer) for m in temporal.values()}
     if time_embedding == "frozen":
         taken |= {id(m.input_quantizer) for n, m in layers.items() if matches(n, TIME_EMBEDDING)}
@@ -426,6 +433,24 @@ def selected(
         (tuned, [q for q in scales if q.spec.bits != FLOAT])
         for tuned, scales in ((temporal, temporal_scales), (critical, critical_scales))
     )
+
+
+def equal_size(layers: dict[str, QuantLayer], like: dict[str, QuantLayer], without: set[str], seed: int):
+    """Layers that are in neither `like` nor `without` and have about as many weights as those of `like`, by name.
+
+    They are taken in random order, each that still fits, in the denoiser's order in the end. Raises ValueError where
+    none fits.
+    """
+    left = sum(layer.weight.numel() for layer in like.values())
+    others = [n for n in layers if n not in like and n not in without]
+    taken = set()
+    for i in torch.randperm(len(others), generator=torch.Generator().manual_seed(seed)).tolist():
+        if (size := layers[others[i]].weight.numel()) <= left:
+            taken.add(others[i])
+            left -= size
+    if not taken:
+        raise ValueError("control: the denoiser has no other layer as small as its time embedding projections together")
+    return {n: layers[n] for n in others if n in taken}
 
 
 def qkv(denoiser: nn.Module) -> dict[str, str]:

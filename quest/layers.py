@@ -4,15 +4,15 @@ import copy
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from inspect import signature
+from types import ModuleType
 
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from quest import ranges
+from quest import kernels, ranges
 from quest.affine import FLOAT, QTensor, QuantSpec, fake_quantize, quantize
 from quest.attention import QuantAttention
-from quest.kernels import reference
 from quest.quantizer import Quantizer
 from quest.timegroups import TimeGroups
 
@@ -25,7 +25,11 @@ class QuantLayer(nn.Module):
     (no integer kernel can multiply the float input it leaves behind); else None.
     """
 
-    kernel = reference
+    kernel_name = "reference"  # a name, because modules of Python cannot be copied with the layer
+
+    @property
+    def kernel(self) -> ModuleType:
+        return kernels.get(self.kernel_name)
 
     def add_quantizers(
         self, weight: QuantSpec, input: QuantSpec, groups: TimeGroups | None, output: QuantSpec | None = None
@@ -47,13 +51,17 @@ class QuantLayer(nn.Module):
         """Live codes while training, packed once frozen."""
         return quantize(self.weight, self.weight_quantizer.qparams) if self.packed is None else self.packed
 
-    def freeze(self) -> None:
-        """Keep the weight in the kernel's packed form; `thaw` makes it follow `weight` again."""
+    def freeze(self, kernel: str = "reference") -> None:
+        """Keep the weight in a kernel's packed form and run on that kernel; `thaw` makes it follow `weight` again."""
         self.thaw()
-        self.packed = self.kernel.pack(self.qweight)
+        self.packed = kernels.get(kernel).pack(self.qweight)
+        self.kernel_name = kernel
 
     def thaw(self) -> None:
+        """Follow `weight`, on the reference kernel: the one with a gradient."""
         self.packed = None
+        self.kernel_name = "reference"
+        self.input_quantizer.thaw()
 
     def quantize_output(self, y: Tensor) -> Tensor:
         return y if self.output_quantizer is None else fake_quantize(y, self.output_quantizer(y))

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from quest import timing, work
-from quest.config import FULL_PRECISION, Run, parse_bits, runs, starting_points
+from quest.config import FULL_PRECISION, Run, parse_bits, recipe_of, runs, starting_points
 from quest.models import MODELS, Model
 
 FLOAT = 4  # bytes of a float32
@@ -47,7 +47,7 @@ def cells(config: dict) -> tuple[list[Run], list[Run]]:
     grid = runs(config)
     sampled = list(dict.fromkeys([Run(run.model, *FULL_PRECISION) for run in grid] + grid))
     made = [run for run in grid if run.method != FULL_PRECISION[0]]
-    return sampled, list(dict.fromkeys(made + starting_points(config)))
+    return sampled, list(dict.fromkeys(made + starting_points(config, grid)))
 
 
 def jobs(config: dict) -> Counter:
@@ -141,7 +141,7 @@ def footprint(name: str, bits: str) -> dict:
 def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
     """What each kind of job of each model needs in all, from what was measured on `machine`."""
     sampled, made = cells(config)
-    starts = starting_points(config)
+    starts = starting_points(config, runs(config))
     found = []
     for name, settings in config["models"].items():
         model, sizes = MODELS[name], shape(MODELS[name])
@@ -158,7 +158,7 @@ def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
         )
         needed, unknown = Counter(), []
         for run in checkpoints:
-            counted = work.quantizing(run, config["methods"][run.method], model, trajectories)
+            counted = work.quantizing(*recipe_of(config, run.method), run.bits, model, trajectories)
             needed.update(counted or {})
             unknown += [] if counted is not None else [f"what {run.method} does"]
         hours, missing = _hours(known, len(checkpoints), needed)

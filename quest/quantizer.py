@@ -26,11 +26,21 @@ class Quantizer(nn.Module):
         self.scale = nn.Parameter(torch.full((len(groups) if groups else 1, *shape), scale), requires_grad=False)
         self.register_buffer("zero_point", torch.full_like(self.scale.data, zero_point))
         self.choose: Callable | None = None  # a range chooser while calibrating, see calibration.calibrating
+        self.frozen: list[tuple[float, float]] | None = None  # scale and zero point of every group, see `freeze`
         self.may_be_constant = False
+
+    def freeze(self) -> None:
+        """Answer with plain numbers from now on, which a kernel reads at no cost; `thaw` follows the tensors again."""
+        self.frozen = list(zip(self.scale.tolist(), self.zero_point.tolist(), strict=True))
+
+    def thaw(self) -> None:
+        self.frozen = None
 
     @property
     def qparams(self) -> QParams:
         """Scale and zero point of the current time group."""
+        if self.frozen is not None and not torch.compiler.is_compiling():
+            return QParams(*self.frozen[0 if self.groups is None else self.groups.number], self.spec)
         if self.groups is None:
             return QParams(self.scale[0], self.zero_point[0], self.spec)
         group = self.groups.current

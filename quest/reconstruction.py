@@ -350,7 +350,10 @@ def beta(iteration: int, iterations: int) -> float | None:
 
 
 class Rounding:
-    """AdaRound's variables of some layers, each one flat tensor over all their weights."""
+    """AdaRound's variables of some layers, each one flat tensor over all their weights.
+
+    Values lie as in a convolution whose channels are innermost, as the activations' are: no pass reorders them.
+    """
 
     def __init__(self, layers: list[QuantLayer]):
         self.shapes = [layer.weight.shape for layer in layers]
@@ -369,7 +372,8 @@ class Rounding:
         self.step = scale * ((floor >= low) & (floor < high))
 
     def _split(self, flat: Tensor) -> list[Tensor]:
-        return [v.view(s) for v, s in zip(flat.split([s.numel() for s in self.shapes]), self.shapes, strict=True)]
+        parts = zip(flat.split([s.numel() for s in self.shapes]), self.shapes, strict=True)
+        return [v.view(s[0], *s[2:], s[1]).movedim(-1, 1) for v, s in parts]
 
     def soft(self, beta: float | None) -> list[Tensor]:
         """Dequantized weights with soft rounding; their gradient brings that of the regulariser along, see `_Soft`."""
@@ -520,4 +524,4 @@ def _finite(loss: Tensor, stage: str, unit: str, iteration: int) -> None:
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([t.flatten() for t in tensors])
+    return torch.cat([t.movedim(1, -1).flatten() for t in tensors])

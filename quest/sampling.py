@@ -56,23 +56,25 @@ def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> np.ndarray:
 
 
 def generate(
-    pipe: DiffusionPipeline, model: Model, split: str, n: int, shard: tuple[int, int] = (0, 1)
+    pipe: DiffusionPipeline, model: Model, split: str, n: int, shard: tuple[int, int] = (0, 1), first: int = 0
 ) -> Iterator[tuple[np.ndarray, torch.Tensor, np.ndarray]]:
-    """Make the images 0 .. n - 1 of a split, or one shard of them, batch by batch, with a progress bar.
+    """Make the images first .. first + n - 1 of a split, or one shard of them, batch by batch, with a progress bar.
 
     Args:
         pipe: a full-precision or quantized pipeline of `model`.
         split: "evaluation", "calibration" or "validation".
         n: images in all shards together.
         shard: (k, count), the batches k, k + count, k + 2 count, ...; empty where there are fewer batches than shards.
+        first: index of the first image, the first of a batch.
 
     Yields:
         Per batch: indices [B], final latents [B, C, h, w] (float32, on the CPU), images uint8 [B, H, W, 3].
         The denoiser itself always sees the model's full batch size, doubled under guidance.
 
     Raises:
-        ValueError: unknown split, n below 1, a shard that does not exist, fewer captions than images, or timesteps
-            outside the range that a quantized denoiser was calibrated for. Raised by the call, before any sampling.
+        ValueError: unknown split, n below 1, a shard that does not exist, a first image within a batch, fewer
+            captions than images, or timesteps outside the range that a quantized denoiser was calibrated for. Raised by
+            the call, before any sampling.
     """
     k, count = shard
     if not 0 <= k < count:
@@ -80,23 +82,25 @@ def generate(
     if n < 1:
         raise ValueError(f"n: {n} images asked for; at least 1")
     size = model.batch_size
-    starts = range(0, n, size)
+    if first % size:
+        raise ValueError(f"first: {first} is not a multiple of the batch size {size}")
+    starts = range(first, first + n, size)
     arguments(model, split, [starts[-1] + size - 1])  # too few captions: better now than in the last batch
     groups = getattr(pipe.unet, "time_groups", None)
     if groups is not None:
         groups.check(timesteps(model, pipe))
-    return _batches(pipe, model, split, n, starts[k::count])
+    return _batches(pipe, model, split, first + n, starts[k::count])
 
 
-def _batches(pipe, model, split, n, starts):
+def _batches(pipe, model, split, end, starts):
     size = model.batch_size
-    total = sum(min(size, n - start) for start in starts)
+    total = sum(min(size, end - start) for start in starts)
     with _quiet(pipe), tqdm(total=total, desc=f"{model.name} {split}", unit="image") as bar:
         for start in starts:
             indices = list(range(start, start + size))
             latents = pipe(**arguments(model, split, indices), output_type="latent").images
             images = decode(pipe, latents)
-            kept = min(size, n - start)
+            kept = min(size, end - start)
             bar.update(kept)
             yield np.array(indices[:kept]), latents[:kept].float().cpu(), images[:kept]
 

@@ -16,7 +16,7 @@ PROVENANCE = ["seeds", "versions", "commit", "machine"]
 MAIN = ["model", "method", "bits", "metric", "value", "low", "high", "published", "n", "extractor", "protocol"]
 # Of the denoiser: bytes of its packed file over 1e6, bit operations of one call on one sample, bits that a parameter
 # takes as stored; what exactly counts is said by quest.cost.
-FOOTPRINT = ["size_mb", "bops", "effective_bits"]
+FOOTPRINT = ["size_mb", "bops", "effective_bits", "kernel", "realizable"]
 MAIN += ["reference", "note", *FOOTPRINT, *PROVENANCE]
 PAIRED = ["model", "bits", "metric", "method", "versus", "difference", "low", "high", "n", "better", *PROVENANCE]
 EPS_ERROR = ["model", "method", "bits", "call", "timestep", "value", "low", "high", "n", *PROVENANCE]
@@ -75,7 +75,7 @@ def main_frame(cells: list[dict]) -> pd.DataFrame:
         | row
         | {"published": numbers.get((cell["model"], cell["method"], cell["bits"], row["metric"]), math.nan)}
         | _footprint(cell)
-        | _provenance(row["metric"], cell)
+        | provenance_of(row["metric"], cell)
         for cell in cells
         for row in cell["rows"]
     ]
@@ -103,13 +103,13 @@ def paired_frame(cells: list[dict]) -> pd.DataFrame:
                     raise ValueError(f"{model} {bits}: {names['method']} against {names['versus']}: {error}") from None
                 for row in compared:
                     row["better"] = names.get(row["better"], "neither")
-                    rows.append({"model": model, "bits": bits} | names | row | _provenance(row["metric"], a, b))
+                    rows.append({"model": model, "bits": bits} | names | row | provenance_of(row["metric"], a, b))
     return pd.DataFrame(rows, columns=PAIRED)
 
 
 def eps_error_frame(cells: list[dict]) -> pd.DataFrame:
     """Noise-prediction error by denoiser call, columns EPS_ERROR."""
-    rows = [_name(cell) | row | _provenance("eps_error", cell) for cell in cells for row in cell["eps_error"]]
+    rows = [_name(cell) | row | provenance_of("eps_error", cell) for cell in cells for row in cell["eps_error"]]
     return pd.DataFrame(rows, columns=EPS_ERROR)
 
 
@@ -126,11 +126,12 @@ def _name(cell):
 
 def _footprint(cell):
     """Columns FOOTPRINT of a cell; samples of unknown origin say nothing of their denoiser."""
-    found = {"bytes": math.nan, "bops": math.nan, "effective_bits": math.nan} | cell["footprint"]
-    return {"size_mb": found["bytes"] / 1e6, "bops": found["bops"], "effective_bits": found["effective_bits"]}
+    unknown = dict.fromkeys(("bytes", "bops", "effective_bits", "realizable"), math.nan) | {"kernel": ""}
+    found = unknown | cell["footprint"]
+    return {"size_mb": found["bytes"] / 1e6} | {name: found[name] for name in FOOTPRINT[1:]}
 
 
-def _provenance(metric, *cells):
+def provenance_of(metric: str, *cells: dict) -> dict[str, str]:
     """Where the rows of these cells come from; what differs between sampling, metrics and cells is joined by " / "."""
     made = [one for cell in cells for one in (*cell.get("sampled", []), cell["provenance"])]
 

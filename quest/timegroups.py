@@ -23,9 +23,17 @@ class TimeGroups:
         self.starts = torch.tensor(sorted(starts, reverse=True))
         # 1-D, so that indexing with it is a gather; a 0-d index would be read on the host and recompile per group.
         self.current = torch.zeros(1, dtype=torch.long)
+        self._numbered, self._number = None, 0
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    @property
+    def number(self) -> int:
+        """The current group as a plain number; one wait for the device in each group."""
+        if self._numbered is not self.current:
+            self._numbered, self._number = self.current, int(self.current)
+        return self._number
 
     def index(self, timestep: Tensor | float) -> Tensor:
         """Group of each timestep, [N]; -1 for one above the first start."""

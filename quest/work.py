@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from quest.config import Run, parse_bits
+from quest.config import parse_bits
 from quest.finetune import sized
 from quest.models import Model
 from quest.reconstruction import CHECK
@@ -13,21 +13,21 @@ def calls(model: Model) -> tuple[int, int]:
     return model.steps + (model.sampler == "plms"), 2 if model.guidance > 1 else 1
 
 
-def quantizing(run: Run, recipe: dict, model: Model, trajectories: int) -> Counter | None:
-    """What a run takes, {what of quest.timing: how often}; None for a method whose work is not written down here.
+def quantizing(method: str, recipe: dict, bits: str, model: Model, trajectories: int) -> Counter | None:
+    """What a cell takes, {what of quest.timing: how often}; None for a method whose work is not written down here.
 
-    recipe: the method's block of the config. trajectories: in the calibration set.
+    method: a name in baselines.METHODS. recipe: its keyword arguments. trajectories: in the calibration set.
     """
     from baselines import METHODS
 
-    w, a = parse_bits(run.bits)
-    if run.method not in _WORK:
+    w, a = parse_bits(bits)
+    if method not in _WORK:
         return None
     # As the quantize script: the model's protocol, what METHODS fixes, and the recipe, which has the last word.
     protocol = {"selection": model.selection, "time_groups": model.time_groups}
     protocol |= {"activation_ranges": model.activation_ranges} if a >= 8 else {}
-    recipe = protocol | getattr(METHODS[run.method], "keywords", {}) | recipe
-    return _WORK[run.method](recipe, w, model, trajectories)
+    recipe = protocol | getattr(METHODS[method], "keywords", {}) | recipe
+    return _WORK[method](recipe, w, model, trajectories)
 
 
 def _uniform(recipe, model, trajectories):

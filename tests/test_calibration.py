@@ -42,6 +42,13 @@ def test_splits_do_not_share_trajectories(uncond_pipe, uncond_model):
     assert not torch.equal(a.sample[0], b.sample[0])
 
 
+def test_draws_do_not_share_trajectories(uncond_pipe, uncond_model):
+    size = uncond_model.batch_size
+    drawn = [collect(uncond_pipe, uncond_model, "calibration", 2, draw) for draw in (0, 1, 2)]
+    assert [set(found.trajectory.tolist()) for found in drawn] == [{first, first + 1} for first in (0, size, 2 * size)]
+    assert len({found.sample[0].numpy().tobytes() for found in drawn}) == 3
+
+
 def test_not_a_calibration_set(uncond_pipe, uncond_calibration, tmp_path):
     q = quest.quantize(uncond_pipe, "rtn", "w8a8", calibration=uncond_calibration)
     quest.save(q, tmp_path / "m.safetensors")

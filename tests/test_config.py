@@ -14,7 +14,9 @@ from quest.config import (
     Run,
     check_names,
     parse_bits,
+    recipe_of,
     runs,
+    seed_runs,
     start_of,
     starting_points,
     validate,
@@ -35,7 +37,7 @@ def test_shipped_configs_are_valid(file):
 
 def test_default_grid(default):
     cells = runs(default)
-    assert len(cells) == len(set(cells)) == 3 * (1 + 3 * 3)
+    assert len(cells) == len(set(cells)) == 3 * (1 + 5 * 3)
     assert Run("scenes-text", "quest", "w4a8").path == "scenes-text/quest/w4a8"
     assert [run.bits for run in cells if run.method == "fp"] == ["w32a32"] * 3
 
@@ -154,7 +156,7 @@ def test_starting_points_are_found_behind_each_other():
         "methods": {"fp": {}, "adaround": {}, "q-diffusion": {"init": "adaround"}, "ptqd": {"init": "q-diffusion"}},
         "grid": [{"model": ["scenes-text"], "method": ["ptqd"], "bits": ["w4a8", "w4a4"]}],
     }
-    found = [run.path for run in starting_points(config)]
+    found = [run.path for run in starting_points(config, runs(config))]
     assert found == [f"scenes-text/q-diffusion/{bits}" for bits in ("w4a8", "w4a4")] + ["scenes-text/adaround/w4a32"]
 
 
@@ -225,3 +227,42 @@ def test_the_schema_knows_every_selection():
 
     schema = yaml.safe_load(configuration.SCHEMA.read_text())
     assert set(schema["$defs"]["quest"]["properties"]["selection"]["enum"]) == set(SELECTIONS)
+
+
+def test_a_method_stands_in_several_rows(default):
+    default["methods"] |= {"q-diffusion": {"init": "weights"}, "weights": {"method": "adaround", "rows": 512}}
+    default["methods"]["quest-one-group"] = {"method": "quest", "time_groups": 1}
+    validate(default)
+    assert recipe_of(default, "quest-one-group") == ("quest", {"time_groups": 1})
+    assert recipe_of(default, "quest@2") == ("quest", default["methods"]["quest"] | {"seed": 2})
+    start = start_of(default, Run("scenes-text", "q-diffusion@2", "w4a4"))
+    assert start == Run("scenes-text", "weights@2", "w4a32")
+
+
+@pytest.mark.parametrize(
+    "name, recipe, words",
+    [
+        ("mine", {"method": "qest"}, ["methods.mine.method", "'qest'", "did you mean 'quest'"]),
+        ("mine", {"method": "quest", "groups": 2}, ["methods.mine", "'groups'", "time_groups"]),
+        ("mine", {"method": "quest", "samples": "1e3"}, ["methods.mine.samples", "'1e3'"]),
+        ("rtn", {"method": "quest"}, ["methods.rtn", "name of its own"]),
+        ("quest@1", {"method": "quest"}, ["methods.quest@1", "name of its own"]),
+    ],
+)
+def test_faults_in_a_row_of_its_own(default, name, recipe, words):
+    default["methods"][name] = recipe
+    with pytest.raises(ConfigError) as caught:
+        validate(default)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_cells_of_several_seeds(default):
+    default["seeds"] = {"method": ["rtn-mse", "quest"], "bits": ["w4a4"], "seed": [0, 1]}
+    validate(default)
+    assert [run.path for run in seed_runs(default)][:4] == [
+        f"scenes-uncond/{method}/w4a4" for method in ("rtn-mse", "rtn-mse@1", "quest", "quest@1")
+    ]
+    assert {run.model for run in seed_runs(default)} == set(default["models"])
+    default["seeds"]["method"] = ["q-diff"]
+    with pytest.raises(ConfigError, match="seeds.method: 'q-diff' is not under methods"):
+        validate(default)

@@ -111,6 +111,22 @@ def recipe_of(pipe, calibration, bits, monkeypatch, method="quest", **recipe):
     return q, seen[0], [stage for stage, _ in seen[1:]], seen[1][1]
 
 
+def test_the_control_tunes_as_many_weights_of_other_layers(class_pipe, class_calibration, monkeypatch):
+    def first_and_second(**recipe):
+        _, _, (tla, cma), _ = recipe_of(class_pipe, class_calibration, "w4a8", monkeypatch, time_groups=2, **recipe)
+        return tla, cma
+
+    (temporal, critical), (control, unchanged) = first_and_second(), first_and_second(control=True)
+    sizes = [sum(layer.weight.numel() for layer in stage.layers.values()) for stage in (temporal, control)]
+    assert 0.8 * sizes[0] < sizes[1] <= sizes[0]
+    assert not control.layers.keys() & {*temporal.layers, *critical.layers, "conv_in", "conv_out"}
+    assert list(control.local) == list(control.layers) and unchanged.layers.keys() == critical.layers.keys()
+    assert {q.name for q in control.scales} == set(control.layers)
+    assert {q.name for q in temporal.scales} <= {q.name for q in unchanged.scales}  # tuned with all the rest instead
+    assert first_and_second(control=True)[0].layers.keys() == control.layers.keys()
+    assert first_and_second(control=True, seed=1)[0].layers.keys() != control.layers.keys()
+
+
 def test_defaults_presets_and_orders(class_pipe, class_calibration, monkeypatch):
     def stages(**recipe):
         return recipe_of(class_pipe, class_calibration, "w4a8", monkeypatch, time_groups=2, **recipe)
@@ -207,7 +223,7 @@ def test_released_granularity_trains_and_survives_saving(kind, request, tmp_path
         assert a is not b and torch.equal(a.scale, b.scale) and a.scale.shape[2] > 1
     assert (kind == "uncond") == bool(qkv(q.unet))
     quest.save(q, tmp_path / "m.safetensors")
-    loaded = quest.load(pipe, tmp_path / "m.safetensors")
+    loaded = quest.load(pipe, tmp_path / "m.safetensors", kernel="reference")
     for name, quantizer in input_quantizers(loaded.unet).items():
         assert quantizer.spec == quantizers[name].spec
     a, b = (p(**arguments(model, "evaluation", [0, 1]), output_type="latent").images for p in (q, loaded))

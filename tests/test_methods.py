@@ -17,7 +17,7 @@ from baselines import KEPT, METHODS
 from quest import checkpoint, cost, work
 from quest.affine import FLOAT, quantize
 from quest.calibration import collect, eps_error
-from quest.config import WEIGHTS_ONLY, Run
+from quest.config import WEIGHTS_ONLY
 from quest.kernels import reference
 from quest.layers import KEEP, input_quantizers, is_quantized, quant_layers
 from quest.sampling import arguments, timesteps
@@ -152,7 +152,7 @@ STAGES = {  # of the steps of quest.timing
 def test_the_plan_counts_what_was_learned(cell):
     """Iterations and rows of every stage, as the denoiser noted them, against those that a plan reckons with."""
     recipe = fast(cell.method, cell.model)
-    planned = work.quantizing(Run(cell.model.name, cell.method, "w4a8"), recipe, cell.model, 2)
+    planned = work.quantizing(cell.method, recipe, "w4a8", cell.model, 2)
     stages = cell.made["w4a8"].unet.quantization["cost"]["stages"]
     halves = 2 if cell.method.startswith("efficient-dm") and cell.model.guidance > 1 else 1
     for what, names in STAGES.items():

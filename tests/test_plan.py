@@ -11,7 +11,6 @@ import yaml
 from baselines import METHODS
 from quest import checkpoint, cost, plan, timing, work
 from quest.__main__ import main
-from quest.config import Run
 from quest.layers import quant_layers, swap
 from quest.metrics import features
 from quest.models import MODELS
@@ -115,7 +114,7 @@ def test_work_of_the_rivals():
     uncond, clas = MODELS["scenes-uncond"], MODELS["scenes-class"]
 
     def count(method, bits, model=uncond, **recipe):
-        return dict(work.quantizing(Run(model.name, method, bits), recipe, model, 50))
+        return dict(work.quantizing(method, recipe, bits, model, 50))
 
     rounded = {"weight ranges": 1, "rounding": 1000, "rounding row": 16_000}
     # 20 of 40 calls, 1024 // 20 = 51 trajectories of which there are 50; both networks, and 256 rows twice.
@@ -150,8 +149,8 @@ def test_every_method_s_work_is_counted():
     made = plan.cells(grid)[1]
     assert {run.method for run in made} == set(METHODS) - {"fp"}
     for run in made:
-        model = MODELS[run.model]
-        assert set(work.quantizing(run, grid["methods"][run.method], model, 50)) <= set(timing.WHAT), run.method
+        counted = work.quantizing(run.method, grid["methods"][run.method], run.bits, MODELS[run.model], 50)
+        assert set(counted) <= set(timing.WHAT), run.method
 
 
 def test_what_was_not_measured_is_said_and_never_guessed():

@@ -165,7 +165,9 @@ def test_the_two_presets():
     full, short = (adaround.settings(p) for p in ("full", "short"))
     assert (full.weight_iterations, full.activation_iterations, full.batch) == (20000, 5000, 32)
     assert (short.weight_iterations, short.activation_iterations, short.batch) == (1000, 250, 16)
-    assert adaround.TRAVEL / full.weight_iterations == 1e-3
+    assert adaround.TRAVEL / full.weight_iterations == 1e-3 and full.activation_lr == 4e-4
+    travelled = [p.activation_lr * p.activation_iterations for p in (full, short)]
+    assert travelled == pytest.approx([2.0, 2.0])
     assert full.nearest_from > 8 >= short.nearest_from
 
 

@@ -47,6 +47,16 @@ def test_generate_makes_the_images_of_the_pipeline(kind):
     assert len(np.unique(images)) > 50  # neither flat nor saturated
 
 
+def test_images_further_on_are_those_of_a_longer_run(uncond_pipe, uncond_model):
+    size = uncond_model.batch_size
+    whole = run(uncond_pipe, uncond_model, 2 * size + 2)
+    (later, *rest) = sampling.generate(uncond_pipe, uncond_model, "evaluation", size + 2, first=size)
+    assert later[0].tolist() == list(range(size, 2 * size)) and [len(part[0]) for part in rest] == [2]
+    np.testing.assert_array_equal(later[2], whole[2][size : 2 * size])
+    with pytest.raises(ValueError, match="first: 1 is not a multiple of the batch size"):
+        sampling.generate(uncond_pipe, uncond_model, "evaluation", 2, first=1)
+
+
 def test_any_number_of_shards_gives_the_same_bytes(kind):
     pipe, model, _ = kind
     whole = run(pipe, model, 14)

@@ -61,7 +61,15 @@ def cell(model, method, bits, spread=0.05):
         "eps_error": calls,
         "resampled": resampled,
         "drawn": {"images": f"0-{n - 1}", "trajectories": trajectories, "timesteps": [951, 901, 901, 1]},
-        "footprint": {"bytes": BYTES[bits], "bops": 5e10, "effective_bits": 4.5, "parameters": 9, "macs": 8},
+        "footprint": {
+            "bytes": BYTES[bits],
+            "bops": 5e10,
+            "effective_bits": 4.5,
+            "parameters": 9,
+            "macs": 8,
+            "kernel": "integer",
+            "realizable": 0.9,
+        },
         "sampled": [made | {"commit": "aaa", "dirty": False}],
         "provenance": made | {"commit": "bbb", "dirty": True},
     }
@@ -83,14 +91,26 @@ def test_main_frame_is_tidy(cells):
     assert row.seeds == "evaluation 0-499" and row.commit == "aaa / bbb-dirty"
     assert row.versions == "python 3.12.1, torch 2.9.0" and row.machine == "cpu Some CPU, cores 2"
     assert set(frame[frame.metric == "eps_error"].seeds) == {"evaluation 0-15"}
-    assert (row.size_mb, row.bops, row.effective_bits) == (5.123456, 5e10, 4.5)
+    assert (row.size_mb, row.bops, row.effective_bits, row.kernel, row.realizable) == (
+        5.123456,
+        5e10,
+        4.5,
+        "integer",
+        0.9,
+    )
     assert frame[frame.method == "fp"].size_mb.tolist() == [40.0] * (frame.method == "fp").sum()
 
 
 def test_a_cell_of_unknown_size_is_shown_without(cells):
     cells[0]["footprint"] = {}
     frame = tables.main_frame(cells)
-    assert frame[(frame.model == "scenes-text") & (frame.method == "fp")][tables.FOOTPRINT].isna().all().all()
+    assert (
+        frame[(frame.model == "scenes-text") & (frame.method == "fp")][tables.FOOTPRINT]
+        .replace("", np.nan)
+        .isna()
+        .all()
+        .all()
+    )
     text = tables.markdown(frame, tables.paired_frame(cells))
     assert "| fp | w32a32 | – | – | 1.000" in text and "| quest | w4a4 | 5.123 | 0.05 |" in text
 

@@ -1,1 +1,41 @@
-"""Kernels: a module each with pack, linear, conv2d and attention. What they mean is `reference`."""
+"""Kernels: a module each with supports, pack, linear, conv2d and attention. What they mean is `reference`."""
+
+import importlib
+import logging
+from functools import cache
+from types import ModuleType
+
+import torch
+
+KERNELS = {  # imported when asked for
+    "reference": "quest.kernels.reference",
+    "integer": "quest.kernels.integer",
+}
+FASTEST = ("integer", "reference")  # what "auto" tries, in order
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def get(name: str) -> ModuleType:
+    """The kernel of that name. Raises ValueError with the valid names otherwise."""
+    if name not in KERNELS:
+        raise ValueError(f"kernel: {name!r} is not one of auto, {', '.join(KERNELS)}")
+    return importlib.import_module(KERNELS[name])
+
+
+def choose(name: str, device: torch.device) -> str:
+    """A name in KERNELS that computes on this device: the one asked for, or for "auto" the fastest that is available.
+
+    Raises ValueError for an unknown name and for a kernel that is not available.
+    """
+    if name != "auto":
+        if reason := get(name).unavailable(device):
+            raise ValueError(f"kernel: {name} is not available: {reason}")
+        return name
+    for candidate in FASTEST:
+        reason = get(candidate).unavailable(device)
+        if reason is None:
+            return candidate
+        log.warning("kernel %s is not available: %s", candidate, reason)
+    raise AssertionError("the reference kernel is always available")

@@ -4,7 +4,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quest.affine import QParams, QTensor, fake_quantize
+from quest.affine import QParams, QTensor, QuantSpec, fake_quantize
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why nothing can run on this kernel here: nothing can be in the way."""
+    return None
+
+
+def supports(weight: QTensor, weight_spec: QuantSpec, input: QParams, **conv) -> str | None:
+    """Why a layer cannot run here: every layer can."""
+    return None
+
+
+def supports_attention(q: QParams, k: QParams, v: QParams, p: QParams) -> str | None:
+    """Why an attention cannot run here: every one can."""
+    return None
 
 
 def pack(weight: QTensor) -> Tensor:

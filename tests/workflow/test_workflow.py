@@ -43,7 +43,7 @@ def test_every_config_runs_its_own_recipes(stubbed, name):
     recipes = {words[4]: json.loads(words[words.index("--recipe") + 1]) for words in of(commands, "quantize")}
     assert recipes == {method: recipe for method, recipe in config["methods"].items() if method != "fp"}
     # What another method starts from keeps float weights.
-    starts = {(run.model, run.method, run.bits) for run in starting_points(config)}
+    starts = {(run.model, run.method, run.bits) for run in starting_points(config, runs(config))}
     assert {tuple(words[3:6]) for words in of(commands, "quantize") if "--floats" in words} == starts
     made = {tuple(words[3:6]) for words in of(commands, "metrics")}
     assert made == {(run.model, run.method, run.bits) for run in runs(config)}
@@ -120,6 +120,30 @@ def test_editing_a_script_reruns_its_rule(finished):
     commands = finished.planned()
     assert methods(commands, "metrics") == ALL_METHODS
     assert of(commands, "sample") == []
+
+
+def test_another_quantization_seed_has_its_own_calibration_and_start(stubbed):
+    config = stubbed.config() | {"models": {"scenes-class": {"images": 500}}}
+    config["grid"] = [{"model": ["scenes-class"], "method": ["quest"], "bits": ["w4a4"]}]
+    config["seeds"] = {"method": ["quest"], "bits": ["w4a4"], "seed": [0, 1]}
+    stubbed.configure(config)
+    assert not any("@1" in command for command in stubbed.planned())
+    commands = stubbed.planned("seeds")
+    assert {words[words.index("--draw") + 1] for words in of(commands, "trajectories") if "--draw" in words} == {"1"}
+    cell = "results/default/scenes-class"
+    made = {words[words.index("-o") + 1].removeprefix(f"{cell}/"): words for words in of(commands, "quantize")}
+    assert set(made) == {
+        f"{method}/{bits}/model.safetensors"
+        for method, bits in [("adaround", "w4a32"), ("adaround@1", "w4a32"), ("quest", "w4a4"), ("quest@1", "w4a4")]
+    }
+    again = made["quest@1/w4a4/model.safetensors"]
+    assert json.loads(again[again.index("--recipe") + 1]) == {"init": "adaround", "seed": 1}
+    assert again[again.index("--calibration") + 1] == f"{cell}/calibration-1.safetensors"
+    assert again[again.index("--init") + 1] == f"{cell}/adaround@1/w4a32/model.safetensors"
+    first = made["quest/w4a4/model.safetensors"]
+    assert json.loads(first[first.index("--recipe") + 1]) == {"init": "adaround"}
+    (table,) = of(commands, "seeds")
+    assert table[3:5] == [f"{cell}/quest/w4a4/metrics.json", f"{cell}/quest@1/w4a4/metrics.json"]
 
 
 def test_a_second_run_of_the_default_grid_takes_seconds(stubbed):

@@ -5,7 +5,17 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from quest.config import ConfigError, Run, check_names, runs, start_of, starting_points, validate
+from quest.config import (
+    ConfigError,
+    Run,
+    check_names,
+    recipe_of,
+    runs,
+    seed_runs,
+    start_of,
+    starting_points,
+    validate,
+)
 from quest.models import MODELS
 
 try:
@@ -16,7 +26,8 @@ except ConfigError as error:
 
 NAME = config["name"]
 RUNS = runs(config)
-STARTING_POINTS = starting_points(config)
+SEED_RUNS = seed_runs(config)
+STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS)
 DEVICE = config.get("device", "cpu")
 CLIPS = {model.clip for model in MODELS.values() if model.clip}
 # Per model, the bits in the order of the grid: what one sample grid compares.
@@ -47,7 +58,8 @@ shell.prefix(
 wildcard_constraints:
     name=re.escape(NAME),
     model="|".join(map(re.escape, config["models"])),
-    method="|".join(map(re.escape, config["methods"])),
+    method=f"({'|'.join(map(re.escape, config['methods']))})(@[0-9]+)?",
+    draw=r"\d+",
     bits=r"w\d+a\d+",
     shard=r"\d+",
 
@@ -100,7 +112,14 @@ def network(name):
 
 def recipe(wc):
     """What the config says of one method; a change to it reruns that method and nothing else."""
-    return json.dumps(config["methods"][wc.method], sort_keys=True)
+    return json.dumps(recipe_of(config, wc.method)[1], sort_keys=True)
+
+
+def calibration(wc):
+    """The calibration set of a cell: a quantization seed has a draw of its own."""
+    _, _, seed = wc.method.partition("@")
+    draw = f"-{seed}" if seed else ""
+    return f"results/{NAME}/{wc.model}/calibration{draw}.safetensors"
 
 
 def init(wc):

@@ -16,6 +16,30 @@ rule tables:
         "python -m workflow.scripts.tables {input.metrics} -o results/{wildcards.name}/tables > {log} 2>&1"
 
 
+# Not part of `all`: other calibration draws, quantized and sampled again.
+rule seeds:
+    input:
+        expand("results/{name}/tables/seeds.{kind}", name=NAME, kind=["csv", "md"]),
+
+
+rule seed_table:
+    input:
+        script="workflow/scripts/seeds.py",
+        metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in SEED_RUNS]),
+    output:
+        expand("results/{{name}}/tables/seeds.{kind}", kind=["csv", "md"]),
+    log:
+        "results/{name}/tables/seeds.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    shell:
+        "python -m workflow.scripts.seeds {input.metrics} -o results/{wildcards.name}/tables > {log} 2>&1"
+
+
 rule curves:
     input:
         script="workflow/scripts/curves.py",

@@ -16,6 +16,7 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, required=True, help="file to write: index, images, latents")
     parser.add_argument("--features", type=Path, required=True, help="file to write: index, features of the images")
     parser.add_argument("--drop-images", action="store_true", help="keep latents and features only")
+    parser.add_argument("--kernel", default="auto", help="a name in quest.kernels.KERNELS; auto: the fastest here")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -24,7 +25,7 @@ def main() -> None:
     import torch
 
     import quest
-    from quest import cost
+    from quest import cost, placement
     from quest.calibration import CalibrationSet, eps_error
     from quest.files import atomic
     from quest.metrics.features import extract
@@ -37,11 +38,16 @@ def main() -> None:
     model = MODELS[arguments.model]
     pipe = model.load(device=arguments.device)
     evaluation = CalibrationSet.load(arguments.evaluation).to(arguments.device)
+    work = cost.macs(pipe.unet, evaluation.inputs(torch.tensor([0])))
     if arguments.checkpoint:
-        pipe = quest.load(pipe, arguments.checkpoint)
+        pipe = quest.load(pipe, arguments.checkpoint, arguments.kernel)
+        placed = pipe.unet.placement
+        kernel = placed._asdict() | {"deviation": placement.deviation(pipe.unet, evaluation)}
         footprint = pipe.unet.quantization["cost"]["footprint"]
+        footprint |= {"kernel": placed.kernel, "realizable": placement.realizable(pipe.unet, work)}
     else:
-        footprint = cost.footprint(pipe.unet, cost.macs(pipe.unet, evaluation.inputs(torch.tensor([0]))))
+        footprint = cost.footprint(pipe.unet, work)
+        kernel = {}
 
     start = time.perf_counter()
     batches = list(generate(pipe, model, "evaluation", arguments.n, (shard, shards)))
@@ -55,8 +61,8 @@ def main() -> None:
         features |= {"eps_error": errors.cpu().numpy(), "timesteps": np.array(timesteps)}
 
     seeds = {"split": "evaluation", "first": SEEDS["evaluation"], "n": arguments.n, "shard": arguments.shard}
-    metadata = {"seeds": seeds, "seconds": seconds, "footprint": footprint, "provenance": provenance()}
-    metadata = json.dumps(metadata)
+    metadata = {"seeds": seeds, "seconds": seconds, "footprint": footprint, "kernel": kernel}
+    metadata = json.dumps(metadata | {"provenance": provenance()})
     with atomic(arguments.samples) as file:
         kept = {"latents": latents} if arguments.drop_images else {"images": images, "latents": latents}
         np.savez(file, index=index, **kept, metadata=metadata)

@@ -1,4 +1,4 @@
-"""Full-precision trajectories of one model: a calibration set, a held-out set, and activation ranges over time."""
+"""Full-precision trajectories of one model: a calibration set; a held-out set and activation ranges over time."""
 
 import argparse
 import csv
@@ -9,10 +9,12 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="a name in quest.models.MODELS")
-    parser.add_argument("-n", type=int, nargs=2, required=True, metavar=("CALIBRATION", "EVALUATION"))
+    parser.add_argument("-n", type=int, required=True, help="trajectories of the calibration set")
+    parser.add_argument("--draw", type=int, default=0, help="which ones: another number, other seeds")
     parser.add_argument("--calibration", type=Path, required=True, help="file to write, seeds of the calibration split")
-    parser.add_argument("--evaluation", type=Path, required=True, help="file to write, seeds of the evaluation split")
-    parser.add_argument("--ranges", type=Path, required=True, help="CSV to write: layer_class, timestep, low, high")
+    parser.add_argument("-e", type=int, default=16, help="trajectories of the held-out set")
+    parser.add_argument("--evaluation", type=Path, help="file to write, seeds of the evaluation split")
+    parser.add_argument("--ranges", type=Path, help="CSV to write: layer_class, timestep, low, high of the calibration")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -27,28 +29,29 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     model = MODELS[arguments.model]
     pipe = model.load(device=arguments.device)
-    for split, n in zip(("calibration", "evaluation"), arguments.n, strict=True):
+
+    def write(split, n, draw, path):
         start = time.perf_counter()
-        trajectories = collect(pipe, model, split, n)
-        if split == "calibration":
-            calibration = trajectories
+        trajectories = collect(pipe, model, split, n, draw)
         metadata = {
             "model": model.name,
-            "seeds": [SEEDS[split], n],
+            "seeds": [SEEDS[split] + int(trajectories.trajectory.min()), n],
             "seconds": round(time.perf_counter() - start, 1),
             "provenance": provenance(),
         }
-        trajectories.save(getattr(arguments, split), metadata)
-        print(
-            f"{split}: {n} trajectories, {len(trajectories)} denoiser inputs, {metadata['seconds']} s",
-            flush=True,
-        )
+        trajectories.save(path, metadata)
+        print(f"{split}: {n} trajectories, {len(trajectories)} denoiser inputs, {metadata['seconds']} s", flush=True)
+        return trajectories
 
-    rows = activation_ranges(pipe, calibration.to(arguments.device))
-    with atomic(arguments.ranges) as file, file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    calibration = write("calibration", arguments.n, arguments.draw, arguments.calibration)
+    if arguments.evaluation:
+        write("evaluation", arguments.e, 0, arguments.evaluation)
+    if arguments.ranges:
+        rows = activation_ranges(pipe, calibration.to(arguments.device))
+        with atomic(arguments.ranges) as file, file.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""Blocks of diffusers' U-Nets with their float operations fused, for a denoiser whose layers run on integers.
+
+Convolutions and products that take a third of their float time leave norms and activations as the larger part. Here
+they are one pass each over channels that lie innermost, and nothing is copied into another layout on the way. Results
+equal those of diffusers' own modules but for float rounding. Where torch traces or has to differentiate, the modules do
+what they always did.
+"""
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quest.kernels.integer import core, linear
+
+
+def computes(x: Tensor) -> bool:
+    """Whether the compiled core can take this tensor."""
+    return (
+        type(x) is Tensor
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def group_norm(
+    x: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor | None = None, modulation: Tensor | None = None
+) -> Tensor:
+    """Group norm of x [N, C, H, W] or [N, C, L], then SiLU if asked for; channels innermost.
+
+    shift [N, C] is added before; modulation [N, 2 C], the factor less 1 and the offset, is applied after the norm.
+    """
+    if x.ndim == 4 and (x.stride(1) != 1 or x.stride(2) != x.shape[3] * x.stride(3)):
+        # A tensor of one channel or one pixel has strides that say nothing.
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    elif x.stride(1) != 1:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    pixels = x[0, 0].numel()
+    if x.ndim == 4:
+        y = torch.empty(x.shape, memory_format=torch.channels_last)
+    else:
+        y = torch.empty((x.shape[0], pixels, x.shape[1])).transpose(1, 2)
+    affine = (None if t is None else t.data_ptr() for t in (norm.weight, norm.bias, shift, modulation))
+    core().quest_group_norm(
+        x.data_ptr(), x.stride(0), x.stride(-1), x.shape[0], pixels, x.shape[1], norm.num_groups, norm.eps, *affine,
+        silu, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm(x, self, silu=False) if computes(x) and x.ndim in (3, 4) else super().forward(x)
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        if not computes(x) or len(self.normalized_shape) != 1:
+            return super().forward(x)
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        core().quest_layer_norm(
+            x.data_ptr(), x.numel() // x.shape[-1], x.shape[-1], self.eps,
+            None if self.weight is None else self.weight.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+
+class FusedGEGLU(GEGLU):
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        proj = self.proj
+        on_integers = getattr(proj, "kernel_name", None) == "integer" and proj.output_quantizer is None
+        if not computes(hidden_states) or not on_integers:
+            return super().forward(hidden_states, *args, **kwargs)
+        return linear(hidden_states, proj.input_quantizer(hidden_states), proj.qweight, proj.bias, gated=True)
+
+
+class FusedResnetBlock(ResnetBlock2D):
+    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
+        modulated = self.time_embedding_norm == "scale_shift"
+        known = modulated or self.time_embedding_norm == "default"
+        if not computes(input_tensor) or not known or type(self.nonlinearity) is not nn.SiLU:
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        hidden = group_norm(input_tensor, self.norm1, silu=True)
+        resample = self.upsample if self.upsample is not None else self.downsample
+        if resample is not None:
+            input_tensor, hidden = resample(input_tensor), resample(hidden)
+        hidden = self.conv1(hidden)
+        embedding = None
+        if self.time_emb_proj is not None and temb is not None:
+            embedding = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb)).contiguous()
+        hidden = group_norm(hidden, self.norm2, True, **{"modulation" if modulated else "shift": embedding})
+        hidden = self.conv2(hidden)
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor)
+        output = input_tensor + hidden
+        return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+
+
+class FusedUpsample(Upsample2D):
+    def forward(self, hidden_states: Tensor, output_size=None, *args, **kwargs) -> Tensor:
+        plain = self.norm is None and self.interpolate and not self.use_conv_transpose
+        if not computes(hidden_states) or not plain or output_size is not None:
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        # diffusers leaves the layout of large batches, which a GPU's function cannot handle.
+        hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+        if not self.use_conv:
+            return hidden_states
+        return (self.conv if self.name == "conv" else self.Conv2d_0)(hidden_states)
+
+
+class FusedTransformer(Transformer2DModel):
+    def _get_output_for_continuous_inputs(self, hidden_states, residual, batch_size, height, width, inner_dim):
+        if not self.use_linear_projection and computes(hidden_states):
+            # diffusers copies into another layout here.
+            hidden_states = hidden_states.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
+            return self.proj_out(hidden_states) + residual
+        return super()._get_output_for_continuous_inputs(hidden_states, residual, batch_size, height, width, inner_dim)
+
+
+FUSED = {
+    nn.GroupNorm: FusedGroupNorm,
+    nn.LayerNorm: FusedLayerNorm,
+    GEGLU: FusedGEGLU,
+    ResnetBlock2D: FusedResnetBlock,
+    Upsample2D: FusedUpsample,
+    Transformer2DModel: FusedTransformer,
+}
+
+
+def fuse(denoiser: nn.Module) -> None:
+    """Let every block of a kind in FUSED take its fused form: other code over the same weights."""
+    for module in denoiser.modules():
+        module.__class__ = FUSED.get(type(module), type(module))
+
+
+def unfuse(denoiser: nn.Module) -> None:
+    """Back to the blocks of diffusers."""
+    plain = {fused: kind for kind, fused in FUSED.items()}
+    for module in denoiser.modules():
+        module.__class__ = plain.get(type(module), type(module))

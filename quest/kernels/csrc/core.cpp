@@ -1,0 +1,567 @@
+// Linear layers, convolutions and attention on integers; a plain C ABI (see quest/kernels/integer.py).
+//
+// A tensor is quantized to codes less zero point, which are exact in int16 for up to 8 bits whatever the zero point: a
+// product of such numbers needs no correction for either zero point, and the zero of a convolution's padding is 0.
+// Two neighbouring channels fill one 32-bit lane, so one multiply-add instruction of pairs (vpmaddwd, vpdpwssd) does
+// twice the work of a float one and cannot saturate. Weights are stored as 8-bit or packed 4-bit codes and unpacked panel
+// by panel.
+//
+// 3x3 convolutions of stride 1 use Winograd's F(4x4, 3x3) (arXiv:1509.09308, section 4.1) on integers: the kernel's
+// transform is scaled by the least integers that clear its denominators, all arithmetic is modulo 2^32, and the result,
+// 576 times the sum, is divided by 9 (by its inverse) and 64 (by a shift). It is the exact sum where that is below 2^25,
+// which the bound on the layer's codes shows beforehand; else the direct way is taken.
+#include "core.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace quest {
+namespace {
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Memory that one thread keeps between calls.
+template <class T>
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  T* get(int64_t n) {
+    if (n > size_) {
+      std::free(data_);
+      data_ = static_cast<T*>(std::aligned_alloc(64, round_up(n * sizeof(T), 64)));
+      if (!data_) throw std::bad_alloc();
+      size_ = n;
+    }
+    return data_;
+  }
+
+ private:
+  T* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+#if QUEST_X86
+// AVX2's functions with wider register tiles.
+Isa with_vnni() {
+  Isa one = avx2;
+  one.name = "avx512vnni";
+  one.rows = 12;
+  one.tile_int = vnni_tile_int;
+  one.tile_float = vnni_tile_float;
+  return one;
+}
+const Isa avx512vnni = with_vnni();
+#endif
+
+const Isa* best() {
+#if QUEST_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return &avx512vnni;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2;
+#endif
+  return &portable;
+}
+
+const Isa* isa = best();
+
+// Calls task(0..tasks) on up to `threads` threads. Tasks write to places of their own, so their order does not matter.
+template <class Task>
+void parallel(int64_t tasks, int threads, const Task& task) {
+  threads = static_cast<int>(std::min<int64_t>(threads, tasks));
+  if (threads <= 1) {
+    for (int64_t i = 0; i < tasks; i++) task(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  auto work = [&] {
+    for (int64_t i; (i = next++) < tasks;) task(i);
+  };
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; t++) others.emplace_back(work);
+  work();
+  for (auto& other : others) other.join();
+}
+
+// A packed weight: this header, then codes by panel, zero points, scales and the transformed weight.
+struct Weight {
+  int64_t magic, outputs, channels, height, width, bits;
+  int64_t largest;   // |code - zero point|
+  int64_t row_sum;   // of |code - zero point| over an output's weights, the largest
+  int64_t zero_points, scales, codes, transformed, bytes;  // offsets; 0: not there
+
+  const char* base() const { return reinterpret_cast<const char*>(this); }
+  char* base() { return reinterpret_cast<char*>(this); }
+  int64_t panels() const { return ceil_div(outputs, NR); }
+  int64_t pairs() const { return ceil_div(channels, 2); }
+  int64_t taps() const { return height * width; }
+  int64_t panel_codes() const { return taps() * pairs() * NR * 2 * bits / 8; }  // bytes
+  int64_t panel_transformed() const { return pairs() * NR * 2; }                // int16 numbers
+  const float* scale() const { return reinterpret_cast<const float*>(base() + scales); }
+  const int16_t* zero_point() const { return reinterpret_cast<const int16_t*>(base() + zero_points); }
+  const int16_t* point(int64_t i) const {
+    return reinterpret_cast<const int16_t*>(base() + transformed) + i * panels() * panel_transformed();
+  }
+  const int16_t* panel(int64_t p, int16_t* out) const {
+    auto unpack = bits == 4 ? isa->unpack4 : isa->unpack8;
+    unpack(reinterpret_cast<const uint8_t*>(base() + codes) + p * panel_codes(), zero_point() + p * NR, taps() * pairs(),
+           out);
+    return out;
+  }
+};
+
+constexpr int64_t MAGIC = 0x31304b5155455354;
+// A transformed weight takes eight bytes where fp32 takes four. Up to this size that is worth its memory: larger ones
+// belong to layers with few pixels, which read more than they multiply.
+constexpr int64_t TRANSFORMED_BYTES = int64_t{8} << 20;
+constexpr int64_t TRANSFORM_GAIN = 49;    // of the kernel's transform: largest result for inputs of 1
+constexpr int64_t INPUT_GAIN = 100;       // of the input's
+constexpr int64_t EXACT = int64_t{1} << 25;
+constexpr int64_t CACHE = 320 << 10;      // bytes of a block of work, below what a core's second cache holds
+
+Weight layout(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits, bool transform) {
+  Weight w{MAGIC, outputs, channels, height, width, bits, 0, 0, 0, 0, 0, 0, 0};
+  int64_t at = round_up(sizeof(Weight), 64);
+  auto take = [&](int64_t bytes) {
+    int64_t start = at;
+    at += round_up(bytes, 64);
+    return start;
+  };
+  w.zero_points = take(w.panels() * NR * sizeof(int16_t));
+  w.scales = take(w.panels() * NR * sizeof(float));
+  w.codes = take(w.panels() * w.panel_codes());
+  if (transform) w.transformed = take(POINTS * w.panels() * w.panel_transformed() * sizeof(int16_t));
+  w.bytes = at;
+  return w;
+}
+
+// Transforms by G with rows scaled to integers: {1,0,0}, {1,1,1}, {1,-1,1}, {1,2,4}, {1,-2,4}, {0,0,1}.
+void kernel_transform(const int32_t in[3], int32_t out[6]) {
+  out[0] = in[0];
+  out[1] = in[0] + in[1] + in[2];
+  out[2] = in[0] - in[1] + in[2];
+  out[3] = in[0] + 2 * in[1] + 4 * in[2];
+  out[4] = in[0] - 2 * in[1] + 4 * in[2];
+  out[5] = in[2];
+}
+
+// Multiplies quantized rows with every panel of a weight.
+void product(const Weight& w, int64_t rows, const int16_t* const* a, const ptrdiff_t* offset, const float* scale,
+             const float* bias, float* const* out) {
+  static thread_local Scratch<int16_t> unpacked;
+  int16_t* space = unpacked.get(w.taps() * w.pairs() * NR * 2);
+  float* shifted[MAX_MR];
+  for (int64_t p = 0; p < w.panels(); p++) {
+    const int16_t* panel = w.panel(p, space);
+    int columns = static_cast<int>(std::min<int64_t>(NR, w.outputs - p * NR));
+    for (int64_t r = 0; r < rows; r += isa->rows) {
+      int count = static_cast<int>(std::min<int64_t>(isa->rows, rows - r));
+      for (int i = 0; i < count; i++) shifted[i] = out[r + i] + p * NR;
+      isa->tile_float(count, a + r, static_cast<int>(w.taps()), offset, w.pairs(), panel, scale + p * NR, bias + p * NR,
+                      columns, shifted);
+    }
+  }
+}
+
+// Scale and bias of every output, padded to whole panels.
+struct Epilogue {
+  std::vector<float> scale, bias;
+  Epilogue(const Weight& w, const float* given, float input_scale)
+      : scale(w.panels() * NR, 0.f), bias(w.panels() * NR, 0.f) {
+    for (int64_t i = 0; i < w.outputs; i++) scale[i] = w.scale()[i] * input_scale;
+    if (given) std::copy(given, given + w.outputs, bias.begin());
+  }
+};
+
+int64_t largest(Range r) { return static_cast<int64_t>(std::max(std::fabs(r.low), std::fabs(r.high))); }
+
+enum Result { OK = 0, HAS_NAN = 1, OUT_OF_RANGE = 2 };
+
+bool fits(const Weight& w, Range r) {
+  return std::max(std::fabs(r.low), std::fabs(r.high)) <= 32767.f && largest(r) * w.row_sum <= INT32_MAX;
+}
+
+struct Conv {
+  const float* x;
+  int64_t samples, height, width, sample, row, pixel;  // shape and strides of x
+  int64_t stride_y, stride_x, top, left, dilation_y, dilation_x;
+  float* out;
+  int64_t out_height, out_width;
+};
+
+// Quantizes input rows first..first + count, with the padding left and right of them, to [count, columns, channels].
+bool quantize_rows(const Conv& c, int64_t channels, int64_t padded, int64_t sample, int64_t first, int64_t count,
+                   int64_t columns, Range range, int16_t* out) {
+  bool nan = false;
+  int64_t begin = std::max<int64_t>(0, c.left), end = std::min(columns, c.width + c.left);
+  for (int64_t y = first; y < first + count; y++, out += columns * padded) {
+    if (y < 0 || y >= c.height) {
+      std::memset(out, 0, columns * padded * sizeof(int16_t));
+      continue;
+    }
+    std::memset(out, 0, begin * padded * sizeof(int16_t));
+    std::memset(out + end * padded, 0, (columns - end) * padded * sizeof(int16_t));
+    const float* in = c.x + sample * c.sample + y * c.row + (begin - c.left) * c.pixel;
+    if (c.pixel == channels && channels == padded)
+      nan |= isa->quantize(in, (end - begin) * channels, (end - begin) * channels, range, out + begin * padded);
+    else
+      for (int64_t x = begin; x < end; x++, in += c.pixel)
+        nan |= isa->quantize(in, channels, padded, range, out + x * padded);
+  }
+  return nan;
+}
+
+bool conv_direct(const Weight& w, const Conv& c, Range range, const Epilogue& e, int threads) {
+  int64_t padded = round_up(w.channels, 16);
+  int64_t columns = (c.out_width - 1) * c.stride_x + (w.width - 1) * c.dilation_x + 1;
+  int64_t reach = (w.height - 1) * c.dilation_y + 1;  // input rows of one output row
+  int64_t lines = (CACHE / (columns * padded * 2) - reach) / c.stride_y + 1;
+  lines = std::max(lines, ceil_div(4 * MAX_MR, c.out_width));
+  lines = std::min(lines, c.out_height);
+  std::vector<ptrdiff_t> offset;
+  for (int64_t y = 0; y < w.height; y++)
+    for (int64_t x = 0; x < w.width; x++)
+      offset.push_back((y * c.dilation_y * columns + x * c.dilation_x) * padded);
+  int64_t strips = ceil_div(c.out_height, lines);
+  std::atomic<bool> nan{false};
+  parallel(c.samples * strips, threads, [&](int64_t task) {
+    static thread_local Scratch<int16_t> codes;
+    static thread_local std::vector<const int16_t*> a;
+    static thread_local std::vector<float*> out;
+    int64_t sample = task / strips, first = task % strips * lines, count = std::min(lines, c.out_height - first);
+    int64_t needed = (count - 1) * c.stride_y + reach;
+    int16_t* q = codes.get(needed * columns * padded);
+    if (quantize_rows(c, w.channels, padded, sample, first * c.stride_y - c.top, needed, columns, range, q)) nan = true;
+    a.clear(), out.clear();
+    for (int64_t y = 0; y < count; y++)
+      for (int64_t x = 0; x < c.out_width; x++) {
+        a.push_back(q + (y * c.stride_y * columns + x * c.stride_x) * padded);
+        out.push_back(c.out + ((sample * c.out_height + first + y) * c.out_width + x) * w.outputs);
+      }
+    product(w, static_cast<int64_t>(a.size()), a.data(), offset.data(), e.scale.data(), e.bias.data(), out.data());
+  });
+  return nan;
+}
+
+bool conv_winograd(const Weight& w, const Conv& c, Range range, const Epilogue& e, int threads) {
+  int64_t padded = round_up(w.channels, 16), outputs = w.panels() * NR;
+  int64_t across = ceil_div(c.out_width, 4), down = ceil_div(c.out_height, 4);  // tiles of an image
+  int64_t tiles = CACHE / (POINTS * (2 * padded + 4 * outputs));
+  int64_t units = std::max<int64_t>(1, std::max<int64_t>(tiles, MAX_MR) / across);  // rows of tiles in a block
+  int64_t columns = 4 * across + 2, total = c.samples * down;
+  std::atomic<bool> nan{false};
+  parallel(ceil_div(total, units), threads, [&](int64_t task) {
+    static thread_local Scratch<int16_t> codes, transformed;
+    static thread_local Scratch<int32_t> products;
+    int64_t first = task * units, count = std::min(units, total - first), n = count * across;
+    // An odd number of cache lines apart, or the 36 points would meet in few sets of the cache.
+    int64_t in_stride = round_up(n * padded, 64) + 32, out_stride = round_up(n * outputs, 32) + 16;
+    int16_t* q = codes.get(6 * columns * padded);
+    int16_t* v = transformed.get(POINTS * in_stride);
+    int32_t* m = products.get(POINTS * out_stride);
+    for (int64_t u = 0; u < count; u++) {
+      int64_t sample = (first + u) / down, y = (first + u) % down * 4;
+      if (quantize_rows(c, w.channels, padded, sample, y - 1, 6, columns, range, q)) nan = true;
+      for (int64_t x = 0; x < across; x++)
+        isa->winograd_input(q + 4 * x * padded, columns * padded, padded, padded, v + (u * across + x) * padded,
+                            in_stride);
+    }
+    const ptrdiff_t none = 0;
+    const int16_t* a[MAX_MR];
+    for (int64_t i = 0; i < POINTS; i++)
+      for (int64_t p = 0; p < w.panels(); p++)
+        for (int64_t r = 0; r < n; r += isa->rows) {
+          int rows = static_cast<int>(std::min<int64_t>(isa->rows, n - r));
+          for (int j = 0; j < rows; j++) a[j] = v + i * in_stride + (r + j) * padded;
+          isa->tile_int(rows, a, 1, &none, w.pairs(), w.point(i) + p * w.panel_transformed(),
+                        m + i * out_stride + r * outputs + p * NR, outputs);
+        }
+    for (int64_t u = 0; u < count; u++) {
+      int64_t sample = (first + u) / down, y = (first + u) % down * 4;
+      for (int64_t x = 0; x < across; x++)
+        isa->winograd_output(m + (u * across + x) * outputs, out_stride, w.outputs, e.scale.data(), e.bias.data(),
+                             c.out + ((sample * c.out_height + y) * c.out_width + 4 * x) * w.outputs,
+                             c.out_width * w.outputs, w.outputs, static_cast<int>(std::min<int64_t>(4, c.out_height - y)),
+                             static_cast<int>(std::min<int64_t>(4, c.out_width - 4 * x)));
+    }
+  });
+  return nan;
+}
+
+}  // namespace
+}  // namespace quest
+
+using namespace quest;
+
+extern "C" {
+
+// The instruction set in use, or after a call of quest_use the one asked for; null if this machine lacks it.
+const char* quest_isa() { return isa->name; }
+
+int quest_use(const char* name) {
+  const Isa* top = best();
+  const Isa* all[] = {
+      &portable,
+#if QUEST_X86
+      &avx2,
+      &avx512vnni,
+#endif
+  };
+  for (const Isa* one : all) {
+    if (!std::strcmp(one->name, name)) {
+      isa = one;
+      return 0;
+    }
+    if (one == top) break;
+  }
+  return 1;
+}
+
+int64_t quest_packed_bytes(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits) {
+  bool transform = height == 3 && width == 3 && 8 * 9 * outputs * channels <= TRANSFORMED_BYTES;
+  return layout(outputs, channels, height, width, bits, transform).bytes;
+}
+
+// codes [outputs, channels, height, width] of `bits` (4 or 8) bits, zero points and scales [outputs]. A weight whose
+// transform does not fit int16 is kept without it.
+void quest_pack(const uint8_t* codes, const int32_t* zero_points, const float* scales, int64_t outputs, int64_t channels,
+                int64_t height, int64_t width, int64_t bits, void* packed) {
+  int64_t taps = height * width, bytes = quest_packed_bytes(outputs, channels, height, width, bits);
+  bool transform = bytes > layout(outputs, channels, height, width, bits, false).bytes;
+  std::memset(packed, 0, bytes);
+  Weight& w = *static_cast<Weight*>(packed);
+  w = layout(outputs, channels, height, width, bits, transform);
+  int16_t* z = reinterpret_cast<int16_t*>(w.base() + w.zero_points);
+  float* s = reinterpret_cast<float*>(w.base() + w.scales);
+  uint8_t* c = reinterpret_cast<uint8_t*>(w.base() + w.codes);
+  for (int64_t o = 0; o < outputs; o++) {
+    int64_t sum = 0;
+    z[o] = static_cast<int16_t>(zero_points[o]);
+    s[o] = scales[o];
+    for (int64_t i = 0; i < channels * taps; i++) {
+      int64_t value = std::abs(codes[o * channels * taps + i] - zero_points[o]);
+      sum += value;
+      w.largest = std::max(w.largest, value);
+    }
+    w.row_sum = std::max(w.row_sum, sum);
+  }
+  for (int64_t o = 0; o < w.panels() * NR; o++)
+    for (int64_t t = 0; t < taps; t++)
+      for (int64_t k = 0; k < 2 * w.pairs(); k++) {
+        // A code that is not there equals its zero point, clipped to the code's width where it has no weight to meet:
+        // its channel is 0 in every quantized input, its output is not stored.
+        bool real = o < outputs && k < channels;
+        uint8_t code = real ? codes[(o * channels + k) * taps + t] : 0;
+        uint8_t* panel = c + o / NR * w.panel_codes();
+        int64_t at = (t * w.pairs() + k / 2) * NR * 2 + o % NR * 2 + k % 2;  // of int16 numbers in the panel
+        if (bits == 8)
+          panel[at] = code;
+        else  // 32 numbers in 16 bytes: the first 16 in the low halves
+          panel[at / 32 * 16 + at % 16] |= static_cast<uint8_t>(code << (at % 32 / 16 * 4));
+      }
+  if (!transform) return;
+  if (w.largest * TRANSFORM_GAIN > 32767) {
+    w.transformed = 0;
+    return;
+  }
+  for (int64_t o = 0; o < outputs; o++)
+    for (int64_t k = 0; k < channels; k++) {
+      int32_t half[6][3], column[3], full[6];
+      for (int x = 0; x < 3; x++) {
+        for (int y = 0; y < 3; y++) column[y] = codes[(o * channels + k) * 9 + y * 3 + x] - zero_points[o];
+        kernel_transform(column, full);
+        for (int i = 0; i < 6; i++) half[i][x] = full[i];
+      }
+      for (int i = 0; i < 6; i++) {
+        kernel_transform(half[i], full);
+        for (int j = 0; j < 6; j++)
+          const_cast<int16_t*>(w.point(i * 6 + j))[o / NR * w.panel_transformed() + k / 2 * NR * 2 + o % NR * 2 + k % 2] =
+              static_cast<int16_t>(full[j]);
+      }
+    }
+}
+
+// x [rows, channels] with rows `stride` apart -> out [rows, outputs]; gated: out [rows, outputs / 2], the first half of
+// the outputs times gelu of the second. 0, or what went wrong (Result).
+int quest_linear(const float* x, int64_t rows, int64_t stride, const void* packed, const float* bias, float scale,
+                 float low, float high, int gated, float* out, int threads) {
+  const Weight& w = *static_cast<const Weight*>(packed);
+  Range range{scale, low, high};
+  if (!fits(w, range)) return OUT_OF_RANGE;
+  Epilogue e(w, bias, scale);
+  int64_t padded = round_up(w.channels, 16);
+  int64_t row = 2 * padded + (gated ? 4 * w.outputs : 0);  // bytes that stay in the cache
+  int64_t block = std::max<int64_t>(MAX_MR, std::min<int64_t>(CACHE / 2 / row, 240) / MAX_MR * MAX_MR);
+  std::atomic<bool> nan{false};
+  parallel(ceil_div(rows, block), threads, [&](int64_t task) {
+    static thread_local Scratch<int16_t> codes;
+    static thread_local std::vector<const int16_t*> a;
+    static thread_local std::vector<float*> to;
+    static thread_local Scratch<float> both;
+    int64_t first = task * block, count = std::min(block, rows - first);
+    int16_t* q = codes.get(count * padded);
+    a.resize(count), to.resize(count);
+    if (padded == w.channels && stride == w.channels) {
+      if (isa->quantize(x + first * stride, count * padded, count * padded, range, q)) nan = true;
+    } else {
+      for (int64_t r = 0; r < count; r++)
+        if (isa->quantize(x + (first + r) * stride, w.channels, padded, range, q + r * padded)) nan = true;
+    }
+    float* y = gated ? both.get(count * w.outputs) : out + first * w.outputs;
+    for (int64_t r = 0; r < count; r++) {
+      a[r] = q + r * padded;
+      to[r] = y + r * w.outputs;
+    }
+    const ptrdiff_t none = 0;
+    product(w, count, a.data(), &none, e.scale.data(), e.bias.data(), to.data());
+    if (gated)
+      for (int64_t r = 0, n = w.outputs / 2; r < count; r++)
+        isa->geglu(to[r], to[r] + n, n, out + (first + r) * n);
+  });
+  return nan ? HAS_NAN : OK;
+}
+
+// x [samples, height, width, channels] with strides, channels together -> out [samples, out_height, out_width, outputs].
+int quest_conv2d(const float* x, int64_t samples, int64_t height, int64_t width, int64_t sample, int64_t row,
+                 int64_t pixel, const void* packed, const float* bias, float scale, float low, float high,
+                 int64_t stride_y, int64_t stride_x, int64_t top, int64_t left, int64_t dilation_y, int64_t dilation_x,
+                 float* out, int64_t out_height, int64_t out_width, int threads) {
+  const Weight& w = *static_cast<const Weight*>(packed);
+  Range range{scale, low, high};
+  if (!fits(w, range)) return OUT_OF_RANGE;
+  Epilogue e(w, bias, scale);
+  Conv c{x,    samples, height,     width,      sample, row,        pixel,    stride_y, stride_x,
+         top,  left,    dilation_y, dilation_x, out,    out_height, out_width};
+  bool winograd = w.transformed && stride_y == 1 && stride_x == 1 && top == 1 && left == 1 && dilation_y == 1 &&
+                  dilation_x == 1 && out_height == height && out_width == width &&
+                  largest(range) * INPUT_GAIN <= 32767 && largest(range) * w.row_sum < EXACT &&
+                  5 * ceil_div(height, 4) * ceil_div(width, 4) * POINTS < 4 * height * width * 9;
+  bool nan = winograd ? conv_winograd(w, c, range, e, threads) : conv_direct(w, c, range, e, threads);
+  return nan ? HAS_NAN : OK;
+}
+
+// q [batch, heads, n, d], k and v [batch, heads, m, d], d together, other strides given (batch, head, row for each of
+// q, k, v, out) -> out. ranges: scale, low, high of q, k, v and the probabilities.
+int quest_attention(const float* q, const float* k, const float* v, const int64_t* strides, int64_t batch, int64_t heads,
+                    int64_t n, int64_t m, int64_t d, const float* ranges, float scale, float* out, int threads) {
+  Range range[4];
+  for (int i = 0; i < 4; i++) range[i] = {ranges[3 * i], ranges[3 * i + 1], ranges[3 * i + 2]};
+  for (const Range& r : range)
+    if (!(std::max(std::fabs(r.low), std::fabs(r.high)) <= 32767.f)) return OUT_OF_RANGE;
+  if (largest(range[0]) * largest(range[1]) * d > INT32_MAX || largest(range[3]) * largest(range[2]) * m > INT32_MAX)
+    return OUT_OF_RANGE;
+  int64_t depth = round_up(d, 2), length = round_up(m, 2), tail = round_up(m, 16);
+  int64_t key_panels = ceil_div(m, NR), value_panels = ceil_div(d, NR), width = key_panels * NR;
+  float product_scale[NR], zero[NR] = {};
+  std::fill(product_scale, product_scale + NR, range[3].scale * range[2].scale);
+  float factor = range[0].scale * range[1].scale * scale;
+  // Neighbouring heads are quantized together: their rows are longer.
+  int64_t parts = std::min(heads, ceil_div(threads, batch));
+  std::atomic<bool> nan{false};
+  parallel(batch * parts, threads, [&](int64_t task) {
+    static thread_local Scratch<int16_t> codes[3], keys, values, probabilities;
+    static thread_local Scratch<int32_t> scores;
+    static thread_local Scratch<float> work;
+    int64_t b = task / parts, first = task % parts * heads / parts, last = (task % parts + 1) * heads / parts;
+    int64_t columns = (last - first) * d, lengths[3] = {n, m, m};
+    const float* from[3] = {q, k, v};
+    const int16_t* c[3];  // [n or m, heads, d] codes of q, k, v
+    bool bad = false;
+    for (int i = 0; i < 3; i++) {
+      // One number more than there are: rows are read in pairs.
+      int16_t* to = codes[i].get(lengths[i] * columns + 16);
+      c[i] = to;
+      const int64_t* s = strides + 3 * i;
+      const float* x = from[i] + b * s[0] + first * s[1];
+      std::memset(to + lengths[i] * columns, 0, 16 * sizeof(int16_t));
+      if (s[1] == d && s[2] == columns) {
+        bad |= isa->quantize(x, lengths[i] * columns, lengths[i] * columns, range[i], to);
+        continue;
+      }
+      for (int64_t r = 0; r < lengths[i]; r++)
+        for (int64_t h = 0; h < last - first; h++) {
+          int64_t together = s[1] == d ? columns : d;
+          bad |= isa->quantize(x + r * s[2] + h * s[1], together, together, range[i], to + r * columns + h * d);
+          if (together == columns) break;
+        }
+    }
+    int16_t* kp = keys.get(key_panels * depth * NR);
+    int16_t* vp = values.get(value_panels * length * NR);
+    int16_t* p = probabilities.get(MAX_MR * tail);
+    int32_t* s = scores.get(MAX_MR * width);
+    float* f = work.get(MAX_MR * width);
+    const ptrdiff_t none = 0;
+    for (int64_t h = first; h < last; h++) {
+      const int16_t *qh = c[0] + (h - first) * d, *kh = c[1] + (h - first) * d, *vh = c[2] + (h - first) * d;
+      std::memset(kp, 0, key_panels * depth * NR * sizeof(int16_t));
+      for (int64_t j = 0; j < m; j++) {  // [panel][d / 2][key][2]
+        const int16_t* row = kh + j * columns;
+        int16_t* to = kp + j / NR * depth * NR + j % NR * 2;
+        for (int64_t i = 0; i + 1 < d; i += 2, to += NR * 2) std::memcpy(to, row + i, 4);
+        if (d % 2) to[0] = row[d - 1];
+      }
+      std::memset(vp, 0, value_panels * length * NR * sizeof(int16_t));
+      for (int64_t j = 0; j < m; j += 2)  // [panel][m / 2][d][2]
+        for (int64_t i = 0; i < d; i += NR) {
+          int16_t* __restrict to = vp + i / NR * length * NR + j * NR;
+          const int16_t *even = vh + j * columns + i, *odd = even + columns;
+          const int64_t there = std::min<int64_t>(NR, d - i);
+          if (j + 1 < m)
+            for (int64_t e = 0; e < there; e++) to[2 * e] = even[e], to[2 * e + 1] = odd[e];
+          else
+            for (int64_t e = 0; e < there; e++) to[2 * e] = even[e];
+        }
+      float* o = out + b * strides[9] + h * strides[10];
+      for (int64_t i = 0; i < n; i += isa->rows) {
+        int rows = static_cast<int>(std::min<int64_t>(isa->rows, n - i));
+        const int16_t* a[MAX_MR];
+        float* to[MAX_MR];
+        for (int r = 0; r < rows; r++) a[r] = qh + (i + r) * columns;
+        for (int64_t j = 0; j < key_panels; j++)
+          isa->tile_int(rows, a, 1, &none, depth / 2, kp + j * depth * NR, s + j * NR, width);
+        isa->softmax(rows, s, width, m, tail, factor, range[3], f, p);
+        for (int r = 0; r < rows; r++) a[r] = p + r * tail;
+        for (int64_t j = 0; j < value_panels; j++) {
+          for (int r = 0; r < rows; r++) to[r] = o + (i + r) * strides[11] + j * NR;
+          isa->tile_float(rows, a, 1, &none, length / 2, vp + j * length * NR, product_scale, zero,
+                          static_cast<int>(std::min<int64_t>(NR, d - j * NR)), to);
+        }
+      }
+    }
+    if (bad) nan = true;
+  });
+  return nan ? HAS_NAN : OK;
+}
+
+// x [samples, pixels, channels] with strides -> y, without gaps. shift [samples, channels] and modulation
+// [samples, 2 channels] may be null.
+void quest_group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, int64_t pixels, int64_t channels,
+                      int64_t groups, float eps, const float* weight, const float* bias, const float* shift,
+                      const float* modulation, int silu, float* y, int threads) {
+  parallel(samples, threads, [&](int64_t i) {
+    static thread_local Scratch<float> work;
+    isa->group_norm(x + i * sample, pixel, pixels, channels, groups, eps, weight, bias,
+                    shift ? shift + i * channels : nullptr, modulation ? modulation + 2 * i * channels : nullptr, silu,
+                    y + i * pixels * channels, work.get(4 * round_up(channels, 16)));
+  });
+}
+
+// x [rows, n] -> y.
+void quest_layer_norm(const float* x, int64_t rows, int64_t n, float eps, const float* weight, const float* bias,
+                      float* y, int threads) {
+  constexpr int64_t block = 64;
+  parallel(ceil_div(rows, block), threads, [&](int64_t task) {
+    for (int64_t r = task * block; r < std::min(rows, (task + 1) * block); r++)
+      isa->layer_norm(x + r * n, n, eps, weight, bias, y + r * n);
+  });
+}
+
+}  // extern "C"

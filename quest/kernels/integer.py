@@ -1,0 +1,342 @@
+"""Quantized layers on integers, on a CPU: the compiled core in `csrc` behind the same functions as `reference`.
+
+Codes less zero point are multiplied and summed in 32 bits, exactly; scale and bias are applied to the sum. Results
+differ from the reference's by the rounding of its float sums only (about 1e-7 of the largest output). In attention
+such a difference in the scores can move a probability to the neighbouring code.
+
+`QUEST_ISA` (portable, avx2 or avx512vnni) chooses another instruction set than the best of the machine.
+"""
+
+import ctypes
+import os
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quest.affine import FLOAT, QParams, QTensor, QuantSpec
+
+LARGEST = 32767  # of codes less zero point, in int16
+SUM = 2**31 - 1  # of an accumulator
+GONE_WRONG = {
+    1: "the input holds NaN",
+    2: "codes less zero point, or their sums, exceed the integers of the kernel",
+}
+
+
+@cache
+def core() -> ctypes.CDLL:
+    """The compiled core. Raises OSError saying why there is none."""
+    folder = Path(__file__).parent
+    found = [file for suffix in EXTENSION_SUFFIXES if (file := folder / f"_core{suffix}").is_file()]
+    if not found:
+        raise OSError(f"{folder} holds no compiled core: `pip install -e .` builds it where there is a C++ compiler")
+    library = ctypes.CDLL(str(found[0]))
+    i64, f32, pointer, c_int = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
+    signatures = {
+        "quest_isa": (ctypes.c_char_p, []),
+        "quest_use": (c_int, [ctypes.c_char_p]),
+        "quest_packed_bytes": (i64, [i64] * 5),
+        "quest_pack": (None, [pointer] * 3 + [i64] * 5 + [pointer]),
+        "quest_linear": (c_int, [pointer, i64, i64, pointer, pointer, f32, f32, f32, c_int, pointer, c_int]),
+        "quest_conv2d": (
+            c_int,
+            [pointer] + [i64] * 6 + [pointer, pointer, f32, f32, f32] + [i64] * 6 + [pointer, i64, i64, c_int],
+        ),
+        "quest_attention": (c_int, [pointer] * 4 + [i64] * 5 + [pointer, f32, pointer, c_int]),
+        "quest_group_norm": (
+            None,
+            [pointer] + [i64] * 6 + [f32] + [pointer] * 4 + [c_int, pointer, c_int],
+        ),
+        "quest_layer_norm": (None, [pointer, i64, i64, f32, pointer, pointer, pointer, c_int]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    if isa := os.environ.get("QUEST_ISA"):
+        use(isa, library)
+    return library
+
+
+def use(isa: str, library: ctypes.CDLL | None = None) -> None:
+    """Compute with this instruction set from now on. Raises OSError where the machine lacks it."""
+    library = library or core()
+    if library.quest_use(isa.encode()):
+        raise OSError(f"instruction set {isa!r}: unknown, or not of this machine (best: {best(library)})")
+
+
+def best(library: ctypes.CDLL | None = None) -> str:
+    """The instruction set in use: "portable", "avx2" or "avx512vnni"."""
+    return (library or core()).quest_isa().decode()
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why nothing can run on this kernel here; None where it can."""
+    if device.type != "cpu":
+        return f"it computes on a CPU, not on {device.type}"
+    try:
+        core()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def supports(weight: QTensor, weight_spec: QuantSpec, input: QParams, **conv) -> str | None:
+    """Why a layer cannot run here; None where it can.
+
+    weight: its codes. input: scale and zero point of every time group. conv: as in `conv2d`; nothing if linear.
+    Zero points may lie outside the codes: the padding of a convolution is the real zero, which is exact here.
+    """
+    if conv and (conv["groups"] != 1 or isinstance(conv["padding"], str)):
+        return "grouped convolution" if conv["groups"] != 1 else "padding given by name"
+    if reason := _format(weight_spec, "weight") or _format(input.spec, "input"):
+        return reason
+    centred = weight.codes - weight.zero_point
+    if not torch.equal(centred, centred.round()):
+        return "weight: zero points are no integers"
+    if reason := _too_large(weight.zero_point, weight_spec, "weight") or _too_large(
+        input.zero_point, input.spec, "input"
+    ):
+        return reason
+    total = centred.abs().flatten(1).sum(1, dtype=torch.float64).max().item()
+    if total * _magnitude(input.zero_point, input.spec) > SUM:
+        return "sums exceed 32 bits"
+    return None
+
+
+def supports_attention(q: QParams, k: QParams, v: QParams, p: QParams) -> str | None:
+    """Why the two products of an attention cannot run here; None where they can. Each with every time group."""
+    for name, qparams in zip("qkvp", (q, k, v, p), strict=True):
+        if reason := _format(qparams.spec, name) or _too_large(qparams.zero_point, qparams.spec, name):
+            return reason
+    for a, b in ((q, k), (p, v)):
+        # The longest sum: 4096 tokens of 64 x 64 latents, and any head's channels.
+        if 4096 * _magnitude(a.zero_point, a.spec) * _magnitude(b.zero_point, b.spec) > SUM:
+            return "sums exceed 32 bits"
+    return None
+
+
+def _format(spec: QuantSpec, what: str) -> str | None:
+    if spec.bits == FLOAT:
+        return f"{what} in float"
+    if spec.symmetric:
+        return f"{what}: signed codes"
+    if spec.bits > 8:
+        return f"{what}: {spec.bits} bits, more than 8"
+    if what != "weight" and spec.axis is not None:
+        return f"{what}: one scale per channel, which lies on the axis that is summed"
+    return None
+
+
+def _too_large(zero_point: Tensor, spec: QuantSpec, what: str) -> str | None:
+    if not zero_point.isfinite().all():
+        return f"{what}: not calibrated"
+    if not torch.equal(zero_point, zero_point.round()):
+        return f"{what}: zero points are no integers"
+    if _magnitude(zero_point, spec) > LARGEST:
+        return f"{what}: zero point {zero_point.abs().max().item():.0f} exceeds 16 bits"
+    return None
+
+
+def _magnitude(zero_point: Tensor, spec: QuantSpec) -> float:
+    """Largest |code - zero point|."""
+    return max((spec.qmax - zero_point).abs().max().item(), (spec.qmin - zero_point).abs().max().item())
+
+
+def pack(weight: QTensor) -> Tensor:
+    """Codes, scales and zero points in the order in which they are read: uint8 [O, kh, kw, bytes] (1 x 1 if linear).
+
+    Codes of at most 4 bits take half a byte. The weight of a small 3 x 3 convolution is also kept as Winograd's
+    algorithm needs it, at 8 bytes a weight.
+    """
+    codes, scale, zero_point = (t.detach() for t in weight)
+    shape = (*codes.shape, 1, 1)[:4]  # [O, C, kh, kw]
+    bits = 4 if codes.max() <= 15 else 8
+    codes = codes.to(torch.uint8).contiguous()
+    outputs, (kh, kw) = shape[0], shape[2:]
+    scale = scale.flatten().float().expand(outputs).contiguous()
+    zero_point = zero_point.flatten().to(torch.int32).expand(outputs).contiguous()
+    size = core().quest_packed_bytes(*shape, bits)
+    packed = torch.empty((outputs, kh, kw, -(-size // (outputs * kh * kw))), dtype=torch.uint8)
+    core().quest_pack(codes.data_ptr(), zero_point.data_ptr(), scale.data_ptr(), *shape, bits, packed.data_ptr())
+    return packed
+
+
+def linear(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
+    """x [..., K], weight what `pack` gave -> [..., N], float32.
+
+    gated: -> [..., N / 2], the first half of the outputs times gelu of the second.
+    """
+    scale, zero_point, spec = qparams
+    return _run(_linear, "integer_linear", x, weight, bias, scale, zero_point, spec.qmin, spec.qmax, gated)
+
+
+def conv2d(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups):
+    """x [N, C, H, W] -> [N, O, H', W'], channels innermost. Padding is zero, after quantization; groups is 1."""
+    scale, zero_point, spec = qparams
+    limits = spec.qmin, spec.qmax
+    return _run(_conv2d, "integer_conv2d", x, weight, bias, scale, zero_point, *limits, stride, padding, dilation)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_params: QParams,
+    k_params: QParams,
+    v_params: QParams,
+    p_params: QParams,
+    scale: float,
+) -> Tensor:
+    """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, heads, n, d], or without `heads` (B counts them).
+
+    Rows need not lie together. The normalised probabilities are quantized, as in the reference.
+    """
+    params = (q_params, k_params, v_params, p_params)
+    scales, zero_points, specs = zip(*params, strict=True)
+    limits = [limit for spec in specs for limit in (spec.qmin, spec.qmax)]
+    return _run(_attention, "integer_attention", q, k, v, scales, zero_points, limits, scale)
+
+
+def _run(function, op: str, x: Tensor, *arguments) -> Tensor:
+    """The function itself; as a torch op where torch traces instead of computing."""
+    # The dispatcher takes longer than a small layer.
+    if type(x) is Tensor and not torch.compiler.is_compiling() and not x.is_meta:
+        return function(x, *arguments)
+    return getattr(torch.ops.quest, op)(x, *arguments)
+
+
+def _checked(x: Tensor, name: str) -> None:
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise TypeError(f"{name}: the integer kernel takes float32 on a CPU, not {x.dtype} on {x.device}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name}: the integer kernel has no gradient; train on the reference kernel")
+
+
+def _raise(code: int, name: str) -> None:
+    if code:
+        raise ValueError(f"{name}: {GONE_WRONG[code]}")
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated):
+    _checked(x, "linear")
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    scale, z = float(scale), float(zero_point)
+    out = torch.empty((*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0]))
+    _raise(
+        core().quest_linear(
+            rows.data_ptr(), rows.shape[0], rows.stride(0), weight.data_ptr(), _pointer(bias), scale, qmin - z,
+            qmax - z, gated, out.data_ptr(), torch.get_num_threads(),
+        ),
+        "linear",
+    )  # fmt: skip
+    return out
+
+
+def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation):
+    _checked(x, "conv2d")
+    if x.stride(1) != 1:
+        x = x.contiguous(memory_format=torch.channels_last)
+    samples, _, height, width = x.shape
+    sample, _, row, pixel = x.stride()
+    out_height = _output_size(height, weight.shape[1], stride[0], padding[0], dilation[0])
+    out_width = _output_size(width, weight.shape[2], stride[1], padding[1], dilation[1])
+    scale, z = float(scale), float(zero_point)
+    out = torch.empty((samples, weight.shape[0], out_height, out_width), memory_format=torch.channels_last)
+    _raise(
+        core().quest_conv2d(
+            x.data_ptr(), samples, height, width, sample, row, pixel, weight.data_ptr(), _pointer(bias), scale,
+            qmin - z, qmax - z, *stride, *padding, *dilation, out.data_ptr(), out_height, out_width,
+            torch.get_num_threads(),
+        ),
+        "conv2d",
+    )  # fmt: skip
+    return out
+
+
+def _attention(q, k, v, scales, zero_points, limits, scale):
+    _checked(q, "attention")
+    q4, k4, v4 = (t if t.ndim == 4 else t[:, None] for t in (q, k, v))
+    q4, k4, v4 = (t if t.stride(3) == 1 else t.contiguous() for t in (q4, k4, v4))
+    batch, heads, n, d = q4.shape
+    out = torch.empty((batch, n, heads, d)).transpose(1, 2)
+    strides = [s for t in (q4, k4, v4, out) for s in t.stride()[:3]]
+    ranges = []
+    for i, (s, z) in enumerate(zip(scales, zero_points, strict=True)):
+        ranges += [float(s), limits[2 * i] - float(z), limits[2 * i + 1] - float(z)]
+    _raise(
+        core().quest_attention(
+            q4.data_ptr(), k4.data_ptr(), v4.data_ptr(), (ctypes.c_int64 * 12)(*strides), batch, heads, n, k4.shape[2],
+            d, (ctypes.c_float * 12)(*ranges), scale, out.data_ptr(), torch.get_num_threads(),
+        ),
+        "attention",
+    )  # fmt: skip
+    return out if q.ndim == 4 else out[:, 0]
+
+
+@torch.library.custom_op("quest::integer_linear", mutates_args=())
+def _linear_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    gated: bool,
+) -> Tensor:
+    return _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated)
+
+
+@_linear_op.register_fake
+def _(x, weight, bias, scale, zero_point, qmin, qmax, gated):
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0]))
+
+
+@torch.library.custom_op("quest::integer_conv2d", mutates_args=())
+def _conv2d_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    return _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation)
+
+
+@_conv2d_op.register_fake
+def _(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation):
+    size = [_output_size(*p) for p in zip(x.shape[2:], weight.shape[1:3], stride, padding, dilation, strict=True)]
+    return x.new_empty((x.shape[0], weight.shape[0], *size)).contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("quest::integer_attention", mutates_args=())
+def _attention_op(
+    q: Tensor, k: Tensor, v: Tensor, scales: list[Tensor], zero_points: list[Tensor], limits: list[int], scale: float
+) -> Tensor:
+    return _attention(q, k, v, scales, zero_points, limits, scale)
+
+
+@_attention_op.register_fake
+def _(q, k, v, scales, zero_points, limits, scale):
+    if q.ndim == 3:
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
+    batch, heads, n, d = q.shape
+    return q.new_empty((batch, n, heads, d)).transpose(1, 2)

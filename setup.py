@@ -1,0 +1,20 @@
+"""The compiled core of the integer kernels; all else stands in pyproject.toml.
+
+It is no Python module but a plain C library (see quest/kernels/integer.py). Where it does not compile, the installation
+goes on without it and quantized layers run on the reference kernel.
+"""
+
+from glob import glob
+
+from setuptools import Extension, setup
+
+core = Extension(
+    "quest.kernels._core",
+    sorted(glob("quest/kernels/csrc/*.cpp")),
+    depends=["quest/kernels/csrc/core.h"],
+    language="c++",
+    extra_compile_args=["-O3", "-std=c++17", "-pthread"],
+    extra_link_args=["-pthread"],
+    optional=True,
+)
+setup(ext_modules=[core])

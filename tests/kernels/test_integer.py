@@ -1,0 +1,420 @@
+"""The integer kernel against what the reference means, on every instruction set of this machine."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import quest
+from quest import kernels
+from quest.affine import FLOAT, QParams, QTensor, QuantSpec, fake_quantize, quantize
+from quest.kernels import integer, reference
+from quest.layers import QuantLayer, attentions, quant_layers, swap
+from quest.placement import place
+from quest.sampling import arguments
+
+pytestmark = pytest.mark.skipif(
+    integer.unavailable(torch.device("cpu")) is not None, reason="no compiled core: installed without a C++ compiler"
+)
+SETS = ("portable", "avx2", "avx512vnni")
+
+
+@pytest.fixture(params=SETS)
+def isa(request):
+    best = integer.best()
+    try:
+        integer.use(request.param)
+    except OSError as error:
+        pytest.skip(str(error))
+    yield request.param
+    integer.use(best)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def activation(bits: int, zero_point: float, scale: float = 0.05) -> QParams:
+    return QParams(torch.tensor(scale), torch.tensor(zero_point), QuantSpec(bits))
+
+
+def weight(*shape: int, bits: int, outside: bool = False) -> QTensor:
+    """Random codes with a scale and zero point per output; `outside`: zero points that are no codes."""
+    column = (shape[0],) + (1,) * (len(shape) - 1)
+    low, high = (-40, 2**bits + 40) if outside else (0, 2**bits)
+    return QTensor(
+        torch.randint(0, 2**bits, shape).float(),
+        torch.rand(column) * 0.01 + 1e-3,
+        torch.randint(low, high, column).float(),
+    )
+
+
+def exact(x, qparams, w: QTensor, operation):
+    """Sums of products of codes less zero point, in int64 and so exact."""
+    q = quantize(x, qparams)
+    return operation((q.codes - q.zero_point).double(), (w.codes - w.zero_point).double())
+
+
+def poison(monkeypatch):
+    """What is not written shows: new tensors start as NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan) if k.get("dtype") is None else empty(*a, **k)
+    )
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)])
+@pytest.mark.parametrize(
+    "rows, inputs, outputs", [(1, 1, 1), (63, 63, 17), (7, 1023, 5), (131, 48, 384), (12, 257, 31)]
+)
+def test_linear_sums_are_those_of_the_codes(isa, threads, monkeypatch, bits, rows, inputs, outputs):
+    torch.manual_seed(0)
+    w = weight(outputs, inputs, bits=bits[0], outside=True)._replace(scale=torch.ones(outputs, 1))
+    qparams = QParams(torch.tensor(1.0), torch.tensor(-3.0), QuantSpec(bits[1]))
+    x = torch.randn(rows, inputs) * 2 ** (bits[1] - 1)
+    poison(monkeypatch)
+    y = integer.linear(x, qparams, integer.pack(w), None)
+    # Scales of 1: the result is the sum itself, rounded once where it exceeds 24 bits.
+    assert torch.equal(y, exact(x, qparams, w, F.linear).float())
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)])
+@pytest.mark.parametrize(
+    "shape, outputs, size, conv",
+    [
+        ((2, 48, 8, 8), 48, 3, {}),
+        ((3, 5, 7, 9), 13, 3, {}),
+        ((1, 1, 1, 1), 1, 3, {}),
+        ((2, 63, 5, 4), 33, 3, {"stride": (2, 2)}),
+        ((2, 17, 9, 9), 7, 3, {"stride": (2, 2), "padding": (0, 0)}),
+        ((1, 16, 13, 4), 16, 3, {"stride": (1, 2), "padding": (2, 0), "dilation": (2, 1)}),
+        ((2, 31, 6, 6), 8, 1, {"padding": (0, 0)}),
+        ((1, 6, 11, 11), 9, 5, {"padding": (2, 2)}),
+        ((1, 320, 4, 4), 320, 3, {}),
+    ],
+)
+def test_convolution_sums_are_those_of_the_codes(isa, threads, monkeypatch, bits, shape, outputs, size, conv):
+    torch.manual_seed(0)
+    conv = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1)) | conv
+    w = weight(outputs, shape[1], size, size, bits=bits[0])._replace(scale=torch.ones(outputs, 1, 1, 1))
+    qparams = QParams(torch.tensor(1.0), torch.tensor(2.0 ** (bits[1] - 1)), QuantSpec(bits[1]))
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last) * 2 ** (bits[1] - 2)
+    poison(monkeypatch)
+    y = integer.conv2d(x, qparams, integer.pack(w), None, **conv, groups=1)
+    assert torch.equal(y, exact(x, qparams, w, lambda a, b: F.conv2d(a, b, **conv)).float())
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_winograd_and_direct_sums_agree_to_the_bit():
+    """Beyond the bound up to which the transform is exact, and for zero points far outside, the direct way is taken."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 40, 8, 8).contiguous(memory_format=torch.channels_last)
+    same = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1)
+    for zero_point in (-400.0, -72.0, 0.0, 128.0, 255.0, 327.0, 328.0, 2000.0):
+        qparams = QParams(torch.tensor(0.02), torch.tensor(zero_point), QuantSpec(8))
+        w = weight(24, 40, 3, 3, bits=8, outside=True)
+        expected = exact(x, qparams, w, lambda a, b: F.conv2d(a, b, padding=1))
+        y = integer.conv2d(x, qparams, integer.pack(w._replace(scale=torch.ones(24, 1, 1, 1))), None, **same)
+        assert torch.equal(y, (expected.float() * torch.tensor(0.02))), zero_point
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous", "channels of more", "rows of more"])
+def test_layouts(layout):
+    torch.manual_seed(0)
+    x = torch.randn(2, 40, 9, 8).contiguous(memory_format=torch.channels_last)
+    x = {
+        "channels_last": x,
+        "contiguous": x.contiguous(),
+        "channels of more": x[:, 8:],
+        "rows of more": x[:, :, 1:8, 2:7],
+    }[layout]
+    w, b = weight(10, x.shape[1], 3, 3, bits=8), torch.randn(10)
+    conv = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1)
+    a = integer.conv2d(x, activation(8, 120.0), integer.pack(w), b, **conv)
+    e = reference.conv2d(x, activation(8, 120.0), w, b, **conv)
+    torch.testing.assert_close(a, e, rtol=0, atol=2e-6 * e.abs().max().item())
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2) if layout == "channels_last" else x.transpose(1, 3)
+    w = weight(10, rows.shape[-1], bits=8)
+    a, e = (k.linear(rows, activation(8, 120.0), k.pack(w), b) for k in (integer, reference))
+    torch.testing.assert_close(a, e, rtol=0, atol=2e-6 * e.abs().max().item())
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4)])
+def test_codes_are_the_references(isa, bits):
+    """An identity weight shows the codes themselves: ties, clipped and infinite values, a scale at the smallest."""
+    spec = QuantSpec(bits[1])
+    eye = QTensor(torch.eye(33), torch.ones(33, 1), torch.zeros(33, 1))
+    for scale, zero_point in ((0.1, 7.0), (0.037, -20.0), (1e-8, 3.0), (1.0, 0.0)):
+        x = torch.cat([torch.randn(400, 33) * 5 * scale * 2 ** bits[1] / 8, (torch.arange(33.0)[None] - 16.5) * scale])
+        x[0, 0], x[0, 1], x[0, 2] = torch.inf, -torch.inf, -0.0
+        qparams = QParams(torch.tensor(scale), torch.tensor(zero_point), spec)
+        y = integer.linear(x, qparams, integer.pack(eye), None)
+        assert torch.equal(y, fake_quantize(x, qparams) + 0.0)
+
+
+@pytest.mark.parametrize(
+    "q, n, m, d, heads",
+    [
+        (8, 64, 64, 12, 4),
+        (8, 7, 20, 24, 2),
+        (4, 33, 1, 40, 2),
+        (8, 5, 63, 7, 3),
+        (4, 16, 131, 160, 1),
+        (8, 64, 64, 80, 1),
+        (8, 1, 17, 64, 2),
+    ],
+)
+@pytest.mark.parametrize("heads_apart", [True, False])
+def test_attention(isa, threads, monkeypatch, q, n, m, d, heads, heads_apart):
+    torch.manual_seed(0)
+    rows = [torch.randn(2, length, heads * d).unflatten(2, (heads, d)).transpose(1, 2) for length in (n, m, m)]
+    if not heads_apart:
+        rows = [t.flatten(0, 1) for t in rows]
+    top = 0.4 if m > 1 else 1.0
+    params = [activation(q, 2.0 ** (q - 1) + i, 6 / 2**q) for i in range(3)] + [activation(8, 0.0, top / 255)]
+    poison(monkeypatch)
+    y = integer.attention(*rows, *params, d**-0.5)
+    e = reference.attention(*(t.flatten(0, -3) for t in rows), *params, d**-0.5).reshape(y.shape)
+    # A probability at a tie may take the neighbouring code: a step of its scale times the largest value.
+    step = top / 255 * 6
+    assert (y - e).abs().max() <= 2.5 * step
+    assert ((y - e).abs() > 1e-5 * e.abs().max()).float().mean() < 0.02
+
+
+def test_threads_do_not_touch_a_bit():
+    torch.manual_seed(0)
+    x = torch.randn(5, 48, 8, 8).contiguous(memory_format=torch.channels_last)
+    w, b = integer.pack(weight(40, 48, 3, 3, bits=8)), torch.randn(40)
+    conv = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1)
+    head = [torch.randn(2, 3, 50, 12) for _ in range(3)]
+    params = [activation(8, 128.0)] * 3 + [activation(8, 0.0, 0.01)]
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append((integer.conv2d(x, activation(8, 99.0), w, b, **conv), integer.attention(*head, *params, 0.3)))
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_gated_linear(isa):
+    torch.manual_seed(0)
+    x, w, b = torch.randn(70, 48), weight(38, 48, bits=8), torch.randn(38)
+    hidden, gate = reference.linear(x, activation(8, 128.0), w, b).chunk(2, dim=-1)
+    y = integer.linear(x, activation(8, 128.0), integer.pack(w), b, gated=True)
+    e = hidden * F.gelu(gate)
+    torch.testing.assert_close(y, e, rtol=0, atol=2e-6 * e.abs().max().item())
+
+
+def test_nan_is_an_error():
+    w = integer.pack(weight(4, 20, bits=8))
+    for column in (0, 17, 19):
+        x = torch.zeros(3, 20)
+        x[1, column] = torch.nan
+        with pytest.raises(ValueError, match="linear: the input holds NaN"):
+            integer.linear(x, activation(8, 3.0), w, None)
+
+
+def test_packed_sizes():
+    """Half a byte or a byte for each code; a small 3x3 weight eight more for its transform."""
+    for bits, size in ((8, 1), (4, 0.5)):
+        assert integer.pack(weight(320, 640, bits=bits)).numel() == pytest.approx(320 * 640 * size, rel=0.03)
+        assert integer.pack(weight(512, 512, 3, 3, bits=bits)).numel() == pytest.approx(512 * 512 * 9 * size, rel=0.03)
+        small = integer.pack(weight(64, 64, 3, 3, bits=bits)).numel()
+        assert small == pytest.approx(64 * 64 * 9 * (size + 8), rel=0.03)
+
+
+def groups(spec: QuantSpec, *zero_points: float) -> QParams:
+    return QParams(torch.ones(len(zero_points)), torch.tensor(zero_points), spec)
+
+
+PER_CHANNEL = QuantSpec(8, axis=0)
+
+
+@pytest.mark.parametrize(
+    "spec, qparams, conv, reason",
+    [
+        (PER_CHANNEL, groups(QuantSpec(FLOAT), 0.0), {}, "input in float"),
+        (QuantSpec(FLOAT), groups(QuantSpec(8), 0.0), {}, "weight in float"),
+        (QuantSpec(8, True), groups(QuantSpec(8), 0.0), {}, "weight: signed codes"),
+        (PER_CHANNEL, groups(QuantSpec(8, True), 0.0), {}, "input: signed codes"),
+        (PER_CHANNEL, groups(QuantSpec(4, True, wide=True), 0.0), {}, "input: signed codes"),
+        (PER_CHANNEL, groups(QuantSpec(16), 0.0), {}, "input: 16 bits, more than 8"),
+        (PER_CHANNEL, groups(QuantSpec(8, axis=1), 0.0), {}, "input: one scale per channel"),
+        (PER_CHANNEL, groups(QuantSpec(8), 0.0, 4e7), {}, "input: zero point 40000000 exceeds 16 bits"),
+        (PER_CHANNEL, groups(QuantSpec(8), 0.0, 0.5), {}, "input: zero points are no integers"),
+        (PER_CHANNEL, groups(QuantSpec(8), 0.0, torch.nan), {}, "input: not calibrated"),
+        (PER_CHANNEL, groups(QuantSpec(8), 0.0), {"groups": 2, "padding": (1, 1)}, "grouped"),
+        (PER_CHANNEL, groups(QuantSpec(8), 0.0), {"groups": 1, "padding": "same"}, "by name"),
+    ],
+)
+def test_what_is_not_exact_is_refused(spec, qparams, conv, reason):
+    w = weight(4, 6, 3, 3, bits=8)
+    assert reason in integer.supports(w, spec, qparams, **conv)
+    assert integer.supports(w, PER_CHANNEL, groups(QuantSpec(8), -300.0, 128.0), groups=1, padding=(1, 1)) is None
+
+
+def test_long_sums_are_refused():
+    w = QTensor(torch.full((2, 40000), 255.0), torch.ones(2, 1), torch.zeros(2, 1))
+    x = QParams(torch.ones(1), torch.zeros(1), QuantSpec(8))
+    assert integer.supports(w, QuantSpec(8, axis=0), x) == "sums exceed 32 bits"
+    with pytest.raises(ValueError, match="exceed the integers"):
+        integer.linear(torch.ones(1, 40000), QParams(*(t[0] for t in x[:2]), x.spec), integer.pack(w), None)
+
+
+def test_attention_of_16_bit_probabilities_is_refused():
+    a = QParams(torch.ones(1), torch.zeros(1), QuantSpec(8))
+    assert integer.supports_attention(a, a, a, a) is None
+    assert "p: 16 bits" in integer.supports_attention(a, a, a, a._replace(spec=QuantSpec(16)))
+
+
+def test_training_needs_the_reference():
+    w = integer.pack(weight(4, 8, bits=8))
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="train on the reference"):
+        integer.linear(torch.zeros(2, 8, requires_grad=True), activation(8, 1.0), w, None)
+    with pytest.raises(TypeError, match="float32 on a CPU"):
+        integer.linear(torch.zeros(2, 8).double(), activation(8, 1.0), integer.pack(weight(4, 8, bits=8)), None)
+
+
+def test_operators():
+    """What torch traces: fake tensors, shapes and layouts, under torch.library's own checks."""
+    torch.manual_seed(0)
+    scale, z = torch.tensor(0.05), torch.tensor(120.0)
+    w, b = integer.pack(weight(10, 6, 3, 3, bits=4)), torch.randn(10)
+    x = torch.randn(2, 6, 8, 8).contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(integer._conv2d_op, (x, w, b, scale, z, 0, 255, [2, 2], [1, 1], [1, 1]))
+    w = integer.pack(weight(10, 6, bits=8))
+    torch.library.opcheck(integer._linear_op, (torch.randn(3, 4, 6), w, b, scale, z, 0, 255, True))
+    rows = [torch.randn(2, 3, 5, 8) for _ in range(3)]
+    limits = [0, 255] * 4
+    torch.library.opcheck(integer._attention_op, (*rows, [scale] * 4, [z, z, z, torch.tensor(0.0)], limits, 0.3))
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=["w8a8", "w4a8", "w4a4"])
+def placed(request, tmp_path_factory):
+    """kind -> the same checkpoint on both kernels."""
+
+    def make(kind):
+        pipe, calibration = request.getfixturevalue(f"{kind}_pipe"), request.getfixturevalue(f"{kind}_calibration")
+        path = tmp_path_factory.mktemp("kernels") / "m.safetensors"
+        quest.save(quest.quantize(pipe, "rtn", request.param, calibration=calibration, samples=8), path)
+        return {k: quest.load(pipe, path, kernel=k) for k in ("reference", "integer")}, calibration
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["uncond", "class", "text"])
+def test_layers_of_a_denoiser_given_the_same_inputs(placed, kind):
+    """Every layer and attention, with its own time group's ranges, on the inputs that it meets on the reference."""
+    pipes, calibration = placed(kind)
+    assert pipes["integer"].unet.placement == ("integer", {})
+    twins = dict(pipes["integer"].unet.named_modules())
+    compared = []
+
+    def compare(name, twin):
+        def hook(module, args, output):
+            twin_output = twin(*args) if isinstance(module, QuantLayer) else nn.Module.__call__(twin, *args)
+            difference = (twin_output - output).abs() / output.abs().max()
+            if isinstance(module, QuantLayer):
+                assert difference.max() < 3e-6, name
+            else:  # a probability at a tie may take the neighbouring code
+                assert difference.max() < 0.05 and (difference > 1e-5).float().mean() < 0.01, name
+            compared.append(name)
+
+        return hook
+
+    reference_denoiser = pipes["reference"].unet
+    handles = [m.register_forward_hook(compare(n, twins[n])) for n, m in quant_layers(reference_denoiser)]
+    handles += [
+        m.processor.register_forward_hook(compare(n, twins[n].processor)) for n, m in attentions(reference_denoiser)
+    ]
+    inputs = calibration.inputs(calibration.timestep == calibration.timesteps[1])
+    pipes["integer"].unet(**inputs)
+    reference_denoiser(**inputs)
+    assert len(compared) == len(handles)
+
+
+@pytest.mark.parametrize("kind", ["uncond", "class", "text"])
+def test_whole_denoisers(placed, kind):
+    """Codes at ties differ, and what follows multiplies the difference; it stays below the error of quantization."""
+    pipes, calibration = placed(kind)
+    difference = error = 0.0
+    for timestep in calibration.timesteps:
+        rows = (calibration.timestep == timestep).nonzero().flatten()
+        a, e = (pipes[k].unet(**calibration.inputs(rows)).sample for k in ("integer", "reference"))
+        difference += (a - e).square().sum()
+        error += (e - calibration.target[rows]).square().sum()
+    assert 0 < difference < 0.5 * error
+
+
+def test_samples_are_those_of_the_file_and_of_any_threads(placed, uncond_model, tmp_path):
+    pipes, _ = placed("uncond")
+    pipe = pipes["integer"]
+    given = dict(**arguments(uncond_model, "evaluation", [0, 1]), output_type="latent")
+    first = pipe(**given).images
+    torch.set_num_threads(2)
+    second = pipe(**(given | arguments(uncond_model, "evaluation", [0, 1]))).images
+    torch.set_num_threads(1)
+    copied = copy.deepcopy(pipe.unet)
+    assert torch.equal(first, second)
+    assert [layer.kernel_name for _, layer in quant_layers(copied)] == ["integer"] * len(list(quant_layers(copied)))
+
+
+def test_layers_that_are_refused_stay_on_the_reference(uncond_pipe, uncond_calibration):
+    q = quest.quantize(uncond_pipe, "rtn", "w8a8", calibration=uncond_calibration, samples=8)
+    q.unet.conv_in.input_quantizer.zero_point[:] = 1e6
+    processor = next(attentions(q.unet))[1].processor
+    processor.p.spec = QuantSpec(16)
+    refused = place(q.unet, "integer").refused
+    assert "exceeds 16 bits" in refused.pop("conv_in")
+    assert list(refused.values()) == ["p: 16 bits, more than 8"] and processor.kernel_name == "reference"
+    assert q.unet.conv_in.kernel_name == "reference" and q.unet.conv_out.kernel_name == "integer"
+    inputs = uncond_calibration.inputs(torch.arange(2))
+    on_integers = q.unet(**inputs).sample
+    assert place(q.unet, "reference") == ("reference", {})
+    assert all(layer.kernel_name == "reference" for _, layer in quant_layers(q.unet))
+    e = q.unet(**inputs).sample
+    assert (on_integers - e).square().mean() < 0.5 * (e - uncond_calibration.target[:2]).square().mean()
+
+
+def test_kernels_are_chosen_by_name(uncond_pipe):
+    q = swap(uncond_pipe, 8, 8)
+    with pytest.raises(ValueError, match="kernel: 'triton' is not one of auto, reference, integer"):
+        place(q.unet, "triton")
+    with pytest.raises(ValueError, match="integer is not available: it computes on a CPU, not on meta"):
+        kernels.choose("integer", torch.device("meta"))
+    assert kernels.choose("auto", torch.device("cpu")) == "integer"
+
+
+def test_without_a_compiled_core_the_reference_computes(tmp_path):
+    """A copy of the package without the core imports, says why, and still answers."""
+    code = """
+import logging, torch
+logging.basicConfig()
+from quest import kernels
+from quest.kernels import integer
+integer.EXTENSION_SUFFIXES = []
+assert kernels.choose("auto", torch.device("cpu")) == "reference"
+try:
+    kernels.choose("integer", torch.device("cpu"))
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert "kernel: integer is not available:" in done.stdout and "no compiled core" in done.stdout
+    assert "kernel integer is not available" in done.stderr

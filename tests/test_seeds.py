@@ -1,0 +1,85 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from quest import seeds
+from quest.metrics import intervals
+
+N, SPREAD = 500, 0.05
+
+
+def cell(method, value, metric="latent_mse", images="0-499"):
+    """A metrics.json as measure() returns it: resampled values of all cells scatter together."""
+    common = np.random.default_rng(0).normal(size=intervals.RESAMPLES)
+    own = np.random.default_rng(int(value * 100)).normal(size=intervals.RESAMPLES)
+    resampled = value + SPREAD * common + 0.1 * SPREAD * own
+    row = {"metric": metric, "value": value, "n": N, "extractor": "", "protocol": "ddim", "reference": "", "note": ""}
+    return {
+        "model": "scenes-text",
+        "method": method,
+        "bits": "w4a4",
+        "rows": [row | dict(zip(("low", "high"), intervals.interval(value, resampled), strict=True))],
+        "eps_error": [],
+        "resampled": {metric: resampled.tolist()},
+        "drawn": {"images": images, "trajectories": 16, "timesteps": []},
+        "footprint": {},
+        "provenance": {"versions": {"torch": "2.9"}, "machine": {"cpu": "Some CPU"}, "commit": "abc"},
+    }
+
+
+def cells(**changed):
+    of_seed = {0: "", 1: "@1", 2: "@2"}
+    levels = {"q-diffusion": (2.0, 2.2, 2.4), "quest": (1.0, 1.3, 1.3)} | changed
+    return [cell(m + of_seed[k], v) for m, values in levels.items() for k, v in enumerate(values)]
+
+
+def row(frame, method, versus):
+    return frame[(frame.method == method) & (frame.versus == versus)].iloc[0]
+
+
+def test_an_interval_over_seeds_holds_both_spreads():
+    frame = seeds.table(cells())
+    assert len(frame) == 3 and set(frame.seeds) == {"0,1,2"} and set(frame.evaluation) == {"0-499"}
+    own = row(frame, "quest", "")
+    assert own.value == pytest.approx(1.2)
+    low, high = stats.t.interval(0.95, 2, 1.2, stats.sem([1.0, 1.3, 1.3]))
+    assert own.over_seeds == pytest.approx((high - low) / 2)
+    assert own.over_images == pytest.approx(1.96 * SPREAD, rel=0.2)
+    assert (own.high - own.low) / 2 == pytest.approx(math.hypot(own.over_images, own.over_seeds))
+
+
+def test_a_difference_is_taken_seed_by_seed_and_its_images_cancel():
+    found = row(seeds.table(cells()), "quest", "q-diffusion")
+    differences = np.array([-1.0, -0.9, -1.1])
+    assert found.value == pytest.approx(differences.mean()) and found.better == "quest"
+    assert found.over_seeds == pytest.approx(stats.t.ppf(0.975, 2) * stats.sem(differences))
+    assert found.over_images < 0.3 * SPREAD * 1.96
+
+
+def test_a_difference_that_seeds_turn_around_has_no_winner():
+    found = row(seeds.table(cells(quest=(1.9, 2.4, 2.0))), "quest", "q-diffusion")
+    assert found.low < 0 < found.high and found.better == "neither"
+
+
+def test_what_cannot_be_compared_is_an_error():
+    with pytest.raises(ValueError, match=r"quest has seeds \[0, 1\]; at least two, here \[0, 1, 2\]"):
+        seeds.table(cells(quest=(1.0, 1.3)))
+    with pytest.raises(ValueError, match="at least two"):
+        seeds.table([cell("quest", 1.0)])
+    with pytest.raises(ValueError, match="equal images"):
+        seeds.table([*cells(quest=(1.0, 1.3)), cell("quest@2", 1.3, images="0-99")])
+
+
+def test_files(tmp_path):
+    paths = []
+    for i, one in enumerate(cells()):
+        paths.append(tmp_path / f"{i}.json")
+        paths[-1].write_text(json.dumps(one))
+    seeds.write(paths, tmp_path / "tables")
+    text = (tmp_path / "tables" / "seeds.md").read_text()
+    assert "| scenes-text | w4a4 | latent MSE to FP | quest | q-diffusion | -1.00 ± 0.25 |" in text
+    assert "Quantization seeds 0,1,2" in text and "n = 500, evaluation seeds 0-499" in text
+    assert (tmp_path / "tables" / "seeds.csv").read_text().count("\n") == 4
