@@ -115,6 +115,7 @@ def measure(model, device: str, batch: int | None = None, repeats: int = 3) -> l
         costs["training step"] = _least(lambda: quantized(**few).sample.sum().backward(), repeats, device) / len(
             few["sample"]
         )
+        costs |= _threshold_search(pipe, _calibration(few), 2 * max(batch, 2), repeats, device)
         costs |= _quantizing(pipe, model, few, repeats, device)
         costs |= _images(pipe, model, min(model.batch_size, batch), repeats, device)
     costs["memory"] = _memory(device)
@@ -188,6 +189,18 @@ def _quantized(pipe, model, given):
     return quest.quantize(pipe, "rtn", "w8a8", calibration=few, samples=4).unet
 
 
+def _threshold_search(pipe, calibration, rows, repeats, device):
+    """The released PTQ4DM, whose rows may be more than those of the calibration set."""
+    import quest
+
+    def search(count):
+        quest.quantize(pipe, "ptq4dm-as-released", "w8a8", calibration=calibration, rows=count)
+
+    small = len(calibration)
+    seconds = [_least(partial(search, count), repeats, device) for count in (small, rows)]
+    return _fixed_and_row("threshold search", small, rows, *seconds)
+
+
 def _quantizing(pipe, model, given, repeats, device):
     """Costs of what methods do at W4A8. Learning rates are zero, so that one measurement leaves nothing to the next."""
     import torch
@@ -213,13 +226,6 @@ def _quantizing(pipe, model, given, repeats, device):
         "weight ranges": _least(lambda: [layer.choose_weight_range(ranges.mse) for layer in layers], 1, device),
         "ranges": _least(lambda: calibrate(student, calibration, ranges.mse, samples=n, seed=0), 1, device),
     }
-
-    def thresholds(rows):
-        quest.quantize(pipe, "ptq4dm-as-released", "w8a8", calibration=calibration, rows=rows)
-
-    small = max(1, n // 4)
-    searches = [_least(partial(thresholds, count), 1, device) for count in (small, n)]
-    costs |= _fixed_and_row("threshold search", small, n, *searches)
     common = dict(lr=0.0, generator=torch.Generator().manual_seed(0))
 
     def rounding(iterations, batch):
@@ -246,6 +252,7 @@ def _quantizing(pipe, model, given, repeats, device):
             lr_weight=0.0, lr_scale=0.0, global_weight=None, seed=0, learn=full_finetune.everything,
         )  # fmt: skip
 
+    small = max(1, n // 4)
     for learn in (rounding, step_learning, full_finetuning, distillation):
         seconds = [_iteration(learn, batch, repeats, device) for batch in (small, n)]
         costs |= _fixed_and_row(learn.__name__.replace("_", " "), small, n, *seconds)
