@@ -399,7 +399,7 @@ int quest_linear(const float* x, int64_t rows, int64_t stride, const void* packe
   Epilogue e(w, bias, scale);
   int64_t padded = round_up(w.channels, 16);
   int64_t row = 2 * padded + (gated ? 4 * w.outputs : 0);  // bytes that stay in the cache
-  int64_t block = std::max<int64_t>(MAX_MR, std::min<int64_t>(CACHE / 2 / row, 240) / MAX_MR * MAX_MR);
+  int64_t block = std::max<int64_t>(MAX_MR, std::min<int64_t>(CACHE / 2 / row, 960) / MAX_MR * MAX_MR);
   std::atomic<bool> nan{false};
   parallel(ceil_div(rows, block), threads, [&](int64_t task) {
     static thread_local Scratch<int16_t> codes;
