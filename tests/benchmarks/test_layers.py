@@ -63,7 +63,9 @@ def quantizer(bits: int, scale: float, zero_point: float) -> QParams:
 
 
 @pytest.mark.parametrize("how", ["fp32", "reference", "w8a8", "w4a8", "w4a4"])
-@pytest.mark.parametrize("layer, batch", [(layer, b) for layer in LAYERS for b in layer.batch], ids=lambda v: getattr(v, "name", v))
+@pytest.mark.parametrize(
+    "layer, batch", [(layer, b) for layer in LAYERS for b in layer.batch], ids=lambda v: getattr(v, "name", v)
+)
 def test_layer(benchmark, layer, batch, how):
     benchmark.group = f"{layer.name}, batch {batch}"
     torch.manual_seed(0)
