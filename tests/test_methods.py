@@ -185,7 +185,7 @@ def test_the_timestep_table_fits_the_sampler(cell):
 
 def test_saving_and_loading_gives_the_same_pipeline(cell):
     q = cell.made["w4a8"]
-    loaded = quest.load(cell.pipe, cell.path)
+    loaded = quest.load(cell.pipe, cell.path, kernel="reference")
     own, theirs = state(loaded), state(q)
     for name, layer in quant_layers(q.unet):  # where a weight stood in its cell is not kept
         assert torch.equal(own.pop(f"{name}.weight"), layer.packed) and theirs.pop(f"{name}.weight") is not None

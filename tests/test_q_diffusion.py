@@ -97,7 +97,7 @@ def test_split_layers_quantize_save_load_and_start_others(uncond_pipe, uncond_mo
     assert names <= set(layers) and all(layers[n].weight_quantizer.spec.bits == 4 for n in names)
     assert all(layers[n].input_quantizer.scale.isfinite().all() for n in names)
     quest.save(q, path, floats=True)
-    loaded = quest.load(uncond_pipe, path)
+    loaded = quest.load(uncond_pipe, path, kernel="reference")
     images = [p(**arguments(uncond_model, "evaluation", [0]), output_type="latent").images for p in (q, loaded)]
     assert torch.equal(*images)
     other = quest.quantize(
@@ -118,7 +118,7 @@ def test_adaround_is_a_file_that_methods_of_any_activation_bits_start_from(class
     original = dict(class_pipe.unet.named_modules())
     moved = [n for n, w in rounded.items() if not torch.equal(w, original[n].weight)]
     assert len(moved) > 5 and not {"conv_in", "conv_out"} & set(moved)  # 8 bits: nearest in `short`
-    loaded = quest.load(class_pipe, path)
+    loaded = quest.load(class_pipe, path, kernel="reference")
     inputs = class_calibration.inputs(torch.arange(3))
     assert torch.equal(loaded.unet(**inputs).sample, start.unet(**inputs).sample)
 

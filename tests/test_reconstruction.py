@@ -46,10 +46,16 @@ def test_adaround_starts_as_the_released_quantizer(case):
     _, bits, name = case.split(".")
     q = layer(GOLDEN[f"input.{name}"], int(bits[1:]))
     rounding = Rounding([q])
-    torch.testing.assert_close(rounding.alpha.view_as(q.weight), GOLDEN[f"{case}.alpha"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(unflatten(rounding.alpha, [q.weight])[0], GOLDEN[f"{case}.alpha"], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(rounding.soft(None)[0], GOLDEN[f"{case}.soft"], rtol=1e-5, atol=1e-6)
     q.weight.data = rounding.folded()[0]
     torch.testing.assert_close(q.qweight.dequantize(), GOLDEN[f"{case}.hard"], rtol=1e-5, atol=1e-6)
+
+
+def unflatten(flat, like):
+    """The parts of a flat tensor whose values lie channels innermost, in the shapes of `like`."""
+    parts = flat.split([w.numel() for w in like])
+    return [part.view(w.movedim(1, -1).shape).movedim(-1, 1) for part, w in zip(parts, like, strict=True)]
 
 
 def test_there_is_golden_data_for_each_layer_and_width():
@@ -98,14 +104,14 @@ def test_gradient_of_the_soft_weights_is_that_of_automatic_differentiation(expon
     upstream = torch.randn(rounding.alpha.shape, generator=g)
     by_hand, automatic = (rounding.alpha.clone().requires_grad_() for _ in range(2))
     rounding.alpha = by_hand
-    soft = torch.cat([w.flatten() for w in rounding.soft(exponent)])
+    soft = torch.cat([w.movedim(1, -1).flatten() for w in rounding.soft(exponent)])
     (soft * upstream).sum().backward()
     h = (torch.sigmoid(automatic) * 1.2 - 0.1).clamp(0, 1)
     weights = []
-    for q, part in zip(layers, h.split([q.weight.numel() for q in layers]), strict=True):
+    for q, part in zip(layers, unflatten(h, [q.weight for q in layers]), strict=True):
         scale, zero_point, spec = q.weight_quantizer.qparams
-        codes = ((q.weight / scale).floor() + part.view_as(q.weight) + zero_point).clamp(spec.qmin, spec.qmax)
-        weights.append(((codes - zero_point) * scale).flatten())
+        codes = ((q.weight / scale).floor() + part + zero_point).clamp(spec.qmin, spec.qmax)
+        weights.append(((codes - zero_point) * scale).movedim(1, -1).flatten())
     weights = torch.cat(weights)
     regulariser = (1 - (2 * h - 1).abs().pow(exponent)).sum() if exponent else torch.zeros(())
     ((weights * upstream).sum() + 0.01 * regulariser).backward()

@@ -123,8 +123,8 @@ def supports_attention(q: QParams, k: QParams, v: QParams, p: QParams) -> str | 
 def _format(spec: QuantSpec, what: str) -> str | None:
     if spec.bits == FLOAT:
         return f"{what} in float"
-    if spec.symmetric:
-        return f"{what}: signed codes"
+    if spec.symmetric and what == "weight":
+        return "weight: signed codes"  # packed without a sign; activations are never packed
     if spec.bits > 8:
         return f"{what}: {spec.bits} bits, more than 8"
     if what != "weight" and spec.axis is not None:

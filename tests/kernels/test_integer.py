@@ -115,6 +115,26 @@ def test_convolution_sums_are_those_of_the_codes(isa, threads, monkeypatch, bits
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("spec", [QuantSpec(8, True), QuantSpec(4, True), QuantSpec(4, True, wide=True)], ids=str)
+def test_signed_inputs(isa, spec):
+    torch.manual_seed(0)
+    qparams = QParams(torch.tensor(1.0), torch.tensor(0.0), spec)
+    x = torch.randn(3, 20, 6, 6).contiguous(memory_format=torch.channels_last) * 1.2 * spec.qmax
+    codes = quantize(x, qparams).codes
+    assert (codes.min(), codes.max()) == (spec.qmin, spec.qmax)  # both signs, and clipped at either end
+    w = weight(12, 20, 3, 3, bits=4)._replace(scale=torch.ones(12, 1, 1, 1))
+    same = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+    y = integer.conv2d(x, qparams, integer.pack(w), None, **same, groups=1)
+    assert torch.equal(y, exact(x, qparams, w, lambda a, b: F.conv2d(a, b, **same)).float())
+    rows, w = x.flatten(1), weight(5, 720, bits=8)._replace(scale=torch.ones(5, 1))
+    assert torch.equal(integer.linear(rows, qparams, integer.pack(w), None), exact(rows, qparams, w, F.linear).float())
+    q, k, v = (torch.randn(2, 9, 8) * spec.qmax for _ in range(3))
+    p = QParams(torch.tensor(1 / 255), torch.tensor(0.0), QuantSpec(8))
+    params = (qparams, qparams, qparams, p, 0.01)
+    assert integer.supports_attention(*[QParams(t.scale[None], t.zero_point[None], t.spec) for t in params[:4]]) is None
+    torch.testing.assert_close(integer.attention(q, k, v, *params), reference.attention(q, k, v, *params))
+
+
 def test_winograd_and_direct_sums_agree_to_the_bit():
     """Beyond the bound up to which the transform is exact, and for zero points far outside, the direct way is taken."""
     torch.manual_seed(0)
@@ -246,8 +266,6 @@ PER_CHANNEL = QuantSpec(8, axis=0)
         (PER_CHANNEL, groups(QuantSpec(FLOAT), 0.0), {}, "input in float"),
         (QuantSpec(FLOAT), groups(QuantSpec(8), 0.0), {}, "weight in float"),
         (QuantSpec(8, True), groups(QuantSpec(8), 0.0), {}, "weight: signed codes"),
-        (PER_CHANNEL, groups(QuantSpec(8, True), 0.0), {}, "input: signed codes"),
-        (PER_CHANNEL, groups(QuantSpec(4, True, wide=True), 0.0), {}, "input: signed codes"),
         (PER_CHANNEL, groups(QuantSpec(16), 0.0), {}, "input: 16 bits, more than 8"),
         (PER_CHANNEL, groups(QuantSpec(8, axis=1), 0.0), {}, "input: one scale per channel"),
         (PER_CHANNEL, groups(QuantSpec(8), 0.0, 4e7), {}, "input: zero point 40000000 exceeds 16 bits"),
@@ -260,7 +278,8 @@ PER_CHANNEL = QuantSpec(8, axis=0)
 def test_what_is_not_exact_is_refused(spec, qparams, conv, reason):
     w = weight(4, 6, 3, 3, bits=8)
     assert reason in integer.supports(w, spec, qparams, **conv)
-    assert integer.supports(w, PER_CHANNEL, groups(QuantSpec(8), -300.0, 128.0), groups=1, padding=(1, 1)) is None
+    for signed in (QuantSpec(8), QuantSpec(8, symmetric=True), QuantSpec(4, symmetric=True, wide=True)):
+        assert integer.supports(w, PER_CHANNEL, groups(signed, -300.0, 128.0), groups=1, padding=(1, 1)) is None
 
 
 def test_long_sums_are_refused():

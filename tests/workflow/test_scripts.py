@@ -118,7 +118,7 @@ def test_results_go_between_the_markers_of_the_readme(run, tmp_path):
     assert once.startswith("before\n<!-- results: begin -->\n") and once.endswith("<!-- results: end -->\nafter\n")
     assert "stale" not in once and (run / "tables/main.md").read_text().strip() in once
     assert "commit abc" in once
-    assert "| scenes-class | w4a4 | latent MSE to FP | quest | rtn |" in once
+    assert "| scenes-class | w4a4 | quest | rtn |" in once and "| latent MSE to FP | FID to FP |" in once
     for link in ("samples-scenes-class-w4a4.png", "main.csv", "paired.csv"):
         assert f"(docs/assets/{link})" in once and (tmp_path / "docs/assets" / link).is_file()
     assert put_into(readme, run).returncode == 0

@@ -48,21 +48,26 @@ def origin(file: Path) -> str:
 
 
 def paired_table(file: Path) -> str:
-    """The two metrics that see most with few images, for every two methods at the last bits of each model."""
+    """The last method against every other at the last bits of each model, in what sees most with few images."""
     import pandas as pd
 
     from quest.metrics import METRICS
     from quest.tables import with_interval
 
+    shown = ["latent_mse", "fid_to_fp"]
     frame = pd.read_csv(file)
-    frame = frame[(frame["versus"] != "fp") & frame["metric"].isin(["latent_mse", "fid_to_fp"])]
-    lines = ["| model | bits | metric | method | versus | difference | better |", "|---|---|---|---|---|---:|---|"]
-    frame = frame[frame["bits"] == frame.groupby("model")["bits"].transform("last")]
-    for row in frame.itertuples():
-        difference = with_interval(row.difference, (row.high - row.low) / 2)
-        words = [row.model, row.bits, METRICS[row.metric].label, row.method, row.versus, difference, row.better]
-        lines.append("| " + " | ".join(words) + " |")
-    return "\n".join(lines)
+    frame = frame[(frame["versus"] != "fp") & (frame["bits"] == frame.groupby("model")["bits"].transform("last"))]
+    frame = frame[frame["method"] == frame.groupby("model")["method"].transform("last")]
+    lines = ["| model | bits | method | versus | " + " | ".join(METRICS[name].label for name in shown) + " |"]
+    lines += ["|---|---|---|---|" + "---:|" * len(shown)]
+    for names, rows in frame.groupby(["model", "bits", "method", "versus"], sort=False):
+        cells = []
+        for row in (rows[rows["metric"] == name].iloc[0] for name in shown):
+            text = with_interval(row["difference"], (row["high"] - row["low"]) / 2)
+            cells.append(f"**{text}**" if row["better"] == row["method"] else text)
+        lines.append("| " + " | ".join([*names, *cells]) + " |")
+    footer = "Difference, method minus versus, with half of its paired 95 % interval; bold: the method is better."
+    return "\n".join([*lines, "", footer])
 
 
 if __name__ == "__main__":
