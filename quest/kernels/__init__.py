@@ -10,8 +10,9 @@ import torch
 KERNELS = {  # imported when asked for
     "reference": "quest.kernels.reference",
     "integer": "quest.kernels.integer",
+    "triton": "quest.kernels.triton",
 }
-FASTEST = ("integer", "reference")  # what "auto" tries, in order
+FASTEST = {"cpu": ("integer", "reference"), "cuda": ("triton", "reference")}  # what "auto" tries, in order
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def choose(name: str, device: torch.device) -> str:
         if reason := get(name).unavailable(device):
             raise ValueError(f"kernel: {name} is not available: {reason}")
         return name
-    for candidate in FASTEST:
+    for candidate in FASTEST.get(device.type, ("reference",)):
         reason = get(candidate).unavailable(device)
         if reason is None:
             return candidate
