@@ -103,7 +103,7 @@ def test_linear_sums_are_those_of_the_codes(poison, monkeypatch, bits, fused, ro
     "shape, outputs, size, conv",
     [
         ((1, 1, 1, 1), 1, 3, {}),
-        ((3, 5, 7, 9), 13, 3, {}),
+        ((2, 5, 4, 7), 13, 3, {}),
         ((2, 63, 5, 4), 33, 3, {"stride": (2, 2)}),
         ((2, 17, 9, 9), 7, 3, {"stride": (2, 2), "padding": (0, 0)}),
         ((1, 16, 13, 4), 16, 3, {"stride": (1, 2), "padding": (2, 0), "dilation": (2, 1)}),
@@ -133,7 +133,7 @@ def test_outputs_are_within_rounding(bits):
         w, b = weight(40, 48, bits=bits[0]), torch.randn(40)
         x = torch.randn(2, 7, 48)
         close(triton.linear(x, qparams, triton.pack(w), b), reference.linear(x, qparams, w, b))
-        w, x = weight(40, 48, 3, 3, bits=bits[0]), torch.randn(2, 48, 6, 6)
+        w, x = weight(40, 40, 3, 3, bits=bits[0]), torch.randn(1, 40, 5, 5)
         close(triton.conv2d(x, qparams, triton.pack(w), b, **same), reference.conv2d(x, qparams, w, b, **same))
 
 
@@ -157,17 +157,22 @@ def test_codes_are_the_references(monkeypatch, bits, fused):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_inputs(dtype):
     """Codes are those of the same values in float32, and the result is that of float32, rounded."""
+    # The interpreter cuts bfloat16 off where a GPU rounds.
+    rtol = 2**-7 if INTERPRETED and dtype == torch.bfloat16 else 0
     same = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1)
     x, w, b = torch.randn(9, 40).to(dtype), triton.pack(weight(20, 40, bits=8)), torch.randn(20).to(dtype)
     y = triton.linear(x, activation(8, 128.0), w, b)
-    assert torch.equal(y, triton.linear(x.float(), activation(8, 128.0), w, b.float()).to(dtype))
+    e = triton.linear(x.float(), activation(8, 128.0), w, b.float()).to(dtype)
+    torch.testing.assert_close(y, e, rtol=rtol, atol=0)
     x, w = torch.randn(2, 17, 5, 5).to(dtype), triton.pack(weight(20, 17, 3, 3, bits=4))
     y = triton.conv2d(x, activation(8, 128.0), w, b, **same)
-    assert torch.equal(y, triton.conv2d(x.float(), activation(8, 128.0), w, b.float(), **same).to(dtype))
+    e = triton.conv2d(x.float(), activation(8, 128.0), w, b.float(), **same).to(dtype)
+    torch.testing.assert_close(y, e, rtol=rtol, atol=0)
     rows = [torch.randn(2, 2, 20, 12).to(dtype) for _ in range(3)]
     params = [activation(8, 128.0)] * 3 + [activation(8, 0.0, 0.4 / 255)]
     y = triton.attention(*rows, *params, 0.3)
-    assert torch.equal(y, triton.attention(*(t.float() for t in rows), *params, 0.3).to(dtype))
+    e = triton.attention(*(t.float() for t in rows), *params, 0.3).to(dtype)
+    torch.testing.assert_close(y, e, rtol=rtol, atol=0)
 
 
 @computes
