@@ -28,7 +28,7 @@ def place(denoiser: nn.Module, kernel: str = "auto") -> Placement:
     the reference leaves the blocks as diffusers has them. The result is also kept as `denoiser.placement`.
     Raises ValueError for an unknown kernel and for one that is not available on the denoiser's device.
     """
-    name = kernels.choose(kernel, next(denoiser.parameters()).device)
+    name = kernels.choose(kernel, denoiser.device, denoiser.dtype)
     refused = {}
     for layer_name, layer in quant_layers(denoiser):
         reason = refusal(layer, name)

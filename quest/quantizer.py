@@ -56,6 +56,7 @@ class Quantizer(nn.Module):
         """
         if self.spec.bits == FLOAT:
             return
+        self.thaw()
         dims = [d for d in range(x.ndim) if self.spec.axis is None or d != self.spec.axis % x.ndim]
         low, high = x.amin(dims), x.amax(dims)
         if not (low.isfinite() & high.isfinite()).all():

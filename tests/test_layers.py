@@ -2,10 +2,11 @@ import copy
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 from quest import ranges
-from quest.affine import QParams, QuantSpec, fake_quantize
+from quest.affine import FLOAT, QParams, QuantSpec, fake_quantize
 from quest.attention import QuantAttention
 from quest.kernels import reference
 from quest.layers import (
@@ -84,6 +85,17 @@ def test_swapped_denoiser_with_fine_codes_is_the_float_denoiser(kind, request):
     floats = [n for n, m in q.unet.named_modules() if type(m) in (nn.Linear, nn.Conv2d)]
     assert not floats
     assert len(input_quantizers(q.unet)) == len(list(quant_layers(q.unet))) + 4 * len(list(attentions(q.unet)))
+
+
+@pytest.mark.parametrize("kind", ["uncond", "class", "text"])
+def test_with_all_quantizers_off_the_denoiser_is_the_float_one_bit_for_bit(kind, request):
+    """Against diffusers' attention as two products, which the quantized one is, not its fused one."""
+    pipe, calibration = request.getfixturevalue(f"{kind}_pipe"), request.getfixturevalue(f"{kind}_calibration")
+    inputs = calibration.inputs(torch.arange(4))
+    off, plain = swap(pipe, FLOAT, FLOAT).unet, copy.deepcopy(pipe.unet)
+    plain.set_attn_processor(AttnProcessor())
+    with torch.no_grad():
+        assert torch.equal(off(**inputs).sample, plain(**inputs).sample)
 
 
 def test_uncalibrated_quantizers_do_not_pass_unnoticed(uncond_pipe):

@@ -25,17 +25,17 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(KERNELS[name])
 
 
-def choose(name: str, device: torch.device) -> str:
-    """A name in KERNELS that computes on this device: the one asked for, or for "auto" the fastest that is available.
+def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """A name in KERNELS that computes on this device, in this dtype: the one asked for; "auto": the fastest.
 
     Raises ValueError for an unknown name and for a kernel that is not available.
     """
     if name != "auto":
-        if reason := get(name).unavailable(device):
+        if reason := get(name).unavailable(device, dtype):
             raise ValueError(f"kernel: {name} is not available: {reason}")
         return name
     for candidate in FASTEST.get(device.type, ("reference",)):
-        reason = get(candidate).unavailable(device)
+        reason = get(candidate).unavailable(device, dtype)
         if reason is None:
             return candidate
         log.warning("kernel %s is not available: %s", candidate, reason)

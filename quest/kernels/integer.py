@@ -72,10 +72,12 @@ def best(library: ctypes.CDLL | None = None) -> str:
     return (library or core()).quest_isa().decode()
 
 
-def unavailable(device: torch.device) -> str | None:
+def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why nothing can run on this kernel here; None where it can."""
     if device.type != "cpu":
         return f"it computes on a CPU, not on {device.type}"
+    if dtype != torch.float32:
+        return f"it computes in float32, not in {dtype}"
     try:
         core()
     except OSError as error:

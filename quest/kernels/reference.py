@@ -7,7 +7,7 @@ from torch import Tensor
 from quest.affine import QParams, QTensor, QuantSpec, fake_quantize
 
 
-def unavailable(device: torch.device) -> str | None:
+def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why nothing can run on this kernel here: nothing can be in the way."""
     return None
 

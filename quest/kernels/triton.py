@@ -26,10 +26,12 @@ LONGEST = 2**17 - 1  # of a sum: codes less 128 are also summed in float32, exac
 FUSED_OUTPUTS = 512
 
 
-def unavailable(device: torch.device) -> str | None:
-    """Why nothing can run on this kernel here; None where it can."""
+def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why nothing can run on this kernel here; None where it can. dtype: of scales and weights, not of inputs."""
     if device.type not in ("cuda", "cpu"):
         return f"it computes on a CUDA GPU, not on {device.type}"
+    if dtype != torch.float32:
+        return f"its weights and scales are quantized in float32, not in {dtype}"
     try:
         from quest.kernels import programs
     except ImportError as error:

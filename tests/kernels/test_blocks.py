@@ -67,12 +67,12 @@ def test_group_norm(layout, channels, groups, size):
     assert_same(scrambled(nn.GroupNorm(groups, channels, affine=False)), x)
 
 
-@pytest.mark.parametrize("n", [2, 7, 48, 97])
+@pytest.mark.parametrize("n", [3, 7, 48, 97])
 def test_layer_norm(n):
-    x = torch.randn(5, 3, n) * 2 + 7
-    assert_same(scrambled(nn.LayerNorm(n)), x, within=1e-5)
-    assert_same(scrambled(nn.LayerNorm(n, elementwise_affine=False)), x, within=1e-5)
-    assert_same(scrambled(nn.LayerNorm(n)), x.transpose(0, 1), within=1e-5)
+    x = torch.randn(5, 3, n) * 2 + 1
+    assert_same(scrambled(nn.LayerNorm(n)), x)
+    assert_same(scrambled(nn.LayerNorm(n, elementwise_affine=False)), x)
+    assert_same(scrambled(nn.LayerNorm(n)), x.transpose(0, 1))
 
 
 @pytest.mark.parametrize("kind", ["default", "scale_shift"])

@@ -15,7 +15,7 @@ from quest import kernels
 from quest.affine import FLOAT, QParams, QTensor, QuantSpec, fake_quantize, quantize
 from quest.kernels import integer, reference
 from quest.layers import QuantLayer, attentions, quant_layers, swap
-from quest.placement import place
+from quest.placement import deviation, place
 from quest.sampling import arguments
 
 pytestmark = pytest.mark.skipif(
@@ -99,6 +99,7 @@ def test_linear_sums_are_those_of_the_codes(isa, threads, monkeypatch, bits, row
         ((1, 16, 13, 4), 16, 3, {"stride": (1, 2), "padding": (2, 0), "dilation": (2, 1)}),
         ((2, 31, 6, 6), 8, 1, {"padding": (0, 0)}),
         ((1, 6, 11, 11), 9, 5, {"padding": (2, 2)}),
+        ((1, 6, 1, 3), 9, 1, {"padding": (2, 3), "stride": (7, 9)}),
         ((1, 320, 4, 4), 320, 3, {}),
     ],
 )
@@ -391,6 +392,18 @@ def test_layers_that_are_refused_stay_on_the_reference(uncond_pipe, uncond_calib
     assert (on_integers - e).square().mean() < 0.5 * (e - uncond_calibration.target[:2]).square().mean()
 
 
+def test_deviation_from_the_reference(placed, monkeypatch):
+    pipes, calibration = placed("uncond")
+    denoiser = pipes["integer"].unet
+    assert deviation(pipes["reference"].unet, calibration) == 0
+    assert 0 <= deviation(denoiser, calibration) < 1
+    assert denoiser.placement.kernel == "integer" and denoiser.conv_in.kernel_name == "integer"
+    conv2d = integer.conv2d
+    monkeypatch.setattr(integer, "conv2d", lambda *args, **kwargs: 100 * conv2d(*args, **kwargs))
+    with pytest.raises(RuntimeError, match="the integer kernel's prediction differs by"):
+        deviation(denoiser, calibration)
+
+
 def test_kernels_are_chosen_by_name(uncond_pipe):
     q = swap(uncond_pipe, 8, 8)
     with pytest.raises(ValueError, match="kernel: 'cublas' is not one of auto, reference, integer, triton"):
@@ -398,6 +411,13 @@ def test_kernels_are_chosen_by_name(uncond_pipe):
     with pytest.raises(ValueError, match="integer is not available: it computes on a CPU, not on meta"):
         kernels.choose("integer", torch.device("meta"))
     assert kernels.choose("auto", torch.device("cpu")) == "integer"
+
+
+def test_only_float32_denoisers_run_on_integers(uncond_pipe):
+    denoiser = swap(uncond_pipe, 8, 8).unet.double()
+    with pytest.raises(ValueError, match="integer is not available: it computes in float32, not in torch.float64"):
+        place(denoiser, "integer")
+    assert place(denoiser, "auto").kernel == "reference"
 
 
 def test_without_a_compiled_core_the_reference_computes(tmp_path):

@@ -332,6 +332,7 @@ def test_what_is_not_exact_is_refused():
 
 def test_where_it_is_not_available(monkeypatch):
     assert triton.unavailable(torch.device("meta")) == "it computes on a CUDA GPU, not on meta"
+    assert "in float32, not in torch.float16" in triton.unavailable(torch.device("cuda"), torch.float16)
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "quest.kernels.programs", raising=False)
     monkeypatch.delattr("quest.kernels.programs", raising=False)

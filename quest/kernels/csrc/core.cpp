@@ -201,7 +201,7 @@ struct Conv {
 bool quantize_rows(const Conv& c, int64_t channels, int64_t padded, int64_t sample, int64_t first, int64_t count,
                    int64_t columns, Range range, int16_t* out) {
   bool nan = false;
-  int64_t begin = std::max<int64_t>(0, c.left), end = std::min(columns, c.width + c.left);
+  int64_t begin = std::min(columns, c.left), end = std::max(begin, std::min(columns, c.width + c.left));
   for (int64_t y = first; y < first + count; y++, out += columns * padded) {
     if (y < 0 || y >= c.height) {
       std::memset(out, 0, columns * padded * sizeof(int16_t));
@@ -356,8 +356,8 @@ void quest_pack(const uint8_t* codes, const int32_t* zero_points, const float* s
   for (int64_t o = 0; o < w.panels() * NR; o++)
     for (int64_t t = 0; t < taps; t++)
       for (int64_t k = 0; k < 2 * w.pairs(); k++) {
-        // A code that is not there equals its zero point, clipped to the code's width where it has no weight to meet:
-        // its channel is 0 in every quantized input, its output is not stored.
+        // What fills up pairs and panels does not matter: it meets the zeros that fill up the quantized input, or gives
+        // an output that is not stored.
         bool real = o < outputs && k < channels;
         uint8_t code = real ? codes[(o * channels + k) * taps + t] : 0;
         uint8_t* panel = c + o / NR * w.panel_codes();
@@ -399,7 +399,7 @@ int quest_linear(const float* x, int64_t rows, int64_t stride, const void* packe
   Epilogue e(w, bias, scale);
   int64_t padded = round_up(w.channels, 16);
   int64_t row = 2 * padded + (gated ? 4 * w.outputs : 0);  // bytes that stay in the cache
-  int64_t block = std::max<int64_t>(MAX_MR, std::min<int64_t>(CACHE / 2 / row, 240) / MAX_MR * MAX_MR);
+  int64_t block = std::max<int64_t>(MAX_MR, std::min<int64_t>(CACHE / 2 / row, 960) / MAX_MR * MAX_MR);
   std::atomic<bool> nan{false};
   parallel(ceil_div(rows, block), threads, [&](int64_t task) {
     static thread_local Scratch<int16_t> codes;
