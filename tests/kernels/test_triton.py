@@ -205,16 +205,13 @@ def test_layouts(layout):
         (8, 1, 17, 64, 2, (-20, 300, 260, 0)),
     ],
 )
-@pytest.mark.parametrize("heads_apart", [True, False])
-def test_attention(poison, bits, n, m, d, heads, zero_points, heads_apart):
+def test_attention(poison, bits, n, m, d, heads, zero_points):
     rows = [torch.randn(2, length, heads * d).unflatten(2, (heads, d)).transpose(1, 2) for length in (n, m, m)]
     params = []
     for t, z in zip(rows, zero_points, strict=False):
         # A tensor that its codes hold, wherever zero lies.
         t += (2.0 ** (bits - 1) - z) * 6 / 2**bits
         params.append(activation(bits, float(z), 6 / 2**bits))
-    if not heads_apart:
-        rows = [t.flatten(0, 1) for t in rows]
     top = 0.4 if m > 1 else 1.0
     params.append(activation(8, float(zero_points[3]), top / 255))
     y = triton.attention(*rows, *params, d**-0.5)
@@ -222,6 +219,14 @@ def test_attention(poison, bits, n, m, d, heads, zero_points, heads_apart):
     # A probability at a tie may take the neighbouring code: a step of its scale times the largest value.
     assert (y - e).abs().max() <= 2.5 * top / 255 * rows[2].abs().max()
     assert ((y - e).abs() > 1e-5 * e.abs().max()).float().mean() < 0.02
+
+
+@computes
+def test_heads_may_be_counted_with_the_batch():
+    rows = [torch.randn(2, 9, 24).unflatten(2, (3, 8)).transpose(1, 2) for _ in range(3)]
+    params = [activation(8, 128.0)] * 3 + [activation(8, 0.0, 0.4 / 255)]
+    y = triton.attention(*rows, *params, 0.3)
+    assert torch.equal(triton.attention(*(t.flatten(0, 1) for t in rows), *params, 0.3), y.flatten(0, 1))
 
 
 @computes
