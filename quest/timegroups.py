@@ -24,6 +24,7 @@ class TimeGroups:
         # 1-D, so that indexing with it is a gather; a 0-d index would be read on the host and recompile per group.
         self.current = torch.zeros(1, dtype=torch.long)
         self._numbered, self._number = None, 0
+        self._on_gpu: Tensor | None = None  # the starts, where the timesteps are
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -38,7 +39,14 @@ class TimeGroups:
     def index(self, timestep: Tensor | float) -> Tensor:
         """Group of each timestep, [N]; -1 for one above the first start."""
         t = torch.as_tensor(timestep).reshape(-1, 1)
-        return (self.starts.to(t.device) >= t).sum(1) - 1
+        starts = self._starts_on(t.device) if t.is_cuda and type(t) is Tensor else self.starts.to(t.device)
+        return (starts >= t).sum(1) - 1
+
+    def _starts_on(self, gpu: torch.device) -> Tensor:
+        """Copied once: a copy for every forward pass would wait for the device, and no CUDA graph can hold it."""
+        if self._on_gpu is None or self._on_gpu.device != gpu:
+            self._on_gpu = self.starts.to(gpu)
+        return self._on_gpu
 
     def enter(self, timestep: Tensor | float) -> None:
         """Make the group of this forward pass current.

@@ -10,8 +10,10 @@ import torch
 KERNELS = {  # imported when asked for
     "reference": "quest.kernels.reference",
     "integer": "quest.kernels.integer",
+    "triton": "quest.kernels.triton",
 }
-FASTEST = ("integer", "reference")  # what "auto" tries, in order
+# What "auto" tries, in order; elsewhere the reference. "triton" joins when it has run on a GPU.
+FASTEST = {"cpu": ("integer", "reference")}
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) 
         if reason := get(name).unavailable(device, dtype):
             raise ValueError(f"kernel: {name} is not available: {reason}")
         return name
-    for candidate in FASTEST:
+    for candidate in FASTEST.get(device.type, ("reference",)):
         reason = get(candidate).unavailable(device, dtype)
         if reason is None:
             return candidate
