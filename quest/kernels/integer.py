@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quest.affine import FLOAT, QParams, QTensor, QuantSpec
+from quest.kernels.tracing import convolved, fake_attention, fake_conv2d, flat, run
 
 LARGEST = 32767  # of codes less zero point, in int16
 SUM = 2**31 - 1  # of an accumulator
@@ -172,14 +173,14 @@ def linear(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None, gat
     gated: -> [..., N / 2], the first half of the outputs times gelu of the second.
     """
     scale, zero_point, spec = qparams
-    return _run(_linear, "integer_linear", x, weight, bias, scale, zero_point, spec.qmin, spec.qmax, gated)
+    return run(_linear, "integer_linear", x, weight, bias, scale, zero_point, spec.qmin, spec.qmax, gated)
 
 
 def conv2d(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups):
     """x [N, C, H, W] -> [N, O, H', W'], channels innermost. Padding is zero, after quantization; groups is 1."""
     scale, zero_point, spec = qparams
     limits = spec.qmin, spec.qmax
-    return _run(_conv2d, "integer_conv2d", x, weight, bias, scale, zero_point, *limits, stride, padding, dilation)
+    return run(_conv2d, "integer_conv2d", x, weight, bias, scale, zero_point, *limits, stride, padding, dilation)
 
 
 def attention(
@@ -196,18 +197,8 @@ def attention(
 
     Rows need not lie together. The normalised probabilities are quantized, as in the reference.
     """
-    params = (q_params, k_params, v_params, p_params)
-    scales, zero_points, specs = zip(*params, strict=True)
-    limits = [limit for spec in specs for limit in (spec.qmin, spec.qmax)]
-    return _run(_attention, "integer_attention", q, k, v, scales, zero_points, limits, scale)
-
-
-def _run(function, op: str, x: Tensor, *arguments) -> Tensor:
-    """The function itself; as a torch op where torch traces instead of computing."""
-    # The dispatcher takes longer than a small layer.
-    if type(x) is Tensor and not torch.compiler.is_compiling() and not x.is_meta:
-        return function(x, *arguments)
-    return getattr(torch.ops.quest, op)(x, *arguments)
+    params = flat(q_params, k_params, v_params, p_params)
+    return run(_attention, "integer_attention", q, k, v, *params, scale)
 
 
 def _checked(x: Tensor, name: str) -> None:
@@ -243,24 +234,19 @@ def _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated):
     return out
 
 
-def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
 def _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation):
     _checked(x, "conv2d")
     if x.stride(1) != 1:
         x = x.contiguous(memory_format=torch.channels_last)
     samples, _, height, width = x.shape
     sample, _, row, pixel = x.stride()
-    out_height = _output_size(height, weight.shape[1], stride[0], padding[0], dilation[0])
-    out_width = _output_size(width, weight.shape[2], stride[1], padding[1], dilation[1])
+    shape = convolved(x, weight, stride, padding, dilation)
     scale, z = float(scale), float(zero_point)
-    out = torch.empty((samples, weight.shape[0], out_height, out_width), memory_format=torch.channels_last)
+    out = torch.empty(shape, memory_format=torch.channels_last)
     _raise(
         core().quest_conv2d(
             x.data_ptr(), samples, height, width, sample, row, pixel, weight.data_ptr(), _pointer(bias), scale,
-            qmin - z, qmax - z, *stride, *padding, *dilation, out.data_ptr(), out_height, out_width,
+            qmin - z, qmax - z, *stride, *padding, *dilation, out.data_ptr(), *shape[2:],
             torch.get_num_threads(),
         ),
         "conv2d",
@@ -323,10 +309,7 @@ def _conv2d_op(
     return _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation)
 
 
-@_conv2d_op.register_fake
-def _(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation):
-    size = [_output_size(*p) for p in zip(x.shape[2:], weight.shape[1:3], stride, padding, dilation, strict=True)]
-    return x.new_empty((x.shape[0], weight.shape[0], *size)).contiguous(memory_format=torch.channels_last)
+_conv2d_op.register_fake(fake_conv2d)
 
 
 @torch.library.custom_op("quest::integer_attention", mutates_args=())
@@ -336,9 +319,4 @@ def _attention_op(
     return _attention(q, k, v, scales, zero_points, limits, scale)
 
 
-@_attention_op.register_fake
-def _(q, k, v, scales, zero_points, limits, scale):
-    if q.ndim == 3:
-        return torch.empty_like(q, memory_format=torch.contiguous_format)
-    batch, heads, n, d = q.shape
-    return q.new_empty((batch, n, heads, d)).transpose(1, 2)
+_attention_op.register_fake(fake_attention)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from quest.affine import QParams, QTensor, QuantSpec
 from quest.kernels import integer
+from quest.kernels.tracing import convolved, fake_attention, fake_conv2d, flat, run
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HEADER = 16  # bytes
@@ -99,14 +100,14 @@ def pack(weight: QTensor) -> Tensor:
 def linear(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], weight what `pack` gave -> [..., N], in the dtype of x."""
     scale, zero_point, spec = qparams
-    return _run(_linear, "triton_linear", x, weight, bias, scale, zero_point, spec.qmin, spec.qmax)
+    return run(_linear, "triton_linear", x, weight, bias, scale, zero_point, spec.qmin, spec.qmax)
 
 
 def conv2d(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups):
     """x [N, C, H, W] -> [N, O, H', W'], channels innermost. Padding is zero, after quantization; groups is 1."""
     scale, zero_point, spec = qparams
     limits = spec.qmin, spec.qmax
-    return _run(_conv2d, "triton_conv2d", x, weight, bias, scale, zero_point, *limits, stride, padding, dilation)
+    return run(_conv2d, "triton_conv2d", x, weight, bias, scale, zero_point, *limits, stride, padding, dilation)
 
 
 def attention(
@@ -123,17 +124,8 @@ def attention(
 
     Any strides. The normalised probabilities are quantized, as in the reference.
     """
-    params = (q_params, k_params, v_params, p_params)
-    scales, zero_points, specs = zip(*params, strict=True)
-    limits = [limit for spec in specs for limit in (spec.qmin, spec.qmax)]
-    return _run(_attention, "triton_attention", q, k, v, scales, zero_points, limits, scale)
-
-
-def _run(function, op: str, x: Tensor, *arguments) -> Tensor:
-    """The function itself; as a torch op where torch traces instead of computing."""
-    if type(x) is Tensor and not torch.compiler.is_compiling() and not x.is_meta:
-        return function(x, *arguments)
-    return getattr(torch.ops.quest, op)(x, *arguments)
+    params = flat(q_params, k_params, v_params, p_params)
+    return run(_attention, "triton_attention", q, k, v, *params, scale)
 
 
 def _check(x: Tensor, name: str) -> None:
@@ -203,21 +195,11 @@ def _linear(x, weight, bias, scale, zero_point, qmin, qmax):
     return y
 
 
-def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def _convolved(x, weight, stride, padding, dilation) -> list[int]:
-    """Shape of the result of a convolution."""
-    size = [_output_size(*p) for p in zip(x.shape[2:], weight.shape[1:3], stride, padding, dilation, strict=True)]
-    return [x.shape[0], weight.shape[0], *size]
-
-
 def _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation):
     _check(x, "conv2d")
     # Each pixel is read by every tap and every tile of outputs, so it is quantized once, before.
     codes, sums = _quantize(x.permute(0, 2, 3, 1), scale, zero_point, qmin, qmax)
-    shape = _convolved(x, weight, stride, padding, dilation)
+    shape = convolved(x, weight, stride, padding, dilation)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     _multiply(
         codes, sums, weight, bias, scale, zero_point, y, y[:, 0].numel(), x.shape[1], codes.shape[1], qmin, qmax,
@@ -277,10 +259,7 @@ def _conv2d_op(
     return _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation)
 
 
-@_conv2d_op.register_fake
-def _(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation):
-    shape = _convolved(x, weight, stride, padding, dilation)
-    return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
+_conv2d_op.register_fake(fake_conv2d)
 
 
 @torch.library.custom_op("quest::triton_attention", mutates_args=())
@@ -290,9 +269,4 @@ def _attention_op(
     return _attention(q, k, v, scales, zero_points, limits, scale)
 
 
-@_attention_op.register_fake
-def _(q, k, v, scales, zero_points, limits, scale):
-    if q.ndim == 3:
-        return torch.empty_like(q, memory_format=torch.contiguous_format)
-    batch, heads, n, d = q.shape
-    return q.new_empty((batch, n, heads, d)).transpose(1, 2)
+_attention_op.register_fake(fake_attention)

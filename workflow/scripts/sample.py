@@ -43,8 +43,8 @@ def main() -> None:
         pipe = quest.load(pipe, arguments.checkpoint, arguments.kernel)
         placed = pipe.unet.placement
         kernel = placed._asdict() | {"deviation": placement.deviation(pipe.unet, evaluation)}
-        footprint = pipe.unet.quantization["cost"]["footprint"]
-        footprint |= {"kernel": placed.kernel, "realizable": placement.realizable(pipe.unet, work)}
+        placed_work = {"kernel": placed.kernel, "realizable": placement.realizable(pipe.unet, work)}
+        footprint = pipe.unet.quantization["cost"]["footprint"] | placed_work
     else:
         footprint = cost.footprint(pipe.unet, work)
         kernel = {}

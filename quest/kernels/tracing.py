@@ -1,0 +1,38 @@
+"""What the kernels on integers share as torch ops: when an op stands in for its function, and what its fake one gives."""
+
+import torch
+from torch import Tensor
+
+from quest.affine import QParams
+
+
+def run(function, op: str, x: Tensor, *arguments) -> Tensor:
+    """The function itself; as the op torch.ops.quest.<op> where torch traces instead of computing."""
+    # The dispatcher takes longer than a small layer.
+    if type(x) is Tensor and not torch.compiler.is_compiling() and not x.is_meta:
+        return function(x, *arguments)
+    return getattr(torch.ops.quest, op)(x, *arguments)
+
+
+def flat(*params: QParams) -> tuple[tuple, tuple, list[int]]:
+    """Scales, zero points, and lowest and highest code of each in turn: what an op takes of several tensors."""
+    scales, zero_points, specs = zip(*params, strict=True)
+    return scales, zero_points, [limit for spec in specs for limit in (spec.qmin, spec.qmax)]
+
+
+def convolved(x: Tensor, weight: Tensor, stride, padding, dilation) -> list[int]:
+    """Shape of a convolution's result; weight packed, [O, kh, kw, bytes]."""
+    sides = zip(x.shape[2:], weight.shape[1:3], stride, padding, dilation, strict=True)
+    return [x.shape[0], weight.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)]
+
+
+def fake_conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation):
+    shape = convolved(x, weight, stride, padding, dilation)
+    return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
+
+
+def fake_attention(q, k, v, scales, zero_points, limits, scale):
+    if q.ndim == 3:
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
+    batch, heads, n, d = q.shape
+    return q.new_empty((batch, n, heads, d)).transpose(1, 2)
