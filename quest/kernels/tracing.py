@@ -1,4 +1,4 @@
-"""What the kernels on integers share as torch ops: when an op stands in for its function, and what its fake one gives."""
+"""What kernels on integers share as torch ops: when an op stands in for its function, and what its fake one gives."""
 
 import torch
 from torch import Tensor
