@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from operands import activation, exact, weight
 from torch import nn
 from torch.nn import functional as F
 
@@ -41,27 +42,6 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
-
-
-def activation(bits: int, zero_point: float, scale: float = 0.05) -> QParams:
-    return QParams(torch.tensor(scale), torch.tensor(zero_point), QuantSpec(bits))
-
-
-def weight(*shape: int, bits: int, outside: bool = False) -> QTensor:
-    """Random codes with a scale and zero point per output; `outside`: zero points that are no codes."""
-    column = (shape[0],) + (1,) * (len(shape) - 1)
-    low, high = (-40, 2**bits + 40) if outside else (0, 2**bits)
-    return QTensor(
-        torch.randint(0, 2**bits, shape).float(),
-        torch.rand(column) * 0.01 + 1e-3,
-        torch.randint(low, high, column).float(),
-    )
-
-
-def exact(x, qparams, w: QTensor, operation):
-    """Sums of products of codes less zero point, in int64 and so exact."""
-    q = quantize(x, qparams)
-    return operation((q.codes - q.zero_point).double(), (w.codes - w.zero_point).double())
 
 
 def poison(monkeypatch):
