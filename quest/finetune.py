@@ -15,11 +15,13 @@ Every such place is a keyword of `quantize`; PAPER and OFFICIAL are the keywords
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from quest import cost
 from quest import ranges as choosers
 from quest.affine import FLOAT
 from quest.alignment import Stage, Visit, align, joint, layer_outputs
@@ -36,6 +38,7 @@ from quest.layers import (
     swap,
 )
 from quest.quantizer import Quantizer
+from quest.resume import part
 from quest.timegroups import TimeGroups, grouped
 
 
@@ -299,16 +302,25 @@ def finetune(
     stages = [stage for stage in stages if stage.iterations]
     targets = layer_outputs(teacher, list(dict.fromkeys(n for s in stages for n in s.local)), calibration)
     for stage in stages:
-        align(
+        learned = learn(denoiser, stage.layers)
+        tuned = {f"{n}.{i}": p for n, parameters in learned.items() for i, p in enumerate(parameters)}
+        tuned |= {f"scales.{i}": q.scale for i, q in enumerate(stage.scales)}
+        generator = torch.Generator().manual_seed(seed)
+        training = partial(
+            align,
             denoiser,
             stage,
-            learn(denoiser, stage.layers),
+            learned,
             targets,
             calibration,
             log_scales=log_scales,
             cosine=cosine,
-            generator=torch.Generator().manual_seed(seed),
+            generator=generator,
         )
+        part(stage.name.replace(" ", "-"), lambda tuned=tuned: tuned, training, generator)
+        for name in learned:
+            denoiser.get_submodule(name).freeze()
+        cost.record(denoiser, stage.name, tuned.values(), stage.iterations, stage.batch)
     if qkv_as_one:
         unshare_inputs(denoiser)
 

@@ -28,6 +28,7 @@ from quest.calibration import CalibrationSet
 from quest.layers import QuantLayer, attentions, input_quantizers, quant_layers
 from quest.quantizer import Quantizer
 from quest.ranges import EPS
+from quest.resume import part
 
 GAMMA, ZETA = -0.1, 1.1  # of the rectified sigmoid (arXiv:2004.10568, equation 23)
 LAMBDA = 0.01  # weight of the rounding regulariser
@@ -151,16 +152,23 @@ def reconstruct_weights(
         full = [teacher.get_submodule(m) for m in (unit.modules if learning else [name])]
         outputs = [_chunked(partial(call, [forward]), torch.arange(n)) for forward in full]
         if learning:
-            errors[unit.name] = learn_rounding(
-                unit.name,
-                layers,
-                lambda r: unit.lay(call(list(forwards.values()), r + n), len(r)),
-                unit.lay(_together(outputs), n),
-                iterations=iterations,
-                batch=batch,
-                lr=lr,
-                generator=generator,
+            errors[unit.name] = part(
+                f"AdaRound-{unit.name}",
+                lambda: {name: layer.weight for name, layer in layers.items()},
+                lambda: learn_rounding(
+                    unit.name,
+                    layers,
+                    lambda r: unit.lay(call(list(forwards.values()), r + n), len(r)),
+                    unit.lay(_together(outputs), n),
+                    iterations=iterations,
+                    batch=batch,
+                    lr=lr,
+                    generator=generator,
+                ),
+                generator,
             )
+            for layer in layers.values():
+                layer.freeze()
             learned.extend(layer.weight for layer in layers.values())
         # The first of a unit's modules to be called is the one that learns.
         return torch.cat([outputs[0], _chunked(partial(call, [forwards[name]]), torch.arange(n, 2 * n))])
@@ -209,15 +217,20 @@ def reconstruct_activations(
             ]
             outputs = [_chunked(partial(call, [forward]), torch.arange(n)) for forward in full]
         if learning:
-            errors[unit.name] = learn_steps(
-                unit.name,
-                quantizers,
-                lambda r: unit.lay(call(list(forwards.values()), r), len(r)),
-                unit.lay(_together(outputs), n),
-                iterations=iterations,
-                batch=batch,
-                lr=lr,
-                generator=generator,
+            errors[unit.name] = part(
+                f"activation-steps-{unit.name}",
+                lambda: {name: q.scale for name, q in quantizers.items()},
+                lambda: learn_steps(
+                    unit.name,
+                    quantizers,
+                    lambda r: unit.lay(call(list(forwards.values()), r), len(r)),
+                    unit.lay(_together(outputs), n),
+                    iterations=iterations,
+                    batch=batch,
+                    lr=lr,
+                    generator=generator,
+                ),
+                generator,
             )
             learned.extend(q.scale for q in quantizers.values())
         return outputs[0]
