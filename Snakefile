@@ -19,6 +19,10 @@ include: "workflow/rules/report.smk"
 include: "workflow/rules/zoo.smk"
 
 
+localrules:
+    all,
+
+
 rule all:
     default_target: True
     input:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,10 +26,13 @@ EPS_ERROR = ["model", "method", "bits", "call", "timestep", "value", "low", "hig
 def write(paths: Sequence[str | Path], folder: str | Path) -> None:
     """Write main, ledger (.csv, .md, .tex), paired.csv and eps_error.csv of the given metrics.json files into `folder`.
 
-    Models and methods keep the order in which the files name them.
+    Models and methods keep the order in which the files name them. Says on stderr, and below the tables for people, if
+    the cells were not all made by one commit and one set of packages.
     """
     cells = read(paths)
     folder, main, paired = Path(folder), main_frame(cells), paired_frame(cells)
+    for line in mixture(main):
+        print(line, file=sys.stderr)
     verdicts = ledger.ledger(cells, ledger.published())
     frames = {"main": main, "paired": paired, "eps_error": eps_error_frame(cells), "ledger": verdicts}
     for name, frame in frames.items():
@@ -146,6 +150,22 @@ def provenance_of(metric: str, *cells: dict) -> dict[str, str]:
         "commit": joined(lambda p: p.get("commit") and p["commit"] + ("-dirty" if p.get("dirty") else "")),
         "machine": joined(lambda p: ", ".join(f"{key} {v}" for key, v in p.get("machine", {}).items() if v)),
     }
+
+
+def mixture(main: pd.DataFrame) -> list[str]:
+    """What to say of rows that different code made: a line on commits and one on versions, where they differ."""
+    lines = []
+    for column, what, width in (("commit", "commits", 12), ("versions", "sets of package versions", None)):
+        made = dict.fromkeys(part or "unknown" for row in main[column] for part in row.split(" / "))
+        if len(made) < 2:
+            continue
+        names = [part[:width] + ("-dirty" if part.endswith("-dirty") else "") for part in made] if width else []
+        listed = f" ({', '.join(names)})" if names else ""
+        lines.append(
+            f"Made by {len(made)} {what}{listed}, which need not agree: column `{column}` of main.csv says which made "
+            "a row; `snakemake --forceall` makes all of them again."
+        )
+    return lines
 
 
 LEFT = ["method", "bits", "size [MB]", "TBOPs"]  # the first columns of a table for people
@@ -363,4 +383,4 @@ def _footer(of_model, heads):
     if len(notes):
         told = [f"{r.method} {r.bits} {heads[r.metric]}: {r.note}" for r in notes.itertuples()]
         lines.append(f"Notes: {'; '.join(told)}.")
-    return lines
+    return lines + mixture(of_model)

@@ -70,10 +70,11 @@ class Project:
     def command(self, *arguments: str) -> dict:
         """What subprocess needs to run Snakemake here; rules call `python`, which must be this one."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        modules = os.pathsep.join(filter(None, [str(self.folder), os.environ.get("PYTHONPATH")]))
         return {
             "args": [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
             "cwd": self.folder,
-            "env": os.environ | {"PYTHONPATH": str(self.folder), "PATH": path},
+            "env": os.environ | {"PYTHONPATH": modules, "PATH": path},
         }
 
     def snakemake(self, *arguments: str, timeout: int = 300) -> subprocess.CompletedProcess:

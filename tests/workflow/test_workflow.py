@@ -7,6 +7,7 @@ import resource
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -161,6 +162,43 @@ def test_a_second_run_of_the_default_grid_takes_seconds(stubbed):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "Nothing to be done" in again.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+
+
+def test_a_login_node_never_imports_torch(stubbed):
+    stubbed.write("torch.py", "raise RuntimeError('torch was imported')")
+    assert subprocess.run([sys.executable, "-c", "import torch"], **environment(stubbed)).returncode == 1
+    profile = ["--workflow-profile", "workflow/profiles/slurm"]
+    assert stubbed.planned(*profile, "--configfile", "workflow/config/paper.yaml")
+    # What local rules import; those of tables and figures run in test_scripts.py.
+    code = "import quest.seeds, quest.metrics.weights"
+    assert subprocess.run([sys.executable, "-c", code], **environment(stubbed)).returncode == 0
+
+
+def environment(project):
+    """Where and with what the project's own scripts run."""
+    return {key: project.command()[key] for key in ("cwd", "env")}
+
+
+def test_memory_and_time_grow_with_every_attempt(stubbed):
+    stubbed.write("workflow/scripts/trajectories.py", "raise SystemExit('no')")
+    said = stubbed.snakemake("--retries", "2", "results/default/scenes-class/calibration.safetensors").stdout
+    assert re.findall(r"runtime=(\d+)", said) == ["30", "60", "90"]
+    assert re.findall(r"mem_mb=(\d+)", said) == ["2000", "4000", "6000"]
+
+
+def test_an_empty_output_is_no_output(stubbed):
+    stubbed.write("workflow/scripts/trajectories.py", STUB_EMPTY)
+    run = stubbed.snakemake("results/default/scenes-class/calibration.safetensors")
+    assert run.returncode != 0 and "empty" in run.stdout
+    assert not (stubbed.folder / "results/default/scenes-class/calibration.safetensors").exists()
+
+
+STUB_EMPTY = """
+import sys
+from pathlib import Path
+for option in ("--calibration", "--evaluation", "--ranges"):
+    Path(sys.argv[sys.argv.index(option) + 1]).touch()
+"""
 
 
 def test_lint(stubbed):

@@ -17,6 +17,7 @@ from quest.config import (
     validate,
 )
 from quest.models import MODELS
+from quest.provenance import CONFIG, config_hash
 
 try:
     check_names([*Path(workflow.basedir, "workflow/config").glob("*.yaml"), *workflow.overwrite_configfiles])
@@ -48,9 +49,10 @@ SHOWN += [figure for figure in CURVES if figure.startswith(("latent_mse_vs_bits"
 # People read logs, also while the job runs: progress bars write to them every five seconds, not ten times a second.
 # glibc gives large arrays back to the system when they are freed, and each new one is paid for in page faults: a fifth
 # of the time of a quantized denoiser. These settings let a process keep them, in large pages; other C libraries ignore
-# them.
+# them. What a job writes says with which config it was made.
 shell.prefix(
-    "export TQDM_MININTERVAL=5 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_TOP_PAD_=67108864"
+    f"export {CONFIG}={config_hash(config)}"
+    " TQDM_MININTERVAL=5 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_TOP_PAD_=67108864"
     " MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824; "
 )
 
@@ -95,6 +97,12 @@ def given(key):
 def at_size(cpu, cuda):
     """A resource of a job: for the small models on a CPU, or for the paper's on a GPU."""
     return cuda if DEVICE == "cuda" else cpu
+
+
+def growing(cpu, cuda=None):
+    """Memory [MB] or time [minutes] of a job: as much again with every attempt, should `--retries` grant more of them."""
+    first = at_size(cpu, cuda or cpu)
+    return lambda wc, attempt: first * attempt
 
 
 def networks(wc):

@@ -1,9 +1,19 @@
+# Light work that needs no torch: on a cluster it is done where Snakemake runs.
+localrules:
+    tables,
+    seeds,
+    seed_table,
+    curves,
+    grid,
+    readme,
+
+
 rule tables:
     input:
         script="workflow/scripts/tables.py",
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in RUNS]),
     output:
-        expand("results/{{name}}/tables/{table}", table=TABLES),
+        ensure(expand("results/{{name}}/tables/{table}", table=TABLES), non_empty=True),
     log:
         "results/{name}/tables/tables.log",
     conda:
@@ -27,7 +37,7 @@ rule seed_table:
         script="workflow/scripts/seeds.py",
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in SEED_RUNS]),
     output:
-        expand("results/{{name}}/tables/seeds.{kind}", kind=["csv", "md"]),
+        ensure(expand("results/{{name}}/tables/seeds.{kind}", kind=["csv", "md"]), non_empty=True),
     log:
         "results/{name}/tables/seeds.log",
     conda:
@@ -47,7 +57,7 @@ rule curves:
         eps_error="results/{name}/tables/eps_error.csv",
         ranges=expand("results/{{name}}/{model}/ranges.csv", model=config["models"]),
     output:
-        expand("results/{{name}}/figures/{figure}.png", figure=CURVES),
+        ensure(expand("results/{{name}}/figures/{figure}.png", figure=CURVES), non_empty=True),
     log:
         "results/{name}/figures/curves.log",
     conda:
@@ -66,7 +76,7 @@ rule grid:
         script="workflow/scripts/grid.py",
         samples=first_samples,
     output:
-        "results/{name}/figures/samples-{model}-{bits}.png",
+        ensure("results/{name}/figures/samples-{model}-{bits}.png", non_empty=True),
     log:
         "results/{name}/figures/samples-{model}-{bits}.log",
     conda:
@@ -89,7 +99,6 @@ rule readme:
         figures=expand("results/{name}/figures/{figure}.png", name=NAME, figure=SHOWN),
     log:
         f"results/{NAME}/readme.log",
-    localrule: True
     conda:
         "../../environment.yml"
     threads: 1

@@ -26,6 +26,7 @@ def main() -> None:
     import baselines
     import quest
     from baselines import METHODS
+    from quest import lease
     from quest.calibration import CalibrationSet
     from quest.checkpoint import read_header
     from quest.config import parse_bits
@@ -34,6 +35,7 @@ def main() -> None:
     from quest.resume import digest, resuming
 
     torch.set_num_threads(arguments.threads)
+    lease.take(arguments.device)
     torch.manual_seed(0)
     model = MODELS[arguments.model]
     # What the model's protocol says holds for every method that knows of it and has no choice of its own; the recipe

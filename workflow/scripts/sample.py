@@ -25,7 +25,7 @@ def main() -> None:
     import torch
 
     import quest
-    from quest import cost, placement
+    from quest import cost, lease, placement
     from quest.calibration import CalibrationSet, eps_error
     from quest.files import atomic
     from quest.metrics.features import extract
@@ -34,6 +34,7 @@ def main() -> None:
     from quest.sampling import generate
 
     torch.set_num_threads(arguments.threads)
+    lease.take(arguments.device)
     shard, shards = map(int, arguments.shard.split("/"))
     model = MODELS[arguments.model]
     pipe = model.load(device=arguments.device)
