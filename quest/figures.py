@@ -165,6 +165,38 @@ def eps_error_curves(frame: pd.DataFrame, path: str | Path) -> None:
     _save(figure, path)
 
 
+def roofline(frame: pd.DataFrame, path: str | Path) -> None:
+    """Operations a second of layers against operations per byte, under what the machine allows: a panel per threads.
+
+    `frame` is that of results/kernels/*.csv. Convolutions by Winograd's algorithm multiply less than is counted, so
+    they can lie above.
+    """
+    layers = frame[(frame["part"] == "layer") & frame["gops"].notna()]
+    threads = sorted(set(layers["threads"]))
+    if not threads:
+        raise ValueError("no layer was measured: nothing to draw")
+    figure = Figure(figsize=(1 + 4 * len(threads), 3.6), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, len(threads), squeeze=False, sharey=True)[0]
+    for axes, number in zip(panels, threads, strict=True):
+        peaks = frame[(frame["part"] == "peak") & (frame["threads"] == number)].set_index("kernel")
+        intensity = np.geomspace(layers["intensity"].min(), layers["intensity"].max(), 100)
+        for place, (kernel, peak) in enumerate({"fp32": "fp32", "integer w8a8": "integer"}.items()):
+            points = layers[(layers["threads"] == number) & (layers["kernel"] == kernel)]
+            look = {"marker": MARKERS[place], "color": COLOURS[place]}
+            axes.scatter(points["intensity"], points["gops"], s=14, alpha=0.6, lw=0, label=kernel, **look)
+            if {peak, "memory"} <= set(peaks.index):
+                roof = np.minimum(peaks.loc[peak, "gops"], peaks.loc["memory", "gbs"] * intensity)
+                axes.plot(intensity, roof, color=COLOURS[place], lw=1.2, label=f"what the machine allows, {peak}")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_title(f"{number} thread{'s' if number > 1 else ''}", fontsize=9)
+        _plain(axes)
+    figure.supxlabel("operations per byte moved at least", fontsize=9)
+    panels[0].set_ylabel("1e9 operations a second", fontsize=9)
+    _legend(figure, panels)
+    _save(figure, path)
+
+
 def _most_bits_first(bits):
     weight, activation = (int(part) for part in bits[1:].split("a"))
     return (-weight, -activation)

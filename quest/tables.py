@@ -16,8 +16,9 @@ from quest.metrics import METRICS, compare
 PROVENANCE = ["seeds", "versions", "commit", "machine"]
 MAIN = ["model", "method", "bits", "metric", "value", "low", "high", "published", "n", "extractor", "protocol"]
 # Of the denoiser: bytes of its packed file over 1e6, bit operations of one call on one sample, bits that a parameter
-# takes as stored; what exactly counts is said by quest.cost.
-FOOTPRINT = ["size_mb", "bops", "effective_bits", "kernel", "realizable"]
+# takes as stored; what exactly counts is said by quest.cost. latency_ms: median wall time of one denoiser call while
+# the first shard was sampled, on whatever else the machine did; latency_at: samples in the call, threads.
+FOOTPRINT = ["size_mb", "bops", "effective_bits", "kernel", "realizable", "latency_ms", "latency_at"]
 MAIN += ["reference", "note", *FOOTPRINT, *PROVENANCE]
 PAIRED = ["model", "bits", "metric", "method", "versus", "difference", "low", "high", "n", "better", *PROVENANCE]
 EPS_ERROR = ["model", "method", "bits", "call", "timestep", "value", "low", "high", "n", *PROVENANCE]
@@ -130,8 +131,10 @@ def _name(cell):
 
 def _footprint(cell):
     """Columns FOOTPRINT of a cell; samples of unknown origin say nothing of their denoiser."""
-    unknown = dict.fromkeys(("bytes", "bops", "effective_bits", "realizable"), math.nan) | {"kernel": ""}
-    found = unknown | cell["footprint"]
+    unknown = dict.fromkeys(("bytes", "bops", "effective_bits", "realizable", "latency_ms"), math.nan)
+    found = unknown | {"kernel": "", "latency_at": ""} | cell["footprint"]
+    if "threads" in found:
+        found["latency_at"] = f"batch {found['batch']}, {found['threads']} thread{'s' if found['threads'] > 1 else ''}"
     return {"size_mb": found["bytes"] / 1e6} | {name: found[name] for name in FOOTPRINT[1:]}
 
 

@@ -69,6 +69,9 @@ def cell(model, method, bits, spread=0.05):
             "macs": 8,
             "kernel": "integer",
             "realizable": 0.9,
+            "latency_ms": 81.5,
+            "batch": 100,
+            "threads": 1,
         },
         "sampled": [made | {"commit": "aaa", "dirty": False}],
         "provenance": made | {"commit": "bbb", "dirty": True},
@@ -98,6 +101,7 @@ def test_main_frame_is_tidy(cells):
         "integer",
         0.9,
     )
+    assert (row.latency_ms, row.latency_at) == (81.5, "batch 100, 1 thread")
     assert frame[frame.method == "fp"].size_mb.tolist() == [40.0] * (frame.method == "fp").sum()
 
 
