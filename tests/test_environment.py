@@ -39,7 +39,7 @@ def test_what_code_imports_is_declared():
     But triton: torch's builds for GPUs bring the version they need, and the kernel says where it is missing.
     """
     pip_names = {"yaml": "pyyaml", "PIL": "pillow", "open_clip": "open-clip-torch", "cleanfid": "clean-fid"}
-    pip_names["torch_fidelity"] = "torch-fidelity"
+    pip_names |= {"torch_fidelity": "torch-fidelity", "markdown_it": "markdown-it-py"}
     declared = {Requirement(line).name for line in PROJECT["dependencies"]}
     undeclared = set()
     for file in (file for folder in ("quest", "baselines", "workflow") for file in (ROOT / folder).rglob("*.py")):
