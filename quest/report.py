@@ -25,6 +25,7 @@ from quest.metrics import METRICS, Cell
 
 HEADLINE = ("latent_mse", "fid_to_fp", "fid", "clip")  # of the verdicts, where a run has them
 DRAWN = ("latent_mse", "fid_to_fp", "fid", "eps_error", "sfid", "is", "clip", "psnr", "precision")
+AGAINST_COST = ("latent_mse", "fid_to_fp", "fid")
 SIDE = 128  # pixels, above which images are shown smaller
 COLUMNS, PAIRS = 8, 6  # images in a row of a sample grid, and of the pairs that are farthest apart
 PROVENANCE = ("commit", "machine", "versions", "seeds")
@@ -102,7 +103,7 @@ def contents(run: Path, kernels: Iterable[str | Path], methods: dict[str, str], 
         "lowest": bits[-1] if bits else "",
         "paired": paired_table(paired),
         "panels": _panels(main, DRAWN, ("bits",)),
-        "cost_panels": _panels(main, ("latent_mse", "fid_to_fp", "fid"), ("size_mb", "tbops")),
+        "cost_panels": _panels(main, AGAINST_COST, ("size_mb", "tbops")),
         "cost": cost_table(run, main),
         "speed": speed_table(run, main),
         "kernels": [csv_table(file) | {"caption": Path(file).stem} for file in kernels],

@@ -217,7 +217,9 @@ def test_what_was_not_run_says_so(page):
     assert "One quantization seed" in page.sections["verdicts"]
 
 
-def test_what_other_rules_made_is_taken(run, tmp_path):
+def test_what_other_rules_made_is_taken(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "DRAWN", ("fid",))
+    monkeypatch.setattr(report, "AGAINST_COST", ())
     full = shutil.copytree(run, tmp_path / "tiny")
     columns = {"model": "scenes-class", "bits": "w4a4", "metric": "fid_to_fp", "method": "quest"}
     seeds = columns | {"versus": "rtn", "value": -2.0, "low": -3.0, "high": -1.0, "seeds": "0,1,2", "better": "quest"}

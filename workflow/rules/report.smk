@@ -38,10 +38,11 @@ rule report:
         mem_mb=at_size(2000, 16000),
         runtime=at_size(15, 60),
     params:
+        run=f"results/{NAME}",
         optional=optional,
         kernels=sorted(map(str, Path("results/kernels").glob("*.csv"))),
     shell:
-        "python -m workflow.scripts.report results/{NAME} --kernels {params.kernels} -o {output} > {log} 2>&1"
+        "python -m workflow.scripts.report {params.run} --kernels {params.kernels} -o {output} > {log} 2>&1"
 
 
 # Not part of `all`: other calibration draws, quantized and sampled again.
