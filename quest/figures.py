@@ -1,8 +1,11 @@
 """Figures of a run, drawn from its tables and samples. Needs no torch and no display."""
 
+import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -14,8 +17,11 @@ from quest.metrics import METRICS
 # Okabe and Ito's palette, told apart with any colour vision; shapes say it a second time. Full precision is black.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
 MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
+GLYPHS = "●■◆▲▼✚✖"  # the same in a line of text
 DPI = 150
 INK = "#333333"
+RULE = "#dddddd"
+AGAINST = {"bits": "bits", "size_mb": "size of the denoiser [MB]", "tbops": "TBOPs per denoiser call"}
 
 
 def sample_grid(rows: Sequence[tuple[str, np.ndarray]], path: str | Path, title: str = "", scale: int = 2) -> None:
@@ -95,6 +101,77 @@ def metric_vs_bits(main: pd.DataFrame, metric: str, path: str | Path) -> None:
     panels[0].set_ylabel(_axis_label(metric, frame), fontsize=9)
     _legend(figure, panels)
     _save(figure, path)
+
+
+def quality(main: pd.DataFrame, model: str, metric: str, against: str) -> str:
+    """A metric of one model with its 95 % intervals against `against` (a key of AGAINST), as an <svg> element.
+
+    It is drawn in `currentColor` and the property `--rule`, so it takes the colours of the page it stands in; its text
+    stays text. `main` is the frame of main.csv; of full precision there is a line with its interval as a band, against
+    bits, and a point elsewhere. Raises ValueError for a metric that the model lacks.
+    """
+    frame = main.assign(tbops=main["bops"] / 1e12)
+    methods = [method for method in dict.fromkeys(frame["method"]) if method != "fp"]
+    bits = sorted(set(frame.loc[frame["method"] != "fp", "bits"]), key=_most_bits_first)
+    frame = frame[(frame["model"] == model) & (frame["metric"] == metric)]
+    if frame.empty:
+        raise ValueError(f"{model} has no row of metric {metric!r} to draw")
+    figure = Figure(figsize=(3.5, 2.6))
+    axes = figure.add_axes((0.14, 0.18, 0.84, 0.72))
+    for row in frame[frame["method"] == "fp"].itertuples():
+        if against == "bits":
+            axes.axhspan(row.low, row.high, color="black", alpha=0.12, lw=0)
+            axes.axhline(row.value, color="black", lw=1)
+        else:
+            error = [[row.value - row.low], [row.high - row.value]]
+            axes.errorbar(getattr(row, against), row.value, error, fmt="_", color="black", capsize=2.5)
+    for place, method in enumerate(methods):
+        points = frame[frame["method"] == method].set_index("bits").reindex(bits)
+        x = np.arange(len(bits)) + 0.15 * (place - (len(methods) - 1) / 2) if against == "bits" else points[against]
+        error = [points["value"] - points["low"], points["high"] - points["value"]]
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+        axes.errorbar(x, points["value"], error, fmt=marker, color=colour, ms=4.5, lw=0, elinewidth=1.2, capsize=2)
+        if against == "tbops":  # weights alone make the size, so a line there would go straight down
+            axes.plot(x, points["value"], color=colour, lw=0.8, alpha=0.6)
+    if against == "bits":
+        axes.set_xticks(range(len(bits)), [text.upper() for text in bits])
+        axes.set_xlim(-0.5, len(bits) - 0.5)
+    else:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(AGAINST[against], fontsize=8, color=INK)
+    if frame["value"].min() > 0 and frame["value"].max() / frame["value"].min() > 4:
+        _log_axis(axes, frame["value"])
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    _plain(axes)
+    axes.minorticks_off()  # and fixed margins: measuring every tick would take seconds a page
+    axes.set_title(model, fontsize=9, color=INK)
+    return _svg(figure, f"{model}-{metric}-{against}")
+
+
+def _svg(figure, name):
+    """An <svg> element for a page: its colours, fonts and ids are such that several live in one document."""
+    text = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    drawing = text.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    drawing = re.sub(r"<metadata>.*?</metadata>\s*", "", drawing, flags=re.DOTALL)
+    for side in ("width", "height"):
+        drawing = re.sub(rf'(<svg[^>]*?) {side}="[^"]*"', r"\1", drawing, count=1)
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', drawing))
+    for identity in re.findall(r' id="([^"]+)"', drawing):
+        kept = f' id="{name}-{identity}"' if identity in used else ""
+        drawing = drawing.replace(f' id="{identity}"', kept)
+    drawing = re.sub(r'(url\(|href=")#', rf"\1#{name}-", drawing)
+    drawing = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", drawing, flags=re.DOTALL)  # holds for a whole page
+    drawing = re.sub(r" font-family: [^;]*;", "", drawing)
+    for colour in (INK, "#000000"):
+        drawing = drawing.replace(colour, "currentColor")
+    return drawing.replace(RULE, "var(--rule)")
 
 
 def activation_ranges(frame: pd.DataFrame, path: str | Path) -> None:
@@ -226,7 +303,7 @@ def _log_axis(axes, values):
 def _plain(axes):
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", lw=0.6)
+    axes.grid(axis="y", color=RULE, lw=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8, colors=INK)
 

@@ -288,12 +288,12 @@ def _blocks(main, paired, bold):
     """What both renderings of one model share: column labels with direction, cells as text, and lines to end with."""
     for model, of_model in main.groupby("model", sort=False):
         names = [name for name in METRICS if name in set(of_model["metric"])]
-        heads = {name: _label(name, of_model) for name in names}
-        best = _best(of_model, paired[paired["model"] == model])
+        heads = {name: column_label(name, of_model) for name in names}
+        best = best_values(of_model, paired[paired["model"] == model])
         shown = of_model.set_index(["method", "bits", "metric"])
         cells = of_model.drop_duplicates(["method", "bits"]).set_index(["method", "bits"])
         rows = []
-        for method, bits in sorted(dict.fromkeys(zip(of_model["method"], of_model["bits"], strict=True)), key=_by_bits):
+        for method, bits in sorted(dict.fromkeys(zip(of_model["method"], of_model["bits"], strict=True)), key=by_bits):
             texts = []
             for name in names:
                 if (method, bits, name) not in shown.index:
@@ -309,7 +309,7 @@ def _blocks(main, paired, bold):
             "model": model,
             "columns": [(heads[name], METRICS[name].better == "lower") for name in names],
             "rows": rows,
-            "footer": _footer(of_model, heads),
+            "footer": footer(of_model, heads),
         }
 
 
@@ -317,14 +317,15 @@ def _plain(value, form):
     return "–" if math.isnan(value) else format(value, form)
 
 
-def _by_bits(run):
-    """Most bits first; methods of equal bits keep their order."""
+def by_bits(run: tuple[str, str]) -> tuple[int, int]:
+    """Sorts (method, bits): most bits first; methods of equal bits keep their order."""
     _, bits = run
     weight, activation = (int(part) for part in bits[1:].split("a"))
     return (-weight, -activation)
 
 
-def _label(name, of_model):
+def column_label(name: str, of_model: pd.DataFrame) -> str:
+    """What a table calls a metric: with the network behind it, which numbers cannot be compared across."""
     metric = METRICS[name]
     if metric.network is None:
         return metric.label
@@ -333,7 +334,7 @@ def _label(name, of_model):
     return f"{metric.label} ({', '.join(networks)}{suffix})"
 
 
-def _best(of_model, paired):
+def best_values(of_model: pd.DataFrame, paired: pd.DataFrame) -> set[tuple[str, str, str]]:
     """(method, bits, metric) of every best value that differs from the runner-up's by the paired interval."""
     best = set()
     quantized = of_model[(of_model["method"] != "fp") & of_model["value"].notna()]
@@ -364,7 +365,8 @@ def _rounded(value, half):
     return f"{value:.{decimals}f} ± {half:.{decimals}f}"
 
 
-def _footer(of_model, heads):
+def footer(of_model: pd.DataFrame, heads: dict[str, str]) -> list[str]:
+    """What a table of one model is not to be read without: protocol, n, seeds, what ± and bold mean, notes."""
     protocols = of_model.groupby("metric", sort=False)["protocol"].first()
     common = min(protocols, key=len)
     own = [f"{heads[name]}: {p.removeprefix(common).lstrip('; ')}" for name, p in protocols.items() if p != common]

@@ -40,7 +40,7 @@ def test_what_code_imports_is_declared():
     the kernel says where it is missing.
     """
     pip_names = {"yaml": "pyyaml", "PIL": "pillow", "open_clip": "open-clip-torch", "cleanfid": "clean-fid"}
-    pip_names["torch_fidelity"] = "torch-fidelity"
+    pip_names |= {"torch_fidelity": "torch-fidelity", "markdown_it": "markdown-it-py"}
     lines = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["kernels"]
     declared = {Requirement(line).name for line in lines}
     undeclared = set()

@@ -33,6 +33,7 @@ OUTPUTS = {
     "tables": ["-o"],
     "curves": ["-o"],
     "grid": ["-o"],
+    "report": ["-o"],
 }
 TABLES = ["main.csv", "main.md", "main.tex", "paired.csv", "eps_error.csv", "ledger.csv", "ledger.md", "ledger.tex"]
 
@@ -55,6 +56,7 @@ class Project:
         for model in ("scenes-uncond", "scenes-class", "scenes-text"):
             self.write(f"resources/zoo/{model}/unet/weights.safetensors", "")
         self.write("resources/reference/scenes.npz", "")
+        self.write("resources/references.bib", "")
 
     def write(self, name: str, text: str) -> None:
         file = self.folder / name

@@ -147,6 +147,17 @@ def test_another_quantization_seed_has_its_own_calibration_and_start(stubbed):
     assert table[3:5] == [f"{cell}/quest/w4a4/metrics.json", f"{cell}/quest@1/w4a4/metrics.json"]
 
 
+def test_the_report_takes_what_is_there_and_starts_nothing_else(finished):
+    run = finished.snakemake("report")
+    assert run.returncode == 0, run.stdout
+    assert "results/default --kernels -o" in (finished.folder / "results/default/report.html").read_text()
+    # A table that `snakemake seeds` made, and measured kernels: the report is made again, the seeds are not.
+    finished.write("results/default/tables/seeds.csv", "")
+    finished.write("results/kernels/cpu.csv", "")
+    (command,) = finished.planned("report")
+    assert "--kernels results/kernels/cpu.csv -o results/default/report.html" in command
+
+
 def test_a_second_run_of_the_default_grid_takes_seconds(stubbed):
     """In seconds of CPU, so that a busy machine does not fail it. Files stand in for what a first run leaves."""
     listed = stubbed.snakemake("--summary").stdout

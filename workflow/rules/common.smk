@@ -178,3 +178,12 @@ def first_samples(wc):
     return [
         arrays("samples", *cell)[0] for cell in [(wc.model, "fp", "w32a32"), *((wc.model, m, wc.bits) for m in methods)]
     ]
+
+
+def optional(wc):
+    """What the report shows beyond its inputs, with the time each file was made."""
+    patterns = ("tables/*.csv", "figures/*.png", "questions/*")
+    files = [file for pattern in patterns for file in Path("results", NAME).glob(pattern)]
+    files += Path("results/kernels").glob("*.csv")
+    made = set(f"{table}" for table in TABLES) | {f"{figure}.png" for figure in CURVES + GRIDS}
+    return sorted(f"{file} {file.stat().st_mtime_ns}" for file in files if file.name not in made)

@@ -26,6 +26,35 @@ rule tables:
         "python -m workflow.scripts.tables {input.metrics} -o results/{wildcards.name}/tables > {log} 2>&1"
 
 
+# Not part of `all`, and its only input that other targets make is what `all` makes. What `snakemake seeds` and its like
+# have made is shown where it is there; it comes as a parameter, so that new results rerun the report and the report
+# never starts hours of work.
+rule report:
+    input:
+        script="workflow/scripts/report.py",
+        template=expand("workflow/report/report.{kind}", kind=["html.j2", "css", "js"]),
+        references="resources/references.bib",
+        tables=expand("results/{name}/tables/{table}", name=NAME, table=TABLES),
+        figures=expand("results/{name}/figures/{figure}.png", name=NAME, figure=CURVES),
+        samples=[file for run in RUNS for kind in ("samples", "features") for file in arrays(kind, run.model, run.method, run.bits)],
+    output:
+        f"results/{NAME}/report.html",
+    log:
+        f"results/{NAME}/report.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=at_size(2000, 16000),
+        runtime=at_size(15, 60),
+    params:
+        run=f"results/{NAME}",
+        optional=optional,
+        kernels=sorted(map(str, Path("results/kernels").glob("*.csv"))),
+    shell:
+        "python -m workflow.scripts.report {params.run} --kernels {params.kernels} -o {output} > {log} 2>&1"
+
+
 # Not part of `all`: other calibration draws, quantized and sampled again.
 rule seeds:
     input:
