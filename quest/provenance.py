@@ -1,11 +1,14 @@
 """What made a file: commit, package versions, machine and time. Imports nothing heavy."""
 
+import json
 import os
 import platform
 import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+
+from quest.files import atomic
 
 PACKAGES = ("quest-suite", "torch", "torchvision", "diffusers", "transformers", "numpy", "scipy", "safetensors")
 
@@ -52,3 +55,9 @@ def _cpu() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Write a result with the provenance of this process, all at once or not at all."""
+    with atomic(path) as file:
+        file.write_text(json.dumps(content | {"provenance": provenance()}))
