@@ -115,6 +115,9 @@ def validate(config: dict) -> None:
     blocks = {f"grid[{i}]": block for i, block in enumerate(config["grid"])}
     if "seeds" in config:
         blocks["seeds"] = {"model": list(config["models"])} | config["seeds"]
+    if "questions" in config:
+        asked = config["questions"]
+        blocks["questions"] = {"model": [asked["model"]], "method": ["quest"], "bits": [asked["bits"]]}
     for key, block in blocks.items():
         _check_cells(key, block, config)
     for method in config["methods"]:

@@ -29,6 +29,9 @@ NAME = config["name"]
 RUNS = runs(config)
 SEED_RUNS = seed_runs(config)
 STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS)
+QUESTIONS = config.get(
+    "questions", {}
+)  # {model, bits}: where what takes finetuning is measured; properties: each model
 DEVICE = config.get("device", "cpu")
 CLIPS = {model.clip for model in MODELS.values() if model.clip}
 # Per model, the bits in the order of the grid: what one sample grid compares.
@@ -187,3 +190,21 @@ def optional(wc):
     files += Path("results/kernels").glob("*.csv")
     made = set(f"{table}" for table in TABLES) | {f"{figure}.png" for figure in CURVES + GRIDS}
     return sorted(f"{file} {file.stat().st_mtime_ns}" for file in files if file.name not in made)
+
+
+def asked(path):
+    """A file of the grid as an input, where the config asks anything; else the one line that says it does not."""
+
+    def found(wc):
+        if not QUESTIONS:
+            raise WorkflowError("questions: the config has no such key; e.g. {model: scenes-class, bits: w4a4}")
+        return path.format(name=wc.name, model=getattr(wc, "model", QUESTIONS["model"]), bits=QUESTIONS["bits"])
+
+    return found
+
+
+def started(wc):
+    """What QuEST's weights start from at the bits of the questions."""
+    model = getattr(wc, "model", QUESTIONS["model"])
+    start = start_of(config, Run(model, "quest", QUESTIONS["bits"]))
+    return f"results/{NAME}/{start.path}/model.safetensors" if start else []

@@ -36,7 +36,12 @@ rule report:
         references="resources/references.bib",
         tables=expand("results/{name}/tables/{table}", name=NAME, table=TABLES),
         figures=expand("results/{name}/figures/{figure}.png", name=NAME, figure=CURVES),
-        samples=[file for run in RUNS for kind in ("samples", "features") for file in arrays(kind, run.model, run.method, run.bits)],
+        samples=[
+            file
+            for run in RUNS
+            for kind in ("samples", "features")
+            for file in arrays(kind, run.model, run.method, run.bits)
+        ],
     output:
         f"results/{NAME}/report.html",
     log:
