@@ -7,17 +7,10 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 import quest
 from quest import finetune
 from quest.calibration import eps_error
-from quest.finetune import (
-    SELECTIONS,
-    TEMPORAL,
-    matches,
-    qkv,
-    released_axes,
-    start_from,
-    tuned_layers,
-)
+from quest.finetune import released_axes, start_from
 from quest.layers import input_quantizers, quant_layers, swap
 from quest.sampling import arguments
+from quest.selection import SELECTIONS, TEMPORAL, matches, qkv, tuned_layers
 
 FAST = dict(time_groups=3, batch=4, samples=8)
 
