@@ -16,6 +16,7 @@ include: "workflow/rules/quantize.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/references.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/ablations.smk"
 include: "workflow/rules/zoo.smk"
 
 

@@ -24,7 +24,8 @@ from quest.affine import FLOAT
 from quest.alignment import Stage, Visit, align, joint, layer_outputs
 from quest.calibration import CalibrationSet, calibrate
 from quest.checkpoint import freeze, load_weights, read_header
-from quest.layers import KEEP, Keep, QuantLayer, attentions, input_quantizers, quant_layers, swap
+from quest.granularity import scale_axes
+from quest.layers import KEEP, Keep, QuantLayer, input_quantizers, quant_layers, swap
 from quest.selection import (
     SELECTIONS,
     default_selection,
@@ -113,7 +114,7 @@ def quantize(
     time_groups: int | None = None,  # TAQuant's number of groups, 1 for a single set; default: one for each timestep
     keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
     softmax_bits: int = 8,
-    granularity: str = "tensor",  # or "released": at 4 bits one scale per channel or token, see `released_axes`
+    granularity: str = "tensor",  # or "released": at 4 bits one scale per channel or token, see quest.granularity
     levels: str = "asymmetric",  # "asymmetric", "symmetric" or "wide" (33 levels at "4 bit"); "released": the model's
     ranges: str = "mse",  # "mse", "minmax", "percentile" or "running" (averages); "released": the model's
     samples: int = 32,  # random calibration rows per time group that set the activation ranges
@@ -154,7 +155,6 @@ def quantize(
     selection = _one_of("selection", selection or default_selection(pipe), SELECTIONS)
     released = RELEASED[selection]
     size = sized(preset, selection)
-    _one_of("granularity", granularity, ("tensor", "released"))
     if _one_of("levels", levels, (*LEVELS, "released")) == "released":
         levels = released["levels"]
     if _one_of("ranges", ranges, (*RANGES, "released")) == "released":
@@ -178,7 +178,7 @@ def quantize(
     else:
         start_from(denoiser, init, KEEP if keep is None else keep)
     freeze(denoiser)
-    axes = released_axes(denoiser) if granularity == "released" and a == 4 else {}
+    axes = scale_axes(denoiser, granularity, a)
     for name, q in input_quantizers(denoiser).items():
         # Probabilities are unsigned whatever the other codes are.
         kind = {} if name.endswith("processor.p") else LEVELS[levels]
@@ -355,11 +355,11 @@ def _one_of(keyword: str, value, valid: Iterable):
 
 
 def start_from(denoiser: nn.Module, init: str, keep: Keep) -> None:
-    """Take the weights of a checkpoint. A layer of `keep` that has more bits there than asked for here is rounded to
-    the nearest codes of its own bits: the ends of the released QuEST, whose weights have fewer than 8."""
+    """Take the weights of a checkpoint. A layer of `keep`, or one at the ends, that has more bits there than asked for
+    here is rounded to the nearest codes of its own bits: the ends of the released QuEST, whose weights have fewer."""
     found = {n: specs[0]["bits"] for n, specs in read_header(init)["layers"].items()}
     layers = dict(quant_layers(denoiser))
-    specs = {n: layer.weight_quantizer.spec for n, layer in layers.items() if matches(n, keep)}
+    specs = {n: layer.weight_quantizer.spec for n, layer in layers.items() if matches(n, (*KEEP, *keep))}
     coarser = {n: spec for n, spec in specs.items() if spec.bits < found.get(n, 0)}
     for name, spec in coarser.items():
         layers[name].weight_quantizer.spec = replace(spec, bits=found[name])
@@ -367,20 +367,3 @@ def start_from(denoiser: nn.Module, init: str, keep: Keep) -> None:
     for name, spec in coarser.items():
         layers[name].weight_quantizer.spec = spec
         layers[name].choose_weight_range(choosers.mse)
-
-
-def released_axes(denoiser: nn.Module) -> dict[str, int]:
-    """The dimension along which the released code has a scale of its own for every index, for 4-bit activations.
-
-    Of [N, C, H, W] and [N, C] the channels, of three dimensions the last. The products' inputs and transformers' tokens
-    are [B, n, C], so again the channels; an unconditional attention of CompVis works on [B, C, n], so its scales go by
-    token. Probabilities [B, n, m] have one scale per key. Most of these dimensions are summed over in the product, so
-    that no integer kernel can compute it.
-    """
-    by_token = tuple(f"{n}." for n, m in attentions(denoiser) if m.residual_connection)
-    convolutions = {f"{n}.input_quantizer" for n, m in quant_layers(denoiser) if isinstance(m, nn.Conv2d)}
-    axes = dict.fromkeys(input_quantizers(denoiser), -1)
-    for name in axes:
-        if name in convolutions or name.startswith(by_token) and not name.endswith("processor.p"):
-            axes[name] = 1
-    return axes

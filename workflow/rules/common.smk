@@ -8,6 +8,7 @@ from snakemake.exceptions import WorkflowError
 from quest.config import (
     ConfigError,
     Run,
+    ablation_runs,
     check_names,
     recipe_of,
     runs,
@@ -27,7 +28,9 @@ except ConfigError as error:
 NAME = config["name"]
 RUNS = runs(config)
 SEED_RUNS = seed_runs(config)
-STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS)
+ABLATION_RUNS = ablation_runs(config)
+STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS + ABLATION_RUNS)
+METHODS = [*config["methods"], *config.get("ablations", {}).get("rows", {})]
 DEVICE = config.get("device", "cpu")
 CLIPS = {model.clip for model in MODELS.values() if model.clip}
 # Per model, the bits in the order of the grid: what one sample grid compares.
@@ -58,7 +61,7 @@ shell.prefix(
 wildcard_constraints:
     name=re.escape(NAME),
     model="|".join(map(re.escape, config["models"])),
-    method=f"({'|'.join(map(re.escape, config['methods']))})(@[0-9]+)?",
+    method=f"({'|'.join(map(re.escape, METHODS))})(@[0-9]+)?",
     draw=r"\d+",
     bits=r"w\d+a\d+",
     shard=r"\d+",
