@@ -412,6 +412,44 @@ def imbalance(frame: pd.DataFrame, path: str | Path) -> None:
             axes.set_yticks(range(len(classes)), classes)
             axes.set_title(f"{name}, {model}", fontsize=9)
     _legend(figure, panels.flat)
+
+
+def paired_differences(frame: pd.DataFrame, against: str, metric: str, path: str | Path) -> None:
+    """A line for every row: its difference to `against` in a metric, with its 95 % interval; frame of ablations.csv.
+
+    Colour and shape say whether the interval excludes 0, and to which side.
+    """
+    found = frame[(frame["metric"] == metric) & (frame["versus"] == against)]
+    if found.empty:
+        raise ValueError(f"no difference to {against!r} in {metric!r} to draw")
+    spec, place = METRICS[metric], np.arange(len(found))
+    figure = Figure(figsize=(7.5, 1.4 + 0.19 * len(found)), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    verdicts = {"better": found["better"] == found["row"], "worse": found["better"] == against}
+    verdicts["not told apart"] = ~(verdicts["better"] | verdicts["worse"])
+    styles = {"better": (COLOURS[0], "o"), "worse": (COLOURS[1], "s"), "not told apart": ("#888888", "D")}
+    for verdict, chosen in verdicts.items():
+        points, (colour, marker) = found[chosen], styles[verdict]
+        if points.empty:
+            continue
+        error = [points["difference"] - points["difference_low"], points["difference_high"] - points["difference"]]
+        style = dict(fmt=marker, color=colour, ms=4, lw=0, elinewidth=1.4, capsize=2)
+        axes.errorbar(points["difference"], place[chosen], xerr=error, label=verdict, **style)
+    axes.axvline(0, color=INK, lw=0.8)
+    # Differences of good rows are small beside those of rows that fail: linear around zero, logarithmic outside.
+    sizes = found["difference"].abs()
+    linear = float(sizes.median() * 2) or 1.0
+    if sizes.max() > 10 * linear:
+        axes.set_xscale("symlog", linthresh=linear, linscale=2)
+    axes.set_yticks(place, found["row"])
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    model, bits, n = (found[column].iloc[0] for column in ("model", "bits", "n"))
+    axes.set_xlabel(f"{spec.label}, less that of {against} ({spec.better} is better)", fontsize=9)
+    axes.set_title(f"{model}, {bits.upper()}, n = {n}: paired differences, 95 % intervals", fontsize=9)
+    _plain(axes)
+    axes.grid(axis="x", color="#dddddd", lw=0.6)
+    axes.tick_params(axis="y", labelsize=7)
+    _legend(figure, [axes])
     _save(figure, path)
 
 

@@ -79,7 +79,7 @@ def main_frame(cells: list[dict]) -> pd.DataFrame:
         _name(cell)
         | row
         | {"published": numbers.get((cell["model"], cell["method"], cell["bits"], row["metric"]), math.nan)}
-        | _footprint(cell)
+        | footprint_of(cell)
         | provenance_of(row["metric"], cell)
         for cell in cells
         for row in cell["rows"]
@@ -102,14 +102,23 @@ def paired_frame(cells: list[dict]) -> pd.DataFrame:
             pairs = [(b, a) for a, b in itertools.combinations(of_bits, 2)]
             for a, b in pairs + list(itertools.product(of_bits, full_precision)):
                 names = {"method": a["method"], "versus": b["method"]}
-                try:
-                    compared = compare(a, b)
-                except ValueError as error:
-                    raise ValueError(f"{model} {bits}: {names['method']} against {names['versus']}: {error}") from None
-                for row in compared:
-                    row["better"] = names.get(row["better"], "neither")
+                for row in paired(a, b):
                     rows.append({"model": model, "bits": bits} | names | row | provenance_of(row["metric"], a, b))
     return pd.DataFrame(rows, columns=PAIRED)
+
+
+def paired(a: dict, b: dict) -> list[dict]:
+    """Differences "a minus b", one row per metric; `better` is the method of the better one, or "neither".
+
+    Raises ValueError, naming both cells, where they are not of the same images and protocol.
+    """
+    names = {"method": a["method"], "versus": b["method"]}
+    try:
+        compared = compare(a, b)
+    except ValueError as error:
+        where = f"{a['model']} {a['bits']}: {names['method']} against {names['versus']}"
+        raise ValueError(f"{where}: {error}") from None
+    return [row | {"better": names.get(row["better"], "neither")} for row in compared]
 
 
 def eps_error_frame(cells: list[dict]) -> pd.DataFrame:
@@ -129,7 +138,7 @@ def _name(cell):
     return {key: cell[key] for key in ("model", "method", "bits")}
 
 
-def _footprint(cell):
+def footprint_of(cell):
     """Columns FOOTPRINT of a cell; samples of unknown origin say nothing of their denoiser."""
     unknown = dict.fromkeys(("bytes", "bops", "effective_bits", "realizable", "latency_ms"), math.nan)
     found = unknown | {"kernel": "", "latency_at": ""} | cell["footprint"]
@@ -180,13 +189,14 @@ def markdown(main: pd.DataFrame, paired: pd.DataFrame) -> str:
     for block in _blocks(main, paired, bold="**{}**"):
         heads = [*LEFT, *(f"{label} {'↓' if low else '↑'}" for label, low in block["columns"])]
         lines = [f"### {block['model']}", ""]
-        lines += [_md_row(heads), _md_row(["---", "---", *["---:"] * (len(heads) - 2)])]
-        lines += [_md_row(row) for row in block["rows"]]
+        lines += [markdown_row(heads), markdown_row(["---", "---", *["---:"] * (len(heads) - 2)])]
+        lines += [markdown_row(row) for row in block["rows"]]
         blocks.append("\n".join([*lines, "", *block["footer"], ""]))
     return "\n".join(blocks)
 
 
-def _md_row(texts):
+def markdown_row(texts: Sequence[str]) -> str:
+    """A line of a table in Markdown."""
     return "| " + " | ".join(texts) + " |"
 
 
@@ -242,11 +252,16 @@ def _tex(text):
 def ledger_markdown(verdicts: pd.DataFrame) -> str:
     """Verdicts by model and every published number that has a measured one beside it, in Markdown."""
     heads, rows = _verdict_counts(verdicts)
-    lines = ["### Published and measured", "", _md_row(heads), _md_row(["---", *["---:"] * len(ledger.VERDICTS)])]
-    lines += [_md_row(row) for row in rows]
+    lines = [
+        "### Published and measured",
+        "",
+        markdown_row(heads),
+        markdown_row(["---", *["---:"] * len(ledger.VERDICTS)]),
+    ]
+    lines += [markdown_row(row) for row in rows]
     for model, of_model in verdicts[verdicts["verdict"] != "NOT RUN"].groupby("model", sort=False):
-        lines += ["", f"### {model}", "", _md_row(SHOWN), _md_row(["---"] * len(SHOWN))]
-        lines += [_md_row(row) for row in _shown(of_model)]
+        lines += ["", f"### {model}", "", markdown_row(SHOWN), markdown_row(["---"] * len(SHOWN))]
+        lines += [markdown_row(row) for row in _shown(of_model)]
     return "\n".join([*lines, "", _LEDGER_FOOTER, ""])
 
 

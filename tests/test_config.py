@@ -223,7 +223,7 @@ def test_a_method_may_be_given_its_own_defaults(default, method):
 
 
 def test_the_schema_knows_every_selection():
-    from quest.finetune import SELECTIONS
+    from quest.selection import SELECTIONS
 
     schema = yaml.safe_load(configuration.SCHEMA.read_text())
     assert set(schema["$defs"]["quest"]["properties"]["selection"]["enum"]) == set(SELECTIONS)

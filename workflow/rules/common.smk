@@ -8,6 +8,7 @@ from snakemake.exceptions import WorkflowError
 from quest.config import (
     ConfigError,
     Run,
+    ablation_runs,
     check_names,
     recipe_of,
     runs,
@@ -28,10 +29,11 @@ except ConfigError as error:
 NAME = config["name"]
 RUNS = runs(config)
 SEED_RUNS = seed_runs(config)
-STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS)
-QUESTIONS = config.get(
-    "questions", {}
-)  # {model, bits}: where what takes finetuning is measured; properties: each model
+ABLATION_RUNS = ablation_runs(config)
+STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS + ABLATION_RUNS)
+METHODS = [*config["methods"], *config.get("ablations", {}).get("rows", {})]
+# {model, bits}: where what takes finetuning is measured; properties are, on each model.
+QUESTIONS = config.get("questions", {})
 DEVICE = config.get("device", "cpu")
 CLIPS = {model.clip for model in MODELS.values() if model.clip}
 # Per model, the bits in the order of the grid: what one sample grid compares.
@@ -63,7 +65,7 @@ shell.prefix(
 wildcard_constraints:
     name=re.escape(NAME),
     model="|".join(map(re.escape, config["models"])),
-    method=f"({'|'.join(map(re.escape, config['methods']))})(@[0-9]+)?",
+    method=f"({'|'.join(map(re.escape, METHODS))})(@[0-9]+)?",
     draw=r"\d+",
     bits=r"w\d+a\d+",
     shard=r"\d+",
