@@ -55,6 +55,7 @@ class Project:
         for model in ("scenes-uncond", "scenes-class", "scenes-text"):
             self.write(f"resources/zoo/{model}/unet/weights.safetensors", "")
         self.write("resources/reference/scenes.npz", "")
+        self.write("resources/published.csv", "")
 
     def write(self, name: str, text: str) -> None:
         file = self.folder / name
