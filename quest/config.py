@@ -141,14 +141,14 @@ def validate(config: dict) -> None:
         blocks["questions"] = {"model": [asked["model"]], "method": ["quest"], "bits": [asked["bits"]]}
     for key, block in blocks.items():
         _check_cells(key, block, config)
-    if "ablations" in config:
-        _check_ablations(config)
     for method in config["methods"]:
         chain = [method]
         while start := config["methods"][chain[-1]].get("init"):
             valid = [name for name in config["methods"] if name not in (*chain, FULL_PRECISION[0])]
             _one_of(start, valid, f"methods.{chain[-1]}.init: {start!r} is no starting point")
             chain.append(start)
+    if "ablations" in config:
+        _check_ablations(config)
 
 
 def _check_cells(key: str, block: dict, config: dict) -> None:

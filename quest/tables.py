@@ -207,26 +207,26 @@ def latex(main: pd.DataFrame, paired: pd.DataFrame) -> str:
         heads = list(LEFT)
         for label, low in block["columns"]:
             arrow = r"$\downarrow$" if low else r"$\uparrow$"
-            name, _, network = _tex(label).partition(" (")
+            name, _, network = tex(label).partition(" (")
             heads.append(rf"\shortstack{{{name} {arrow}\\({network}}}" if network else f"{name} {arrow}")
         footer = " ".join(block["footer"])
         columns = "ll" + "r" * (len(heads) - 2)
-        blocks.append(_tex_table(heads, block["rows"], columns, f"{block['model']}. {footer}"))
+        blocks.append(latex_table(heads, block["rows"], columns, f"{block['model']}. {footer}"))
     return "\n".join(blocks)
 
 
-def _tex_table(heads, rows, columns, caption):
+def latex_table(heads: Sequence[str], rows: Sequence[Sequence[str]], columns: str, caption: str) -> str:
     """A table of booktabs; heads are TeX already, rows and caption plain."""
     return "\n".join(
         [
             r"\begin{table*}[t]",
             r"\centering\small",
-            rf"\caption{{{_tex(caption)}}}",
+            rf"\caption{{{tex(caption)}}}",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
             " & ".join(heads) + r" \\",
             r"\midrule",
-            *(" & ".join(map(_tex, row)) + r" \\" for row in rows),
+            *(" & ".join(map(tex, row)) + r" \\" for row in rows),
             r"\bottomrule",
             r"\end{tabular}",
             r"\end{table*}",
@@ -235,7 +235,8 @@ def _tex_table(heads, rows, columns, caption):
     )
 
 
-def _tex(text):
+def tex(text: str) -> str:
+    """Plain text as TeX."""
     for plain, escaped in {
         "_": r"\_",
         "%": r"\%",
@@ -268,9 +269,9 @@ def ledger_markdown(verdicts: pd.DataFrame) -> str:
 def ledger_latex(verdicts: pd.DataFrame) -> str:
     """The same for papers; needs the package booktabs."""
     heads, rows = _verdict_counts(verdicts)
-    blocks = [_tex_table(heads, rows, "l" + "r" * len(ledger.VERDICTS), f"Published and measured. {_LEDGER_FOOTER}")]
+    blocks = [latex_table(heads, rows, "l" + "r" * len(ledger.VERDICTS), f"Published and measured. {_LEDGER_FOOTER}")]
     for model, of_model in verdicts[verdicts["verdict"] != "NOT RUN"].groupby("model", sort=False):
-        blocks.append(_tex_table(SHOWN, _shown(of_model), "l" * len(SHOWN), f"Ledger of {model}."))
+        blocks.append(latex_table(SHOWN, _shown(of_model), "l" * len(SHOWN), f"Ledger of {model}."))
     return "\n".join(blocks)
 
 

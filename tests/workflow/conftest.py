@@ -57,6 +57,7 @@ class Project:
             self.write(f"resources/zoo/{model}/unet/weights.safetensors", "")
         self.write("resources/reference/scenes.npz", "")
         self.write("resources/references.bib", "")
+        self.write("resources/published.csv", "")
 
     def write(self, name: str, text: str) -> None:
         file = self.folder / name

@@ -27,3 +27,30 @@ rule ablation_table:
     shell:
         "python -m workflow.scripts.ablations {input.metrics} --ablations {params.ablations:q} --csv {output.csv}"
         " --markdown {output.markdown} --figure {output.figure} > {log} 2>&1"
+
+
+# Not part of `all`: the paper's tables with what the grid has, and with those rows of the ablations that were run.
+rule paper_tables:
+    input:
+        expand("results/{name}/tables/{table}", name=NAME, table=PAPER_TABLES),
+
+
+rule paper_table:
+    input:
+        script="workflow/scripts/paper_tables.py",
+        published="resources/published.csv",
+        metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in RUNS]),
+        ablations=ablations_run,
+    output:
+        expand("results/{{name}}/tables/{table}", table=PAPER_TABLES),
+    log:
+        "results/{name}/tables/paper_tables.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    shell:
+        "python -m workflow.scripts.paper_tables {input.metrics} {input.ablations} -o results/{wildcards.name}/tables"
+        " > {log} 2>&1"

@@ -41,6 +41,7 @@ CELLS = list(dict.fromkeys((run.model, run.bits) for run in RUNS if run.method !
 # Models whose images are kept and can be shown; of the others, features and latents are.
 PICTURED = [model for model, settings in config["models"].items() if settings.get("keep_images", True)]
 TABLES = ["main.csv", "main.md", "main.tex", "paired.csv", "eps_error.csv", "ledger.csv", "ledger.md", "ledger.tex"]
+PAPER_TABLES = expand("table{number}.{kind}", number=range(2, 12), kind=["csv", "md", "tex"])
 METRICS = ["fid", "sfid", "is", "latent_mse", "fid_to_fp", "eps_error"]
 METRICS += ["psnr"] if PICTURED else []
 METRICS += ["clip"] if any(MODELS[run.model].clip for run in RUNS) else []
@@ -210,3 +211,10 @@ def started(wc):
     model = getattr(wc, "model", QUESTIONS["model"])
     start = start_of(config, Run(model, "quest", QUESTIONS["bits"]))
     return f"results/{NAME}/{start.path}/model.safetensors" if start else []
+
+
+def ablations_run(wc):
+    """Measured rows of the ablations that lie there and are no cells of the grid: a plan runs none for the tables."""
+    rows = [run for run in ABLATION_RUNS if run not in RUNS]
+    metrics = [f"results/{wc.name}/{run.path}/metrics.json" for run in rows]
+    return [path for path in metrics if Path(path).exists()]
