@@ -58,7 +58,7 @@ def main() -> None:
     latents = torch.cat([batch[1] for batch in batches]).cpu().numpy()
     seconds = round(time.perf_counter() - start, 1)
     captions = model.conditions("evaluation", index.tolist()).get("prompt") if model.clip else None
-    features = extract(images, model.extractor, model.clip, captions, device=arguments.device)
+    features = extract(images, model.extractor, model.clip, captions, arguments.device, model.batch_size)
     if arguments.checkpoint and shard == 0:
         errors, timesteps = eps_error(pipe, evaluation)
         features |= {"eps_error": errors.cpu().numpy(), "timesteps": np.array(timesteps)}
