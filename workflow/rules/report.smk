@@ -26,7 +26,12 @@ rule report:
         references="resources/references.bib",
         tables=expand("results/{name}/tables/{table}", name=NAME, table=TABLES),
         figures=expand("results/{name}/figures/{figure}.png", name=NAME, figure=CURVES),
-        samples=[file for run in RUNS for kind in ("samples", "features") for file in arrays(kind, run.model, run.method, run.bits)],
+        samples=[
+            file
+            for run in RUNS
+            for kind in ("samples", "features")
+            for file in arrays(kind, run.model, run.method, run.bits)
+        ],
     output:
         f"results/{NAME}/report.html",
     log:
@@ -38,7 +43,7 @@ rule report:
         mem_mb=at_size(2000, 16000),
         runtime=at_size(15, 60),
     params:
-        run=f"results/{NAME}",
+        run=subpath(output[0], parent=True),
         optional=optional,
         kernels=sorted(map(str, Path("results/kernels").glob("*.csv"))),
     shell:
