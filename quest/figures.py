@@ -117,7 +117,7 @@ def quality(main: pd.DataFrame, model: str, metric: str, against: str) -> str:
     if frame.empty:
         raise ValueError(f"{model} has no row of metric {metric!r} to draw")
     figure = Figure(figsize=(3.5, 2.6))
-    axes = figure.add_axes((0.14, 0.18, 0.84, 0.72))
+    axes = figure.add_axes((0.14, 0.1, 0.84, 0.8) if against == "bits" else (0.14, 0.18, 0.84, 0.72))
     for row in frame[frame["method"] == "fp"].itertuples():
         if against == "bits":
             axes.axhspan(row.low, row.high, color="black", alpha=0.12, lw=0)

@@ -53,7 +53,7 @@ rule report:
         mem_mb=at_size(2000, 16000),
         runtime=at_size(15, 60),
     params:
-        run=f"results/{NAME}",
+        run=subpath(output[0], parent=True),
         optional=optional,
         kernels=sorted(map(str, Path("results/kernels").glob("*.csv"))),
     shell:
