@@ -178,21 +178,13 @@ def failed(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:200]}"
 
 
-def _quantized_weight(weight: Tensor, kernel: str):
-    spec = QuantSpec(bits_of(kernel)[0], axis=0)
-    return quantize(weight, QParams(*ranges.minmax(weight, spec), spec))
-
-
 def _conv2d(layer, batch, name):
     x = torch.randn(batch, *layer.input).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(layer.outputs, layer.input[0], layer.kernel, layer.kernel)
-    weight, bias = weight.contiguous(memory_format=torch.channels_last), torch.randn(layer.outputs)
+    weight, bias = _weight(layer)
     stride, padding, dilation = [layer.stride] * 2, [layer.padding] * 2, [1, 1]
     conv = dict(stride=stride, padding=padding, dilation=dilation, groups=1)
     if name in OWN:
-        kernel, packed = _packed(name, weight)
-        if kernel is reference:
-            packed = packed.contiguous(memory_format=torch.channels_last)
+        kernel, packed = _packed(layer, name)
         return partial(kernel.conv2d, x, qparams(bits_of(name)[1]), packed, bias, **conv)
     if name.startswith("bf16"):
         x, weight, bias = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
@@ -223,9 +215,9 @@ def _conv2d(layer, batch, name):
 
 def _linear(layer, batch, name):
     x = torch.randn(batch, *layer.input)
-    weight, bias = torch.randn(layer.outputs, layer.input[-1]), torch.randn(layer.outputs)
+    weight, bias = _weight(layer)
     if name in OWN:
-        kernel, packed = _packed(name, weight)
+        kernel, packed = _packed(layer, name)
         return partial(kernel.linear, x, qparams(bits_of(name)[1]), packed, bias)
     if name.startswith("bf16"):
         x, weight, bias = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
@@ -271,9 +263,27 @@ def _attention(layer, batch, name):
     return lambda: reference.attention(*(t.flatten(0, 1) for t in (q, k, v)), *params, scale)
 
 
-def _packed(name, weight):
+@lru_cache(1)
+def _weight(layer):
+    """Weight and bias of a layer, the same for all batches and contenders."""
+    torch.manual_seed(1)
+    if layer.kind == "linear":
+        weight = torch.randn(layer.outputs, layer.input[-1])
+    else:
+        weight = torch.randn(layer.outputs, layer.input[0], layer.kernel, layer.kernel)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    return weight, torch.randn(layer.outputs)
+
+
+@lru_cache(len(OWN))
+def _packed(layer, name):
+    weight, _ = _weight(layer)
+    spec = QuantSpec(bits_of(name)[0], axis=0)
     kernel = reference if name.startswith("reference") else integer
-    return kernel, kernel.pack(_quantized_weight(weight, name))
+    packed = kernel.pack(quantize(weight, QParams(*ranges.minmax(weight, spec), spec)))
+    if kernel is reference and layer.kind == "conv2d":
+        packed = packed.contiguous(memory_format=torch.channels_last)
+    return kernel, packed
 
 
 def _int8(weight):
@@ -661,7 +671,7 @@ def _measure_peak(point):
 
 def _measure_layer(point):
     made = contenders(point.layer, point.batch, point.names())
-    seconds = interleaved({name: call for name, call in made.items() if callable(call)}, 0.4, (5, 25))
+    seconds = interleaved({name: call for name, call in made.items() if callable(call)}, 0.4, (3, 25))
     rows = []
     for name, call in made.items():
         if not callable(call):
