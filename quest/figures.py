@@ -306,6 +306,60 @@ def imbalance(frame: pd.DataFrame, path: str | Path) -> None:
     _save(figure, path)
 
 
+def taylor(frame: pd.DataFrame, path: str | Path, title: str = "") -> None:
+    """What Taylor steps leave over against bits: of the output on the left, of the loss on the right.
+
+    `frame` has columns bits, what (see quest.taylor.remainders), value, low, high.
+    """
+    panels_of = {
+        "of the output's change": {"first": "first-order step", "second": "second-order step"},
+        "of the loss": {"loss, 1 step": "one second-order step", "loss, 4 steps": "four, each with its gradient"},
+    }
+    figure = Figure(figsize=(7.2, 3.2), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (whole, names) in zip(panels, panels_of.items(), strict=True):
+        for place, (what, label) in enumerate(names.items()):
+            points = frame[frame["what"] == what].sort_values("bits")
+            low = points["low"].clip(lower=points["value"] / 10)
+            spread = [points["value"] - low, points["high"] - points["value"]]
+            style = dict(marker=MARKERS[place], color=COLOURS[place], ms=4, lw=1.3, elinewidth=1.2, capsize=2)
+            axes.errorbar(points["bits"], points["value"], spread, label=label, **style)
+        _log_axis(axes, frame["value"])
+        axes.axhline(1, color=INK, lw=0.6)
+        axes.invert_xaxis()
+        axes.set_xlabel("bits of weights and layer inputs", fontsize=9)
+        axes.set_title(f"left over, as a share {whole}", fontsize=9)
+        axes.legend(fontsize=8, frameon=False)
+        _plain(axes)
+    if title:
+        figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
+def signals(rows: dict[str, Sequence], classes: Sequence[str], path: str | Path) -> None:
+    """One-dimensional samples, {label: [signals, length]}: a row per label, a column per class.
+
+    The first row is of data, the second of full precision, which stands thin behind the others, drawn from the same
+    noise.
+    """
+    figure = Figure(figsize=(1.1 + 1.5 * len(classes), 0.5 + 0.95 * len(rows)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(rows), len(classes), squeeze=False, sharex=True, sharey=True)
+    for place, (label, values) in enumerate(rows.items()):
+        for axes, value, name in zip(panels[place], values, classes, strict=True):
+            axes.plot(value, color="black" if place < 2 else COLOURS[(place - 2) % len(COLOURS)], lw=1)
+            if place >= 2:
+                exact = list(rows.values())[1][list(classes).index(name)]
+                axes.plot(exact, color="black", lw=0.5, alpha=0.5)
+            if place == 0:
+                axes.set_title(name, fontsize=8)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for side in ("top", "right", "bottom", "left"):
+                axes.spines[side].set_visible(False)
+        panels[place, 0].set_ylabel(label, fontsize=8)
+    _save(figure, path)
+
+
 def _most_bits_first(bits):
     weight, activation = (int(part) for part in bits[1:].split("a"))
     return (-weight, -activation)
