@@ -200,7 +200,7 @@ def sensitivity(frame: pd.DataFrame, path: str | Path) -> None:
     figure.supxlabel(
         "relative squared error of the noise prediction, one class quantized, the rest in float", fontsize=9
     )
-    _legend(figure, panels)
+    _legend(figure, panels, 2 * len(models))
     _save(figure, path)
 
 
@@ -232,7 +232,9 @@ def temporal(errors: pd.DataFrame, embeddings: pd.DataFrame, path: str | Path) -
             points = of_model[of_model["ranges"] == kind]
             style = dict(color=COLOURS[place], marker=MARKERS[place], ms=3, lw=1.2)
             axes.plot(points["timestep"], points["error"], label=kind, **style)
-        axes.plot(points["timestep"], points["apart"], color="black", lw=1.6, label="to the next timestep")
+        axes.plot(
+            points["timestep"], points["apart"], color="black", lw=1.6, label="to the next timestep, full precision"
+        )
         _log_axis(axes, embeddings[["error", "apart"]].stack())
         axes.set_xlim(embeddings["timestep"].max() + 15, embeddings["timestep"].min() - 15)
         axes.set_xlabel("timestep (noise to image)", fontsize=8)
@@ -240,7 +242,7 @@ def temporal(errors: pd.DataFrame, embeddings: pd.DataFrame, path: str | Path) -
             _plain(panel)
     panels[0, 0].set_ylabel("noise-prediction error", fontsize=9)
     panels[1, 0].set_ylabel("distance of embeddings", fontsize=9)
-    _legend(figure, panels.flat)
+    _legend(figure, panels.flat, 2 * len(models))
     _save(figure, path)
 
 
@@ -394,14 +396,14 @@ def _plain(axes):
     axes.tick_params(labelsize=8, colors=INK)
 
 
-def _legend(figure, panels):
+def _legend(figure, panels, columns=6):
     """One legend above all panels, with what any of them shows."""
     found = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     figure.legend(
-        found.values(), found, loc="outside upper center", ncols=min(len(found), 6), fontsize=8, frameon=False
+        found.values(), found, loc="outside upper center", ncols=min(len(found), columns), fontsize=8, frameon=False
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from quest import figures, properties, questions
 from quest.metrics.intervals import student
+from quest.properties import KINDS
 
 
 def cell(method: str, shift: float) -> dict:
@@ -45,7 +46,14 @@ def evidence() -> questions.Evidence:
     logs = {"layers": 3, "histogram": [1.0], "kurtosis": [1.0, 2.0]}
     denoisers = {name: {"shortcut": logs} for name in ("full precision", "before finetuning")}
     denoisers["after finetuning"] = {"shortcut": logs | {"kurtosis": [0.5, 1.5]}}
+    errors = [{"quantized": q, "ranges": r, "errors": [0.1, 0.2]} for q in ("path", "rest", "all") for r in KINDS]
+    distances = [{"ranges": "static", "what": w, "values": [1, 1]} for w in ("error", "apart", "apart_quantized")]
+    distances.append({"ranges": "static", "what": "nearest", "values": [0, 0]})
+    temporal = [{"model": "m", "bits": "w4a4", "timesteps": [801, 1], "errors": errors, "distances": distances}]
     frames = {
+        "temporal": properties.temporal_frame(temporal),
+        "time_ranges": properties.range_frame(temporal),
+        "embeddings": properties.embeddings_frame(temporal),
         "sensitivity": properties.sensitivity_frame([{"model": "m", "bits": "w4a4", "rows": lowered}]),
         "activation_changes": properties.change_frame([{"model": "m", "bits": "w4a4", "denoisers": denoisers}]),
     }
@@ -109,6 +117,7 @@ def test_the_document_answers_ten_questions_with_what_there_is(evidence):
     ]
     assert float(line.split(": ")[1].split()[0]) == pytest.approx(0.3) and line.endswith("worse.")
     assert "m, kurtosis: lower after finetuning in 1 of 1 classes of layers" in text
+    assert "nearest to their own exact one: 1 of 2 (static)" in text
     assert "most error from shortcut 0.5" in text
     assert "slower" in text and "| quest | " in text and "10 + 20" in text
     tables = [line for line in text.split("\n") if line.startswith("|")]

@@ -69,7 +69,7 @@ class SignalDenoiser(ModelMixin, ConfigMixin):
         sample_size: tuple[int, int] = (1, signals.LENGTH),
         in_channels: int = 1,
         cross_attention_dim: int = CONTEXT,
-        width: int = 48,
+        width: int = 32,
     ):
         super().__init__()
         wide, embedding = 2 * width, 4 * width
@@ -132,7 +132,7 @@ def model(weights: str | Path) -> Model:
 
 def train(
     out: str | Path,
-    iterations: int = 3000,
+    iterations: int = 2500,
     batch: int = 64,
     examples: int = 16_384,
     learning_rate: float = 2e-3,
@@ -180,7 +180,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, required=True, help="file (.safetensors) to write")
-    parser.add_argument("--iterations", type=int, default=3000, help="batches of 64 (default %(default)s)")
+    parser.add_argument("--iterations", type=int, default=2500, help="batches of 64 (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,7 +1,7 @@
 # `snakemake questions`: what the paper claims and leaves open, measured on the models of the config. Not part of `all`;
 # starts from the calibration sets and checkpoints of the grid.
 
-PROPERTIES = ["activations", "activation_changes", "temporal", "embeddings", "sensitivity"]
+PROPERTIES = ["activations", "activation_changes", "temporal", "time_ranges", "embeddings", "sensitivity"]
 PROPERTY_FIGURES = ["activations", "imbalance", "temporal", "sensitivity"]
 # Finetuning once more: {variant: (keyword arguments of QuEST, data of workflow.scripts.tuning)}.
 GLOBAL = {"local_tla": False, "local_cma": False}
