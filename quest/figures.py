@@ -309,7 +309,7 @@ def sensitivity(frame: pd.DataFrame, path: str | Path) -> None:
     figure.supxlabel(
         "relative squared error of the noise prediction, one class quantized, the rest in float", fontsize=9
     )
-    _legend(figure, panels)
+    _legend(figure, panels, 2 * len(models))
     _save(figure, path)
 
 
@@ -341,7 +341,9 @@ def temporal(errors: pd.DataFrame, embeddings: pd.DataFrame, path: str | Path) -
             points = of_model[of_model["ranges"] == kind]
             style = dict(color=COLOURS[place], marker=MARKERS[place], ms=3, lw=1.2)
             axes.plot(points["timestep"], points["error"], label=kind, **style)
-        axes.plot(points["timestep"], points["apart"], color="black", lw=1.6, label="to the next timestep")
+        axes.plot(
+            points["timestep"], points["apart"], color="black", lw=1.6, label="to the next timestep, full precision"
+        )
         _log_axis(axes, embeddings[["error", "apart"]].stack())
         axes.set_xlim(embeddings["timestep"].max() + 15, embeddings["timestep"].min() - 15)
         axes.set_xlabel("timestep (noise to image)", fontsize=8)
@@ -349,7 +351,7 @@ def temporal(errors: pd.DataFrame, embeddings: pd.DataFrame, path: str | Path) -
             _plain(panel)
     panels[0, 0].set_ylabel("noise-prediction error", fontsize=9)
     panels[1, 0].set_ylabel("distance of embeddings", fontsize=9)
-    _legend(figure, panels.flat)
+    _legend(figure, panels.flat, 2 * len(models))
     _save(figure, path)
 
 
@@ -461,6 +463,60 @@ def paired_differences(frame: pd.DataFrame, against: str, metric: str, path: str
     _save(figure, path)
 
 
+def taylor(frame: pd.DataFrame, path: str | Path, title: str = "") -> None:
+    """What Taylor steps leave over against bits: of the output on the left, of the loss on the right.
+
+    `frame` has columns bits, what (see quest.taylor.remainders), value, low, high.
+    """
+    panels_of = {
+        "of the output's change": {"first": "first-order step", "second": "second-order step"},
+        "of the loss": {"loss, 1 step": "one second-order step", "loss, 4 steps": "four, each with its gradient"},
+    }
+    figure = Figure(figsize=(7.2, 3.2), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (whole, names) in zip(panels, panels_of.items(), strict=True):
+        for place, (what, label) in enumerate(names.items()):
+            points = frame[frame["what"] == what].sort_values("bits")
+            low = points["low"].clip(lower=points["value"] / 10)
+            spread = [points["value"] - low, points["high"] - points["value"]]
+            style = dict(marker=MARKERS[place], color=COLOURS[place], ms=4, lw=1.3, elinewidth=1.2, capsize=2)
+            axes.errorbar(points["bits"], points["value"], spread, label=label, **style)
+        _log_axis(axes, frame["value"])
+        axes.axhline(1, color=INK, lw=0.6)
+        axes.invert_xaxis()
+        axes.set_xlabel("bits of weights and layer inputs", fontsize=9)
+        axes.set_title(f"left over, as a share {whole}", fontsize=9)
+        axes.legend(fontsize=8, frameon=False)
+        _plain(axes)
+    if title:
+        figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
+def signals(rows: dict[str, Sequence], classes: Sequence[str], path: str | Path) -> None:
+    """One-dimensional samples, {label: [signals, length]}: a row per label, a column per class.
+
+    The first row is of data, the second of full precision, which stands thin behind the others, drawn from the same
+    noise.
+    """
+    figure = Figure(figsize=(1.1 + 1.5 * len(classes), 0.5 + 0.95 * len(rows)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(rows), len(classes), squeeze=False, sharex=True, sharey=True)
+    for place, (label, values) in enumerate(rows.items()):
+        for axes, value, name in zip(panels[place], values, classes, strict=True):
+            axes.plot(value, color="black" if place < 2 else COLOURS[(place - 2) % len(COLOURS)], lw=1)
+            if place >= 2:
+                exact = list(rows.values())[1][list(classes).index(name)]
+                axes.plot(exact, color="black", lw=0.5, alpha=0.5)
+            if place == 0:
+                axes.set_title(name, fontsize=8)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for side in ("top", "right", "bottom", "left"):
+                axes.spines[side].set_visible(False)
+        panels[place, 0].set_ylabel(label, fontsize=8)
+    _save(figure, path)
+
+
 def _most_bits_first(bits):
     weight, activation = (int(part) for part in bits[1:].split("a"))
     return (-weight, -activation)
@@ -495,14 +551,14 @@ def _plain(axes):
     axes.tick_params(labelsize=8, colors=INK)
 
 
-def _legend(figure, panels):
+def _legend(figure, panels, columns=6):
     """One legend above all panels, with what any of them shows."""
     found = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     figure.legend(
-        found.values(), found, loc="outside upper center", ncols=min(len(found), 6), fontsize=8, frameon=False
+        found.values(), found, loc="outside upper center", ncols=min(len(found), columns), fontsize=8, frameon=False
     )
 
 

@@ -57,6 +57,15 @@ def test_embeddings_say_which_timestep_they_look_like():
     assert len(properties.temporal_frame([TEMPORAL])) == 6
 
 
+def test_ranges_are_compared_on_the_same_trajectories():
+    errors = [
+        {"quantized": "all", "ranges": ranges, "errors": [1 + less, 5 + less]}
+        for ranges, less in zip(properties.KINDS, (0.0, -0.5), strict=True)
+    ]
+    (row,) = properties.range_frame([TEMPORAL | {"errors": errors}]).to_dict("records")
+    assert (row["value"], row["low"], row["high"]) == (-0.5, -0.5, -0.5)
+
+
 def test_changes_are_paired_by_trajectory():
     frame = properties.change_frame([activations(math.log(2))])
     after = frame[(frame["denoiser"] == "after finetuning") & (frame["layer_class"] == "boundary")]

@@ -195,21 +195,31 @@ def optional(wc):
     return sorted(f"{file} {file.stat().st_mtime_ns}" for file in files if file.name not in made)
 
 
-def asked(path):
-    """A file of the grid as an input, where the config asks anything; else the one line that says it does not."""
+def question(key):
+    """What the config's questions are asked of: its model or its bits."""
+    if not QUESTIONS:
+        raise WorkflowError("questions: the config has no such key; e.g. questions: {model: scenes-class, bits: w4a4}")
+    return QUESTIONS[key]
+
+
+def of_question(wc):
+    """The run of QuEST that a job is about: of its own model, if it has one, else of the model of the questions."""
+    return Run(getattr(wc, "model", None) or question("model"), "quest", question("bits"))
+
+
+def asked(file):
+    """A file of that run or of its model as an input."""
 
     def found(wc):
-        if not QUESTIONS:
-            raise WorkflowError("questions: the config has no such key; e.g. {model: scenes-class, bits: w4a4}")
-        return path.format(name=wc.name, model=getattr(wc, "model", QUESTIONS["model"]), bits=QUESTIONS["bits"])
+        run = of_question(wc)
+        return f"results/{NAME}/{run.path if file == 'model.safetensors' else run.model}/{file}"
 
     return found
 
 
 def started(wc):
-    """What QuEST's weights start from at the bits of the questions."""
-    model = getattr(wc, "model", QUESTIONS["model"])
-    start = start_of(config, Run(model, "quest", QUESTIONS["bits"]))
+    """What that run starts from."""
+    start = start_of(config, of_question(wc))
     return f"results/{NAME}/{start.path}/model.safetensors" if start else []
 
 
@@ -218,3 +228,15 @@ def ablations_run(wc):
     rows = [run for run in ABLATION_RUNS if run not in RUNS]
     metrics = [f"results/{wc.name}/{run.path}/metrics.json" for run in rows]
     return [path for path in metrics if Path(path).exists()]
+
+
+def measured(wc):
+    """Metrics of the grid's rows at the model and bits of the questions, and of any other row that has been run there.
+
+    What is not there does not run for the sake of the questions; they say so.
+    """
+    run = of_question(wc)
+    cell = f"results/{NAME}/{run.model}/{{}}/{run.bits}/metrics.json"
+    ours = [other.method for other in RUNS if (other.model, other.bits) == (run.model, run.bits)]
+    found = sorted(path.parts[-3] for path in Path().glob(cell.format("*")))
+    return [cell.format(method) for method in dict.fromkeys(ours + found) if "@" not in method]

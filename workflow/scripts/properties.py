@@ -23,6 +23,7 @@ def main() -> None:
         "activations": properties.activation_frame(activations),
         "activation_changes": properties.change_frame(activations),
         "temporal": properties.temporal_frame(temporal),
+        "time_ranges": properties.range_frame(temporal),
         "embeddings": properties.embeddings_frame(temporal),
         "sensitivity": properties.sensitivity_frame(sensitivity),
     }

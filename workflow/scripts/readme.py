@@ -17,23 +17,16 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     arguments = parser.parse_args()
 
-    from quest.files import atomic
+    from quest.files import between
 
-    text = arguments.readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SystemExit(f"{arguments.readme}: needs {BEGIN} and {END}, once each and in this order")
+    tables = [arguments.table.read_text().strip(), "### Method against method", paired_table(arguments.paired)]
+    images = [f"![{file.stem.replace('_', ' ')}](docs/assets/{file.name})" for file in arguments.figures]
+    between(arguments.readme, BEGIN, END, "\n\n".join([origin(arguments.main), *tables, *images]))
     assets = arguments.readme.parent / "docs" / "assets"
     assets.mkdir(parents=True, exist_ok=True)
     for file in [arguments.main, arguments.paired, *arguments.figures]:
         shutil.copyfile(file, assets / file.name)
         print(assets / file.name, flush=True)
-
-    tables = [arguments.table.read_text().strip(), "### Method against method", paired_table(arguments.paired)]
-    images = [f"![{file.stem.replace('_', ' ')}](docs/assets/{file.name})" for file in arguments.figures]
-    block = "\n\n".join([BEGIN, origin(arguments.main), *tables, *images, END])
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    with atomic(arguments.readme) as file:
-        file.write_text(before + block + after)
 
 
 def origin(file: Path) -> str:

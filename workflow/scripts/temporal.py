@@ -24,6 +24,7 @@ def main() -> None:
     from quest.config import parse_bits
     from quest.embeddings import PATH, embeddings, moved
     from quest.models import MODELS
+    from quest.properties import KINDS
     from quest.provenance import write_json
     from quest.sensitivity import ENDS, lowered, parts
 
@@ -40,7 +41,7 @@ def main() -> None:
         for name, value in moved(exact, embeddings(student.unet, evaluation)).items():
             distances.append({"ranges": ranges, "what": name, "values": value.tolist()})
 
-    for ranges, time_groups in (("static", 1), ("one for each timestep", len(calibration.timesteps))):
+    for ranges, time_groups in zip(KINDS, (1, len(calibration.timesteps)), strict=True):
         for quantized, names in ((PATH, found[PATH]), (f"all but {PATH}", rest), ("all", found[PATH] + rest)):
             student = lowered(pipe, calibration, names, *bits, time_groups=time_groups)
             error, _ = eps_error(student, evaluation)
