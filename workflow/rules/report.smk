@@ -3,7 +3,15 @@ rule tables:
         script="workflow/scripts/tables.py",
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in RUNS]),
     output:
-        expand("results/{{name}}/tables/{table}", table=TABLES),
+        [
+            report(
+                f"results/{{name}}/tables/{table}",
+                caption=f"../report/{Path(table).stem}.rst",
+                category="Tables",
+                labels={"table": Path(table).stem.replace("_", " "), "format": Path(table).suffix[1:]},
+            )
+            for table in TABLES
+        ],
     log:
         "results/{name}/tables/tables.log",
     conda:
@@ -33,7 +41,7 @@ rule report:
             for file in arrays(kind, run.model, run.method, run.bits)
         ],
     output:
-        f"results/{NAME}/report.html",
+        report(f"results/{NAME}/report.html", caption="../report/report.rst", category="Report"),
     log:
         f"results/{NAME}/report.log",
     conda:
@@ -61,7 +69,15 @@ rule seed_table:
         script="workflow/scripts/seeds.py",
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in SEED_RUNS]),
     output:
-        expand("results/{{name}}/tables/seeds.{kind}", kind=["csv", "md"]),
+        [
+            report(
+                f"results/{{name}}/tables/seeds.{kind}",
+                caption="../report/seeds.rst",
+                category="Tables",
+                labels={"table": "seeds", "format": kind},
+            )
+            for kind in ("csv", "md")
+        ],
     log:
         "results/{name}/tables/seeds.log",
     conda:
@@ -81,7 +97,15 @@ rule curves:
         eps_error="results/{name}/tables/eps_error.csv",
         ranges=expand("results/{{name}}/{model}/ranges.csv", model=config["models"]),
     output:
-        expand("results/{{name}}/figures/{figure}.png", figure=CURVES),
+        [
+            report(
+                f"results/{{name}}/figures/{figure}.png",
+                caption="../report/figures.rst",
+                category="Figures",
+                labels={"figure": figure.replace("_", " ")},
+            )
+            for figure in CURVES
+        ],
     log:
         "results/{name}/figures/curves.log",
     conda:
@@ -100,7 +124,12 @@ rule grid:
         script="workflow/scripts/grid.py",
         samples=first_samples,
     output:
-        "results/{name}/figures/samples-{model}-{bits}.png",
+        report(
+            "results/{name}/figures/samples-{model}-{bits}.png",
+            caption="../report/samples.rst",
+            category="Samples",
+            labels={"model": "{model}", "bits": "{bits}"},
+        ),
     log:
         "results/{name}/figures/samples-{model}-{bits}.log",
     conda:
