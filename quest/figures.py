@@ -242,6 +242,217 @@ def eps_error_curves(frame: pd.DataFrame, path: str | Path) -> None:
     _save(figure, path)
 
 
+def roofline(frame: pd.DataFrame, path: str | Path) -> None:
+    """Operations a second of layers against operations per byte, under what the machine allows: a panel per threads.
+
+    `frame` is that of results/kernels/*.csv. Convolutions by Winograd's algorithm multiply less than is counted, so
+    they can lie above.
+    """
+    layers = frame[(frame["part"] == "layer") & frame["gops"].notna()]
+    threads = sorted(set(layers["threads"]))
+    if not threads:
+        raise ValueError("no layer was measured: nothing to draw")
+    figure = Figure(figsize=(1 + 4 * len(threads), 3.6), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, len(threads), squeeze=False, sharey=True)[0]
+    for axes, number in zip(panels, threads, strict=True):
+        peaks = frame[(frame["part"] == "peak") & (frame["threads"] == number)].set_index("kernel")
+        intensity = np.geomspace(layers["intensity"].min(), layers["intensity"].max(), 100)
+        for place, (kernel, peak) in enumerate({"fp32": "fp32", "integer w8a8": "integer"}.items()):
+            points = layers[(layers["threads"] == number) & (layers["kernel"] == kernel)]
+            look = {"marker": MARKERS[place], "color": COLOURS[place]}
+            axes.scatter(points["intensity"], points["gops"], s=14, alpha=0.6, lw=0, label=kernel, **look)
+            if {peak, "memory"} <= set(peaks.index):
+                roof = np.minimum(peaks.loc[peak, "gops"], peaks.loc["memory", "gbs"] * intensity)
+                axes.plot(intensity, roof, color=COLOURS[place], lw=1.2, label=f"what the machine allows, {peak}")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_title(f"{number} thread{'s' if number > 1 else ''}", fontsize=9)
+        _plain(axes)
+    figure.supxlabel("operations per byte moved at least", fontsize=9)
+    panels[0].set_ylabel("1e9 operations a second", fontsize=9)
+    _legend(figure, panels)
+    _save(figure, path)
+
+
+def sensitivity(frame: pd.DataFrame, path: str | Path) -> None:
+    """Noise-prediction error with one class of layers at few bits, a panel per model, beside the class's shares.
+
+    `frame` has columns model, bits, layer_class, lowered, value, low, high, n, parameters, macs. Classes are in the
+    order of their mean error over models.
+    """
+    frame = frame[frame["layer_class"] != "all"]
+    models, kinds = list(dict.fromkeys(frame["model"])), list(dict.fromkeys(frame["lowered"]))
+    order = np.log(frame[frame["lowered"] == "activations"].set_index("layer_class")["value"]).groupby(level=0).mean()
+    classes = order.sort_values().index.tolist()
+    figure = Figure(figsize=(2.2 + 3.6 * len(models), 1.4 + 0.36 * len(classes)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, 2 * len(models), squeeze=False, sharey=True, width_ratios=[3, 1.2] * len(models))[0]
+    for column, model in enumerate(models):
+        errors, shares = panels[2 * column : 2 * column + 2]
+        of_model = frame[frame["model"] == model]
+        for place, kind in enumerate(kinds):
+            points = of_model[of_model["lowered"] == kind].set_index("layer_class").reindex(classes)
+            y = np.arange(len(classes)) + 0.2 * (place - (len(kinds) - 1) / 2)
+            low = points["low"].clip(lower=points["value"] / 10)
+            style = dict(fmt=MARKERS[place], color=COLOURS[place], ms=4, lw=0, elinewidth=1.3, label=kind)
+            errors.errorbar(points["value"], y, xerr=[points["value"] - low, points["high"] - points["value"]], **style)
+        errors.set_xscale("log")
+        errors.set_yticks(range(len(classes)), classes)
+        errors.set_title(f"{model}, {of_model['bits'].iloc[0].upper()}, n = {of_model['n'].iloc[0]}", fontsize=9)
+        share = of_model.drop_duplicates("layer_class").set_index("layer_class").reindex(classes)
+        for place, (name, what) in enumerate((("parameters", "parameters"), ("macs", "multiply-accumulates"))):
+            y = np.arange(len(classes)) + 0.2 * (2 * place - 1)
+            shares.barh(y, 100 * share[name], 0.36, color=COLOURS[4 + place], label=f"share of {what}")
+        shares.set_title("share [%]", fontsize=9)
+        for axes in (errors, shares):
+            _plain(axes)
+            axes.grid(axis="x", color="#dddddd", lw=0.6)
+    figure.supxlabel(
+        "relative squared error of the noise prediction, one class quantized, the rest in float", fontsize=9
+    )
+    _legend(figure, panels)
+    _save(figure, path)
+
+
+def temporal(errors: pd.DataFrame, embeddings: pd.DataFrame, path: str | Path) -> None:
+    """What quantizing the time-embedding path does, a column per model.
+
+    Above, noise-prediction errors with their intervals (columns model, bits, quantized, ranges, value, low, high, n);
+    below, how far each timestep's embedding moves, against the distance to the next timestep's (model, ranges,
+    timestep, error, apart).
+    """
+    models = list(dict.fromkeys(errors["model"]))
+    what, kinds = list(dict.fromkeys(errors["quantized"])), list(dict.fromkeys(embeddings["ranges"]))
+    figure = Figure(figsize=(1 + 3.2 * len(models), 5.6), dpi=DPI, layout="constrained")
+    panels = figure.subplots(2, len(models), squeeze=False, sharey="row")
+    for column, model in enumerate(models):
+        axes, of_model = panels[0, column], errors[errors["model"] == model]
+        for place, kind in enumerate(dict.fromkeys(errors["ranges"])):
+            points = of_model[of_model["ranges"] == kind].set_index("quantized").reindex(what)
+            spread = [points["value"] - points["low"], points["high"] - points["value"]]
+            style = dict(fmt=MARKERS[place], color=COLOURS[place], ms=5, lw=0, elinewidth=1.4, capsize=2.5)
+            axes.errorbar(np.arange(len(what)) + 0.2 * place - 0.1, points["value"], spread, label=kind, **style)
+        _log_axis(axes, errors["value"])
+        axes.set_xticks(range(len(what)), [text.replace(" time", "\ntime") for text in what])
+        axes.set_xlim(-0.5, len(what) - 0.5)
+        axes.set_title(f"{model}, {of_model['bits'].iloc[0].upper()}, n = {of_model['n'].iloc[0]}", fontsize=9)
+        axes = panels[1, column]
+        of_model = embeddings[embeddings["model"] == model]
+        for place, kind in enumerate(kinds):
+            points = of_model[of_model["ranges"] == kind]
+            style = dict(color=COLOURS[place], marker=MARKERS[place], ms=3, lw=1.2)
+            axes.plot(points["timestep"], points["error"], label=kind, **style)
+        axes.plot(points["timestep"], points["apart"], color="black", lw=1.6, label="to the next timestep")
+        _log_axis(axes, embeddings[["error", "apart"]].stack())
+        axes.set_xlim(embeddings["timestep"].max() + 15, embeddings["timestep"].min() - 15)
+        axes.set_xlabel("timestep (noise to image)", fontsize=8)
+        for panel in panels[:, column]:
+            _plain(panel)
+    panels[0, 0].set_ylabel("noise-prediction error", fontsize=9)
+    panels[1, 0].set_ylabel("distance of embeddings", fontsize=9)
+    _legend(figure, panels.flat)
+    _save(figure, path)
+
+
+DENOISERS = {"full precision": "black", "before finetuning": COLOURS[1], "after finetuning": COLOURS[0]}
+
+
+def histograms(models: Sequence[dict], path: str | Path) -> None:
+    """Distributions of the layers' inputs: a row per model, a panel per class of layers, a line per denoiser.
+
+    models: contents of activations.json, {model, bits, edges, denoisers: {name: {class: {histogram, ...}}}}.
+    """
+    classes = list(dict.fromkeys(c for m in models for c in m["denoisers"]["full precision"]))
+    figure = Figure(figsize=(0.8 + 2 * len(classes), 0.8 + 1.8 * len(models)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(models), len(classes), squeeze=False, sharex=True, sharey=True)
+    for row, model in enumerate(models):
+        for axes, layer_class in zip(panels[row], classes, strict=True):
+            if layer_class not in model["denoisers"]["full precision"]:
+                axes.set_axis_off()
+                continue
+            for name, colour in DENOISERS.items():
+                shares = np.array(model["denoisers"][name][layer_class]["histogram"])
+                axes.stairs(shares, model["edges"], color=colour, lw=1.1, label=name)
+            axes.set_yscale("log")
+            axes.set_ylim(1e-7, 1)
+            axes.set_title(layer_class, fontsize=8)
+            _plain(axes)
+        panels[row, 0].set_ylabel(f"{model['model']}\nshare of values", fontsize=8)
+    figure.supxlabel(
+        "input of a layer, in standard deviations of full precision (beyond 20: in the last bin)", fontsize=9
+    )
+    _legend(figure, panels.flat)
+    _save(figure, path)
+
+
+def imbalance(frame: pd.DataFrame, path: str | Path) -> None:
+    """Statistics of the layers' inputs by class: a row per model, a column per statistic, a point per denoiser.
+
+    `frame` has columns model, layer_class, denoiser, statistic, value, low, high, n.
+    """
+    models, names = list(dict.fromkeys(frame["model"])), list(dict.fromkeys(frame["statistic"]))
+    classes = list(dict.fromkeys(frame["layer_class"]))[::-1]
+    size = (2.2 + 3.1 * len(names), 0.9 + 0.3 * len(classes) * len(models))
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(models), len(names), squeeze=False, sharey=True, sharex="col")
+    for row, model in enumerate(models):
+        for axes, name in zip(panels[row], names, strict=True):
+            for place, (denoiser, colour) in enumerate(DENOISERS.items()):
+                chosen = (frame["model"] == model) & (frame["statistic"] == name) & (frame["denoiser"] == denoiser)
+                points = frame[chosen].set_index("layer_class").reindex(classes)
+                spread = [points["value"] - points["low"], points["high"] - points["value"]]
+                y = np.arange(len(classes)) - 0.2 * (place - 1)
+                style = dict(fmt=MARKERS[place], color=colour, ms=4, lw=0, elinewidth=1.2, label=denoiser)
+                axes.errorbar(points["value"], y, xerr=spread, **style)
+            _plain(axes)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.grid(axis="x", color="#dddddd", lw=0.6)
+            axes.set_yticks(range(len(classes)), classes)
+            axes.set_title(f"{name}, {model}", fontsize=9)
+    _legend(figure, panels.flat)
+
+
+def paired_differences(frame: pd.DataFrame, against: str, metric: str, path: str | Path) -> None:
+    """A line for every row: its difference to `against` in a metric, with its 95 % interval; frame of ablations.csv.
+
+    Colour and shape say whether the interval excludes 0, and to which side.
+    """
+    found = frame[(frame["metric"] == metric) & (frame["versus"] == against)]
+    if found.empty:
+        raise ValueError(f"no difference to {against!r} in {metric!r} to draw")
+    spec, place = METRICS[metric], np.arange(len(found))
+    figure = Figure(figsize=(7.5, 1.4 + 0.19 * len(found)), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    verdicts = {"better": found["better"] == found["row"], "worse": found["better"] == against}
+    verdicts["not told apart"] = ~(verdicts["better"] | verdicts["worse"])
+    styles = {"better": (COLOURS[0], "o"), "worse": (COLOURS[1], "s"), "not told apart": ("#888888", "D")}
+    for verdict, chosen in verdicts.items():
+        points, (colour, marker) = found[chosen], styles[verdict]
+        if points.empty:
+            continue
+        error = [points["difference"] - points["difference_low"], points["difference_high"] - points["difference"]]
+        style = dict(fmt=marker, color=colour, ms=4, lw=0, elinewidth=1.4, capsize=2)
+        axes.errorbar(points["difference"], place[chosen], xerr=error, label=verdict, **style)
+    axes.axvline(0, color=INK, lw=0.8)
+    # Differences of good rows are small beside those of rows that fail: linear around zero, logarithmic outside.
+    sizes = found["difference"].abs()
+    linear = float(sizes.median() * 2) or 1.0
+    if sizes.max() > 10 * linear:
+        axes.set_xscale("symlog", linthresh=linear, linscale=2)
+    axes.set_yticks(place, found["row"])
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    model, bits, n = (found[column].iloc[0] for column in ("model", "bits", "n"))
+    axes.set_xlabel(f"{spec.label}, less that of {against} ({spec.better} is better)", fontsize=9)
+    axes.set_title(f"{model}, {bits.upper()}, n = {n}: paired differences, 95 % intervals", fontsize=9)
+    _plain(axes)
+    axes.grid(axis="x", color="#dddddd", lw=0.6)
+    axes.tick_params(axis="y", labelsize=7)
+    _legend(figure, [axes])
+    _save(figure, path)
+
+
 def _most_bits_first(bits):
     weight, activation = (int(part) for part in bits[1:].split("a"))
     return (-weight, -activation)

@@ -8,6 +8,7 @@ from snakemake.exceptions import WorkflowError
 from quest.config import (
     ConfigError,
     Run,
+    ablation_runs,
     check_names,
     recipe_of,
     runs,
@@ -17,6 +18,7 @@ from quest.config import (
     validate,
 )
 from quest.models import MODELS
+from quest.provenance import CONFIG, config_hash
 
 try:
     check_names([*Path(workflow.basedir, "workflow/config").glob("*.yaml"), *workflow.overwrite_configfiles])
@@ -27,7 +29,11 @@ except ConfigError as error:
 NAME = config["name"]
 RUNS = runs(config)
 SEED_RUNS = seed_runs(config)
-STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS)
+ABLATION_RUNS = ablation_runs(config)
+STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS + ABLATION_RUNS)
+METHODS = [*config["methods"], *config.get("ablations", {}).get("rows", {})]
+# {model, bits}: where what takes finetuning is measured; properties are, on each model.
+QUESTIONS = config.get("questions", {})
 DEVICE = config.get("device", "cpu")
 CLIPS = {model.clip for model in MODELS.values() if model.clip}
 # Per model, the bits in the order of the grid: what one sample grid compares.
@@ -35,6 +41,7 @@ CELLS = list(dict.fromkeys((run.model, run.bits) for run in RUNS if run.method !
 # Models whose images are kept and can be shown; of the others, features and latents are.
 PICTURED = [model for model, settings in config["models"].items() if settings.get("keep_images", True)]
 TABLES = ["main.csv", "main.md", "main.tex", "paired.csv", "eps_error.csv", "ledger.csv", "ledger.md", "ledger.tex"]
+PAPER_TABLES = expand("table{number}.{kind}", number=range(2, 12), kind=["csv", "md", "tex"])
 METRICS = ["fid", "sfid", "is", "latent_mse", "fid_to_fp", "eps_error"]
 METRICS += ["psnr"] if PICTURED else []
 METRICS += ["clip"] if any(MODELS[run.model].clip for run in RUNS) else []
@@ -48,9 +55,10 @@ SHOWN += [figure for figure in CURVES if figure.startswith(("latent_mse_vs_bits"
 # People read logs, also while the job runs: progress bars write to them every five seconds, not ten times a second.
 # glibc gives large arrays back to the system when they are freed, and each new one is paid for in page faults: a fifth
 # of the time of a quantized denoiser. These settings let a process keep them, in large pages; other C libraries ignore
-# them.
+# them. What a job writes says with which config it was made.
 shell.prefix(
-    "export TQDM_MININTERVAL=5 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_TOP_PAD_=67108864"
+    f"export {CONFIG}={config_hash(config)}"
+    " TQDM_MININTERVAL=5 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_TOP_PAD_=67108864"
     " MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824; "
 )
 
@@ -58,7 +66,7 @@ shell.prefix(
 wildcard_constraints:
     name=re.escape(NAME),
     model="|".join(map(re.escape, config["models"])),
-    method=f"({'|'.join(map(re.escape, config['methods']))})(@[0-9]+)?",
+    method=f"({'|'.join(map(re.escape, METHODS))})(@[0-9]+)?",
     draw=r"\d+",
     bits=r"w\d+a\d+",
     shard=r"\d+",
@@ -95,6 +103,12 @@ def given(key):
 def at_size(cpu, cuda):
     """A resource of a job: for the small models on a CPU, or for the paper's on a GPU."""
     return cuda if DEVICE == "cuda" else cpu
+
+
+def growing(cpu, cuda=None):
+    """Memory [MB] or time [minutes] of a job: as much again with every attempt, should `--retries` grant more of them."""
+    first = at_size(cpu, cuda or cpu)
+    return lambda wc, attempt: first * attempt
 
 
 def networks(wc):
@@ -174,8 +188,38 @@ def first_samples(wc):
 
 def optional(wc):
     """What the report shows beyond its inputs, with the time each file was made."""
-    patterns = ("tables/*.csv", "figures/*.png", "questions/*")
+    patterns = ("tables/*.csv", "figures/*.png", "questions/*.md", "questions/**/*.png")
     files = [file for pattern in patterns for file in Path("results", NAME).glob(pattern)]
-    files += Path("results/kernels").glob("*.csv")
-    made = set(f"{table}" for table in TABLES) | {f"{figure}.png" for figure in CURVES + GRIDS}
+    files += [file for kind in ("csv", "md") for file in Path("results/kernels").glob(f"*.{kind}")]
+    made = set(TABLES) | {f"{figure}.png" for figure in CURVES + GRIDS}
     return sorted(f"{file} {file.stat().st_mtime_ns}" for file in files if file.name not in made)
+
+
+def asked(path):
+    """A file of the grid as an input, where the config asks anything; else the one line that says it does not."""
+
+    def found(wc):
+        if not QUESTIONS:
+            raise WorkflowError("questions: the config has no such key; e.g. {model: scenes-class, bits: w4a4}")
+        return path.format(name=wc.name, model=getattr(wc, "model", QUESTIONS["model"]), bits=QUESTIONS["bits"])
+
+    return found
+
+
+def started(wc):
+    """What QuEST's weights start from at the bits of the questions."""
+    model = getattr(wc, "model", QUESTIONS["model"])
+    start = start_of(config, Run(model, "quest", QUESTIONS["bits"]))
+    return f"results/{NAME}/{start.path}/model.safetensors" if start else []
+
+
+def ablations_run(wc):
+    """Measured rows of the ablations that lie there and are no cells of the grid: a plan runs none for the tables."""
+    rows = [run for run in ABLATION_RUNS if run not in RUNS]
+    metrics = [f"results/{wc.name}/{run.path}/metrics.json" for run in rows]
+    return [path for path in metrics if Path(path).exists()]
+
+
+def shown(path, caption, category, **labels):
+    """An output that is not empty, and that `snakemake --report` shows with workflow/report/{caption}.rst and labels."""
+    return ensure(report(path, caption=f"../report/{caption}.rst", category=category, labels=labels), non_empty=True)

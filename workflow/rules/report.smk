@@ -1,14 +1,21 @@
+# Light work that needs no torch: on a cluster it is done where Snakemake runs.
+localrules:
+    tables,
+    seeds,
+    seed_table,
+    curves,
+    grid,
+    readme,
+
+
 rule tables:
     input:
         script="workflow/scripts/tables.py",
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in RUNS]),
     output:
         [
-            report(
-                f"results/{{name}}/tables/{table}",
-                caption=f"../report/{Path(table).stem}.rst",
-                category="Tables",
-                labels={"table": Path(table).stem.replace("_", " "), "format": Path(table).suffix[1:]},
+            shown(
+                f"results/{{name}}/tables/{table}", Path(table).stem, "Tables", table=Path(table).stem, kind=table[-3:]
             )
             for table in TABLES
         ],
@@ -41,7 +48,7 @@ rule report:
             for file in arrays(kind, run.model, run.method, run.bits)
         ],
     output:
-        report(f"results/{NAME}/report.html", caption="../report/report.rst", category="Report"),
+        shown(f"results/{NAME}/report.html", "report", "Report"),
     log:
         f"results/{NAME}/report.log",
     conda:
@@ -70,12 +77,7 @@ rule seed_table:
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in SEED_RUNS]),
     output:
         [
-            report(
-                f"results/{{name}}/tables/seeds.{kind}",
-                caption="../report/seeds.rst",
-                category="Tables",
-                labels={"table": "seeds", "format": kind},
-            )
+            shown(f"results/{{name}}/tables/seeds.{kind}", "seeds", "Tables", table="seeds", kind=kind)
             for kind in ("csv", "md")
         ],
     log:
@@ -98,12 +100,7 @@ rule curves:
         ranges=expand("results/{{name}}/{model}/ranges.csv", model=config["models"]),
     output:
         [
-            report(
-                f"results/{{name}}/figures/{figure}.png",
-                caption="../report/figures.rst",
-                category="Figures",
-                labels={"figure": figure.replace("_", " ")},
-            )
+            shown(f"results/{{name}}/figures/{figure}.png", "figures", "Figures", figure=figure.replace("_", " "))
             for figure in CURVES
         ],
     log:
@@ -124,12 +121,7 @@ rule grid:
         script="workflow/scripts/grid.py",
         samples=first_samples,
     output:
-        report(
-            "results/{name}/figures/samples-{model}-{bits}.png",
-            caption="../report/samples.rst",
-            category="Samples",
-            labels={"model": "{model}", "bits": "{bits}"},
-        ),
+        shown("results/{name}/figures/samples-{model}-{bits}.png", "samples", "Samples", model="{model}", bits="{bits}"),
     log:
         "results/{name}/figures/samples-{model}-{bits}.log",
     conda:
@@ -152,7 +144,6 @@ rule readme:
         figures=expand("results/{name}/figures/{figure}.png", name=NAME, figure=SHOWN),
     log:
         f"results/{NAME}/readme.log",
-    localrule: True
     conda:
         "../../environment.yml"
     threads: 1
