@@ -10,13 +10,19 @@ if not workflow.overwrite_configfiles:
     configfile: "workflow/config/default.yaml"
 
 
+report: "workflow/report/workflow.rst"
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/references.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/questions.smk"
+include: "workflow/rules/ablations.smk"
 include: "workflow/rules/zoo.smk"
+include: "workflow/rules/kernels.smk"
 
 
 localrules:

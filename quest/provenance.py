@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from quest.files import atomic
+
 PACKAGES = ("quest-suite", "torch", "torchvision", "diffusers", "transformers", "numpy", "scipy", "safetensors")
 
 
@@ -86,3 +88,9 @@ def _peak() -> int:
     """Most memory that this process held so far, in MB; Linux counts in KiB, macOS in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6)
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Write a result with the provenance of this process, all at once or not at all."""
+    with atomic(path) as file:
+        file.write_text(json.dumps(content | {"provenance": provenance()}))

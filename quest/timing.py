@@ -304,6 +304,17 @@ def _least(step: Callable, repeats: int, device: str) -> float:
     return min(_seconds(step, device) for _ in range(repeats))
 
 
+def interleaved(steps: dict[str, Callable], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each step, taken in turns: what else the machine does meets them all alike. One turn to warm up."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + 1):
+        for name, step in steps.items():
+            seconds = _seconds(step, device)
+            if turn:
+                found[name].append(seconds)
+    return found
+
+
 def _seconds(step: Callable, device: str) -> float:
     import torch
 

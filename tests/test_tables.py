@@ -69,6 +69,9 @@ def cell(model, method, bits, spread=0.05):
             "macs": 8,
             "kernel": "integer",
             "realizable": 0.9,
+            "latency_ms": 81.5,
+            "batch": 100,
+            "threads": 1,
         },
         "sampled": [made | {"commit": "aaa", "dirty": False}],
         "provenance": made | {"commit": "bbb", "dirty": True},
@@ -98,6 +101,7 @@ def test_main_frame_is_tidy(cells):
         "integer",
         0.9,
     )
+    assert (row.latency_ms, row.latency_at) == (81.5, "batch 100, 1 thread")
     assert frame[frame.method == "fp"].size_mb.tolist() == [40.0] * (frame.method == "fp").sum()
 
 
@@ -208,6 +212,14 @@ def test_notes_stand_below_the_table(cells):
     cells[1]["rows"][0]["note"] = "n = 50 <= 64 dimensions: singular covariance"
     text = tables.markdown(tables.main_frame(cells), tables.paired_frame(cells))
     assert "Notes: rtn w8a8 FID (scenes net): n = 50 <= 64 dimensions: singular covariance." in text
+
+
+def test_a_note_on_every_row_is_told_once(cells):
+    for cell in cells:
+        for row in cell["rows"]:
+            row["note"] = "few images" if row["metric"] == "fid" else ""
+    text = tables.markdown(tables.main_frame(cells), tables.paired_frame(cells))
+    assert "Notes: FID (scenes net): few images." in text
 
 
 def test_latex_is_balanced_and_escaped(cells):

@@ -43,6 +43,16 @@ def mean_interval(value, resampled: np.ndarray, n: int) -> tuple:
     return value - half, value + half
 
 
+def student(values) -> tuple[float, float, float]:
+    """Mean of n independent values and its 95 % interval by Student's t. Raises ValueError for fewer than two."""
+    values = np.asarray(values, np.float64)
+    if len(values) < 2:
+        raise ValueError(f"an interval needs two values or more, got {len(values)}")
+    mean = values.mean()
+    half = stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(mean), float(mean - half), float(mean + half)
+
+
 def resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Means [R] (or [R, S]) of resampled values [N] (or [N, S])."""
     return counts @ np.asarray(values, np.float64) / counts.shape[1]

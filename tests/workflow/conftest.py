@@ -34,6 +34,7 @@ OUTPUTS = {
     "tables": ["-o"],
     "curves": ["-o"],
     "grid": ["-o"],
+    "report": ["-o"],
 }
 TABLES = ["main.csv", "main.md", "main.tex", "paired.csv", "eps_error.csv", "ledger.csv", "ledger.md", "ledger.tex"]
 
@@ -56,6 +57,8 @@ class Project:
         for model in ("scenes-uncond", "scenes-class", "scenes-text"):
             self.write(f"resources/zoo/{model}/unet/weights.safetensors", "")
         self.write("resources/reference/scenes.npz", "")
+        self.write("resources/references.bib", "")
+        self.write("resources/published.csv", "")
 
     def write(self, name: str, text: str) -> None:
         file = self.folder / name

@@ -147,6 +147,64 @@ def test_another_quantization_seed_has_its_own_calibration_and_start(stubbed):
     assert table[3:5] == [f"{cell}/quest/w4a4/metrics.json", f"{cell}/quest@1/w4a4/metrics.json"]
 
 
+def test_the_report_takes_what_is_there_and_starts_nothing_else(finished):
+    run = finished.snakemake("report")
+    assert run.returncode == 0, run.stdout
+    assert "results/default --kernels -o" in (finished.folder / "results/default/report.html").read_text()
+    # A table that `snakemake seeds` made, and measured kernels: the report is made again, the seeds are not.
+    finished.write("results/default/tables/seeds.csv", "")
+    finished.write("results/kernels/cpu.csv", "")
+    (command,) = finished.planned("report")
+    assert "--kernels results/kernels/cpu.csv -o results/default/report.html" in command
+
+
+def test_ablations_reuse_the_default_cells_and_change_one_thing_each(stubbed):
+    rows = stubbed.config()["ablations"]["rows"]
+    stubbed.write("results/default/scenes-class/quest-joint/w4a4/metrics.json", "")
+    commands = stubbed.planned("ablations", "paper_tables")
+    cell = "results/default/scenes-class"
+    made_at = {words[words.index("-o") + 1]: words for words in of(commands, "quantize")}
+    quantized = {path.removeprefix(f"{cell}/"): words for path, words in made_at.items()}
+    bases = {"adaround/w4a32", "adaround-ndtc/w4a32", "quest/w4a4", "q-diffusion/w4a4", "ptq4dm/w4a4"}
+    expected = {f"{path}/model.safetensors" for path in bases | {f"{row}/w4a4" for row in rows}}
+    assert expected <= set(quantized)
+
+    def made(row):
+        words = quantized[f"{row}/w4a4/model.safetensors"]
+        init = words[words.index("--init") + 1].removeprefix(f"{cell}/")
+        return words[4], json.loads(words[words.index("--recipe") + 1]), init
+
+    start = "adaround/w4a32/model.safetensors"
+    assert made("quest-groups-1") == ("quest", {"init": "adaround", "time_groups": 1}, start)
+    assert made("q-diffusion-released") == ("q-diffusion", {"init": "adaround", "granularity": "released"}, start)
+    assert made("qalora") == ("qalora", {"init": "adaround"}, start)
+    (table,) = of(commands, "ablations")
+    assert json.loads(table[table.index("--ablations") + 1])["rows"] == rows
+    assert table[3:5] == [f"{cell}/quest/w4a4/metrics.json", f"{cell}/q-diffusion/w4a4/metrics.json"]
+    # The paper's tables take the rows that were there, and wait for no others.
+    (paper,) = of(commands, "paper_tables")
+    grid = {f"results/default/{run.path}/metrics.json" for run in runs(stubbed.config())}
+    assert set(paper[3 : paper.index("-o")]) == grid | {f"{cell}/quest-joint/w4a4/metrics.json"}
+
+
+def test_questions_take_the_rows_that_have_been_run(stubbed):
+    row = "results/default/scenes-class/quest-wide/w4a4/metrics.json"
+    stubbed.write(row, "{}")
+    commands = stubbed.planned("questions")
+    (answers,) = of(commands, "questions")
+    cells = answers[answers.index("--cells") + 1 : answers.index("--taylor")]
+    assert row in cells and "results/default/scenes-class/q-diffusion/w4a4/metrics.json" in cells
+    assert not any("quest-joint" in cell for cell in cells)
+    data = {words[words.index("--data") + 1] for words in of(commands, "tuning")}
+    assert data == {"trajectories", "scenes", "noise"}
+    for script in ("activations", "temporal", "sensitivity"):
+        assert {words[3] for words in of(commands, script)} == set(stubbed.config()["models"])
+    del (config := stubbed.config())["questions"]
+    stubbed.configure(config)
+    run = stubbed.snakemake("--dry-run", "questions")
+    assert run.returncode != 0 and "questions: the config has no such key" in run.stdout
+
+
 def test_a_second_run_of_the_default_grid_takes_seconds(stubbed):
     """In seconds of CPU, so that a busy machine does not fail it. Files stand in for what a first run leaves."""
     listed = stubbed.snakemake("--summary").stdout

@@ -8,6 +8,7 @@ from snakemake.exceptions import WorkflowError
 from quest.config import (
     ConfigError,
     Run,
+    ablation_runs,
     check_names,
     recipe_of,
     runs,
@@ -28,7 +29,11 @@ except ConfigError as error:
 NAME = config["name"]
 RUNS = runs(config)
 SEED_RUNS = seed_runs(config)
-STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS)
+ABLATION_RUNS = ablation_runs(config)
+STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS + ABLATION_RUNS)
+METHODS = [*config["methods"], *config.get("ablations", {}).get("rows", {})]
+# {model, bits}: where what takes finetuning is measured; properties are, on each model.
+QUESTIONS = config.get("questions", {})
 DEVICE = config.get("device", "cpu")
 CLIPS = {model.clip for model in MODELS.values() if model.clip}
 # Per model, the bits in the order of the grid: what one sample grid compares.
@@ -36,6 +41,7 @@ CELLS = list(dict.fromkeys((run.model, run.bits) for run in RUNS if run.method !
 # Models whose images are kept and can be shown; of the others, features and latents are.
 PICTURED = [model for model, settings in config["models"].items() if settings.get("keep_images", True)]
 TABLES = ["main.csv", "main.md", "main.tex", "paired.csv", "eps_error.csv", "ledger.csv", "ledger.md", "ledger.tex"]
+PAPER_TABLES = expand("table{number}.{kind}", number=range(2, 12), kind=["csv", "md", "tex"])
 METRICS = ["fid", "sfid", "is", "latent_mse", "fid_to_fp", "eps_error"]
 METRICS += ["psnr"] if PICTURED else []
 METRICS += ["clip"] if any(MODELS[run.model].clip for run in RUNS) else []
@@ -60,7 +66,7 @@ shell.prefix(
 wildcard_constraints:
     name=re.escape(NAME),
     model="|".join(map(re.escape, config["models"])),
-    method=f"({'|'.join(map(re.escape, config['methods']))})(@[0-9]+)?",
+    method=f"({'|'.join(map(re.escape, METHODS))})(@[0-9]+)?",
     draw=r"\d+",
     bits=r"w\d+a\d+",
     shard=r"\d+",
@@ -178,3 +184,64 @@ def first_samples(wc):
     return [
         arrays("samples", *cell)[0] for cell in [(wc.model, "fp", "w32a32"), *((wc.model, m, wc.bits) for m in methods)]
     ]
+
+
+def optional(wc):
+    """What the report shows beyond its inputs, with the time each file was made."""
+    patterns = ("tables/*.csv", "figures/*.png", "questions/*.md", "questions/**/*.png")
+    files = [file for pattern in patterns for file in Path("results", NAME).glob(pattern)]
+    files += [file for kind in ("csv", "md") for file in Path("results/kernels").glob(f"*.{kind}")]
+    made = set(TABLES) | {f"{figure}.png" for figure in CURVES + GRIDS}
+    return sorted(f"{file} {file.stat().st_mtime_ns}" for file in files if file.name not in made)
+
+
+def question(key):
+    """What the config's questions are asked of: its model or its bits."""
+    if not QUESTIONS:
+        raise WorkflowError("questions: the config has no such key; e.g. questions: {model: scenes-class, bits: w4a4}")
+    return QUESTIONS[key]
+
+
+def of_question(wc):
+    """The run of QuEST that a job is about: of its own model, if it has one, else of the model of the questions."""
+    return Run(getattr(wc, "model", None) or question("model"), "quest", question("bits"))
+
+
+def asked(file):
+    """A file of that run or of its model as an input."""
+
+    def found(wc):
+        run = of_question(wc)
+        return f"results/{NAME}/{run.path if file == 'model.safetensors' else run.model}/{file}"
+
+    return found
+
+
+def started(wc):
+    """What that run starts from."""
+    start = start_of(config, of_question(wc))
+    return f"results/{NAME}/{start.path}/model.safetensors" if start else []
+
+
+def ablations_run(wc):
+    """Measured rows of the ablations that lie there and are no cells of the grid: a plan runs none for the tables."""
+    rows = [run for run in ABLATION_RUNS if run not in RUNS]
+    metrics = [f"results/{wc.name}/{run.path}/metrics.json" for run in rows]
+    return [path for path in metrics if Path(path).exists()]
+
+
+def measured(wc):
+    """Metrics of the grid's rows at the model and bits of the questions, and of any other row that has been run there.
+
+    What is not there does not run for the sake of the questions; they say so.
+    """
+    run = of_question(wc)
+    cell = f"results/{NAME}/{run.model}/{{}}/{run.bits}/metrics.json"
+    ours = [other.method for other in RUNS if (other.model, other.bits) == (run.model, run.bits)]
+    found = sorted(path.parts[-3] for path in Path().glob(cell.format("*")))
+    return [cell.format(method) for method in dict.fromkeys(ours + found) if "@" not in method]
+
+
+def shown(path, caption, category, **labels):
+    """An output that is not empty, and that `snakemake --report` shows with workflow/report/{caption}.rst and labels."""
+    return ensure(report(path, caption=f"../report/{caption}.rst", category=category, labels=labels), non_empty=True)

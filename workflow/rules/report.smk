@@ -13,7 +13,12 @@ rule tables:
         script="workflow/scripts/tables.py",
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in RUNS]),
     output:
-        ensure(expand("results/{{name}}/tables/{table}", table=TABLES), non_empty=True),
+        [
+            shown(
+                f"results/{{name}}/tables/{table}", Path(table).stem, "Tables", table=Path(table).stem, kind=table[-3:]
+            )
+            for table in TABLES
+        ],
     log:
         "results/{name}/tables/tables.log",
     conda:
@@ -24,6 +29,40 @@ rule tables:
         runtime=10,
     shell:
         "python -m workflow.scripts.tables {input.metrics} -o results/{wildcards.name}/tables > {log} 2>&1"
+
+
+# Not part of `all`, and its only input that other targets make is what `all` makes. What `snakemake seeds` and its like
+# have made is shown where it is there; it comes as a parameter, so that new results rerun the report and the report
+# never starts hours of work.
+rule report:
+    input:
+        script="workflow/scripts/report.py",
+        template=expand("workflow/report/report.{kind}", kind=["html.j2", "css", "js"]),
+        references="resources/references.bib",
+        tables=expand("results/{name}/tables/{table}", name=NAME, table=TABLES),
+        figures=expand("results/{name}/figures/{figure}.png", name=NAME, figure=CURVES),
+        samples=[
+            file
+            for run in RUNS
+            for kind in ("samples", "features")
+            for file in arrays(kind, run.model, run.method, run.bits)
+        ],
+    output:
+        shown(f"results/{NAME}/report.html", "report", "Report"),
+    log:
+        f"results/{NAME}/report.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=at_size(2000, 16000),
+        runtime=at_size(15, 60),
+    params:
+        run=subpath(output[0], parent=True),
+        optional=optional,
+        kernels=sorted(map(str, Path("results/kernels").glob("*.csv"))),
+    shell:
+        "python -m workflow.scripts.report {params.run} --kernels {params.kernels} -o {output} > {log} 2>&1"
 
 
 # Not part of `all`: other calibration draws, quantized and sampled again.
@@ -37,7 +76,10 @@ rule seed_table:
         script="workflow/scripts/seeds.py",
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in SEED_RUNS]),
     output:
-        ensure(expand("results/{{name}}/tables/seeds.{kind}", kind=["csv", "md"]), non_empty=True),
+        [
+            shown(f"results/{{name}}/tables/seeds.{kind}", "seeds", "Tables", table="seeds", kind=kind)
+            for kind in ("csv", "md")
+        ],
     log:
         "results/{name}/tables/seeds.log",
     conda:
@@ -57,7 +99,10 @@ rule curves:
         eps_error="results/{name}/tables/eps_error.csv",
         ranges=expand("results/{{name}}/{model}/ranges.csv", model=config["models"]),
     output:
-        ensure(expand("results/{{name}}/figures/{figure}.png", figure=CURVES), non_empty=True),
+        [
+            shown(f"results/{{name}}/figures/{figure}.png", "figures", "Figures", figure=figure.replace("_", " "))
+            for figure in CURVES
+        ],
     log:
         "results/{name}/figures/curves.log",
     conda:
@@ -76,7 +121,7 @@ rule grid:
         script="workflow/scripts/grid.py",
         samples=first_samples,
     output:
-        ensure("results/{name}/figures/samples-{model}-{bits}.png", non_empty=True),
+        shown("results/{name}/figures/samples-{model}-{bits}.png", "samples", "Samples", model="{model}", bits="{bits}"),
     log:
         "results/{name}/figures/samples-{model}-{bits}.log",
     conda:

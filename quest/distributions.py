@@ -1,0 +1,96 @@
+"""How unevenly the inputs of layers are spread: most values small, a few large (QuEST, arXiv:2402.03666, section 3).
+
+Statistics are taken of what enters a layer before it is quantized, of every sample by itself: at 4 bits a quantizer
+has 16 codes for just these values.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from quest.calibration import CalibrationSet
+from quest.layers import layer_class
+
+STATISTICS = ("max / p99", "kurtosis", "standard deviation")
+EDGES = torch.linspace(-20, 20, 161)  # of histograms, in standard deviations of full precision
+
+
+def statistics(x: Tensor) -> Tensor:
+    """STATISTICS of every row of x [N, ...], [N, 3].
+
+    max / p99: the largest absolute value over the 99th percentile of absolute values. kurtosis: the fourth central
+    moment over the square of the second, 3 for a normal distribution. Neither is finite for a constant row.
+    """
+    x = x.flatten(1).float()
+    size = x.abs()
+    percentile = size.kthvalue(max(1, round(0.99 * size.shape[1])), dim=1).values
+    square = (x - x.mean(1, keepdim=True)).square()
+    variance = square.mean(1)
+    return torch.stack([size.amax(1) / percentile, square.square().mean(1) / variance.square(), variance.sqrt()], 1)
+
+
+@torch.no_grad()
+def visit_inputs(denoiser: nn.Module, evaluation: CalibrationSet, see: Callable[[str, Tensor, Tensor], None]) -> None:
+    """Call see(layer, input, rows) for every input of a Linear or Conv2d, sampler call by sampler call."""
+
+    def hook(name):
+        return lambda _module, args: see(name, args[0], rows)
+
+    handles = [
+        m.register_forward_pre_hook(hook(n))
+        for n, m in denoiser.named_modules()
+        if isinstance(m, nn.Linear | nn.Conv2d)
+    ]
+    try:
+        for call in evaluation.call.unique().tolist():
+            rows = (evaluation.call == call).nonzero().flatten()
+            denoiser(**evaluation.inputs(rows))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def spreads(denoiser: nn.Module, evaluation: CalibrationSet) -> dict[str, float]:
+    """Standard deviation of the input of each layer over all calls."""
+    moments: dict[str, list[Tensor]] = {}
+
+    def see(name, x, _rows):
+        moments.setdefault(name, []).append(torch.stack([x.double().mean(), x.double().square().mean()]))
+
+    visit_inputs(denoiser, evaluation, see)
+    means = {name: torch.stack(found).mean(0) for name, found in moments.items()}
+    return {name: (m[1] - m[0] ** 2).sqrt().item() for name, m in means.items()}
+
+
+def distributions(denoiser: nn.Module, evaluation: CalibrationSet, scale: dict[str, float]) -> dict[str, dict]:
+    """Statistics and histograms of the inputs of a denoiser's layers along held-out trajectories, by class of layers.
+
+    scale: what the input of a layer is divided by in its histogram: those of full precision, from `spreads`, make all
+    denoisers of a model comparable. Returns, for each class, "layers"; each of STATISTICS, the mean of its logarithm
+    over layers, calls and halves on each trajectory; and "histogram", the share of values in each bin of EDGES, the
+    first and last with all beyond, each layer counting the same.
+    """
+    trajectories, place = evaluation.trajectory.unique(return_inverse=True)
+    logs: dict[str, Tensor] = {}
+    bins: dict[str, Tensor] = {}
+    low, high = EDGES[0].item(), EDGES[-1].item()
+
+    def see(name, x, rows):
+        of_layer = logs.setdefault(name, torch.zeros(len(trajectories), len(STATISTICS) + 1, dtype=torch.float64))
+        found = statistics(x).log().double()
+        of_layer.index_add_(0, place[rows], torch.cat([found, torch.ones(len(found), 1)], 1))
+        inside = (x.float() / scale[name]).clamp(low, high)
+        bins[name] = bins.get(name, 0) + torch.histc(inside, len(EDGES) - 1, low, high).double() / x.numel()
+
+    visit_inputs(denoiser, evaluation, see)
+    by_class: dict[str, list[str]] = {}
+    for name in logs:
+        by_class.setdefault(layer_class(name), []).append(name)
+    result = {}
+    for name, names in by_class.items():
+        mean = torch.stack([logs[n][:, :-1] / logs[n][:, -1:] for n in names]).mean(0)
+        histogram = torch.stack([bins[n] / bins[n].sum() for n in names]).mean(0)
+        of_class = {statistic: mean[:, i].tolist() for i, statistic in enumerate(STATISTICS)}
+        result[name] = {"layers": len(names)} | of_class | {"histogram": histogram.tolist()}
+    return result

@@ -1,0 +1,53 @@
+"""What a denoiser is told of time, before and after quantization.
+
+The embedding of a timestep reaches every residual block through a projection of its own. It depends on the timestep
+only, so that quantization moves it by the same amount in every image (QuEST, arXiv:2402.03666, property "temporal
+information"). It keeps its information as long as it moves less than timesteps lie apart.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from quest.calibration import CalibrationSet
+
+PATH = "time embedding"  # the class of layers that timesteps pass through, see quest.layers.LAYER_CLASSES
+
+
+@torch.no_grad()
+def embeddings(denoiser: nn.Module, calibration: CalibrationSet) -> Tensor:
+    """What the residual blocks get at every timestep, noisiest first: outputs of all projections, [T, D].
+
+    Raises ValueError for a denoiser without time embedding projections.
+    """
+    layers = {n: m for n, m in denoiser.named_modules() if n.endswith(".time_emb_proj")}
+    if not layers:
+        raise ValueError("the denoiser has no time embedding projections (*.time_emb_proj)")
+    seen: dict[str, Tensor] = {}
+    handles = [
+        m.register_forward_hook(lambda _m, _args, out, n=n: seen.__setitem__(n, out[0])) for n, m in layers.items()
+    ]
+    rows = []
+    try:
+        for t in calibration.timesteps:
+            denoiser(**calibration.inputs((calibration.timestep == t).nonzero().flatten()[:1]))
+            rows.append(torch.cat([seen[n] for n in layers]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack(rows)
+
+
+def moved(exact: Tensor, quantized: Tensor) -> dict[str, Tensor]:
+    """How far quantization moves embeddings [T, D], against how far timesteps lie apart.
+
+    Returns, each [T]: "error" |e~_t - e_t|; "apart" |e_t - e_s| and "apart_quantized" |e~_t - e~_s|, where s is the
+    next cleaner timestep (of the last one: the noisier); "nearest", the place of the exact embedding nearest to e~_t.
+    """
+    neighbour = torch.arange(1, len(exact) + 1)
+    neighbour[-1] = len(exact) - 2
+    return {
+        "error": (quantized - exact).norm(dim=1),
+        "apart": (exact - exact[neighbour]).norm(dim=1),
+        "apart_quantized": (quantized - quantized[neighbour]).norm(dim=1),
+        "nearest": torch.cdist(quantized.double(), exact.double()).argmin(1),
+    }

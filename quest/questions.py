@@ -1,0 +1,534 @@
+"""The ten questions about QuEST (arXiv:2402.03666) and what the paper leaves open, answered from results of a run.
+
+Every number and every verdict is read from results. "Better" and "worse" stand only where the paired 95 % interval of
+the difference excludes zero; else two rows are "not told apart". What has no result reads NOT RUN. Needs no torch.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from safetensors import safe_open
+
+from quest import tables
+from quest.metrics import METRICS, compare
+from quest.metrics.intervals import student
+from quest.properties import KINDS, interval
+from quest.tables import with_interval
+
+SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # what sees most with few images
+NOT_RUN = "NOT RUN"
+APART = "not told apart"
+
+
+@dataclass
+class Evidence:
+    """What a run has found.
+
+    cells: metrics.json of the rows of one model and bits, by row. made: what making each took, see `header`.
+    properties: frames of quest.properties by name. tunings: by variant.
+    """
+
+    model: str
+    bits: str
+    cells: dict[str, dict]
+    made: dict[str, dict]
+    properties: dict[str, pd.DataFrame]
+    taylor: dict
+    tunings: dict[str, dict]
+    inference: dict
+    signals: dict
+
+
+@dataclass
+class Answer:
+    """One section: its question, sentences, tables in Markdown, and names of figures."""
+
+    question: str
+    lines: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    figures: list[str] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        images = [f"![{name}](figures/{name}.png)" for name in self.figures]
+        text = "\n".join(f"- {line}" for line in self.lines)
+        return "\n\n".join([f"## {self.question}", text, *self.tables, *images])
+
+
+def read(
+    properties: Sequence[Path],
+    cells: Sequence[Path],
+    taylor: Path,
+    tunings: Sequence[Path],
+    inference: Path,
+    signals: Path,
+) -> Evidence:
+    """Evidence from the files that the rules of `snakemake questions` write; a checkpoint beside a cell tells its cost.
+
+    Raises ValueError for cells of several models or bits.
+    """
+    found = {cell["method"]: cell for cell in tables.read(cells)}
+    about = {(cell["model"], cell["bits"]) for cell in found.values()}
+    if len(about) != 1:
+        raise ValueError(f"cells: of one model and bits, got {sorted(about)}")
+    ((model, bits),) = about
+    made = {row: header(Path(path).with_name("model.safetensors")) for row, path in zip(found, cells, strict=True)}
+    return Evidence(
+        model,
+        bits,
+        found,
+        made,
+        {Path(file).stem: pd.read_csv(file) for file in properties},
+        json.loads(Path(taylor).read_text()),
+        {Path(file).stem: json.loads(Path(file).read_text()) for file in tunings},
+        json.loads(Path(inference).read_text()),
+        json.loads(Path(signals).read_text()),
+    )
+
+
+def header(checkpoint: Path) -> dict:
+    """What making a checkpoint took: seconds, peak_memory, stages, and the same of what it started from as `init`.
+
+    Empty where there is no checkpoint.
+    """
+    if not checkpoint.exists():
+        return {}
+    with safe_open(checkpoint, "np") as file:
+        found = json.loads(file.metadata()["quest"])
+    known = {name: found[name] for name in ("seconds", "peak_memory", "init") if name in found}
+    return known | {"stages": found.get("cost", {}).get("stages", [])}
+
+
+def taylor_rows(evidence: Evidence) -> list[dict]:
+    """Tidy rows of taylor.json, with intervals over trajectories."""
+    return [
+        {"model": evidence.taylor["model"], "bits": row["bits"], "what": row["what"]} | interval(row["values"])
+        for row in evidence.taylor["rows"]
+    ]
+
+
+def tunings_rows(evidence: Evidence) -> list[dict]:
+    """Tidy rows of every variant of finetuning: errors with intervals, seconds."""
+    return [
+        {"model": found["model"], "bits": found["bits"], "variant": variant, "data": found["data"]}
+        | {"recipe": json.dumps(found["recipe"]), "error": error, "seconds": found["seconds"]}
+        | interval(found[error])
+        for variant, found in evidence.tunings.items()
+        for error in ("to_full_precision", "to_noise")
+    ]
+
+
+def inference_rows(evidence: Evidence) -> list[dict]:
+    """Median seconds of a call with all time groups, with one, and of the lookup; the paired difference of the two."""
+    rows = []
+    for row in evidence.inference["rows"]:
+        medians = {name: float(np.median(values)) for name, values in row["seconds"].items()}
+        difference = np.subtract(row["seconds"]["time groups"], row["seconds"]["one group"])
+        spread = dict(zip(("difference", "low", "high"), student(difference), strict=True))
+        names = {"model": evidence.inference["model"], "groups": evidence.inference["groups"]}
+        rows.append(names | {key: row[key] for key in ("kernel", "rows", "same_output")} | medians | spread)
+    return rows
+
+
+def comparisons_rows(evidence: Evidence) -> list[dict]:
+    """Every row of the model and bits against the preset, with the paired interval and the verdict."""
+    rows = []
+    for row in (name for name in evidence.cells if name != "quest" and "quest" in evidence.cells):
+        for metric, (difference, half, word) in differences(evidence, row, "quest").items():
+            values = {"difference": difference, "low": difference - half, "high": difference + half, "verdict": word}
+            rows.append({"row": row, "against": "quest", "metric": metric} | values)
+    return rows
+
+
+def verdict(low: float, high: float, better: str = "lower") -> str:
+    """ "better", "worse" or "not told apart" of a difference with this interval; better: "lower" or "higher"."""
+    if not (low > 0 or high < 0):
+        return APART
+    return "better" if (high < 0) == (better == "lower") else "worse"
+
+
+def paired(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, str]:
+    """Mean difference of paired values, half of its 95 % interval, and the verdict where lower is better."""
+    mean, low, high = student([a - b for a, b in zip(values, others, strict=True)])
+    return mean, (high - low) / 2, verdict(low, high)
+
+
+def differences(evidence: Evidence, row: str, versus: str) -> dict[str, tuple[float, float, str]] | None:
+    """Of every metric in SHOWN: row minus versus, half of its interval, verdict; None where one of them has not run."""
+    if row not in evidence.cells or versus not in evidence.cells:
+        return None
+    found = {r["metric"]: r for r in compare(evidence.cells[row], evidence.cells[versus])}
+    return {
+        name: (r["difference"], (r["high"] - r["low"]) / 2, verdict(r["low"], r["high"], METRICS[name].better))
+        for name in SHOWN
+        if (r := found.get(name))
+    }
+
+
+def against(evidence: Evidence, row: str, versus: str) -> str:
+    """One sentence: is a row better than another?"""
+    found = differences(evidence, row, versus)
+    if found is None:
+        missing = [name for name in (row, versus) if name not in evidence.cells]
+        return f"{row} against {versus}: {NOT_RUN} ({', '.join(missing)})."
+    told = [f"{word} in {METRICS[m].label} ({with_interval(d, half)})" for m, (d, half, word) in found.items()]
+    return f"{row} against {versus}: {', '.join(told)}."
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; the first column is text, the others are numbers."""
+    lines = [" | ".join(heads), " | ".join(["---", *["---:"] * (len(heads) - 1)]), *(" | ".join(row) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def comparisons(evidence: Evidence, rows: Sequence[str], versus: str) -> str:
+    """Rows against one of them: differences with intervals and verdicts, size and time."""
+    heads = ["row", *(f"{METRICS[m].label}, minus {versus}" for m in SHOWN), "size [MB]", "seconds"]
+    lines = []
+    for row in [versus, *rows]:
+        if row not in evidence.cells or versus not in evidence.cells:
+            lines.append([row, *[NOT_RUN] * (len(heads) - 1)])
+            continue
+        size = f"{evidence.cells[row]['footprint'].get('bytes', float('nan')) / 1e6:.3f}"
+        cost = [size, seconds(evidence, row)]
+        if row == versus:
+            lines.append([row, *(value(evidence.cells[row], m) for m in SHOWN), *cost])
+            continue
+        found = differences(evidence, row, versus)
+        cells = [f"{with_interval(*found[m][:2])} ({found[m][2]})" if m in found else "–" for m in SHOWN]
+        lines.append([row, *cells, *cost])
+    return (
+        table(heads, lines) + f"\n\nThe first row is {versus} itself, with its own values; the others are differences."
+    )
+
+
+def value(cell: dict, metric: str) -> str:
+    row = next((r for r in cell["rows"] if r["metric"] == metric), None)
+    return with_interval(row["value"], (row["high"] - row["low"]) / 2) if row else "–"
+
+
+def seconds(evidence: Evidence, row: str) -> str:
+    """Of making a row, and of what it starts from."""
+    made = evidence.made.get(row, {})
+    if "seconds" not in made:
+        return "–"
+    start = (made.get("init") or {}).get("seconds")
+    return f"{made['seconds']:.0f}" + (f" + {start:.0f}" if start else "")
+
+
+def answers(evidence: Evidence) -> list[Answer]:
+    """The ten questions in their order."""
+    return [
+        f(evidence) for f in (_layers, _groups, _theorem, _losses, _order, _after, _real, _inference, _qat, _signals)
+    ]
+
+
+def _layers(e: Evidence) -> Answer:
+    answer = Answer("1. Why tune these layers only?")
+    frame = e.properties["sensitivity"]
+    for model, rows in frame[(frame["lowered"] == "activations") & (frame["layer_class"] != "all")].groupby("model"):
+        order = rows.sort_values("value", ascending=False)
+        most, least = order.iloc[0], order.iloc[-1]
+        top = ", ".join(f"{r.layer_class} {r.value:.2g}" for r in order.head(3).itertuples())
+        rank = {r.layer_class: i + 1 for i, r in enumerate(order.itertuples())}
+        answer.lines.append(
+            f"{model}, activations of one class at {most['bits'].split('a')[1]} bits: most error from {top} (with "
+            f"{most['macs']:.1%} of the multiply-accumulates the first of them); least from {least['layer_class']} "
+            f"({least['value']:.2g}). Of {len(order)} classes, the time embedding is number {rank['time embedding']} "
+            f"and attention q, k, v number {rank['attention q, k, v']}."
+        )
+    answer.lines += [
+        against(e, "quest", "quest-control"),
+        against(e, "quest-tla-only", "quest-control-only"),
+        against(e, "quest", "full-finetune"),
+    ]
+    rows = ["quest-untuned", "quest-tla-only", "quest-control-only", "quest-cma-only", "quest-control"]
+    answer.tables.append(comparisons(e, [*rows, "quest-lsun-set", "quest-sd-set", "full-finetune"], "quest"))
+    answer.figures.append("sensitivity")
+    return answer
+
+
+def _groups(e: Evidence) -> Answer:
+    answer = Answer("2. TAQuant: how many time groups, at which cost?")
+    answer.lines += [against(e, "quest-groups-1", "quest"), against(e, "quest-untuned-groups-1", "quest-untuned")]
+    frame = e.properties["time_ranges"]
+    for row in frame[frame["quantized"] == "all"].itertuples():
+        answer.lines.append(
+            f"{row.model}, nothing learned, weights at their nearest codes, ends in float: noise-prediction error with "
+            f"one range for each timestep (of 8 rows each), minus a static one (of 64 rows): "
+            f"{with_interval(row.value, (row.high - row.low) / 2)}, "
+            f"{verdict(row.low, row.high)}."
+        )
+    size = e.inference["bytes"]
+    answer.lines.append(
+        f"Scales and zero points of {e.inference['groups']} groups take {size['activation scales'] / 1e3:.1f} kB of "
+        f"{sum(size.values()) / 1e6:.3f} MB ({size['activation scales'] / sum(size.values()):.1%}); they grow with the "
+        "number of groups, as does calibration. Time of a call: question 8."
+    )
+    answer.tables.append(comparisons(e, [f"quest-groups-{n}" for n in (10, 5, 2, 1)], "quest"))
+    return answer
+
+
+def _theorem(e: Evidence) -> Answer:
+    answer = Answer("3. What does theorem 1 assume, and what does tuning weights buy over scales?")
+    found = {(r["bits"], r["what"]): student(r["values"]) for r in e.taylor["rows"]}
+    bits = list(dict.fromkeys(b for b, _ in found))
+    names = {
+        "loss": "loss / output²",
+        "first": "first-order step, output",
+        "second": "second-order step, output",
+        "loss, 1 step": "loss, 1 step",
+        "loss, 4 steps": "loss, 4 steps",
+    }
+
+    def shown(b, what):
+        mean, low, high = found[b, what]
+        return with_interval(mean, (high - low) / 2)
+
+    most, least = max(bits), min(bits)
+    beyond = [b for b in bits if found[b, "second"][1] > found[b, "first"][2]]
+    answer.lines += [
+        f"{e.taylor['model']}, perturbation of all weights and layer inputs at once: what a first-order step misses of "
+        f"the output's change is {shown(most, 'first')} of it at {most} bits and {shown(least, 'first')} at {least}; "
+        f"a second-order step {shown(most, 'second')} and {shown(least, 'second')}.",
+        "The loss that reconstruction minimises (a single second-order step without gradient) is off by "
+        f"{shown(most, 'loss, 1 step')} of the loss at {most} bits, {shown(4, 'loss, 1 step')} at 4 and "
+        f"{shown(least, 'loss, 1 step')} at {least}; summed in four steps with their gradients by "
+        f"{shown(4, 'loss, 4 steps')} at 4 and {shown(least, 'loss, 4 steps')} at {least}.",
+        "Bits at which the second-order step is worse than the first-order one, intervals apart: "
+        f"{', '.join(map(str, beyond)) or 'none'}.",
+        "None of this says that weights must be tuned: theorem 1 has no bound and compares nothing with scales. So:",
+    ]
+    names_of = {"learned-scales": "scales learned", "learned-weights": "weights learned", "quest": "both (QuEST)"}
+    answer.lines += _tuned(e, [("learned-weights", "learned-scales"), ("quest", "learned-weights")])
+    answer.tables.append(table(["bits", *names.values()], [[str(b), *(shown(b, w) for w in names)] for b in bits]))
+    answer.tables.append(_tuning_table(e, {"untuned": "scales searched, nothing learned"} | names_of))
+    answer.figures.append("taylor")
+    return answer
+
+
+def _tuned(e: Evidence, pairs, metric: str = "to_full_precision") -> list[str]:
+    what = {"to_full_precision": "error against full precision", "to_noise": "error against the true noise"}[metric]
+    lines = []
+    for one, other in pairs:
+        if one not in e.tunings or other not in e.tunings:
+            lines.append(f"{one} against {other}: {NOT_RUN}.")
+            continue
+        mean, half, word = paired(e.tunings[one][metric], e.tunings[other][metric])
+        lines.append(f"{one} against {other}, {what}: {with_interval(mean, half)}, {word}.")
+    return lines
+
+
+def _tuning_table(e: Evidence, names: dict[str, str]) -> str:
+    def shown(values):
+        mean, low, high = student(values)
+        return with_interval(mean, (high - low) / 2)
+
+    rows = []
+    for variant, name in names.items():
+        found = e.tunings.get(variant)
+        if found is None:
+            rows.append([name, *[NOT_RUN] * 3])
+            continue
+        rows.append([name, shown(found["to_full_precision"]), shown(found["to_noise"]), f"{found['seconds']:.0f}"])
+    known = next(iter(e.tunings.values()), None)
+    sizes = ""
+    if known:
+        rows.append(["full precision", "0", shown(known["full_precision_to_noise"]), "–"])
+        sizes = f" n = {len(known['to_full_precision'])} trajectories, {len(known['to_noise'])} scenes."
+    heads = ["variant", "error against full precision", "error against the true noise", "seconds"]
+    return table(heads, rows) + f"\n\nRelative squared errors of the noise prediction.{sizes}"
+
+
+def _losses(e: Evidence) -> Answer:
+    answer = Answer("4. Task loss against alignment losses")
+    for row in ("quest-only-global", "quest-no-global", "quest-no-local-tla", "quest-no-local-cma", "quest-global-1"):
+        answer.lines.append(against(e, row, "quest"))
+    rows = ["quest-only-global", "quest-no-global", "quest-no-local-tla", "quest-no-local-cma", "quest-global-1"]
+    answer.tables.append(comparisons(e, rows, "quest"))
+    return answer
+
+
+def _order(e: Evidence) -> Answer:
+    answer = Answer("5. Time embedding first, then attention: does the order matter?")
+    frame, moved = e.properties["temporal"], e.properties["embeddings"]
+    for model, rows in frame.groupby("model", sort=False):
+        found = {(r.quantized, r.ranges): with_interval(r.value, (r.high - r.low) / 2) for r in rows.itertuples()}
+        path, rest = list(dict.fromkeys(rows["quantized"]))[:2]
+        own = moved[moved["model"] == model]
+        kept = [
+            f"{(of_kind['nearest'] == of_kind['timestep']).sum()} of {len(of_kind)} ({ranges})"
+            for ranges, of_kind in own.groupby("ranges", sort=False)
+        ]
+        answer.lines.append(
+            f"{model}, {path} alone at {rows['bits'].iloc[0].upper()}: noise-prediction error {found[path, KINDS[0]]} "
+            f"with static ranges, {found[path, KINDS[1]]} with one for each timestep; {rest} (and the ends): "
+            f"{found[rest, KINDS[0]]} with static ones. "
+            f"Timesteps whose quantized embedding is nearest to their own exact one: {', '.join(kept)}."
+        )
+    answer.lines += [against(e, "quest-cma-tla", "quest"), against(e, "quest-joint", "quest")]
+    rows = [
+        "quest-cma-tla",
+        "quest-joint",
+        "quest-cma-only",
+        "quest-time-embedding-tuned",
+        "quest-time-embedding-frozen",
+    ]
+    answer.tables.append(comparisons(e, rows, "quest"))
+    answer.figures.append("temporal")
+    return answer
+
+
+def _after(e: Evidence) -> Answer:
+    answer = Answer("6. Are distributions kinder after finetuning, in all layers alike?")
+    frame = e.properties["activation_changes"]
+    after = frame[frame["denoiser"] == "after finetuning"]
+    for (model, statistic), rows in after.groupby(["model", "statistic"], sort=False):
+        fell = [r.layer_class for r in rows.itertuples() if r.high < 1]
+        rose = [r.layer_class for r in rows.itertuples() if r.low > 1]
+        middle = len(rows) - len(fell) - len(rose)
+        extremes = rows.sort_values("value")
+        most, least = extremes.iloc[0], extremes.iloc[-1]
+        answer.lines.append(
+            f"{model}, {statistic}: lower after finetuning in {len(fell)} of {len(rows)} classes of layers, higher in "
+            f"{len(rose)}, not told apart in {middle}; from ×{most['value']:.2f} ({most['layer_class']}) to "
+            f"×{least['value']:.2f} ({least['layer_class']})."
+        )
+    answer.lines.append(
+        "Intervals are over held-out trajectories, of the ratio after / before on each of them; a change of a few per "
+        "cent is told apart where it is the same on all. Inputs of the time embedding are the same on every trajectory."
+    )
+    answer.figures += ["imbalance", "activations"]
+    return answer
+
+
+def _real(e: Evidence) -> Answer:
+    answer = Answer("7. Full precision as the teacher, or real images?")
+    names = {
+        "global-trajectories": "full precision, on its own trajectories",
+        "global-scenes": "full precision, on noised real scenes",
+        "global-noise": "true noise, on the same noised real scenes",
+        "quest": "QuEST: the first, with alignment losses",
+    }
+    pairs = [("global-noise", "global-scenes"), ("global-scenes", "global-trajectories")]
+    answer.lines += [
+        f"With the global loss alone, {line}" for m in ("to_full_precision", "to_noise") for line in _tuned(e, pairs, m)
+    ]
+    answer.tables.append(_tuning_table(e, names))
+    return answer
+
+
+def _inference(e: Evidence) -> Answer:
+    answer = Answer("8. Does inference need special care for timesteps?")
+    groups, rows = e.inference["groups"], []
+    for row in e.inference["rows"]:
+        many, one, look = (row["seconds"][name] for name in ("time groups", "one group", "lookup"))
+        mean, half, word = paired(many, one)
+        slower = {"worse": "slower", "better": "faster", APART: APART}[word]
+        medians = [pd.Series(values).median() for values in (many, one, look)]
+        rows.append(
+            [f"{row['kernel']}, {row['rows']} rows", *(f"{1e3 * m:.3g}" for m in medians)]
+            + [with_interval(1e3 * mean, 1e3 * half), slower, str(len(many))]
+        )
+    same = all(row["same_output"] for row in e.inference["rows"])
+    answer.lines += [
+        f"{e.inference['model']}, {groups} groups: a call first finds its group by the timestep it is given; no "
+        "sampler is changed. With one group's scales alone the output of its timesteps is "
+        + ("the same bit for bit." if same else "not the same."),
+        *(
+            f"{r[0]}: {groups} groups against one, {r[4]} ms a call, {r[5]}; the lookup alone takes {r[3]} ms."
+            for r in rows
+        ),
+    ]
+    heads = ["kernel", f"{groups} groups [ms]", "one group [ms]", "lookup [ms]", "difference [ms]", "verdict", "calls"]
+    answer.tables.append(
+        table(heads, rows) + "\n\nMedians, processor time of one thread, calls in turns; the difference "
+        "is a mean with its paired 95 % interval."
+    )
+    return answer
+
+
+def _qat(e: Evidence) -> Answer:
+    answer = Answer("9. PTQ, QAT, and QuEST between them")
+    rows = ["rtn-mse", "q-diffusion", "q-diffusion-groups", "efficient-dm", "qalora", "full-finetune"]
+    answer.lines += [
+        against(e, "quest", row) for row in rows if row in ("q-diffusion", "efficient-dm", "full-finetune")
+    ]
+    lines = []
+    for row in ["quest", *rows]:
+        made = e.made.get(row)
+        if made is None or row not in e.cells:
+            lines.append([row, *[NOT_RUN] * 6])
+            continue
+        learned = sum(stage["parameters"] for stage in made.get("stages", []))
+        quality = [value(e.cells[row], m) for m in SHOWN]
+        lines.append([row, *quality, f"{learned:,}", seconds(e, row), f"{made.get('peak_memory', float('nan')):.0f}"])
+    heads = ["row", *(METRICS[m].label for m in SHOWN), "values learned", "seconds", "peak memory [MB]"]
+    answer.tables.append(table(heads, lines) + "\n\nSeconds + those of the checkpoint it starts from; one thread.")
+    return answer
+
+
+def _signals(e: Evidence) -> Answer:
+    answer = Answer("10. Beyond images")
+    methods = e.signals["methods"]
+    rows = []
+    for name, found in methods.items():
+        cells = [student(found[m]) for m in ("latent_mse", "eps_error")]
+        rows.append([name, *(with_interval(m, (high - low) / 2) for m, low, high in cells), f"{found['seconds']:.0f}"])
+    answer.lines.append(
+        f"Signals of 64 values in {len(e.signals['classes'])} classes (chirps, pulses, tones, steps), denoised by "
+        f"linear layers and convolutions of height 1, {e.signals['bits'].upper()}, n = {e.signals['n']} signals from "
+        "the same noise as full precision's."
+    )
+    for other in (name for name in methods if name != "quest"):
+        told = []
+        for metric in ("latent_mse", "eps_error"):
+            mean, half, word = paired(methods["quest"][metric], methods[other][metric])
+            told.append(f"{word} in {METRICS[metric].label} ({with_interval(mean, half)})")
+        answer.lines.append(f"quest against {other}: {', '.join(told)}.")
+    heads = ["method", "MSE to FP", "noise-prediction error", "seconds"]
+    answer.tables.append(table(heads, rows))
+    answer.figures.append("signals")
+    return answer
+
+
+def document(evidence: Evidence) -> str:
+    """All ten answers."""
+    return "\n\n".join(["# Ten questions", protocol(evidence), *(a.markdown() for a in answers(evidence))]) + "\n"
+
+
+def protocol(evidence: Evidence) -> str:
+    cell = evidence.cells.get("quest") or next(iter(evidence.cells.values()))
+    drawn = cell["drawn"]
+    return (
+        f"{evidence.model} at {evidence.bits.upper()} unless said; images: evaluation seeds {drawn['images']}, "
+        f"noise-prediction errors: {drawn['trajectories']} held-out trajectories. **One calibration draw and one "
+        "quantization seed**: intervals hold the spread over images (or trajectories) and not that over quantizations, "
+        "which can be larger. ± is half of a 95 % interval. Differences are paired; better and worse: the interval "
+        f"excludes zero; else {APART}. Of dozens of comparisons, one in twenty may exclude zero by chance."
+    )
+
+
+def findings(evidence: Evidence) -> str:
+    """What the paper, its versions and its code leave open, as far as a run of the small models settles it."""
+    e = evidence
+    parts = {
+        "Is a true 4-bit grid as good as the released 33 levels?": (["quest-wide", "quest-symmetric"], "quest"),
+        "One scale set, or one for each time group?": (["quest-groups-1", "quest-groups-5"], "quest"),
+        "The same before finetuning": (["quest-untuned-groups-1"], "quest-untuned"),
+        "The local loss of critical modules, or the global one alone?": (["quest-no-local-cma"], "quest"),
+        "4-bit activations by channel, as released, or per tensor?": (["quest-released"], "quest"),
+        "The same with one scale set": (["quest-released-groups-1"], "quest-groups-1"),
+        "Does finetuning time-embedding layers first help?": (
+            ["quest-cma-only", "quest-control", "quest-cma-tla"],
+            "quest",
+        ),
+    }
+    blocks = [protocol(e)]
+    for question, (rows, versus) in parts.items():
+        lines = [f"- {against(e, row, versus)}" for row in rows]
+        blocks.append("\n\n".join([f"### {question}", "\n".join(lines), comparisons(e, rows, versus)]))
+    return "\n\n".join(blocks)

@@ -1,0 +1,127 @@
+"""How far a Taylor step carries when a denoiser is quantized.
+
+Reconstruction replaces the loss of a quantized network by its second-order step from full precision, without the
+gradient. QuEST (arXiv:2402.03666, proposition 3.1) holds that at few bits the perturbation is too large for that, and
+goes in K small steps instead, each with its gradient (theorem 3.2). Here the perturbation is what rounding does to
+weights and to the inputs of layers, all at once, and the loss is the squared distance to full precision's prediction.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from quest import ranges
+from quest.affine import QParams, QuantSpec, fake_quantize
+from quest.calibration import CalibrationSet
+from quest.layers import KEEP, layer_bits
+
+STEP = 1e-3  # of the central differences; in float64
+
+
+def expand(f: Callable[[float], Tensor], at: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, first and second derivative of f at a number, by central differences."""
+    before, here, after = f(at - STEP), f(at), f(at + STEP)
+    return here, (after - before) / (2 * STEP), (after - 2 * here + before) / STEP**2
+
+
+def remainders(f: Callable[[float], Tensor], steps: tuple[int, ...] = (1, 4)) -> dict[str, Tensor]:
+    """What Taylor steps from f(0) to f(1) leave over, for f(a) of shape [N, ...], by row: each [N].
+
+    "first", "second": |f(1) - step| / |f(1) - f(0)| of the output. "loss, K steps": the error of the loss
+    |f(1) - f(0)|^2 where it is summed from K second-order steps with their gradients, over the loss itself; from a
+    single step, that is what reconstruction minimises, since the gradient is zero at f(0). "loss": the loss, over
+    |f(0)|^2.
+    """
+    start, slope, curvature = expand(f)
+    whole = f(1.0) - start
+
+    def size(x):
+        return x.flatten(1).square().sum(1)
+
+    loss = size(whole)
+    found = {
+        "first": (size(whole - slope) / loss).sqrt(),
+        "second": (size(whole - slope - curvature / 2) / loss).sqrt(),
+        "loss": loss / size(start),
+    }
+    for count in steps:
+        total = torch.zeros_like(loss)
+        for i in range(count):
+            here, first, second = (start, slope, curvature) if i == 0 else expand(f, i / count)
+            gradient = 2 * ((here - start) * first).flatten(1).sum(1)
+            hessian = 2 * size(first) + 2 * ((here - start) * second).flatten(1).sum(1)
+            total += gradient / count + hessian / (2 * count**2)
+        found[f"loss, {count} step{'s' if count > 1 else ''}"] = (total - loss).abs() / loss
+    return found
+
+
+@contextmanager
+def perturbed(denoiser: nn.Module, inputs: dict[str, Tensor], bits: int) -> Iterator[Callable[[float], Tensor]]:
+    """f(a): the prediction where every weight and layer input is moved by `a` times its own quantization error.
+
+    Errors are those of the nearest codes at full precision, ranges of least error (of inputs: on these rows), the first
+    and last layer at 8 bits at least. f(0) is full precision; f(1) is not the quantized network, in which an input also
+    has the error of all that came before. The denoiser itself stays as it was.
+    """
+    denoiser = copy.deepcopy(denoiser).double()
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    weights = {n: m.weight.detach().clone() for n, m in layers.items()}
+    errors: dict[str, Tensor] = {}
+    amount: float | None = None
+
+    def error(x, spec):
+        return fake_quantize(x, QParams(*ranges.mse(x, spec), spec)) - x
+
+    def move(name):
+        def hook(_module, args):
+            if amount is None:
+                errors[name] = error(args[0], QuantSpec(layer_bits(name, bits, bits, KEEP)[1]))
+                return None
+            return (args[0] + amount * errors[name], *args[1:])
+
+        return hook
+
+    rounding = {n: error(w, QuantSpec(layer_bits(n, bits, bits, KEEP)[0], axis=0)) for n, w in weights.items()}
+    handles = [m.register_forward_pre_hook(move(n)) for n, m in layers.items()]
+
+    @torch.no_grad()
+    def f(a: float) -> Tensor:
+        nonlocal amount
+        amount = a
+        for name, layer in layers.items():
+            layer.weight.data = weights[name] + a * rounding[name]
+        return denoiser(**inputs).sample
+
+    try:
+        with torch.no_grad():
+            denoiser(**inputs)
+        yield f
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def taylor(denoiser: nn.Module, evaluation: CalibrationSet, widths: list[int], calls: int = 2) -> list[dict]:
+    """`remainders` at every width along held-out trajectories, at `calls` timesteps spread over them.
+
+    Returns rows {bits, what, values}: the mean over these timesteps (and halves) on each trajectory.
+    """
+    trajectories, place = evaluation.trajectory.unique(return_inverse=True)
+    last = int(evaluation.call.max())
+    chosen = [round((i + 0.5) / calls * last) for i in range(calls)]
+    rows = []
+    for bits in widths:
+        sums: dict[str, Tensor] = {}
+        for call in chosen:
+            at = (evaluation.call == call).nonzero().flatten()
+            with perturbed(denoiser, evaluation.inputs(at), bits) as f:
+                for what, values in remainders(f).items():
+                    total = sums.setdefault(what, torch.zeros(len(trajectories), dtype=torch.float64))
+                    total.index_add_(0, place[at], values / len(at) * len(trajectories) / calls)
+        rows += [{"bits": bits, "what": what, "values": values.tolist()} for what, values in sums.items()]
+        print(bits, {what: round(values.mean().item(), 5) for what, values in sums.items()}, flush=True)
+    return rows

@@ -1,0 +1,33 @@
+import math
+
+import pytest
+import torch
+
+from quest.distributions import EDGES, STATISTICS, distributions, spreads, statistics
+
+
+def test_statistics_of_known_distributions():
+    x = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0))
+    x[1] *= 5
+    ratio, kurtosis, deviation = statistics(x).T
+    assert kurtosis.tolist() == pytest.approx([3, 3], abs=0.1)
+    assert deviation.tolist() == pytest.approx([1, 5], rel=0.01)
+    assert ((ratio > 1.4) & (ratio < 2.2)).all()  # 4.3 standard deviations over 2.58
+    x[0, 0] = 1000.0
+    assert statistics(x)[0, 0] > 300 and statistics(x)[0, 1] > 1000
+
+
+def test_distributions_are_those_of_the_inputs(uncond_pipe, uncond_calibration):
+    scale = spreads(uncond_pipe.unet, uncond_calibration)
+    assert scale["conv_in"] == pytest.approx(uncond_calibration.sample.std().item(), rel=0.02)
+    found = distributions(uncond_pipe.unet, uncond_calibration, scale)
+    for of_class in found.values():
+        assert (
+            math.isclose(sum(of_class["histogram"]), 1, rel_tol=1e-6) and len(of_class["histogram"]) == len(EDGES) - 1
+        )
+        assert {len(of_class[s]) for s in STATISTICS} == {4}
+    # An input that is twice as wide: twice the standard deviation, the same shape.
+    again = distributions(uncond_pipe.unet, uncond_calibration, {n: s / 2 for n, s in scale.items()})["boundary"]
+    assert again["kurtosis"] == found["boundary"]["kurtosis"]
+    middle = len(EDGES) // 2 - 4, len(EDGES) // 2 + 4
+    assert sum(again["histogram"][slice(*middle)]) < sum(found["boundary"]["histogram"][slice(*middle)])

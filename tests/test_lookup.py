@@ -1,0 +1,24 @@
+import copy
+
+import torch
+
+import quest
+from quest.layers import input_quantizers
+from quest.lookup import look_up, single
+from quest.placement import place
+
+
+def test_a_single_group_computes_the_same_in_its_own_timesteps_only(class_pipe, class_calibration):
+    student = quest.quantize(
+        class_pipe, "quest", "w4a4", calibration=class_calibration, samples=4, tla_iterations=0, cma_iterations=0
+    ).unet
+    place(student, "reference")
+    middle, other = class_calibration.timesteps[2], class_calibration.timesteps[-1]
+    one = single(copy.deepcopy(student), torch.tensor([middle]))
+    for timestep, equal in ((middle, True), (other, False)):
+        inputs = class_calibration.inputs((class_calibration.timestep == timestep).nonzero().flatten())
+        with torch.no_grad():
+            assert torch.equal(student(**inputs).sample, one(**inputs).sample) is equal
+    assert {len(q.scale) for q in input_quantizers(one).values()} == {1}
+    look_up(student, torch.tensor([other]))
+    assert student.time_groups.number == len(student.time_groups) - 1

@@ -1,0 +1,142 @@
+"""Verdicts and text from made-up results."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from quest import figures, properties, questions
+from quest.metrics.intervals import student
+from quest.properties import KINDS
+
+
+def cell(method: str, shift: float) -> dict:
+    """A row of a table whose latent MSE lies `shift` above the others', image by image, with a little noise."""
+    rng = np.random.default_rng(len(method))
+    noise, own = np.random.default_rng(0).normal(size=200), 0.01 * rng.normal(size=200)
+    rows = [
+        {"metric": m, "value": 1 + shift, "low": 0.9 + shift, "high": 1.1 + shift, "n": 50}
+        | {"extractor": "scenes", "protocol": "ddim", "reference": "", "note": ""}
+        for m in questions.SHOWN
+    ]
+    return {
+        "model": "m",
+        "method": method,
+        "bits": "w4a4",
+        "rows": rows,
+        "eps_error": [],
+        "resampled": {m: (1 + shift + noise + own).tolist() for m in questions.SHOWN},
+        "drawn": {"images": "0-49", "trajectories": 16, "timesteps": [1]},
+        "footprint": {"bytes": 1e6},
+        "provenance": {},
+    }
+
+
+def tuning(error: float) -> dict:
+    noise = np.random.default_rng(0).normal(size=16)
+    errors = {name: (error + 0.01 * noise).tolist() for name in ("to_full_precision", "to_noise")}
+    rest = {"model": "m", "bits": "w4a4", "recipe": {}, "data": "noise", "seconds": 1.0}
+    return errors | rest | {"full_precision_to_noise": [0.1, 0.2]}
+
+
+@pytest.fixture
+def evidence() -> questions.Evidence:
+    share = {"lowered": "activations", "layers": 2, "parameters": 0.5, "macs": 0.25}
+    classes = {"shortcut": 0.5, "time embedding": 0.1, "attention q, k, v": 0.01, "all": 0.6}
+    lowered = [{"layer_class": name, "errors": [error, error]} | share for name, error in classes.items()]
+    logs = {"layers": 3, "histogram": [1.0], "kurtosis": [1.0, 2.0]}
+    denoisers = {name: {"shortcut": logs} for name in ("full precision", "before finetuning")}
+    denoisers["after finetuning"] = {"shortcut": logs | {"kurtosis": [0.5, 1.5]}}
+    errors = [{"quantized": q, "ranges": r, "errors": [0.1, 0.2]} for q in ("path", "rest", "all") for r in KINDS]
+    distances = [{"ranges": "static", "what": w, "values": [1, 1]} for w in ("error", "apart", "apart_quantized")]
+    distances.append({"ranges": "static", "what": "nearest", "values": [0, 0]})
+    temporal = [{"model": "m", "bits": "w4a4", "timesteps": [801, 1], "errors": errors, "distances": distances}]
+    frames = {
+        "temporal": properties.temporal_frame(temporal),
+        "time_ranges": properties.range_frame(temporal),
+        "embeddings": properties.embeddings_frame(temporal),
+        "sensitivity": properties.sensitivity_frame([{"model": "m", "bits": "w4a4", "rows": lowered}]),
+        "activation_changes": properties.change_frame([{"model": "m", "bits": "w4a4", "denoisers": denoisers}]),
+    }
+    whats = ("first", "second", "loss", "loss, 1 step", "loss, 4 steps")
+    taylor = [{"bits": b, "what": w, "values": [1 / b, 2 / b]} for b in (8, 4, 2) for w in whats]
+    calls = {"time groups": [1.2e-3, 1.3e-3, 1.4e-3], "one group": [1.0e-3, 1.1e-3, 1.2e-3], "lookup": [1e-5] * 3}
+    rows = [{"kernel": "reference", "rows": 1, "same_output": True, "seconds": calls}]
+    size = {"codes": 900, "weight scales": 50, "activation scales": 40, "float": 10}
+    methods = {
+        m: {"eps_error": [e, e], "latent_mse": [e, 2 * e], "seconds": 1.0} for m, e in (("rtn-mse", 2), ("quest", 1))
+    }
+    return questions.Evidence(
+        model="m",
+        bits="w4a4",
+        cells={m: cell(m, s) for m, s in (("quest", 0.0), ("quest-groups-1", 0.5), ("quest-joint", 0.001))},
+        made={"quest": {"seconds": 10.0, "peak_memory": 100, "stages": [{"parameters": 5}], "init": {"seconds": 20.0}}},
+        properties=frames,
+        taylor={"model": "m", "rows": taylor},
+        tunings={"global-noise": tuning(0.5), "global-scenes": tuning(0.2), "quest": tuning(0.1)},
+        inference={"model": "m", "groups": 20, "bytes": size, "rows": rows},
+        signals={"bits": "w4a4", "n": 2, "methods": methods, "classes": ["a"], "signals": {}},
+    )
+
+
+@pytest.mark.parametrize(
+    "low, high, better, word",
+    [
+        (-2, -1, "lower", "better"),
+        (1, 2, "lower", "worse"),
+        (-1, 1, "lower", questions.APART),
+        (0, 1, "lower", questions.APART),
+        (-2, -1, "higher", "worse"),
+        (1, 2, "higher", "better"),
+        (float("nan"), float("nan"), "lower", questions.APART),
+    ],
+)
+def test_a_verdict_needs_an_interval_that_excludes_zero(low, high, better, word):
+    assert questions.verdict(low, high, better) == word
+
+
+def test_an_interval_of_a_mean_is_students():
+    assert student([1.0, 3.0]) == pytest.approx((2, 2 - 12.706, 2 + 12.706), rel=1e-3)
+    with pytest.raises(ValueError, match="two values or more, got 1"):
+        student([1.0])
+
+
+def test_rows_are_told_apart_by_their_paired_interval_or_said_not_to_have_run(evidence):
+    assert "worse in latent MSE" in questions.against(evidence, "quest-groups-1", "quest")
+    assert "better in latent MSE" in questions.against(evidence, "quest", "quest-groups-1")
+    # Each alone is far wider than what parts the two; but the difference is smaller than its own interval.
+    assert f"{questions.APART} in latent MSE" in questions.against(evidence, "quest-joint", "quest")
+    assert questions.against(evidence, "quest-wide", "quest") == "quest-wide against quest: NOT RUN (quest-wide)."
+
+
+def test_the_document_answers_ten_questions_with_what_there_is(evidence):
+    text = questions.document(evidence)
+    assert text.count("\n## ") == 10 and "One calibration draw and one quantization seed" in " ".join(text.split())
+    assert "quest-cma-tla against quest: NOT RUN" in text and "nan" not in text
+    (line,) = [
+        line for line in text.split("\n") if "global-noise against global-scenes, error against the true" in line
+    ]
+    assert float(line.split(": ")[1].split()[0]) == pytest.approx(0.3) and line.endswith("worse.")
+    assert "m, kurtosis: lower after finetuning in 1 of 1 classes of layers" in text
+    assert "nearest to their own exact one: 1 of 2 (static)" in text
+    assert "most error from shortcut 0.5" in text
+    assert "slower" in text and "| quest | " in text and "10 + 20" in text
+    tables = [line for line in text.split("\n") if line.startswith("|")]
+    assert all(line.endswith("|") for line in tables)
+    assert "quest-wide against quest: NOT RUN" in questions.findings(evidence)
+
+
+def test_tables_are_tidy(evidence):
+    taylor = pd.DataFrame(questions.taylor_rows(evidence))
+    assert len(taylor) == 15 and set(taylor["n"]) == {2}
+    (inference,) = questions.inference_rows(evidence)
+    assert inference["difference"] == pytest.approx(2e-4) and inference["low"] > 0
+    compared = pd.DataFrame(questions.comparisons_rows(evidence)).set_index(["row", "metric"])
+    assert compared.loc[("quest-groups-1", "latent_mse"), "verdict"] == "worse"
+    assert {"variant", "error", "value", "low", "high"} <= set(pd.DataFrame(questions.tunings_rows(evidence)))
+
+
+def test_figures_are_drawn(evidence, tmp_path):
+    figures.taylor(pd.DataFrame(questions.taylor_rows(evidence)), tmp_path / "taylor.png")
+    waves = {label: [np.sin(np.arange(64)), np.cos(np.arange(64))] for label in ("data", "full precision", "quest")}
+    figures.signals(waves, ["a", "b"], tmp_path / "signals.png")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("taylor", "signals"))

@@ -1,0 +1,272 @@
+# `snakemake questions`: what the paper claims and leaves open, measured on the models of the config. Not part of `all`;
+# starts from the calibration sets and checkpoints of the grid.
+
+PROPERTIES = ["activations", "activation_changes", "temporal", "time_ranges", "embeddings", "sensitivity"]
+PROPERTY_FIGURES = ["activations", "imbalance", "temporal", "sensitivity"]
+# Finetuning once more: {variant: (keyword arguments of QuEST, data of workflow.scripts.tuning)}.
+GLOBAL = {"local_tla": False, "local_cma": False}
+TUNINGS = {
+    "untuned": ({"tla_iterations": 0, "cma_iterations": 0}, "trajectories"),
+    "learned-scales": ({"lr_weight": 0}, "trajectories"),
+    "learned-weights": ({"lr_scale": 0}, "trajectories"),
+    "quest": ({}, "trajectories"),
+    "global-trajectories": (GLOBAL, "trajectories"),
+    "global-scenes": (GLOBAL, "scenes"),
+    "global-noise": (GLOBAL, "noise"),
+}
+ANSWERS = ["questions.md", "findings.md", "taylor.csv", "tunings.csv", "inference.csv", "comparisons.csv"]
+ANSWERS += ["figures/taylor.png", "figures/signals.png"]
+
+
+localrules:
+    questions,
+
+
+rule questions:
+    input:
+        expand("results/{name}/questions/{answer}", name=NAME, answer=ANSWERS),
+        expand("results/{name}/questions/figures/{figure}.png", name=NAME, figure=PROPERTY_FIGURES),
+
+
+rule activations:
+    input:
+        script="workflow/scripts/activations.py",
+        calibration="results/{name}/{model}/calibration.safetensors",
+        evaluation="results/{name}/{model}/evaluation.safetensors",
+        init=started,
+        finetuned=asked("model.safetensors"),
+    output:
+        "results/{name}/questions/{model}/activations.json",
+    log:
+        "results/{name}/questions/{model}/activations.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=at_size(3000, 64000),
+        runtime=at_size(30, 720),
+    params:
+        bits=QUESTIONS.get("bits"),
+    shell:
+        "python -m workflow.scripts.activations {wildcards.model} {params.bits} --calibration {input.calibration}"
+        " --evaluation {input.evaluation} --init {input.init} --finetuned {input.finetuned} --threads {threads}"
+        " -o {output} > {log} 2>&1"
+
+
+rule temporal:
+    input:
+        script="workflow/scripts/temporal.py",
+        calibration="results/{name}/{model}/calibration.safetensors",
+        evaluation="results/{name}/{model}/evaluation.safetensors",
+        finetuned=asked("model.safetensors"),
+    output:
+        "results/{name}/questions/{model}/temporal.json",
+    log:
+        "results/{name}/questions/{model}/temporal.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=at_size(3000, 64000),
+        runtime=at_size(30, 720),
+    params:
+        bits=QUESTIONS.get("bits"),
+    shell:
+        "python -m workflow.scripts.temporal {wildcards.model} {params.bits} --calibration {input.calibration}"
+        " --evaluation {input.evaluation} --finetuned {input.finetuned} --threads {threads} -o {output} > {log} 2>&1"
+
+
+rule sensitivity:
+    input:
+        script="workflow/scripts/sensitivity.py",
+        calibration="results/{name}/{model}/calibration.safetensors",
+        evaluation="results/{name}/{model}/evaluation.safetensors",
+    output:
+        "results/{name}/questions/{model}/sensitivity.json",
+    log:
+        "results/{name}/questions/{model}/sensitivity.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=at_size(3000, 64000),
+        runtime=at_size(30, 720),
+    params:
+        bits=QUESTIONS.get("bits"),
+    shell:
+        "python -m workflow.scripts.sensitivity {wildcards.model} {params.bits} --calibration {input.calibration}"
+        " --evaluation {input.evaluation} --threads {threads} -o {output} > {log} 2>&1"
+
+
+rule properties:
+    input:
+        script="workflow/scripts/properties.py",
+        activations=expand("results/{{name}}/questions/{model}/activations.json", model=config["models"]),
+        temporal=expand("results/{{name}}/questions/{model}/temporal.json", model=config["models"]),
+        sensitivity=expand("results/{{name}}/questions/{model}/sensitivity.json", model=config["models"]),
+    output:
+        expand("results/{{name}}/questions/{table}.csv", table=PROPERTIES),
+        expand("results/{{name}}/questions/figures/{figure}.png", figure=PROPERTY_FIGURES),
+    log:
+        "results/{name}/questions/properties.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    shell:
+        "python -m workflow.scripts.properties --activations {input.activations} --temporal {input.temporal}"
+        " --sensitivity {input.sensitivity} -o results/{wildcards.name}/questions > {log} 2>&1"
+
+
+rule taylor:
+    input:
+        script="workflow/scripts/taylor.py",
+        evaluation=asked("evaluation.safetensors"),
+    output:
+        "results/{name}/questions/taylor.json",
+    log:
+        "results/{name}/questions/taylor.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=at_size(3000, 64000),
+        runtime=at_size(30, 720),
+    params:
+        model=QUESTIONS.get("model"),
+    shell:
+        "python -m workflow.scripts.taylor {params.model} --evaluation {input.evaluation} --threads {threads}"
+        " -o {output} > {log} 2>&1"
+
+
+rule tuning:
+    input:
+        script="workflow/scripts/tuning.py",
+        calibration=asked("calibration.safetensors"),
+        evaluation=asked("evaluation.safetensors"),
+        init=started,
+    output:
+        "results/{name}/questions/tuning/{variant}.json",
+    log:
+        "results/{name}/questions/tuning/{variant}.log",
+    wildcard_constraints:
+        variant="|".join(TUNINGS),
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=at_size(3000, 64000),
+        runtime=at_size(60, 1440),
+    params:
+        model=QUESTIONS.get("model"),
+        bits=QUESTIONS.get("bits"),
+        recipe=lambda wc: json.dumps(TUNINGS[wc.variant][0]),
+        data=lambda wc: TUNINGS[wc.variant][1],
+    shell:
+        "python -m workflow.scripts.tuning {params.model} {params.bits} --recipe {params.recipe:q} --data {params.data}"
+        " --calibration {input.calibration} --evaluation {input.evaluation} --init {input.init} --threads {threads}"
+        " -o {output} > {log} 2>&1"
+
+
+# Times calls: best where nothing else runs.
+rule inference:
+    input:
+        script="workflow/scripts/inference.py",
+        checkpoint=asked("model.safetensors"),
+        evaluation=asked("evaluation.safetensors"),
+    output:
+        "results/{name}/questions/inference.json",
+    log:
+        "results/{name}/questions/inference.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=at_size(3000, 64000),
+        runtime=at_size(15, 120),
+    params:
+        model=QUESTIONS.get("model"),
+    shell:
+        "python -m workflow.scripts.inference {params.model} --checkpoint {input.checkpoint}"
+        " --evaluation {input.evaluation} --threads {threads} -o {output} > {log} 2>&1"
+
+
+rule train_signals:
+    output:
+        "results/{name}/questions/signals.safetensors",
+    log:
+        "results/{name}/questions/train_signals.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    shell:
+        "python -m quest.zoo.train_signals -o {output} --threads {threads} > {log} 2>&1"
+
+
+rule signals:
+    input:
+        script="workflow/scripts/signals.py",
+        weights="results/{name}/questions/signals.safetensors",
+    output:
+        "results/{name}/questions/signals.json",
+    log:
+        "results/{name}/questions/signals.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=60,
+    params:
+        bits=QUESTIONS.get("bits"),
+    shell:
+        "python -m workflow.scripts.signals {params.bits} --weights {input.weights} --threads {threads}"
+        " -o {output} > {log} 2>&1"
+
+
+rule answers:
+    input:
+        script="workflow/scripts/questions.py",
+        properties=expand("results/{{name}}/questions/{table}.csv", table=PROPERTIES),
+        cells=measured,
+        taylor="results/{name}/questions/taylor.json",
+        tunings=expand("results/{{name}}/questions/tuning/{variant}.json", variant=TUNINGS),
+        inference="results/{name}/questions/inference.json",
+        signals="results/{name}/questions/signals.json",
+    output:
+        expand("results/{{name}}/questions/{answer}", answer=ANSWERS),
+    log:
+        "results/{name}/questions/answers.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    shell:
+        "python -m workflow.scripts.questions --properties {input.properties} --cells {input.cells}"
+        " --taylor {input.taylor} --tunings {input.tunings} --inference {input.inference} --signals {input.signals}"
+        " -o results/{wildcards.name}/questions > {log} 2>&1"
+
+
+# No output: it edits a tracked file, and runs whenever it is asked for.
+rule findings:
+    input:
+        script="workflow/scripts/findings.py",
+        findings=f"results/{NAME}/questions/findings.md",
+    log:
+        f"results/{NAME}/questions/edit.log",
+    localrule: True
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=5,
+    shell:
+        "python -m workflow.scripts.findings {input.findings} > {log} 2>&1"

@@ -1,0 +1,53 @@
+"""Distributions of the layers' inputs of one model: full precision, quantized before finetuning, and after it."""
+
+import argparse
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a name in quest.models.MODELS")
+    parser.add_argument("bits", help="weight and activation bits of both quantized denoisers, e.g. w4a4")
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--evaluation", type=Path, required=True, help="held-out trajectories")
+    parser.add_argument("--init", type=Path, required=True, help="checkpoint that finetuning started from")
+    parser.add_argument("--finetuned", type=Path, required=True, help="QuEST's checkpoint")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="json file to write")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+
+    import torch
+
+    import quest
+    from quest.calibration import CalibrationSet
+    from quest.distributions import EDGES, distributions, spreads
+    from quest.models import MODELS
+    from quest.provenance import write_json
+
+    torch.set_num_threads(arguments.threads)
+    model = MODELS[arguments.model]
+    pipe = model.load()
+    calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))
+    untuned = quest.quantize(
+        pipe,
+        "quest",
+        arguments.bits,
+        calibration=calibration,
+        init=str(arguments.init),
+        selection=model.selection,
+        time_groups=model.time_groups,
+        tla_iterations=0,
+        cma_iterations=0,
+    )
+    finetuned = quest.load(pipe, arguments.finetuned, kernel="reference")
+    scale = spreads(pipe.unet, evaluation)
+    found = {
+        name: distributions(of.unet, evaluation, scale)
+        for name, of in (("full precision", pipe), ("before finetuning", untuned), ("after finetuning", finetuned))
+    }
+    content = {"model": arguments.model, "bits": arguments.bits, "edges": EDGES.tolist(), "denoisers": found}
+    write_json(arguments.output, content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Put what a run settled of the open questions into docs/findings.md, between its markers."""
+
+import argparse
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- findings: begin -->", "<!-- findings: end -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("findings", type=Path, help="findings.md of a run")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "findings.md")
+    arguments = parser.parse_args()
+
+    from quest.files import between
+
+    between(arguments.document, BEGIN, END, arguments.findings.read_text().strip())
+    print(arguments.document)
+
+
+if __name__ == "__main__":
+    main()

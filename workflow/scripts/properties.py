@@ -1,0 +1,41 @@
+"""Tables and figures of the three properties, from what was measured on each model. Imports no torch."""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("activations", "temporal", "sensitivity"):
+        parser.add_argument(f"--{name}", type=Path, nargs="+", required=True, help=f"{name}.json of every model")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write tables and figures into")
+    arguments = parser.parse_args()
+
+    from quest import figures, properties
+    from quest.files import atomic
+
+    activations, temporal, sensitivity = (
+        [json.loads(file.read_text()) for file in files]
+        for files in (arguments.activations, arguments.temporal, arguments.sensitivity)
+    )
+    frames = {
+        "activations": properties.activation_frame(activations),
+        "activation_changes": properties.change_frame(activations),
+        "temporal": properties.temporal_frame(temporal),
+        "time_ranges": properties.range_frame(temporal),
+        "embeddings": properties.embeddings_frame(temporal),
+        "sensitivity": properties.sensitivity_frame(sensitivity),
+    }
+    for name, frame in frames.items():
+        with atomic(arguments.output / f"{name}.csv") as file:
+            frame.to_csv(file, index=False)
+    folder = arguments.output / "figures"
+    figures.histograms(activations, folder / "activations.png")
+    figures.imbalance(frames["activations"], folder / "imbalance.png")
+    figures.temporal(frames["temporal"], frames["embeddings"], folder / "temporal.png")
+    figures.sensitivity(frames["sensitivity"], folder / "sensitivity.png")
+
+
+if __name__ == "__main__":
+    main()

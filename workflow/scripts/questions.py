@@ -1,0 +1,51 @@
+"""Answer the ten questions from what a run has measured: a text, its tables and figures. Imports no torch."""
+
+import argparse
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--properties", type=Path, nargs="+", required=True, help="tables of the three properties")
+    parser.add_argument("--cells", type=Path, nargs="+", required=True, help="metrics.json of one model and bits")
+    parser.add_argument("--taylor", type=Path, required=True)
+    parser.add_argument("--tunings", type=Path, nargs="+", required=True, help="{variant}.json of every variant")
+    parser.add_argument("--inference", type=Path, required=True)
+    parser.add_argument("--signals", type=Path, required=True)
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        help="folder to write into: questions.md, findings.md, tables, figures",
+    )
+    arguments = parser.parse_args()
+
+    import pandas as pd
+
+    from quest import figures, questions
+    from quest.files import atomic
+
+    evidence = questions.read(
+        arguments.properties,
+        arguments.cells,
+        arguments.taylor,
+        arguments.tunings,
+        arguments.inference,
+        arguments.signals,
+    )
+    for name in ("taylor", "tunings", "inference", "comparisons"):
+        with atomic(arguments.output / f"{name}.csv") as file:
+            pd.DataFrame(getattr(questions, f"{name}_rows")(evidence)).to_csv(file, index=False)
+    folder, taylor = arguments.output / "figures", pd.DataFrame(questions.taylor_rows(evidence))
+    title = f"{evidence.taylor['model']}, n = {taylor['n'].iloc[0]} trajectories"
+    figures.taylor(taylor, folder / "taylor.png", title)
+    figures.signals(evidence.signals["signals"], evidence.signals["classes"], folder / "signals.png")
+    with atomic(arguments.output / "questions.md") as file:
+        file.write_text(questions.document(evidence), encoding="utf-8")
+    with atomic(arguments.output / "findings.md") as file:
+        file.write_text(questions.findings(evidence) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

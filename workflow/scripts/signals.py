@@ -1,0 +1,68 @@
+"""Quantize the denoiser of one-dimensional signals with several methods, and set them beside full precision."""
+
+import argparse
+import time
+from pathlib import Path
+
+METHODS = ("rtn-mse", "q-diffusion", "quest")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bits", help="weight and activation bits, e.g. w4a4")
+    parser.add_argument("--weights", type=Path, required=True, help="what quest.zoo.train_signals wrote")
+    parser.add_argument("-n", type=int, default=200, help="signals to draw with each method (default %(default)s)")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="json file to write")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+
+    import tempfile
+
+    import numpy as np
+    import torch
+
+    import quest
+    from quest.calibration import collect, eps_error
+    from quest.config import parse_bits
+    from quest.metrics.paired import latent_mse
+    from quest.provenance import write_json
+    from quest.sampling import generate
+    from quest.zoo import signals, train_signals
+
+    torch.set_num_threads(arguments.threads)
+    model = train_signals.model(arguments.weights)
+    pipe = model.load()
+    calibration, evaluation = collect(pipe, model, "calibration", 50), collect(pipe, model, "evaluation", 16)
+
+    def sampled(of):
+        return np.concatenate([latents.numpy() for _, latents, _ in generate(of, model, "evaluation", arguments.n)])
+
+    exact = sampled(pipe)
+    found, shown = {}, {"full precision": exact[: len(signals.CLASSES), 0, 0].tolist()}
+    with tempfile.TemporaryDirectory() as folder:
+        start = Path(folder, "adaround.safetensors")
+        began = time.perf_counter()
+        w, _ = parse_bits(arguments.bits)
+        rounded = quest.quantize(pipe, "adaround", f"w{w}a32", calibration=calibration)
+        quest.save(rounded, start, floats=True)
+        rounding = time.perf_counter() - began
+        for method in METHODS:
+            began = time.perf_counter()
+            recipe = {} if method == "rtn-mse" else {"init": str(start)}
+            student = quest.quantize(pipe, method, arguments.bits, calibration=calibration, **recipe)
+            seconds = time.perf_counter() - began + (rounding if recipe else 0)
+            drawn = sampled(student)
+            found[method] = {
+                "eps_error": eps_error(student, evaluation)[0].mean(1).tolist(),
+                "latent_mse": latent_mse(drawn, exact).tolist(),
+                "seconds": round(seconds, 1),
+            }
+            shown[method] = drawn[: len(signals.CLASSES), 0, 0].tolist()
+            print(method, {k: np.mean(v).round(4) for k, v in found[method].items()}, flush=True)
+    real = signals.draw("evaluation", len(signals.CLASSES)).values.tolist()
+    content = {"bits": arguments.bits, "n": arguments.n, "methods": found, "classes": list(signals.CLASSES)}
+    write_json(arguments.output, content | {"signals": {"data": real} | shown})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What quantizing the time-embedding path of one model does, and what quantizing everything but it (and the ends).
+
+Static ranges, and one range for each timestep; with a finetuned checkpoint, also what its embeddings are."""
+
+import argparse
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a name in quest.models.MODELS")
+    parser.add_argument("bits", help="weight and activation bits of what is quantized, e.g. w4a4")
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--evaluation", type=Path, required=True, help="held-out trajectories")
+    parser.add_argument("--finetuned", type=Path, required=True, help="QuEST's checkpoint at these bits")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="json file to write")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+
+    import torch
+
+    import quest
+    from quest.calibration import CalibrationSet, eps_error
+    from quest.config import parse_bits
+    from quest.embeddings import PATH, embeddings, moved
+    from quest.models import MODELS
+    from quest.properties import KINDS
+    from quest.provenance import write_json
+    from quest.sensitivity import ENDS, lowered, parts
+
+    torch.set_num_threads(arguments.threads)
+    model, bits = MODELS[arguments.model], parse_bits(arguments.bits)
+    pipe = model.load()
+    calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))
+    exact = embeddings(pipe.unet, evaluation)
+    found = parts(pipe.unet)
+    rest = [name for layer_class, names in found.items() if layer_class not in (PATH, ENDS) for name in names]
+    errors, distances = [], []
+
+    def measure(ranges, student):
+        for name, value in moved(exact, embeddings(student.unet, evaluation)).items():
+            distances.append({"ranges": ranges, "what": name, "values": value.tolist()})
+
+    for ranges, time_groups in zip(KINDS, (1, len(calibration.timesteps)), strict=True):
+        for quantized, names in ((PATH, found[PATH]), (f"all but {PATH}", rest), ("all", found[PATH] + rest)):
+            student = lowered(pipe, calibration, names, *bits, time_groups=time_groups)
+            error, _ = eps_error(student, evaluation)
+            errors.append({"quantized": quantized, "ranges": ranges, "errors": error.mean(1).tolist()})
+            print(f"{quantized}, {ranges}: {error.mean().item():.4g}", flush=True)
+            if quantized == PATH:
+                measure(ranges, student)
+    measure("QuEST", quest.load(pipe, arguments.finetuned, kernel="reference"))
+    content = {"model": arguments.model, "bits": arguments.bits, "timesteps": evaluation.timesteps}
+    write_json(arguments.output, content | {"errors": errors, "distances": distances})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Finetune one model by one recipe of QuEST on one kind of data, and judge it on held-out trajectories and scenes.
+
+Data: the full-precision model's own trajectories; real scenes, noised, with the full-precision model's answers as
+targets; or the same with the noise itself. Errors are of the noise prediction, on every trajectory or scene: against
+full precision along its trajectories, and against the true noise on scenes that nothing was trained on.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+SCENES = 64  # held out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a name in quest.models.MODELS")
+    parser.add_argument("bits", help="weight and activation bits, e.g. w4a4")
+    parser.add_argument("--recipe", type=json.loads, default={}, help="keyword arguments of QuEST, as JSON")
+    parser.add_argument("--data", choices=("trajectories", "scenes", "noise"), default="trajectories")
+    parser.add_argument("--calibration", type=Path, required=True, help="full-precision trajectories")
+    parser.add_argument("--evaluation", type=Path, required=True, help="held-out ones")
+    parser.add_argument("--init", type=Path, required=True, help="checkpoint to start from")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="json file to write")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+
+    import torch
+
+    import quest
+    from quest.calibration import CalibrationSet, eps_error
+    from quest.models import MODELS
+    from quest.provenance import write_json
+    from quest.zoo.noised import noised
+
+    torch.set_num_threads(arguments.threads)
+    model = MODELS[arguments.model]
+    pipe = model.load()
+    calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))
+    if arguments.data != "trajectories":
+        calibration = noised(pipe, model, "train", len(calibration.trajectory.unique()))
+        if arguments.data == "scenes":
+            rows = torch.arange(len(calibration)).split(64)
+            with torch.no_grad():
+                calibration.target = torch.cat([pipe.unet(**calibration.inputs(r)).sample for r in rows])
+    held_out = noised(pipe, model, "validation", SCENES, seed=1)
+    start = time.perf_counter()
+    student = quest.quantize(
+        pipe,
+        "quest",
+        arguments.bits,
+        calibration=calibration,
+        init=str(arguments.init),
+        selection=model.selection,
+        time_groups=model.time_groups,
+        **arguments.recipe,
+    )
+    seconds = round(time.perf_counter() - start, 1)
+    found = {
+        "to_full_precision": eps_error(student, evaluation)[0].mean(1).tolist(),
+        "to_noise": eps_error(student, held_out)[0].mean(1).tolist(),
+        "full_precision_to_noise": eps_error(pipe, held_out)[0].mean(1).tolist(),
+    }
+    print({name: round(sum(values) / len(values), 5) for name, values in found.items()}, f"{seconds} s", flush=True)
+    about = {"model": arguments.model, "bits": arguments.bits, "recipe": arguments.recipe, "data": arguments.data}
+    write_json(arguments.output, about | found | {"seconds": seconds})
+
+
+if __name__ == "__main__":
+    main()
