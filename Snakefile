@@ -17,7 +17,13 @@ include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/references.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/questions.smk"
+include: "workflow/rules/ablations.smk"
 include: "workflow/rules/zoo.smk"
+include: "workflow/rules/kernels.smk"
+
+
+localrules:
+    all,
 
 
 rule all:

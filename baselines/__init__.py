@@ -39,8 +39,9 @@ METHODS = {
     "efficient-dm-as-released": partial(efficient_dm.quantize, keep=KEPT["efficient-dm-as-released"]),
     "adaround": adaround.quantize,
     "adaround-ndtc": ptq4dm.round_weights,
-    "q-diffusion": q_diffusion.quantize,
-    "ptq4dm": ptq4dm.quantize,
+    # Their own number of time groups, whatever a model's protocol says: ranges hold at all timesteps.
+    "q-diffusion": partial(q_diffusion.quantize, time_groups=1),
+    "ptq4dm": partial(ptq4dm.quantize, time_groups=1),
     "ptq4dm-as-released": partial(ptq4dm.released, keep=KEPT["ptq4dm-as-released"]),
     "ptqd": ptqd.quantize,
     "ptqd-as-released": partial(

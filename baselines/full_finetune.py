@@ -16,7 +16,7 @@ def quantize(
     init: str | None = None,  # checkpoint whose weights to start from; default: nearest codes of the mse range
     preset: str = "short",  # iterations, batch and learning rates: "short", "tenth" or "full", see finetune.PRESETS
     time_groups: int | None = None,  # default: one for each timestep of the calibration set
-    selection: str | None = None,  # layers aligned in the critical stage, of finetune.SELECTIONS; default: by the pipe
+    selection: str | None = None,  # layers aligned in the critical stage, of selection.SELECTIONS; default: by the pipe
     keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
     softmax_bits: int = 8,
     samples: int = 32,  # random calibration rows per time group that set the activation ranges

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from baselines.adaround import round_weights_only, settings
-from baselines.q_diffusion import common_stack
+from baselines.q_diffusion import common_stack, groups_of
 from quest import ranges
 from quest.affine import FLOAT, QuantSpec
 from quest.calibration import CalibrationSet
@@ -72,13 +72,16 @@ def quantize(
     softmax_bits: int = 8,
     activation_ranges: str = "mse",  # see q_diffusion.activation_ranges_of
     ndtc_bug: bool = False,  # label samples as the released code does, see `ndtc`
+    granularity: str = "tensor",  # or "released": QuEST's at 4 bits, see quest.granularity
+    time_groups: int = 1,  # QuEST's: stretches of timesteps with activation scales of their own; here one for all
     rows: int = 1024,  # of the calibration set
-    samples: int | None = None,  # rows that set the activation ranges of "mse"; default: static_rows
+    samples: int | None = None,  # rows (of each time group) that set the ranges of "mse"; default: static_rows
     seed: int = 0,  # of the calibration rows, their order and the mini-batches
 ):
     """Quantize by Q-Diffusion's quantizers and reconstruction on PTQ4DM's timesteps, without split shortcuts.
 
     Departure from the paper, which rounds to nearest and quantizes neither attention nor below 8 bits: see `released`.
+    Raises ValueError for a time group of which no row was drawn.
     """
     return common_stack(
         pipe,
@@ -91,6 +94,8 @@ def quantize(
         split=False,
         activation_ranges=activation_ranges,
         stored_order=False,
+        granularity=granularity,
+        groups=groups_of(calibration, time_groups),
         samples=samples,
         settings=settings(
             preset,

@@ -9,8 +9,10 @@ from baselines.adaround import Preset, round_weights, settings, splits, uniform
 from quest import ranges
 from quest.calibration import CalibrationSet, calibrate, calibrating, running, static_rows
 from quest.checkpoint import load_weights
+from quest.granularity import scale_axes
 from quest.layers import Keep, input_quantizers, split_layers, swap
 from quest.reconstruction import reconstruct_activations
+from quest.timegroups import TimeGroups, grouped
 
 RANGES = ("mse", "ema", "ema-symmetric")
 MOMENTUM = 0.95  # of the running ranges
@@ -34,15 +36,17 @@ def quantize(
     split: bool = False,  # quantize the two parts of a decoder shortcut's input apart, as published for SD and CIFAR-10
     activation_ranges: str = "mse",  # of RANGES; see `activation_ranges_of`
     stored_order: bool = False,  # calibrate noisiest rows first, as the released code does, not shuffled
+    granularity: str = "tensor",  # or "released": QuEST's at 4 bits, see quest.granularity
+    time_groups: int = 1,  # QuEST's: stretches of timesteps with activation scales of their own; here one for all
     rows: int = 1024,  # of the calibration set
-    samples: int | None = None,  # rows that set the activation ranges of "mse"; default: static_rows
+    samples: int | None = None,  # rows (of each time group) that set the ranges of "mse"; default: static_rows
     seed: int = 0,  # of the calibration rows, their order and the mini-batches
 ):
     """Quantize by Q-Diffusion: AdaRound of the weights, static activation ranges, learned activation steps.
 
     Departures from the released code: both halves of a split layer are regularised, calibration rows are shuffled
     (`stored_order` undoes that), the first and last layer keep 8 bits as in every row of the common stack.
-    Raises ValueError where init and split disagree.
+    Raises ValueError where init and split disagree, and for time groups with ranges that hold at all timesteps.
     """
     return common_stack(
         pipe,
@@ -55,6 +59,8 @@ def quantize(
         split=split,
         activation_ranges=activation_ranges,
         stored_order=stored_order,
+        granularity=granularity,
+        groups=groups_of(calibration, time_groups),
         samples=samples,
         settings=settings(
             preset,
@@ -83,19 +89,27 @@ def common_stack(
     settings: Preset,
     seed: int,
     weight_axis: int | None = 0,  # None for one weight scale per tensor (PTQD's released code)
+    granularity: str = "tensor",
+    groups: TimeGroups | None = None,
 ):
     """Q-Diffusion on calibration rows already drawn: what later papers rerun their rivals with."""
     if activation_ranges not in RANGES:
         raise ValueError(f"activation_ranges: {activation_ranges!r} is not one of {', '.join(RANGES)}")
+    if groups is not None and (activation_ranges != "mse" or stored_order):
+        raise ValueError("time_groups: running ranges and the stored order hold at all timesteps; valid: mse, shuffled")
     parts = splits(pipe, drawn) if split else {}
     if init is None:
-        student = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits, weight_axis=weight_axis, splits=parts)
+        axis = dict(weight_axis=weight_axis)
+        student = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits, groups=groups, splits=parts, **axis)
         round_weights(student, pipe, drawn, settings, seed)
     else:
-        student = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits)
+        student = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits, groups=groups)
         load_weights(student.unet, init)
         if split_layers(student.unet) != parts:
             raise ValueError(f"split: {split}, but {init} has {len(split_layers(student.unet))} split layers")
+    axes = scale_axes(student.unet, granularity, a)
+    for name, q in input_quantizers(student.unet).items():
+        q.spec = replace(q.spec, axis=axes.get(name))
     samples = samples or static_rows(a)
     activation_ranges_of(student.unet, drawn, activation_ranges, samples=samples, stored_order=stored_order, seed=seed)
     if settings.activation_iterations:
@@ -110,6 +124,15 @@ def common_stack(
             generator=torch.Generator().manual_seed(seed),
         )
     return student
+
+
+def groups_of(calibration: CalibrationSet, time_groups: int) -> TimeGroups | None:
+    """Equal stretches of the sampler's timesteps; None for a single one, which needs no bookkeeping.
+
+    Raises ValueError where their number does not divide that of the timesteps.
+    """
+    starts = grouped(calibration.timesteps, time_groups)
+    return None if time_groups == 1 else TimeGroups(starts)
 
 
 @torch.no_grad()

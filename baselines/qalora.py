@@ -18,7 +18,7 @@ def quantize(
     init: str | None = None,  # checkpoint whose weights to start from; default: nearest codes of the mse range
     preset: str = "short",  # iterations, batch and learning rates: "short", "tenth" or "full", see finetune.PRESETS
     time_groups: int | None = None,  # default: one for each timestep of the calibration set
-    selection: str | None = None,  # layers tuned in the second stage, of finetune.SELECTIONS; default: by the pipeline
+    selection: str | None = None,  # layers tuned in the second stage, of selection.SELECTIONS; default: by the pipeline
     keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
     softmax_bits: int = 8,
     samples: int = 32,  # random calibration rows per time group that set the activation ranges

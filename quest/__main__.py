@@ -1,5 +1,5 @@
 """`python -m quest plan CONFIG`: what a config costs. `python -m quest measure MODEL`: what its steps cost here.
-`python -m quest audit FILE`: what is in a checkpoint, to the byte."""
+`python -m quest audit FILE`: what is in a checkpoint, to the byte. `python -m quest doctor`: what works here."""
 
 import argparse
 from pathlib import Path
@@ -19,9 +19,10 @@ def main(arguments: list[str] | None = None) -> None:
     measure.add_argument("--costs", type=Path, help="file to write (default resources/costs.csv)")
     audit = commands.add_parser("audit", help="bytes, bits per parameter and bit operations of a checkpoint")
     audit.add_argument("file", type=Path, help="model.safetensors, as quest.save writes it")
+    commands.add_parser("doctor", help="which kernels, devices and weights work here, and why others do not")
     given = parser.parse_args(arguments)
     try:
-        {"plan": _plan, "measure": _measure, "audit": _audit}[given.command](given)
+        {"plan": _plan, "measure": _measure, "audit": _audit, "doctor": _doctor}[given.command](given)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"{given.command}: {error}") from None
 
@@ -63,6 +64,15 @@ def _audit(given):
     if not given.file.is_file():
         raise FileNotFoundError(f"{given.file}: no such file; valid: a checkpoint, model.safetensors of a cell")
     print(audit.report(given.file), end="")
+
+
+def _doctor(_given):
+    from quest import doctor
+
+    findings, sound = doctor.report()
+    print(doctor.text(findings), end="")
+    if not sound:
+        raise SystemExit("doctor: the reference kernel does not compute what it should; nothing here can be trusted")
 
 
 def _has_gpu():

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quest import cost
 from quest.calibration import CalibrationSet
 from quest.layers import QuantLayer
 from quest.quantizer import Quantizer
@@ -87,7 +86,6 @@ def align(
     adam_scales = ScaleAdam(stage.scales, log=log_scales)
     for scale in adam_scales.scales:
         scale.requires_grad_()
-    cost.record(denoiser, stage.name, weights + adam_scales.scales, stage.iterations, stage.batch)
 
     outputs: dict[str, Tensor] = {}
     handles = [

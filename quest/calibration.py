@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, fields
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quest import ranges
 from quest.files import atomic
+from quest.hashes import opened, tensor_hash
 from quest.layers import input_quantizers, layer_class
 from quest.models import Model
 from quest.sampling import generate
@@ -78,16 +78,26 @@ class CalibrationSet:
         return CalibrationSet(**own, conditioning={k: v.to(device) for k, v in self.conditioning.items()})
 
     def save(self, path, metadata: dict | None = None) -> None:
+        """Write a safetensors file whose header has `metadata` and the hash of every tensor, atomically."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "conditioning"}
         tensors |= {f"conditioning.{k}": v for k, v in self.conditioning.items()}
+        tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
+        header = (metadata or {}) | {"hashes": {k: tensor_hash(v) for k, v in tensors.items()}}
         with atomic(path) as tmp:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, {"quest": json.dumps(metadata or {})})
+            save_file(tensors, tmp, {"quest": json.dumps(header)})
 
     @classmethod
     def load(cls, path) -> CalibrationSet:
-        """Raises ValueError for a file that is not a calibration set."""
-        with safe_open(path, "pt") as f:
+        """Raises ValueError for a file that is not a calibration set, or whose bytes have changed since it was saved.
+
+        Sets of an earlier version have no hashes; they are taken as they are.
+        """
+        with opened(path) as f:
+            hashes = json.loads((f.metadata() or {}).get("quest", "{}")).get("hashes", {})
             tensors = {k: f.get_tensor(k) for k in f.keys()}
+        changed = [k for k in hashes if k not in tensors or tensor_hash(tensors[k]) != hashes[k]]
+        if changed:
+            raise ValueError(f"{path} is corrupted: its tensor {changed[0]} is not what was saved; make it again")
         missing = {f.name for f in fields(cls)} - {"conditioning"} - set(tensors)
         if missing:
             raise ValueError(f"{path} is not a calibration set: it lacks {', '.join(sorted(missing))}")

@@ -8,18 +8,16 @@ not say: what it starts from keeps the weights themselves, in float32 (`floats=T
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from quest import cost, packing, schedulers
 from quest.affine import FLOAT, QTensor, QuantSpec, quantize
 from quest.attention import QuantAttention
 from quest.files import atomic
+from quest.hashes import opened, tensor_hash
 from quest.layers import (
     attentions,
     finish,
@@ -101,13 +99,6 @@ def state(denoiser, floats: bool = False) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def tensor_hash(value: torch.Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and bytes, on the CPU and contiguous."""
-    found = hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode())
-    found.update(value.view(-1).view(torch.uint8).numpy() if value.numel() else b"")
-    return found.hexdigest()
-
-
 def header_hash(header: dict) -> str:
     """SHA-256 of a header as JSON, without its own hash."""
     return hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "hash"}).encode()).hexdigest()
@@ -115,7 +106,7 @@ def header_hash(header: dict) -> str:
 
 def read_header(path) -> dict:
     """Header of a checkpoint. Raises ValueError for a file that `save` did not write, or an older version did."""
-    with _opened(path) as file:
+    with opened(path) as file:
         return _header(file, path)
 
 
@@ -124,7 +115,7 @@ def read(path) -> tuple[dict, dict[str, torch.Tensor]]:
 
     Raises ValueError for a file that `save` did not write, an older version did, or whose bytes have changed since.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         header = _header(file, path)
         tensors = {}
         for name in file.keys():
@@ -135,21 +126,6 @@ def read(path) -> tuple[dict, dict[str, torch.Tensor]]:
     if missing:
         raise ValueError(f"{path} is corrupted: it lacks the tensor {missing[0]}")
     return header, tensors
-
-
-@contextmanager
-def _opened(path) -> Iterator:
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except FileNotFoundError:
-        raise
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # safetensors' own error class has no public base but Exception
-        if type(error).__module__.startswith("safetensors"):
-            raise ValueError(f"{path} is corrupted, or no safetensors file: {error}") from error
-        raise
 
 
 def _header(file, path) -> dict:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 FULL_PRECISION = ("fp", "w32a32")
 WEIGHTS_ONLY = ("adaround", "adaround-ndtc")  # methods whose bits are w4a32: what others start from
+NAME = "[a-z0-9][a-z0-9-]*"  # of a row: a folder
 SHARED = ("zoo", "models", "checkpoints", "references", "networks")  # in results/, beside the folders of configs
 SCHEMA = Path(__file__).parents[1] / "workflow" / "schemas" / "config.schema.yaml"
 
@@ -52,11 +53,22 @@ def parse_bits(bits: str) -> tuple[int, int]:
 def recipe_of(config: dict, method: str) -> tuple[str, dict]:
     """(name in baselines.METHODS, keyword arguments) of a name under `methods`, e.g. "quest", or "quest@1" for seed 1.
 
-    A recipe may say under `method` which one it is a recipe of, so that one method can stand in several rows.
+    A recipe may say under `method` which one it is a recipe of, so that one method can stand in several rows. The name
+    of a row under `ablations` is known too: what it changes, over the recipe it is compared with, over that of the
+    method it is `of`, or over nothing if it says its `method`.
     """
     name, _, seed = method.partition("@")
-    recipe = dict(config["methods"][name])
-    registered = recipe.pop("method", name)
+    rows = config.get("ablations", {}).get("rows", {})
+    if name in config["methods"] or name not in rows:
+        recipe = dict(config["methods"][name])
+        registered = recipe.pop("method", name)
+    else:
+        recipe = dict(rows[name])
+        base = {}
+        registered, of = recipe.pop("method", None), recipe.pop("of", config["ablations"]["against"])
+        if registered is None:
+            registered, base = recipe_of(config, of)
+        recipe = base | recipe
     return registered, recipe | ({"seed": int(seed)} if seed else {})
 
 
@@ -96,6 +108,15 @@ def seed_runs(config: dict) -> list[Run]:
     return [Run(model, f"{method}@{seed}" if seed else method, bits) for model, bits, method, seed in cells]
 
 
+def ablation_runs(config: dict) -> list[Run]:
+    """What `config["ablations"]` compares: the cell that rows are compared with, others they are of, and the rows."""
+    if "ablations" not in config:
+        return []
+    block = config["ablations"]
+    bases = [block["against"], *(changes["of"] for changes in block["rows"].values() if "of" in changes)]
+    return [Run(block["model"], method, block["bits"]) for method in dict.fromkeys([*bases, *block["rows"]])]
+
+
 def validate(config: dict) -> None:
     """Raise ConfigError for the first thing in `config` that could not run."""
     from quest.models import MODELS
@@ -126,6 +147,8 @@ def validate(config: dict) -> None:
             valid = [name for name in config["methods"] if name not in (*chain, FULL_PRECISION[0])]
             _one_of(start, valid, f"methods.{chain[-1]}.init: {start!r} is no starting point")
             chain.append(start)
+    if "ablations" in config:
+        _check_ablations(config)
 
 
 def _check_cells(key: str, block: dict, config: dict) -> None:
@@ -144,6 +167,34 @@ def _check_cells(key: str, block: dict, config: dict) -> None:
             raise ConfigError(f"{key}: {method} at {bits}; w32a32 goes with fp and with nothing else")
         if recipe_of(config, method)[0] in WEIGHTS_ONLY and parse_bits(bits)[1] != 32:
             raise ConfigError(f"{key}: {method} at {bits}; it quantizes weights only, e.g. at w4a32")
+
+
+def _check_ablations(config: dict) -> None:
+    """Raise ConfigError unless every row of `ablations` is a recipe of a method, under a name of its own."""
+    block, methods = config["ablations"], config["methods"]
+    valid = [name for name in methods if name != FULL_PRECISION[0]]
+    _one_of(block["against"], valid, f"ablations.against: {block['against']!r} is not under methods")
+    cell = {key: [block[key]] for key in ("model", "bits")}
+    _check_cells("ablations", cell | {"method": [block["against"]]}, config)
+    validator, known = _recipes()
+    for name, changes in block["rows"].items():
+        key = f"ablations.rows.{name}"
+        if not re.fullmatch(NAME, str(name)):
+            raise ConfigError(f"{key}: the name of a row has small letters, digits and hyphens")
+        if name in methods or name in known and changes.get("method") != name:
+            raise ConfigError(f"{key}: this is the name of a method; give the row a name of its own")
+        if {"of", "method"} <= changes.keys():
+            raise ConfigError(f"{key}: of {changes['of']!r} and method {changes['method']!r}; give one of the two")
+        if "of" in changes:
+            _one_of(changes["of"], valid, f"{key}.of: {changes['of']!r} is not under methods")
+        if "method" in changes:
+            _one_of(changes["method"], known, f"{key}.method: unknown method {changes['method']!r}")
+        registered, recipe = recipe_of(config, name)
+        _check_against(validator(registered), recipe, key)
+        if "init" in recipe:
+            _one_of(recipe["init"], valid, f"{key}.init: {recipe['init']!r} is no starting point")
+        # As a cell: bits that its method cannot have.
+        _check_cells(key, cell | {"method": [name]}, config | {"methods": methods | {name: {"method": registered}}})
 
 
 def _check_sources(model, settings: dict) -> None:
@@ -180,27 +231,35 @@ def check_names(files: Iterable[Path]) -> None:
 
 def _check_schema(config: dict) -> None:
     """Check a config as it stands, then each recipe that names its method as one of that method."""
-    import yaml
-    from jsonschema import Draft202012Validator
-
-    schema = yaml.safe_load(SCHEMA.read_text())
-    validator = Draft202012Validator(schema)
+    validator, known = _recipes()
     methods = config.get("methods") if isinstance(config, dict) else None
     named = {}
     if isinstance(methods, dict):
         named = {n: r for n, r in methods.items() if isinstance(r, dict) and "method" in r}
         config = config | {"methods": {n: r for n, r in methods.items() if n not in named}}
-    _check_against(validator, config)
-    known = schema["properties"]["methods"]["properties"]
+    _check_against(validator(), config)
     for name, recipe in named.items():
-        if not re.fullmatch("[a-z0-9][a-z0-9-]*", str(name)) or name in known:
+        if not re.fullmatch(NAME, str(name)) or name in known:
             raise ConfigError(
                 f"methods.{name}: a row of its own needs a name of its own: small letters, digits, hyphens"
             )
         _one_of(recipe["method"], known, f"methods.{name}.method: unknown method {recipe['method']!r}")
         own = {k: v for k, v in recipe.items() if k != "method"}
-        row = validator.evolve(schema=known[recipe["method"]] | {"$defs": schema["$defs"]})
-        _check_against(row, own, f"methods.{name}")
+        _check_against(validator(recipe["method"]), own, f"methods.{name}")
+
+
+def _recipes():
+    """(validator of a whole config, or with the name of a method of its recipe; names of all methods)."""
+    import yaml
+    from jsonschema import Draft202012Validator
+
+    schema = yaml.safe_load(SCHEMA.read_text())
+    methods = schema["properties"]["methods"]["properties"]
+
+    def validator(method: str | None = None):
+        return Draft202012Validator(schema if method is None else methods[method] | {"$defs": schema["$defs"]})
+
+    return validator, list(methods)
 
 
 def _check_against(validator, config, where: str = "") -> None:

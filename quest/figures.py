@@ -1,8 +1,11 @@
 """Figures of a run, drawn from its tables and samples. Needs no torch and no display."""
 
+import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -14,8 +17,11 @@ from quest.metrics import METRICS
 # Okabe and Ito's palette, told apart with any colour vision; shapes say it a second time. Full precision is black.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
 MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
+GLYPHS = "●■◆▲▼✚✖"  # the same in a line of text
 DPI = 150
 INK = "#333333"
+RULE = "#dddddd"
+AGAINST = {"bits": "bits", "size_mb": "size of the denoiser [MB]", "tbops": "TBOPs per denoiser call"}
 
 
 def sample_grid(rows: Sequence[tuple[str, np.ndarray]], path: str | Path, title: str = "", scale: int = 2) -> None:
@@ -97,6 +103,77 @@ def metric_vs_bits(main: pd.DataFrame, metric: str, path: str | Path) -> None:
     _save(figure, path)
 
 
+def quality(main: pd.DataFrame, model: str, metric: str, against: str) -> str:
+    """A metric of one model with its 95 % intervals against `against` (a key of AGAINST), as an <svg> element.
+
+    It is drawn in `currentColor` and the property `--rule`, so it takes the colours of the page it stands in; its text
+    stays text. `main` is the frame of main.csv; of full precision there is a line with its interval as a band, against
+    bits, and a point elsewhere. Raises ValueError for a metric that the model lacks.
+    """
+    frame = main.assign(tbops=main["bops"] / 1e12)
+    methods = [method for method in dict.fromkeys(frame["method"]) if method != "fp"]
+    bits = sorted(set(frame.loc[frame["method"] != "fp", "bits"]), key=_most_bits_first)
+    frame = frame[(frame["model"] == model) & (frame["metric"] == metric)]
+    if frame.empty:
+        raise ValueError(f"{model} has no row of metric {metric!r} to draw")
+    figure = Figure(figsize=(3.5, 2.6))
+    axes = figure.add_axes((0.14, 0.1, 0.84, 0.8) if against == "bits" else (0.14, 0.18, 0.84, 0.72))
+    for row in frame[frame["method"] == "fp"].itertuples():
+        if against == "bits":
+            axes.axhspan(row.low, row.high, color="black", alpha=0.12, lw=0)
+            axes.axhline(row.value, color="black", lw=1)
+        else:
+            error = [[row.value - row.low], [row.high - row.value]]
+            axes.errorbar(getattr(row, against), row.value, error, fmt="_", color="black", capsize=2.5)
+    for place, method in enumerate(methods):
+        points = frame[frame["method"] == method].set_index("bits").reindex(bits)
+        x = np.arange(len(bits)) + 0.15 * (place - (len(methods) - 1) / 2) if against == "bits" else points[against]
+        error = [points["value"] - points["low"], points["high"] - points["value"]]
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+        axes.errorbar(x, points["value"], error, fmt=marker, color=colour, ms=4.5, lw=0, elinewidth=1.2, capsize=2)
+        if against == "tbops":  # weights alone make the size, so a line there would go straight down
+            axes.plot(x, points["value"], color=colour, lw=0.8, alpha=0.6)
+    if against == "bits":
+        axes.set_xticks(range(len(bits)), [text.upper() for text in bits])
+        axes.set_xlim(-0.5, len(bits) - 0.5)
+    else:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(AGAINST[against], fontsize=8, color=INK)
+    if frame["value"].min() > 0 and frame["value"].max() / frame["value"].min() > 4:
+        _log_axis(axes, frame["value"])
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    _plain(axes)
+    axes.minorticks_off()  # and fixed margins: measuring every tick would take seconds a page
+    axes.set_title(model, fontsize=9, color=INK)
+    return _svg(figure, f"{model}-{metric}-{against}")
+
+
+def _svg(figure, name):
+    """An <svg> element for a page: its colours, fonts and ids are such that several live in one document."""
+    text = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    drawing = text.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    drawing = re.sub(r"<metadata>.*?</metadata>\s*", "", drawing, flags=re.DOTALL)
+    for side in ("width", "height"):
+        drawing = re.sub(rf'(<svg[^>]*?) {side}="[^"]*"', r"\1", drawing, count=1)
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', drawing))
+    for identity in re.findall(r' id="([^"]+)"', drawing):
+        kept = f' id="{name}-{identity}"' if identity in used else ""
+        drawing = drawing.replace(f' id="{identity}"', kept)
+    drawing = re.sub(r'(url\(|href=")#', rf"\1#{name}-", drawing)
+    drawing = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", drawing, flags=re.DOTALL)  # holds for a whole page
+    drawing = re.sub(r" font-family: [^;]*;", "", drawing)
+    for colour in (INK, "#000000"):
+        drawing = drawing.replace(colour, "currentColor")
+    return drawing.replace(RULE, "var(--rule)")
+
+
 def activation_ranges(frame: pd.DataFrame, path: str | Path) -> None:
     """Range of a layer's input against timestep: a row per model, a panel per class of layers.
 
@@ -162,6 +239,38 @@ def eps_error_curves(frame: pd.DataFrame, path: str | Path) -> None:
     figure.supxlabel("timestep (noise to image)", fontsize=9)
     figure.supylabel("relative squared error of the noise prediction", fontsize=9)
     _legend(figure, panels.flat)
+    _save(figure, path)
+
+
+def roofline(frame: pd.DataFrame, path: str | Path) -> None:
+    """Operations a second of layers against operations per byte, under what the machine allows: a panel per threads.
+
+    `frame` is that of results/kernels/*.csv. Convolutions by Winograd's algorithm multiply less than is counted, so
+    they can lie above.
+    """
+    layers = frame[(frame["part"] == "layer") & frame["gops"].notna()]
+    threads = sorted(set(layers["threads"]))
+    if not threads:
+        raise ValueError("no layer was measured: nothing to draw")
+    figure = Figure(figsize=(1 + 4 * len(threads), 3.6), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, len(threads), squeeze=False, sharey=True)[0]
+    for axes, number in zip(panels, threads, strict=True):
+        peaks = frame[(frame["part"] == "peak") & (frame["threads"] == number)].set_index("kernel")
+        intensity = np.geomspace(layers["intensity"].min(), layers["intensity"].max(), 100)
+        for place, (kernel, peak) in enumerate({"fp32": "fp32", "integer w8a8": "integer"}.items()):
+            points = layers[(layers["threads"] == number) & (layers["kernel"] == kernel)]
+            look = {"marker": MARKERS[place], "color": COLOURS[place]}
+            axes.scatter(points["intensity"], points["gops"], s=14, alpha=0.6, lw=0, label=kernel, **look)
+            if {peak, "memory"} <= set(peaks.index):
+                roof = np.minimum(peaks.loc[peak, "gops"], peaks.loc["memory", "gbs"] * intensity)
+                axes.plot(intensity, roof, color=COLOURS[place], lw=1.2, label=f"what the machine allows, {peak}")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_title(f"{number} thread{'s' if number > 1 else ''}", fontsize=9)
+        _plain(axes)
+    figure.supxlabel("operations per byte moved at least", fontsize=9)
+    panels[0].set_ylabel("1e9 operations a second", fontsize=9)
+    _legend(figure, panels)
     _save(figure, path)
 
 
@@ -308,6 +417,45 @@ def imbalance(frame: pd.DataFrame, path: str | Path) -> None:
     _save(figure, path)
 
 
+def paired_differences(frame: pd.DataFrame, against: str, metric: str, path: str | Path) -> None:
+    """A line for every row: its difference to `against` in a metric, with its 95 % interval; frame of ablations.csv.
+
+    Colour and shape say whether the interval excludes 0, and to which side.
+    """
+    found = frame[(frame["metric"] == metric) & (frame["versus"] == against)]
+    if found.empty:
+        raise ValueError(f"no difference to {against!r} in {metric!r} to draw")
+    spec, place = METRICS[metric], np.arange(len(found))
+    figure = Figure(figsize=(7.5, 1.4 + 0.19 * len(found)), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    verdicts = {"better": found["better"] == found["row"], "worse": found["better"] == against}
+    verdicts["not told apart"] = ~(verdicts["better"] | verdicts["worse"])
+    styles = {"better": (COLOURS[0], "o"), "worse": (COLOURS[1], "s"), "not told apart": ("#888888", "D")}
+    for verdict, chosen in verdicts.items():
+        points, (colour, marker) = found[chosen], styles[verdict]
+        if points.empty:
+            continue
+        error = [points["difference"] - points["difference_low"], points["difference_high"] - points["difference"]]
+        style = dict(fmt=marker, color=colour, ms=4, lw=0, elinewidth=1.4, capsize=2)
+        axes.errorbar(points["difference"], place[chosen], xerr=error, label=verdict, **style)
+    axes.axvline(0, color=INK, lw=0.8)
+    # Differences of good rows are small beside those of rows that fail: linear around zero, logarithmic outside.
+    sizes = found["difference"].abs()
+    linear = float(sizes.median() * 2) or 1.0
+    if sizes.max() > 10 * linear:
+        axes.set_xscale("symlog", linthresh=linear, linscale=2)
+    axes.set_yticks(place, found["row"])
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    model, bits, n = (found[column].iloc[0] for column in ("model", "bits", "n"))
+    axes.set_xlabel(f"{spec.label}, less that of {against} ({spec.better} is better)", fontsize=9)
+    axes.set_title(f"{model}, {bits.upper()}, n = {n}: paired differences, 95 % intervals", fontsize=9)
+    _plain(axes)
+    axes.grid(axis="x", color="#dddddd", lw=0.6)
+    axes.tick_params(axis="y", labelsize=7)
+    _legend(figure, [axes])
+    _save(figure, path)
+
+
 def taylor(frame: pd.DataFrame, path: str | Path, title: str = "") -> None:
     """What Taylor steps leave over against bits: of the output on the left, of the loss on the right.
 
@@ -391,7 +539,7 @@ def _log_axis(axes, values):
 def _plain(axes):
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", lw=0.6)
+    axes.grid(axis="y", color=RULE, lw=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8, colors=INK)
 

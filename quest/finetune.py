@@ -14,28 +14,30 @@ Every such place is a keyword of `quantize`; PAPER and OFFICIAL are the keywords
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from fnmatch import fnmatch
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from quest import cost
 from quest import ranges as choosers
 from quest.affine import FLOAT
 from quest.alignment import Stage, Visit, align, joint, layer_outputs
 from quest.calibration import CalibrationSet, calibrate
 from quest.checkpoint import freeze, load_weights, read_header
-from quest.layers import (
-    KEEP,
-    Keep,
-    QuantLayer,
-    attentions,
-    input_quantizers,
-    name_quantizers,
-    quant_layers,
-    swap,
+from quest.granularity import scale_axes
+from quest.layers import KEEP, Keep, QuantLayer, input_quantizers, quant_layers, swap
+from quest.resume import part
+from quest.selection import (
+    SELECTIONS,
+    default_selection,
+    matches,
+    selected,
+    share_inputs,
+    tuned_layers,
+    unshare_inputs,
 )
-from quest.quantizer import Quantizer
 from quest.timegroups import TimeGroups, grouped
 
 
@@ -56,14 +58,6 @@ PRESETS = {
 # Iterations of the released code; those of Stable Diffusion differ from timestep to timestep, here all have their mean.
 PUBLISHED = {"lsun": (16_000, 6_400), "imagenet": (24_000, 6_400), "sd": (3_850, 8_000)}
 
-# The released code's choices, by diffusers' names. `emb_layers` of CompVis is time_emb_proj, `time_embed` the other.
-TEMPORAL = ("*.time_emb_proj",)
-TIME_EMBEDDING = ("time_embedding.*",)
-SELECTIONS = {
-    "lsun": ("*.to_q", "*.to_k", "*.to_v"),
-    "imagenet": ("*.ff.net.*", "*.to_q", "*.attn1.to_k", "*.attn1.to_v"),
-    "sd": ("*.ff.net.*",),
-}
 # What the released commands set by model: LSUN-Bedrooms and ImageNet take whole symmetric ranges, as running averages
 # but for 4-bit activations. (The running average of its Stable Diffusion reaches one timestep only and is left out.)
 RELEASED = {
@@ -123,7 +117,7 @@ def quantize(
     time_groups: int | None = None,  # TAQuant's number of groups, 1 for a single set; default: one for each timestep
     keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
     softmax_bits: int = 8,
-    granularity: str = "tensor",  # or "released": at 4 bits one scale per channel or token, see `released_axes`
+    granularity: str = "tensor",  # or "released": at 4 bits one scale per channel or token, see quest.granularity
     levels: str = "asymmetric",  # "asymmetric", "symmetric" or "wide" (33 levels at "4 bit"); "released": the model's
     ranges: str = "mse",  # "mse", "minmax", "percentile" or "running" (averages); "released": the model's
     samples: int = 32,  # random calibration rows per time group that set the activation ranges
@@ -164,7 +158,6 @@ def quantize(
     selection = _one_of("selection", selection or default_selection(pipe), SELECTIONS)
     released = RELEASED[selection]
     size = sized(preset, selection)
-    _one_of("granularity", granularity, ("tensor", "released"))
     if _one_of("levels", levels, (*LEVELS, "released")) == "released":
         levels = released["levels"]
     if _one_of("ranges", ranges, (*RANGES, "released")) == "released":
@@ -188,7 +181,7 @@ def quantize(
     else:
         start_from(denoiser, init, KEEP if keep is None else keep)
     freeze(denoiser)
-    axes = released_axes(denoiser) if granularity == "released" and a == 4 else {}
+    axes = scale_axes(denoiser, granularity, a)
     for name, q in input_quantizers(denoiser).items():
         # Probabilities are unsigned whatever the other codes are.
         kind = {} if name.endswith("processor.p") else LEVELS[levels]
@@ -299,16 +292,25 @@ def finetune(
     stages = [stage for stage in stages if stage.iterations]
     targets = layer_outputs(teacher, list(dict.fromkeys(n for s in stages for n in s.local)), calibration)
     for stage in stages:
-        align(
+        learned = learn(denoiser, stage.layers)
+        tuned = {f"{n}.{i}": p for n, parameters in learned.items() for i, p in enumerate(parameters)}
+        tuned |= {f"scales.{i}": q.scale for i, q in enumerate(stage.scales)}
+        generator = torch.Generator().manual_seed(seed)
+        training = partial(
+            align,
             denoiser,
             stage,
-            learn(denoiser, stage.layers),
+            learned,
             targets,
             calibration,
             log_scales=log_scales,
             cosine=cosine,
-            generator=torch.Generator().manual_seed(seed),
+            generator=generator,
         )
+        part(stage.name.replace(" ", "-"), lambda tuned=tuned: tuned, training, generator)
+        for name in learned:
+            denoiser.get_submodule(name).freeze()
+        cost.record(denoiser, stage.name, tuned.values(), stage.iterations, stage.batch)
     if qkv_as_one:
         unshare_inputs(denoiser)
 
@@ -364,23 +366,12 @@ def _one_of(keyword: str, value, valid: Iterable):
     return value
 
 
-def default_selection(pipe) -> str:
-    """The set that the released code uses for this kind of model."""
-    if getattr(pipe, "text_encoder", None) is not None:
-        return "sd"
-    return "imagenet" if getattr(pipe, "class_embedder", None) is not None else "lsun"
-
-
-def matches(name: str, globs: Iterable[str]) -> bool:
-    return any(fnmatch(name, g) for g in globs)
-
-
 def start_from(denoiser: nn.Module, init: str, keep: Keep) -> None:
-    """Take the weights of a checkpoint. A layer of `keep` that has more bits there than asked for here is rounded to
-    the nearest codes of its own bits: the ends of the released QuEST, whose weights have fewer than 8."""
+    """Take the weights of a checkpoint. A layer of `keep`, or one at the ends, that has more bits there than asked for
+    here is rounded to the nearest codes of its own bits: the ends of the released QuEST, whose weights have fewer."""
     found = {n: specs[0]["bits"] for n, specs in read_header(init)["layers"].items()}
     layers = dict(quant_layers(denoiser))
-    specs = {n: layer.weight_quantizer.spec for n, layer in layers.items() if matches(n, keep)}
+    specs = {n: layer.weight_quantizer.spec for n, layer in layers.items() if matches(n, (*KEEP, *keep))}
     coarser = {n: spec for n, spec in specs.items() if spec.bits < found.get(n, 0)}
     for name, spec in coarser.items():
         layers[name].weight_quantizer.spec = replace(spec, bits=found[name])
@@ -388,96 +379,3 @@ def start_from(denoiser: nn.Module, init: str, keep: Keep) -> None:
     for name, spec in coarser.items():
         layers[name].weight_quantizer.spec = spec
         layers[name].choose_weight_range(choosers.mse)
-
-
-def released_axes(denoiser: nn.Module) -> dict[str, int]:
-    """The dimension along which the released code has a scale of its own for every index, for 4-bit activations.
-
-    Of [N, C, H, W] and [N, C] the channels, of three dimensions the last. The products' inputs and transformers' tokens
-    are [B, n, C], so again the channels; an unconditional attention of CompVis works on [B, C, n], so its scales go by
-    token. Probabilities [B, n, m] have one scale per key. Most of these dimensions are summed over in the product, so
-    that no integer kernel can compute it.
-    """
-    by_token = tuple(f"{n}." for n, m in attentions(denoiser) if m.residual_connection)
-    convolutions = {f"{n}.input_quantizer" for n, m in quant_layers(denoiser) if isinstance(m, nn.Conv2d)}
-    axes = dict.fromkeys(input_quantizers(denoiser), -1)
-    for name in axes:
-        if name in convolutions or name.startswith(by_token) and not name.endswith("processor.p"):
-            axes[name] = 1
-    return axes
-
-
-def selected(
-    denoiser: nn.Module, selection: str, time_embedding: str, control: int | None = None
-) -> tuple[tuple[dict[str, QuantLayer], list[Quantizer]], tuple[dict[str, QuantLayer], list[Quantizer]]]:
-    """Layers whose weights are tuned, and activation quantizers whose scales are, of the temporal and critical stage.
-
-    time_embedding: the two layers before all projections. The released code never touches them ("frozen"), the paper
-    tunes all remaining activation scales in the critical stage ("scales"), and its text can be read as tuning them with
-    the projections ("tuned"). control: a seed for other layers in place of the temporal ones, see `equal_size`.
-    """
-    layers = dict(quant_layers(denoiser))
-    temporal_globs = TEMPORAL + (TIME_EMBEDDING if time_embedding == "tuned" else ())
-    temporal = {n: m for n, m in layers.items() if matches(n, temporal_globs)}
-    critical = {n: m for n, m in layers.items() if matches(n, SELECTIONS[selection])}
-    if not temporal or not critical:
-        raise ValueError(f"selection {selection!r}: the denoiser has no such layers, or no time embedding projections")
-    if control is not None:
-        temporal = equal_size(layers, temporal, {*critical, *KEEP}, control)
-    taken = {id(m.input_quantizer) for m in temporal.values()}
-    if time_embedding == "frozen":
-        taken |= {id(m.input_quantizer) for n, m in layers.items() if matches(n, TIME_EMBEDDING)}
-    temporal_scales = [m.input_quantizer for m in temporal.values()]
-    critical_scales = [q for q in input_quantizers(denoiser).values() if id(q) not in taken]
-    return tuple(
-        (tuned, [q for q in scales if q.spec.bits != FLOAT])
-        for tuned, scales in ((temporal, temporal_scales), (critical, critical_scales))
-    )
-
-
-def equal_size(layers: dict[str, QuantLayer], like: dict[str, QuantLayer], without: set[str], seed: int):
-    """Layers that are in neither `like` nor `without` and have about as many weights as those of `like`, by name.
-
-    They are taken in random order, each that still fits, in the denoiser's order in the end. Raises ValueError where
-    none fits.
-    """
-    left = sum(layer.weight.numel() for layer in like.values())
-    others = [n for n in layers if n not in like and n not in without]
-    taken = set()
-    for i in torch.randperm(len(others), generator=torch.Generator().manual_seed(seed)).tolist():
-        if (size := layers[others[i]].weight.numel()) <= left:
-            taken.add(others[i])
-            left -= size
-    if not taken:
-        raise ValueError("control: the denoiser has no other layer as small as its time embedding projections together")
-    return {n: layers[n] for n in others if n in taken}
-
-
-def qkv(denoiser: nn.Module) -> dict[str, str]:
-    """to_k and to_v of every unconditional attention -> its to_q: in CompVis the three are one convolution.
-
-    Such an attention adds its input; one of a transformer leaves that to the block around it.
-    """
-    return {f"{n}.to_{x}": f"{n}.to_q" for n, m in attentions(denoiser) if m.residual_connection for x in "kv"}
-
-
-def tuned_layers(denoiser: nn.Module, tuned: dict[str, QuantLayer], qkv_as_one: bool) -> int:
-    """How many layers are tuned, which is the weight of L_G in the released code."""
-    one = qkv(denoiser) if qkv_as_one else {}
-    return len({one.get(name, name) for name in tuned})
-
-
-def share_inputs(denoiser: nn.Module) -> None:
-    """Give to_k and to_v of every unconditional attention the input quantizer of its to_q."""
-    for name, first in qkv(denoiser).items():
-        denoiser.get_submodule(name).input_quantizer = denoiser.get_submodule(first).input_quantizer
-
-
-def unshare_inputs(denoiser: nn.Module) -> None:
-    """Undo `share_inputs` without changing a value: a checkpoint holds every quantizer once."""
-    for name, first in qkv(denoiser).items():
-        shared = denoiser.get_submodule(first).input_quantizer
-        own = Quantizer(shared.spec, groups=shared.groups)
-        own.scale.data, own.zero_point = shared.scale.detach().clone(), shared.zero_point.clone()
-        denoiser.get_submodule(name).input_quantizer = own
-    name_quantizers(denoiser)

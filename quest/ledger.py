@@ -86,7 +86,7 @@ def published(path: str | Path = PUBLISHED) -> pd.DataFrame:
     for line, row in enumerate(frame.itertuples(), start=2):
         try:
             float(row.value or "nan")
-            _stated(row.protocol)
+            protocol_says(row.protocol)
         except ValueError as error:
             raise ValueError(f"{path}, line {line}: {error}") from None
     keys = [column for column in COLUMNS if column not in ("value", "note")]
@@ -96,7 +96,7 @@ def published(path: str | Path = PUBLISHED) -> pd.DataFrame:
     return frame
 
 
-def _stated(protocol: str) -> dict[str, str]:
+def protocol_says(protocol: str) -> dict[str, str]:
     """What a protocol says, by key."""
     stated = {}
     for part in filter(None, protocol.split("; ")):
@@ -129,7 +129,7 @@ def ledger(cells: Sequence[dict], numbers: pd.DataFrame) -> pd.DataFrame:
         cell = measured.get((number.model, number.method, number.bits))
         ours = next((row for row in cell["rows"] if row["metric"] == number.metric), None) if cell else None
         verdict, why = _verdict(number, cell, ours)
-        stated = _stated(number.protocol)
+        stated = protocol_says(number.protocol)
         needed = [key for key in (*KEYS, *OF_METRIC.get(number.metric, ())) if _applies(key, model)]
         rows.append(
             {key: getattr(number, key) for key in ("source", "table", "model", "method", "bits", "metric")}
@@ -170,7 +170,7 @@ def _differences(number, fingerprint) -> list[str]:
     """Where what the source states differs from a cell, as "key: ours here, theirs in the source"."""
     found = []
     of_metric = OF_METRIC.get(number.metric, ())
-    for key, stated in _stated(number.protocol).items():
+    for key, stated in protocol_says(number.protocol).items():
         if key in ("extractor", "clip", "prompts", "reference") and key not in of_metric:
             continue
         if key in ("prompts", "reference"):  # named there, hashed here: they cannot be compared

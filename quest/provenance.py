@@ -1,9 +1,13 @@
-"""What made a file: commit, package versions, machine and time. Imports nothing heavy."""
+"""What made a file: commit, package versions, machine, config, time and memory. Imports nothing heavy."""
 
+import hashlib
 import json
 import os
 import platform
+import resource
 import subprocess
+import sys
+import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -13,10 +17,15 @@ from quest.files import atomic
 PACKAGES = ("quest-suite", "torch", "torchvision", "diffusers", "transformers", "numpy", "scipy", "safetensors")
 
 
+CONFIG = "QUEST_CONFIG_SHA256"  # environment variable by which the workflow tells its jobs `config_hash`
+
+
 def provenance() -> dict:
-    """Return {commit, dirty, versions, machine, date}, all of it fit for JSON.
+    """Return {commit, dirty, versions, machine, date, config, wall_seconds, peak_memory_mb}, all of it fit for JSON.
 
     `commit` and `dirty` are None outside a checkout of this project. `dirty` tells of changes to tracked files only.
+    `config` is None outside the workflow. `wall_seconds` and `peak_memory_mb` (1e6 bytes, resident) are those of this
+    process until now: close to those of the job, where a script asks last.
     """
     # An installed copy may lie inside another project's checkout, whose commit says nothing of this code.
     ours = _git("rev-parse", "--show-prefix") == "quest/"
@@ -27,7 +36,15 @@ def provenance() -> dict:
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": os.environ.get(CONFIG),
+        "wall_seconds": _age(),
+        "peak_memory_mb": _peak(),
     }
+
+
+def config_hash(config: dict) -> str:
+    """SHA-256 of what a config says; comments and the order of its keys are no part of it."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _git(*arguments: str) -> str | None:
@@ -55,6 +72,22 @@ def _cpu() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _age() -> float | None:
+    """Seconds since this process began, where the system tells (Linux)."""
+    try:
+        # Field 22, in clock ticks since the machine started; field 2 is a name in parentheses that may hold spaces.
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return round(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 1)
+    except (OSError, AttributeError):
+        return None
+
+
+def _peak() -> int:
+    """Most memory that this process held so far, in MB; Linux counts in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6)
 
 
 def write_json(path: str | Path, content: dict) -> None:

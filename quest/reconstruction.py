@@ -28,6 +28,8 @@ from quest.calibration import CalibrationSet
 from quest.layers import QuantLayer, attentions, input_quantizers, quant_layers
 from quest.quantizer import Quantizer
 from quest.ranges import EPS
+from quest.resume import part
+from quest.timegroups import TimeGroups
 
 GAMMA, ZETA = -0.1, 1.1  # of the rectified sigmoid (arXiv:2004.10568, equation 23)
 LAMBDA = 0.01  # weight of the rounding regulariser
@@ -151,16 +153,23 @@ def reconstruct_weights(
         full = [teacher.get_submodule(m) for m in (unit.modules if learning else [name])]
         outputs = [_chunked(partial(call, [forward]), torch.arange(n)) for forward in full]
         if learning:
-            errors[unit.name] = learn_rounding(
-                unit.name,
-                layers,
-                lambda r: unit.lay(call(list(forwards.values()), r + n), len(r)),
-                unit.lay(_together(outputs), n),
-                iterations=iterations,
-                batch=batch,
-                lr=lr,
-                generator=generator,
+            errors[unit.name] = part(
+                f"AdaRound-{unit.name}",
+                lambda: {name: layer.weight for name, layer in layers.items()},
+                lambda: learn_rounding(
+                    unit.name,
+                    layers,
+                    lambda r: unit.lay(call(list(forwards.values()), r + n), len(r)),
+                    unit.lay(_together(outputs), n),
+                    iterations=iterations,
+                    batch=batch,
+                    lr=lr,
+                    generator=generator,
+                ),
+                generator,
             )
+            for layer in layers.values():
+                layer.freeze()
             learned.extend(layer.weight for layer in layers.values())
         # The first of a unit's modules to be called is the one that learns.
         return torch.cat([outputs[0], _chunked(partial(call, [forwards[name]]), torch.arange(n, 2 * n))])
@@ -189,12 +198,15 @@ def reconstruct_activations(
     Arguments and errors as for `reconstruct_weights`; the ranges must be calibrated. A unit's input and target both
     come from full precision. Quantizers of 16 bits and more are left alone. Departures from the released code: a step
     stays positive, and a unit whose error did not fall keeps the steps it had.
-    Raises ValueError for a student with time groups: these ranges hold at all timesteps.
+    With time groups, which it has not, each group learns its own steps on its own rows, in an equal share of the
+    iterations: as inputs are those of full precision, groups do not depend on each other.
+    Raises ValueError for a time group without a row.
     """
-    if getattr(student, "time_groups", None) is not None:
-        raise ValueError("activation steps are learned over all timesteps: the denoiser must have no time groups")
     n = len(rows)
     inputs = _inputs(student, calibration, rows)
+    groups = getattr(student, "time_groups", None)
+    parts = [torch.arange(n)] if groups is None else _by_group(groups, calibration.timestep[rows])
+    shares = [iterations * (g + 1) // len(parts) - iterations * g // len(parts) for g in range(len(parts))]
     errors: dict[str, tuple[float, float]] = {}
     learned: list[Tensor] = []
 
@@ -209,16 +221,26 @@ def reconstruct_activations(
             ]
             outputs = [_chunked(partial(call, [forward]), torch.arange(n)) for forward in full]
         if learning:
-            errors[unit.name] = learn_steps(
-                unit.name,
-                quantizers,
-                lambda r: unit.lay(call(list(forwards.values()), r), len(r)),
-                unit.lay(_together(outputs), n),
-                iterations=iterations,
-                batch=batch,
-                lr=lr,
-                generator=generator,
-            )
+            target = unit.lay(_together(outputs), n)
+            found = []
+            for g, (own, share) in enumerate(zip(parts, shares, strict=True)):
+                if groups is not None:
+                    groups.enter(groups.starts[g])
+                learning_steps = partial(
+                    learn_steps,
+                    unit.name,
+                    quantizers,
+                    lambda r, own=own: unit.lay(call(list(forwards.values()), own[r]), len(r)),
+                    target if groups is None else target[own],
+                    iterations=share,
+                    batch=batch,
+                    lr=lr,
+                    generator=generator,
+                )
+                scales = {name: q.scale for name, q in quantizers.items()}
+                kept = f"activation-steps-{unit.name}" + (f"-{g}" if groups is not None else "")
+                found.append(part(kept, lambda scales=scales: scales, learning_steps, generator))
+            errors[unit.name] = tuple(sum(values) / len(found) for values in zip(*found, strict=True))
             learned.extend(q.scale for q in quantizers.values())
         return outputs[0]
 
@@ -226,6 +248,15 @@ def reconstruct_activations(
         _run(student, inputs, inputs, visit, "activation steps")
     cost.record(student, "activation steps", learned, iterations, batch)
     return errors
+
+
+def _by_group(groups: TimeGroups, timestep: Tensor) -> list[Tensor]:
+    """The rows of every time group."""
+    group = groups.index(timestep.cpu())
+    parts = [(group == g).nonzero().flatten() for g in range(len(groups))]
+    if empty := [g for g, part in enumerate(parts) if not len(part)]:
+        raise ValueError(f"time_groups: no calibration row of time group {empty[0]} ({groups.starts.tolist()})")
+    return parts
 
 
 def learn_rounding(
@@ -285,6 +316,7 @@ def learn_steps(
 ) -> tuple[float, float]:
     """Adam on the scales of one unit's activation quantizers, its rate falling to zero as a cosine.
 
+    With time groups those of the current one: the others have no gradient, and a new Adam does not move them.
     run, target and result as for `learn_rounding`; loss: `error` with power 2.4.
     """
     scales = [q.scale for q in quantizers.values()]

@@ -6,6 +6,7 @@ set of whole batches, so neither n nor the number of shards touches an image.
 """
 
 import copy
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -103,6 +104,27 @@ def _batches(pipe, model, split, end, starts):
             kept = min(size, end - start)
             bar.update(kept)
             yield np.array(indices[:kept]), latents[:kept].float().cpu(), images[:kept]
+
+
+@contextmanager
+def timed(denoiser: torch.nn.Module) -> Iterator[list[float]]:
+    """Collect the seconds of every call of the denoiser while the context lasts. Results stay as they are."""
+    seconds, started = [], []
+
+    def now():
+        if denoiser.device.type == "cuda":
+            torch.cuda.synchronize(denoiser.device)
+        return time.perf_counter()
+
+    handles = [
+        denoiser.register_forward_pre_hook(lambda *_: started.append(now())),
+        denoiser.register_forward_hook(lambda *_: seconds.append(now() - started.pop())),
+    ]
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from quest.metrics import METRICS, compare
 PROVENANCE = ["seeds", "versions", "commit", "machine"]
 MAIN = ["model", "method", "bits", "metric", "value", "low", "high", "published", "n", "extractor", "protocol"]
 # Of the denoiser: bytes of its packed file over 1e6, bit operations of one call on one sample, bits that a parameter
-# takes as stored; what exactly counts is said by quest.cost.
-FOOTPRINT = ["size_mb", "bops", "effective_bits", "kernel", "realizable"]
+# takes as stored; what exactly counts is said by quest.cost. latency_ms: median wall time of one denoiser call while
+# the first shard was sampled, on whatever else the machine did; latency_at: samples in the call, threads.
+FOOTPRINT = ["size_mb", "bops", "effective_bits", "kernel", "realizable", "latency_ms", "latency_at"]
 MAIN += ["reference", "note", *FOOTPRINT, *PROVENANCE]
 PAIRED = ["model", "bits", "metric", "method", "versus", "difference", "low", "high", "n", "better", *PROVENANCE]
 EPS_ERROR = ["model", "method", "bits", "call", "timestep", "value", "low", "high", "n", *PROVENANCE]
@@ -25,10 +27,13 @@ EPS_ERROR = ["model", "method", "bits", "call", "timestep", "value", "low", "hig
 def write(paths: Sequence[str | Path], folder: str | Path) -> None:
     """Write main, ledger (.csv, .md, .tex), paired.csv and eps_error.csv of the given metrics.json files into `folder`.
 
-    Models and methods keep the order in which the files name them.
+    Models and methods keep the order in which the files name them. Says on stderr, and below the tables for people, if
+    the cells were not all made by one commit and one set of packages.
     """
     cells = read(paths)
     folder, main, paired = Path(folder), main_frame(cells), paired_frame(cells)
+    for line in mixture(main):
+        print(line, file=sys.stderr)
     verdicts = ledger.ledger(cells, ledger.published())
     frames = {"main": main, "paired": paired, "eps_error": eps_error_frame(cells), "ledger": verdicts}
     for name, frame in frames.items():
@@ -74,7 +79,7 @@ def main_frame(cells: list[dict]) -> pd.DataFrame:
         _name(cell)
         | row
         | {"published": numbers.get((cell["model"], cell["method"], cell["bits"], row["metric"]), math.nan)}
-        | _footprint(cell)
+        | footprint_of(cell)
         | provenance_of(row["metric"], cell)
         for cell in cells
         for row in cell["rows"]
@@ -97,14 +102,23 @@ def paired_frame(cells: list[dict]) -> pd.DataFrame:
             pairs = [(b, a) for a, b in itertools.combinations(of_bits, 2)]
             for a, b in pairs + list(itertools.product(of_bits, full_precision)):
                 names = {"method": a["method"], "versus": b["method"]}
-                try:
-                    compared = compare(a, b)
-                except ValueError as error:
-                    raise ValueError(f"{model} {bits}: {names['method']} against {names['versus']}: {error}") from None
-                for row in compared:
-                    row["better"] = names.get(row["better"], "neither")
+                for row in paired(a, b):
                     rows.append({"model": model, "bits": bits} | names | row | provenance_of(row["metric"], a, b))
     return pd.DataFrame(rows, columns=PAIRED)
+
+
+def paired(a: dict, b: dict) -> list[dict]:
+    """Differences "a minus b", one row per metric; `better` is the method of the better one, or "neither".
+
+    Raises ValueError, naming both cells, where they are not of the same images and protocol.
+    """
+    names = {"method": a["method"], "versus": b["method"]}
+    try:
+        compared = compare(a, b)
+    except ValueError as error:
+        where = f"{a['model']} {a['bits']}: {names['method']} against {names['versus']}"
+        raise ValueError(f"{where}: {error}") from None
+    return [row | {"better": names.get(row["better"], "neither")} for row in compared]
 
 
 def eps_error_frame(cells: list[dict]) -> pd.DataFrame:
@@ -124,10 +138,12 @@ def _name(cell):
     return {key: cell[key] for key in ("model", "method", "bits")}
 
 
-def _footprint(cell):
+def footprint_of(cell):
     """Columns FOOTPRINT of a cell; samples of unknown origin say nothing of their denoiser."""
-    unknown = dict.fromkeys(("bytes", "bops", "effective_bits", "realizable"), math.nan) | {"kernel": ""}
-    found = unknown | cell["footprint"]
+    unknown = dict.fromkeys(("bytes", "bops", "effective_bits", "realizable", "latency_ms"), math.nan)
+    found = unknown | {"kernel": "", "latency_at": ""} | cell["footprint"]
+    if "threads" in found:
+        found["latency_at"] = f"batch {found['batch']}, {found['threads']} thread{'s' if found['threads'] > 1 else ''}"
     return {"size_mb": found["bytes"] / 1e6} | {name: found[name] for name in FOOTPRINT[1:]}
 
 
@@ -148,6 +164,22 @@ def provenance_of(metric: str, *cells: dict) -> dict[str, str]:
     }
 
 
+def mixture(main: pd.DataFrame) -> list[str]:
+    """What to say of rows that different code made: a line on commits and one on versions, where they differ."""
+    lines = []
+    for column, what, width in (("commit", "commits", 12), ("versions", "sets of package versions", None)):
+        made = dict.fromkeys(part or "unknown" for row in main[column] for part in row.split(" / "))
+        if len(made) < 2:
+            continue
+        names = [part[:width] + ("-dirty" if part.endswith("-dirty") else "") for part in made] if width else []
+        listed = f" ({', '.join(names)})" if names else ""
+        lines.append(
+            f"Made by {len(made)} {what}{listed}, which need not agree: column `{column}` of main.csv says which made "
+            "a row; `snakemake --forceall` makes all of them again."
+        )
+    return lines
+
+
 LEFT = ["method", "bits", "size [MB]", "TBOPs"]  # the first columns of a table for people
 
 
@@ -157,13 +189,14 @@ def markdown(main: pd.DataFrame, paired: pd.DataFrame) -> str:
     for block in _blocks(main, paired, bold="**{}**"):
         heads = [*LEFT, *(f"{label} {'↓' if low else '↑'}" for label, low in block["columns"])]
         lines = [f"### {block['model']}", ""]
-        lines += [_md_row(heads), _md_row(["---", "---", *["---:"] * (len(heads) - 2)])]
-        lines += [_md_row(row) for row in block["rows"]]
+        lines += [markdown_row(heads), markdown_row(["---", "---", *["---:"] * (len(heads) - 2)])]
+        lines += [markdown_row(row) for row in block["rows"]]
         blocks.append("\n".join([*lines, "", *block["footer"], ""]))
     return "\n".join(blocks)
 
 
-def _md_row(texts):
+def markdown_row(texts: Sequence[str]) -> str:
+    """A line of a table in Markdown."""
     return "| " + " | ".join(texts) + " |"
 
 
@@ -174,26 +207,26 @@ def latex(main: pd.DataFrame, paired: pd.DataFrame) -> str:
         heads = list(LEFT)
         for label, low in block["columns"]:
             arrow = r"$\downarrow$" if low else r"$\uparrow$"
-            name, _, network = _tex(label).partition(" (")
+            name, _, network = tex(label).partition(" (")
             heads.append(rf"\shortstack{{{name} {arrow}\\({network}}}" if network else f"{name} {arrow}")
         footer = " ".join(block["footer"])
         columns = "ll" + "r" * (len(heads) - 2)
-        blocks.append(_tex_table(heads, block["rows"], columns, f"{block['model']}. {footer}"))
+        blocks.append(latex_table(heads, block["rows"], columns, f"{block['model']}. {footer}"))
     return "\n".join(blocks)
 
 
-def _tex_table(heads, rows, columns, caption):
+def latex_table(heads: Sequence[str], rows: Sequence[Sequence[str]], columns: str, caption: str) -> str:
     """A table of booktabs; heads are TeX already, rows and caption plain."""
     return "\n".join(
         [
             r"\begin{table*}[t]",
             r"\centering\small",
-            rf"\caption{{{_tex(caption)}}}",
+            rf"\caption{{{tex(caption)}}}",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
             " & ".join(heads) + r" \\",
             r"\midrule",
-            *(" & ".join(map(_tex, row)) + r" \\" for row in rows),
+            *(" & ".join(map(tex, row)) + r" \\" for row in rows),
             r"\bottomrule",
             r"\end{tabular}",
             r"\end{table*}",
@@ -202,7 +235,8 @@ def _tex_table(heads, rows, columns, caption):
     )
 
 
-def _tex(text):
+def tex(text: str) -> str:
+    """Plain text as TeX."""
     for plain, escaped in {
         "_": r"\_",
         "%": r"\%",
@@ -219,20 +253,25 @@ def _tex(text):
 def ledger_markdown(verdicts: pd.DataFrame) -> str:
     """Verdicts by model and every published number that has a measured one beside it, in Markdown."""
     heads, rows = _verdict_counts(verdicts)
-    lines = ["### Published and measured", "", _md_row(heads), _md_row(["---", *["---:"] * len(ledger.VERDICTS)])]
-    lines += [_md_row(row) for row in rows]
+    lines = [
+        "### Published and measured",
+        "",
+        markdown_row(heads),
+        markdown_row(["---", *["---:"] * len(ledger.VERDICTS)]),
+    ]
+    lines += [markdown_row(row) for row in rows]
     for model, of_model in verdicts[verdicts["verdict"] != "NOT RUN"].groupby("model", sort=False):
-        lines += ["", f"### {model}", "", _md_row(SHOWN), _md_row(["---"] * len(SHOWN))]
-        lines += [_md_row(row) for row in _shown(of_model)]
+        lines += ["", f"### {model}", "", markdown_row(SHOWN), markdown_row(["---"] * len(SHOWN))]
+        lines += [markdown_row(row) for row in _shown(of_model)]
     return "\n".join([*lines, "", _LEDGER_FOOTER, ""])
 
 
 def ledger_latex(verdicts: pd.DataFrame) -> str:
     """The same for papers; needs the package booktabs."""
     heads, rows = _verdict_counts(verdicts)
-    blocks = [_tex_table(heads, rows, "l" + "r" * len(ledger.VERDICTS), f"Published and measured. {_LEDGER_FOOTER}")]
+    blocks = [latex_table(heads, rows, "l" + "r" * len(ledger.VERDICTS), f"Published and measured. {_LEDGER_FOOTER}")]
     for model, of_model in verdicts[verdicts["verdict"] != "NOT RUN"].groupby("model", sort=False):
-        blocks.append(_tex_table(SHOWN, _shown(of_model), "l" * len(SHOWN), f"Ledger of {model}."))
+        blocks.append(latex_table(SHOWN, _shown(of_model), "l" * len(SHOWN), f"Ledger of {model}."))
     return "\n".join(blocks)
 
 
@@ -265,12 +304,12 @@ def _blocks(main, paired, bold):
     """What both renderings of one model share: column labels with direction, cells as text, and lines to end with."""
     for model, of_model in main.groupby("model", sort=False):
         names = [name for name in METRICS if name in set(of_model["metric"])]
-        heads = {name: _label(name, of_model) for name in names}
-        best = _best(of_model, paired[paired["model"] == model])
+        heads = {name: column_label(name, of_model) for name in names}
+        best = best_values(of_model, paired[paired["model"] == model])
         shown = of_model.set_index(["method", "bits", "metric"])
         cells = of_model.drop_duplicates(["method", "bits"]).set_index(["method", "bits"])
         rows = []
-        for method, bits in sorted(dict.fromkeys(zip(of_model["method"], of_model["bits"], strict=True)), key=_by_bits):
+        for method, bits in sorted(dict.fromkeys(zip(of_model["method"], of_model["bits"], strict=True)), key=by_bits):
             texts = []
             for name in names:
                 if (method, bits, name) not in shown.index:
@@ -286,7 +325,7 @@ def _blocks(main, paired, bold):
             "model": model,
             "columns": [(heads[name], METRICS[name].better == "lower") for name in names],
             "rows": rows,
-            "footer": _footer(of_model, heads),
+            "footer": footer(of_model, heads),
         }
 
 
@@ -294,14 +333,15 @@ def _plain(value, form):
     return "–" if math.isnan(value) else format(value, form)
 
 
-def _by_bits(run):
-    """Most bits first; methods of equal bits keep their order."""
+def by_bits(run: tuple[str, str]) -> tuple[int, int]:
+    """Sorts (method, bits): most bits first; methods of equal bits keep their order."""
     _, bits = run
     weight, activation = (int(part) for part in bits[1:].split("a"))
     return (-weight, -activation)
 
 
-def _label(name, of_model):
+def column_label(name: str, of_model: pd.DataFrame) -> str:
+    """What a table calls a metric: with the network behind it, which numbers cannot be compared across."""
     metric = METRICS[name]
     if metric.network is None:
         return metric.label
@@ -310,7 +350,7 @@ def _label(name, of_model):
     return f"{metric.label} ({', '.join(networks)}{suffix})"
 
 
-def _best(of_model, paired):
+def best_values(of_model: pd.DataFrame, paired: pd.DataFrame) -> set[tuple[str, str, str]]:
     """(method, bits, metric) of every best value that differs from the runner-up's by the paired interval."""
     best = set()
     quantized = of_model[(of_model["method"] != "fp") & of_model["value"].notna()]
@@ -341,7 +381,8 @@ def _rounded(value, half):
     return f"{value:.{decimals}f} ± {half:.{decimals}f}"
 
 
-def _footer(of_model, heads):
+def footer(of_model: pd.DataFrame, heads: dict[str, str]) -> list[str]:
+    """What a table of one model is not to be read without: protocol, n, seeds, what ± and bold mean, notes."""
     protocols = of_model.groupby("metric", sort=False)["protocol"].first()
     common = min(protocols, key=len)
     own = [f"{heads[name]}: {p.removeprefix(common).lstrip('; ')}" for name, p in protocols.items() if p != common]
@@ -363,4 +404,4 @@ def _footer(of_model, heads):
     if len(notes):
         told = [f"{r.method} {r.bits} {heads[r.metric]}: {r.note}" for r in notes.itertuples()]
         lines.append(f"Notes: {'; '.join(told)}.")
-    return lines
+    return lines + mixture(of_model)

@@ -56,6 +56,18 @@ def test_not_a_calibration_set(uncond_pipe, uncond_calibration, tmp_path):
         CalibrationSet.load(tmp_path / "m.safetensors")
 
 
+def test_a_calibration_set_that_changed_is_refused(uncond_calibration, tmp_path):
+    path = tmp_path / "calibration.safetensors"
+    uncond_calibration.save(path, {"model": "tiny-uncond"})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"calibration\.safetensors is corrupted: its tensor .* is not what was saved"):
+        CalibrationSet.load(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"calibration\.safetensors is corrupted, or no safetensors file"):
+        CalibrationSet.load(path)
+
+
 def test_ranges_come_from_the_group_s_own_rows(uncond_pipe, uncond_calibration):
     groups = TimeGroups(uncond_calibration.timesteps)
     q = swap(uncond_pipe, 8, 8, groups=groups)

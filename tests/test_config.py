@@ -12,6 +12,7 @@ from quest.config import (
     WEIGHTS_ONLY,
     ConfigError,
     Run,
+    ablation_runs,
     check_names,
     parse_bits,
     recipe_of,
@@ -111,6 +112,47 @@ FAULTS = {
         _put({"images": 9, "checkpoint": "a.ckpt"}, "models", "imagenet"),
         ["models.imagenet.reference", "folder of real images"],
     ),
+    "unknown change": (
+        _put({"time_group": 1}, "ablations", "rows", "quest-groups-1"),
+        ["ablations.rows.quest-groups-1", "'time_group'", "did you mean 'time_groups'"],
+    ),
+    "change of a wrong kind": (
+        _put({"of": "q-diffusion", "samples": "1e3"}, "ablations", "rows", "q-diffusion-groups"),
+        ["ablations.rows.q-diffusion-groups.samples", "'1e3'", "text"],
+    ),
+    "row of nothing": (
+        _put({"of": "q-difusion"}, "ablations", "rows", "q-diffusion-groups"),
+        ["ablations.rows.q-diffusion-groups.of", "'q-difusion'", "did you mean 'q-diffusion'"],
+    ),
+    "row of an unknown method": (
+        _put({"method": "qalara"}, "ablations", "rows", "mine"),
+        ["ablations.rows.mine.method", "'qalara'", "did you mean 'qalora'"],
+    ),
+    "row with two recipes": (
+        _put({"method": "qalora", "of": "quest"}, "ablations", "rows", "mine"),
+        ["ablations.rows.mine", "'quest'", "'qalora'", "one of the two"],
+    ),
+    "row named as a method": (
+        _put({"time_groups": 1}, "ablations", "rows", "q-diffusion"),
+        ["ablations.rows.q-diffusion", "name of its own"],
+    ),
+    "row named as another method": (
+        _put({"time_groups": 1}, "ablations", "rows", "qalora"),
+        ["ablations.rows.qalora", "name of its own"],
+    ),
+    "row no folder": (_put({}, "ablations", "rows", "Quest 1"), ["ablations.rows.Quest 1", "small letters"]),
+    "row left empty": (_put(None, "ablations", "rows", "mine"), ["ablations.rows.mine", "write {}"]),
+    "row of weights only": (
+        _put({"method": "adaround"}, "ablations", "rows", "adaround-alone"),
+        ["ablations.rows.adaround-alone", "weights only"],
+    ),
+    "row that starts from nothing": (
+        _put({"init": "adarond"}, "ablations", "rows", "mine"),
+        ["ablations.rows.mine.init", "'adarond'", "did you mean 'adaround'"],
+    ),
+    "rows against nothing": (_put("qest", "ablations", "against"), ["ablations.against", "'qest'", "'quest'"]),
+    "rows of no model": (_put("scenes", "ablations", "model"), ["ablations.model", "'scenes'", "scenes-class"]),
+    "rows at no bits": (_put("w4a9", "ablations", "bits"), ["ablations.bits", "'w4a9'"]),
     "name no folder": (_put("My run", "name"), ["name", "'My run'", "small letters"]),
 }
 
@@ -216,6 +258,7 @@ def test_a_method_may_be_given_its_own_defaults(default, method):
     parameters = inspect.signature(METHODS[method]).parameters.values()
     told = {p.name: p.default for p in parameters if p.default not in (None, p.empty) and p.name != "ranges"}
     default["methods"][method] = told
+    default.pop("ablations")  # has rows named as some of these methods
     validate(default)
     default["methods"][method] = told | {"samples": "1e3"}
     with pytest.raises(ConfigError, match=f"methods.{method}.samples: '1e3'.*text"):
@@ -223,7 +266,7 @@ def test_a_method_may_be_given_its_own_defaults(default, method):
 
 
 def test_the_schema_knows_every_selection():
-    from quest.finetune import SELECTIONS
+    from quest.selection import SELECTIONS
 
     schema = yaml.safe_load(configuration.SCHEMA.read_text())
     assert set(schema["$defs"]["quest"]["properties"]["selection"]["enum"]) == set(SELECTIONS)
@@ -266,3 +309,21 @@ def test_cells_of_several_seeds(default):
     default["seeds"]["method"] = ["q-diff"]
     with pytest.raises(ConfigError, match="seeds.method: 'q-diff' is not under methods"):
         validate(default)
+
+
+def test_rows_of_ablations(default):
+    cells = ablation_runs(default)
+    assert [cell.path for cell in cells[:3]] == [f"scenes-class/{m}/w4a4" for m in ("quest", "q-diffusion", "ptq4dm")]
+    assert {cell.method for cell in cells[3:]} == set(default["ablations"]["rows"])
+    assert recipe_of(default, "quest-groups-1") == ("quest", {"init": "adaround", "time_groups": 1})
+    assert recipe_of(default, "q-diffusion-released") == (
+        "q-diffusion",
+        {"init": "adaround", "granularity": "released"},
+    )
+    assert recipe_of(default, "qalora") == ("qalora", {"init": "adaround"})
+    start = Run("scenes-class", "adaround-ndtc", "w4a32")
+    assert start_of(default, Run("scenes-class", "ptq4dm-groups", "w4a4")) == start
+    # Nothing is made that the grid does not make.
+    assert set(starting_points(default, cells)) <= set(starting_points(default, runs(default)))
+    del default["ablations"]
+    assert ablation_runs(default) == []

@@ -7,17 +7,11 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 import quest
 from quest import finetune
 from quest.calibration import eps_error
-from quest.finetune import (
-    SELECTIONS,
-    TEMPORAL,
-    matches,
-    qkv,
-    released_axes,
-    start_from,
-    tuned_layers,
-)
+from quest.finetune import start_from
+from quest.granularity import released_axes
 from quest.layers import input_quantizers, quant_layers, swap
 from quest.sampling import arguments
+from quest.selection import SELECTIONS, TEMPORAL, matches, qkv, tuned_layers
 
 FAST = dict(time_groups=3, batch=4, samples=8)
 
@@ -241,6 +235,9 @@ def test_ends_of_fewer_bits_than_the_checkpoint_has(uncond_pipe, uncond_calibrat
         assert torch.equal(layer.weight, other.weight)
         same = torch.equal(layer.weight_quantizer.scale, other.weight_quantizer.scale)
         assert same == (name not in ("conv_in", "conv_out"))
+    ends = swap(uncond_pipe, 4, 4, keep={}).unet
+    start_from(ends, tmp_path / "m.safetensors", {})
+    assert ends.conv_out.weight_quantizer.spec.bits == 4 and ends.conv_out.weight_quantizer.scale.isfinite().all()
     with pytest.raises(ValueError, match="4-bit weights, not 3"):
         start_from(swap(uncond_pipe, 3, 4).unet, tmp_path / "m.safetensors", {"conv_in": 8, "conv_out": 8})
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import quest
-from quest.finetune import SELECTIONS, TEMPORAL, matches
 from quest.layers import QuantLinear, quant_layers
+from quest.selection import SELECTIONS, TEMPORAL, matches
 
 FAST = dict(time_groups=3, batch=4, samples=8)
 

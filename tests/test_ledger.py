@@ -50,7 +50,7 @@ def test_published_numbers_have_their_form(numbers):
         weight, _, activation = bits[1:].partition("a")
         assert 2 <= int(weight) <= 8 and int(activation) in (4, 6, 8, 32)
     assert parse_bits("w32a32") and set(numbers[numbers.method == "fp"].bits) == {"w32a32"}
-    stated = {key for protocol in numbers.protocol for key in ledger._stated(protocol)}
+    stated = {key for protocol in numbers.protocol for key in ledger.protocol_says(protocol)}
     assert stated <= {"sampler", "steps", "eta", "guidance", "n", "extractor", "clip", "prompts"}
     # No number without a value but those that the source gives as failed, and nothing recalled.
     assert numbers[numbers.value.isna()].note.str.contains("N/A in the source").all()

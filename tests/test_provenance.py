@@ -1,14 +1,19 @@
+import errno
 import json
 import os
+import resource
 import stat
 import subprocess
+import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from quest.files import atomic
-from quest.provenance import provenance
+from quest.files import atomic, atomic_folder
+from quest.provenance import CONFIG, config_hash, provenance
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,6 +24,35 @@ def test_provenance_names_commit_versions_and_machine():
     assert found["commit"] == (git.stdout.strip() if git.returncode == 0 else None)
     assert found["versions"]["torch"] == metadata.version("torch")
     assert found["machine"]["cpu"] and found["machine"]["cores"] == os.cpu_count()
+
+
+def test_provenance_tells_time_memory_and_config(monkeypatch):
+    monkeypatch.delenv(CONFIG, raising=False)
+    before = provenance()
+    assert before["config"] is None
+    held = np.ones(50_000_000)
+    time.sleep(0.2)
+    monkeypatch.setenv(CONFIG, "abc")
+    after = provenance()
+    assert after["config"] == "abc" and held[0] == 1
+    assert after["peak_memory_mb"] >= max(400, before["peak_memory_mb"])
+    assert 0.2 <= after["wall_seconds"] - before["wall_seconds"] < 30
+
+
+def test_wall_seconds_are_those_of_the_process():
+    code = "import time; time.sleep(1); from quest.provenance import provenance; print(provenance()['wall_seconds'])"
+    start = time.perf_counter()
+    said = float(
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )
+    assert 1 <= said <= time.perf_counter() - start
+
+
+def test_the_hash_of_a_config_is_that_of_what_it_says():
+    config = {"name": "smoke", "models": {"scenes-class": {"images": 120, "shards": 2}}}
+    reordered = {"models": {"scenes-class": {"shards": 2, "images": 120}}, "name": "smoke"}
+    assert config_hash(config) == config_hash(reordered)
+    assert config_hash(config) != config_hash(config | {"name": "other"})
 
 
 def test_provenance_outside_a_checkout(tmp_path, monkeypatch):
@@ -44,6 +78,42 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
         raise RuntimeError
     assert path.read_text() == "whole"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.fixture
+def full_disk():
+    """No file can grow beyond 4 kB: writes fail as they do on a full disk, with another number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def _text(path):
+    path.write_text("x" * 100_000)
+
+
+def _npz(path):
+    np.savez(path, images=np.zeros(100_000))
+
+
+def _safetensors(path):
+    from safetensors.numpy import save_file
+
+    save_file({"weight": np.zeros(100_000)}, path)
+
+
+@pytest.mark.parametrize("write", [_text, _npz, _safetensors])
+def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_nothing(tmp_path, full_disk, write):
+    path = tmp_path / "features-0.npz"
+    path.write_text("whole")
+    with pytest.raises(OSError) as error, atomic(path) as file:
+        write(file)
+    assert f"{path} was not written: {os.strerror(errno.EFBIG)}" in str(error.value) and "\n" not in str(error.value)
+    assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OSError, match="pipeline was not written: "), atomic_folder(tmp_path / "pipeline") as folder:
+        write(folder / "weights.npz")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_written_file_has_ordinary_permissions(tmp_path):

@@ -10,6 +10,7 @@ import quest
 from baselines import METHODS, adaround, q_diffusion
 from quest import ranges
 from quest.affine import QuantSpec
+from quest.granularity import released_axes
 from quest.layers import (
     QuantConv2d,
     SplitConv2d,
@@ -159,6 +160,41 @@ def test_activation_ranges(kind, uncond_pipe, uncond_calibration):
     probabilities = [q for n, q in input_quantizers(denoiser).items() if n.endswith("processor.p")]
     assert probabilities and not any(q.spec.symmetric or q.zero_point.any() for q in probabilities)
     assert all(q.scale.isfinite().all() and q.choose is None for q in input_quantizers(denoiser).values())
+
+
+@pytest.mark.parametrize("method", ["q-diffusion", "ptq4dm"])
+def test_quest_s_granularity_and_time_groups(method, uncond_pipe, uncond_calibration, tmp_path):
+    """Scales where QuEST has them, and every one of them is learned."""
+    few = dict(
+        calibration=uncond_calibration, weight_iterations=0, activation_iterations=2, rows=24, batch=4, samples=4
+    )
+    few |= dict(calibration=uncond_calibration, granularity="released", time_groups=2)
+    q = quest.quantize(uncond_pipe, method, "w4a4", **few)
+    axes, found = released_axes(q.unet), input_quantizers(q.unet)
+    assert {n: quantizer.spec.axis for n, quantizer in found.items()} == axes
+    assert {len(quantizer.scale) for quantizer in found.values()} == {2}
+    assert found["conv_in.input_quantizer"].scale.shape == (2, 1, 4, 1, 1)
+    assert q.unet.stages[-1]["parameters"] == sum(quantizer.scale.numel() for quantizer in found.values())
+    quest.save(q, tmp_path / "model.safetensors")
+    loaded = quest.load(uncond_pipe, tmp_path / "model.safetensors", kernel="reference")
+    inputs = uncond_calibration.inputs(torch.arange(2))
+    assert torch.equal(loaded.unet(**inputs).sample, q.unet(**inputs).sample)
+
+
+def test_a_single_time_group_is_none_at_all(uncond_pipe, uncond_calibration):
+    recipe = FEW | dict(calibration=uncond_calibration, weight_iterations=0, activation_iterations=0, rows=12)
+    plain, told = (
+        quest.quantize(uncond_pipe, "q-diffusion", "w4a4", **recipe, **more)
+        for more in ({}, {"time_groups": 1, "granularity": "tensor"})
+    )
+    states = [q.unet.state_dict() for q in (plain, told)]
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items()) and not hasattr(told.unet, "time_groups")
+    with pytest.raises(ValueError, match="time_groups: running ranges"):
+        quest.quantize(uncond_pipe, "q-diffusion", "w4a4", **recipe, time_groups=2, activation_ranges="ema")
+    with pytest.raises(ValueError, match="time_groups: 4 does not divide the 6 timesteps"):
+        quest.quantize(uncond_pipe, "q-diffusion", "w4a4", **recipe, time_groups=4)
+    with pytest.raises(ValueError, match="granularity: 'row' is not one of tensor, released"):
+        quest.quantize(uncond_pipe, "q-diffusion", "w4a4", **recipe, granularity="row")
 
 
 def test_the_two_presets():

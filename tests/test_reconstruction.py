@@ -276,9 +276,30 @@ def test_the_weight_pass_does_not_mind_time_groups(uncond_pipe, uncond_calibrati
         reconstruct_weights(denoiser, uncond_pipe.unet, uncond_calibration, torch.arange(8), **arguments)
     weights = [{n: m.weight for n, m in quant_layers(d)} for d in (plain, timed)]
     assert all(torch.equal(w, weights[1][n]) for n, w in weights[0].items())
-    with pytest.raises(ValueError, match="no time groups"):
-        arguments = dict(iterations=2, batch=4, lr=4e-4, generator=generator())
-        reconstruct_activations(timed, uncond_pipe.unet, uncond_calibration, torch.arange(8), **arguments)
+
+
+def test_every_time_group_learns_its_steps_on_its_own_rows(uncond_pipe, uncond_calibration, monkeypatch):
+    groups = TimeGroups(grouped(uncond_calibration.timesteps, 3))
+    timed, seen = student(uncond_pipe, uncond_calibration, groups=groups), []
+
+    def look(name, quantizers, run, target, *, iterations, **_):
+        seen.append((name, groups.number, iterations, run(torch.arange(len(target))), target))
+        return float(groups.number), 0.0
+
+    monkeypatch.setattr(reconstruction, "learn_steps", look)
+    arguments = dict(iterations=10, batch=4, lr=4e-4, generator=generator())
+    rows = torch.arange(len(uncond_calibration)).flip(0)
+    errors = reconstruct_activations(timed, uncond_pipe.unet, uncond_calibration, rows, **arguments)
+    assert [(g, n) for name, g, n, _, _ in seen] == [(0, 3), (1, 3), (2, 4)] * len(errors)
+    assert set(errors.values()) == {(1.0, 0.0)}  # means over the groups
+    for g, output, target in [(g, output, target) for name, g, _, output, target in seen if name == "conv_in"]:
+        own = uncond_calibration.sample[rows][groups.index(uncond_calibration.timestep[rows]) == g]
+        groups.enter(groups.starts[g])
+        assert len(own) == 8
+        torch.testing.assert_close(target, uncond_pipe.unet.conv_in(own))
+        torch.testing.assert_close(output, timed.conv_in(own))
+    with pytest.raises(ValueError, match="no calibration row of time group 0"):
+        reconstruct_activations(timed, uncond_pipe.unet, uncond_calibration, rows[:8], **arguments)
 
 
 def test_the_activation_pass_learns_scales_and_nothing_else(case):

@@ -1,3 +1,4 @@
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -184,3 +185,15 @@ def test_time_groups_are_checked_before_sampling(uncond_model):
     run(pipe, uncond_model, 1)  # six steps start at 831
     with pytest.raises(ValueError, match="951..1.*calibrated for 831..0"):
         sampling.generate(pipe, replace(uncond_model, steps=20), "evaluation", 1)
+
+
+def test_timed_calls(uncond_pipe, uncond_model):
+    """One time for each call, less than the whole run takes; nothing else changes, and nothing stays behind."""
+    plain = run(uncond_pipe, uncond_model, 8)
+    start = time.perf_counter()
+    with sampling.timed(uncond_pipe.unet) as seconds:
+        samples = run(uncond_pipe, uncond_model, 8)
+    assert len(seconds) == 2 * uncond_model.steps and min(seconds) > 0
+    assert sum(seconds) < time.perf_counter() - start
+    np.testing.assert_array_equal(samples[1], plain[1])
+    assert not uncond_pipe.unet._forward_hooks and not uncond_pipe.unet._forward_pre_hooks

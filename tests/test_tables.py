@@ -69,6 +69,9 @@ def cell(model, method, bits, spread=0.05):
             "macs": 8,
             "kernel": "integer",
             "realizable": 0.9,
+            "latency_ms": 81.5,
+            "batch": 100,
+            "threads": 1,
         },
         "sampled": [made | {"commit": "aaa", "dirty": False}],
         "provenance": made | {"commit": "bbb", "dirty": True},
@@ -98,7 +101,33 @@ def test_main_frame_is_tidy(cells):
         "integer",
         0.9,
     )
+    assert (row.latency_ms, row.latency_at) == (81.5, "batch 100, 1 thread")
     assert frame[frame.method == "fp"].size_mb.tolist() == [40.0] * (frame.method == "fp").sum()
+
+
+def test_rows_that_different_code_made_are_said(cells, tmp_path, capsys):
+    def written():
+        paths = []
+        for i, one in enumerate(cells):
+            paths.append(tmp_path / f"{i}.json")
+            paths[-1].write_text(json.dumps(one))
+        tables.write(paths, tmp_path)
+        return (tmp_path / "main.md").read_text(), capsys.readouterr().err
+
+    for one in cells:
+        one["provenance"] = one["sampled"][0]
+    text, said = written()
+    assert "Made by" not in text and said == ""
+    cells[0]["provenance"] = cells[0]["provenance"] | {"commit": "c" * 40, "dirty": True}
+    cells[-1]["sampled"] = [cells[-1]["provenance"] | {"versions": {"torch": "2.8.0"}}]
+    text, said = written()
+    first, last = text.split("### ")[1:]
+    assert "Made by 2 commits (aaa, cccccccccccc-dirty)" in first and "package versions" not in first
+    assert "Made by 2 sets of package versions" in last and "commits" not in last
+    assert [line.partition(",")[0] for line in said.splitlines()] == [
+        "Made by 2 commits (aaa",
+        "Made by 2 sets of package versions",
+    ]
 
 
 def test_a_cell_of_unknown_size_is_shown_without(cells):

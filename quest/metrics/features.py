@@ -93,11 +93,16 @@ def extract(
     clip: str | None = None,
     captions: list[str] | None = None,
     device: str = "cpu",
+    batch: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Features of images, uint8 [N, H, W, 3], all of one pass: float32 arrays pool, spatial and logits.
 
     With `clip`, also clip_image and clip_text, the normalised embeddings of images and of the captions they were drawn
     for (one each, in order).
+
+    batch: images per pass of a network, the last pass filled up. The bytes of a row may depend on the size of its pass
+    and its place in it; with the batch size that the images were sampled with, they do not depend on the shard. Without
+    it, passes of BATCH images and a shorter one.
 
     Raises ValueError for an unknown network, images of another dtype or shape, or captions that are not one per image.
     """
@@ -111,38 +116,47 @@ def extract(
     if clip is not None and len(captions or []) != len(images):
         raise ValueError(f"clip needs one caption per image: {len(captions or [])} captions for {len(images)} images")
 
-    features = _image_features(images, _on(EXTRACTORS[extractor](), device), device)
+    features = _image_features(images, _on(EXTRACTORS[extractor](), device), device, batch)
     if clip is None:
         return features
     model, preprocess, tokenizer = CLIPS[clip]()
-    return features | _clip_features(images, captions, _on(model, device), preprocess, tokenizer, device)
+    return features | _clip_features(images, captions, _on(model, device), preprocess, tokenizer, device, batch)
 
 
 def _on(network, device):
     return network.to(device) if hasattr(network, "to") else network
 
 
-def _image_features(images, network, device):
+def _passes(n, batch):
+    """The images of each pass of a network, and how many of its rows count."""
+    size = batch or BATCH
+    for start in range(0, n, size):
+        kept = min(size, n - start)
+        filled = size if batch else kept
+        yield (start + np.arange(filled)).clip(max=n - 1), kept
+
+
+def _image_features(images, network, device, batch):
     import torch
 
     parts = []
     with torch.no_grad():
-        for start in range(0, len(images), BATCH):
-            batch = torch.from_numpy(images[start : start + BATCH]).permute(0, 3, 1, 2).to(device)  # [B, 3, H, W]
-            outputs = network(batch)
-            parts.append({name: outputs[name].float().cpu().numpy() for name in ("pool", "spatial", "logits")})
+        for rows, kept in _passes(len(images), batch):
+            inputs = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).to(device)  # [B, 3, H, W]
+            outputs = network(inputs)
+            parts.append({name: outputs[name][:kept].float().cpu().numpy() for name in ("pool", "spatial", "logits")})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _clip_features(images, captions, model, preprocess, tokenizer, device):
+def _clip_features(images, captions, model, preprocess, tokenizer, device, batch):
     import torch
     from PIL import Image
 
     image_parts, text_parts = [], []
     with torch.no_grad():
-        for start in range(0, len(images), BATCH):
-            batch = torch.stack([preprocess(Image.fromarray(image)) for image in images[start : start + BATCH]])
-            image_parts.append(model.encode_image(batch.to(device), normalize=True).float().cpu().numpy())
-            tokens = tokenizer(captions[start : start + BATCH])
-            text_parts.append(model.encode_text(tokens.to(device), normalize=True).float().cpu().numpy())
+        for rows, kept in _passes(len(images), batch):
+            inputs = torch.stack([preprocess(Image.fromarray(images[row])) for row in rows])
+            image_parts.append(model.encode_image(inputs.to(device), normalize=True)[:kept].float().cpu().numpy())
+            tokens = tokenizer([captions[row] for row in rows])
+            text_parts.append(model.encode_text(tokens.to(device), normalize=True)[:kept].float().cpu().numpy())
     return {"clip_image": np.concatenate(image_parts), "clip_text": np.concatenate(text_parts)}

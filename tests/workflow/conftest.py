@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -33,6 +34,7 @@ OUTPUTS = {
     "tables": ["-o"],
     "curves": ["-o"],
     "grid": ["-o"],
+    "report": ["-o"],
 }
 TABLES = ["main.csv", "main.md", "main.tex", "paired.csv", "eps_error.csv", "ledger.csv", "ledger.md", "ledger.tex"]
 
@@ -55,6 +57,8 @@ class Project:
         for model in ("scenes-uncond", "scenes-class", "scenes-text"):
             self.write(f"resources/zoo/{model}/unet/weights.safetensors", "")
         self.write("resources/reference/scenes.npz", "")
+        self.write("resources/references.bib", "")
+        self.write("resources/published.csv", "")
 
     def write(self, name: str, text: str) -> None:
         file = self.folder / name
@@ -70,10 +74,11 @@ class Project:
     def command(self, *arguments: str) -> dict:
         """What subprocess needs to run Snakemake here; rules call `python`, which must be this one."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        modules = os.pathsep.join(filter(None, [str(self.folder), os.environ.get("PYTHONPATH")]))
         return {
             "args": [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
             "cwd": self.folder,
-            "env": os.environ | {"PYTHONPATH": str(self.folder), "PATH": path},
+            "env": os.environ | {"PYTHONPATH": modules, "PATH": path},
         }
 
     def snakemake(self, *arguments: str, timeout: int = 300) -> subprocess.CompletedProcess:
@@ -87,6 +92,26 @@ class Project:
         run = self.snakemake("--dry-run", "--printshellcmds", *arguments)
         assert run.returncode == 0, run.stdout
         return re.findall(r"python -m workflow\.scripts\.\S+ .*", run.stdout)
+
+    def smoke_tables(self) -> dict[str, str]:
+        """The tables of the smoke config; without the commit, which a copy of this checkout does not know."""
+        tables = {}
+        for file in sorted((self.folder / "results/smoke/tables").iterdir()):
+            if file.suffix == ".csv":
+                tables[file.name] = pd.read_csv(file, dtype=str).drop(columns="commit", errors="ignore").to_csv()
+            elif file.suffix != ".log":
+                tables[file.name] = file.read_text()
+        return tables
+
+
+@pytest.fixture(scope="session")
+def unbroken() -> dict[str, str]:
+    """The tables of a smoke run of this checkout that nothing disturbed; it is run here unless it was before."""
+    checkout = object.__new__(Project)
+    checkout.folder = ROOT
+    run = checkout.snakemake("--configfile", "workflow/config/smoke.yaml", timeout=1200)
+    assert run.returncode == 0, run.stdout
+    return checkout.smoke_tables()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import resource
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -164,6 +165,46 @@ def test_questions_take_the_rows_that_have_been_run(stubbed):
     assert run.returncode != 0 and "questions: the config has no such key" in run.stdout
 
 
+def test_the_report_takes_what_is_there_and_starts_nothing_else(finished):
+    run = finished.snakemake("report")
+    assert run.returncode == 0, run.stdout
+    assert "results/default --kernels -o" in (finished.folder / "results/default/report.html").read_text()
+    # A table that `snakemake seeds` made, and measured kernels: the report is made again, the seeds are not.
+    finished.write("results/default/tables/seeds.csv", "")
+    finished.write("results/kernels/cpu.csv", "")
+    (command,) = finished.planned("report")
+    assert "--kernels results/kernels/cpu.csv -o results/default/report.html" in command
+
+
+def test_ablations_reuse_the_default_cells_and_change_one_thing_each(stubbed):
+    rows = stubbed.config()["ablations"]["rows"]
+    stubbed.write("results/default/scenes-class/quest-joint/w4a4/metrics.json", "")
+    commands = stubbed.planned("ablations", "paper_tables")
+    cell = "results/default/scenes-class"
+    made_at = {words[words.index("-o") + 1]: words for words in of(commands, "quantize")}
+    quantized = {path.removeprefix(f"{cell}/"): words for path, words in made_at.items()}
+    bases = {"adaround/w4a32", "adaround-ndtc/w4a32", "quest/w4a4", "q-diffusion/w4a4", "ptq4dm/w4a4"}
+    expected = {f"{path}/model.safetensors" for path in bases | {f"{row}/w4a4" for row in rows}}
+    assert expected <= set(quantized)
+
+    def made(row):
+        words = quantized[f"{row}/w4a4/model.safetensors"]
+        init = words[words.index("--init") + 1].removeprefix(f"{cell}/")
+        return words[4], json.loads(words[words.index("--recipe") + 1]), init
+
+    start = "adaround/w4a32/model.safetensors"
+    assert made("quest-groups-1") == ("quest", {"init": "adaround", "time_groups": 1}, start)
+    assert made("q-diffusion-released") == ("q-diffusion", {"init": "adaround", "granularity": "released"}, start)
+    assert made("qalora") == ("qalora", {"init": "adaround"}, start)
+    (table,) = of(commands, "ablations")
+    assert json.loads(table[table.index("--ablations") + 1])["rows"] == rows
+    assert table[3:5] == [f"{cell}/quest/w4a4/metrics.json", f"{cell}/q-diffusion/w4a4/metrics.json"]
+    # The paper's tables take the rows that were there, and wait for no others.
+    (paper,) = of(commands, "paper_tables")
+    grid = {f"results/default/{run.path}/metrics.json" for run in runs(stubbed.config())}
+    assert set(paper[3 : paper.index("-o")]) == grid | {f"{cell}/quest-joint/w4a4/metrics.json"}
+
+
 def test_a_second_run_of_the_default_grid_takes_seconds(stubbed):
     """In seconds of CPU, so that a busy machine does not fail it. Files stand in for what a first run leaves."""
     listed = stubbed.snakemake("--summary").stdout
@@ -179,6 +220,43 @@ def test_a_second_run_of_the_default_grid_takes_seconds(stubbed):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "Nothing to be done" in again.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+
+
+def test_a_login_node_never_imports_torch(stubbed):
+    stubbed.write("torch.py", "raise RuntimeError('torch was imported')")
+    assert subprocess.run([sys.executable, "-c", "import torch"], **environment(stubbed)).returncode == 1
+    profile = ["--workflow-profile", "workflow/profiles/slurm"]
+    assert stubbed.planned(*profile, "--configfile", "workflow/config/paper.yaml")
+    # What local rules import; those of tables and figures run in test_scripts.py.
+    code = "import quest.seeds, quest.metrics.weights"
+    assert subprocess.run([sys.executable, "-c", code], **environment(stubbed)).returncode == 0
+
+
+def environment(project):
+    """Where and with what the project's own scripts run."""
+    return {key: project.command()[key] for key in ("cwd", "env")}
+
+
+def test_memory_and_time_grow_with_every_attempt(stubbed):
+    stubbed.write("workflow/scripts/trajectories.py", "raise SystemExit('no')")
+    said = stubbed.snakemake("--retries", "2", "results/default/scenes-class/calibration.safetensors").stdout
+    assert re.findall(r"runtime=(\d+)", said) == ["30", "60", "90"]
+    assert re.findall(r"mem_mb=(\d+)", said) == ["2000", "4000", "6000"]
+
+
+def test_an_empty_output_is_no_output(stubbed):
+    stubbed.write("workflow/scripts/trajectories.py", STUB_EMPTY)
+    run = stubbed.snakemake("results/default/scenes-class/calibration.safetensors")
+    assert run.returncode != 0 and "empty" in run.stdout
+    assert not (stubbed.folder / "results/default/scenes-class/calibration.safetensors").exists()
+
+
+STUB_EMPTY = """
+import sys
+from pathlib import Path
+for option in ("--calibration", "--evaluation", "--ranges"):
+    Path(sys.argv[sys.argv.index(option) + 1]).touch()
+"""
 
 
 def test_lint(stubbed):

@@ -8,6 +8,7 @@ from snakemake.exceptions import WorkflowError
 from quest.config import (
     ConfigError,
     Run,
+    ablation_runs,
     check_names,
     recipe_of,
     runs,
@@ -17,6 +18,7 @@ from quest.config import (
     validate,
 )
 from quest.models import MODELS
+from quest.provenance import CONFIG, config_hash
 
 try:
     check_names([*Path(workflow.basedir, "workflow/config").glob("*.yaml"), *workflow.overwrite_configfiles])
@@ -27,10 +29,11 @@ except ConfigError as error:
 NAME = config["name"]
 RUNS = runs(config)
 SEED_RUNS = seed_runs(config)
-STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS)
-QUESTIONS = config.get(
-    "questions", {}
-)  # {model, bits}: where what takes finetuning is measured; properties: each model
+ABLATION_RUNS = ablation_runs(config)
+STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS + ABLATION_RUNS)
+METHODS = [*config["methods"], *config.get("ablations", {}).get("rows", {})]
+# {model, bits}: where what takes finetuning is measured; properties are, on each model.
+QUESTIONS = config.get("questions", {})
 DEVICE = config.get("device", "cpu")
 CLIPS = {model.clip for model in MODELS.values() if model.clip}
 # Per model, the bits in the order of the grid: what one sample grid compares.
@@ -38,6 +41,7 @@ CELLS = list(dict.fromkeys((run.model, run.bits) for run in RUNS if run.method !
 # Models whose images are kept and can be shown; of the others, features and latents are.
 PICTURED = [model for model, settings in config["models"].items() if settings.get("keep_images", True)]
 TABLES = ["main.csv", "main.md", "main.tex", "paired.csv", "eps_error.csv", "ledger.csv", "ledger.md", "ledger.tex"]
+PAPER_TABLES = expand("table{number}.{kind}", number=range(2, 12), kind=["csv", "md", "tex"])
 METRICS = ["fid", "sfid", "is", "latent_mse", "fid_to_fp", "eps_error"]
 METRICS += ["psnr"] if PICTURED else []
 METRICS += ["clip"] if any(MODELS[run.model].clip for run in RUNS) else []
@@ -51,9 +55,10 @@ SHOWN += [figure for figure in CURVES if figure.startswith(("latent_mse_vs_bits"
 # People read logs, also while the job runs: progress bars write to them every five seconds, not ten times a second.
 # glibc gives large arrays back to the system when they are freed, and each new one is paid for in page faults: a fifth
 # of the time of a quantized denoiser. These settings let a process keep them, in large pages; other C libraries ignore
-# them.
+# them. What a job writes says with which config it was made.
 shell.prefix(
-    "export TQDM_MININTERVAL=5 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_TOP_PAD_=67108864"
+    f"export {CONFIG}={config_hash(config)}"
+    " TQDM_MININTERVAL=5 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_TOP_PAD_=67108864"
     " MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824; "
 )
 
@@ -61,7 +66,7 @@ shell.prefix(
 wildcard_constraints:
     name=re.escape(NAME),
     model="|".join(map(re.escape, config["models"])),
-    method=f"({'|'.join(map(re.escape, config['methods']))})(@[0-9]+)?",
+    method=f"({'|'.join(map(re.escape, METHODS))})(@[0-9]+)?",
     draw=r"\d+",
     bits=r"w\d+a\d+",
     shard=r"\d+",
@@ -98,6 +103,12 @@ def given(key):
 def at_size(cpu, cuda):
     """A resource of a job: for the small models on a CPU, or for the paper's on a GPU."""
     return cuda if DEVICE == "cuda" else cpu
+
+
+def growing(cpu, cuda=None):
+    """Memory [MB] or time [minutes] of a job: as much again with every attempt, should `--retries` grant more of them."""
+    first = at_size(cpu, cuda or cpu)
+    return lambda wc, attempt: first * attempt
 
 
 def networks(wc):
@@ -175,6 +186,15 @@ def first_samples(wc):
     ]
 
 
+def optional(wc):
+    """What the report shows beyond its inputs, with the time each file was made."""
+    patterns = ("tables/*.csv", "figures/*.png", "questions/*")
+    files = [file for pattern in patterns for file in Path("results", NAME).glob(pattern)]
+    files += Path("results/kernels").glob("*.csv")
+    made = set(f"{table}" for table in TABLES) | {f"{figure}.png" for figure in CURVES + GRIDS}
+    return sorted(f"{file} {file.stat().st_mtime_ns}" for file in files if file.name not in made)
+
+
 def question(key):
     """What the config's questions are asked of: its model or its bits."""
     if not QUESTIONS:
@@ -203,13 +223,17 @@ def started(wc):
     return f"results/{NAME}/{start.path}/model.safetensors" if start else []
 
 
-def measured(wc):
-    """Metrics of the grid's rows at the model and bits of the questions, and of any other row that has been run there.
+def ablations_run(wc):
+    """Measured rows of the ablations that lie there and are no cells of the grid: a plan runs none for the tables."""
+    rows = [run for run in ABLATION_RUNS if run not in RUNS]
+    metrics = [f"results/{wc.name}/{run.path}/metrics.json" for run in rows]
+    return [path for path in metrics if Path(path).exists()]
 
-    What is not there does not run for the sake of the questions; they say so.
-    """
+
+def measured(wc):
+    """Metrics of the grid's cells at the model and bits of the questions, and of those ablations that lie there."""
     run = of_question(wc)
     cell = f"results/{NAME}/{run.model}/{{}}/{run.bits}/metrics.json"
-    ours = [other.method for other in RUNS if (other.model, other.bits) == (run.model, run.bits)]
-    found = sorted(path.parts[-3] for path in Path().glob(cell.format("*")))
-    return [cell.format(method) for method in dict.fromkeys(ours + found) if "@" not in method]
+    ours = [cell.format(other.method) for other in RUNS if (other.model, other.bits) == (run.model, run.bits)]
+    others = {cell.format(other.method) for other in ABLATION_RUNS}
+    return ours + [path for path in ablations_run(wc) if path in others]

@@ -5,16 +5,16 @@ rule sample:
         checkpoint=checkpoint_of,
         networks=networks,
     output:
-        samples="results/{name}/{model}/{method}/{bits}/samples-{shard}.npz",
-        features="results/{name}/{model}/{method}/{bits}/features-{shard}.npz",
+        samples=ensure("results/{name}/{model}/{method}/{bits}/samples-{shard}.npz", non_empty=True),
+        features=ensure("results/{name}/{model}/{method}/{bits}/features-{shard}.npz", non_empty=True),
     log:
         "results/{name}/{model}/{method}/{bits}/sample-{shard}.log",
     conda:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=at_size(3000, 64000),
-        runtime=at_size(60, 1440),
+        mem_mb=growing(3000, 64000),
+        runtime=growing(60, 1440),
         gpu=at_size(0, 1),
     params:
         n=setting("images"),
@@ -36,7 +36,7 @@ rule metrics:
         fp_samples=full_precision("samples"),
         reference=reference,
     output:
-        "results/{name}/{model}/{method}/{bits}/metrics.json",
+        ensure("results/{name}/{model}/{method}/{bits}/metrics.json", non_empty=True),
     log:
         "results/{name}/{model}/{method}/{bits}/metrics.log",
     conda:
@@ -44,8 +44,8 @@ rule metrics:
     # Intervals of 50,000 images' distances are tens of minutes of one thread; those of the small models' are seconds.
     threads: at_size(1, 16)
     resources:
-        mem_mb=at_size(1500, 32000),
-        runtime=at_size(15, 240),
+        mem_mb=growing(1500, 32000),
+        runtime=growing(15, 60),
     shell:
         "python -m workflow.scripts.metrics {wildcards.model} {wildcards.method} {wildcards.bits}"
         " --features {input.features} --samples {input.samples} --fp-features {input.fp_features}"

@@ -5,7 +5,7 @@
 # Random weights in CompVis's format, for the rehearsal.
 rule tiny_checkpoint:
     output:
-        "results/checkpoints/{tiny}.ckpt",
+        ensure("results/checkpoints/{tiny}.ckpt", non_empty=True),
     log:
         "results/checkpoints/{tiny}.log",
     wildcard_constraints:
@@ -14,8 +14,8 @@ rule tiny_checkpoint:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=5,
+        mem_mb=growing(1000),
+        runtime=growing(5),
     shell:
         "python -m quest.rehearsal {wildcards.tiny} -o {output} > {log} 2>&1"
 
@@ -34,8 +34,8 @@ rule model:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=at_size(2000, 32000),
-        runtime=at_size(10, 240),
+        mem_mb=growing(2000, 32000),
+        runtime=growing(10, 240),
     params:
         checkpoint=setting("checkpoint"),
         tokenizer=setting("tokenizer"),

@@ -3,9 +3,9 @@ rule trajectories:
         script="workflow/scripts/trajectories.py",
         weights=weights,
     output:
-        calibration="results/{name}/{model}/calibration.safetensors",
-        evaluation="results/{name}/{model}/evaluation.safetensors",
-        ranges="results/{name}/{model}/ranges.csv",
+        calibration=ensure("results/{name}/{model}/calibration.safetensors", non_empty=True),
+        evaluation=ensure("results/{name}/{model}/evaluation.safetensors", non_empty=True),
+        ranges=ensure("results/{name}/{model}/ranges.csv", non_empty=True),
     log:
         "results/{name}/{model}/trajectories.log",
     priority: 1  # others wait for it
@@ -13,8 +13,8 @@ rule trajectories:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=at_size(2000, 64000),
-        runtime=at_size(30, 720),
+        mem_mb=growing(2000, 64000),
+        runtime=growing(30, 720),
         gpu=at_size(0, 1),
     params:
         device=DEVICE,
@@ -32,7 +32,7 @@ rule redraw:
         script="workflow/scripts/trajectories.py",
         weights=weights,
     output:
-        "results/{name}/{model}/calibration-{draw}.safetensors",
+        ensure("results/{name}/{model}/calibration-{draw}.safetensors", non_empty=True),
     log:
         "results/{name}/{model}/calibration-{draw}.log",
     priority: 1  # others wait for it
@@ -40,8 +40,8 @@ rule redraw:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=at_size(2000, 64000),
-        runtime=at_size(30, 720),
+        mem_mb=growing(2000, 64000),
+        runtime=growing(30, 720),
         gpu=at_size(0, 1),
     params:
         device=DEVICE,
@@ -57,7 +57,7 @@ rule quantize:
         calibration=calibration,
         init=init,
     output:
-        "results/{name}/{model}/{method}/{bits}/model.safetensors",
+        ensure("results/{name}/{model}/{method}/{bits}/model.safetensors", non_empty=True),
     log:
         "results/{name}/{model}/{method}/{bits}/quantize.log",
     priority: 1  # others wait for it
@@ -65,8 +65,8 @@ rule quantize:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=at_size(3000, 128000),
-        runtime=at_size(60, 4320),
+        mem_mb=growing(3000, 128000),
+        runtime=growing(60, 4320),
         gpu=at_size(0, 1),
     params:
         method=lambda wc: recipe_of(config, wc.method)[0],

@@ -4,15 +4,15 @@ rule reference:
     input:
         networks=networks,
     output:
-        "results/references/{model}.npz",
+        ensure("results/references/{model}.npz", non_empty=True),
     log:
         "results/references/{model}.log",
     conda:
         "../../environment.yml"
     threads: 8
     resources:
-        mem_mb=8000,
-        runtime=240,
+        mem_mb=growing(8000),
+        runtime=growing(240),
         gpu=at_size(0, 1),
     params:
         source=setting("reference"),
@@ -28,7 +28,7 @@ rule reference:
 # once would fetch one file into one place.
 rule network:
     output:
-        "results/networks/{network}.json",
+        ensure("results/networks/{network}.json", non_empty=True),
     log:
         "results/networks/{network}.log",
     wildcard_constraints:

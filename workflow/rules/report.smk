@@ -1,9 +1,19 @@
+# Light work that needs no torch: on a cluster it is done where Snakemake runs.
+localrules:
+    tables,
+    seeds,
+    seed_table,
+    curves,
+    grid,
+    readme,
+
+
 rule tables:
     input:
         script="workflow/scripts/tables.py",
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in RUNS]),
     output:
-        expand("results/{{name}}/tables/{table}", table=TABLES),
+        ensure(expand("results/{{name}}/tables/{table}", table=TABLES), non_empty=True),
     log:
         "results/{name}/tables/tables.log",
     conda:
@@ -14,6 +24,40 @@ rule tables:
         runtime=10,
     shell:
         "python -m workflow.scripts.tables {input.metrics} -o results/{wildcards.name}/tables > {log} 2>&1"
+
+
+# Not part of `all`, and its only input that other targets make is what `all` makes. What `snakemake seeds` and its like
+# have made is shown where it is there; it comes as a parameter, so that new results rerun the report and the report
+# never starts hours of work.
+rule report:
+    input:
+        script="workflow/scripts/report.py",
+        template=expand("workflow/report/report.{kind}", kind=["html.j2", "css", "js"]),
+        references="resources/references.bib",
+        tables=expand("results/{name}/tables/{table}", name=NAME, table=TABLES),
+        figures=expand("results/{name}/figures/{figure}.png", name=NAME, figure=CURVES),
+        samples=[
+            file
+            for run in RUNS
+            for kind in ("samples", "features")
+            for file in arrays(kind, run.model, run.method, run.bits)
+        ],
+    output:
+        f"results/{NAME}/report.html",
+    log:
+        f"results/{NAME}/report.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=at_size(2000, 16000),
+        runtime=at_size(15, 60),
+    params:
+        run=subpath(output[0], parent=True),
+        optional=optional,
+        kernels=sorted(map(str, Path("results/kernels").glob("*.csv"))),
+    shell:
+        "python -m workflow.scripts.report {params.run} --kernels {params.kernels} -o {output} > {log} 2>&1"
 
 
 # Not part of `all`: other calibration draws, quantized and sampled again.
@@ -27,7 +71,7 @@ rule seed_table:
         script="workflow/scripts/seeds.py",
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in SEED_RUNS]),
     output:
-        expand("results/{{name}}/tables/seeds.{kind}", kind=["csv", "md"]),
+        ensure(expand("results/{{name}}/tables/seeds.{kind}", kind=["csv", "md"]), non_empty=True),
     log:
         "results/{name}/tables/seeds.log",
     conda:
@@ -47,7 +91,7 @@ rule curves:
         eps_error="results/{name}/tables/eps_error.csv",
         ranges=expand("results/{{name}}/{model}/ranges.csv", model=config["models"]),
     output:
-        expand("results/{{name}}/figures/{figure}.png", figure=CURVES),
+        ensure(expand("results/{{name}}/figures/{figure}.png", figure=CURVES), non_empty=True),
     log:
         "results/{name}/figures/curves.log",
     conda:
@@ -66,7 +110,7 @@ rule grid:
         script="workflow/scripts/grid.py",
         samples=first_samples,
     output:
-        "results/{name}/figures/samples-{model}-{bits}.png",
+        ensure("results/{name}/figures/samples-{model}-{bits}.png", non_empty=True),
     log:
         "results/{name}/figures/samples-{model}-{bits}.log",
     conda:
@@ -89,7 +133,6 @@ rule readme:
         figures=expand("results/{name}/figures/{figure}.png", name=NAME, figure=SHOWN),
     log:
         f"results/{NAME}/readme.log",
-    localrule: True
     conda:
         "../../environment.yml"
     threads: 1

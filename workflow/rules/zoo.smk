@@ -24,8 +24,8 @@ rule zoo_autoencoder:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=3000,
-        runtime=120,
+        mem_mb=growing(3000),
+        runtime=growing(120),
     shell:
         "python -u -m quest.zoo.train_autoencoder -o {output} --threads {threads} > {log} 2>&1"
 
@@ -41,8 +41,8 @@ rule zoo_extractor:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=3000,
-        runtime=120,
+        mem_mb=growing(3000),
+        runtime=growing(120),
     shell:
         "python -u -m quest.zoo.train_extractor --autoencoder {input} -o {output} --threads {threads} > {log} 2>&1"
 
@@ -56,8 +56,8 @@ rule zoo_clip:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=3000,
-        runtime=120,
+        mem_mb=growing(3000),
+        runtime=growing(120),
     shell:
         "python -u -m quest.zoo.train_clip -o {output} --threads {threads} > {log} 2>&1"
 
@@ -66,15 +66,15 @@ rule zoo_latents:
     input:
         "results/zoo/autoencoder",
     output:
-        "results/zoo/latents.safetensors",
+        ensure("results/zoo/latents.safetensors", non_empty=True),
     log:
         "results/zoo/latents.log",
     conda:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=3000,
-        runtime=60,
+        mem_mb=growing(3000),
+        runtime=growing(60),
     shell:
         "python -u -m quest.zoo.latents {input} -o {output} --threads {threads} > {log} 2>&1"
 
@@ -94,8 +94,8 @@ rule zoo_denoiser:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=3000,
-        runtime=360,
+        mem_mb=growing(3000),
+        runtime=growing(360),
     params:
         start=lambda wc, input: f"--start-from {input.start}" if input.start else "",
     shell:
@@ -107,15 +107,15 @@ rule zoo_reference:
     input:
         "results/zoo/scenes-extractor",
     output:
-        "results/zoo/scenes.npz",
+        ensure("results/zoo/scenes.npz", non_empty=True),
     log:
         "results/zoo/reference.log",
     conda:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=30,
+        mem_mb=growing(2000),
+        runtime=growing(30),
     shell:
         "python -u -m quest.zoo.reference --extractor {input} -o {output} --threads {threads} > {log} 2>&1"
 
@@ -126,8 +126,8 @@ rule zoo_judge:
         extractor="results/zoo/scenes-extractor",
         reference="results/zoo/scenes.npz",
     output:
-        numbers="results/zoo/{denoiser}.json",
-        grid="results/zoo/{denoiser}.png",
+        numbers=ensure("results/zoo/{denoiser}.json", non_empty=True),
+        grid=ensure("results/zoo/{denoiser}.png", non_empty=True),
     log:
         "results/zoo/{denoiser}.judge.log",
     wildcard_constraints:
@@ -136,8 +136,8 @@ rule zoo_judge:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=3000,
-        runtime=60,
+        mem_mb=growing(3000),
+        runtime=growing(60),
     shell:
         "python -u -m quest.zoo.judge {wildcards.denoiser} {input.model} --extractor {input.extractor}"
         " --reference {input.reference} -o {output.numbers} --grid {output.grid} --threads {threads} > {log} 2>&1"

@@ -23,15 +23,19 @@ def main() -> None:
 
     import torch
 
+    import baselines
     import quest
     from baselines import METHODS
+    from quest import lease
     from quest.calibration import CalibrationSet
     from quest.checkpoint import read_header
     from quest.config import parse_bits
     from quest.cost import peak_memory
     from quest.models import MODELS
+    from quest.resume import digest, resuming
 
     torch.set_num_threads(arguments.threads)
+    lease.take(arguments.device)
     torch.manual_seed(0)
     model = MODELS[arguments.model]
     # What the model's protocol says holds for every method that knows of it and has no choice of its own; the recipe
@@ -52,17 +56,26 @@ def main() -> None:
     print(f"{arguments.model} {arguments.method} {arguments.bits}: {json.dumps(recipe)}", flush=True)
 
     calibration = CalibrationSet.load(arguments.calibration).to(arguments.device)
-    start = time.perf_counter()
-    pipe = quest.quantize(
-        model.load(device=arguments.device),
-        method=arguments.method,
-        bits=arguments.bits,
-        calibration=calibration,
-        **recipe,
-    )
-    seconds = round(time.perf_counter() - start, 1)
-    spent = {"seconds": seconds, "peak_memory": peak_memory(), **started}
-    quest.save(pipe, arguments.output, arguments.floats, model=model.name, **spent)
+    files = [arguments.calibration, *([arguments.init] if arguments.init else [])]
+    identity = {
+        "job": [arguments.model, arguments.method, arguments.bits, arguments.device, arguments.threads],
+        "recipe": recipe,
+        "inputs": digest(*files),
+        "code": digest(*(f for package in (quest, baselines) for f in Path(package.__file__).parent.rglob("*.py"))),
+        "torch": torch.__version__,
+    }
+    with resuming(arguments.output.with_suffix(".parts"), identity) as earlier:
+        start = time.perf_counter()
+        pipe = quest.quantize(
+            model.load(device=arguments.device),
+            method=arguments.method,
+            bits=arguments.bits,
+            calibration=calibration,
+            **recipe,
+        )
+        seconds = round(time.perf_counter() - start + earlier.seconds, 1)
+        spent = {"seconds": seconds, "peak_memory": peak_memory(), **started}
+        quest.save(pipe, arguments.output, arguments.floats, model=model.name, **spent)
     print(json.dumps(pipe.unet.quantization["cost"], indent=1))
     print(f"{arguments.model} {arguments.method} {arguments.bits}: {seconds} s, {spent['peak_memory']} MB", flush=True)
 

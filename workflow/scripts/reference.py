@@ -23,9 +23,11 @@ def main() -> None:
 
     import torch
 
+    from quest import lease
     from quest.metrics.reference import build
 
     torch.set_num_threads(arguments.threads)
+    lease.take(arguments.device)
     reference = build(
         arguments.source,
         arguments.output,

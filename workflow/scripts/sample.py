@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import statistics
 import time
 from pathlib import Path
 
@@ -25,15 +26,16 @@ def main() -> None:
     import torch
 
     import quest
-    from quest import cost, placement
+    from quest import cost, lease, placement
     from quest.calibration import CalibrationSet, eps_error
     from quest.files import atomic
     from quest.metrics.features import extract
     from quest.models import MODELS, SEEDS
     from quest.provenance import provenance
-    from quest.sampling import generate
+    from quest.sampling import generate, timed
 
     torch.set_num_threads(arguments.threads)
+    lease.take(arguments.device)
     shard, shards = map(int, arguments.shard.split("/"))
     model = MODELS[arguments.model]
     pipe = model.load(device=arguments.device)
@@ -50,16 +52,20 @@ def main() -> None:
         kernel = {}
 
     start = time.perf_counter()
-    batches = list(generate(pipe, model, "evaluation", arguments.n, (shard, shards)))
+    with timed(pipe.unet) as calls:
+        batches = list(generate(pipe, model, "evaluation", arguments.n, (shard, shards)))
     index, images = (np.concatenate([batch[i] for batch in batches]) for i in (0, 2))
     latents = torch.cat([batch[1] for batch in batches]).cpu().numpy()
     seconds = round(time.perf_counter() - start, 1)
     captions = model.conditions("evaluation", index.tolist()).get("prompt") if model.clip else None
-    features = extract(images, model.extractor, model.clip, captions, device=arguments.device)
+    features = extract(images, model.extractor, model.clip, captions, arguments.device, model.batch_size)
     if arguments.checkpoint and shard == 0:
         errors, timesteps = eps_error(pipe, evaluation)
         features |= {"eps_error": errors.cpu().numpy(), "timesteps": np.array(timesteps)}
 
+    # One denoiser call on a whole batch: its samples, twice as many under guidance.
+    rows = model.batch_size * (2 if model.guidance > 1 else 1)
+    footprint |= {"latency_ms": 1e3 * statistics.median(calls), "batch": rows, "threads": arguments.threads}
     seeds = {"split": "evaluation", "first": SEEDS["evaluation"], "n": arguments.n, "shard": arguments.shard}
     metadata = {"seeds": seeds, "seconds": seconds, "footprint": footprint, "kernel": kernel}
     metadata = json.dumps(metadata | {"provenance": provenance()})

@@ -21,12 +21,14 @@ def main() -> None:
 
     import torch
 
+    from quest import lease
     from quest.calibration import activation_ranges, collect
     from quest.files import atomic
     from quest.models import MODELS, SEEDS
     from quest.provenance import provenance
 
     torch.set_num_threads(arguments.threads)
+    lease.take(arguments.device)
     model = MODELS[arguments.model]
     pipe = model.load(device=arguments.device)
 

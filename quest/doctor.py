@@ -1,0 +1,158 @@
+"""What works on this machine and why the rest does not: kernels, devices, weights, and what speed is compared with."""
+
+import os
+import shutil
+from importlib import metadata
+
+import torch
+from torch.nn import functional as F
+
+from quest import kernels
+from quest.affine import QParams, QTensor, QuantSpec, quantize
+from quest.metrics import weights
+from quest.models import MODELS
+from quest.provenance import provenance
+from quest.zoo import ZOO
+
+TOLERANCE = 1e-5  # of a layer's largest output: float rounding
+
+
+def report() -> tuple[list[tuple[str, str, str]], bool]:
+    """Findings as (what, "ok", "--" or "FAILED", words), and whether the reference kernel computes what it should.
+
+    Everything can run on the reference. "--": not there, or not for this machine, and nothing else needs it.
+    """
+    reference = deviation("reference", torch.device("cpu"))
+    sound = reference is not None and reference < TOLERANCE
+    findings = [("machine", "ok", _machine()), ("threads", "ok", _threads())]
+    findings += [_kernel(name, torch.device("cpu")) for name in ("reference", "integer")]
+    findings += [("integer: path", *_path()), _cuda(), _kernel("triton", _gpu())]
+    chosen = kernels.choose("auto", torch.device("cpu"))
+    findings.append(("kernel auto", "ok", f"{chosen} on a CPU, reference on a GPU"))
+    findings += _weights() + _models() + _extras()
+    return findings, sound
+
+
+def text(findings: list[tuple[str, str, str]]) -> str:
+    """`report` for people."""
+    width = max(len(what) for what, *_ in findings)
+    return "\n".join(f"{state:>6}  {what:<{width}}  {words}" for what, state, words in findings) + "\n"
+
+
+@torch.no_grad()
+def deviation(kernel: str, device: torch.device) -> float | None:
+    """How far a kernel's layers are from sums of codes in float64, over the largest; None where nothing comes out."""
+    generator = torch.Generator().manual_seed(0)
+    column = torch.rand(24, 1, generator=generator) * 0.01 + 1e-3
+    codes = torch.randint(0, 256, (24, 37), generator=generator).float()
+    weight = QTensor(codes, column, torch.full((24, 1), 120.0))
+    given = QParams(torch.tensor(0.05), torch.tensor(100.0), QuantSpec(8))
+    x, bias = torch.randn(19, 37, generator=generator) * 3, torch.randn(24, generator=generator)
+    exact = F.linear(_exact(quantize(x, given)), _exact(weight), bias.double())
+    module = kernels.get(kernel)
+    found = module.linear(
+        x.to(device),
+        QParams(given.scale.to(device), given.zero_point.to(device), given.spec),
+        module.pack(QTensor(*(t.to(device) for t in weight))),
+        bias.to(device),
+    ).cpu()
+    if not found.isfinite().all():
+        return None
+    return ((found - exact).abs().max() / exact.abs().max()).item()
+
+
+def _exact(q: QTensor):
+    return (q.codes.double() - q.zero_point.double()) * q.scale.double()
+
+
+def _machine():
+    made = provenance()
+    return f"{made['machine']['cpu']}, {made['machine']['system']}, Python {made['versions']['python']}"
+
+
+def _threads():
+    limit = os.environ.get("OMP_NUM_THREADS")
+    why = f" (OMP_NUM_THREADS={limit})" if limit else ""
+    return f"{torch.get_num_threads()} of {os.cpu_count()} cores{why}; scripts take --threads, rules have one each"
+
+
+def _kernel(name, device):
+    """A finding on a kernel: tried, where it is available."""
+    what = f"kernel {name}"
+    if device is None:
+        return what, "--", "it computes on a CUDA GPU, of which there is none"
+    if reason := kernels.get(name).unavailable(device):
+        return what, "--", reason
+    try:
+        found = deviation(name, device)
+    except (RuntimeError, OSError) as error:
+        return what, "FAILED", str(error).splitlines()[0]
+    if found is None:
+        return what, "FAILED", "a layer's output is not finite"
+    words = f"a layer is {found:.1g} of its largest output from the exact sums"
+    return what, "ok" if found < TOLERANCE else "FAILED", words
+
+
+def _path():
+    """Which instructions the integer kernel takes, and why no better ones."""
+    from quest.kernels import integer
+
+    if integer.unavailable(torch.device("cpu")):
+        compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        found = f"{compiler} is there" if compiler else "there is no C++ compiler"
+        return "--", f"{found}; `pip install -e .` builds the core where there is one"
+    isa, forced = integer.best(), os.environ.get("QUEST_ISA")
+    if forced:
+        return "ok", f"{isa}, as QUEST_ISA says"
+    lacking = {
+        "portable": "no AVX2 and FMA on this processor: correct, but slower than float32",
+        "avx2": "no AVX-512 with VNNI on this processor, which multiplies and adds in one instruction",
+    }
+    return "ok", isa + (f": {lacking[isa]}" if isa in lacking else "")
+
+
+def _gpu():
+    return torch.device("cuda") if torch.cuda.is_available() else None
+
+
+def _cuda():
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return "device cuda", "ok", ", ".join(names)
+    if torch.version.cuda is None:
+        return "device cuda", "--", f"torch {torch.__version__} was built without CUDA"
+    return "device cuda", "--", "no GPU, or no driver for it"
+
+
+def _weights():
+    findings = []
+    for name, known in weights.WEIGHTS.items():
+        file = weights.folder() / known.file
+        if not file.is_file():
+            words = f"not in {weights.folder()} (QUEST_WEIGHTS names another folder); fetched when first needed"
+            findings.append((f"weights {name}", "--", words))
+            continue
+        right = weights.sha256_of(file) == known.sha256
+        findings.append((f"weights {name}", *(("ok", str(file)) if right else ("FAILED", f"{file} has another hash"))))
+    return findings
+
+
+def _models():
+    findings = []
+    for name, model in MODELS.items():
+        if model.origin is None:
+            there = any((ZOO / name / "unet").glob("*.safetensors"))
+            findings.append((f"model {name}", "ok" if there else "--", "ships" if there else f"not in {ZOO / name}"))
+    return findings
+
+
+def _extras():
+    findings = []
+    for package in ("openvino", "nncf", "torchao"):
+        try:
+            findings.append((f"rival {package}", "ok", metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            findings.append(
+                (f"rival {package}", "--", 'not installed: pip install -e ".[kernels]"; only timed against')
+            )
+    return findings

@@ -1,0 +1,56 @@
+# Not part of `all`: one model with one thing changed at a time.
+rule ablations:
+    input:
+        expand("results/{name}/tables/ablations.{kind}", name=NAME, kind=["csv", "md"]),
+        expand("results/{name}/figures/ablations.png", name=NAME),
+
+
+rule ablation_table:
+    input:
+        script="workflow/scripts/ablations.py",
+        metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in ABLATION_RUNS]),
+        checkpoints=expand("results/{{name}}/{run}/model.safetensors", run=[run.path for run in ABLATION_RUNS]),
+    output:
+        csv="results/{name}/tables/ablations.csv",
+        markdown="results/{name}/tables/ablations.md",
+        figure="results/{name}/figures/ablations.png",
+    log:
+        "results/{name}/tables/ablations.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        ablations=json.dumps(config.get("ablations", {}), sort_keys=False),
+    shell:
+        "python -m workflow.scripts.ablations {input.metrics} --ablations {params.ablations:q} --csv {output.csv}"
+        " --markdown {output.markdown} --figure {output.figure} > {log} 2>&1"
+
+
+# Not part of `all`: the paper's tables with what the grid has, and with those rows of the ablations that were run.
+rule paper_tables:
+    input:
+        expand("results/{name}/tables/{table}", name=NAME, table=PAPER_TABLES),
+
+
+rule paper_table:
+    input:
+        script="workflow/scripts/paper_tables.py",
+        published="resources/published.csv",
+        metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in RUNS]),
+        ablations=ablations_run,
+    output:
+        expand("results/{{name}}/tables/{table}", table=PAPER_TABLES),
+    log:
+        "results/{name}/tables/paper_tables.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    shell:
+        "python -m workflow.scripts.paper_tables {input.metrics} {input.ablations} -o results/{wildcards.name}/tables"
+        " > {log} 2>&1"

@@ -1,0 +1,27 @@
+"""Table and figure of one model with one thing changed at a time. Imports no torch."""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("metrics", type=Path, nargs="*", help="metrics.json of every cell, its checkpoint beside it")
+    parser.add_argument("--ablations", type=json.loads, required=True, help="`ablations` of the config, as JSON")
+    parser.add_argument("--csv", type=Path, required=True, help="file to write")
+    parser.add_argument("--markdown", type=Path, required=True, help="file to write")
+    parser.add_argument("--figure", type=Path, required=True, help="file to write")
+    arguments = parser.parse_args()
+    if not arguments.ablations:
+        parser.error("the config has no ablations")
+
+    from quest import ablations, figures
+
+    frame = ablations.write(arguments.metrics, arguments.ablations, arguments.csv, arguments.markdown)
+    figures.paired_differences(frame, arguments.ablations["against"], "latent_mse", arguments.figure)
+    print(arguments.markdown.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""How fast kernels are on this machine, by layer and by whole denoiser step, beside what else computes them here."""
+
+import argparse
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--models", nargs="+", help="names in quest.models.MODELS (default: those that ship and two of the paper)"
+    )
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--budget", type=float, default=25, help="minutes; what they leave out is said, and comes first in the next run"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, default="results/kernels", help="folder to write MACHINE.csv, .md and .png into"
+    )
+    arguments = parser.parse_args()
+
+    from quest import figures, speed
+    from quest.kernels import benchmark
+    from quest.models import get
+
+    models = tuple(get(name).name for name in arguments.models or (*benchmark.ZOO, *benchmark.PAPER))
+    path = arguments.output / f"{speed.slug(speed.machine(), benchmark.instruction_set())}.csv"
+    frame = speed.read(path) if path.is_file() else None
+    known = set() if frame is None else {speed.key(row) for row in frame.to_dict("records") if not speed.left_out(row)}
+    for rows in benchmark.run(models, tuple(dict.fromkeys(arguments.threads)), arguments.budget, known):
+        frame = speed.merge(frame, rows)
+        if not all(map(speed.left_out, rows)):
+            speed.write(frame, path)
+            print(*map(describe, rows), sep="\n", flush=True)
+    speed.write(frame, path)
+    figures.roofline(frame, path.with_suffix(".png"))
+    print(path.with_suffix(".md").read_text())
+
+
+def describe(row: dict) -> str:
+    """A row of the log."""
+    what = ", ".join(filter(None, [row.get("model"), row.get("layer"), row["part"] if not row.get("layer") else ""]))
+    ran = f"batch {row['batch']}, {row['threads']} threads, {row['kernel']}"
+    if note := row.get("note"):
+        return f"{what}, {ran}: {note}"
+    if row["part"] == "peak":
+        return f"{what}, {ran}: {row.get('gops') or row['gbs']:.4g}"
+    return f"{what}, {ran}: {row['ms']:.4g} ms, {row['speedup']:.2f} times fp32, others busy {row['others']}"
+
+
+if __name__ == "__main__":
+    main()
