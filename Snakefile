@@ -10,6 +10,9 @@ if not workflow.overwrite_configfiles:
     configfile: "workflow/config/default.yaml"
 
 
+report: "workflow/report/workflow.rst"
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/quantize.smk"

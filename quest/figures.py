@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from quest.files import atomic
 from quest.metrics import METRICS
@@ -439,15 +439,23 @@ def paired_differences(frame: pd.DataFrame, against: str, metric: str, path: str
         style = dict(fmt=marker, color=colour, ms=4, lw=0, elinewidth=1.4, capsize=2)
         axes.errorbar(points["difference"], place[chosen], xerr=error, label=verdict, **style)
     axes.axvline(0, color=INK, lw=0.8)
+    label = f"{spec.label}, less that of {against} ({spec.better} is better)"
     # Differences of good rows are small beside those of rows that fail: linear around zero, logarithmic outside.
     sizes = found["difference"].abs()
-    linear = float(sizes.median() * 2) or 1.0
-    if sizes.max() > 10 * linear:
+    linear = float(f"{2 * sizes.median():.0e}")
+    if sizes.max() > 10 * linear > 0:
         axes.set_xscale("symlog", linthresh=linear, linscale=2)
+        decades = 10.0 ** np.arange(np.ceil(np.log10(linear)), np.log10(sizes.max()) + 0.3)
+        ends = found["difference_low"].min(), found["difference_high"].max()
+        ticks = np.concatenate([[linear / 2, linear], decades[decades > 1.5 * linear]])
+        axes.set_xticks([t for t in (*-ticks[::-1], 0, *ticks) if 1.5 * ends[0] <= t <= 1.5 * ends[1]])
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        label += f"\nlinear to ±{linear:g}, logarithmic beyond"
     axes.set_yticks(place, found["row"])
     axes.set_ylim(len(found) - 0.5, -0.5)
     model, bits, n = (found[column].iloc[0] for column in ("model", "bits", "n"))
-    axes.set_xlabel(f"{spec.label}, less that of {against} ({spec.better} is better)", fontsize=9)
+    axes.set_xlabel(label, fontsize=9)
     axes.set_title(f"{model}, {bits.upper()}, n = {n}: paired differences, 95 % intervals", fontsize=9)
     _plain(axes)
     axes.grid(axis="x", color="#dddddd", lw=0.6)

@@ -50,16 +50,6 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def between(path: str | os.PathLike, begin: str, end: str, text: str) -> None:
-    """Replace what stands between two markers of a text file. Raises ValueError unless each is there once, in order."""
-    whole = Path(path).read_text(encoding="utf-8")
-    if whole.count(begin) != 1 or whole.count(end) != 1 or whole.index(begin) > whole.index(end):
-        raise ValueError(f"{path}: needs {begin} and {end}, once each and in this order")
-    before, after = whole.split(begin)[0], whole.split(end)[1]
-    with atomic(path) as file:
-        file.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
-
-
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Say which file it was where a write fails: the system's error, which tells why, knows it by number only."""
@@ -73,3 +63,13 @@ def _naming(path: Path) -> Iterator[None]:
         if type(error).__name__ != "SafetensorError" or "I/O error" not in str(error):
             raise
         raise OSError(f"{path} was not written: {str(error).partition('I/O error: ')[2]}") from error
+
+
+def between(path: str | os.PathLike, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two markers of a text file. Raises ValueError unless each is there once, in order."""
+    whole = Path(path).read_text(encoding="utf-8")
+    if whole.count(begin) != 1 or whole.count(end) != 1 or whole.index(begin) > whole.index(end):
+        raise ValueError(f"{path}: needs {begin} and {end}, once each and in this order")
+    before, after = whole.split(begin)[0], whole.split(end)[1]
+    with atomic(path) as file:
+        file.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")

@@ -157,7 +157,7 @@ TABLES = {
 BESIDE = ("latent_mse",)  # measured here in every table: on few images it tells methods apart where FID does not
 # What the source calls a quantity that is measured here in another way.
 PUBLISHED_AS = {"hours": "gpu_hours", "hours_in_all": "gpu_hours", "memory": "memory_mb", "memory_in_all": "memory_mb"}
-LABELS = {"hours": "hours", "hours_in_all": "hours", "memory": "peak MB", "memory_in_all": "peak MB"}
+LABELS = {"hours": "hours", "hours_in_all": "hours, AdaRound included", "memory": "peak MB", "memory_in_all": "peak MB"}
 LABELS |= {"size_mib": "size [MiB]", "iterations": "iterations"}
 LABELS |= {"fid_change": "change of FID", "sfid_change": "change of sFID"}
 COLUMNS = ["table", "model", "stands_for", "row", "method", "bits", "quantity", "value", "low", "high", "n"]
@@ -191,7 +191,9 @@ def table(number: int, cells: dict[tuple, dict], spent: dict[tuple, dict], numbe
     cell cannot have (full precision took no time to make) has no value and no status.
     """
     spec = TABLES[number]
-    numbers = numbers[(numbers["source"] == ledger.PAPER) & numbers["table"].isin(_names(number))]
+    names = [f"Table {number}", f"text on Table {number}"]
+    theirs = numbers[(numbers["source"] == ledger.PAPER) & numbers["table"].isin(names)]
+    printed = {(row.model, row.method, row.bits, row.metric): row for row in theirs.itertuples()}
     lines = []
     for model, stands_for in _models(spec, cells):
         for row, method, bits in _cells(spec, model, cells):
@@ -200,12 +202,8 @@ def table(number: int, cells: dict[tuple, dict], spent: dict[tuple, dict], numbe
                 for paper_model in stands_for:
                     line = {"table": number, "model": model, "stands_for": paper_model, "row": row.label}
                     line |= {"method": method, "bits": bits, "quantity": quantity}
-                    lines.append(line | own | _published(numbers, paper_model, row, bits, quantity))
+                    lines.append(line | own | _published(printed, paper_model, row, bits, quantity))
     return pd.DataFrame(lines, columns=COLUMNS)
-
-
-def _names(number):
-    return [f"Table {number}", f"text on Table {number}"]
 
 
 def _models(spec, cells) -> list[tuple[str, list[str]]]:
@@ -275,20 +273,18 @@ def _of_cell(quantity, cell, took):
     }[quantity]
 
 
-def _published(numbers, model, row, bits, quantity):
+def _published(printed, model, row, bits, quantity):
     """What the paper prints: its number as text, "N/A" where a generation failed there, "" where it has none."""
     wanted = PUBLISHED_AS.get(quantity, quantity)
-    same = numbers["bits"].isin([bits, "unknown"]) & (numbers["metric"] == wanted)
-    found = numbers[(numbers["model"] == model) & (numbers["method"] == row.paper) & same]
-    if found.empty:
+    number = next((n for b in (bits, "unknown") if (n := printed.get((model, row.paper, b, wanted)))), None)
+    if number is None:
         return {"published": "", "published_n": "", "published_extractor": "", "note": ""}
-    number = found.iloc[0]
-    stated = ledger.protocol_says(number["protocol"])
+    says = ledger.protocol_says(number.protocol)
     return {
-        "published": "N/A" if math.isnan(number["value"]) else f"{number['value']:g}",
-        "published_n": stated.get("n", ""),
-        "published_extractor": stated.get("extractor", stated.get("clip", "")),
-        "note": number["note"],
+        "published": "N/A" if math.isnan(number.value) else f"{number.value:g}",
+        "published_n": says.get("n", ""),
+        "published_extractor": says.get("extractor", says.get("clip", "")),
+        "note": number.note,
     }
 
 
@@ -309,28 +305,26 @@ def latex(number: int, frame: pd.DataFrame) -> str:
 
 def _wide(number, frame):
     """Heads, rows and footer: a row per model and cell; measured quantities first, then the paper's numbers."""
-    keys = ["model", "row", "method", "bits"]
+    rows_of: dict[tuple, dict] = {}  # by cell: its lines by paper's model and quantity
+    networks: dict[tuple, list[str]] = {}  # of the paper's columns
+    for line in frame.itertuples():
+        of_cell = rows_of.setdefault((line.model, line.row, line.method, line.bits), {})
+        of_cell[line.stands_for, line.quantity] = line
+        if line.published:
+            networks.setdefault((line.stands_for, line.quantity), []).append(line.published_extractor)
     quantities = list(dict.fromkeys(frame["quantity"]))
-    papers = dict.fromkeys(frame["stands_for"])
-    printed = [
-        (paper, quantity)
-        for paper in papers
-        for quantity in quantities
-        if (frame.loc[(frame["stands_for"] == paper) & (frame["quantity"] == quantity), "published"] != "").any()
-    ]
+    order = [(paper, quantity) for paper in dict.fromkeys(frame["stands_for"]) for quantity in quantities]
+    printed = [column for column in order if column in networks]
     heads = ["model", "row", "bits", *(_head(q, frame) for q in quantities)]
     for paper, quantity in printed:
-        same = frame[(frame["stands_for"] == paper) & (frame["quantity"] == quantity)]
-        network = ", ".join(name for name in same["published_extractor"].unique() if name)
+        network = ", ".join(filter(None, dict.fromkeys(networks[paper, quantity])))
         heads.append(f"PAPER, {_model(paper)}: {_plain(quantity)}{f' ({network})' if network else ''}")
     rows, cell_of = [], {row.label: row.cell for row in TABLES[number].rows}
-    for (model, label, method, bits), lines in frame.groupby(keys, sort=False):
+    for (model, label, method, bits), lines in rows_of.items():
         words = [model, label if method == cell_of[label] else f"{label} ({method})", bits]
-        for quantity in quantities:
-            words.append(_text(lines[lines["quantity"] == quantity].iloc[0]))
-        for paper, quantity in printed:
-            line = lines[(lines["quantity"] == quantity) & (lines["stands_for"] == paper)]
-            words.append("" if line.empty else line["published"].iloc[0] or "–")
+        own = {quantity: line for (_, quantity), line in lines.items()}  # the same for every model of the paper
+        words += [_text(own[quantity]) for quantity in quantities]
+        words += [lines[column].published or "–" if column in lines else "" for column in printed]
         rows.append(words)
     return heads, rows, _footer(frame, printed)
 
@@ -349,13 +343,13 @@ def _model(paper):
 
 
 def _text(line):
-    if line["status"]:
-        return line["status"]
-    if math.isnan(line["value"]):
+    if line.status:
+        return line.status
+    if math.isnan(line.value):
         return "–"
-    if not math.isnan(line["low"]):
-        return with_interval(line["value"], (line["high"] - line["low"]) / 2)
-    return f"{line['value']:.3g}" if line["value"] < 1000 else f"{line['value']:.0f}"
+    if not math.isnan(line.low):
+        return with_interval(line.value, (line.high - line.low) / 2)
+    return f"{line.value:.3g}" if line.value < 1000 else f"{line.value:.0f}"
 
 
 def _footer(frame, printed):

@@ -1,5 +1,7 @@
 """Which kernel each layer and each attention of a quantized denoiser runs on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -86,6 +88,33 @@ def every_group(quantizer: Quantizer) -> QParams:
     return QParams(quantizer.scale.data, quantizer.zero_point, quantizer.spec)
 
 
+@contextmanager
+def on_reference(denoiser: nn.Module) -> Iterator[None]:
+    """Compute on the reference kernel for a few calls: what is packed is kept, and used again afterwards."""
+    layers = [(layer, layer.packed, layer.kernel_name) for _, layer in quant_layers(denoiser)]
+    processors = [m.processor for _, m in attentions(denoiser) if isinstance(m.processor, QuantAttention)]
+    kernels_of = [processor.kernel_name for processor in processors]
+    quantizers = [(m, m.frozen) for m in denoiser.modules() if isinstance(m, Quantizer)]
+    for layer, *_ in layers:
+        layer.packed, layer.kernel_name = None, "reference"  # the weight is quantized in every call
+    for processor in processors:
+        processor.kernel_name = "reference"
+    for quantizer, _ in quantizers:
+        quantizer.thaw()
+    blocks.unfuse(denoiser)
+    try:
+        yield
+    finally:
+        for layer, packed, name in layers:
+            layer.packed, layer.kernel_name = packed, name
+        for processor, name in zip(processors, kernels_of, strict=True):
+            processor.kernel_name = name
+        for quantizer, frozen in quantizers:
+            quantizer.frozen = frozen
+        if denoiser.placement.kernel == "integer":
+            blocks.fuse(denoiser)
+
+
 @torch.no_grad()
 def deviation(denoiser: nn.Module, evaluation: CalibrationSet, rows: int = 8) -> float:
     """Relative difference |e - e_r| / |e_r| of the noise prediction from that of the reference kernel.
@@ -102,9 +131,8 @@ def deviation(denoiser: nn.Module, evaluation: CalibrationSet, rows: int = 8) ->
     chosen = (evaluation.call == evaluation.call.max() // 2).nonzero().flatten()[:rows]
     inputs, target = evaluation.inputs(chosen), evaluation.target[chosen]
     own = denoiser(**inputs).sample
-    place(denoiser, "reference")
-    reference = denoiser(**inputs).sample
-    place(denoiser, kernel)
+    with on_reference(denoiser):
+        reference = denoiser(**inputs).sample
     difference, error = (own - reference).norm(), (reference - target).norm()
     if not difference <= error:
         raise RuntimeError(

@@ -106,13 +106,13 @@ def contents(run: Path, kernels: Iterable[str | Path], methods: dict[str, str], 
         "cost_panels": _panels(main, AGAINST_COST, ("size_mb", "tbops")),
         "cost": cost_table(run, main),
         "speed": speed_table(run, main),
-        "kernels": [csv_table(file) | {"caption": Path(file).stem} for file in kernels],
+        "kernels": [_kernels(Path(file)) for file in kernels],
         "over_time": _figures(run, "eps_error_vs_timestep"),
-        "sensitivity": _figures(run, "*sensitivity*"),
-        "activations": _figures(run, "*activation*", "*temporal*"),
+        "sensitivity": _figures(run, "sensitivity*"),
+        "activations": _figures(run, "activation*", "imbalance*", "temporal*"),
         "seeds": csv_table(found["seeds"]) if found["seeds"] else None,
         "ablations": csv_table(found["ablations"]) if found["ablations"] else None,
-        "ablation_figures": _figures(run, "*ablation*"),
+        "ablation_figures": _figures(run, "ablations*"),
         "questions": markdown(found["questions"]) if found["questions"] else "",
         "targets": {name: target for name, (_, target) in OPTIONAL.items()} | {"kernels": KERNELS},
         "provenance": _provenance(main),
@@ -249,7 +249,7 @@ def main_table(main: pd.DataFrame, paired: pd.DataFrame, verdicts: pd.DataFrame)
     columns = [column("model", "text", choose=True), column("method", "text", choose=True)]
     columns += [column("bits", "text", choose=True)]
     columns += [column(tables.column_label(name, main), better=METRICS[name].better) for name in names]
-    extra = [name for name in ("latency_ms",) if name in main]
+    extra = ["latency_ms"] if "latency_ms" in main else []  # tables of older runs lack it
     columns += [column("size [MB]", better="lower"), column("TBOPs", better="lower")]
     columns += [column("bits per parameter"), column("share on integers", better="higher")]
     columns += [column("latency [ms]", better="lower") for _ in extra]
@@ -276,7 +276,10 @@ def main_table(main: pd.DataFrame, paired: pd.DataFrame, verdicts: pd.DataFrame)
                 number(first["bops"] / 1e12, ".3g"),
                 number(first["effective_bits"], ".3g"),
             ]
-            row += [number(first["realizable"], ".0%"), *(number(first[name]) for name in extra)]
+            row += [
+                number(first["realizable"], ".0%"),
+                *(number(first[name]) | {"note": first["latency_at"]} for name in extra),
+            ]
             rows.append(row)
     return {"columns": columns, "rows": rows}
 
@@ -329,8 +332,7 @@ def csv_table(path: str | Path) -> dict:
             number(value, "d" if isinstance(value, int) else ".4g") if kinds[name] else entry(str(value))
             for name, value in record.items()
         ]
-        # A speed that is none has to catch the eye.
-        if any("speedup" in name and kinds[name] and value < 1 for name, value in record.items()):
+        if record.get("speedup", 1) < 1:  # a speed that is none has to catch the eye
             row = [cell | {"mark": "slower"} for cell in row]
         rows.append(row)
     return {"columns": columns, "rows": rows}
@@ -382,6 +384,12 @@ def speed_table(run: Path, main: pd.DataFrame) -> dict:
         row += [number(len(placed["refused"]), "d") if "refused" in placed else number(math.nan)]
         rows.append([*row, number(placed.get("deviation", math.nan), ".1e")])
     return {"columns": columns, "rows": rows}
+
+
+def _kernels(file):
+    """Timings of one machine: what stands in Markdown beside the csv file, and every row."""
+    text = file.with_suffix(".md")
+    return csv_table(file) | {"caption": file.stem, "html": markdown(text) if text.is_file() else ""}
 
 
 def _quantized(main, fp=False):
@@ -502,7 +510,8 @@ def _uri(data: bytes, kind: str) -> str:
 
 
 def _figures(run, *patterns):
-    files = dict.fromkeys(file for pattern in patterns for file in sorted((run / "figures").glob(f"{pattern}.png")))
+    folders = (run / "figures", run / "questions" / "figures")
+    files = [file for pattern in patterns for folder in folders for file in sorted(folder.glob(f"{pattern}.png"))]
     found = []
     for file in files:
         with Image.open(file) as image:

@@ -402,6 +402,12 @@ def footer(of_model: pd.DataFrame, heads: dict[str, str]) -> list[str]:
         lines.append(f"In parentheses: the number of {ledger.PAPER}; the ledger says whether the two may be compared.")
     notes = of_model[of_model["note"] != ""]
     if len(notes):
-        told = [f"{r.method} {r.bits} {heads[r.metric]}: {r.note}" for r in notes.itertuples()]
+        told = []
+        for note, rows in notes.groupby("note", sort=False):
+            metrics = list(rows["metric"].unique())
+            labels = ", ".join(heads[name] for name in metrics)
+            cells = [f"{r.method} {r.bits}" for r in rows.drop_duplicates(["method", "bits"]).itertuples()]
+            whole = len(rows) == of_model["metric"].isin(metrics).sum()
+            told.append(f"{labels}: {note}" if whole else f"{', '.join(cells)} {labels}: {note}")
         lines.append(f"Notes: {'; '.join(told)}.")
     return lines + mixture(of_model)

@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
 from quest import sampling
+from quest.metrics import features
 from quest.models import MODELS, SEEDS
 from quest.pipelines import QuadraticDDIMScheduler
 from quest.timegroups import TimeGroups, grouped
@@ -58,16 +59,31 @@ def test_images_further_on_are_those_of_a_longer_run(uncond_pipe, uncond_model):
         sampling.generate(uncond_pipe, uncond_model, "evaluation", 2, first=1)
 
 
-def test_any_number_of_shards_gives_the_same_bytes(kind):
+def _placed(images):
+    """An extractor whose rows change with the size and order of a pass; a network's may, in the last bits."""
+    place = torch.arange(len(images))[:, None] + 1000 * len(images)
+    mean = images.float().mean(dim=(2, 3))  # [B, 3]
+    return {"pool": mean + place, "spatial": mean - place, "logits": mean * place}
+
+
+def test_any_number_of_shards_in_any_order_gives_the_same_bytes(kind, monkeypatch):
     pipe, model, _ = kind
-    whole = run(pipe, model, 14)
+    monkeypatch.setitem(features.EXTRACTORS, "placed", lambda: _placed)
+
+    def shard(k, count):
+        """Indices, latents, images and features of one shard, as the sample script makes them; None if it is empty."""
+        made = run(pipe, model, 14, (k, count))
+        return made and [*made, *features.extract(made[2], "placed", batch=model.batch_size).values()]
+
+    whole = shard(0, 1)
+    assert whole[0].tolist() == list(range(14)) and len(whole) == 6
     for count in (2, 8):
-        shards = [found for k in range(count) if (found := run(pipe, model, 14, (k, count))) is not None]
-        indices = np.concatenate([shard[0] for shard in shards])
-        order = np.argsort(indices)
-        assert indices[order].tolist() == list(range(14))
-        for i in (1, 2):
-            assert np.concatenate([shard[i] for shard in shards])[order].tobytes() == whole[i].tobytes()
+        numbers = np.random.default_rng(count).permutation(count).tolist()
+        shards = [found for k in numbers if (found := shard(k, count)) is not None]
+        order = np.argsort(np.concatenate([found[0] for found in shards]))
+        for i, expected in enumerate(whole):
+            assert np.concatenate([found[i] for found in shards])[order].tobytes() == expected.tobytes()
+    assert not np.array_equal(features.extract(whole[2], "placed")["pool"], whole[3])  # without whole passes
 
 
 def test_an_image_does_not_depend_on_n(kind):

@@ -214,6 +214,14 @@ def test_notes_stand_below_the_table(cells):
     assert "Notes: rtn w8a8 FID (scenes net): n = 50 <= 64 dimensions: singular covariance." in text
 
 
+def test_a_note_on_every_row_is_told_once(cells):
+    for cell in cells:
+        for row in cell["rows"]:
+            row["note"] = "few images" if row["metric"] == "fid" else ""
+    text = tables.markdown(tables.main_frame(cells), tables.paired_frame(cells))
+    assert "Notes: FID (scenes net): few images." in text
+
+
 def test_latex_is_balanced_and_escaped(cells):
     cells[1]["rows"][0]["note"] = "100 % of a_b"
     text = tables.latex(tables.main_frame(cells), tables.paired_frame(cells))

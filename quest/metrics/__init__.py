@@ -79,7 +79,7 @@ def _read(path: str | Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not an .npz file of arrays") from error
+        raise ValueError(f"{path}: not an .npz file of arrays, or corrupted: {error}") from error
     missing = [name for name in needed if name not in arrays]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}")

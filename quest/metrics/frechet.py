@@ -160,7 +160,7 @@ def load_reference(path: str | Path) -> Reference:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not an .npz file of reference statistics") from error
+        raise ValueError(f"{path}: not an .npz file of reference statistics, or corrupted: {error}") from error
     missing = {"pool_mean", "pool_cov", "spatial_mean", "spatial_cov", "n", "metadata"} - set(arrays)
     if missing:
         hint = ""

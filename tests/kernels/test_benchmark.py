@@ -116,3 +116,19 @@ def test_absent_rivals_are_named(monkeypatch):
     benchmark.absent.cache_clear()
     error = NotImplementedError("no such operator\nand more")
     assert benchmark.failed(error) == "NotImplementedError: no such operator"
+
+
+def test_a_rival_that_crashes_takes_nothing_with_it(monkeypatch):
+    class Broken:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+        def submit(self, function, point):
+            raise benchmark.BrokenProcessPool("a process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda *arguments: Broken())
+    (row,) = benchmark.measure_apart(benchmark.Point("step", 1, "scenes-text", batch=1, kernel="OpenVINO int8"))
+    assert row["note"] == "not measured: OpenVINO int8 crashed" and row["kernel"] == "OpenVINO int8"

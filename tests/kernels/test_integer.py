@@ -14,10 +14,12 @@ from torch.nn import functional as F
 import quest
 from quest import kernels
 from quest.affine import FLOAT, QParams, QTensor, QuantSpec, fake_quantize, quantize
+from quest.calibration import collect
 from quest.kernels import integer, reference
 from quest.layers import QuantLayer, attentions, quant_layers, swap
-from quest.placement import deviation, place
-from quest.sampling import arguments
+from quest.models import MODELS
+from quest.placement import deviation, on_reference, place
+from quest.sampling import arguments, generate
 
 pytestmark = pytest.mark.skipif(
     integer.unavailable(torch.device("cpu")) is not None, reason="no compiled core: installed without a C++ compiler"
@@ -374,6 +376,30 @@ def test_samples_are_those_of_the_file_and_of_any_threads(placed, uncond_model, 
     assert [layer.kernel_name for _, layer in quant_layers(copied)] == ["integer"] * len(list(quant_layers(copied)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scenes-uncond", "scenes-class", "scenes-text"])
+def test_a_whole_run_of_a_shipped_model(name):
+    """Latents of integer and reference differ by at most 5 % of what quantization itself changes in them."""
+    model = MODELS[name]
+    pipe = model.load()
+    calibration = collect(pipe, model, "calibration", 8)
+    quantized = quest.quantize(
+        pipe, "rtn-mse", "w4a8", calibration=calibration, keep=model.keep, softmax_bits=model.softmax_bits
+    )
+
+    def latents(pipe):
+        return torch.cat([latents for _, latents, _ in generate(pipe, model, "evaluation", model.batch_size)])
+
+    exact = latents(pipe)
+    found = {}
+    for kernel in ("reference", "integer"):
+        assert place(quantized.unet, kernel).refused == {}
+        found[kernel] = latents(quantized)
+    difference = (found["integer"] - found["reference"]).square().mean()
+    error = (found["reference"] - exact).square().mean()
+    assert 0 < difference <= 0.05 * error
+
+
 def test_layers_that_are_refused_stay_on_the_reference(uncond_pipe, uncond_calibration):
     q = quest.quantize(uncond_pipe, "rtn", "w8a8", calibration=uncond_calibration, samples=8)
     q.unet.conv_in.input_quantizer.zero_point[:] = 1e6
@@ -395,7 +421,12 @@ def test_deviation_from_the_reference(placed, monkeypatch):
     pipes, calibration = placed("uncond")
     denoiser = pipes["integer"].unet
     assert deviation(pipes["reference"].unet, calibration) == 0
+    inputs = calibration.inputs(torch.arange(2))
+    before, packed = denoiser(**inputs).sample, denoiser.conv_in.packed
+    with on_reference(denoiser):
+        assert torch.equal(denoiser(**inputs).sample, pipes["reference"].unet(**inputs).sample)
     assert 0 <= deviation(denoiser, calibration) < 1
+    assert torch.equal(denoiser(**inputs).sample, before) and denoiser.conv_in.packed is packed
     assert denoiser.placement.kernel == "integer" and denoiser.conv_in.kernel_name == "integer"
     conv2d = integer.conv2d
     monkeypatch.setattr(integer, "conv2d", lambda *args, **kwargs: 100 * conv2d(*args, **kwargs))

@@ -265,6 +265,11 @@ def test_bad_shards_name_the_file(tmp_path):
         Cell.load(features[:1], samples[1:])
     with pytest.raises(ValueError, match="samples-0.npz: lacks pool, spatial, logits"):
         Cell.load(samples, samples)
+    whole = features[0].read_bytes()
+    place = whole.index(cell.features["pool"][:20].tobytes())
+    features[0].write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(ValueError, match="features-0.npz: not an .npz file of arrays, or corrupted: Bad CRC-32"):
+        Cell.load(features, samples)
     (tmp_path / "features-0.npz").write_bytes(b"")
     with pytest.raises(ValueError, match="features-0.npz: not an .npz file"):
         Cell.load(features, samples)

@@ -109,7 +109,7 @@ def unbroken() -> dict[str, str]:
     """The tables of a smoke run of this checkout that nothing disturbed; it is run here unless it was before."""
     checkout = object.__new__(Project)
     checkout.folder = ROOT
-    run = checkout.snakemake("--configfile", "workflow/config/smoke.yaml", timeout=1200)
+    run = checkout.snakemake("--configfile", "workflow/config/smoke.yaml", timeout=3000)
     assert run.returncode == 0, run.stdout
     return checkout.smoke_tables()
 

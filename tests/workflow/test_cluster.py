@@ -17,7 +17,7 @@ PROFILE = ["--workflow-profile", "workflow/profiles/slurm"]
 # Jobs of a minute are looked after more often than those of hours.
 HERE = ["--slurm-init-seconds-before-status-checks", "5", "--latency-wait", "5"]
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ class Killed:
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("kills", [3, 20])
+@pytest.mark.parametrize("kills", [pytest.param(3, id="thrice"), pytest.param(20, id="twenty times")])
 def test_a_run_killed_at_random_moments_ends_with_the_same_tables(project, unbroken, kills):
     moments = random.Random(kills)
     killed, left = Killed(project), kills

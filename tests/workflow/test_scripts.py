@@ -1,6 +1,7 @@
 """The scripts that see arrays only, from made-up arrays to the README, as the rules call them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import save_file
 
 from quest.metrics.frechet import Statistics
 
@@ -102,6 +104,27 @@ def test_cells_become_tables_and_figures(run):
         "samples-scenes-class-w4a4",
     ):
         assert (run / f"figures/{figure}.png").stat().st_size > 1000
+
+
+def test_cells_become_ablations_and_the_papers_tables(run, tmp_path):
+    cells = [shutil.copytree(run / "scenes-class" / name, tmp_path / name) for name in ("rtn/w4a4", "quest/w4a4")]
+    header = {"seconds": 90.0, "peak_memory": 2000, "cost": {"stages": []}}
+    for cell in cells:
+        save_file({"x": np.zeros(1)}, cell / "model.safetensors", {"quest": json.dumps(header)})
+    metrics = [cell / "metrics.json" for cell in cells]
+    block = {"against": "rtn", "rows": {"quest": {"method": "quest", "time_groups": 1}}}
+    outputs = {f"--{kind}": tmp_path / f"ablations.{kind}" for kind in ("csv", "markdown", "figure")}
+    outputs["--figure"] = tmp_path / "ablations.png"
+    files = [word for option in outputs.items() for word in option]
+    succeed("ablations", *metrics, "--ablations", json.dumps(block), *files)
+    rows = pd.read_csv(tmp_path / "ablations.csv").set_index(["row", "metric"])
+    assert rows.loc[("quest", "latent_mse"), "better"] == "quest" and set(rows["seconds"]) == {90.0}
+    assert "method=quest; time_groups=1" in (tmp_path / "ablations.markdown").read_text()
+    assert (tmp_path / "ablations.png").stat().st_size > 1000
+    refused = script("ablations", *metrics, "--ablations", "{}", *files)
+    assert refused.returncode == 2 and "the config has no ablations" in refused.stderr
+    succeed("paper_tables", *metrics, "-o", tmp_path)
+    assert "| scenes-class | quest | w4a4 | 1.43 |" in (tmp_path / "table4.md").read_text()
 
 
 def put_into(readme: Path, run: Path) -> subprocess.CompletedProcess:

@@ -147,24 +147,6 @@ def test_another_quantization_seed_has_its_own_calibration_and_start(stubbed):
     assert table[3:5] == [f"{cell}/quest/w4a4/metrics.json", f"{cell}/quest@1/w4a4/metrics.json"]
 
 
-def test_questions_take_the_rows_that_have_been_run(stubbed):
-    row = "results/default/scenes-class/quest-wide/w4a4/metrics.json"
-    stubbed.write(row, "{}")
-    commands = stubbed.planned("questions")
-    (answers,) = of(commands, "questions")
-    cells = answers[answers.index("--cells") + 1 : answers.index("--taylor")]
-    assert row in cells and "results/default/scenes-class/q-diffusion/w4a4/metrics.json" in cells
-    assert not any("quest-joint" in cell for cell in cells)
-    data = {words[words.index("--data") + 1] for words in of(commands, "tuning")}
-    assert data == {"trajectories", "scenes", "noise"}
-    for script in ("activations", "temporal", "sensitivity"):
-        assert {words[3] for words in of(commands, script)} == set(stubbed.config()["models"])
-    del (config := stubbed.config())["questions"]
-    stubbed.configure(config)
-    run = stubbed.snakemake("--dry-run", "questions")
-    assert run.returncode != 0 and "questions: the config has no such key" in run.stdout
-
-
 def test_the_report_takes_what_is_there_and_starts_nothing_else(finished):
     run = finished.snakemake("report")
     assert run.returncode == 0, run.stdout
@@ -203,6 +185,24 @@ def test_ablations_reuse_the_default_cells_and_change_one_thing_each(stubbed):
     (paper,) = of(commands, "paper_tables")
     grid = {f"results/default/{run.path}/metrics.json" for run in runs(stubbed.config())}
     assert set(paper[3 : paper.index("-o")]) == grid | {f"{cell}/quest-joint/w4a4/metrics.json"}
+
+
+def test_questions_take_the_rows_that_have_been_run(stubbed):
+    row = "results/default/scenes-class/quest-wide/w4a4/metrics.json"
+    stubbed.write(row, "{}")
+    commands = stubbed.planned("questions")
+    (answers,) = of(commands, "questions")
+    cells = answers[answers.index("--cells") + 1 : answers.index("--taylor")]
+    assert row in cells and "results/default/scenes-class/q-diffusion/w4a4/metrics.json" in cells
+    assert not any("quest-joint" in cell for cell in cells)
+    data = {words[words.index("--data") + 1] for words in of(commands, "tuning")}
+    assert data == {"trajectories", "scenes", "noise"}
+    for script in ("activations", "temporal", "sensitivity"):
+        assert {words[3] for words in of(commands, script)} == set(stubbed.config()["models"])
+    del (config := stubbed.config())["questions"]
+    stubbed.configure(config)
+    run = stubbed.snakemake("--dry-run", "questions")
+    assert run.returncode != 0 and "questions: the config has no such key" in run.stdout
 
 
 def test_a_second_run_of_the_default_grid_takes_seconds(stubbed):

@@ -188,10 +188,10 @@ def first_samples(wc):
 
 def optional(wc):
     """What the report shows beyond its inputs, with the time each file was made."""
-    patterns = ("tables/*.csv", "figures/*.png", "questions/*")
+    patterns = ("tables/*.csv", "figures/*.png", "questions/*.md", "questions/**/*.png")
     files = [file for pattern in patterns for file in Path("results", NAME).glob(pattern)]
-    files += Path("results/kernels").glob("*.csv")
-    made = set(f"{table}" for table in TABLES) | {f"{figure}.png" for figure in CURVES + GRIDS}
+    files += [file for kind in ("csv", "md") for file in Path("results/kernels").glob(f"*.{kind}")]
+    made = set(TABLES) | {f"{figure}.png" for figure in CURVES + GRIDS}
     return sorted(f"{file} {file.stat().st_mtime_ns}" for file in files if file.name not in made)
 
 
@@ -237,3 +237,8 @@ def measured(wc):
     ours = [cell.format(other.method) for other in RUNS if (other.model, other.bits) == (run.model, run.bits)]
     others = {cell.format(other.method) for other in ABLATION_RUNS}
     return ours + [path for path in ablations_run(wc) if path in others]
+
+
+def shown(path, caption, category, **labels):
+    """An output that is not empty, and that `snakemake --report` shows with workflow/report/{caption}.rst and labels."""
+    return ensure(report(path, caption=f"../report/{caption}.rst", category=category, labels=labels), non_empty=True)

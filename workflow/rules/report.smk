@@ -13,7 +13,12 @@ rule tables:
         script="workflow/scripts/tables.py",
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in RUNS]),
     output:
-        ensure(expand("results/{{name}}/tables/{table}", table=TABLES), non_empty=True),
+        [
+            shown(
+                f"results/{{name}}/tables/{table}", Path(table).stem, "Tables", table=Path(table).stem, kind=table[-3:]
+            )
+            for table in TABLES
+        ],
     log:
         "results/{name}/tables/tables.log",
     conda:
@@ -43,7 +48,7 @@ rule report:
             for file in arrays(kind, run.model, run.method, run.bits)
         ],
     output:
-        f"results/{NAME}/report.html",
+        shown(f"results/{NAME}/report.html", "report", "Report"),
     log:
         f"results/{NAME}/report.log",
     conda:
@@ -71,7 +76,10 @@ rule seed_table:
         script="workflow/scripts/seeds.py",
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in SEED_RUNS]),
     output:
-        ensure(expand("results/{{name}}/tables/seeds.{kind}", kind=["csv", "md"]), non_empty=True),
+        [
+            shown(f"results/{{name}}/tables/seeds.{kind}", "seeds", "Tables", table="seeds", kind=kind)
+            for kind in ("csv", "md")
+        ],
     log:
         "results/{name}/tables/seeds.log",
     conda:
@@ -91,7 +99,10 @@ rule curves:
         eps_error="results/{name}/tables/eps_error.csv",
         ranges=expand("results/{{name}}/{model}/ranges.csv", model=config["models"]),
     output:
-        ensure(expand("results/{{name}}/figures/{figure}.png", figure=CURVES), non_empty=True),
+        [
+            shown(f"results/{{name}}/figures/{figure}.png", "figures", "Figures", figure=figure.replace("_", " "))
+            for figure in CURVES
+        ],
     log:
         "results/{name}/figures/curves.log",
     conda:
@@ -110,7 +121,7 @@ rule grid:
         script="workflow/scripts/grid.py",
         samples=first_samples,
     output:
-        ensure("results/{name}/figures/samples-{model}-{bits}.png", non_empty=True),
+        shown("results/{name}/figures/samples-{model}-{bits}.png", "samples", "Samples", model="{model}", bits="{bits}"),
     log:
         "results/{name}/figures/samples-{model}-{bits}.log",
     conda:

@@ -15,11 +15,18 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <mutex>
 #include <new>
 #include <thread>
 #include <vector>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 
 namespace quest {
 namespace {
@@ -73,22 +80,84 @@ const Isa* best() {
 
 const Isa* isa = best();
 
-// Calls task(0..tasks) on up to `threads` threads. Tasks write to places of their own, so their order does not matter.
+inline void pause() {
+#if QUEST_X86
+  __builtin_ia32_pause();
+#endif
+}
+
+// Threads that wait between calls and keep their memory: to start one takes longer than a small layer.
+class Pool {
+ public:
+  // Calls work() on this thread and on up to `others` more.
+  void run(int others, const std::function<void()>& work) {
+    std::unique_lock<std::mutex> only(caller_, std::try_to_lock);
+    if (!only.owns_lock()) return work();  // somebody else has the threads
+    for (; started_ < others; started_++) std::thread([this] { serve(); }).detach();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      work_ = &work;
+      wanted_ = others;
+    }
+    wake_.notify_all();
+    work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    wanted_ = 0;  // nothing is left for one that has not begun
+    while (running_) {
+      lock.unlock();
+      for (int i = 0; i < SPINS && running_; i++) pause();
+      lock.lock();
+      if (running_) done_.wait(lock, [this] { return running_ == 0; });
+    }
+  }
+
+ private:
+  static constexpr int SPINS = 2000;  // tens of microseconds: what lies between two layers
+
+  void serve() {
+    for (;;) {
+      for (int i = 0; i < SPINS && !wanted_; i++) pause();
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [this] { return wanted_ > 0; });
+      wanted_--;
+      running_++;
+      const std::function<void()>* work = work_;
+      lock.unlock();
+      (*work)();
+      lock.lock();
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex caller_, mutex_;
+  std::condition_variable wake_, done_;
+  std::atomic<int> wanted_{0}, running_{0};
+  const std::function<void()>* work_ = nullptr;
+  int started_ = 0;
+};
+
+// Never destroyed: its threads wait until the process ends. A child of fork() has none of them and makes its own.
+Pool* pool = new Pool;
+#if !defined(_WIN32)
+const int forgotten = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+#endif
+
+// Multiply-accumulates that a thread does while another one wakes up; of other operations, a tenth.
+constexpr int64_t WAKE = 1 << 20;
+
+// Calls task(0..tasks) on up to `threads` threads, fewer for little `work` (multiply-accumulates). Tasks write to places
+// of their own, so their order does not matter.
 template <class Task>
-void parallel(int64_t tasks, int threads, const Task& task) {
-  threads = static_cast<int>(std::min<int64_t>(threads, tasks));
+void parallel(int64_t tasks, int threads, int64_t work, const Task& task) {
+  threads = static_cast<int>(std::min({static_cast<int64_t>(threads), tasks, 1 + work / WAKE}));
   if (threads <= 1) {
     for (int64_t i = 0; i < tasks; i++) task(i);
     return;
   }
   std::atomic<int64_t> next{0};
-  auto work = [&] {
+  pool->run(threads - 1, [&] {
     for (int64_t i; (i = next++) < tasks;) task(i);
-  };
-  std::vector<std::thread> others;
-  for (int t = 1; t < threads; t++) others.emplace_back(work);
-  work();
-  for (auto& other : others) other.join();
+  });
 }
 
 // A packed weight: this header, then codes by panel, zero points, scales and the transformed weight.
@@ -195,6 +264,10 @@ struct Conv {
   int64_t stride_y, stride_x, top, left, dilation_y, dilation_x;
   float* out;
   int64_t out_height, out_width;
+
+  int64_t macs(const Weight& w) const {
+    return samples * out_height * out_width * w.outputs * w.channels * w.taps();
+  }
 };
 
 // Quantizes input rows first..first + count, with the padding left and right of them, to [count, columns, channels].
@@ -232,7 +305,7 @@ bool conv_direct(const Weight& w, const Conv& c, Range range, const Epilogue& e,
       offset.push_back((y * c.dilation_y * columns + x * c.dilation_x) * padded);
   int64_t strips = ceil_div(c.out_height, lines);
   std::atomic<bool> nan{false};
-  parallel(c.samples * strips, threads, [&](int64_t task) {
+  parallel(c.samples * strips, threads, c.macs(w), [&](int64_t task) {
     static thread_local Scratch<int16_t> codes;
     static thread_local std::vector<const int16_t*> a;
     static thread_local std::vector<float*> out;
@@ -258,7 +331,7 @@ bool conv_winograd(const Weight& w, const Conv& c, Range range, const Epilogue& 
   int64_t units = std::max<int64_t>(1, std::max<int64_t>(tiles, MAX_MR) / across);  // rows of tiles in a block
   int64_t columns = 4 * across + 2, total = c.samples * down;
   std::atomic<bool> nan{false};
-  parallel(ceil_div(total, units), threads, [&](int64_t task) {
+  parallel(ceil_div(total, units), threads, c.macs(w) / 4, [&](int64_t task) {
     static thread_local Scratch<int16_t> codes, transformed;
     static thread_local Scratch<int32_t> products;
     int64_t first = task * units, count = std::min(units, total - first), n = count * across;
@@ -401,7 +474,8 @@ int quest_linear(const float* x, int64_t rows, int64_t stride, const void* packe
   int64_t row = 2 * padded + (gated ? 4 * w.outputs : 0);  // bytes that stay in the cache
   int64_t block = std::max<int64_t>(MAX_MR, std::min<int64_t>(CACHE / 2 / row, 960) / MAX_MR * MAX_MR);
   std::atomic<bool> nan{false};
-  parallel(ceil_div(rows, block), threads, [&](int64_t task) {
+  block = std::min(block, round_up(ceil_div(rows, threads), MAX_MR));
+  parallel(ceil_div(rows, block), threads, rows * w.channels * w.outputs, [&](int64_t task) {
     static thread_local Scratch<int16_t> codes;
     static thread_local std::vector<const int16_t*> a;
     static thread_local std::vector<float*> to;
@@ -466,7 +540,7 @@ int quest_attention(const float* q, const float* k, const float* v, const int64_
   // Neighbouring heads are quantized together: their rows are longer.
   int64_t parts = std::min(heads, ceil_div(threads, batch));
   std::atomic<bool> nan{false};
-  parallel(batch * parts, threads, [&](int64_t task) {
+  parallel(batch * parts, threads, 2 * batch * heads * n * m * d, [&](int64_t task) {
     static thread_local Scratch<int16_t> codes[3], keys, values, probabilities;
     static thread_local Scratch<int32_t> scores;
     static thread_local Scratch<float> work;
@@ -546,7 +620,7 @@ int quest_attention(const float* q, const float* k, const float* v, const int64_
 void quest_group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, int64_t pixels, int64_t channels,
                       int64_t groups, float eps, const float* weight, const float* bias, const float* shift,
                       const float* modulation, int silu, float* y, int threads) {
-  parallel(samples, threads, [&](int64_t i) {
+  parallel(samples, threads, 10 * samples * pixels * channels, [&](int64_t i) {
     static thread_local Scratch<float> work;
     isa->group_norm(x + i * sample, pixel, pixels, channels, groups, eps, weight, bias,
                     shift ? shift + i * channels : nullptr, modulation ? modulation + 2 * i * channels : nullptr, silu,
@@ -558,7 +632,7 @@ void quest_group_norm(const float* x, int64_t sample, int64_t pixel, int64_t sam
 void quest_layer_norm(const float* x, int64_t rows, int64_t n, float eps, const float* weight, const float* bias,
                       float* y, int threads) {
   constexpr int64_t block = 64;
-  parallel(ceil_div(rows, block), threads, [&](int64_t task) {
+  parallel(ceil_div(rows, block), threads, 10 * rows * n, [&](int64_t task) {
     for (int64_t r = task * block; r < std::min(rows, (task + 1) * block); r++)
       isa->layer_norm(x + r * n, n, eps, weight, bias, y + r * n);
   });
