@@ -414,6 +414,7 @@ def imbalance(frame: pd.DataFrame, path: str | Path) -> None:
             axes.set_yticks(range(len(classes)), classes)
             axes.set_title(f"{name}, {model}", fontsize=9)
     _legend(figure, panels.flat)
+    _save(figure, path)
 
 
 def paired_differences(frame: pd.DataFrame, against: str, metric: str, path: str | Path) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from safetensors import safe_open
 
 from quest import tables
+from quest.effort import effort
 from quest.metrics import METRICS, compare
 from quest.metrics.intervals import student
 from quest.properties import KINDS, interval
@@ -28,7 +28,7 @@ APART = "not told apart"
 class Evidence:
     """What a run has found.
 
-    cells: metrics.json of the rows of one model and bits, by row. made: what making each took, see `header`.
+    cells: metrics.json of the rows of one model and bits, by row. made: what making each took, see quest.effort.
     properties: frames of quest.properties by name. tunings: by variant.
     """
 
@@ -75,7 +75,8 @@ def read(
     if len(about) != 1:
         raise ValueError(f"cells: of one model and bits, got {sorted(about)}")
     ((model, bits),) = about
-    made = {row: header(Path(path).with_name("model.safetensors")) for row, path in zip(found, cells, strict=True)}
+    checkpoints = {row: Path(path).with_name("model.safetensors") for row, path in zip(found, cells, strict=True)}
+    made = {row: effort(checkpoint) for row, checkpoint in checkpoints.items() if checkpoint.exists()}
     return Evidence(
         model,
         bits,
@@ -87,19 +88,6 @@ def read(
         json.loads(Path(inference).read_text()),
         json.loads(Path(signals).read_text()),
     )
-
-
-def header(checkpoint: Path) -> dict:
-    """What making a checkpoint took: seconds, peak_memory, stages, and the same of what it started from as `init`.
-
-    Empty where there is no checkpoint.
-    """
-    if not checkpoint.exists():
-        return {}
-    with safe_open(checkpoint, "np") as file:
-        found = json.loads(file.metadata()["quest"])
-    known = {name: found[name] for name in ("seconds", "peak_memory", "init") if name in found}
-    return known | {"stages": found.get("cost", {}).get("stages", [])}
 
 
 def taylor_rows(evidence: Evidence) -> list[dict]:
@@ -212,11 +200,10 @@ def value(cell: dict, metric: str) -> str:
 
 def seconds(evidence: Evidence, row: str) -> str:
     """Of making a row, and of what it starts from."""
-    made = evidence.made.get(row, {})
-    if "seconds" not in made:
+    made = evidence.made.get(row)
+    if made is None:
         return "–"
-    start = (made.get("init") or {}).get("seconds")
-    return f"{made['seconds']:.0f}" + (f" + {start:.0f}" if start else "")
+    return f"{made['seconds']:.0f}" + (f" + {made['seconds_before']:.0f}" if made["seconds_before"] > 0 else "")
 
 
 def answers(evidence: Evidence) -> list[Answer]:
@@ -345,9 +332,10 @@ def _tuning_table(e: Evidence, names: dict[str, str]) -> str:
 
 def _losses(e: Evidence) -> Answer:
     answer = Answer("4. Task loss against alignment losses")
-    for row in ("quest-only-global", "quest-no-global", "quest-no-local-tla", "quest-no-local-cma", "quest-global-1"):
-        answer.lines.append(against(e, row, "quest"))
     rows = ["quest-only-global", "quest-no-global", "quest-no-local-tla", "quest-no-local-cma", "quest-global-1"]
+    stages = {"quest-tla-only": ("no-local", "no-global"), "quest-cma-only": ("no-global",)}
+    answer.lines += [against(e, row, "quest") for row in rows]
+    answer.lines += [against(e, f"{stage}-{without}", stage) for stage, ways in stages.items() for without in ways]
     answer.tables.append(comparisons(e, rows, "quest"))
     return answer
 
@@ -369,7 +357,11 @@ def _order(e: Evidence) -> Answer:
             f"{found[rest, KINDS[0]]} with static ones. "
             f"Timesteps whose quantized embedding is nearest to their own exact one: {', '.join(kept)}."
         )
-    answer.lines += [against(e, "quest-cma-tla", "quest"), against(e, "quest-joint", "quest")]
+    answer.lines += [
+        against(e, "quest-untuned-float-time-embedding", "quest-untuned"),
+        against(e, "quest-cma-tla", "quest"),
+        against(e, "quest-joint", "quest"),
+    ]
     rows = [
         "quest-cma-tla",
         "quest-joint",
@@ -463,10 +455,9 @@ def _qat(e: Evidence) -> Answer:
         if made is None or row not in e.cells:
             lines.append([row, *[NOT_RUN] * 6])
             continue
-        learned = sum(stage["parameters"] for stage in made.get("stages", []))
         quality = [value(e.cells[row], m) for m in SHOWN]
-        lines.append([row, *quality, f"{learned:,}", seconds(e, row), f"{made.get('peak_memory', float('nan')):.0f}"])
-    heads = ["row", *(METRICS[m].label for m in SHOWN), "values learned", "seconds", "peak memory [MB]"]
+        lines.append([row, *quality, f"{made['iterations']:,}", seconds(e, row), f"{made['peak_memory']:.0f}"])
+    heads = ["row", *(METRICS[m].label for m in SHOWN), "iterations", "seconds", "peak memory [MB]"]
     answer.tables.append(table(heads, lines) + "\n\nSeconds + those of the checkpoint it starts from; one thread.")
     return answer
 

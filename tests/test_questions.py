@@ -69,7 +69,7 @@ def evidence() -> questions.Evidence:
         model="m",
         bits="w4a4",
         cells={m: cell(m, s) for m, s in (("quest", 0.0), ("quest-groups-1", 0.5), ("quest-joint", 0.001))},
-        made={"quest": {"seconds": 10.0, "peak_memory": 100, "stages": [{"parameters": 5}], "init": {"seconds": 20.0}}},
+        made={"quest": {"seconds": 10.0, "seconds_before": 20.0, "peak_memory": 100, "iterations": 5}},
         properties=frames,
         taylor={"model": "m", "rows": taylor},
         tunings={"global-noise": tuning(0.5), "global-scenes": tuning(0.2), "quest": tuning(0.1)},

@@ -132,8 +132,8 @@ def model(weights: str | Path) -> Model:
 
 def train(
     out: str | Path,
-    iterations: int = 2500,
-    batch: int = 64,
+    iterations: int = 2000,
+    batch: int = 32,
     examples: int = 16_384,
     learning_rate: float = 2e-3,
     seed: int = 0,
@@ -180,7 +180,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, required=True, help="file (.safetensors) to write")
-    parser.add_argument("--iterations", type=int, default=2500, help="batches of 64 (default %(default)s)")
+    parser.add_argument("--iterations", type=int, default=2000, help="batches of 32 (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

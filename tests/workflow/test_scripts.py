@@ -161,3 +161,17 @@ def test_the_readme_has_the_markers_and_the_two_commands():
     assert text.count("<!-- results: begin -->") == text.count("<!-- results: end -->") == 1
     assert "\n    pip install -e . && snakemake --cores all\n" in text
     assert "\n    pip install -e '.[test]' && pytest\n" in text
+
+
+def test_findings_go_between_the_markers_of_their_document(tmp_path):
+    findings, document = tmp_path / "findings.md", tmp_path / "document.md"
+    findings.write_text("### A question\n\n- an answer\n")
+    document.write_text("before\n<!-- findings: begin -->\nstale\n<!-- findings: end -->\nafter\n")
+    succeed("findings", findings, "--document", document)
+    assert document.read_text() == (
+        "before\n<!-- findings: begin -->\n\n### A question\n\n- an answer\n\n<!-- findings: end -->\nafter\n"
+    )
+    document.write_text("<!-- findings: end --><!-- findings: begin -->")
+    said = script("findings", findings, "--document", document)
+    assert said.returncode != 0 and "once each and in this order" in said.stderr
+    assert "<!-- findings: begin -->" in (ROOT / "docs" / "findings.md").read_text()

@@ -231,15 +231,12 @@ def ablations_run(wc):
 
 
 def measured(wc):
-    """Metrics of the grid's rows at the model and bits of the questions, and of any other row that has been run there.
-
-    What is not there does not run for the sake of the questions; they say so.
-    """
+    """Metrics of the grid's cells at the model and bits of the questions, and of those ablations that lie there."""
     run = of_question(wc)
     cell = f"results/{NAME}/{run.model}/{{}}/{run.bits}/metrics.json"
-    ours = [other.method for other in RUNS if (other.model, other.bits) == (run.model, run.bits)]
-    found = sorted(path.parts[-3] for path in Path().glob(cell.format("*")))
-    return [cell.format(method) for method in dict.fromkeys(ours + found) if "@" not in method]
+    ours = [cell.format(other.method) for other in RUNS if (other.model, other.bits) == (run.model, run.bits)]
+    others = {cell.format(other.method) for other in ABLATION_RUNS}
+    return ours + [path for path in ablations_run(wc) if path in others]
 
 
 def shown(path, caption, category, **labels):
