@@ -47,14 +47,24 @@ def read(path: str | Path) -> pd.DataFrame:
 
 
 def merge(old: pd.DataFrame | None, rows: list[dict]) -> pd.DataFrame:
-    """New rows in place of old ones of the same key; one that was not measured leaves a measured one alone."""
+    """New rows in place of old ones of the same key; one that was not measured leaves a measured one alone.
+
+    A peak is what the machine allows at best: a lower one was measured while it was busy, and is left out.
+    """
     new = pd.DataFrame(rows, columns=COLUMNS)
     for column in ("model", "layer", "note"):
         new[column] = new[column].fillna("")
     if old is None:
         return new
-    measured = {key(row) for row in old.to_dict("records") if not left_out(row)}
-    new = new[[not (left_out(row) and key(row) in measured) for row in new.to_dict("records")]]
+    measured = {key(row): row for row in old.to_dict("records") if not left_out(row)}
+
+    def counts(row):
+        before = measured.get(key(row))
+        if before is None or row["part"] != "peak":
+            return before is None or not left_out(row)
+        return any(row[unit] > before[unit] for unit in ("gops", "gbs"))
+
+    new = new[[counts(row) for row in new.to_dict("records")]]
     replaced = {key(row) for row in new.to_dict("records")}
     old = old[[key(row) not in replaced for row in old.to_dict("records")]]
     return pd.concat([frame for frame in (old, new) if len(frame)], ignore_index=True)

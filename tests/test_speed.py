@@ -56,7 +56,11 @@ def test_a_later_run_replaces_what_it_measures_and_nothing_else(tmp_path):
     speed.write(speed.merge(None, ROWS), path)
     later = [row("fp32", 90.0), row("integer w8a8", None, note="not measured: the 5 minutes of this run were over")]
     later += [row("OpenVINO int8", 30.0), row("torchao int8", None, note="not measured: not installed")]
+    later += [row("integer", None, "peak", model="", batch=0, gops=80.0)]
+    later += [row("memory", None, "peak", model="", batch=0, gbs=12.0)]
     frame = speed.merge(speed.read(path), later)
+    peaks = frame[frame["part"] == "peak"].set_index("kernel")
+    assert peaks.loc["integer", "gops"] == 100 and peaks.loc["memory", "gbs"] == 12  # the best ever measured
     found = frame[frame["part"] == "step"].set_index("kernel")["ms"]
     assert found.to_dict() == pytest.approx(
         {"fp32": 90.0, "integer w8a8": 60.0, "integer w4a8": 40.0, "bf16": 50.0, "OpenVINO int8": 30.0}

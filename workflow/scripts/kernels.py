@@ -26,11 +26,15 @@ def main() -> None:
     path = arguments.output / f"{speed.slug(speed.machine(), benchmark.instruction_set())}.csv"
     frame = speed.read(path) if path.is_file() else None
     known = set() if frame is None else {speed.key(row) for row in frame.to_dict("records") if not speed.left_out(row)}
+    left_out = []
     for rows in benchmark.run(models, tuple(dict.fromkeys(arguments.threads)), arguments.budget, known):
+        if all(map(speed.left_out, rows)):
+            left_out += rows
+            continue
         frame = speed.merge(frame, rows)
-        if not all(map(speed.left_out, rows)):
-            speed.write(frame, path)
-            print(*map(describe, rows), sep="\n", flush=True)
+        speed.write(frame, path)
+        print(*map(describe, rows), sep="\n", flush=True)
+    frame = speed.merge(frame, left_out)
     speed.write(frame, path)
     figures.roofline(frame, path.with_suffix(".png"))
     print(path.with_suffix(".md").read_text())
