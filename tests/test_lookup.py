@@ -19,7 +19,14 @@ def test_steps_take_turns_after_one_to_warm_up():
 
 def test_a_single_group_computes_the_same_in_its_own_timesteps_only(class_pipe, class_calibration):
     student = quest.quantize(
-        class_pipe, "quest", "w4a4", calibration=class_calibration, samples=4, tla_iterations=0, cma_iterations=0
+        class_pipe,
+        "quest",
+        "w4a4",
+        calibration=class_calibration,
+        samples=4,
+        time_groups=2,
+        tla_iterations=0,
+        cma_iterations=0,
     ).unet
     place(student, "reference")
     middle, other = class_calibration.timesteps[2], class_calibration.timesteps[-1]
