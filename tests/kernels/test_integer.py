@@ -2,8 +2,11 @@
 
 import copy
 import os
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -398,6 +401,48 @@ def test_a_whole_run_of_a_shipped_model(name):
     difference = (found["integer"] - found["reference"]).square().mean()
     error = (found["reference"] - exact).square().mean()
     assert 0 < difference <= 0.05 * error
+
+
+def large_linear(rows=600):
+    """A layer that is worth two threads, and its result on one."""
+    torch.manual_seed(0)
+    w, qparams, x = integer.pack(weight(96, 128, bits=8)), activation(8, 100.0), torch.randn(rows, 128)
+    torch.set_num_threads(1)
+    return lambda: integer.linear(x, qparams, w, None), integer.linear(x, qparams, w, None)
+
+
+def test_two_callers_at_once():
+    call, expected = large_linear()
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(4) as callers:
+            for found in callers.map(lambda _: call(), range(200)):
+                assert torch.equal(found, expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_forked_process_computes_on():
+    """It has the memory of its parent, but none of its threads."""
+    call, expected = large_linear()
+    torch.set_num_threads(2)
+    assert torch.equal(call(), expected)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(call(), expected) else 1)
+    torch.set_num_threads(1)
+    for _ in range(100):
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child waits for threads that it does not have")
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_layers_that_are_refused_stay_on_the_reference(uncond_pipe, uncond_calibration):

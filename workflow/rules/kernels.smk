@@ -9,7 +9,7 @@ rule kernels:
         "../../environment.yml"
     threads: workflow.cores
     resources:
-        mem_mb=16000,
-        runtime=60,
+        mem_mb=growing(16000),
+        runtime=growing(60),
     shell:
         "python -m workflow.scripts.kernels --threads 1 {threads} > {log} 2>&1"

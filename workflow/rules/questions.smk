@@ -43,8 +43,8 @@ rule activations:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=at_size(3000, 64000),
-        runtime=at_size(30, 720),
+        mem_mb=growing(3000, 64000),
+        runtime=growing(30, 720),
     params:
         bits=QUESTIONS.get("bits"),
     shell:
@@ -67,8 +67,8 @@ rule temporal:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=at_size(3000, 64000),
-        runtime=at_size(30, 720),
+        mem_mb=growing(3000, 64000),
+        runtime=growing(30, 720),
     params:
         bits=QUESTIONS.get("bits"),
     shell:
@@ -89,8 +89,8 @@ rule sensitivity:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=at_size(3000, 64000),
-        runtime=at_size(30, 720),
+        mem_mb=growing(3000, 64000),
+        runtime=growing(30, 720),
     params:
         bits=QUESTIONS.get("bits"),
     shell:
@@ -113,8 +113,8 @@ rule properties:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
+        mem_mb=growing(1000),
+        runtime=growing(10),
     shell:
         "python -m workflow.scripts.properties --activations {input.activations} --temporal {input.temporal}"
         " --sensitivity {input.sensitivity} -o results/{wildcards.name}/questions > {log} 2>&1"
@@ -132,8 +132,8 @@ rule taylor:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=at_size(3000, 64000),
-        runtime=at_size(30, 720),
+        mem_mb=growing(3000, 64000),
+        runtime=growing(30, 720),
     params:
         model=QUESTIONS.get("model"),
     shell:
@@ -157,8 +157,8 @@ rule tuning:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=at_size(3000, 64000),
-        runtime=at_size(60, 1440),
+        mem_mb=growing(3000, 64000),
+        runtime=growing(60, 1440),
     params:
         model=QUESTIONS.get("model"),
         bits=QUESTIONS.get("bits"),
@@ -184,8 +184,8 @@ rule inference:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=at_size(3000, 64000),
-        runtime=at_size(15, 120),
+        mem_mb=growing(3000, 64000),
+        runtime=growing(15, 120),
     params:
         model=QUESTIONS.get("model"),
     shell:
@@ -202,8 +202,8 @@ rule train_signals:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=30,
+        mem_mb=growing(2000),
+        runtime=growing(30),
     shell:
         "python -m quest.zoo.train_signals -o {output} --threads {threads} > {log} 2>&1"
 
@@ -220,8 +220,8 @@ rule signals:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=60,
+        mem_mb=growing(2000),
+        runtime=growing(60),
     params:
         bits=QUESTIONS.get("bits"),
     shell:
@@ -246,8 +246,8 @@ rule answers:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
+        mem_mb=growing(1000),
+        runtime=growing(10),
     shell:
         "python -m workflow.scripts.questions --properties {input.properties} --cells {input.cells}"
         " --taylor {input.taylor} --tunings {input.tunings} --inference {input.inference} --signals {input.signals}"
@@ -266,7 +266,7 @@ rule findings:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=5,
+        mem_mb=growing(1000),
+        runtime=growing(5),
     shell:
         "python -m workflow.scripts.findings {input.findings} > {log} 2>&1"

@@ -55,8 +55,8 @@ rule report:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=at_size(2000, 16000),
-        runtime=at_size(15, 60),
+        mem_mb=growing(2000, 16000),
+        runtime=growing(15, 60),
     params:
         run=subpath(output[0], parent=True),
         optional=optional,

@@ -26,7 +26,7 @@ def main() -> None:
     folded = {
         "Method against method": [paired_table(arguments.paired)],
         "Every bit width and metric, with the protocol": [arguments.table.read_text().strip()],
-        "Samples of every model, and figures": samples + others,
+        "Samples of the other models, and figures": samples[:-1] + others,
     }
     details = [
         part

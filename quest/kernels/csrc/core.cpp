@@ -472,7 +472,8 @@ int quest_linear(const float* x, int64_t rows, int64_t stride, const void* packe
   Epilogue e(w, bias, scale);
   int64_t padded = round_up(w.channels, 16);
   int64_t row = 2 * padded + (gated ? 4 * w.outputs : 0);  // bytes that stay in the cache
-  int64_t block = std::max<int64_t>(MAX_MR, std::min<int64_t>(CACHE / 2 / row, 960) / MAX_MR * MAX_MR);
+  // Each block unpacks the whole weight, which few rows would not repay: long ones lie in a larger cache instead.
+  int64_t block = std::max<int64_t>(8 * MAX_MR, std::min<int64_t>(CACHE / 2 / row, 960) / MAX_MR * MAX_MR);
   std::atomic<bool> nan{false};
   block = std::min(block, round_up(ceil_div(rows, threads), MAX_MR));
   parallel(ceil_div(rows, block), threads, rows * w.channels * w.outputs, [&](int64_t task) {
