@@ -175,11 +175,11 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def comparisons(evidence: Evidence, rows: Sequence[str], versus: str) -> str:
     """Rows against one of them: differences with intervals and verdicts, size and time."""
     heads = ["row", *(f"{METRICS[m].label}, minus {versus}" for m in SHOWN), "size [MB]", "seconds"]
+    missing = [row for row in (versus, *rows) if row not in evidence.cells]
+    if versus in missing:
+        return f"{NOT_RUN}: {', '.join(missing)}."
     lines = []
-    for row in [versus, *rows]:
-        if row not in evidence.cells or versus not in evidence.cells:
-            lines.append([row, *[NOT_RUN] * (len(heads) - 1)])
-            continue
+    for row in (row for row in (versus, *rows) if row not in missing):
         size = f"{evidence.cells[row]['footprint'].get('bytes', float('nan')) / 1e6:.3f}"
         cost = [size, seconds(evidence, row)]
         if row == versus:
@@ -188,9 +188,10 @@ def comparisons(evidence: Evidence, rows: Sequence[str], versus: str) -> str:
         found = differences(evidence, row, versus)
         cells = [f"{with_interval(*found[m][:2])} ({found[m][2]})" if m in found else "–" for m in SHOWN]
         lines.append([row, *cells, *cost])
-    return (
-        table(heads, lines) + f"\n\nThe first row is {versus} itself, with its own values; the others are differences."
-    )
+    below = f"The first row is {versus} itself, with its own values; the others are differences."
+    if missing:
+        below += f" {NOT_RUN}: {', '.join(missing)}."
+    return "\n\n".join([table(heads, lines), below])
 
 
 def value(cell: dict, metric: str) -> str:
@@ -222,8 +223,8 @@ def _layers(e: Evidence) -> Answer:
         top = ", ".join(f"{r.layer_class} {r.value:.2g}" for r in order.head(3).itertuples())
         rank = {r.layer_class: i + 1 for i, r in enumerate(order.itertuples())}
         answer.lines.append(
-            f"{model}, activations of one class at {most['bits'].split('a')[1]} bits: most error from {top} (with "
-            f"{most['macs']:.1%} of the multiply-accumulates the first of them); least from {least['layer_class']} "
+            f"{model}, activations of one class at {most['bits'].split('a')[1]} bits: most error from {top}; the first "
+            f"of them has {most['macs']:.1%} of the multiply-accumulates. Least from {least['layer_class']} "
             f"({least['value']:.2g}). Of {len(order)} classes, the time embedding is number {rank['time embedding']} "
             f"and attention q, k, v number {rank['attention q, k, v']}."
         )
@@ -302,7 +303,8 @@ def _tuned(e: Evidence, pairs, metric: str = "to_full_precision") -> list[str]:
     lines = []
     for one, other in pairs:
         if one not in e.tunings or other not in e.tunings:
-            lines.append(f"{one} against {other}: {NOT_RUN}.")
+            missing = [name for name in (one, other) if name not in e.tunings]
+            lines.append(f"{one} against {other}, {what}: {NOT_RUN} ({', '.join(missing)}).")
             continue
         mean, half, word = paired(e.tunings[one][metric], e.tunings[other][metric])
         lines.append(f"{one} against {other}, {what}: {with_interval(mean, half)}, {word}.")
@@ -422,7 +424,10 @@ def _inference(e: Evidence) -> Answer:
         slower = {"worse": "slower", "better": "faster", APART: APART}[word]
         medians = [pd.Series(values).median() for values in (many, one, look)]
         rows.append(
-            [f"{row['kernel']}, {row['rows']} rows", *(f"{1e3 * m:.3g}" for m in medians)]
+            [
+                f"{row['kernel']}, {row['rows']} row{'s' if row['rows'] > 1 else ''}",
+                *(f"{1e3 * m:.3g}" for m in medians),
+            ]
             + [with_interval(1e3 * mean, 1e3 * half), slower, str(len(many))]
         )
     same = all(row["same_output"] for row in e.inference["rows"])

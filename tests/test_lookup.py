@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import torch
 
@@ -6,11 +7,26 @@ import quest
 from quest.layers import input_quantizers
 from quest.lookup import look_up, single
 from quest.placement import place
+from quest.timing import interleaved
+
+
+def test_steps_take_turns_after_one_to_warm_up():
+    order: list[str] = []
+    seconds = interleaved({name: partial(order.append, name) for name in "ab"}, repeats=2)
+    assert order == ["a", "b"] * 3
+    assert {name: len(found) for name, found in seconds.items()} == {"a": 2, "b": 2}
 
 
 def test_a_single_group_computes_the_same_in_its_own_timesteps_only(class_pipe, class_calibration):
     student = quest.quantize(
-        class_pipe, "quest", "w4a4", calibration=class_calibration, samples=4, tla_iterations=0, cma_iterations=0
+        class_pipe,
+        "quest",
+        "w4a4",
+        calibration=class_calibration,
+        samples=4,
+        time_groups=2,
+        tla_iterations=0,
+        cma_iterations=0,
     ).unet
     place(student, "reference")
     middle, other = class_calibration.timesteps[2], class_calibration.timesteps[-1]

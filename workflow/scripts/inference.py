@@ -38,7 +38,7 @@ def main() -> None:
     at = (evaluation.call == evaluation.call.max() // 2).nonzero().flatten()
     inputs = evaluation.inputs(at)
     rows = []
-    for kernel in ("reference", kernels.choose("auto", torch.device("cpu"))):
+    for kernel in dict.fromkeys(("reference", kernels.choose("auto", torch.device("cpu")))):
         many = quest.load(pipe, arguments.checkpoint, kernel=kernel).unet
         one = single(quest.load(pipe, arguments.checkpoint, kernel=kernel).unet, inputs["timestep"][:1])
         with torch.no_grad():
