@@ -58,7 +58,7 @@ def main() -> None:
                 "seconds": round(seconds, 1),
             }
             shown[method] = drawn[: len(signals.CLASSES), 0, 0].tolist()
-            print(method, {k: np.mean(v).round(4) for k, v in found[method].items()}, flush=True)
+            print(method, {k: round(float(np.mean(v)), 4) for k, v in found[method].items()}, flush=True)
     real = signals.draw("evaluation", len(signals.CLASSES)).values.tolist()
     content = {"bits": arguments.bits, "n": arguments.n, "methods": found, "classes": list(signals.CLASSES)}
     write_json(arguments.output, content | {"signals": {"data": real} | shown})
