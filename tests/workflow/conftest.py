@@ -94,11 +94,12 @@ class Project:
         return re.findall(r"python -m workflow\.scripts\.\S+ .*", run.stdout)
 
     def smoke_tables(self) -> dict[str, str]:
-        """The tables of the smoke config; without the commit, which a copy of this checkout does not know."""
+        """The tables of the smoke config; without timings, and the commit, which a copy of this checkout does not know."""
         tables = {}
         for file in sorted((self.folder / "results/smoke/tables").iterdir()):
             if file.suffix == ".csv":
-                tables[file.name] = pd.read_csv(file, dtype=str).drop(columns="commit", errors="ignore").to_csv()
+                frame = pd.read_csv(file, dtype=str)
+                tables[file.name] = frame.drop(columns=["commit", "latency_ms"], errors="ignore").to_csv()
             elif file.suffix != ".log":
                 tables[file.name] = file.read_text()
         return tables
