@@ -94,7 +94,7 @@ class Project:
         return re.findall(r"python -m workflow\.scripts\.\S+ .*", run.stdout)
 
     def smoke_tables(self) -> dict[str, str]:
-        """The tables of the smoke config; without timings, and the commit, which a copy of this checkout does not know."""
+        """The tables of the smoke config; without timings, and the commit, which a copy of a checkout does not know."""
         tables = {}
         for file in sorted((self.folder / "results/smoke/tables").iterdir()):
             if file.suffix == ".csv":
