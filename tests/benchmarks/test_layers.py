@@ -25,6 +25,7 @@ def layers():
 
 @pytest.mark.parametrize("layer, batch", layers(), ids=lambda v: getattr(v, "name", v))
 @pytest.mark.parametrize("how", ["fp32", *kernels.OWN])
+@pytest.mark.benchmark(max_time=0.3, min_rounds=3)  # seconds of each, or all take more than five minutes
 def test_layer(benchmark, layer, batch, how):
     if layer.kind == "attention" and how not in kernels.ATTENTION_KERNELS:
         pytest.skip("attention has 8 bits")
