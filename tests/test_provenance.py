@@ -45,7 +45,8 @@ def test_wall_seconds_are_those_of_the_process():
     said = float(
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     )
-    assert 1 <= said <= time.perf_counter() - start
+    # Rounded to tenths, and the system counts a process's start in hundredths.
+    assert 0.9 <= said <= time.perf_counter() - start + 0.1
 
 
 def test_the_hash_of_a_config_is_that_of_what_it_says():
