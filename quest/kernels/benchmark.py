@@ -25,13 +25,14 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quest import origins, ranges, speed, timing
+from quest import origins, ranges, timing
 from quest.affine import QParams, QuantSpec, quantize
 from quest.kernels import integer, reference
 from quest.layers import attentions, layer_class, quant_layers, swap
 from quest.models import MODELS, Model
 from quest.placement import place
 from quest.provenance import provenance
+from quest.report import speed
 
 ZOO = ("scenes-uncond", "scenes-class", "scenes-text")
 PAPER = ("sd14", "lsun-bedrooms")  # Stable Diffusion v1.4 and LDM-4

@@ -6,9 +6,10 @@ import time
 import pytest
 import torch
 
-from quest import cost, origins, speed, timing
+from quest import cost, origins, timing
 from quest.kernels import benchmark, integer
 from quest.models import MODELS
+from quest.report import speed
 
 needs_core = pytest.mark.skipif(integer.unavailable(torch.device("cpu")) is not None, reason="no compiled core")
 

@@ -228,7 +228,7 @@ def test_a_login_node_never_imports_torch(stubbed):
     profile = ["--workflow-profile", "workflow/profiles/slurm"]
     assert stubbed.planned(*profile, "--configfile", "workflow/config/paper.yaml")
     # What local rules import; those of tables and figures run in test_scripts.py.
-    code = "import quest.seeds, quest.metrics.weights"
+    code = "import quest.report.seeds, quest.metrics.weights"
     assert subprocess.run([sys.executable, "-c", code], **environment(stubbed)).returncode == 0
 
 

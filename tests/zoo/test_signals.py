@@ -6,7 +6,7 @@ import quest
 from quest.calibration import collect
 from quest.cost import undeclared
 from quest.layers import KEEP
-from quest.sensitivity import parts
+from quest.properties.sensitivity import parts
 from quest.zoo import signals, train_signals
 
 

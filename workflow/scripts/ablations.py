@@ -16,7 +16,7 @@ def main() -> None:
     if not arguments.ablations:
         parser.error("the config has no ablations")
 
-    from quest import ablations, figures
+    from quest.report import ablations, figures
 
     frame = ablations.write(arguments.metrics, arguments.ablations, arguments.csv, arguments.markdown)
     figures.paired_differences(frame, arguments.ablations["against"], "latent_mse", arguments.figure)

@@ -20,8 +20,8 @@ def main() -> None:
 
     import quest
     from quest.calibration import CalibrationSet
-    from quest.distributions import EDGES, distributions, spreads
     from quest.models import MODELS
+    from quest.properties.distributions import EDGES, distributions, spreads
     from quest.provenance import write_json
 
     torch.set_num_threads(arguments.threads)

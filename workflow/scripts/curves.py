@@ -21,7 +21,7 @@ def main() -> None:
 
     import pandas as pd
 
-    from quest import figures
+    from quest.report import figures
 
     main_frame = pd.read_csv(arguments.main, keep_default_na=False, na_values=["nan"])
     for output in arguments.output:

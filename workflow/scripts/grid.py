@@ -13,7 +13,7 @@ def main() -> None:
 
     import numpy as np
 
-    from quest.figures import sample_grid
+    from quest.report.figures import sample_grid
 
     rows = []
     for file in arguments.samples:

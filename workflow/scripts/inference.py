@@ -26,8 +26,8 @@ def main() -> None:
     from quest import kernels
     from quest.calibration import CalibrationSet
     from quest.cost import stored
-    from quest.lookup import look_up, single
     from quest.models import MODELS
+    from quest.properties.lookup import look_up, single
     from quest.provenance import write_json
     from quest.timing import interleaved
 

@@ -18,9 +18,9 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    from quest import figures, speed
     from quest.kernels import benchmark
     from quest.models import get
+    from quest.report import figures, speed
 
     models = tuple(get(name).name for name in arguments.models or (*benchmark.ZOO, *benchmark.PAPER))
     path = arguments.output / f"{speed.slug(speed.machine(), benchmark.instruction_set())}.csv"

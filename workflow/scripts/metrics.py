@@ -20,11 +20,11 @@ def main() -> None:
 
     from quest.download import sha256_of
     from quest.files import atomic
-    from quest.ledger import fingerprint
     from quest.metrics import Cell, measure
     from quest.metrics.frechet import load_reference
     from quest.models import MODELS
     from quest.provenance import provenance
+    from quest.report.ledger import fingerprint
 
     model = MODELS[arguments.model]
     cell = Cell.load(arguments.features, arguments.samples)

@@ -10,7 +10,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write the tables into")
     arguments = parser.parse_args()
 
-    from quest import paper
+    from quest.report import paper
 
     paper.write(arguments.metrics, arguments.output)
     for number in paper.TABLES:

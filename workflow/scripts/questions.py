@@ -23,8 +23,8 @@ def main() -> None:
 
     import pandas as pd
 
-    from quest import figures, questions
     from quest.files import atomic
+    from quest.report import figures, questions
 
     evidence = questions.read(
         arguments.properties,

@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
 
-    from quest.report import write
+    from quest.report.page import write
 
     write(
         arguments.run,

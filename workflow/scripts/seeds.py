@@ -10,7 +10,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write seeds.csv and seeds.md into")
     arguments = parser.parse_args()
 
-    from quest.seeds import write
+    from quest.report.seeds import write
 
     write(arguments.metrics, arguments.output)
     print((arguments.output / "seeds.md").read_text())

@@ -19,8 +19,8 @@ def main() -> None:
     from quest.calibration import CalibrationSet
     from quest.config import parse_bits
     from quest.models import MODELS
+    from quest.properties.sensitivity import sensitivities
     from quest.provenance import write_json
-    from quest.sensitivity import sensitivities
 
     torch.set_num_threads(arguments.threads)
     calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))

@@ -10,7 +10,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write the tables into")
     arguments = parser.parse_args()
 
-    from quest.tables import write
+    from quest.report.tables import write
 
     write(arguments.metrics, arguments.output)
     print((arguments.output / "main.md").read_text())

@@ -17,8 +17,8 @@ def main() -> None:
 
     from quest.calibration import CalibrationSet
     from quest.models import MODELS
+    from quest.properties.taylor import taylor
     from quest.provenance import write_json
-    from quest.taylor import taylor
 
     torch.set_num_threads(arguments.threads)
     evaluation = CalibrationSet.load(arguments.evaluation)

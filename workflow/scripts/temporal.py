@@ -22,11 +22,11 @@ def main() -> None:
     import quest
     from quest.calibration import CalibrationSet, eps_error
     from quest.config import parse_bits
-    from quest.embeddings import PATH, embeddings, moved
     from quest.models import MODELS
-    from quest.properties import KINDS
+    from quest.properties.embeddings import PATH, embeddings, moved
+    from quest.properties.sensitivity import ENDS, lowered, parts
     from quest.provenance import write_json
-    from quest.sensitivity import ENDS, lowered, parts
+    from quest.report.properties import KINDS
 
     torch.set_num_threads(arguments.threads)
     model, bits = MODELS[arguments.model], parse_bits(arguments.bits)

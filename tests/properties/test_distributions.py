@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from quest.distributions import EDGES, STATISTICS, distributions, spreads, statistics
+from quest.properties.distributions import EDGES, STATISTICS, distributions, spreads, statistics
 
 
 def test_statistics_of_known_distributions():

@@ -5,8 +5,8 @@ import torch
 
 import quest
 from quest.layers import input_quantizers
-from quest.lookup import look_up, single
 from quest.placement import place
+from quest.properties.lookup import look_up, single
 from quest.timing import interleaved
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from quest.embeddings import PATH, embeddings, moved
-from quest.sensitivity import lowered, parts
+from quest.properties.embeddings import PATH, embeddings, moved
+from quest.properties.sensitivity import lowered, parts
 
 
 def test_equal_embeddings_have_not_moved():

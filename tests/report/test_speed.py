@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from quest import figures, speed
+from quest.report import figures, speed
 
 
 def row(kernel, ms, part="step", note="", **given):

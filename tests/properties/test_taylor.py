@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from quest.taylor import expand, perturbed, remainders, taylor
+from quest.properties.taylor import expand, perturbed, remainders, taylor
 
 A, B, C = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 from safetensors.numpy import save_file
 
-from quest import ablations, figures
-from quest.effort import effort
 from quest.metrics import intervals
+from quest.report import ablations, figures
+from quest.report.effort import effort
 
 N = 500
 BLOCK = {

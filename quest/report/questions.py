@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from quest import tables
-from quest.effort import effort
 from quest.metrics import METRICS, compare
 from quest.metrics.intervals import student
-from quest.properties import KINDS, interval
-from quest.tables import with_interval
+from quest.report import tables
+from quest.report.effort import effort
+from quest.report.properties import KINDS, interval
+from quest.report.tables import with_interval
 
 SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # what sees most with few images
 NOT_RUN = "NOT RUN"
@@ -28,7 +28,7 @@ APART = "not told apart"
 class Evidence:
     """What a run has found.
 
-    cells: metrics.json of the rows of one model and bits, by row. made: what making each took, see quest.effort.
+    cells: metrics.json of the rows of one model and bits, by row. made: what making each took, see quest.report.effort.
     properties: frames of quest.properties by name. tunings: by variant.
     """
 

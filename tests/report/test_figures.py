@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from quest import figures
+from quest.report import figures
 
 METHODS = {"rtn": [1.2, 60.0], "rtn-mse": [1.1, 12.0], "quest": [1.05, 4.0]}
 

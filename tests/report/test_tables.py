@@ -5,8 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from quest import ledger, tables
 from quest.metrics import METRICS, compare, intervals
+from quest.report import ledger, tables
 
 MODELS = {"scenes-text": ["fid", "clip", "latent_mse", "eps_error"], "scenes-uncond": ["fid", "latent_mse"]}
 # Mean of each method's metrics at 4 bits; full precision is at 1.

@@ -17,7 +17,7 @@ from scipy.special import stdtrit
 
 from quest.files import atomic
 from quest.metrics import METRICS, compare
-from quest.tables import provenance_of, read, with_interval
+from quest.report.tables import provenance_of, read, with_interval
 
 SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # in Markdown
 COLUMNS = ["model", "bits", "metric", "method", "versus", "value", "low", "high", "over_images", "over_seeds"]

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from quest import seeds
 from quest.metrics import intervals
+from quest.report import seeds
 
 N, SPREAD = 500, 0.05
 

@@ -6,7 +6,7 @@ import torch
 from quest.affine import FLOAT
 from quest.calibration import eps_error
 from quest.layers import quant_layers
-from quest.sensitivity import PRODUCTS, lowered, parts, sensitivities
+from quest.properties.sensitivity import PRODUCTS, lowered, parts, sensitivities
 
 
 def test_parts_hold_every_layer_and_attention_once(class_pipe):
@@ -31,7 +31,7 @@ def test_a_part_that_is_not_lowered_costs_nothing(class_pipe, class_calibration)
 def test_sensitivities_share_out_the_denoiser(uncond_pipe, uncond_calibration, monkeypatch):
     found = parts(uncond_pipe.unet)
     merged = {"boundary": found.pop("boundary"), PRODUCTS: found.pop(PRODUCTS), "other": sum(found.values(), [])}
-    monkeypatch.setattr("quest.sensitivity.parts", lambda _denoiser: dict(merged))
+    monkeypatch.setattr("quest.properties.sensitivity.parts", lambda _denoiser: dict(merged))
     few = uncond_calibration.subset((uncond_calibration.call < 2).nonzero().flatten())
     rows = sensitivities(uncond_pipe, few, few, 4, 4)
     assert [r["layer_class"] for r in rows if r["lowered"] == "activations"] == [*merged, "all"]

@@ -467,7 +467,7 @@ def paired_differences(frame: pd.DataFrame, against: str, metric: str, path: str
 def taylor(frame: pd.DataFrame, path: str | Path, title: str = "") -> None:
     """What Taylor steps leave over against bits: of the output on the left, of the loss on the right.
 
-    `frame` has columns bits, what (see quest.taylor.remainders), value, low, high.
+    `frame` has columns bits, what (see quest.properties.taylor.remainders), value, low, high.
     """
     panels_of = {
         "of the output's change": {"first": "first-order step", "second": "second-order step"},

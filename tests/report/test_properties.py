@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from quest import figures, properties
+from quest.report import figures, properties
 
 SENSITIVITY = {
     "model": "m",

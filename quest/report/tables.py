@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from quest import ledger
 from quest.files import atomic
 from quest.metrics import METRICS, compare
+from quest.report import ledger
 
 PROVENANCE = ["seeds", "versions", "commit", "machine"]
 MAIN = ["model", "method", "bits", "metric", "value", "low", "high", "published", "n", "extractor", "protocol"]

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from quest import figures, properties, questions
 from quest.metrics.intervals import student
-from quest.properties import KINDS
+from quest.report import figures, properties, questions
+from quest.report.properties import KINDS
 
 
 def cell(method: str, shift: float) -> dict:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from quest.effort import effort
 from quest.files import atomic
 from quest.metrics import METRICS
-from quest.tables import footprint_of, markdown_row, paired, provenance_of, read, with_interval
+from quest.report.effort import effort
+from quest.report.tables import footprint_of, markdown_row, paired, provenance_of, read, with_interval
 
 SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # with differences, in Markdown
 COLUMNS = ["model", "bits", "row", "changes", "metric", "value", "low", "high", "n"]

@@ -19,9 +19,9 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors import safe_open
 
-from quest import figures, ledger, tables
 from quest.files import atomic
 from quest.metrics import METRICS, Cell
+from quest.report import figures, ledger, tables
 
 HEADLINE = ("latent_mse", "fid_to_fp", "fid", "clip")  # of the verdicts, where a run has them
 DRAWN = ("latent_mse", "fid_to_fp", "fid", "eps_error", "sfid", "is", "clip", "psnr", "precision")

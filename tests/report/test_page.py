@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quest import figures, report, tables
 from quest.metrics import METRICS, Cell, measure
 from quest.metrics.frechet import Reference, Statistics
+from quest.report import figures, tables
+from quest.report import page as report
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "workflow/report/report.html.j2"
 N, CALLS = 24, 3
 NOISE = {"fp": 0.0, "rtn": 0.5, "quest": 0.1}

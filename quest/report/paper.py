@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from quest import ledger
-from quest.effort import effort
 from quest.files import atomic
 from quest.metrics import METRICS
-from quest.tables import latex_table, markdown_row, paired, provenance_of, read, tex, with_interval
+from quest.report import ledger
+from quest.report.effort import effort
+from quest.report.tables import latex_table, markdown_row, paired, provenance_of, read, tex, with_interval
 
 # What may stand for a model of the paper, the first that was measured. Tables 2 and 7 do not say which model it was.
 STANDS = {

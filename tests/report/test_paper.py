@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from quest import ledger, paper
 from quest.metrics import METRICS, intervals
+from quest.report import ledger, paper
 
 COMMON = np.random.default_rng(0).normal(size=intervals.RESAMPLES)
 

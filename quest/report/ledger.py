@@ -16,7 +16,7 @@ from quest.metrics import METRICS, weights
 from quest.models import MODELS, PREPARED, Model
 from quest.zoo import ZOO
 
-PUBLISHED = Path(__file__).parents[1] / "resources" / "published.csv"
+PUBLISHED = Path(__file__).parents[2] / "resources" / "published.csv"
 COLUMNS = ["source", "table", "model", "method", "bits", "metric", "value", "protocol", "note"]
 LEDGER = ["source", "table", "model", "method", "bits", "metric", "published", "ours", "low", "high", "n"]
 LEDGER += ["verdict", "why", "not_stated", "note"]
