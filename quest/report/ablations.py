@@ -81,7 +81,7 @@ def markdown(frame: pd.DataFrame, against: str) -> str:
     heads = ["row", "changes"]
     for name in (*SHOWN, "is", "fid"):
         if name in labels:
-            heads += [labels[name]] + ([f"less that of {against}"] if name in SHOWN else [])
+            heads += [labels[name]] + ([f"minus that of {against}"] if name in SHOWN else [])
     heads += ["seconds", "MB", "on integers"]
     lines = [markdown_row(heads), markdown_row(["---", "---", *["---:"] * (len(heads) - 2)])]
     first = frame[frame["versus"].isin(["", against])]

@@ -439,7 +439,7 @@ def paired_differences(frame: pd.DataFrame, against: str, metric: str, path: str
         style = dict(fmt=marker, color=colour, ms=4, lw=0, elinewidth=1.4, capsize=2)
         axes.errorbar(points["difference"], place[chosen], xerr=error, label=verdict, **style)
     axes.axvline(0, color=INK, lw=0.8)
-    label = f"{spec.label}, less that of {against} ({spec.better} is better)"
+    label = f"{spec.label}, minus that of {against} ({spec.better} is better)"
     # Differences of good rows are small beside those of rows that fail: linear around zero, logarithmic outside.
     sizes = found["difference"].abs()
     linear = float(f"{2 * sizes.median():.0e}")

@@ -101,7 +101,7 @@ def test_the_table_for_people_says_better_only_where_the_interval_does(frame, tm
     words = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
     assert " worse |" in words["quest-groups-1"] and "| 50% |" in words["quest-groups-1"]
     assert "worse" not in words["full-finetune"] and "better" not in words["full-finetune"]
-    assert words["quest"].count("| – |") and "latent MSE to FP | less that of quest" in words["row"]
+    assert words["quest"].count("| – |") and "latent MSE to FP | minus that of quest" in words["row"]
     assert "4 comparisons" in lines[-1]
 
 
