@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -81,13 +82,18 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """No file can grow beyond 4 kB: writes fail as they do on a full disk, with another number."""
+    """No file can grow beyond 4 kB: writes fail as they do on a full disk, with another number.
+
+    Not a fixture, which would hold while pytest writes to the file that its output may go to.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _text(path):
@@ -105,14 +111,15 @@ def _safetensors(path):
 
 
 @pytest.mark.parametrize("write", [_text, _npz, _safetensors])
-def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_nothing(tmp_path, full_disk, write):
+def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_nothing(tmp_path, write):
     path = tmp_path / "features-0.npz"
     path.write_text("whole")
-    with pytest.raises(OSError) as error, atomic(path) as file:
+    with full_disk(), pytest.raises(OSError) as error, atomic(path) as file:
         write(file)
     assert f"{path} was not written: {os.strerror(errno.EFBIG)}" in str(error.value) and "\n" not in str(error.value)
     assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(OSError, match="pipeline was not written: "), atomic_folder(tmp_path / "pipeline") as folder:
+    said = pytest.raises(OSError, match="pipeline was not written: ")
+    with full_disk(), said, atomic_folder(tmp_path / "pipeline") as folder:
         write(folder / "weights.npz")
     assert list(tmp_path.iterdir()) == [path]
 
