@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quest.calibration import CalibrationSet
-from quest.layers import layer_class
+from quest.layers import SplitConv2d, layer_class, split_layers
 
 STATISTICS = ("max / p99", "kurtosis", "standard deviation")
 EDGES = torch.linspace(-20, 20, 161)  # of histograms, in standard deviations of full precision
@@ -32,15 +32,19 @@ def statistics(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def visit_inputs(denoiser: nn.Module, evaluation: CalibrationSet, see: Callable[[str, Tensor, Tensor], None]) -> None:
-    """Call see(layer, input, rows) for every input of a Linear or Conv2d, sampler call by sampler call."""
+    """Call see(layer, input, rows) for every input of a Linear or Conv2d, sampler call by sampler call.
+
+    A convolution that is split in two is one layer with one input, as it is in full precision.
+    """
 
     def hook(name):
         return lambda _module, args: see(name, args[0], rows)
 
+    parts = tuple(f"{name}." for name in split_layers(denoiser))
     handles = [
         m.register_forward_pre_hook(hook(n))
         for n, m in denoiser.named_modules()
-        if isinstance(m, nn.Linear | nn.Conv2d)
+        if isinstance(m, nn.Linear | nn.Conv2d | SplitConv2d) and not n.startswith(parts)
     ]
     try:
         for call in evaluation.call.unique().tolist():

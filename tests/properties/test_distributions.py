@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from quest.layers import shortcut_splits, swap
 from quest.properties.distributions import EDGES, STATISTICS, distributions, spreads, statistics
 
 
@@ -31,3 +32,10 @@ def test_distributions_are_those_of_the_inputs(uncond_pipe, uncond_calibration):
     assert again["kurtosis"] == found["boundary"]["kurtosis"]
     middle = len(EDGES) // 2 - 4, len(EDGES) // 2 + 4
     assert sum(again["histogram"][slice(*middle)]) < sum(found["boundary"]["histogram"][slice(*middle)])
+
+
+def test_a_split_shortcut_is_one_layer_with_one_input(uncond_pipe, uncond_calibration):
+    splits = shortcut_splits(uncond_pipe.unet, uncond_calibration.inputs(torch.arange(1)))
+    split = swap(uncond_pipe, 32, 32, splits=splits).unet
+    scale = spreads(uncond_pipe.unet, uncond_calibration)
+    assert splits and spreads(split, uncond_calibration) == pytest.approx(scale, rel=1e-4)
