@@ -7,7 +7,7 @@ rule kernels:
         "results/kernels/kernels.log",
     conda:
         "../../environment.yml"
-    threads: workflow.cores
+    threads: lambda wc: workflow.cores
     resources:
         mem_mb=growing(16000),
         runtime=growing(60),
