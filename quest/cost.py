@@ -4,7 +4,6 @@ Papers that write "W4A8" keep different layers in float, learn different paramet
 granularities. All of it is measured on the denoiser itself and stands in its checkpoint.
 """
 
-import resource
 from collections.abc import Iterable
 
 import torch
@@ -24,6 +23,7 @@ from quest.layers import (
     quant_layers,
     split_layers,
 )
+from quest.provenance import resident_memory
 from quest.quantizer import Quantizer
 
 
@@ -247,7 +247,7 @@ def peak_memory() -> int:
     """Most memory this process has held so far, in MB (1e6 bytes): on the GPU where it used one, else resident."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 1e6)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)  # Linux counts in KiB
+    return resident_memory()
 
 
 def _numel(tensors: Iterable[Tensor]) -> int:

@@ -38,7 +38,7 @@ def provenance() -> dict:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": os.environ.get(CONFIG),
         "wall_seconds": _age(),
-        "peak_memory_mb": _peak(),
+        "peak_memory_mb": resident_memory(),
     }
 
 
@@ -84,8 +84,8 @@ def _age() -> float | None:
         return None
 
 
-def _peak() -> int:
-    """Most memory that this process held so far, in MB; Linux counts in KiB, macOS in bytes."""
+def resident_memory() -> int:
+    """Most memory that this process held so far, in MB (1e6 bytes); Linux counts in KiB, macOS in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6)
 
