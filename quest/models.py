@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,18 @@ class Model:
         """How images are made, in one line."""
         eta = "" if self.sampler == "plms" else f", eta {self.eta:g}"
         return f"{self.sampler} {self.steps}{eta}, guidance {self.guidance:g}"
+
+    def recipe(self, method: Callable, activation_bits: int) -> dict:
+        """Keyword arguments that the protocol says to a method: those it knows of and has no choice of its own for.
+
+        A config's recipe has the last word. Kinds of running ranges are published for 8-bit activations only; below,
+        the method's default, the MSE search, serves it better.
+        """
+        said = {n: getattr(self, n) for n in ("keep", "softmax_bits", "time_groups", "selection", "guidance", "split")}
+        if activation_bits >= 8:
+            said["activation_ranges"] = self.activation_ranges
+        known = set(signature(method).parameters) - set(getattr(method, "keywords", ()))
+        return {name: value for name, value in said.items() if name in known}
 
     def seeds(self, split: str, indices: Sequence[int]) -> list[int]:
         """The seed of each image. Raises ValueError for an unknown split."""

@@ -19,13 +19,17 @@ def main() -> None:
     import torch
 
     import quest
+    from baselines import METHODS
     from quest.calibration import CalibrationSet
+    from quest.config import parse_bits
     from quest.models import MODELS
     from quest.properties.distributions import EDGES, distributions, spreads
     from quest.provenance import write_json
 
     torch.set_num_threads(arguments.threads)
     model = MODELS[arguments.model]
+    recipe = model.recipe(METHODS["quest"], parse_bits(arguments.bits)[1]) | {"init": str(arguments.init)}
+    recipe |= {"tla_iterations": 0, "cma_iterations": 0}
     pipe = model.load()
     calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))
     untuned = quest.quantize(
@@ -33,11 +37,7 @@ def main() -> None:
         "quest",
         arguments.bits,
         calibration=calibration,
-        init=str(arguments.init),
-        selection=model.selection,
-        time_groups=model.time_groups,
-        tla_iterations=0,
-        cma_iterations=0,
+        **recipe,
     )
     finetuned = quest.load(pipe, arguments.finetuned, kernel="reference")
     scale = spreads(pipe.unet, evaluation)

@@ -1,7 +1,6 @@
 """Quantize the denoiser of one model with one method."""
 
 import argparse
-import inspect
 import json
 import time
 from pathlib import Path
@@ -38,16 +37,7 @@ def main() -> None:
     lease.take(arguments.device)
     torch.manual_seed(0)
     model = MODELS[arguments.model]
-    # What the model's protocol says holds for every method that knows of it and has no choice of its own; the recipe
-    # has the last word.
-    protocol = {n: getattr(model, n) for n in ("keep", "softmax_bits", "time_groups", "selection", "guidance")}
-    protocol["split"] = model.split
-    if parse_bits(arguments.bits)[1] >= 8:
-        # Published for 8-bit activations only; below, the method's default, the MSE search, serves it better.
-        protocol["activation_ranges"] = model.activation_ranges
-    method = METHODS[arguments.method]
-    known = set(inspect.signature(method).parameters) - set(getattr(method, "keywords", ()))
-    recipe = {name: value for name, value in protocol.items() if name in known} | arguments.recipe
+    recipe = model.recipe(METHODS[arguments.method], parse_bits(arguments.bits)[1]) | arguments.recipe
     started = {}
     if arguments.init:
         recipe["init"] = str(arguments.init)

@@ -29,13 +29,17 @@ def main() -> None:
     import torch
 
     import quest
+    from baselines import METHODS
     from quest.calibration import CalibrationSet, eps_error
+    from quest.config import parse_bits
     from quest.models import MODELS
     from quest.provenance import write_json
     from quest.zoo.noised import noised
 
     torch.set_num_threads(arguments.threads)
     model = MODELS[arguments.model]
+    recipe = model.recipe(METHODS["quest"], parse_bits(arguments.bits)[1]) | {"init": str(arguments.init)}
+    recipe |= arguments.recipe
     pipe = model.load()
     calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))
     if arguments.data != "trajectories":
@@ -51,10 +55,7 @@ def main() -> None:
         "quest",
         arguments.bits,
         calibration=calibration,
-        init=str(arguments.init),
-        selection=model.selection,
-        time_groups=model.time_groups,
-        **arguments.recipe,
+        **recipe,
     )
     seconds = round(time.perf_counter() - start, 1)
     found = {
