@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from quest.download import sha256_of
 from quest.files import atomic
+from quest.hashes import opened
 
 IDENTITY = "identity.json"
 
@@ -81,9 +82,10 @@ def part(
     file = parts.folder / f"{name}.safetensors"
     if file.exists():
         try:
-            kept = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: cannot be read ({error}); remove it to compute that part again") from None
+            with opened(file) as found:
+                kept = {key: found.get_tensor(key) for key in found.keys()}
+        except ValueError as error:
+            raise ValueError(f"{error}; remove it to compute that part again") from None
         numbers, seconds = kept.pop("numbers"), kept.pop("seconds")
         generator.set_state(kept.pop("generator"))
         with torch.no_grad():
@@ -104,8 +106,5 @@ def part(
 
 
 def digest(*files: Path) -> str:
-    """SHA-256 over the contents of some files, in the order of their names."""
-    found = hashlib.sha256()
-    for file in sorted(files):
-        found.update(file.read_bytes())
-    return found.hexdigest()
+    """SHA-256 over those of some files, in the order of their names."""
+    return hashlib.sha256("".join(map(sha256_of, sorted(files))).encode()).hexdigest()

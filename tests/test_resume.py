@@ -96,7 +96,7 @@ def test_a_damaged_part_is_named(tmp_path):
     folder.mkdir()
     (folder / resume.IDENTITY).write_text(json.dumps({}))
     (folder / "unit.safetensors").write_bytes(b"torn")
-    with pytest.raises(ValueError, match=r"unit\.safetensors: cannot be read .* remove it"), resuming(folder, {}):
+    with pytest.raises(ValueError, match=r"unit\.safetensors is corrupted, .* remove it"), resuming(folder, {}):
         resume.part("unit", dict, lambda: None, torch.Generator())
 
 
