@@ -160,8 +160,7 @@ def scheduled(
     Interleaved, the groups come in random order, all of them before any again. With visits they come from the noisiest
     to the cleanest, as often as visits of that length fill the iterations, which are shared out evenly.
     """
-    group = groups.index(calibration.timestep)
-    rows = [(group == g).nonzero().flatten() for g in range(len(groups))]
+    rows = groups.rows(calibration.timestep)
 
     def draw(rows: Tensor, n: int | None) -> Tensor:
         return rows[torch.randperm(len(rows), generator=generator)[:n]]

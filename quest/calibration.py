@@ -204,15 +204,10 @@ def calibrate(
     start at the first batch, which is met again (the released QuEST's running statistics, momentum 0.95).
     """
     groups = getattr(denoiser, "time_groups", None)
-    group = groups.index(calibration.timestep) if groups else torch.zeros(len(calibration), dtype=torch.long)
-    if (group < 0).any():
-        raise ValueError("the calibration set holds timesteps above the first time group")
+    groups_rows = groups.rows(calibration.timestep) if groups else [torch.arange(len(calibration))]
     generator = torch.Generator().manual_seed(seed)
     with calibrating(denoiser, choose):
-        for g in range(len(groups) if groups else 1):
-            rows = (group == g).nonzero().flatten()
-            if not len(rows):
-                raise ValueError(f"the calibration set holds no timestep of time group {g} ({groups.starts.tolist()})")
+        for rows in groups_rows:
             rows = rows[torch.randperm(len(rows), generator=generator)]
             if momentum is None:
                 denoiser(**calibration.inputs(rows[:samples]))

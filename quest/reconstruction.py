@@ -29,7 +29,6 @@ from quest.layers import QuantLayer, attentions, input_quantizers, quant_layers
 from quest.quantizer import Quantizer
 from quest.ranges import EPS
 from quest.resume import part
-from quest.timegroups import TimeGroups
 
 GAMMA, ZETA = -0.1, 1.1  # of the rectified sigmoid (arXiv:2004.10568, equation 23)
 LAMBDA = 0.01  # weight of the rounding regulariser
@@ -205,7 +204,7 @@ def reconstruct_activations(
     n = len(rows)
     inputs = _inputs(student, calibration, rows)
     groups = getattr(student, "time_groups", None)
-    parts = [torch.arange(n)] if groups is None else _by_group(groups, calibration.timestep[rows])
+    parts = [torch.arange(n)] if groups is None else groups.rows(calibration.timestep[rows])
     shares = [iterations * (g + 1) // len(parts) - iterations * g // len(parts) for g in range(len(parts))]
     errors: dict[str, tuple[float, float]] = {}
     learned: list[Tensor] = []
@@ -248,15 +247,6 @@ def reconstruct_activations(
         _run(student, inputs, inputs, visit, "activation steps")
     cost.record(student, "activation steps", learned, iterations, batch)
     return errors
-
-
-def _by_group(groups: TimeGroups, timestep: Tensor) -> list[Tensor]:
-    """The rows of every time group."""
-    group = groups.index(timestep.cpu())
-    parts = [(group == g).nonzero().flatten() for g in range(len(groups))]
-    if empty := [g for g, part in enumerate(parts) if not len(part)]:
-        raise ValueError(f"time_groups: no calibration row of time group {empty[0]} ({groups.starts.tolist()})")
-    return parts
 
 
 def learn_rounding(

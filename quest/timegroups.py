@@ -42,6 +42,20 @@ class TimeGroups:
         starts = self._starts_on(t.device) if t.is_cuda and type(t) is Tensor else self.starts.to(t.device)
         return (starts >= t).sum(1) - 1
 
+    def rows(self, timestep: Tensor) -> list[Tensor]:
+        """Of N rows, those of each group, on the CPU.
+
+        Raises ValueError for a timestep above all groups, and for a group without a row.
+        """
+        group = self.index(timestep.cpu())
+        if (group < 0).any():
+            raise ValueError("the calibration set holds timesteps above the first time group")
+        found = [(group == g).nonzero().flatten() for g in range(len(self))]
+        for g, rows in enumerate(found):
+            if not len(rows):
+                raise ValueError(f"time_groups: no calibration row of time group {g} ({self.starts.tolist()})")
+        return found
+
     def _starts_on(self, gpu: torch.device) -> Tensor:
         """Copied once: a copy for every forward pass would wait for the device, and no CUDA graph can hold it."""
         if self._on_gpu is None or self._on_gpu.device != gpu:

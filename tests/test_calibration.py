@@ -111,7 +111,7 @@ def test_calibrating_ends_with_an_error_too(uncond_pipe):
 
 def test_missing_and_uncovered_timesteps(uncond_pipe, uncond_calibration):
     for starts, said in (
-        ([9999, *uncond_calibration.timesteps], "no timestep of time group 0"),
+        ([9999, *uncond_calibration.timesteps], "no calibration row of time group 0"),
         ([10], "above the first"),
     ):
         q = swap(uncond_pipe, 8, 8, groups=TimeGroups(starts))
