@@ -13,7 +13,7 @@ import pandas as pd
 from quest.files import atomic
 from quest.metrics import METRICS
 from quest.report.effort import effort
-from quest.report.tables import footprint_of, markdown_row, paired, provenance_of, read, with_interval
+from quest.report.tables import footprint_of, markdown_table, paired, provenance_of, read, with_interval
 
 SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # with differences, in Markdown
 COLUMNS = ["model", "bits", "row", "changes", "metric", "value", "low", "high", "n"]
@@ -83,7 +83,7 @@ def markdown(frame: pd.DataFrame, against: str) -> str:
         if name in labels:
             heads += [labels[name]] + ([f"minus that of {against}"] if name in SHOWN else [])
     heads += ["seconds", "MB", "on integers"]
-    lines = [markdown_row(heads), markdown_row(["---", "---", *["---:"] * (len(heads) - 2)])]
+    lines = []
     first = frame[frame["versus"].isin(["", against])]
     for name, rows in first.groupby("row", sort=False):
         of_metric = rows.set_index("metric")
@@ -100,7 +100,7 @@ def markdown(frame: pd.DataFrame, against: str) -> str:
                 words.append(difference(row))
         took = of_metric.iloc[0]
         words += [f"{took['seconds']:.0f}", f"{took['peak_memory']:.0f}", f"{took['realizable']:.0%}"]
-        lines.append(markdown_row(words))
+        lines.append(words)
     model, bits, n, seeds = (frame[column].iloc[0] for column in ("model", "bits", "n", "seeds"))
     footer = (
         f"{model} at {bits.upper()}, n = {n}, seeds {seeds}. ± is half of a 95 % interval, of a difference paired on "
@@ -109,7 +109,7 @@ def markdown(frame: pd.DataFrame, against: str) -> str:
         "quantize job, without the weights it starts from. On integers: share of the multiply-accumulates that a "
         "kernel on integers computes."
     )
-    return "\n".join([*lines, "", footer, ""])
+    return "\n".join([markdown_table(heads, lines, 2), "", footer, ""])
 
 
 def difference(row) -> str:

@@ -16,7 +16,7 @@ from quest.files import atomic
 from quest.metrics import METRICS
 from quest.report import ledger
 from quest.report.effort import effort
-from quest.report.tables import latex_table, markdown_row, paired, provenance_of, read, tex, with_interval
+from quest.report.tables import latex_table, markdown_table, paired, provenance_of, read, tex, with_interval
 
 # What may stand for a model of the paper, the first that was measured. Tables 2 and 7 do not say which model it was.
 STANDS = {
@@ -291,9 +291,8 @@ def _published(printed, model, row, bits, quantity):
 def markdown(number: int, frame: pd.DataFrame) -> str:
     """The table for people, in Markdown."""
     heads, rows, footer = _wide(number, frame)
-    lines = [f"### Table {number}: {TABLES[number].title}", "", markdown_row(heads)]
-    lines += [markdown_row(["---"] * 3 + ["---:"] * (len(heads) - 3)), *map(markdown_row, rows)]
-    return "\n".join([*lines, "", *footer, ""])
+    title = f"### Table {number}: {TABLES[number].title}"
+    return "\n".join([title, "", markdown_table(heads, rows, 3), "", *footer, ""])
 
 
 def latex(number: int, frame: pd.DataFrame) -> str:

@@ -17,7 +17,7 @@ from quest.metrics.intervals import student
 from quest.report import tables
 from quest.report.effort import effort
 from quest.report.properties import KINDS, interval
-from quest.report.tables import with_interval
+from quest.report.tables import markdown_table, with_interval
 
 SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # what sees most with few images
 NOT_RUN = "NOT RUN"
@@ -166,12 +166,6 @@ def against(evidence: Evidence, row: str, versus: str) -> str:
     return f"{row} against {versus}: {', '.join(told)}."
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; the first column is text, the others are numbers."""
-    lines = [" | ".join(heads), " | ".join(["---", *["---:"] * (len(heads) - 1)]), *(" | ".join(row) for row in rows)]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
 def comparisons(evidence: Evidence, rows: Sequence[str], versus: str) -> str:
     """Rows against one of them: differences with intervals and verdicts, size and time."""
     heads = ["row", *(f"{METRICS[m].label}, minus {versus}" for m in SHOWN), "size [MB]", "seconds"]
@@ -191,7 +185,7 @@ def comparisons(evidence: Evidence, rows: Sequence[str], versus: str) -> str:
     below = f"The first row is {versus} itself, with its own values; the others are differences."
     if missing:
         below += f" {NOT_RUN}: {', '.join(missing)}."
-    return "\n\n".join([table(heads, lines), below])
+    return "\n\n".join([markdown_table(heads, lines), below])
 
 
 def value(cell: dict, metric: str) -> str:
@@ -292,7 +286,9 @@ def _theorem(e: Evidence) -> Answer:
     ]
     names_of = {"learned-scales": "scales learned", "learned-weights": "weights learned", "quest": "both (QuEST)"}
     answer.lines += _tuned(e, [("learned-weights", "learned-scales"), ("quest", "learned-weights")])
-    answer.tables.append(table(["bits", *names.values()], [[str(b), *(shown(b, w) for w in names)] for b in bits]))
+    answer.tables.append(
+        markdown_table(["bits", *names.values()], [[str(b), *(shown(b, w) for w in names)] for b in bits])
+    )
     answer.tables.append(_tuning_table(e, {"untuned": "scales searched, nothing learned"} | names_of))
     answer.figures.append("taylor")
     return answer
@@ -329,7 +325,7 @@ def _tuning_table(e: Evidence, names: dict[str, str]) -> str:
         rows.append(["full precision", "0", shown(known["full_precision_to_noise"]), "–"])
         sizes = f" n = {len(known['to_full_precision'])} trajectories, {len(known['to_noise'])} scenes."
     heads = ["variant", "error against full precision", "error against the true noise", "seconds"]
-    return table(heads, rows) + f"\n\nRelative squared errors of the noise prediction.{sizes}"
+    return markdown_table(heads, rows) + f"\n\nRelative squared errors of the noise prediction.{sizes}"
 
 
 def _losses(e: Evidence) -> Answer:
@@ -442,7 +438,7 @@ def _inference(e: Evidence) -> Answer:
     ]
     heads = ["kernel", f"{groups} groups [ms]", "one group [ms]", "lookup [ms]", "difference [ms]", "verdict", "calls"]
     answer.tables.append(
-        table(heads, rows) + "\n\nMedians, processor time of one thread, calls in turns; the difference "
+        markdown_table(heads, rows) + "\n\nMedians, processor time of one thread, calls in turns; the difference "
         "is a mean with its paired 95 % interval."
     )
     return answer
@@ -463,7 +459,9 @@ def _qat(e: Evidence) -> Answer:
         quality = [value(e.cells[row], m) for m in SHOWN]
         lines.append([row, *quality, f"{made['iterations']:,}", seconds(e, row), f"{made['peak_memory']:.0f}"])
     heads = ["row", *(METRICS[m].label for m in SHOWN), "iterations", "seconds", "peak memory [MB]"]
-    answer.tables.append(table(heads, lines) + "\n\nSeconds + those of the checkpoint it starts from; one thread.")
+    answer.tables.append(
+        markdown_table(heads, lines) + "\n\nSeconds + those of the checkpoint it starts from; one thread."
+    )
     return answer
 
 
@@ -486,7 +484,7 @@ def _signals(e: Evidence) -> Answer:
             told.append(f"{word} in {METRICS[metric].label} ({with_interval(mean, half)})")
         answer.lines.append(f"quest against {other}: {', '.join(told)}.")
     heads = ["method", "MSE to FP", "noise-prediction error", "seconds"]
-    answer.tables.append(table(heads, rows))
+    answer.tables.append(markdown_table(heads, rows))
     answer.figures.append("signals")
     return answer
 

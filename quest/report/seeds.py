@@ -17,7 +17,7 @@ from scipy.special import stdtrit
 
 from quest.files import atomic
 from quest.metrics import METRICS, compare
-from quest.report.tables import provenance_of, read, with_interval
+from quest.report.tables import markdown_row, provenance_of, read, with_interval
 
 SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # in Markdown
 COLUMNS = ["model", "bits", "metric", "method", "versus", "value", "low", "high", "over_images", "over_seeds"]
@@ -110,7 +110,7 @@ def markdown(frame: pd.DataFrame) -> str:
     for row in frame[frame["metric"].isin(SHOWN)].itertuples():
         mean = with_interval(row.value, (row.high - row.low) / 2)
         words = [row.model, row.bits, METRICS[row.metric].label, row.method, row.versus or "–", mean]
-        lines.append("| " + " | ".join([*words, f"{row.over_images:.2g}", f"{row.over_seeds:.2g}", row.better]) + " |")
+        lines.append(markdown_row([*words, f"{row.over_images:.2g}", f"{row.over_seeds:.2g}", row.better]))
     footer = (
         f"Quantization seeds {seeds} (calibration trajectories, rows and mini-batches); n = {n}, evaluation seeds "
         f"{evaluation}. ± is half of a 95 % interval that holds both spreads; those alone stand beside it. With a "

@@ -8,6 +8,7 @@ import pandas as pd
 
 from quest.files import atomic
 from quest.provenance import provenance
+from quest.report.tables import markdown_table
 
 KEY = ["part", "model", "layer", "batch", "threads", "kernel"]
 # part: "peak", "layer" or "step" (a whole denoiser call). count: layers of the denoiser that are alike. ms, speedup:
@@ -109,11 +110,6 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _table(heads, rows):
-    lines = [heads, ["---"] * 2 + ["---:"] * (len(heads) - 2), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _peaks(measured):
     rows = []
     for threads, of in measured[measured["part"] == "peak"].groupby("threads"):
@@ -122,7 +118,8 @@ def _peaks(measured):
         memory = f"{found.loc['memory', 'gbs']:.1f}" if "memory" in found.index else "–"
         rows.append([str(threads), found.iloc[0]["isa"], *gops, memory])
     note = "On registers alone: the multiply-accumulates of the integer kernel, and those of fp32; a copy in memory."
-    return rows and note + "\n\n" + _table(["threads", "", "integer GOP/s", "fp32 GFLOP/s", "memory GB/s"], rows)
+    heads = ["threads", "", "integer GOP/s", "fp32 GFLOP/s", "memory GB/s"]
+    return rows and note + "\n\n" + markdown_table(heads, rows, 2)
 
 
 def speedup(row) -> str:
@@ -142,7 +139,7 @@ def _pivot(rows, names, labels):
         texts = [str(found["fp32"][name]) for name in names]
         texts.append(f"{found['fp32']['ms']:.4g}")
         lines.append(texts + [speedup(found[name]) if name in found else "–" for name in kernels])
-    return _table([*labels, "fp32 ms", *kernels], lines)
+    return markdown_table([*labels, "fp32 ms", *kernels], lines, 2)
 
 
 def _steps(measured):
@@ -157,7 +154,7 @@ def _shares(measured):
         rows.append([row["model"], row["kernel"], str(row["batch"]), str(row["threads"]), f"{row['ms']:.4g}", *parts])
     note = "Per cent. Norms and the rest (additions, interpolation, activations, Python) are not quantized."
     heads = ["model", "kernel", "batch", "threads", "ms", "layers", "attention", "norms", "rest"]
-    return rows and note + "\n\n" + _table(heads, rows)
+    return rows and note + "\n\n" + markdown_table(heads, rows, 2)
 
 
 def _layers(measured):

@@ -188,11 +188,14 @@ def markdown(main: pd.DataFrame, paired: pd.DataFrame) -> str:
     blocks = []
     for block in _blocks(main, paired, bold="**{}**"):
         heads = [*LEFT, *(f"{label} {'↓' if low else '↑'}" for label, low in block["columns"])]
-        lines = [f"### {block['model']}", ""]
-        lines += [markdown_row(heads), markdown_row(["---", "---", *["---:"] * (len(heads) - 2)])]
-        lines += [markdown_row(row) for row in block["rows"]]
-        blocks.append("\n".join([*lines, "", *block["footer"], ""]))
+        table = markdown_table(heads, block["rows"], 2)
+        blocks.append("\n".join([f"### {block['model']}", "", table, "", *block["footer"], ""]))
     return "\n".join(blocks)
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """A table in Markdown; the first `texts` columns are text, the others numbers."""
+    return "\n".join(map(markdown_row, [heads, ["---"] * texts + ["---:"] * (len(heads) - texts), *rows]))
 
 
 def markdown_row(texts: Sequence[str]) -> str:
@@ -253,16 +256,9 @@ def tex(text: str) -> str:
 def ledger_markdown(verdicts: pd.DataFrame) -> str:
     """Verdicts by model and every published number that has a measured one beside it, in Markdown."""
     heads, rows = _verdict_counts(verdicts)
-    lines = [
-        "### Published and measured",
-        "",
-        markdown_row(heads),
-        markdown_row(["---", *["---:"] * len(ledger.VERDICTS)]),
-    ]
-    lines += [markdown_row(row) for row in rows]
+    lines = ["### Published and measured", "", markdown_table(heads, rows)]
     for model, of_model in verdicts[verdicts["verdict"] != "NOT RUN"].groupby("model", sort=False):
-        lines += ["", f"### {model}", "", markdown_row(SHOWN), markdown_row(["---"] * len(SHOWN))]
-        lines += [markdown_row(row) for row in _shown(of_model)]
+        lines += ["", f"### {model}", "", markdown_table(SHOWN, _shown(of_model), len(SHOWN))]
     return "\n".join([*lines, "", _LEDGER_FOOTER, ""])
 
 
