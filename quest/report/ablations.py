@@ -13,7 +13,7 @@ import pandas as pd
 from quest.files import atomic
 from quest.metrics import METRICS
 from quest.report.effort import effort
-from quest.report.tables import footprint_of, markdown_table, paired, provenance_of, read, with_interval
+from quest.report.tables import footprint_of, markdown_table, paired, plus_minus, provenance_of, read
 
 SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # with differences, in Markdown
 COLUMNS = ["model", "bits", "row", "changes", "metric", "value", "low", "high", "n"]
@@ -95,7 +95,7 @@ def markdown(frame: pd.DataFrame, against: str) -> str:
                 words += ["–"] * (2 if metric in SHOWN else 1)
                 continue
             row = of_metric.loc[metric]
-            words.append(with_interval(row["value"], (row["high"] - row["low"]) / 2))
+            words.append(plus_minus(row["value"], row["low"], row["high"]))
             if metric in SHOWN:
                 words.append(difference(row))
         took = of_metric.iloc[0]
@@ -116,6 +116,6 @@ def difference(row) -> str:
     """A difference with its interval, and the verdict where that excludes 0."""
     if not row["versus"]:
         return "–"
-    text = with_interval(row["difference"], (row["difference_high"] - row["difference_low"]) / 2)
+    text = plus_minus(row["difference"], row["difference_low"], row["difference_high"])
     verdict = {row["row"]: " better", row["versus"]: " worse"}.get(row["better"], "")
     return text + verdict

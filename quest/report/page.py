@@ -240,7 +240,7 @@ def interval(value: float, low: float, high: float, mark: str = "", note: str = 
     """A cell with a value ± half of its interval, sorted by the value."""
     if math.isnan(value):
         return entry("–", "")
-    return entry(tables.with_interval(value, (high - low) / 2), value, mark, note)
+    return entry(tables.plus_minus(value, low, high), value, mark, note)
 
 
 def main_table(main: pd.DataFrame, paired: pd.DataFrame, verdicts: pd.DataFrame) -> dict:

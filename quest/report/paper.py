@@ -16,7 +16,7 @@ from quest.files import atomic
 from quest.metrics import METRICS
 from quest.report import ledger
 from quest.report.effort import effort
-from quest.report.tables import latex_table, markdown_table, paired, provenance_of, read, tex, with_interval
+from quest.report.tables import latex_table, markdown_table, paired, plus_minus, provenance_of, read, tex
 
 # What may stand for a model of the paper, the first that was measured. Tables 2 and 7 do not say which model it was.
 STANDS = {
@@ -347,7 +347,7 @@ def _text(line):
     if math.isnan(line.value):
         return "–"
     if not math.isnan(line.low):
-        return with_interval(line.value, (line.high - line.low) / 2)
+        return plus_minus(line.value, line.low, line.high)
     return f"{line.value:.3g}" if line.value < 1000 else f"{line.value:.0f}"
 
 

@@ -17,7 +17,7 @@ from quest.metrics.intervals import student
 from quest.report import tables
 from quest.report.effort import effort
 from quest.report.properties import KINDS, interval
-from quest.report.tables import markdown_table, with_interval
+from quest.report.tables import markdown_table, plus_minus, with_interval
 
 SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # what sees most with few images
 NOT_RUN = "NOT RUN"
@@ -190,7 +190,7 @@ def comparisons(evidence: Evidence, rows: Sequence[str], versus: str) -> str:
 
 def value(cell: dict, metric: str) -> str:
     row = next((r for r in cell["rows"] if r["metric"] == metric), None)
-    return with_interval(row["value"], (row["high"] - row["low"]) / 2) if row else "–"
+    return plus_minus(row["value"], row["low"], row["high"]) if row else "–"
 
 
 def seconds(evidence: Evidence, row: str) -> str:
@@ -241,8 +241,7 @@ def _groups(e: Evidence) -> Answer:
         answer.lines.append(
             f"{row.model}, nothing learned, weights at their nearest codes, ends in float: noise-prediction error with "
             f"one range for each timestep (of 8 rows each), minus a static one (of 64 rows): "
-            f"{with_interval(row.value, (row.high - row.low) / 2)}, "
-            f"{verdict(row.low, row.high)}."
+            f"{plus_minus(row.value, row.low, row.high)}, {verdict(row.low, row.high)}."
         )
     size = e.inference["bytes"]
     answer.lines.append(
@@ -267,8 +266,7 @@ def _theorem(e: Evidence) -> Answer:
     }
 
     def shown(b, what):
-        mean, low, high = found[b, what]
-        return with_interval(mean, (high - low) / 2)
+        return plus_minus(*found[b, what])
 
     most, least = max(bits), min(bits)
     beyond = [b for b in bits if found[b, "second"][1] > found[b, "first"][2]]
@@ -308,21 +306,18 @@ def _tuned(e: Evidence, pairs, metric: str = "to_full_precision") -> list[str]:
 
 
 def _tuning_table(e: Evidence, names: dict[str, str]) -> str:
-    def shown(values):
-        mean, low, high = student(values)
-        return with_interval(mean, (high - low) / 2)
-
     rows = []
     for variant, name in names.items():
         found = e.tunings.get(variant)
         if found is None:
             rows.append([name, *[NOT_RUN] * 3])
             continue
-        rows.append([name, shown(found["to_full_precision"]), shown(found["to_noise"]), f"{found['seconds']:.0f}"])
+        errors = [plus_minus(*student(found[error])) for error in ("to_full_precision", "to_noise")]
+        rows.append([name, *errors, f"{found['seconds']:.0f}"])
     known = next(iter(e.tunings.values()), None)
     sizes = ""
     if known:
-        rows.append(["full precision", "0", shown(known["full_precision_to_noise"]), "–"])
+        rows.append(["full precision", "0", plus_minus(*student(known["full_precision_to_noise"])), "–"])
         sizes = f" n = {len(known['to_full_precision'])} trajectories, {len(known['to_noise'])} scenes."
     heads = ["variant", "error against full precision", "error against the true noise", "seconds"]
     return markdown_table(heads, rows) + f"\n\nRelative squared errors of the noise prediction.{sizes}"
@@ -342,7 +337,7 @@ def _order(e: Evidence) -> Answer:
     answer = Answer("5. Time embedding first, then attention: does the order matter?")
     frame, moved = e.properties["temporal"], e.properties["embeddings"]
     for model, rows in frame.groupby("model", sort=False):
-        found = {(r.quantized, r.ranges): with_interval(r.value, (r.high - r.low) / 2) for r in rows.itertuples()}
+        found = {(r.quantized, r.ranges): plus_minus(r.value, r.low, r.high) for r in rows.itertuples()}
         path, rest = list(dict.fromkeys(rows["quantized"]))[:2]
         own = moved[moved["model"] == model]
         kept = [
@@ -470,8 +465,8 @@ def _signals(e: Evidence) -> Answer:
     methods = e.signals["methods"]
     rows = []
     for name, found in methods.items():
-        cells = [student(found[m]) for m in ("latent_mse", "eps_error")]
-        rows.append([name, *(with_interval(m, (high - low) / 2) for m, low, high in cells), f"{found['seconds']:.0f}"])
+        cells = [plus_minus(*student(found[metric])) for metric in ("latent_mse", "eps_error")]
+        rows.append([name, *cells, f"{found['seconds']:.0f}"])
     answer.lines.append(
         f"Signals of 64 values in {len(e.signals['classes'])} classes (chirps, pulses, tones, steps), denoised by "
         f"linear layers and convolutions of height 1, {e.signals['bits'].upper()}, n = {e.signals['n']} signals from "

@@ -17,7 +17,7 @@ from scipy.special import stdtrit
 
 from quest.files import atomic
 from quest.metrics import METRICS, compare
-from quest.report.tables import markdown_row, provenance_of, read, with_interval
+from quest.report.tables import markdown_row, plus_minus, provenance_of, read
 
 SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # in Markdown
 COLUMNS = ["model", "bits", "metric", "method", "versus", "value", "low", "high", "over_images", "over_seeds"]
@@ -108,7 +108,7 @@ def markdown(frame: pd.DataFrame) -> str:
     lines = ["| model | bits | metric | method | versus | mean | over images | over seeds | better |"]
     lines += ["|---|---|---|---|---|---:|---:|---:|---|"]
     for row in frame[frame["metric"].isin(SHOWN)].itertuples():
-        mean = with_interval(row.value, (row.high - row.low) / 2)
+        mean = plus_minus(row.value, row.low, row.high)
         words = [row.model, row.bits, METRICS[row.metric].label, row.method, row.versus or "–", mean]
         lines.append(markdown_row([*words, f"{row.over_images:.2g}", f"{row.over_seeds:.2g}", row.better]))
     footer = (

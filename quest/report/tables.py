@@ -289,7 +289,7 @@ def _shown(of_model):
     rows = []
     for row in of_model.itertuples():
         label = METRICS[row.metric].label
-        ours = "–" if math.isnan(row.ours) else with_interval(row.ours, (row.high - row.low) / 2)
+        ours = "–" if math.isnan(row.ours) else plus_minus(row.ours, row.low, row.high)
         theirs = "–" if math.isnan(row.published) else f"{row.published:g}"
         source = f"{row.source}, {row.table}"
         rows.append([row.method, row.bits, label, theirs, ours, row.verdict, row.why, source, row.not_stated])
@@ -312,7 +312,7 @@ def _blocks(main, paired, bold):
                     texts.append("–")
                     continue
                 row = shown.loc[(method, bits, name)]
-                text = with_interval(row["value"], (row["high"] - row["low"]) / 2)
+                text = plus_minus(row["value"], row["low"], row["high"])
                 text = bold.format(text) if (method, bits, name) in best else text
                 texts.append(text if math.isnan(row["published"]) else f"{text} ({row['published']:g})")
             size, bops = cells.loc[(method, bits), ["size_mb", "bops"]]
@@ -359,6 +359,11 @@ def best_values(of_model: pd.DataFrame, paired: pd.DataFrame) -> set[tuple[str, 
         if (pair["better"] == ranked[0]).any():
             best.add((ranked[0], bits, name))
     return best
+
+
+def plus_minus(value: float, low: float, high: float) -> str:
+    """A value and half of its interval, as `with_interval` writes them."""
+    return with_interval(value, (high - low) / 2)
 
 
 def with_interval(value: float, half: float) -> str:
