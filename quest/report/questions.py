@@ -140,8 +140,12 @@ def verdict(low: float, high: float, better: str = "lower") -> str:
 
 def paired(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, str]:
     """Mean difference of paired values, half of its 95 % interval, and the verdict where lower is better."""
-    mean, low, high = student([a - b for a, b in zip(values, others, strict=True)])
-    return mean, (high - low) / 2, verdict(low, high)
+    return judged(*student([a - b for a, b in zip(values, others, strict=True)]))
+
+
+def judged(mean: float, low: float, high: float, better: str = "lower") -> tuple[float, float, str]:
+    """A difference, half of its interval, and the verdict."""
+    return mean, (high - low) / 2, verdict(low, high, better)
 
 
 def differences(evidence: Evidence, row: str, versus: str) -> dict[str, tuple[float, float, str]] | None:
@@ -150,7 +154,7 @@ def differences(evidence: Evidence, row: str, versus: str) -> dict[str, tuple[fl
         return None
     found = {r["metric"]: r for r in compare(evidence.cells[row], evidence.cells[versus])}
     return {
-        name: (r["difference"], (r["high"] - r["low"]) / 2, verdict(r["low"], r["high"], METRICS[name].better))
+        name: judged(r["difference"], r["low"], r["high"], METRICS[name].better)
         for name in SHOWN
         if (r := found.get(name))
     }
@@ -409,18 +413,12 @@ def _real(e: Evidence) -> Answer:
 def _inference(e: Evidence) -> Answer:
     answer = Answer("8. Does inference need special care for timesteps?")
     groups, rows = e.inference["groups"], []
-    for row in e.inference["rows"]:
-        many, one, look = (row["seconds"][name] for name in ("time groups", "one group", "lookup"))
-        mean, half, word = paired(many, one)
-        slower = {"worse": "slower", "better": "faster", APART: APART}[word]
-        medians = [pd.Series(values).median() for values in (many, one, look)]
-        rows.append(
-            [
-                f"{row['kernel']}, {row['rows']} row{'s' if row['rows'] > 1 else ''}",
-                *(f"{1e3 * m:.3g}" for m in medians),
-            ]
-            + [with_interval(1e3 * mean, 1e3 * half), slower, str(len(many))]
-        )
+    for found, row in zip(inference_rows(e), e.inference["rows"], strict=True):
+        medians = [f"{1e3 * found[name]:.3g}" for name in ("time groups", "one group", "lookup")]
+        difference = with_interval(1e3 * found["difference"], 1e3 * ((found["high"] - found["low"]) / 2))
+        slower = {"worse": "slower", "better": "faster", APART: APART}[verdict(found["low"], found["high"])]
+        name = f"{row['kernel']}, {row['rows']} row{'s' if row['rows'] > 1 else ''}"
+        rows.append([name, *medians, difference, slower, str(len(row["seconds"]["time groups"]))])
     same = all(row["same_output"] for row in e.inference["rows"])
     answer.lines += [
         f"{e.inference['model']}, {groups} groups: a call first finds its group by the timestep it is given; no "
