@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocato
 
 from quest.files import atomic
 from quest.metrics import METRICS
+from quest.report.tables import by_bits
 
 # Okabe and Ito's palette, told apart with any colour vision; shapes say it a second time. Full precision is black.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
@@ -64,7 +65,7 @@ def metric_vs_bits(main: pd.DataFrame, metric: str, path: str | Path) -> None:
         raise ValueError(f"no row of metric {metric!r} to draw")
     models = list(dict.fromkeys(frame["model"]))
     methods = [method for method in dict.fromkeys(frame["method"]) if method != "fp"]
-    bits = sorted(set(frame.loc[frame["method"] != "fp", "bits"]), key=_most_bits_first)
+    bits = sorted(set(frame.loc[frame["method"] != "fp", "bits"]), key=by_bits)
     figure = Figure(figsize=(1.2 + 2.9 * len(models), 3.3), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False)[0]
     logarithmic = _spans_decades(frame["value"])
@@ -112,7 +113,7 @@ def quality(main: pd.DataFrame, model: str, metric: str, against: str) -> str:
     """
     frame = main.assign(tbops=main["bops"] / 1e12)
     methods = [method for method in dict.fromkeys(frame["method"]) if method != "fp"]
-    bits = sorted(set(frame.loc[frame["method"] != "fp", "bits"]), key=_most_bits_first)
+    bits = sorted(set(frame.loc[frame["method"] != "fp", "bits"]), key=by_bits)
     frame = frame[(frame["model"] == model) & (frame["metric"] == metric)]
     if frame.empty:
         raise ValueError(f"{model} has no row of metric {metric!r} to draw")
@@ -210,7 +211,7 @@ def eps_error_curves(frame: pd.DataFrame, path: str | Path) -> None:
     `frame` is that of eps_error.csv. Sampling runs from left to right.
     """
     models = list(dict.fromkeys(frame["model"]))
-    bits = sorted(set(frame["bits"]), key=_most_bits_first)
+    bits = sorted(set(frame["bits"]), key=by_bits)
     methods = list(dict.fromkeys(frame["method"]))
     figure = Figure(figsize=(0.9 + 2.6 * len(bits), 0.8 + 2.1 * len(models)), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(models), len(bits), squeeze=False, sharey="row")
@@ -516,11 +517,6 @@ def signals(rows: dict[str, Sequence], classes: Sequence[str], path: str | Path)
                 axes.spines[side].set_visible(False)
         panels[place, 0].set_ylabel(label, fontsize=8)
     _save(figure, path)
-
-
-def _most_bits_first(bits):
-    weight, activation = (int(part) for part in bits[1:].split("a"))
-    return (-weight, -activation)
 
 
 def _axis_label(metric, frame):

@@ -78,7 +78,7 @@ def contents(run: Path, kernels: Iterable[str | Path], methods: dict[str, str], 
     """All that the template shows, by name."""
     main, paired, verdicts = (_table(run / "tables" / name) for name in ("main.csv", "paired.csv", "ledger.csv"))
     shown = list(dict.fromkeys(main["method"]))
-    bits = sorted(set(main.loc[main["method"] != "fp", "bits"]), key=lambda width: tables.by_bits(("", width)))
+    bits = sorted(set(main.loc[main["method"] != "fp", "bits"]), key=tables.by_bits)
     cells = {model: _cells(run, of_model, bits) for model, of_model in main.groupby("model", sort=False)}
     optional = {name: run / file for name, (file, _) in OPTIONAL.items()}
     found = {name: file if file.is_file() else None for name, file in optional.items()}
@@ -137,7 +137,7 @@ def verdict_sentences(paired: pd.DataFrame, focus: str) -> list[dict]:
     of_focus = paired[paired["method"] == focus]
     models = list(dict.fromkeys(of_focus["model"]))
     found = []
-    for bits in sorted(set(of_focus["bits"]), key=lambda width: tables.by_bits(("", width)), reverse=True):
+    for bits in sorted(set(of_focus["bits"]), key=tables.by_bits, reverse=True):
         rows = of_focus[of_focus["bits"] == bits]
         alike: dict[tuple, dict[str, list]] = {}
         for (versus, metric), cell in rows.groupby(["versus", "metric"], sort=False):
@@ -258,7 +258,9 @@ def main_table(main: pd.DataFrame, paired: pd.DataFrame, verdicts: pd.DataFrame)
     for model, of_model in main.groupby("model", sort=False):
         best = tables.best_values(of_model, paired[paired["model"] == model])
         cells = of_model.groupby(["method", "bits"], sort=False)
-        for method, bits in sorted(cells.groups, key=lambda run: (run[0] != "fp", [-b for b in tables.by_bits(run)])):
+        for method, bits in sorted(
+            cells.groups, key=lambda run: (run[0] != "fp", [-b for b in tables.by_bits(run[1])])
+        ):
             cell = cells.get_group((method, bits)).set_index("metric")
             row = [entry(model), entry(method), entry(bits.upper())]
             for name in names:
@@ -397,7 +399,7 @@ def _quantized(main, fp=False):
     cells = dict.fromkeys(zip(main["model"], main["method"], main["bits"], strict=True))
     cells = [cell for cell in cells if fp or cell[1] != "fp"]
     models = list(dict.fromkeys(main["model"]))
-    return sorted(cells, key=lambda c: (models.index(c[0]), c[1] != "fp", [-b for b in tables.by_bits(c[1:])]))
+    return sorted(cells, key=lambda c: (models.index(c[0]), c[1] != "fp", [-b for b in tables.by_bits(c[2])]))
 
 
 def _shards(folder: Path, kind: str) -> list[Path]:

@@ -305,7 +305,8 @@ def _blocks(main, paired, bold):
         shown = of_model.set_index(["method", "bits", "metric"])
         cells = of_model.drop_duplicates(["method", "bits"]).set_index(["method", "bits"])
         rows = []
-        for method, bits in sorted(dict.fromkeys(zip(of_model["method"], of_model["bits"], strict=True)), key=by_bits):
+        found = dict.fromkeys(zip(of_model["method"], of_model["bits"], strict=True))
+        for method, bits in sorted(found, key=lambda run: by_bits(run[1])):
             texts = []
             for name in names:
                 if (method, bits, name) not in shown.index:
@@ -329,9 +330,8 @@ def _plain(value, form):
     return "–" if math.isnan(value) else format(value, form)
 
 
-def by_bits(run: tuple[str, str]) -> tuple[int, int]:
-    """Sorts (method, bits): most bits first; methods of equal bits keep their order."""
-    _, bits = run
+def by_bits(bits: str) -> tuple[int, int]:
+    """Sorts "w8a8", "w4a8", ...: most bits first."""
     weight, activation = (int(part) for part in bits[1:].split("a"))
     return (-weight, -activation)
 
