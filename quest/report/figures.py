@@ -139,9 +139,7 @@ def quality(main: pd.DataFrame, model: str, metric: str, against: str) -> str:
         axes.set_xlim(-0.5, len(bits) - 0.5)
     else:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _log_ticks(axes.xaxis, (1, 2, 5))
         axes.set_xlabel(AGAINST[against], fontsize=8, color=INK)
     if frame["value"].min() > 0 and frame["value"].max() / frame["value"].min() > 4:
         _log_axis(axes, frame["value"])
@@ -306,7 +304,7 @@ def sensitivity(frame: pd.DataFrame, path: str | Path) -> None:
         shares.set_title("share [%]", fontsize=9)
         for axes in (errors, shares):
             _plain(axes)
-            axes.grid(axis="x", color="#dddddd", lw=0.6)
+            axes.grid(axis="x", color=RULE, lw=0.6)
     figure.supxlabel(
         "relative squared error of the noise prediction, one class quantized, the rest in float", fontsize=9
     )
@@ -408,10 +406,8 @@ def imbalance(frame: pd.DataFrame, path: str | Path) -> None:
                 axes.errorbar(points["value"], y, xerr=spread, **style)
             _plain(axes)
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.grid(axis="x", color="#dddddd", lw=0.6)
+            _log_ticks(axes.xaxis, (1, 2, 5))
+            axes.grid(axis="x", color=RULE, lw=0.6)
             axes.set_yticks(range(len(classes)), classes)
             axes.set_title(f"{name}, {model}", fontsize=9)
     _legend(figure, panels.flat)
@@ -459,7 +455,7 @@ def paired_differences(frame: pd.DataFrame, against: str, metric: str, path: str
     axes.set_xlabel(label, fontsize=9)
     axes.set_title(f"{model}, {bits.upper()}, n = {n}: paired differences, 95 % intervals", fontsize=9)
     _plain(axes)
-    axes.grid(axis="x", color="#dddddd", lw=0.6)
+    axes.grid(axis="x", color=RULE, lw=0.6)
     axes.tick_params(axis="y", labelsize=7)
     _legend(figure, [axes])
     _save(figure, path)
@@ -535,9 +531,13 @@ def _log_axis(axes, values):
     values = values[np.isfinite(values) & (values > 0)]
     decades = np.log10(values.max() / values.min()) if len(values) else 0
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    _log_ticks(axes.yaxis, (1, 2, 5) if decades < 2.5 else (1,))
+
+
+def _log_ticks(axis, digits):
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _plain(axes):
