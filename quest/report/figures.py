@@ -9,19 +9,12 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
-from quest.files import atomic
 from quest.metrics import METRICS
+from quest.report.style import COLOURS, DPI, INK, MARKERS, RULE, legend, log_axis, log_ticks, plain, save
 from quest.report.tables import by_bits
 
-# Okabe and Ito's palette, told apart with any colour vision; shapes say it a second time. Full precision is black.
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
-MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
-GLYPHS = "●■◆▲▼✚✖"  # the same in a line of text
-DPI = 150
-INK = "#333333"
-RULE = "#dddddd"
 AGAINST = {"bits": "bits", "size_mb": "size of the denoiser [MB]", "tbops": "TBOPs per denoiser call"}
 
 
@@ -50,7 +43,7 @@ def sample_grid(rows: Sequence[tuple[str, np.ndarray]], path: str | Path, title:
             axes.set_axis_off()
     if title:
         figure.text(label / full, 1 - head / 2 / tall, title, ha="left", va="center", fontsize=9, color=INK)
-    _save(figure, path)
+    save(figure, path)
 
 
 def metric_vs_bits(main: pd.DataFrame, metric: str, path: str | Path) -> None:
@@ -93,15 +86,15 @@ def metric_vs_bits(main: pd.DataFrame, metric: str, path: str | Path) -> None:
         axes.set_xticks(range(len(bits)), [text.upper() for text in bits])
         axes.set_xlim(-0.5, len(bits) - 0.5)
         if logarithmic:
-            _log_axis(axes, of_model["value"])
+            log_axis(axes, of_model["value"])
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5))
         sizes = ", ".join(str(n) for n in sorted(set(of_model["n"])))
         axes.set_title(f"{model}, n = {sizes}", fontsize=9)
-        _plain(axes)
+        plain(axes)
     panels[0].set_ylabel(_axis_label(metric, frame), fontsize=9)
-    _legend(figure, panels)
-    _save(figure, path)
+    legend(figure, panels)
+    save(figure, path)
 
 
 def quality(main: pd.DataFrame, model: str, metric: str, against: str) -> str:
@@ -139,13 +132,13 @@ def quality(main: pd.DataFrame, model: str, metric: str, against: str) -> str:
         axes.set_xlim(-0.5, len(bits) - 0.5)
     else:
         axes.set_xscale("log")
-        _log_ticks(axes.xaxis, (1, 2, 5))
+        log_ticks(axes.xaxis, (1, 2, 5))
         axes.set_xlabel(AGAINST[against], fontsize=8, color=INK)
     if frame["value"].min() > 0 and frame["value"].max() / frame["value"].min() > 4:
-        _log_axis(axes, frame["value"])
+        log_axis(axes, frame["value"])
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
-    _plain(axes)
+    plain(axes)
     axes.minorticks_off()  # and fixed margins: measuring every tick would take seconds a page
     axes.set_title(model, fontsize=9, color=INK)
     return _svg(figure, f"{model}-{metric}-{against}")
@@ -196,11 +189,11 @@ def activation_ranges(frame: pd.DataFrame, path: str | Path) -> None:
             axes.set_xlim(frame["timestep"].max(), frame["timestep"].min())
             axes.yaxis.set_major_locator(MaxNLocator(4))
             axes.set_title(layer_class, fontsize=8)
-            _plain(axes)
+            plain(axes)
         panels[row, 0].set_ylabel(model, fontsize=9)
     figure.supxlabel("timestep (noise to image)", fontsize=9)
     figure.suptitle("Activation range: smallest to largest input of a layer", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def eps_error_curves(frame: pd.DataFrame, path: str | Path) -> None:
@@ -230,15 +223,15 @@ def eps_error_curves(frame: pd.DataFrame, path: str | Path) -> None:
                 axes.fill_between(points["timestep"], low, points["high"], color=colour, alpha=0.2, lw=0)
                 marker = MARKERS[place % len(MARKERS)]
                 axes.plot(points["timestep"], points["value"], color=colour, lw=1.3, marker=marker, ms=3, label=method)
-            _log_axis(axes, frame.loc[frame["model"] == model, "value"])
+            log_axis(axes, frame.loc[frame["model"] == model, "value"])
             axes.set_xlim(frame["timestep"].max() + 15, frame["timestep"].min() - 15)
             sizes = ", ".join(str(n) for n in sorted(set(cell["n"])))
             axes.set_title(f"{model}, {width.upper()}, n = {sizes} trajectories", fontsize=8)
-            _plain(axes)
+            plain(axes)
     figure.supxlabel("timestep (noise to image)", fontsize=9)
     figure.supylabel("relative squared error of the noise prediction", fontsize=9)
-    _legend(figure, panels.flat)
-    _save(figure, path)
+    legend(figure, panels.flat)
+    save(figure, path)
 
 
 def roofline(frame: pd.DataFrame, path: str | Path) -> None:
@@ -266,152 +259,11 @@ def roofline(frame: pd.DataFrame, path: str | Path) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_title(f"{number} thread{'s' if number > 1 else ''}", fontsize=9)
-        _plain(axes)
+        plain(axes)
     figure.supxlabel("operations per byte moved at least", fontsize=9)
     panels[0].set_ylabel("1e9 operations a second", fontsize=9)
-    _legend(figure, panels)
-    _save(figure, path)
-
-
-def sensitivity(frame: pd.DataFrame, path: str | Path) -> None:
-    """Noise-prediction error with one class of layers at few bits, a panel per model, beside the class's shares.
-
-    `frame` has columns model, bits, layer_class, lowered, value, low, high, n, parameters, macs. Classes are in the
-    order of their mean error over models.
-    """
-    frame = frame[frame["layer_class"] != "all"]
-    models, kinds = list(dict.fromkeys(frame["model"])), list(dict.fromkeys(frame["lowered"]))
-    order = np.log(frame[frame["lowered"] == "activations"].set_index("layer_class")["value"]).groupby(level=0).mean()
-    classes = order.sort_values().index.tolist()
-    figure = Figure(figsize=(2.2 + 3.6 * len(models), 1.4 + 0.36 * len(classes)), dpi=DPI, layout="constrained")
-    panels = figure.subplots(1, 2 * len(models), squeeze=False, sharey=True, width_ratios=[3, 1.2] * len(models))[0]
-    for column, model in enumerate(models):
-        errors, shares = panels[2 * column : 2 * column + 2]
-        of_model = frame[frame["model"] == model]
-        for place, kind in enumerate(kinds):
-            points = of_model[of_model["lowered"] == kind].set_index("layer_class").reindex(classes)
-            y = np.arange(len(classes)) + 0.2 * (place - (len(kinds) - 1) / 2)
-            low = points["low"].clip(lower=points["value"] / 10)
-            style = dict(fmt=MARKERS[place], color=COLOURS[place], ms=4, lw=0, elinewidth=1.3, label=kind)
-            errors.errorbar(points["value"], y, xerr=[points["value"] - low, points["high"] - points["value"]], **style)
-        errors.set_xscale("log")
-        errors.set_yticks(range(len(classes)), classes)
-        errors.set_title(f"{model}, {of_model['bits'].iloc[0].upper()}, n = {of_model['n'].iloc[0]}", fontsize=9)
-        share = of_model.drop_duplicates("layer_class").set_index("layer_class").reindex(classes)
-        for place, (name, what) in enumerate((("parameters", "parameters"), ("macs", "multiply-accumulates"))):
-            y = np.arange(len(classes)) + 0.2 * (2 * place - 1)
-            shares.barh(y, 100 * share[name], 0.36, color=COLOURS[4 + place], label=f"share of {what}")
-        shares.set_title("share [%]", fontsize=9)
-        for axes in (errors, shares):
-            _plain(axes)
-            axes.grid(axis="x", color=RULE, lw=0.6)
-    figure.supxlabel(
-        "relative squared error of the noise prediction, one class quantized, the rest in float", fontsize=9
-    )
-    _legend(figure, panels, 2 * len(models))
-    _save(figure, path)
-
-
-def temporal(errors: pd.DataFrame, embeddings: pd.DataFrame, path: str | Path) -> None:
-    """What quantizing the time-embedding path does, a column per model.
-
-    Above, noise-prediction errors with their intervals (columns model, bits, quantized, ranges, value, low, high, n);
-    below, how far each timestep's embedding moves, against the distance to the next timestep's (model, ranges,
-    timestep, error, apart).
-    """
-    models = list(dict.fromkeys(errors["model"]))
-    what, kinds = list(dict.fromkeys(errors["quantized"])), list(dict.fromkeys(embeddings["ranges"]))
-    figure = Figure(figsize=(1 + 3.2 * len(models), 5.6), dpi=DPI, layout="constrained")
-    panels = figure.subplots(2, len(models), squeeze=False, sharey="row")
-    for column, model in enumerate(models):
-        axes, of_model = panels[0, column], errors[errors["model"] == model]
-        for place, kind in enumerate(dict.fromkeys(errors["ranges"])):
-            points = of_model[of_model["ranges"] == kind].set_index("quantized").reindex(what)
-            spread = [points["value"] - points["low"], points["high"] - points["value"]]
-            style = dict(fmt=MARKERS[place], color=COLOURS[place], ms=5, lw=0, elinewidth=1.4, capsize=2.5)
-            axes.errorbar(np.arange(len(what)) + 0.2 * place - 0.1, points["value"], spread, label=kind, **style)
-        _log_axis(axes, errors["value"])
-        axes.set_xticks(range(len(what)), [text.replace(" time", "\ntime") for text in what])
-        axes.set_xlim(-0.5, len(what) - 0.5)
-        axes.set_title(f"{model}, {of_model['bits'].iloc[0].upper()}, n = {of_model['n'].iloc[0]}", fontsize=9)
-        axes = panels[1, column]
-        of_model = embeddings[embeddings["model"] == model]
-        for place, kind in enumerate(kinds):
-            points = of_model[of_model["ranges"] == kind]
-            style = dict(color=COLOURS[place], marker=MARKERS[place], ms=3, lw=1.2)
-            axes.plot(points["timestep"], points["error"], label=kind, **style)
-        axes.plot(
-            points["timestep"], points["apart"], color="black", lw=1.6, label="to the next timestep, full precision"
-        )
-        _log_axis(axes, embeddings[["error", "apart"]].stack())
-        axes.set_xlim(embeddings["timestep"].max() + 15, embeddings["timestep"].min() - 15)
-        axes.set_xlabel("timestep (noise to image)", fontsize=8)
-        for panel in panels[:, column]:
-            _plain(panel)
-    panels[0, 0].set_ylabel("noise-prediction error", fontsize=9)
-    panels[1, 0].set_ylabel("distance of embeddings", fontsize=9)
-    _legend(figure, panels.flat, 2 * len(models))
-    _save(figure, path)
-
-
-DENOISERS = {"full precision": "black", "before finetuning": COLOURS[1], "after finetuning": COLOURS[0]}
-
-
-def histograms(models: Sequence[dict], path: str | Path) -> None:
-    """Distributions of the layers' inputs: a row per model, a panel per class of layers, a line per denoiser.
-
-    models: contents of activations.json, {model, bits, edges, denoisers: {name: {class: {histogram, ...}}}}.
-    """
-    classes = list(dict.fromkeys(c for m in models for c in m["denoisers"]["full precision"]))
-    figure = Figure(figsize=(0.8 + 2 * len(classes), 0.8 + 1.8 * len(models)), dpi=DPI, layout="constrained")
-    panels = figure.subplots(len(models), len(classes), squeeze=False, sharex=True, sharey=True)
-    for row, model in enumerate(models):
-        for axes, layer_class in zip(panels[row], classes, strict=True):
-            if layer_class not in model["denoisers"]["full precision"]:
-                axes.set_axis_off()
-                continue
-            for name, colour in DENOISERS.items():
-                shares = np.array(model["denoisers"][name][layer_class]["histogram"])
-                axes.stairs(shares, model["edges"], color=colour, lw=1.1, label=name)
-            axes.set_yscale("log")
-            axes.set_ylim(1e-7, 1)
-            axes.set_title(layer_class, fontsize=8)
-            _plain(axes)
-        panels[row, 0].set_ylabel(f"{model['model']}\nshare of values", fontsize=8)
-    figure.supxlabel(
-        "input of a layer, in standard deviations of full precision (beyond 20: in the last bin)", fontsize=9
-    )
-    _legend(figure, panels.flat)
-    _save(figure, path)
-
-
-def imbalance(frame: pd.DataFrame, path: str | Path) -> None:
-    """Statistics of the layers' inputs by class: a row per model, a column per statistic, a point per denoiser.
-
-    `frame` has columns model, layer_class, denoiser, statistic, value, low, high, n.
-    """
-    models, names = list(dict.fromkeys(frame["model"])), list(dict.fromkeys(frame["statistic"]))
-    classes = list(dict.fromkeys(frame["layer_class"]))[::-1]
-    size = (2.2 + 3.1 * len(names), 0.9 + 0.3 * len(classes) * len(models))
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    panels = figure.subplots(len(models), len(names), squeeze=False, sharey=True, sharex="col")
-    for row, model in enumerate(models):
-        for axes, name in zip(panels[row], names, strict=True):
-            for place, (denoiser, colour) in enumerate(DENOISERS.items()):
-                chosen = (frame["model"] == model) & (frame["statistic"] == name) & (frame["denoiser"] == denoiser)
-                points = frame[chosen].set_index("layer_class").reindex(classes)
-                spread = [points["value"] - points["low"], points["high"] - points["value"]]
-                y = np.arange(len(classes)) - 0.2 * (place - 1)
-                style = dict(fmt=MARKERS[place], color=colour, ms=4, lw=0, elinewidth=1.2, label=denoiser)
-                axes.errorbar(points["value"], y, xerr=spread, **style)
-            _plain(axes)
-            axes.set_xscale("log")
-            _log_ticks(axes.xaxis, (1, 2, 5))
-            axes.grid(axis="x", color=RULE, lw=0.6)
-            axes.set_yticks(range(len(classes)), classes)
-            axes.set_title(f"{name}, {model}", fontsize=9)
-    _legend(figure, panels.flat)
-    _save(figure, path)
+    legend(figure, panels)
+    save(figure, path)
 
 
 def paired_differences(frame: pd.DataFrame, against: str, metric: str, path: str | Path) -> None:
@@ -454,65 +306,11 @@ def paired_differences(frame: pd.DataFrame, against: str, metric: str, path: str
     model, bits, n = (found[column].iloc[0] for column in ("model", "bits", "n"))
     axes.set_xlabel(label, fontsize=9)
     axes.set_title(f"{model}, {bits.upper()}, n = {n}: paired differences, 95 % intervals", fontsize=9)
-    _plain(axes)
+    plain(axes)
     axes.grid(axis="x", color=RULE, lw=0.6)
     axes.tick_params(axis="y", labelsize=7)
-    _legend(figure, [axes])
-    _save(figure, path)
-
-
-def taylor(frame: pd.DataFrame, path: str | Path, title: str = "") -> None:
-    """What Taylor steps leave over against bits: of the output on the left, of the loss on the right.
-
-    `frame` has columns bits, what (see quest.properties.taylor.remainders), value, low, high.
-    """
-    panels_of = {
-        "of the output's change": {"first": "first-order step", "second": "second-order step"},
-        "of the loss": {"loss, 1 step": "one second-order step", "loss, 4 steps": "four, each with its gradient"},
-    }
-    figure = Figure(figsize=(7.2, 3.2), dpi=DPI, layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, (whole, names) in zip(panels, panels_of.items(), strict=True):
-        for place, (what, label) in enumerate(names.items()):
-            points = frame[frame["what"] == what].sort_values("bits")
-            low = points["low"].clip(lower=points["value"] / 10)
-            spread = [points["value"] - low, points["high"] - points["value"]]
-            style = dict(marker=MARKERS[place], color=COLOURS[place], ms=4, lw=1.3, elinewidth=1.2, capsize=2)
-            axes.errorbar(points["bits"], points["value"], spread, label=label, **style)
-        _log_axis(axes, frame["value"])
-        axes.axhline(1, color=INK, lw=0.6)
-        axes.invert_xaxis()
-        axes.set_xlabel("bits of weights and layer inputs", fontsize=9)
-        axes.set_title(f"left over, as a share {whole}", fontsize=9)
-        axes.legend(fontsize=8, frameon=False)
-        _plain(axes)
-    if title:
-        figure.suptitle(title, fontsize=9)
-    _save(figure, path)
-
-
-def signals(rows: dict[str, Sequence], classes: Sequence[str], path: str | Path) -> None:
-    """One-dimensional samples, {label: [signals, length]}: a row per label, a column per class.
-
-    The first row is of data, the second of full precision, which stands thin behind the others, drawn from the same
-    noise.
-    """
-    figure = Figure(figsize=(1.1 + 1.5 * len(classes), 0.5 + 0.95 * len(rows)), dpi=DPI, layout="constrained")
-    panels = figure.subplots(len(rows), len(classes), squeeze=False, sharex=True, sharey=True)
-    for place, (label, values) in enumerate(rows.items()):
-        for axes, value, name in zip(panels[place], values, classes, strict=True):
-            axes.plot(value, color="black" if place < 2 else COLOURS[(place - 2) % len(COLOURS)], lw=1)
-            if place >= 2:
-                exact = list(rows.values())[1][list(classes).index(name)]
-                axes.plot(exact, color="black", lw=0.5, alpha=0.5)
-            if place == 0:
-                axes.set_title(name, fontsize=8)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            for side in ("top", "right", "bottom", "left"):
-                axes.spines[side].set_visible(False)
-        panels[place, 0].set_ylabel(label, fontsize=8)
-    _save(figure, path)
+    legend(figure, [axes])
+    save(figure, path)
 
 
 def _axis_label(metric, frame):
@@ -525,40 +323,3 @@ def _axis_label(metric, frame):
 def _spans_decades(values):
     values = values[np.isfinite(values)]
     return len(values) > 0 and values.min() > 0 and values.max() / values.min() > 20
-
-
-def _log_axis(axes, values):
-    values = values[np.isfinite(values) & (values > 0)]
-    decades = np.log10(values.max() / values.min()) if len(values) else 0
-    axes.set_yscale("log")
-    _log_ticks(axes.yaxis, (1, 2, 5) if decades < 2.5 else (1,))
-
-
-def _log_ticks(axis, digits):
-    axis.set_major_locator(LogLocator(subs=digits))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _plain(axes):
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.grid(axis="y", color=RULE, lw=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8, colors=INK)
-
-
-def _legend(figure, panels, columns=6):
-    """One legend above all panels, with what any of them shows."""
-    found = {}
-    for axes in panels:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    figure.legend(
-        found.values(), found, loc="outside upper center", ncols=min(len(found), columns), fontsize=8, frameon=False
-    )
-
-
-def _save(figure, path):
-    with atomic(path) as file:
-        figure.savefig(file, dpi=DPI, facecolor="white")

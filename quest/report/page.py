@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from quest.files import atomic
 from quest.metrics import METRICS, Cell
-from quest.report import figures, ledger, tables
+from quest.report import figures, ledger, style, tables
 
 HEADLINE = ("latent_mse", "fid_to_fp", "fid", "clip")  # of the verdicts, where a run has them
 DRAWN = ("latent_mse", "fid_to_fp", "fid", "eps_error", "sfid", "is", "clip", "psnr", "precision")
@@ -87,7 +87,7 @@ def contents(run: Path, kernels: Iterable[str | Path], methods: dict[str, str], 
         "models": list(cells),
         "bits": bits,
         "legend": [
-            (method, figures.COLOURS[place % len(figures.COLOURS)], figures.GLYPHS[place % len(figures.GLYPHS)])
+            (method, style.COLOURS[place % len(style.COLOURS)], style.GLYPHS[place % len(style.GLYPHS)])
             for place, method in enumerate(method for method in shown if method != "fp")
         ],
         "n": int(main["n"].max()),

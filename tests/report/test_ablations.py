@@ -107,7 +107,7 @@ def test_the_table_for_people_says_better_only_where_the_interval_does(frame, tm
 
 def test_the_figure_has_a_line_for_every_row(frame, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
     figures.paired_differences(frame, "quest", "latent_mse", tmp_path / "ablations.png")
     (axes,) = drawn[0].axes
     names = [text.get_text() for text in axes.get_yticklabels()]

@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from quest.report import figures
+from quest.report.style import COLOURS
 
 METHODS = {"rtn": [1.2, 60.0], "rtn-mse": [1.1, 12.0], "quest": [1.05, 4.0]}
 
@@ -70,16 +71,16 @@ def test_sample_grid_refuses_images_of_two_shapes(tmp_path):
 
 def test_metric_vs_bits_draws_every_method(main, tmp_path):
     figures.metric_vs_bits(main, "fid", tmp_path / "fid.png")
-    assert all(shows(tmp_path / "fid.png", colour) for colour in figures.COLOURS[:3])
-    assert not shows(tmp_path / "fid.png", figures.COLOURS[3])
+    assert all(shows(tmp_path / "fid.png", colour) for colour in COLOURS[:3])
+    assert not shows(tmp_path / "fid.png", COLOURS[3])
     figures.metric_vs_bits(main[main["method"] != "quest"], "latent_mse", tmp_path / "mse.png")
-    assert not shows(tmp_path / "mse.png", figures.COLOURS[2])
+    assert not shows(tmp_path / "mse.png", COLOURS[2])
 
 
 def test_metric_vs_bits_survives_a_collapsed_method(main, tmp_path):
     main.loc[(main.method == "rtn") & (main.bits == "w4a4"), ["value", "low", "high"]] = np.nan
     figures.metric_vs_bits(main, "latent_mse", tmp_path / "mse.png")
-    assert shows(tmp_path / "mse.png", figures.COLOURS[2])
+    assert shows(tmp_path / "mse.png", COLOURS[2])
 
 
 def test_metric_vs_bits_bad_input(main, tmp_path):
@@ -92,7 +93,7 @@ def test_metric_vs_bits_bad_input(main, tmp_path):
 def test_eps_error_curves_draw_every_method_and_a_missing_cell(eps_error, tmp_path):
     frame = eps_error[~((eps_error.model == "b") & (eps_error.bits == "w8a8"))]
     figures.eps_error_curves(frame, tmp_path / "eps.png")
-    assert all(shows(tmp_path / "eps.png", colour) for colour in figures.COLOURS[:3])
+    assert all(shows(tmp_path / "eps.png", colour) for colour in COLOURS[:3])
 
 
 def test_activation_ranges_follow_the_range(tmp_path):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from quest.report import figures, properties
+from quest.report import properties, property_figures
 
 SENSITIVITY = {
     "model": "m",
@@ -77,8 +77,10 @@ def test_changes_are_paired_by_trajectory():
 
 
 def test_figures_are_drawn(tmp_path):
-    figures.histograms([activations(0.1)], tmp_path / "a.png")
-    figures.imbalance(properties.activation_frame([activations(0.1)]), tmp_path / "b.png")
-    figures.temporal(properties.temporal_frame([TEMPORAL]), properties.embeddings_frame([TEMPORAL]), tmp_path / "c.png")
-    figures.sensitivity(properties.sensitivity_frame([SENSITIVITY]), tmp_path / "d.png")
+    property_figures.histograms([activations(0.1)], tmp_path / "a.png")
+    property_figures.imbalance(properties.activation_frame([activations(0.1)]), tmp_path / "b.png")
+    property_figures.temporal(
+        properties.temporal_frame([TEMPORAL]), properties.embeddings_frame([TEMPORAL]), tmp_path / "c.png"
+    )
+    property_figures.sensitivity(properties.sensitivity_frame([SENSITIVITY]), tmp_path / "d.png")
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in "abcd")

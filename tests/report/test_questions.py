@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from quest.metrics.intervals import student
-from quest.report import figures, properties, questions
+from quest.report import properties, property_figures, questions
 from quest.report.properties import KINDS
 
 
@@ -136,7 +136,7 @@ def test_tables_are_tidy(evidence):
 
 
 def test_figures_are_drawn(evidence, tmp_path):
-    figures.taylor(pd.DataFrame(questions.taylor_rows(evidence)), tmp_path / "taylor.png")
+    property_figures.taylor(pd.DataFrame(questions.taylor_rows(evidence)), tmp_path / "taylor.png")
     waves = {label: [np.sin(np.arange(64)), np.cos(np.arange(64))] for label in ("data", "full precision", "quest")}
-    figures.signals(waves, ["a", "b"], tmp_path / "signals.png")
+    property_figures.signals(waves, ["a", "b"], tmp_path / "signals.png")
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("taylor", "signals"))

@@ -13,7 +13,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from quest.files import atomic
-    from quest.report import figures, properties
+    from quest.report import properties, property_figures
 
     activations, temporal, sensitivity = (
         [json.loads(file.read_text()) for file in files]
@@ -31,10 +31,10 @@ def main() -> None:
         with atomic(arguments.output / f"{name}.csv") as file:
             frame.to_csv(file, index=False)
     folder = arguments.output / "figures"
-    figures.histograms(activations, folder / "activations.png")
-    figures.imbalance(frames["activations"], folder / "imbalance.png")
-    figures.temporal(frames["temporal"], frames["embeddings"], folder / "temporal.png")
-    figures.sensitivity(frames["sensitivity"], folder / "sensitivity.png")
+    property_figures.histograms(activations, folder / "activations.png")
+    property_figures.imbalance(frames["activations"], folder / "imbalance.png")
+    property_figures.temporal(frames["temporal"], frames["embeddings"], folder / "temporal.png")
+    property_figures.sensitivity(frames["sensitivity"], folder / "sensitivity.png")
 
 
 if __name__ == "__main__":

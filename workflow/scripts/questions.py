@@ -24,7 +24,7 @@ def main() -> None:
     import pandas as pd
 
     from quest.files import atomic
-    from quest.report import figures, questions
+    from quest.report import property_figures, questions
 
     evidence = questions.read(
         arguments.properties,
@@ -39,8 +39,8 @@ def main() -> None:
             pd.DataFrame(getattr(questions, f"{name}_rows")(evidence)).to_csv(file, index=False)
     folder, taylor = arguments.output / "figures", pd.DataFrame(questions.taylor_rows(evidence))
     title = f"{evidence.taylor['model']}, n = {taylor['n'].iloc[0]} trajectories"
-    figures.taylor(taylor, folder / "taylor.png", title)
-    figures.signals(evidence.signals["signals"], evidence.signals["classes"], folder / "signals.png")
+    property_figures.taylor(taylor, folder / "taylor.png", title)
+    property_figures.signals(evidence.signals["signals"], evidence.signals["classes"], folder / "signals.png")
     with atomic(arguments.output / "questions.md") as file:
         file.write_text(questions.document(evidence), encoding="utf-8")
     with atomic(arguments.output / "findings.md") as file:
