@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from quest.metrics import METRICS, Cell, measure
 from quest.metrics.frechet import Reference, Statistics
-from quest.report import figures, tables
+from quest.report import figures, page_images, page_tables, tables, verdicts
 from quest.report import page as report
 
 ROOT = Path(__file__).parents[2]
@@ -189,7 +189,7 @@ def test_published_numbers_stand_beside_ours(run):
     cell = dict(zip(("model", "method", "bits", "metric"), main.loc[0], strict=False))
     judged = pd.DataFrame([cell | {"verdict": "NOT COMPARABLE"}])
     paired = pd.read_csv(run / "tables/paired.csv")
-    table = report.main_table(main, paired, judged)
+    table = page_tables.main_table(main, paired, judged)
     assert table["rows"][0][3]["note"] == "paper 2.95: NOT COMPARABLE"
     assert [cell["note"] for row in table["rows"] for cell in row].count("") == 10 * len(table["columns"]) - 1
 
@@ -258,47 +258,9 @@ def test_questions_that_show_a_missing_image(tmp_path):
         report.markdown(tmp_path / "questions.md")
 
 
-def paired_rows(outcomes):
-    rows = [
-        {"model": model, "bits": "w4a4", "metric": metric, "method": "quest", "versus": versus, "better": better}
-        for (versus, metric), by_model in outcomes.items()
-        for model, better in zip("abc", by_model, strict=True)
-    ]
-    return pd.DataFrame(rows)
-
-
-@pytest.mark.parametrize(
-    "outcomes, sentences",
-    [
-        (
-            {("rtn", "fid"): ["quest"] * 3, ("rtn-mse", "fid"): ["quest"] * 3},
-            [("better", "In FID, quest is better than rtn and rtn-mse on all 3 models.")],
-        ),
-        (
-            {("rtn", "fid"): ["quest", "rtn", "neither"]},
-            [("mixed", "In FID, quest is better than rtn on 1 of 3 models (a); worse on 1 of 3 models (b); "
-              "not told apart on 1 of 3 models (c).")],
-        ),
-        (
-            {("rtn", "fid"): ["neither"] * 3, ("rtn", "latent_mse"): ["neither"] * 3},
-            [("same", "In latent MSE to FP and FID, quest is not told apart from rtn on all 3 models.")],
-        ),
-        (
-            {("fp", "fid"): ["fp", "fp", "neither"], ("rtn", "fid"): ["quest"] * 3},
-            [("better", "In FID, quest is better than rtn on all 3 models."),
-             ("worse", "In FID, quest is worse than full precision on 2 of 3 models (a and b); "
-              "not told apart on 1 of 3 models (c).")],
-        ),
-    ],
-)  # fmt: skip
-def test_verdicts_say_what_the_intervals_say(outcomes, sentences):
-    ((found),) = report.verdict_sentences(paired_rows(outcomes), "quest")
-    assert [(said["kind"], said["text"]) for said in found["sentences"]] == sentences
-
-
 def test_verdicts_take_the_fewest_bits_first(run, page):
     paired = pd.read_csv(run / "tables/paired.csv")
-    assert [found["bits"] for found in report.verdict_sentences(paired, "quest")] == ["w4a4", "w8a8"]
+    assert [found["bits"] for found in verdicts.verdict_sentences(paired, "quest")] == ["w4a4", "w8a8"]
     assert "In latent MSE to FP" in page.sections["verdicts"]
 
 
@@ -309,8 +271,8 @@ def test_the_farthest_pairs_are_those_of_the_features(run):
         cells[method, bits] = Cell.load(sorted(folder.glob("features-*")), sorted(folder.glob("samples-*")))
     ours, full = cells["rtn", "w4a4"].features["pool"], cells["fp", "w32a32"].features["pool"]
     distance = {seed: float(np.sqrt(((a - b) ** 2).sum())) for seed, (a, b) in enumerate(zip(ours, full, strict=True))}
-    (found,) = report.farthest("scenes-class", cells, ["w8a8", "w4a4"])
-    expected = sorted(distance, key=distance.get, reverse=True)[: report.PAIRS]
+    (found,) = page_images.farthest("scenes-class", cells, ["w8a8", "w4a4"])
+    expected = sorted(distance, key=distance.get, reverse=True)[: page_images.PAIRS]
     assert found["seeds"] == expected
     assert found["distances"] == pytest.approx([distance[seed] for seed in expected])
 
@@ -322,11 +284,11 @@ def test_a_strip_is_lossless(run):
     from PIL import Image
 
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    made = report.strip(images)
+    made = page_images.strip(images)
     sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(made["uri"].partition(",")[2]))))
     assert sheet.shape == (16, 3 * 16 + 2 * 2, 4) and (made["width"], made["height"]) == (52, 16)
     assert all((sheet[:, 18 * place : 18 * place + 16, :3] == images[place]).all() for place in range(3))
-    assert report.strip(np.zeros((2, 256, 256, 3), np.uint8))["height"] == report.SIDE
+    assert page_images.strip(np.zeros((2, 256, 256, 3), np.uint8))["height"] == page_images.SIDE
 
 
 def test_a_run_without_tables_is_refused(tmp_path):

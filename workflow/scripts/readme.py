@@ -57,7 +57,7 @@ def verdicts(main: Path, paired: Path) -> str:
     """What the last method of the run is better in, worse in, and what cannot be told, at the fewest bits."""
     import pandas as pd
 
-    from quest.report.page import verdict_sentences
+    from quest.report.verdicts import verdict_sentences
 
     focus = pd.read_csv(main)["method"].iloc[-1]
     found = verdict_sentences(pd.read_csv(paired), focus)[0]
@@ -71,8 +71,8 @@ def short_table(main: Path, paired: Path) -> str:
     import pandas as pd
 
     from quest.metrics import METRICS
-    from quest.report.page import HEADLINE
     from quest.report.tables import best_values, column_label, with_interval
+    from quest.report.verdicts import HEADLINE
 
     frame, pairs = pd.read_csv(main, keep_default_na=False, na_values=["nan"]), pd.read_csv(paired)
     models = frame.groupby("model", sort=False)

@@ -1,0 +1,95 @@
+"""What the paired intervals of a run say, in sentences. Needs no torch."""
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from quest.metrics import METRICS
+from quest.report import tables
+
+HEADLINE = ("latent_mse", "fid_to_fp", "fid", "clip")  # of the verdicts, where a run has them
+
+
+def verdict_sentences(paired: pd.DataFrame, focus: str) -> list[dict]:
+    """One method against every other and against full precision, fewest bits first.
+
+    Returns [{bits, sentences}]. A method is called better on a model where the paired interval of the difference
+    excludes 0, and otherwise nothing is said than that the two are not told apart.
+    """
+    of_focus = paired[paired["method"] == focus]
+    models = list(dict.fromkeys(of_focus["model"]))
+    found = []
+    for bits in sorted(set(of_focus["bits"]), key=tables.by_bits, reverse=True):
+        rows = of_focus[of_focus["bits"] == bits]
+        alike: dict[tuple, dict[str, list]] = {}
+        for (versus, metric), cell in rows.groupby(["versus", "metric"], sort=False):
+            if metric not in HEADLINE:
+                continue
+            better = cell.set_index("model")["better"].reindex(models).dropna()
+            outcome = tuple(
+                tuple(model for model, name in better.items() if name == winner)
+                for winner in (focus, versus, "neither")
+            )
+            group = alike.setdefault((outcome, versus == "fp"), {})
+            group.setdefault(versus, []).append(metric)
+        sentences = []
+        for (outcome, _), by_rival in alike.items():
+            same: dict[tuple, list] = {}
+            for versus, metrics in by_rival.items():
+                same.setdefault(tuple(metrics), []).append(versus)
+            sentences += [_sentence(focus, rivals, metrics, outcome) for metrics, rivals in same.items()]
+        found.append({"bits": bits, "sentences": sorted(sentences, key=lambda said: said["order"])})
+    return found
+
+
+def _sentence(focus, rivals, metrics, outcome):
+    better, worse, neither = outcome
+    total = sum(map(len, outcome))
+    against = listed(["full precision" if rival == "fp" else rival for rival in rivals])
+    measured = listed([METRICS[name].label for name in sorted(metrics, key=HEADLINE.index)])
+    found = [("better", "than", better), ("worse", "than", worse), ("not told apart", "from", neither)]
+    said = [
+        f"{word}{'' if any(names for _, _, names in found[:place]) else f' {to} {against}'} {_on(on, total)}"
+        for place, (word, to, on) in enumerate(found)
+        if on
+    ]
+    kind = "mixed" if better and worse else "better" if better else "worse" if worse else "same"
+    text = f"In {measured}, {focus} is {'; '.join(said)}."
+    return {"text": text, "kind": kind, "order": (rivals == ["fp"], -len(better), len(worse))}
+
+
+def _on(names, total):
+    if total == 1:
+        return f"on {names[0]}"
+    if len(names) == total:
+        return f"on all {total} models" if total > 2 else "on both models"
+    return f"on {len(names)} of {total} models ({listed(names)})"
+
+
+def listed(words: Iterable[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    *rest, last = words
+    return f"{', '.join(rest)} and {last}" if rest else last
+
+
+def seed_sentences(seeds: pd.DataFrame) -> list[str]:
+    """What holds over quantization seeds, of the pairs of methods in seeds.csv."""
+    rows = seeds[(seeds["versus"] != "") & seeds["metric"].isin((*HEADLINE, "eps_error"))]
+    sentences = []
+    for (model, bits, method, versus), cell in rows.groupby(["model", "bits", "method", "versus"], sort=False):
+        groups: dict[str, list] = {}
+        for row in cell.itertuples():
+            groups.setdefault(row.better, []).append(METRICS[row.metric].label)
+        parts = [
+            f"not told apart in {listed(labels)}" if better == "neither" else f"{better} better in {listed(labels)}"
+            for better, labels in groups.items()
+        ]
+        number = len(str(cell["seeds"].iloc[0]).split(","))
+        sentences.append(f"{model}, {bits.upper()}, {method} against {versus}, {number} seeds: {'; '.join(parts)}.")
+    return sentences
+
+
+def comparisons(paired: pd.DataFrame) -> dict[str, int]:
+    """How many pairs of quantized methods were compared, and how many of them are told apart."""
+    rivals = paired[paired["versus"] != "fp"]
+    return {"rows": len(rivals), "told_apart": int((rivals["better"] != "neither").sum())}

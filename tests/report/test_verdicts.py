@@ -1,0 +1,44 @@
+"""Sentences say no more than the paired intervals do."""
+
+import pandas as pd
+import pytest
+
+from quest.report import verdicts
+
+
+def paired_rows(outcomes):
+    rows = [
+        {"model": model, "bits": "w4a4", "metric": metric, "method": "quest", "versus": versus, "better": better}
+        for (versus, metric), by_model in outcomes.items()
+        for model, better in zip("abc", by_model, strict=True)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    "outcomes, sentences",
+    [
+        (
+            {("rtn", "fid"): ["quest"] * 3, ("rtn-mse", "fid"): ["quest"] * 3},
+            [("better", "In FID, quest is better than rtn and rtn-mse on all 3 models.")],
+        ),
+        (
+            {("rtn", "fid"): ["quest", "rtn", "neither"]},
+            [("mixed", "In FID, quest is better than rtn on 1 of 3 models (a); worse on 1 of 3 models (b); "
+              "not told apart on 1 of 3 models (c).")],
+        ),
+        (
+            {("rtn", "fid"): ["neither"] * 3, ("rtn", "latent_mse"): ["neither"] * 3},
+            [("same", "In latent MSE to FP and FID, quest is not told apart from rtn on all 3 models.")],
+        ),
+        (
+            {("fp", "fid"): ["fp", "fp", "neither"], ("rtn", "fid"): ["quest"] * 3},
+            [("better", "In FID, quest is better than rtn on all 3 models."),
+             ("worse", "In FID, quest is worse than full precision on 2 of 3 models (a and b); "
+              "not told apart on 1 of 3 models (c).")],
+        ),
+    ],
+)  # fmt: skip
+def test_verdicts_say_what_the_intervals_say(outcomes, sentences):
+    ((found),) = verdicts.verdict_sentences(paired_rows(outcomes), "quest")
+    assert [(said["kind"], said["text"]) for said in found["sentences"]] == sentences
