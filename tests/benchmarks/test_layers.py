@@ -7,31 +7,32 @@ machine that does nothing else. One thread. `snakemake kernels` measures all lay
 import pytest
 import torch
 
-from quest.kernels import benchmark as kernels
+from quest.kernels.benchmark import shapes
+from quest.kernels.benchmark.single_layers import ATTENTION_KERNELS, OWN, contenders
 from quest.models import MODELS
 
 
 def layers():
     """(layer, batch) of each distinct layer."""
     seen = {}
-    for name in kernels.ZOO:
-        for layer in kernels.layers(MODELS[name]):
+    for name in shapes.ZOO:
+        for layer in shapes.layers(MODELS[name]):
             seen.setdefault(layer._replace(count=0), (1, 64))
-    for layer in kernels.layers(MODELS["sd14"]):
-        if layer.name in kernels.FIRST:
+    for layer in shapes.layers(MODELS["sd14"]):
+        if layer.name in shapes.FIRST:
             seen.setdefault(layer._replace(count=0), (1,))
     return [(layer, batch) for layer, batches in seen.items() for batch in batches]
 
 
 @pytest.mark.parametrize("layer, batch", layers(), ids=lambda v: getattr(v, "name", v))
-@pytest.mark.parametrize("how", ["fp32", *kernels.OWN])
+@pytest.mark.parametrize("how", ["fp32", *OWN])
 @pytest.mark.benchmark(max_time=0.3, min_rounds=3)  # seconds of each, or all take more than five minutes
 def test_layer(benchmark, layer, batch, how):
-    if layer.kind == "attention" and how not in kernels.ATTENTION_KERNELS:
+    if layer.kind == "attention" and how not in ATTENTION_KERNELS:
         pytest.skip("attention has 8 bits")
     torch.set_num_threads(1)
     benchmark.group = f"{layer.name}, batch {batch}"
-    (call,) = kernels.contenders(layer, batch, (how,)).values()
+    (call,) = contenders(layer, batch, (how,)).values()
     if isinstance(call, str):
         pytest.skip(call)
     with torch.no_grad():

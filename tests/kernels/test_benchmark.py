@@ -8,6 +8,7 @@ import torch
 
 from quest import cost, origins, timing
 from quest.kernels import benchmark, integer
+from quest.kernels.benchmark import machine, shapes, single_layers, stopwatch
 from quest.models import MODELS
 from quest.report import speed
 
@@ -19,7 +20,7 @@ def test_layers_are_those_of_the_architecture(name):
     """Together they make up all of its multiply-accumulates."""
     model = MODELS[name]
     denoiser = origins.denoiser(model)
-    layers = benchmark.layers(model)
+    layers = shapes.layers(model)
     assert len({layer.name for layer in layers}) == len(layers)
     work = cost.macs(denoiser, timing.inputs(denoiser, model, 1, "meta"))
     assert sum(layer.count * layer.macs(1) for layer in layers) == sum(work.values())
@@ -27,12 +28,12 @@ def test_layers_are_those_of_the_architecture(name):
 
 
 def test_what_comes_first_is_there():
-    assert set(benchmark.FIRST) <= {layer.name for layer in benchmark.layers(MODELS["sd14"])}
+    assert set(shapes.FIRST) <= {layer.name for layer in shapes.layers(MODELS["sd14"])}
 
 
-CONV = benchmark.Layer("conv2d", "convolution", (16, 6, 6), 24, 3, 2, 1)
-LINEAR = benchmark.Layer("linear", "linear", (7, 48), 40)
-PRODUCTS = benchmark.Layer("attention", "self-attention", (9, 32), 32, heads=4, keys=9)
+CONV = shapes.Layer("conv2d", "convolution", (16, 6, 6), 24, 3, 2, 1)
+LINEAR = shapes.Layer("linear", "linear", (7, 48), 40)
+PRODUCTS = shapes.Layer("attention", "self-attention", (9, 32), 32, heads=4, keys=9)
 
 
 def test_work_of_a_layer():
@@ -45,12 +46,12 @@ def test_work_of_a_layer():
 @pytest.mark.parametrize("layer", [CONV, LINEAR, PRODUCTS], ids=lambda layer: layer.kind)
 def test_contenders_compute_the_same_layer(layer):
     """Each to its own precision: the weight and the input are the same, so a mix-up of either would show."""
-    names = benchmark.ATTENTION_KERNELS if layer.kind == "attention" else benchmark.LAYER_KERNELS
-    made = benchmark.contenders(layer, 2, tuple(n for n in names if "torchao" not in n and "bf16" not in n))
+    names = single_layers.ATTENTION_KERNELS if layer.kind == "attention" else single_layers.LAYER_KERNELS
+    made = single_layers.contenders(layer, 2, tuple(n for n in names if "torchao" not in n and "bf16" not in n))
     assert all(callable(call) for name, call in made.items() if "OpenVINO" not in name), made
     outputs = {name: torch.as_tensor(call()) for name, call in made.items() if callable(call) and "Open" not in name}
     for name, found in outputs.items():
-        bits = min(benchmark.bits_of(name)) if "w" in name else 8
+        bits = min(single_layers.bits_of(name)) if "w" in name else 8
         exact = outputs["fp32"].reshape(found.shape)
         error = ((found - exact).norm() / exact.norm()).item()
         # oneDNN's sums saturate on processors without VNNI.
@@ -62,7 +63,7 @@ def test_contenders_compute_the_same_layer(layer):
 
 def test_rounds_are_interleaved(monkeypatch):
     clock, order = [0.0], []
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: clock[0])
 
     def call(name, seconds):
         def run():
@@ -71,22 +72,22 @@ def test_rounds_are_interleaved(monkeypatch):
 
         return run
 
-    found = benchmark.interleaved({"a": call("a", 4e-3), "b": call("b", 8e-3)}, 0.04, (2, 3))
+    found = stopwatch.interleaved({"a": call("a", 4e-3), "b": call("b", 8e-3)}, 0.04, (2, 3))
     assert "".join(order) == "aabb" + "abbaab"  # twice to warm up, then three rounds
-    rows = benchmark.timed(found["b"], found["a"])
+    rows = stopwatch.timed(found["b"], found["a"])
     assert rows["rounds"] == 3 and rows["ms"] == pytest.approx(8 * 1.07, rel=0.03)
     assert rows["speedup"] == pytest.approx(0.5, rel=0.02)
     assert rows["speedup_low"] < rows["speedup"] < rows["speedup_high"]
     order.clear()
-    benchmark.interleaved({"a": call("a", 1.0), "b": call("b", 1e-3)}, 0.04, (2, 3))
+    stopwatch.interleaved({"a": call("a", 1.0), "b": call("b", 1e-3)}, 0.04, (2, 3))
     assert "".join(order) == "abb" + "abb" + "bba"  # one second needs no second try, one millisecond is taken twice
 
 
 @needs_core
 def test_shares_of_a_step_add_up_and_leave_no_timer_behind():
     before = integer.core().quest_conv2d
-    (layer,) = benchmark.contenders(CONV, 2, ("integer w8a8",)).values()
-    found = benchmark.shares(lambda: (layer(), time.sleep(0.01)))
+    (layer,) = single_layers.contenders(CONV, 2, ("integer w8a8",)).values()
+    found = stopwatch.shares(lambda: (layer(), time.sleep(0.01)))
     assert sum(found.values()) == pytest.approx(1) and 0 < found["layers"] < 0.5 and found["rest"] > 0.5
     assert found["attention"] == found["norms"] == 0
     assert integer.core().quest_conv2d is before
@@ -110,13 +111,13 @@ def test_a_run_tells_what_its_budget_left_out(monkeypatch):
 
 
 def test_absent_rivals_are_named(monkeypatch):
-    monkeypatch.setattr(benchmark.metadata, "version", lambda name: (_ for _ in ()).throw(
-        benchmark.metadata.PackageNotFoundError(name)))  # fmt: skip
-    benchmark.absent.cache_clear()
-    assert benchmark.absent("OpenVINO int8") == 'openvino is not installed: pip install -e ".[kernels]"'
-    benchmark.absent.cache_clear()
+    monkeypatch.setattr(machine.metadata, "version", lambda name: (_ for _ in ()).throw(
+        machine.metadata.PackageNotFoundError(name)))  # fmt: skip
+    single_layers.absent.cache_clear()
+    assert single_layers.absent("OpenVINO int8") == 'openvino is not installed: pip install -e ".[kernels]"'
+    single_layers.absent.cache_clear()
     error = NotImplementedError("no such operator\nand more")
-    assert benchmark.failed(error) == "NotImplementedError: no such operator"
+    assert single_layers.failed(error) == "NotImplementedError: no such operator"
 
 
 def test_a_rival_that_crashes_takes_nothing_with_it(monkeypatch):

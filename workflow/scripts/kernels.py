@@ -19,11 +19,13 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from quest.kernels import benchmark
+    from quest.kernels.benchmark.machine import instruction_set
+    from quest.kernels.benchmark.shapes import PAPER, ZOO
     from quest.models import get
     from quest.report import figures, speed
 
-    models = tuple(get(name).name for name in arguments.models or (*benchmark.ZOO, *benchmark.PAPER))
-    path = arguments.output / f"{speed.slug(speed.machine(), benchmark.instruction_set())}.csv"
+    models = tuple(get(name).name for name in arguments.models or (*ZOO, *PAPER))
+    path = arguments.output / f"{speed.slug(speed.machine(), instruction_set())}.csv"
     frame = speed.read(path) if path.is_file() else None
     known = set() if frame is None else {speed.key(row) for row in frame.to_dict("records") if not speed.left_out(row)}
     left_out = []
