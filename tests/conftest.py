@@ -210,3 +210,23 @@ def class_calibration(class_pipe, class_model):
 @pytest.fixture(scope="session")
 def text_calibration(text_pipe, text_model):
     return _calibration(text_pipe, text_model)
+
+
+@pytest.fixture(scope="session")
+def layer_of():
+    """Makes a quantized layer of a weight, with its MSE ranges."""
+    from torch import nn
+
+    from quest import ranges
+    from quest.affine import QuantSpec
+    from quest.layers import quantized
+
+    def make(weight, bits):
+        linear = weight.ndim == 2
+        new = nn.Linear(weight.shape[1], len(weight)) if linear else nn.Conv2d(weight.shape[1], len(weight), 3)
+        new.weight.data = weight.clone()
+        q = quantized(new.requires_grad_(False), QuantSpec(bits, axis=0), QuantSpec(32), None)
+        q.choose_weight_range(ranges.mse)
+        return q
+
+    return make

@@ -1,128 +1,19 @@
-"""AdaRound and block reconstruction: golden alphas and weights, the units, and what each pass may touch."""
+"""Block reconstruction: its loss, and what each pass may touch."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from quest import ranges, reconstruction
-from quest.affine import QuantSpec, quantize
 from quest.calibration import calibrate
-from quest.layers import attentions, input_quantizers, quant_layers, quantized, swap
-from quest.reconstruction import (
-    Rounding,
-    beta,
-    error,
-    learn_rounding,
-    reconstruct_activations,
-    reconstruct_weights,
-    units,
-)
+from quest.layers import input_quantizers, quant_layers, swap
+from quest.reconstruction import error, learn_rounding, reconstruct_activations, reconstruct_weights
 from quest.timegroups import TimeGroups, grouped
-
-GOLDEN = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / "golden" / "quantizers.npz").items()}
-ROUNDED = sorted(k.removesuffix(".alpha") for k in GOLDEN if k.endswith(".alpha"))
+from quest.units import units
 
 
 def generator():
     return torch.Generator().manual_seed(0)
-
-
-def layer(weight, bits):
-    """A quantized layer of this weight with its MSE ranges."""
-    new = nn.Linear(weight.shape[1], len(weight)) if weight.ndim == 2 else nn.Conv2d(weight.shape[1], len(weight), 3)
-    new.weight.data = weight.clone()
-    q = quantized(new.requires_grad_(False), QuantSpec(bits, axis=0), QuantSpec(32), None)
-    q.choose_weight_range(ranges.mse)
-    return q
-
-
-@pytest.mark.parametrize("case", ROUNDED)
-def test_adaround_starts_as_the_released_quantizer(case):
-    _, bits, name = case.split(".")
-    q = layer(GOLDEN[f"input.{name}"], int(bits[1:]))
-    rounding = Rounding([q])
-    torch.testing.assert_close(unflatten(rounding.alpha, [q.weight])[0], GOLDEN[f"{case}.alpha"], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(rounding.soft(None)[0], GOLDEN[f"{case}.soft"], rtol=1e-5, atol=1e-6)
-    q.weight.data = rounding.folded()[0]
-    torch.testing.assert_close(q.qweight.dequantize(), GOLDEN[f"{case}.hard"], rtol=1e-5, atol=1e-6)
-
-
-def unflatten(flat, like):
-    """The parts of a flat tensor whose values lie channels innermost, in the shapes of `like`."""
-    parts = flat.split([w.numel() for w in like])
-    return [part.view(w.movedim(1, -1).shape).movedim(-1, 1) for part, w in zip(parts, like, strict=True)]
-
-
-def test_there_is_golden_data_for_each_layer_and_width():
-    assert ROUNDED == [f"adaround.{bits}.{name}" for bits in ("w4", "w8") for name in ("w_conv", "w_linear")]
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_soft_weights_start_as_the_float_ones_and_hard_ones_as_the_nearest(bits):
-    q = layer(torch.randn(9, 40, generator=generator()), bits)
-    scale, zero_point, spec = q.weight_quantizer.qparams
-    low, high = (spec.qmin - zero_point) * scale, (spec.qmax - zero_point) * scale
-    rounding = Rounding([q])
-    soft = rounding.soft(None)
-    inside = (q.weight >= low) & (q.weight <= high)
-    assert (soft[0] - q.weight)[inside].abs().max() < 1e-5 and inside.float().mean() > 0.7
-    nearest = q.qweight.codes
-    folded = rounding.folded()[0]
-    assert torch.equal(quantize(folded, q.weight_quantizer.qparams).codes, nearest)
-    # The fold moves a weight by half a step at most, and keeps its place between two codes.
-    assert ((folded - q.weight).abs() <= 0.5001 * scale).all()
-
-
-@pytest.mark.parametrize("bits", [2, 4])
-def test_folded_weights_round_to_the_learned_codes(bits):
-    """For any rounding, clipped weights and ties included."""
-    g = generator()
-    q = layer(torch.randn(9, 40, generator=g), bits)
-    scale, zero_point, spec = q.weight_quantizer.qparams
-    q.weight.data[:, ::5] = (torch.randint(-9, 9, (9, 8), generator=g) * scale).expand(9, 8)  # on a code: a tie
-    rounding = Rounding([q])
-    rounding.alpha = torch.randn(rounding.alpha.shape, generator=g)
-    up = (rounding.alpha >= 0).float().view_as(q.weight)
-    learned = ((q.weight / scale).floor() + up + zero_point).clamp(spec.qmin, spec.qmax)
-    assert torch.equal(quantize(rounding.folded()[0], q.weight_quantizer.qparams).codes, learned)
-    assert not torch.equal(learned, q.qweight.codes)
-
-
-@pytest.mark.parametrize("exponent", [None, 20.0, 2.0])
-def test_gradient_of_the_soft_weights_is_that_of_automatic_differentiation(exponent):
-    """With the regulariser's along, which is a sum over all weights; it is off before the exponent is there."""
-    g = generator()
-    layers = [layer(torch.randn(6, 10, generator=g), 4), layer(torch.randn(3, 2, 3, 3, generator=g), 3)]
-    rounding = Rounding(layers)
-    rounding.alpha = torch.randn(rounding.alpha.shape, generator=g) * 3
-    rounding.alpha[:4] = 0  # h = 1/2: the regulariser's slope is 0
-    upstream = torch.randn(rounding.alpha.shape, generator=g)
-    by_hand, automatic = (rounding.alpha.clone().requires_grad_() for _ in range(2))
-    rounding.alpha = by_hand
-    soft = torch.cat([w.movedim(1, -1).flatten() for w in rounding.soft(exponent)])
-    (soft * upstream).sum().backward()
-    h = (torch.sigmoid(automatic) * 1.2 - 0.1).clamp(0, 1)
-    weights = []
-    for q, part in zip(layers, unflatten(h, [q.weight for q in layers]), strict=True):
-        scale, zero_point, spec = q.weight_quantizer.qparams
-        codes = ((q.weight / scale).floor() + part + zero_point).clamp(spec.qmin, spec.qmax)
-        weights.append(((codes - zero_point) * scale).movedim(1, -1).flatten())
-    weights = torch.cat(weights)
-    regulariser = (1 - (2 * h - 1).abs().pow(exponent)).sum() if exponent else torch.zeros(())
-    ((weights * upstream).sum() + 0.01 * regulariser).backward()
-    torch.testing.assert_close(soft, weights, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(by_hand.grad, automatic.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_the_exponent_falls_from_20_to_2_after_a_fifth():
-    assert [beta(i, 1000) for i in (0, 199)] == [None, None]
-    assert beta(200, 1000) == 20 and beta(600, 1000) == 11 and beta(1000, 1000) == 2
-    assert beta(999, 1000) == pytest.approx(2, abs=0.03)
 
 
 def test_the_loss_sums_over_dimension_1():
@@ -137,11 +28,11 @@ def test_the_loss_sums_over_dimension_1():
     torch.testing.assert_close(by_hand.grad, automatic.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_adaround_beats_the_nearest_codes():
+def test_adaround_beats_the_nearest_codes(layer_of):
     """A layer whose inputs are correlated: the case where nearest rounding is not the best."""
     g = generator()
     x = torch.randn(256, 6, generator=g) @ torch.randn(6, 24, generator=g)
-    q = layer(torch.randn(8, 24, generator=g), 3)
+    q = layer_of(torch.randn(8, 24, generator=g), 3)
     full, before = nn.functional.linear(x, q.weight, q.bias), q.weight.clone()
     nearest = error(q(x), full, 2).item()
     arguments = dict(iterations=400, batch=32, lr=0.05, generator=g)
@@ -151,8 +42,8 @@ def test_adaround_beats_the_nearest_codes():
     assert ((q.weight - before).abs() <= 0.5001 * q.weight_quantizer.scale[0]).all()
 
 
-def test_a_diverging_unit_is_named():
-    q = layer(torch.randn(8, 24, generator=generator()), 4)
+def test_a_diverging_unit_is_named(layer_of):
+    q = layer_of(torch.randn(8, 24, generator=generator()), 4)
     target = torch.full((10, 8), torch.nan)
     with pytest.raises(FloatingPointError, match="AdaRound, unit up.conv, iteration 0"):
         run = lambda r: q(torch.ones(len(r), 24))  # noqa: E731
@@ -174,43 +65,6 @@ def student(pipe, calibration, w=3, a=4, groups=None, **swapping):
 
 def state(denoiser):
     return {k: v.clone() for k, v in denoiser.state_dict().items()}
-
-
-def test_units_stand_in_execution_order_and_hold_everything_once(case):
-    pipe, calibration = case
-    q = swap(pipe, 8, 8).unet
-    found = units(q, calibration.inputs(torch.arange(1)))
-    names = [u.name for u in found]
-    assert names[:3] == ["time_embedding.linear_1", "time_embedding.linear_2", "conv_in"] and names[-1] == "conv_out"
-    middle = [i for i, n in enumerate(names) if n.startswith("mid_block")]
-    assert max(i for i, n in enumerate(names) if n.startswith("down")) < min(middle)
-    assert max(middle) < min(i for i, n in enumerate(names) if n.startswith("up_blocks"))
-    assert sorted(n for u in found for n in u.layers) == sorted(n for n, _ in quant_layers(q))
-    assert sorted(n for u in found for n in u.quantizers) == sorted(input_quantizers(q))
-    whole = {type(m) for u in found for m in u.modules.values() if len(u.modules) < len(u.layers)}
-    if any(isinstance(m, BasicTransformerBlock) for m in q.modules()):
-        assert whole == {ResnetBlock2D, BasicTransformerBlock}
-        assert all(u.layers and len(u.modules) == 1 for u in found)
-    else:
-        assert whole == {ResnetBlock2D}
-        attention = [n for n, _ in attentions(q)]
-        for kind, size in (("qkv", 3), ("processor", 1), ("to_out.0", 1)):  # one after the other
-            assert [n.removesuffix(f".{kind}") for n in names if n.endswith(kind)] == [
-                n for n in sorted(attention, key=lambda n: names.index(f"{n}.qkv"))
-            ]
-            of = [u for u in found if u.name.endswith(kind)]
-            assert all(len(u.modules) == size and bool(u.layers) == (kind != "processor") for u in of)
-        at = names.index(f"{attention[0]}.qkv")
-        assert names[at : at + 3] == [f"{attention[0]}.{kind}" for kind in ("qkv", "processor", "to_out.0")]
-
-
-def test_an_unconditional_attention_is_judged_in_the_layout_of_the_paper_s_network():
-    """[B, channels, tokens], whether of its layers or of its products' heads."""
-    g = generator()
-    y = torch.randn(3, 5, 8, generator=g)
-    heads = y.unflatten(2, (2, 4)).transpose(1, 2).flatten(0, 1)  # [3 * 2, 5, 4], as a processor has them
-    assert torch.equal(reconstruction._channels_first(y, 3), y.transpose(1, 2))
-    assert torch.equal(reconstruction._heads_as_channels(heads, 3), y.transpose(1, 2))
 
 
 def test_the_weight_pass_learns_roundings_and_nothing_else(case):
