@@ -6,6 +6,16 @@ import pytest
 
 from quest.metrics.intervals import student
 from quest.report import properties, property_figures, questions
+from quest.report.evidence import (
+    APART,
+    SHOWN,
+    Evidence,
+    comparisons_rows,
+    inference_rows,
+    taylor_rows,
+    tunings_rows,
+    verdict,
+)
 from quest.report.properties import KINDS
 
 
@@ -16,7 +26,7 @@ def cell(method: str, shift: float) -> dict:
     rows = [
         {"metric": m, "value": 1 + shift, "low": 0.9 + shift, "high": 1.1 + shift, "n": 50}
         | {"extractor": "scenes", "protocol": "ddim", "reference": "", "note": ""}
-        for m in questions.SHOWN
+        for m in SHOWN
     ]
     return {
         "model": "m",
@@ -24,7 +34,7 @@ def cell(method: str, shift: float) -> dict:
         "bits": "w4a4",
         "rows": rows,
         "eps_error": [],
-        "resampled": {m: (1 + shift + noise + own).tolist() for m in questions.SHOWN},
+        "resampled": {m: (1 + shift + noise + own).tolist() for m in SHOWN},
         "drawn": {"images": "0-49", "trajectories": 16, "timesteps": [1]},
         "footprint": {"bytes": 1e6},
         "provenance": {},
@@ -39,7 +49,7 @@ def tuning(error: float) -> dict:
 
 
 @pytest.fixture
-def evidence() -> questions.Evidence:
+def evidence() -> Evidence:
     share = {"lowered": "activations", "layers": 2, "parameters": 0.5, "macs": 0.25}
     classes = {"shortcut": 0.5, "time embedding": 0.1, "attention q, k, v": 0.01, "all": 0.6}
     lowered = [{"layer_class": name, "errors": [error, error]} | share for name, error in classes.items()]
@@ -65,7 +75,7 @@ def evidence() -> questions.Evidence:
     methods = {
         m: {"eps_error": [e, e], "latent_mse": [e, 2 * e], "seconds": 1.0} for m, e in (("rtn-mse", 2), ("quest", 1))
     }
-    return questions.Evidence(
+    return Evidence(
         model="m",
         bits="w4a4",
         cells={m: cell(m, s) for m, s in (("quest", 0.0), ("quest-groups-1", 0.5), ("quest-joint", 0.001))},
@@ -83,15 +93,15 @@ def evidence() -> questions.Evidence:
     [
         (-2, -1, "lower", "better"),
         (1, 2, "lower", "worse"),
-        (-1, 1, "lower", questions.APART),
-        (0, 1, "lower", questions.APART),
+        (-1, 1, "lower", APART),
+        (0, 1, "lower", APART),
         (-2, -1, "higher", "worse"),
         (1, 2, "higher", "better"),
-        (float("nan"), float("nan"), "lower", questions.APART),
+        (float("nan"), float("nan"), "lower", APART),
     ],
 )
 def test_a_verdict_needs_an_interval_that_excludes_zero(low, high, better, word):
-    assert questions.verdict(low, high, better) == word
+    assert verdict(low, high, better) == word
 
 
 def test_an_interval_of_a_mean_is_students():
@@ -104,7 +114,7 @@ def test_rows_are_told_apart_by_their_paired_interval_or_said_not_to_have_run(ev
     assert "worse in latent MSE" in questions.against(evidence, "quest-groups-1", "quest")
     assert "better in latent MSE" in questions.against(evidence, "quest", "quest-groups-1")
     # Each alone is far wider than what parts the two; but the difference is smaller than its own interval.
-    assert f"{questions.APART} in latent MSE" in questions.against(evidence, "quest-joint", "quest")
+    assert f"{APART} in latent MSE" in questions.against(evidence, "quest-joint", "quest")
     assert questions.against(evidence, "quest-wide", "quest") == "quest-wide against quest: NOT RUN (quest-wide)."
 
 
@@ -126,17 +136,17 @@ def test_the_document_answers_ten_questions_with_what_there_is(evidence):
 
 
 def test_tables_are_tidy(evidence):
-    taylor = pd.DataFrame(questions.taylor_rows(evidence))
+    taylor = pd.DataFrame(taylor_rows(evidence))
     assert len(taylor) == 15 and set(taylor["n"]) == {2}
-    (inference,) = questions.inference_rows(evidence)
+    (inference,) = inference_rows(evidence)
     assert inference["difference"] == pytest.approx(2e-4) and inference["low"] > 0
-    compared = pd.DataFrame(questions.comparisons_rows(evidence)).set_index(["row", "metric"])
+    compared = pd.DataFrame(comparisons_rows(evidence)).set_index(["row", "metric"])
     assert compared.loc[("quest-groups-1", "latent_mse"), "verdict"] == "worse"
-    assert {"variant", "error", "value", "low", "high"} <= set(pd.DataFrame(questions.tunings_rows(evidence)))
+    assert {"variant", "error", "value", "low", "high"} <= set(pd.DataFrame(tunings_rows(evidence)))
 
 
 def test_figures_are_drawn(evidence, tmp_path):
-    property_figures.taylor(pd.DataFrame(questions.taylor_rows(evidence)), tmp_path / "taylor.png")
+    property_figures.taylor(pd.DataFrame(taylor_rows(evidence)), tmp_path / "taylor.png")
     waves = {label: [np.sin(np.arange(64)), np.cos(np.arange(64))] for label in ("data", "full precision", "quest")}
     property_figures.signals(waves, ["a", "b"], tmp_path / "signals.png")
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("taylor", "signals"))

@@ -24,9 +24,9 @@ def main() -> None:
     import pandas as pd
 
     from quest.files import atomic
-    from quest.report import property_figures, questions
+    from quest.report import evidence, property_figures, questions
 
-    evidence = questions.read(
+    found = evidence.read(
         arguments.properties,
         arguments.cells,
         arguments.taylor,
@@ -36,15 +36,15 @@ def main() -> None:
     )
     for name in ("taylor", "tunings", "inference", "comparisons"):
         with atomic(arguments.output / f"{name}.csv") as file:
-            pd.DataFrame(getattr(questions, f"{name}_rows")(evidence)).to_csv(file, index=False)
-    folder, taylor = arguments.output / "figures", pd.DataFrame(questions.taylor_rows(evidence))
-    title = f"{evidence.taylor['model']}, n = {taylor['n'].iloc[0]} trajectories"
+            pd.DataFrame(getattr(evidence, f"{name}_rows")(found)).to_csv(file, index=False)
+    folder, taylor = arguments.output / "figures", pd.DataFrame(evidence.taylor_rows(found))
+    title = f"{found.taylor['model']}, n = {taylor['n'].iloc[0]} trajectories"
     property_figures.taylor(taylor, folder / "taylor.png", title)
-    property_figures.signals(evidence.signals["signals"], evidence.signals["classes"], folder / "signals.png")
+    property_figures.signals(found.signals["signals"], found.signals["classes"], folder / "signals.png")
     with atomic(arguments.output / "questions.md") as file:
-        file.write_text(questions.document(evidence), encoding="utf-8")
+        file.write_text(questions.document(found), encoding="utf-8")
     with atomic(arguments.output / "findings.md") as file:
-        file.write_text(questions.findings(evidence) + "\n", encoding="utf-8")
+        file.write_text(questions.findings(found) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
