@@ -57,7 +57,7 @@ def denoiser(model: Model, device="meta"):
     import diffusers
     import torch
 
-    from quest import compvis
+    from quest.compvis import networks
 
     if model.origin is None:
         config = json.loads((ZOO / model.name / "unet" / "config.json").read_text())
@@ -65,7 +65,7 @@ def denoiser(model: Model, device="meta"):
         with torch.device(device):
             return kind.from_config(config).eval()
     if model.origin.compvis is not None:
-        return compvis.denoiser(COMPVIS / f"{model.origin.compvis}.yaml", device)
+        return networks.denoiser(COMPVIS / f"{model.origin.compvis}.yaml", device)
     from quest.train_cifar10 import ARCHITECTURE  # the only one in diffusers layout
 
     with torch.device(device):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import quest
-from quest import audit, checkpoint, compvis, cost, ranges
+from quest import audit, checkpoint, cost, ranges
 from quest.__main__ import main
+from quest.compvis import networks
 from quest.layers import input_quantizers, quant_layers, swap
 from quest.rehearsal import COMPVIS
 from quest.timegroups import TimeGroups
@@ -74,7 +75,7 @@ def test_what_is_no_checkpoint_is_one_line(made, text_calibration, tmp_path):
 
 def stable_diffusion(w, a, groups=None):
     """A pipeline of Stable Diffusion's denoiser without its weights, quantized; the float one beside it."""
-    unet = compvis.denoiser(COMPVIS / "sd14.yaml", "meta")
+    unet = networks.denoiser(COMPVIS / "sd14.yaml", "meta")
     return swap(SimpleNamespace(unet=unet, scheduler=None), w, a, softmax_bits=16, groups=groups), unet
 
 

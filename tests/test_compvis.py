@@ -19,6 +19,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors.torch import save_file
 
 from quest import compvis, rehearsal
+from quest.compvis import networks
+from quest.compvis.checkpoint import read
 from quest.pipelines import FixedHeadsUNet2DModel, LatentDiffusionPipeline
 
 GOLDEN = Path(__file__).parent / "golden" / "compvis"
@@ -149,7 +151,7 @@ def test_heads_that_do_not_divide_a_width_are_refused():
     config = config_of("lsun_churches")
     config["model"]["params"]["unet_config"]["params"]["num_heads"] = 5
     with pytest.raises(ValueError, match="num_attention_heads: 5 do not divide 32"):
-        compvis.denoiser(config, "meta")
+        networks.denoiser(config, "meta")
 
 
 def test_averaged_weights_are_used_unless_told_otherwise(loaded, tmp_path):
@@ -252,7 +254,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": state_of("imagenet"), "extra": Code(f"touch {tmp_path / 'ran'}")}, path)
     with pytest.raises(ValueError, match=r"model.ckpt: refused, .*(posix|os)\.system.*nothing was run"):
-        compvis.read(path)
+        read(path)
     assert not (tmp_path / "ran").exists()
     torch.load(path, weights_only=False)  # it would have run
     assert (tmp_path / "ran").exists()
@@ -265,18 +267,18 @@ def test_a_truncated_file_is_said_to_be_one(tmp_path, suffix, share):
     written(state, path) if suffix == ".ckpt" else save_file(state, path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(ValueError, match=rf"model{suffix} \({path.stat().st_size} bytes\): truncated, or not a"):
-        compvis.read(path)
+        read(path)
 
 
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.ckpt: no such file; give the path of a CompVis checkpoint"):
-        compvis.read(tmp_path / "none.ckpt")
+        read(tmp_path / "none.ckpt")
     (tmp_path / "page.ckpt").write_text("<html>Please log in</html>")
     with pytest.raises(ValueError, match="page.ckpt .*truncated, or not a PyTorch checkpoint"):
-        compvis.read(tmp_path / "page.ckpt")
+        read(tmp_path / "page.ckpt")
     torch.save({"state_dict": {"step": 3}}, tmp_path / "step.ckpt")
     with pytest.raises(ValueError, match="step.ckpt: holds no state_dict of tensors"):
-        compvis.read(tmp_path / "step.ckpt")
+        read(tmp_path / "step.ckpt")
 
 
 def test_lightning_checkpoints_are_read_without_lightning(tmp_path, monkeypatch):
@@ -290,7 +292,7 @@ def test_lightning_checkpoints_are_read_without_lightning(tmp_path, monkeypatch)
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": state, "callbacks": {callback: {"best_model_path": "", "monitor": "val"}}}, path)
     monkeypatch.undo()
-    assert torch.equal(compvis.read(path)["model.weight"], torch.ones(2))
+    assert torch.equal(read(path)["model.weight"], torch.ones(2))
 
 
 def changed(name, keys, value):
@@ -386,13 +388,13 @@ FULL = {
 def test_full_size_configurations_have_the_papers_parameters(name):
     million, size, published = FULL[name]
     config = rehearsal.COMPVIS / f"{name}.yaml"
-    unet = compvis.denoiser(config, "meta")
+    unet = networks.denoiser(config, "meta")
     count = sum(parameter.numel() for parameter in unet.parameters())
     assert {parameter.device.type for parameter in unet.parameters()} == {"meta"}
     assert round(count / 1e6, 2) == million
     assert round(count * 4 / 2**20, 1) == size
     assert abs(count * 4 / 2**20 - published) < 0.35
-    vae = compvis.autoencoder(config, "meta")
+    vae = networks.autoencoder(config, "meta")
     side = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
     assert side == vae.config.sample_size == (512 if name == "sd14" else 256)
 
