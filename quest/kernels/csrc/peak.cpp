@@ -17,71 +17,29 @@ namespace {
 
 constexpr int SUMS = 12;  // enough to hide the latency of each
 
-// The compiler may not foresee what an iteration multiplies.
-#define OPAQUE(v) asm volatile("" : "+x"(v))
-
-QUEST_TARGET("avx2,fma") void integer_avx2(int64_t iterations) {
-  __m256i a = _mm256_set1_epi16(3), b = _mm256_set1_epi16(5), c[SUMS];
-#pragma GCC unroll 12
-  for (int j = 0; j < SUMS; j++) c[j] = _mm256_setzero_si256();
-  for (int64_t i = 0; i < iterations; i++) {
-#pragma GCC unroll 12
-    for (int j = 0; j < SUMS; j++) {
-      OPAQUE(a);
-      c[j] = _mm256_add_epi32(c[j], _mm256_madd_epi16(a, b));
-    }
+// A function that sets each of the sums c[j] to `add`, which multiplies registers a and b, over and over. `opaque` is the
+// constraint of an empty asm: the compiler may not foresee what an iteration multiplies.
+#define QUEST_PEAK(name, isa, vector, opaque, factor, other, zero, add)                        \
+  QUEST_TARGET(isa) void name(int64_t iterations) {                                            \
+    vector a = factor, b = other, c[SUMS];                                                     \
+    _Pragma("GCC unroll 12") for (int j = 0; j < SUMS; j++) c[j] = zero;                       \
+    for (int64_t i = 0; i < iterations; i++) {                                                 \
+      _Pragma("GCC unroll 12") for (int j = 0; j < SUMS; j++) {                                \
+        asm volatile("" : opaque(a));                                                          \
+        c[j] = add;                                                                            \
+      }                                                                                        \
+    }                                                                                          \
+    _Pragma("GCC unroll 12") for (int j = 0; j < SUMS; j++) asm volatile("" : opaque(c[j]));   \
   }
-#pragma GCC unroll 12
-  for (int j = 0; j < SUMS; j++) OPAQUE(c[j]);
-}
 
-QUEST_TARGET("avx2,fma") void float_avx2(int64_t iterations) {
-  __m256 a = _mm256_set1_ps(1e-3f), b = _mm256_set1_ps(2e-3f), c[SUMS];
-#pragma GCC unroll 12
-  for (int j = 0; j < SUMS; j++) c[j] = _mm256_setzero_ps();
-  for (int64_t i = 0; i < iterations; i++) {
-#pragma GCC unroll 12
-    for (int j = 0; j < SUMS; j++) {
-      OPAQUE(a);
-      c[j] = _mm256_fmadd_ps(a, b, c[j]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int j = 0; j < SUMS; j++) OPAQUE(c[j]);
-}
-
-#undef OPAQUE
-#define OPAQUE(v) asm volatile("" : "+v"(v))
-
-QUEST_TARGET("avx512f,avx512bw,avx512vnni") void integer_avx512vnni(int64_t iterations) {
-  __m512i a = _mm512_set1_epi16(3), b = _mm512_set1_epi16(5), c[SUMS];
-#pragma GCC unroll 12
-  for (int j = 0; j < SUMS; j++) c[j] = _mm512_setzero_si512();
-  for (int64_t i = 0; i < iterations; i++) {
-#pragma GCC unroll 12
-    for (int j = 0; j < SUMS; j++) {
-      OPAQUE(a);
-      c[j] = _mm512_dpwssd_epi32(c[j], a, b);
-    }
-  }
-#pragma GCC unroll 12
-  for (int j = 0; j < SUMS; j++) OPAQUE(c[j]);
-}
-
-QUEST_TARGET("avx512f") void float_avx512(int64_t iterations) {
-  __m512 a = _mm512_set1_ps(1e-3f), b = _mm512_set1_ps(2e-3f), c[SUMS];
-#pragma GCC unroll 12
-  for (int j = 0; j < SUMS; j++) c[j] = _mm512_setzero_ps();
-  for (int64_t i = 0; i < iterations; i++) {
-#pragma GCC unroll 12
-    for (int j = 0; j < SUMS; j++) {
-      OPAQUE(a);
-      c[j] = _mm512_fmadd_ps(a, b, c[j]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int j = 0; j < SUMS; j++) OPAQUE(c[j]);
-}
+QUEST_PEAK(integer_avx2, "avx2,fma", __m256i, "+x", _mm256_set1_epi16(3), _mm256_set1_epi16(5), _mm256_setzero_si256(),
+           _mm256_add_epi32(c[j], _mm256_madd_epi16(a, b)))
+QUEST_PEAK(float_avx2, "avx2,fma", __m256, "+x", _mm256_set1_ps(1e-3f), _mm256_set1_ps(2e-3f), _mm256_setzero_ps(),
+           _mm256_fmadd_ps(a, b, c[j]))
+QUEST_PEAK(integer_avx512vnni, "avx512f,avx512bw,avx512vnni", __m512i, "+v", _mm512_set1_epi16(3), _mm512_set1_epi16(5),
+           _mm512_setzero_si512(), _mm512_dpwssd_epi32(c[j], a, b))
+QUEST_PEAK(float_avx512, "avx512f", __m512, "+v", _mm512_set1_ps(1e-3f), _mm512_set1_ps(2e-3f), _mm512_setzero_ps(),
+           _mm512_fmadd_ps(a, b, c[j]))
 
 }  // namespace
 }  // namespace quest
