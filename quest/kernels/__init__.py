@@ -1,4 +1,7 @@
-"""Kernels: a module each with supports, pack, linear, conv2d and attention. What they mean is `reference`."""
+"""Kernels: a module each with supports, pack, linear, conv2d and attention. What they mean is `reference`.
+
+Those that keep a weight as its codes have `unpack`, which gives them back.
+"""
 
 import importlib
 import logging

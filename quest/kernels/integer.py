@@ -41,6 +41,7 @@ def core() -> ctypes.CDLL:
         "quest_use": (c_int, [ctypes.c_char_p]),
         "quest_packed_bytes": (i64, [i64] * 5),
         "quest_pack": (None, [pointer] * 3 + [i64] * 5 + [pointer]),
+        "quest_unpack": (None, [pointer] * 2),
         "quest_linear": (c_int, [pointer, i64, i64, pointer, pointer, f32, f32, f32, c_int, pointer, c_int]),
         "quest_conv2d": (
             c_int,
@@ -151,8 +152,7 @@ def _magnitude(zero_point: Tensor, spec: QuantSpec) -> float:
 def pack(weight: QTensor) -> Tensor:
     """Codes, scales and zero points in the order in which they are read: uint8 [O, kh, kw, bytes] (1 x 1 if linear).
 
-    Codes of at most 4 bits take half a byte. The weight of a small 3 x 3 convolution is also kept as Winograd's
-    algorithm needs it, at 8 bytes a weight.
+    Codes of at most 4 bits take half a byte.
     """
     codes, scale, zero_point = (t.detach() for t in weight)
     shape = (*codes.shape, 1, 1)[:4]  # [O, C, kh, kw]
@@ -165,6 +165,14 @@ def pack(weight: QTensor) -> Tensor:
     packed = torch.empty((outputs, kh, kw, -(-size // (outputs * kh * kw))), dtype=torch.uint8)
     core().quest_pack(codes.data_ptr(), zero_point.data_ptr(), scale.data_ptr(), *shape, bits, packed.data_ptr())
     return packed
+
+
+def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The codes that `pack` was given, float32 of the weight's shape, on the device of `packed`."""
+    there = packed.cpu()
+    codes = torch.empty(shape, dtype=torch.uint8)
+    core().quest_unpack(there.data_ptr(), codes.data_ptr())
+    return codes.to(packed.device).float()
 
 
 def linear(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:

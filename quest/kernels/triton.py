@@ -97,6 +97,16 @@ def pack(weight: QTensor) -> Tensor:
     return torch.cat([codes, header.view(codes.dtype)], dim=-1)
 
 
+def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The codes that `pack` was given, float32 of the weight's shape."""
+    channels, codes = shape[1], packed[..., :-HEADER]
+    if packed.dtype == torch.uint8:
+        codes = torch.cat([codes & 15, codes >> 4], dim=-1).float()
+    else:
+        codes = codes.float() + 128
+    return codes[..., :channels].permute(0, 3, 1, 2).reshape(shape).contiguous()
+
+
 def linear(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], weight what `pack` gave -> [..., N], in the dtype of x."""
     scale, zero_point, spec = qparams

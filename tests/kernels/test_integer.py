@@ -86,6 +86,7 @@ def test_linear_sums_are_those_of_the_codes(isa, threads, monkeypatch, bits, row
         ((1, 6, 11, 11), 9, 5, {"padding": (2, 2)}),
         ((1, 6, 1, 3), 9, 1, {"padding": (2, 3), "stride": (7, 9)}),
         ((1, 320, 4, 4), 320, 3, {}),
+        ((1, 150, 8, 8), 130, 3, {}),
     ],
 )
 def test_convolution_sums_are_those_of_the_codes(isa, threads, monkeypatch, bits, shape, outputs, size, conv):
@@ -230,12 +231,20 @@ def test_nan_is_an_error():
 
 
 def test_packed_sizes():
-    """Half a byte or a byte for each code; a small 3x3 weight eight more for its transform."""
+    """Half a byte or a byte for each code, and little beside."""
     for bits, size in ((8, 1), (4, 0.5)):
         assert integer.pack(weight(320, 640, bits=bits)).numel() == pytest.approx(320 * 640 * size, rel=0.03)
         assert integer.pack(weight(512, 512, 3, 3, bits=bits)).numel() == pytest.approx(512 * 512 * 9 * size, rel=0.03)
-        small = integer.pack(weight(64, 64, 3, 3, bits=bits)).numel()
-        assert small == pytest.approx(64 * 64 * 9 * (size + 8), rel=0.03)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (17, 63), (32, 48), (5, 3, 3, 3), (33, 10, 1, 1), (16, 4, 5, 2)])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kernel", ["integer", "triton"])
+def test_packed_codes_are_given_back(kernel, bits, shape):
+    torch.manual_seed(0)
+    w, kernel = weight(*shape, bits=bits, outside=True), kernels.get(kernel)
+    codes = kernel.unpack(kernel.pack(w), shape)
+    assert torch.equal(codes, w.codes) and codes.is_contiguous()
 
 
 def groups(spec: QuantSpec, *zero_points: float) -> QParams:

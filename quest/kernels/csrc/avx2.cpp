@@ -228,6 +228,44 @@ inline __m256i shl(__m256i x, int by) { return _mm256_slli_epi16(x, by); }
 inline __m256i add(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
 inline __m256i sub(__m256i a, __m256i b) { return _mm256_sub_epi16(a, b); }
 
+// G of F(4x4, 3x3) with rows scaled to integers: {1,0,0}, {1,1,1}, {1,-1,1}, {1,2,4}, {1,-2,4}, {0,0,1}.
+inline void weight_transform(const __m256i g[3], __m256i out[6]) {
+  const __m256i near = add(g[0], g[2]), far = add(g[0], shl(g[2], 2)), twice = shl(g[1], 1);
+  out[0] = g[0];
+  out[1] = add(near, g[1]);
+  out[2] = sub(near, g[1]);
+  out[3] = add(far, twice);
+  out[4] = sub(far, twice);
+  out[5] = g[2];
+}
+
+template <int Third>
+void third_of_weight(const int16_t* in, int64_t numbers, int16_t* out, ptrdiff_t stride) {
+  for (int64_t n = 0; n < numbers; n += 16) {
+    __m256i half[2][3], v[6];
+    for (int x = 0; x < 3; x++) {
+      __m256i g[3];
+      for (int y = 0; y < 3; y++)
+        g[y] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + (3 * y + x) * numbers + n));
+      weight_transform(g, v);
+      for (int i = 0; i < 2; i++) half[i][x] = v[WINOGRAD_ROWS[Third][i]];  // the compiler drops the others
+    }
+    for (int i = 0; i < 2; i++) {
+      weight_transform(half[i], v);
+      for (int j = 0; j < 6; j++)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (6 * i + j) * stride + n), v[j]);
+    }
+  }
+}
+
+void winograd_weight(const int16_t* in, int64_t numbers, int third, int16_t* out, ptrdiff_t stride) {
+  switch (third) {
+    case 0: return third_of_weight<0>(in, numbers, out, stride);
+    case 1: return third_of_weight<1>(in, numbers, out, stride);
+    default: return third_of_weight<2>(in, numbers, out, stride);
+  }
+}
+
 // B^T of F(4x4, 3x3).
 inline void input_transform(const __m256i d[6], __m256i out[6]) {
   out[0] = add(sub(shl(d[0], 2), add(shl(d[2], 2), d[2])), d[4]);
@@ -467,9 +505,9 @@ void geglu(const float* hidden, const float* gate, int64_t n, float* y) {
 }  // namespace
 
 extern const Isa avx2 = {
-    "avx2",         6,
-    quantize,       unpack8,         unpack4, tiles_int,  tiles_float,
-    winograd_input, winograd_output, softmax, group_norm, layer_norm,  geglu,
+    "avx2",          6,
+    quantize,        unpack8,        unpack4,         tiles_int, tiles_float,
+    winograd_weight, winograd_input, winograd_output, softmax,   group_norm,  layer_norm, geglu,
 };
 
 }  // namespace quest

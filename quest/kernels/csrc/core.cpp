@@ -145,11 +145,14 @@ const int forgotten = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
 // Multiply-accumulates that a thread does while another one wakes up; of other operations, a tenth.
 constexpr int64_t WAKE = 1 << 20;
 
+// Threads that are worth waking for so much work, of those allowed.
+int64_t useful(int threads, int64_t work) { return std::min<int64_t>(threads, 1 + work / WAKE); }
+
 // Calls task(0..tasks) on up to `threads` threads, fewer for little `work` (multiply-accumulates). Tasks write to places
 // of their own, so their order does not matter.
 template <class Task>
 void parallel(int64_t tasks, int threads, int64_t work, const Task& task) {
-  threads = static_cast<int>(std::min({static_cast<int64_t>(threads), tasks, 1 + work / WAKE}));
+  threads = static_cast<int>(std::min(tasks, useful(threads, work)));
   if (threads <= 1) {
     for (int64_t i = 0; i < tasks; i++) task(i);
     return;
@@ -160,12 +163,12 @@ void parallel(int64_t tasks, int threads, int64_t work, const Task& task) {
   });
 }
 
-// A packed weight: this header, then codes by panel, zero points, scales and the transformed weight.
+// A packed weight: this header, then zero points, scales and codes by panel.
 struct Weight {
   int64_t magic, outputs, channels, height, width, bits;
   int64_t largest;   // |code - zero point|
   int64_t row_sum;   // of |code - zero point| over an output's weights, the largest
-  int64_t zero_points, scales, codes, transformed, bytes;  // offsets; 0: not there
+  int64_t zero_points, scales, codes, bytes;  // offsets
 
   const char* base() const { return reinterpret_cast<const char*>(this); }
   char* base() { return reinterpret_cast<char*>(this); }
@@ -173,12 +176,8 @@ struct Weight {
   int64_t pairs() const { return ceil_div(channels, 2); }
   int64_t taps() const { return height * width; }
   int64_t panel_codes() const { return taps() * pairs() * NR * 2 * bits / 8; }  // bytes
-  int64_t panel_transformed() const { return pairs() * NR * 2; }                // int16 numbers
   const float* scale() const { return reinterpret_cast<const float*>(base() + scales); }
   const int16_t* zero_point() const { return reinterpret_cast<const int16_t*>(base() + zero_points); }
-  const int16_t* point(int64_t i) const {
-    return reinterpret_cast<const int16_t*>(base() + transformed) + i * panels() * panel_transformed();
-  }
   const int16_t* panel(int64_t p, int16_t* out) const {
     auto unpack = bits == 4 ? isa->unpack4 : isa->unpack8;
     unpack(reinterpret_cast<const uint8_t*>(base() + codes) + p * panel_codes(), zero_point() + p * NR, taps() * pairs(),
@@ -187,17 +186,29 @@ struct Weight {
   }
 };
 
+// Where the codes of an output and tap lie: channel k at byte(k), shifted. Of 4 bits, those of the panel's first half of
+// outputs in the low halves of bytes, those of the second half in the high ones.
+struct Row {
+  int64_t first, pair;
+  int shift;
+  Row(const Weight& w, int64_t output, int64_t tap) {
+    int64_t together = w.bits == 8 ? NR : NR / 2, column = output % NR;
+    pair = 2 * together;  // bytes from two channels to the next two
+    first = w.codes + output / NR * w.panel_codes() + tap * w.pairs() * pair + column % together * 2;
+    shift = column < together ? 0 : 4;
+  }
+  int64_t byte(int64_t channel) const { return first + channel / 2 * pair + channel % 2; }
+};
+
 constexpr int64_t MAGIC = 0x31304b5155455354;
-// A transformed weight takes eight bytes where fp32 takes four. Up to this size that is worth its memory: larger ones
-// belong to layers with few pixels, which read more than they multiply.
-constexpr int64_t TRANSFORMED_BYTES = int64_t{8} << 20;
+constexpr int64_t TRANSFORM_TILES = 3;    // to transform a weight takes about as long as to multiply so many tiles with it
 constexpr int64_t TRANSFORM_GAIN = 49;    // of the kernel's transform: largest result for inputs of 1
 constexpr int64_t INPUT_GAIN = 100;       // of the input's
 constexpr int64_t EXACT = int64_t{1} << 25;
 constexpr int64_t CACHE = 320 << 10;      // bytes of a block of work, below what a core's second cache holds
 
-Weight layout(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits, bool transform) {
-  Weight w{MAGIC, outputs, channels, height, width, bits, 0, 0, 0, 0, 0, 0, 0};
+Weight layout(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits) {
+  Weight w{MAGIC, outputs, channels, height, width, bits, 0, 0, 0, 0, 0, 0};
   int64_t at = round_up(sizeof(Weight), 64);
   auto take = [&](int64_t bytes) {
     int64_t start = at;
@@ -207,19 +218,8 @@ Weight layout(int64_t outputs, int64_t channels, int64_t height, int64_t width, 
   w.zero_points = take(w.panels() * NR * sizeof(int16_t));
   w.scales = take(w.panels() * NR * sizeof(float));
   w.codes = take(w.panels() * w.panel_codes());
-  if (transform) w.transformed = take(POINTS * w.panels() * w.panel_transformed() * sizeof(int16_t));
   w.bytes = at;
   return w;
-}
-
-// Transforms by G with rows scaled to integers: {1,0,0}, {1,1,1}, {1,-1,1}, {1,2,4}, {1,-2,4}, {0,0,1}.
-void kernel_transform(const int32_t in[3], int32_t out[6]) {
-  out[0] = in[0];
-  out[1] = in[0] + in[1] + in[2];
-  out[2] = in[0] - in[1] + in[2];
-  out[3] = in[0] + 2 * in[1] + 4 * in[2];
-  out[4] = in[0] - 2 * in[1] + 4 * in[2];
-  out[5] = in[2];
 }
 
 // Multiplies quantized rows with every panel of a weight.
@@ -324,46 +324,63 @@ bool conv_direct(const Weight& w, const Conv& c, Range range, const Epilogue& e,
   return nan;
 }
 
+// One panel of the weight after another is taken to the transformed domain, and multiplied with all tiles of a block
+// before the next: it lies in the first caches and is nowhere kept.
 bool conv_winograd(const Weight& w, const Conv& c, Range range, const Epilogue& e, int threads) {
-  int64_t padded = round_up(w.channels, 16), outputs = w.panels() * NR;
+  int64_t padded = round_up(w.channels, 16);
   int64_t across = ceil_div(c.out_width, 4), down = ceil_div(c.out_height, 4);  // tiles of an image
-  int64_t tiles = CACHE / (POINTS * (2 * padded + 4 * outputs));
+  int64_t tiles = CACHE / (POINTS * (2 * padded + 4 * NR));
   int64_t units = std::max<int64_t>(1, std::max<int64_t>(tiles, MAX_MR) / across);  // rows of tiles in a block
-  int64_t columns = 4 * across + 2, total = c.samples * down;
+  int64_t columns = 4 * across + 2, total = c.samples * down, blocks = ceil_div(total, units);
+  // Where there are few tiles the outputs are shared out, too.
+  int64_t parts = std::min(w.panels(), ceil_div(useful(threads, c.macs(w) / 4), blocks));
   std::atomic<bool> nan{false};
-  parallel(ceil_div(total, units), threads, c.macs(w) / 4, [&](int64_t task) {
-    static thread_local Scratch<int16_t> codes, transformed;
+  parallel(blocks * parts, threads, c.macs(w) / 4, [&](int64_t task) {
+    static thread_local Scratch<int16_t> codes, transformed, taps, points;
     static thread_local Scratch<int32_t> products;
-    int64_t first = task * units, count = std::min(units, total - first), n = count * across;
-    // An odd number of cache lines apart, or the 36 points would meet in few sets of the cache.
-    int64_t in_stride = round_up(n * padded, 64) + 32, out_stride = round_up(n * outputs, 32) + 16;
+    int64_t first = task / parts * units, count = std::min(units, total - first), n = count * across;
+    int64_t panel = task % parts * w.panels() / parts, end = (task % parts + 1) * w.panels() / parts;
+    int64_t numbers = w.pairs() * NR * 2;  // of a panel, for each tap
+    // An odd number of cache lines apart, or the points would meet in few sets of the cache.
+    int64_t in_stride = round_up(n * padded, 64) + 32, out_stride = round_up(n * NR, 32) + 16;
+    int64_t weight_stride = round_up(numbers, 64) + 32;
     int16_t* q = codes.get(6 * columns * padded);
     int16_t* v = transformed.get(POINTS * in_stride);
+    int16_t* g = taps.get(9 * numbers);
+    int16_t* u = points.get(12 * weight_stride);
     int32_t* m = products.get(POINTS * out_stride);
-    for (int64_t u = 0; u < count; u++) {
-      int64_t sample = (first + u) / down, y = (first + u) % down * 4;
+    for (int64_t i = 0; i < count; i++) {
+      int64_t sample = (first + i) / down, y = (first + i) % down * 4;
       if (quantize_rows(c, w.channels, padded, sample, y - 1, 6, columns, range, q)) nan = true;
       for (int64_t x = 0; x < across; x++)
-        isa->winograd_input(q + 4 * x * padded, columns * padded, padded, padded, v + (u * across + x) * padded,
+        isa->winograd_input(q + 4 * x * padded, columns * padded, padded, padded, v + (i * across + x) * padded,
                             in_stride);
     }
     const ptrdiff_t none = 0;
     const int16_t* a[MAX_MR];
-    for (int64_t i = 0; i < POINTS; i++)
-      for (int64_t p = 0; p < w.panels(); p++)
-        for (int64_t r = 0; r < n; r += isa->rows) {
-          int rows = static_cast<int>(std::min<int64_t>(isa->rows, n - r));
-          for (int j = 0; j < rows; j++) a[j] = v + i * in_stride + (r + j) * padded;
-          isa->tile_int(rows, a, 1, &none, w.pairs(), w.point(i) + p * w.panel_transformed(),
-                        m + i * out_stride + r * outputs + p * NR, outputs);
+    for (; panel < end; panel++) {
+      w.panel(panel, g);
+      for (int third = 0; third < 3; third++) {
+        isa->winograd_weight(g, numbers, third, u, weight_stride);
+        for (int64_t k = 0; k < 12; k++) {
+          int64_t i = 6 * WINOGRAD_ROWS[third][k / 6] + k % 6;
+          for (int64_t r = 0; r < n; r += isa->rows) {
+            int rows = static_cast<int>(std::min<int64_t>(isa->rows, n - r));
+            for (int j = 0; j < rows; j++) a[j] = v + i * in_stride + (r + j) * padded;
+            isa->tile_int(rows, a, 1, &none, w.pairs(), u + k * weight_stride, m + i * out_stride + r * NR, NR);
+          }
         }
-    for (int64_t u = 0; u < count; u++) {
-      int64_t sample = (first + u) / down, y = (first + u) % down * 4;
-      for (int64_t x = 0; x < across; x++)
-        isa->winograd_output(m + (u * across + x) * outputs, out_stride, w.outputs, e.scale.data(), e.bias.data(),
-                             c.out + ((sample * c.out_height + y) * c.out_width + 4 * x) * w.outputs,
-                             c.out_width * w.outputs, w.outputs, static_cast<int>(std::min<int64_t>(4, c.out_height - y)),
-                             static_cast<int>(std::min<int64_t>(4, c.out_width - 4 * x)));
+      }
+      int64_t outputs = std::min<int64_t>(NR, w.outputs - panel * NR);
+      for (int64_t i = 0; i < count; i++) {
+        int64_t sample = (first + i) / down, y = (first + i) % down * 4;
+        for (int64_t x = 0; x < across; x++)
+          isa->winograd_output(
+              m + (i * across + x) * NR, out_stride, outputs, e.scale.data() + panel * NR, e.bias.data() + panel * NR,
+              c.out + ((sample * c.out_height + y) * c.out_width + 4 * x) * w.outputs + panel * NR,
+              c.out_width * w.outputs, w.outputs, static_cast<int>(std::min<int64_t>(4, c.out_height - y)),
+              static_cast<int>(std::min<int64_t>(4, c.out_width - 4 * x)));
+      }
     }
   });
   return nan;
@@ -399,66 +416,51 @@ int quest_use(const char* name) {
 }
 
 int64_t quest_packed_bytes(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits) {
-  bool transform = height == 3 && width == 3 && 8 * 9 * outputs * channels <= TRANSFORMED_BYTES;
-  return layout(outputs, channels, height, width, bits, transform).bytes;
+  return layout(outputs, channels, height, width, bits).bytes;
 }
 
-// codes [outputs, channels, height, width] of `bits` (4 or 8) bits, zero points and scales [outputs]. A weight whose
-// transform does not fit int16 is kept without it.
+// codes [outputs, channels, height, width] of `bits` (4 or 8) bits, zero points and scales [outputs].
 void quest_pack(const uint8_t* codes, const int32_t* zero_points, const float* scales, int64_t outputs, int64_t channels,
                 int64_t height, int64_t width, int64_t bits, void* packed) {
-  int64_t taps = height * width, bytes = quest_packed_bytes(outputs, channels, height, width, bits);
-  bool transform = bytes > layout(outputs, channels, height, width, bits, false).bytes;
-  std::memset(packed, 0, bytes);
+  int64_t taps = height * width;
   Weight& w = *static_cast<Weight*>(packed);
-  w = layout(outputs, channels, height, width, bits, transform);
+  Weight given = layout(outputs, channels, height, width, bits);
+  // What fills up pairs and panels does not matter: it meets the zeros that fill up the quantized input, or gives an
+  // output that is not stored.
+  std::memset(packed, 0, given.bytes);
+  w = given;
   int16_t* z = reinterpret_cast<int16_t*>(w.base() + w.zero_points);
   float* s = reinterpret_cast<float*>(w.base() + w.scales);
-  uint8_t* c = reinterpret_cast<uint8_t*>(w.base() + w.codes);
   for (int64_t o = 0; o < outputs; o++) {
     int64_t sum = 0;
     z[o] = static_cast<int16_t>(zero_points[o]);
     s[o] = scales[o];
-    for (int64_t i = 0; i < channels * taps; i++) {
-      int64_t value = std::abs(codes[o * channels * taps + i] - zero_points[o]);
-      sum += value;
-      w.largest = std::max(w.largest, value);
+    for (int64_t t = 0; t < taps; t++) {
+      const Row row(w, o, t);
+      for (int64_t k = 0; k < channels; k++) {
+        uint8_t code = codes[(o * channels + k) * taps + t];
+        char& at = w.base()[row.byte(k)];
+        at = static_cast<char>(at | code << row.shift);
+        int64_t value = std::abs(code - zero_points[o]);
+        sum += value;
+        w.largest = std::max(w.largest, value);
+      }
     }
     w.row_sum = std::max(w.row_sum, sum);
   }
-  for (int64_t o = 0; o < w.panels() * NR; o++)
-    for (int64_t t = 0; t < taps; t++)
-      for (int64_t k = 0; k < 2 * w.pairs(); k++) {
-        // What fills up pairs and panels does not matter: it meets the zeros that fill up the quantized input, or gives
-        // an output that is not stored.
-        bool real = o < outputs && k < channels;
-        uint8_t code = real ? codes[(o * channels + k) * taps + t] : 0;
-        uint8_t* panel = c + o / NR * w.panel_codes();
-        int64_t at = (t * w.pairs() + k / 2) * NR * 2 + o % NR * 2 + k % 2;  // of int16 numbers in the panel
-        if (bits == 8)
-          panel[at] = code;
-        else  // 32 numbers in 16 bytes: the first 16 in the low halves
-          panel[at / 32 * 16 + at % 16] |= static_cast<uint8_t>(code << (at % 32 / 16 * 4));
-      }
-  if (!transform) return;
-  if (w.largest * TRANSFORM_GAIN > 32767) {
-    w.transformed = 0;
-    return;
-  }
-  for (int64_t o = 0; o < outputs; o++)
-    for (int64_t k = 0; k < channels; k++) {
-      int32_t half[6][3], column[3], full[6];
-      for (int x = 0; x < 3; x++) {
-        for (int y = 0; y < 3; y++) column[y] = codes[(o * channels + k) * 9 + y * 3 + x] - zero_points[o];
-        kernel_transform(column, full);
-        for (int i = 0; i < 6; i++) half[i][x] = full[i];
-      }
-      for (int i = 0; i < 6; i++) {
-        kernel_transform(half[i], full);
-        for (int j = 0; j < 6; j++)
-          const_cast<int16_t*>(w.point(i * 6 + j))[o / NR * w.panel_transformed() + k / 2 * NR * 2 + o % NR * 2 + k % 2] =
-              static_cast<int16_t>(full[j]);
-      }
+}
+
+// The codes that quest_pack was given.
+void quest_unpack(const void* packed, uint8_t* codes) {
+  const Weight& w = *static_cast<const Weight*>(packed);
+  const int64_t channels = w.channels, taps = w.taps();
+  const int mask = (1 << w.bits) - 1;
+  for (int64_t o = 0; o < w.outputs; o++)
+    for (int64_t t = 0; t < taps; t++) {
+      const Row row(w, o, t);
+      for (int64_t k = 0; k < channels; k++)
+        codes[(o * channels + k) * taps + t] =
+            static_cast<uint8_t>(static_cast<uint8_t>(w.base()[row.byte(k)]) >> row.shift & mask);
     }
 }
 
@@ -515,10 +517,11 @@ int quest_conv2d(const float* x, int64_t samples, int64_t height, int64_t width,
   Epilogue e(w, bias, scale);
   Conv c{x,    samples, height,     width,      sample, row,        pixel,    stride_y, stride_x,
          top,  left,    dilation_y, dilation_x, out,    out_height, out_width};
-  bool winograd = w.transformed && stride_y == 1 && stride_x == 1 && top == 1 && left == 1 && dilation_y == 1 &&
+  int64_t tiles = samples * ceil_div(height, 4) * ceil_div(width, 4);
+  bool winograd = w.height == 3 && w.width == 3 && w.largest * TRANSFORM_GAIN <= 32767 && stride_y == 1 && stride_x == 1 && top == 1 && left == 1 && dilation_y == 1 &&
                   dilation_x == 1 && out_height == height && out_width == width &&
                   largest(range) * INPUT_GAIN <= 32767 && largest(range) * w.row_sum < EXACT &&
-                  5 * ceil_div(height, 4) * ceil_div(width, 4) * POINTS < 4 * height * width * 9;
+                  5 * (tiles + TRANSFORM_TILES) * POINTS < 4 * samples * height * width * 9;
   bool nan = winograd ? conv_winograd(w, c, range, e, threads) : conv_direct(w, c, range, e, threads);
   return nan ? HAS_NAN : OK;
 }

@@ -7,7 +7,8 @@ namespace quest {
 
 constexpr int NR = 16;       // columns of a weight panel
 constexpr int MAX_MR = 12;   // most rows of a register tile
-constexpr int POINTS = 36;   // products of one 4x4 output tile in the transformed domain
+constexpr int POINTS = 36;   // products of one 4x4 output tile in the transformed domain, 6x6
+constexpr int WINOGRAD_ROWS[3][2] = {{0, 5}, {1, 2}, {3, 4}};  // of the points, those that are computed together
 
 struct Range {  // of one quantized tensor: code - zero point = clamp(round(x / scale), low, high)
   float scale, low, high;
@@ -31,6 +32,9 @@ struct Isa {
   void (*tile_float)(int rows, const int16_t* const* a, int taps, const ptrdiff_t* offset, int64_t pairs,
                      const int16_t* panel, const float* scale, const float* bias, int columns, float* const* out);
 
+  // 3x3 kernels into a third of the transformed domain, two rows of six points: in[tap * numbers + i], `numbers` a
+  // multiple of 16, to out[(6 * (0 or 1) + column) * stride + i].
+  void (*winograd_weight)(const int16_t* in, int64_t numbers, int third, int16_t* out, ptrdiff_t stride);
   // One 6x6 input tile of `channels` (a multiple of 16) into the transformed domain: out[point * stride + channel].
   void (*winograd_input)(const int16_t* in, ptrdiff_t row, ptrdiff_t pixel, int64_t channels, int16_t* out,
                          ptrdiff_t stride);

@@ -67,6 +67,31 @@ void tile_float(int rows, const int16_t* const* a, int taps, const ptrdiff_t* of
   }
 }
 
+// G of F(4x4, 3x3) with rows scaled to integers: {1,0,0}, {1,1,1}, {1,-1,1}, {1,2,4}, {1,-2,4}, {0,0,1}.
+void weight_transform(const int32_t g[3], int32_t out[6]) {
+  out[0] = g[0];
+  out[1] = g[0] + g[1] + g[2];
+  out[2] = g[0] - g[1] + g[2];
+  out[3] = g[0] + 2 * g[1] + 4 * g[2];
+  out[4] = g[0] - 2 * g[1] + 4 * g[2];
+  out[5] = g[2];
+}
+
+void winograd_weight(const int16_t* in, int64_t numbers, int third, int16_t* out, ptrdiff_t stride) {
+  for (int64_t n = 0; n < numbers; n++) {
+    int32_t half[2][3], column[3], full[6];
+    for (int x = 0; x < 3; x++) {
+      for (int y = 0; y < 3; y++) column[y] = in[(3 * y + x) * numbers + n];
+      weight_transform(column, full);
+      for (int i = 0; i < 2; i++) half[i][x] = full[WINOGRAD_ROWS[third][i]];
+    }
+    for (int i = 0; i < 2; i++) {
+      weight_transform(half[i], full);
+      for (int j = 0; j < 6; j++) out[(6 * i + j) * stride + n] = static_cast<int16_t>(full[j]);
+    }
+  }
+}
+
 // B^T of F(4x4, 3x3).
 void input_transform(const int32_t d[6], int32_t out[6]) {
   out[0] = 4 * d[0] - 5 * d[2] + d[4];
@@ -173,9 +198,9 @@ void geglu(const float* hidden, const float* gate, int64_t n, float* y) {
 }  // namespace
 
 extern const Isa portable = {
-    "portable",     6,
-    quantize,       unpack8,         unpack4, tile_int,   tile_float,
-    winograd_input, winograd_output, softmax, group_norm, layer_norm, geglu,
+    "portable",      6,
+    quantize,        unpack8,        unpack4,         tile_int, tile_float,
+    winograd_weight, winograd_input, winograd_output, softmax,  group_norm, layer_norm, geglu,
 };
 
 }  // namespace quest
