@@ -137,7 +137,10 @@ def tensor_class(name: str) -> str:
 
 def parameters(denoiser: nn.Module) -> int:
     """Parameters of the denoiser itself, scales of quantizers left out."""
-    return _numel(denoiser.parameters()) - _numel(_scales(denoiser))
+    packed = (
+        layer.form for _, layer in quant_layers(denoiser) if layer.held is None
+    )  # no parameters, but codes of them
+    return _numel(denoiser.parameters()) - _numel(_scales(denoiser)) + _numel(packed)
 
 
 def footprint(denoiser: nn.Module, work: dict[str, int]) -> dict[str, float]:

@@ -23,6 +23,9 @@ class QuantLayer(nn.Module):
     weight_quantizer: asymmetric, one scale per output channel, as in every method of the paper. input_quantizer: of the
     layer's input, one scale per time group. output_quantizer: of the layer's output, for a method that quantizes there
     (no integer kernel can multiply the float input it leaves behind); else None.
+
+    A weight that stands on its codes, as a loaded one does, is not kept beside them: `held` is None then, and `weight`
+    is made of them anew each time it is asked for. To change it, `thaw` first.
     """
 
     kernel_name = "reference"  # a name, because modules of Python cannot be copied with the layer
@@ -47,18 +50,53 @@ class QuantLayer(nn.Module):
         self.weight_quantizer.scale.data, self.weight_quantizer.zero_point = scale[None], zero_point[None]
 
     @property
+    def held(self) -> nn.Parameter | None:
+        """The float weight; None where only its codes are kept."""
+        return self._parameters.get("weight")
+
+    @property
+    def weight(self) -> Tensor:
+        return self.unpacked() if self.held is None else self.held
+
+    @torch.no_grad()
+    def unpacked(self) -> Tensor:
+        """scale * (code - zero point) of the packed codes, in the memory layout of the weight."""
+        codes = self.kernel.unpack(self.packed, self.form.shape)
+        scale, zero_point, _ = self.weight_quantizer.qparams
+        weight = QTensor(codes, scale, zero_point).dequantize()
+        # Float sums depend on the layout.
+        return torch.empty_strided(weight.shape, self.form.stride(), dtype=weight.dtype, device=weight.device).copy_(
+            weight
+        )
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self.held is None:
+            destination[f"{prefix}weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    @property
     def qweight(self) -> QTensor | Tensor:
         """Live codes while training, packed once frozen."""
         return quantize(self.weight, self.weight_quantizer.qparams) if self.packed is None else self.packed
 
     def freeze(self, kernel: str = "reference") -> None:
-        """Keep the weight in a kernel's packed form and run on that kernel; `thaw` makes it follow `weight` again."""
+        """Keep the weight in a kernel's packed form and run on that kernel; `thaw` makes it follow `weight` again.
+
+        Codes that give the float weight back, bit for bit, are all that is kept of it.
+        """
         self.thaw()
         self.packed = kernels.get(kernel).pack(self.qweight)
         self.kernel_name = kernel
+        if not hasattr(self.kernel, "unpack"):
+            return
+        self.form = torch.empty_like(self.weight, device="meta")  # shape and layout
+        if torch.equal(self.unpacked(), self.weight):
+            self.weight = None
 
     def thaw(self) -> None:
         """Follow `weight`, on the reference kernel: the one with a gradient."""
+        if self.held is None:
+            self.weight = nn.Parameter(self.unpacked(), requires_grad=False)
         self.packed = None
         self.kernel_name = "reference"
         self.input_quantizer.thaw()

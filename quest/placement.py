@@ -26,8 +26,9 @@ class Placement(NamedTuple):
 def place(denoiser: nn.Module, kernel: str = "auto") -> Placement:
     """Pack every layer for a kernel, and let it and every attention run there if the kernel supports it exactly.
 
-    The others run on the reference kernel. Norms and activations around integer layers are fused (`kernels.blocks`),
-    the reference leaves the blocks as diffusers has them. The result is also kept as `denoiser.placement`.
+    The others run on the reference kernel. A float weight that its packed codes give back is not kept. Norms and
+    activations around integer layers are fused (`kernels.blocks`), the reference leaves the blocks as diffusers has
+    them. The result is also kept as `denoiser.placement`.
     Raises ValueError for an unknown kernel and for one that is not available on the denoiser's device.
     """
     name = kernels.choose(kernel, denoiser.device, denoiser.dtype)
@@ -91,12 +92,12 @@ def every_group(quantizer: Quantizer) -> QParams:
 @contextmanager
 def on_reference(denoiser: nn.Module) -> Iterator[None]:
     """Compute on the reference kernel for a few calls: what is packed is kept, and used again afterwards."""
-    layers = [(layer, layer.packed, layer.kernel_name) for _, layer in quant_layers(denoiser)]
+    layers = [(layer, layer.packed, layer.kernel_name, layer.held) for _, layer in quant_layers(denoiser)]
     processors = [m.processor for _, m in attentions(denoiser) if isinstance(m.processor, QuantAttention)]
     kernels_of = [processor.kernel_name for processor in processors]
     quantizers = [(m, m.frozen) for m in denoiser.modules() if isinstance(m, Quantizer)]
     for layer, *_ in layers:
-        layer.packed, layer.kernel_name = None, "reference"  # the weight is quantized in every call
+        layer.thaw()  # the weight is quantized in every call
     for processor in processors:
         processor.kernel_name = "reference"
     for quantizer, _ in quantizers:
@@ -105,8 +106,8 @@ def on_reference(denoiser: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, packed, name in layers:
-            layer.packed, layer.kernel_name = packed, name
+        for layer, packed, name, weight in layers:
+            layer.packed, layer.kernel_name, layer.weight = packed, name, weight
         for processor, name in zip(processors, kernels_of, strict=True):
             processor.kernel_name = name
         for quantizer, frozen in quantizers:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import quest
-from quest import kernels
+from quest import checkpoint, cost, kernels
 from quest.affine import FLOAT, QParams, QTensor, QuantSpec, fake_quantize, quantize
 from quest.calibration import collect
 from quest.kernels import integer, reference
-from quest.layers import QuantLayer, attentions, quant_layers, swap
+from quest.layers import QuantLayer, attentions, quant_layers, quantized, swap
 from quest.models import MODELS
 from quest.placement import deviation, on_reference, place
 from quest.sampling import arguments, generate
@@ -245,6 +246,81 @@ def test_packed_codes_are_given_back(kernel, bits, shape):
     w, kernel = weight(*shape, bits=bits, outside=True), kernels.get(kernel)
     codes = kernel.unpack(kernel.pack(w), shape)
     assert torch.equal(codes, w.codes) and codes.is_contiguous()
+
+
+def in_memory(layer: QuantLayer) -> int:
+    """Bytes of every tensor that a layer holds for its weight: all but the bias and the quantizers of activations."""
+    tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers()), **vars(layer)}
+    other = ("bias", "input_quantizer.", "output_quantizer.")
+    found = [t for n, t in tensors.items() if isinstance(t, torch.Tensor) and not n.startswith(other)]
+    assert any(t is layer.packed for t in found)
+    return sum(t.untyped_storage().nbytes() for t in found if not t.is_meta)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """A model that ships, its convolutions with channels innermost."""
+    model = MODELS["scenes-class"]
+    pipe = model.load()
+    return pipe, collect(pipe, replace(model, steps=2), "calibration", 1)
+
+
+@pytest.mark.parametrize("bits, most", [("w4a4", 0.16), ("w8a8", 0.275)])
+def test_a_loaded_model_holds_the_codes_of_its_weights_only(shipped, bits, most, tmp_path):
+    """All else is as if the float weights were there."""
+    (pipe, calibration), path = shipped, tmp_path / "m.safetensors"
+    made = quest.quantize(pipe, "rtn", bits, calibration=calibration, samples=1)
+    quest.save(made, path)
+    denoiser, twin = (quest.load(pipe, path, kernel=kernel).unet for kernel in ("integer", "reference"))
+    layers = dict(quant_layers(denoiser))
+    assert all(layer.held is None for layer in layers.values())
+    assert sum(map(in_memory, layers.values())) <= most * sum(4 * layer.weight.numel() for layer in layers.values())
+    own, expected = denoiser.state_dict(), twin.state_dict()
+    assert list(own) == list(expected)
+    assert all(torch.equal(own[n], t) and own[n].stride() == t.stride() for n, t in expected.items())
+    assert cost.parameters(denoiser) == cost.parameters(twin) and cost.stored(denoiser) == cost.stored(twin)
+
+    inputs = calibration.inputs(torch.arange(2))
+    copied, on_integers, e = copy.deepcopy(denoiser), denoiser(**inputs).sample, twin(**inputs).sample
+    assert not torch.equal(on_integers, e)
+    with on_reference(denoiser):
+        assert torch.equal(denoiser(**inputs).sample, e)
+    assert all(layer.held is None for layer in layers.values())
+    assert torch.equal(denoiser(**inputs).sample, on_integers) and torch.equal(copied(**inputs).sample, on_integers)
+    for floats in (False, True):
+        for name, unet in (("own", denoiser), ("twin", twin)):
+            made.unet = unet
+            quest.save(made, tmp_path / name, floats)
+        own, expected = (checkpoint.read(tmp_path / name)[1] for name in ("own", "twin"))
+        assert own.keys() == expected.keys() and all(torch.equal(own[n], t) for n, t in expected.items())
+    place(copied, "integer")  # once more
+    assert torch.equal(copied(**inputs).sample, on_integers)
+    for _, layer in quant_layers(copied):
+        layer.thaw()
+        assert isinstance(layer.held, nn.Parameter)
+    place(copied, "reference")
+    assert torch.equal(copied(**inputs).sample, e)
+
+
+@pytest.mark.parametrize("kernel", ["integer", "triton"])
+def test_a_weight_off_its_codes_is_kept_beside_them(kernel):
+    """What a method learned would be lost otherwise; one that stands on its codes is made of them again."""
+    torch.manual_seed(0)
+    layer = quantized(nn.Conv2d(6, 20, 3, padding=1), QuantSpec(4, axis=0), QuantSpec(8), None)
+    layer.choose_weight_range()
+    weight = layer.weight.detach().clone()
+    layer.freeze(kernel)
+    assert layer.held is layer.weight and torch.equal(layer.weight, weight)
+    layer.thaw()
+    assert torch.equal(layer.weight, weight)
+    on_codes = layer.qweight.dequantize()
+    layer.weight.data = on_codes.contiguous(memory_format=torch.channels_last)
+    layer.freeze(kernel)
+    assert layer.held is None and torch.equal(layer.weight, on_codes)
+    assert torch.equal(layer.state_dict()["weight"], on_codes)
+    assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+    layer.freeze("reference")
+    assert torch.equal(layer.held, on_codes) and torch.equal(layer.packed, on_codes)
 
 
 def groups(spec: QuantSpec, *zero_points: float) -> QParams:
