@@ -137,9 +137,8 @@ def tensor_class(name: str) -> str:
 
 def parameters(denoiser: nn.Module) -> int:
     """Parameters of the denoiser itself, scales of quantizers left out."""
-    packed = (
-        layer.form for _, layer in quant_layers(denoiser) if layer.held is None
-    )  # no parameters, but codes of them
+    # Weights that are kept as codes only.
+    packed = (layer.form for _, layer in quant_layers(denoiser) if layer.held is None)
     return _numel(denoiser.parameters()) - _numel(_scales(denoiser)) + _numel(packed)
 
 
