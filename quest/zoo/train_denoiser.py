@@ -41,7 +41,7 @@ from quest.zoo.training import (
 from quest.zoo.vocabulary import MAX_LENGTH, build_tokenizer, encode
 
 # Model -> batches its recipe takes.
-MODELS = {"scenes-text": 10500, "scenes-class": 6500, "scenes-uncond": 10500}
+MODELS = {"scenes-text": 10500, "scenes-class": 6500, "scenes-uncond": 23500}
 WIDTH = 64  # of a context token
 DROPPED = 0.1
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
