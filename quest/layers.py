@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from quest import kernels, ranges
 from quest.affine import FLOAT, QTensor, QuantSpec, fake_quantize, quantize
@@ -51,7 +52,9 @@ class QuantLayer(nn.Module):
 
     @property
     def held(self) -> nn.Parameter | None:
-        """The float weight; None where only its codes are kept."""
+        """The float weight, of a parametrized one what it is made of; None where only its codes are kept."""
+        if parametrize.is_parametrized(self, "weight"):
+            return self.parametrizations.weight.original
         return self._parameters.get("weight")
 
     @property
