@@ -518,8 +518,9 @@ int quest_conv2d(const float* x, int64_t samples, int64_t height, int64_t width,
   Conv c{x,    samples, height,     width,      sample, row,        pixel,    stride_y, stride_x,
          top,  left,    dilation_y, dilation_x, out,    out_height, out_width};
   int64_t tiles = samples * ceil_div(height, 4) * ceil_div(width, 4);
-  bool winograd = w.height == 3 && w.width == 3 && w.largest * TRANSFORM_GAIN <= 32767 && stride_y == 1 && stride_x == 1 && top == 1 && left == 1 && dilation_y == 1 &&
-                  dilation_x == 1 && out_height == height && out_width == width &&
+  bool winograd = w.height == 3 && w.width == 3 && w.largest * TRANSFORM_GAIN <= 32767 && stride_y == 1 &&
+                  stride_x == 1 && top == 1 && left == 1 && dilation_y == 1 && dilation_x == 1 &&
+                  out_height == height && out_width == width &&
                   largest(range) * INPUT_GAIN <= 32767 && largest(range) * w.row_sum < EXACT &&
                   5 * (tiles + TRANSFORM_TILES) * POINTS < 4 * samples * height * width * 9;
   bool nan = winograd ? conv_winograd(w, c, range, e, threads) : conv_direct(w, c, range, e, threads);
