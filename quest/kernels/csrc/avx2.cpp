@@ -2,6 +2,7 @@
 #include "core.h"
 
 #if QUEST_X86
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -502,12 +503,45 @@ void geglu(const float* hidden, const float* gate, int64_t n, float* y) {
   if (i < n) store_part(y + i, n - i, _mm256_mul_ps(load_part(hidden + i, n - i), gelu(load_part(gate + i, n - i))));
 }
 
+// The operand that may be NaN comes second: it passes.
+inline __m256 clamp(__m256 q, __m256 low, __m256 high) { return _mm256_min_ps(high, _mm256_max_ps(low, q)); }
+inline __m256 rounded(__m256 v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+void fake_quantize(const float* x, int64_t n, Range range, float* out) {
+  const __m256 scale = _mm256_set1_ps(range.scale), low = _mm256_set1_ps(range.low), high = _mm256_set1_ps(range.high);
+  auto one = [&](__m256 v) { return _mm256_mul_ps(clamp(rounded(_mm256_div_ps(v, scale)), low, high), scale); };
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, one(_mm256_loadu_ps(x + i)));
+  if (i < n) store_part(out + i, n - i, one(load_part(x + i, n - i)));
+}
+
+double fake_quantize_backward(const float* x, const float* grad, int64_t n, Range range, float* out) {
+  const __m256 scale = _mm256_set1_ps(range.scale), low = _mm256_set1_ps(range.low), high = _mm256_set1_ps(range.high);
+  __m256 total[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  auto one = [&](__m256 x, __m256 g, __m256& sum) {
+    const __m256 v = _mm256_div_ps(x, scale), q = rounded(v), code = clamp(q, low, high);
+    const __m256 inside = _mm256_cmp_ps(code, q, _CMP_EQ_OQ);
+    sum = _mm256_fmadd_ps(g, _mm256_blendv_ps(code, _mm256_sub_ps(q, v), inside), sum);
+    return _mm256_and_ps(g, inside);
+  };
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int j = 0; j < 2; j++)
+      _mm256_storeu_ps(out + i + 8 * j, one(_mm256_loadu_ps(x + i + 8 * j), _mm256_loadu_ps(grad + i + 8 * j), total[j]));
+  for (; i < n; i += 8) {
+    const int64_t left = std::min<int64_t>(8, n - i);
+    store_part(out + i, left, one(load_part(x + i, left), load_part(grad + i, left), total[0]));
+  }
+  return static_cast<double>(sum(total[0])) + sum(total[1]);
+}
+
 }  // namespace
 
 extern const Isa avx2 = {
     "avx2",          6,
     quantize,        unpack8,        unpack4,         tiles_int, tiles_float,
     winograd_weight, winograd_input, winograd_output, softmax,   group_norm,  layer_norm, geglu,
+    fake_quantize,   fake_quantize_backward, nullptr,
 };
 
 }  // namespace quest

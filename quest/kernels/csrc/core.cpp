@@ -10,61 +10,28 @@
 // transform is scaled by the least integers that clear its denominators, all arithmetic is modulo 2^32, and the result,
 // 576 times the sum, is divided by 9 (by its inverse) and 64 (by a shift). It is the exact sum where that is below 2^25,
 // which the bound on the layer's codes shows beforehand; else the direct way is taken.
-#include "core.h"
+#include "driver.h"
 
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <condition_variable>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <mutex>
-#include <new>
-#include <thread>
-#include <vector>
-
-#if !defined(_WIN32)
-#include <pthread.h>
-#endif
 
 namespace quest {
 namespace {
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-// Memory that one thread keeps between calls.
-template <class T>
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  T* get(int64_t n) {
-    if (n > size_) {
-      std::free(data_);
-      data_ = static_cast<T*>(std::aligned_alloc(64, round_up(n * sizeof(T), 64)));
-      if (!data_) throw std::bad_alloc();
-      size_ = n;
-    }
-    return data_;
-  }
-
- private:
-  T* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
 #if QUEST_X86
-// AVX2's functions with wider register tiles.
-Isa with_vnni() {
+// AVX2's functions with wider register tiles, and products of bytes.
+Isa with(const char* name, const Bytes& bytes) {
   Isa one = avx2;
-  one.name = "avx512vnni";
+  one.name = name;
   one.rows = 12;
+  one.quantize = avx512_quantize;
+  one.fake_quantize = avx512_fake_quantize;
+  one.fake_quantize_backward = avx512_fake_quantize_backward;
   one.tile_int = vnni_tile_int;
   one.tile_float = vnni_tile_float;
+  one.bytes = &bytes;
   return one;
 }
-const Isa avx512vnni = with_vnni();
+const Isa avx512vnni = with("avx512vnni", vnni_bytes), amx = with("amx", amx_bytes);
 #endif
 
 const Isa* best() {
@@ -72,133 +39,17 @@ const Isa* best() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return &avx512vnni;
+    return amx_allowed() ? &amx : &avx512vnni;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2;
 #endif
   return &portable;
 }
 
+}  // namespace
+
 const Isa* isa = best();
 
-inline void pause() {
-#if QUEST_X86
-  __builtin_ia32_pause();
-#endif
-}
-
-// Threads that wait between calls and keep their memory: to start one takes longer than a small layer.
-class Pool {
- public:
-  // Calls work() on this thread and on up to `others` more.
-  void run(int others, const std::function<void()>& work) {
-    std::unique_lock<std::mutex> only(caller_, std::try_to_lock);
-    if (!only.owns_lock()) return work();  // somebody else has the threads
-    for (; started_ < others; started_++) std::thread([this] { serve(); }).detach();
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      work_ = &work;
-      wanted_ = others;
-    }
-    wake_.notify_all();
-    work();
-    std::unique_lock<std::mutex> lock(mutex_);
-    wanted_ = 0;  // nothing is left for one that has not begun
-    while (running_) {
-      lock.unlock();
-      for (int i = 0; i < SPINS && running_; i++) pause();
-      lock.lock();
-      if (running_) done_.wait(lock, [this] { return running_ == 0; });
-    }
-  }
-
- private:
-  static constexpr int SPINS = 2000;  // tens of microseconds: what lies between two layers
-
-  void serve() {
-    for (;;) {
-      for (int i = 0; i < SPINS && !wanted_; i++) pause();
-      std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [this] { return wanted_ > 0; });
-      wanted_--;
-      running_++;
-      const std::function<void()>* work = work_;
-      lock.unlock();
-      (*work)();
-      lock.lock();
-      if (--running_ == 0) done_.notify_one();
-    }
-  }
-
-  std::mutex caller_, mutex_;
-  std::condition_variable wake_, done_;
-  std::atomic<int> wanted_{0}, running_{0};
-  const std::function<void()>* work_ = nullptr;
-  int started_ = 0;
-};
-
-// Never destroyed: its threads wait until the process ends. A child of fork() has none of them and makes its own.
-Pool* pool = new Pool;
-#if !defined(_WIN32)
-const int forgotten = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
-#endif
-
-// Multiply-accumulates that a thread does while another one wakes up; of other operations, a tenth.
-constexpr int64_t WAKE = 1 << 20;
-
-// Threads that are worth waking for so much work, of those allowed.
-int64_t useful(int threads, int64_t work) { return std::min<int64_t>(threads, 1 + work / WAKE); }
-
-// Calls task(0..tasks) on up to `threads` threads, fewer for little `work` (multiply-accumulates). Tasks write to places
-// of their own, so their order does not matter.
-template <class Task>
-void parallel(int64_t tasks, int threads, int64_t work, const Task& task) {
-  threads = static_cast<int>(std::min(tasks, useful(threads, work)));
-  if (threads <= 1) {
-    for (int64_t i = 0; i < tasks; i++) task(i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  pool->run(threads - 1, [&] {
-    for (int64_t i; (i = next++) < tasks;) task(i);
-  });
-}
-
-// A packed weight: this header, then zero points, scales and codes by panel.
-struct Weight {
-  int64_t magic, outputs, channels, height, width, bits;
-  int64_t largest;   // |code - zero point|
-  int64_t row_sum;   // of |code - zero point| over an output's weights, the largest
-  int64_t zero_points, scales, codes, bytes;  // offsets
-
-  const char* base() const { return reinterpret_cast<const char*>(this); }
-  char* base() { return reinterpret_cast<char*>(this); }
-  int64_t panels() const { return ceil_div(outputs, NR); }
-  int64_t pairs() const { return ceil_div(channels, 2); }
-  int64_t taps() const { return height * width; }
-  int64_t panel_codes() const { return taps() * pairs() * NR * 2 * bits / 8; }  // bytes
-  const float* scale() const { return reinterpret_cast<const float*>(base() + scales); }
-  const int16_t* zero_point() const { return reinterpret_cast<const int16_t*>(base() + zero_points); }
-  const int16_t* panel(int64_t p, int16_t* out) const {
-    auto unpack = bits == 4 ? isa->unpack4 : isa->unpack8;
-    unpack(reinterpret_cast<const uint8_t*>(base() + codes) + p * panel_codes(), zero_point() + p * NR, taps() * pairs(),
-           out);
-    return out;
-  }
-};
-
-// Where the codes of an output and tap lie: channel k at byte(k), shifted. Of 4 bits, those of the panel's first half of
-// outputs in the low halves of bytes, those of the second half in the high ones.
-struct Row {
-  int64_t first, pair;
-  int shift;
-  Row(const Weight& w, int64_t output, int64_t tap) {
-    int64_t together = w.bits == 8 ? NR : NR / 2, column = output % NR;
-    pair = 2 * together;  // bytes from two channels to the next two
-    first = w.codes + output / NR * w.panel_codes() + tap * w.pairs() * pair + column % together * 2;
-    shift = column < together ? 0 : 4;
-  }
-  int64_t byte(int64_t channel) const { return first + channel / 2 * pair + channel % 2; }
-};
+namespace {
 
 constexpr int64_t MAGIC = 0x31304b5155455354;
 constexpr int64_t TRANSFORM_TILES = 3;    // to transform a weight takes about as long as to multiply so many tiles with it
@@ -239,36 +90,6 @@ void product(const Weight& w, int64_t rows, const int16_t* const* a, const ptrdi
     }
   }
 }
-
-// Scale and bias of every output, padded to whole panels.
-struct Epilogue {
-  std::vector<float> scale, bias;
-  Epilogue(const Weight& w, const float* given, float input_scale)
-      : scale(w.panels() * NR, 0.f), bias(w.panels() * NR, 0.f) {
-    for (int64_t i = 0; i < w.outputs; i++) scale[i] = w.scale()[i] * input_scale;
-    if (given) std::copy(given, given + w.outputs, bias.begin());
-  }
-};
-
-int64_t largest(Range r) { return static_cast<int64_t>(std::max(std::fabs(r.low), std::fabs(r.high))); }
-
-enum Result { OK = 0, HAS_NAN = 1, OUT_OF_RANGE = 2 };
-
-bool fits(const Weight& w, Range r) {
-  return std::max(std::fabs(r.low), std::fabs(r.high)) <= 32767.f && largest(r) * w.row_sum <= INT32_MAX;
-}
-
-struct Conv {
-  const float* x;
-  int64_t samples, height, width, sample, row, pixel;  // shape and strides of x
-  int64_t stride_y, stride_x, top, left, dilation_y, dilation_x;
-  float* out;
-  int64_t out_height, out_width;
-
-  int64_t macs(const Weight& w) const {
-    return samples * out_height * out_width * w.outputs * w.channels * w.taps();
-  }
-};
 
 // Quantizes input rows first..first + count, with the padding left and right of them, to [count, columns, channels].
 bool quantize_rows(const Conv& c, int64_t channels, int64_t padded, int64_t sample, int64_t first, int64_t count,
@@ -403,6 +224,7 @@ int quest_use(const char* name) {
 #if QUEST_X86
       &avx2,
       &avx512vnni,
+      &amx,
 #endif
   };
   for (const Isa* one : all) {
@@ -425,10 +247,12 @@ void quest_pack(const uint8_t* codes, const int32_t* zero_points, const float* s
   int64_t taps = height * width;
   Weight& w = *static_cast<Weight*>(packed);
   Weight given = layout(outputs, channels, height, width, bits);
-  // What fills up pairs and panels does not matter: it meets the zeros that fill up the quantized input, or gives an
-  // output that is not stored.
-  std::memset(packed, 0, given.bytes);
+  // What fills up pairs and panels meets the zeros that fill up the quantized input, or gives an output that is not
+  // stored; it is the code that counts as a byte of 0 (see Bytes).
+  const uint8_t fill = bits == 8 ? 128 : 8;
+  std::memset(packed, 0, given.codes);
   w = given;
+  std::memset(w.base() + w.codes, bits == 8 ? fill : fill << 4 | fill, given.bytes - given.codes);
   int16_t* z = reinterpret_cast<int16_t*>(w.base() + w.zero_points);
   float* s = reinterpret_cast<float*>(w.base() + w.scales);
   for (int64_t o = 0; o < outputs; o++) {
@@ -440,7 +264,7 @@ void quest_pack(const uint8_t* codes, const int32_t* zero_points, const float* s
       for (int64_t k = 0; k < channels; k++) {
         uint8_t code = codes[(o * channels + k) * taps + t];
         char& at = w.base()[row.byte(k)];
-        at = static_cast<char>(at | code << row.shift);
+        at = static_cast<char>(at ^ (code ^ fill) << row.shift);
         int64_t value = std::abs(code - zero_points[o]);
         sum += value;
         w.largest = std::max(w.largest, value);
@@ -471,6 +295,8 @@ int quest_linear(const float* x, int64_t rows, int64_t stride, const void* packe
   const Weight& w = *static_cast<const Weight*>(packed);
   Range range{scale, low, high};
   if (!fits(w, range)) return OUT_OF_RANGE;
+  if (isa->bytes && bytes_fit(range))
+    return bytes_linear(w, x, rows, stride, bias, range, gated, out, threads) ? HAS_NAN : OK;
   Epilogue e(w, bias, scale);
   int64_t padded = round_up(w.channels, 16);
   int64_t row = 2 * padded + (gated ? 4 * w.outputs : 0);  // bytes that stay in the cache
@@ -514,7 +340,6 @@ int quest_conv2d(const float* x, int64_t samples, int64_t height, int64_t width,
   const Weight& w = *static_cast<const Weight*>(packed);
   Range range{scale, low, high};
   if (!fits(w, range)) return OUT_OF_RANGE;
-  Epilogue e(w, bias, scale);
   Conv c{x,    samples, height,     width,      sample, row,        pixel,    stride_y, stride_x,
          top,  left,    dilation_y, dilation_x, out,    out_height, out_width};
   int64_t tiles = samples * ceil_div(height, 4) * ceil_div(width, 4);
@@ -523,6 +348,10 @@ int quest_conv2d(const float* x, int64_t samples, int64_t height, int64_t width,
                   out_height == height && out_width == width &&
                   largest(range) * INPUT_GAIN <= 32767 && largest(range) * w.row_sum < EXACT &&
                   5 * (tiles + TRANSFORM_TILES) * POINTS < 4 * samples * height * width * 9;
+  // A quarter of the products on numbers of twice the size: that pays unless products of bytes are much faster.
+  if (isa->bytes && (isa->bytes->direct || !winograd) && bytes_fit(c, range))
+    return bytes_conv(w, c, bias, range, threads) ? HAS_NAN : OK;
+  Epilogue e(w, bias, scale);
   bool nan = winograd ? conv_winograd(w, c, range, e, threads) : conv_direct(w, c, range, e, threads);
   return nan ? HAS_NAN : OK;
 }
@@ -537,41 +366,29 @@ int quest_attention(const float* q, const float* k, const float* v, const int64_
     if (!(std::max(std::fabs(r.low), std::fabs(r.high)) <= 32767.f)) return OUT_OF_RANGE;
   if (largest(range[0]) * largest(range[1]) * d > INT32_MAX || largest(range[3]) * largest(range[2]) * m > INT32_MAX)
     return OUT_OF_RANGE;
+  const Attention given{q, k, v, strides, batch, heads, n, m, d, range, scale, out};
+  if (isa->bytes && std::all_of(range, range + 4, [](Range r) { return bytes_fit(r); }))
+    return bytes_attention(given, threads) ? HAS_NAN : OK;
   int64_t depth = round_up(d, 2), length = round_up(m, 2), tail = round_up(m, 16);
   int64_t key_panels = ceil_div(m, NR), value_panels = ceil_div(d, NR), width = key_panels * NR;
   float product_scale[NR], zero[NR] = {};
   std::fill(product_scale, product_scale + NR, range[3].scale * range[2].scale);
   float factor = range[0].scale * range[1].scale * scale;
-  // Neighbouring heads are quantized together: their rows are longer.
   int64_t parts = std::min(heads, ceil_div(threads, batch));
   std::atomic<bool> nan{false};
-  parallel(batch * parts, threads, 2 * batch * heads * n * m * d, [&](int64_t task) {
+  parallel(batch * parts, threads, given.macs(), [&](int64_t task) {
     static thread_local Scratch<int16_t> codes[3], keys, values, probabilities;
     static thread_local Scratch<int32_t> scores;
     static thread_local Scratch<float> work;
     int64_t b = task / parts, first = task % parts * heads / parts, last = (task % parts + 1) * heads / parts;
     int64_t columns = (last - first) * d, lengths[3] = {n, m, m};
-    const float* from[3] = {q, k, v};
-    const int16_t* c[3];  // [n or m, heads, d] codes of q, k, v
-    bool bad = false;
+    int16_t* c[3];  // [n or m, heads, d] codes of q, k, v
     for (int i = 0; i < 3; i++) {
-      // One number more than there are: rows are read in pairs.
-      int16_t* to = codes[i].get(lengths[i] * columns + 16);
-      c[i] = to;
-      const int64_t* s = strides + 3 * i;
-      const float* x = from[i] + b * s[0] + first * s[1];
-      std::memset(to + lengths[i] * columns, 0, 16 * sizeof(int16_t));
-      if (s[1] == d && s[2] == columns) {
-        bad |= isa->quantize(x, lengths[i] * columns, lengths[i] * columns, range[i], to);
-        continue;
-      }
-      for (int64_t r = 0; r < lengths[i]; r++)
-        for (int64_t h = 0; h < last - first; h++) {
-          int64_t together = s[1] == d ? columns : d;
-          bad |= isa->quantize(x + r * s[2] + h * s[1], together, together, range[i], to + r * columns + h * d);
-          if (together == columns) break;
-        }
+      // Some numbers more than there are: rows are read in pairs.
+      c[i] = codes[i].get(lengths[i] * columns + 16);
+      std::memset(c[i] + lengths[i] * columns, 0, 16 * sizeof(int16_t));
     }
+    if (given.quantize(isa->quantize, b, first, last, c)) nan = true;
     int16_t* kp = keys.get(key_panels * depth * NR);
     int16_t* vp = values.get(value_panels * length * NR);
     int16_t* p = probabilities.get(MAX_MR * tail);
@@ -615,7 +432,6 @@ int quest_attention(const float* q, const float* k, const float* v, const int64_
         }
       }
     }
-    if (bad) nan = true;
   });
   return nan ? HAS_NAN : OK;
 }

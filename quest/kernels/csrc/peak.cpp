@@ -36,8 +36,8 @@ QUEST_PEAK(integer_avx2, "avx2,fma", __m256i, "+x", _mm256_set1_epi16(3), _mm256
            _mm256_add_epi32(c[j], _mm256_madd_epi16(a, b)))
 QUEST_PEAK(float_avx2, "avx2,fma", __m256, "+x", _mm256_set1_ps(1e-3f), _mm256_set1_ps(2e-3f), _mm256_setzero_ps(),
            _mm256_fmadd_ps(a, b, c[j]))
-QUEST_PEAK(integer_avx512vnni, "avx512f,avx512bw,avx512vnni", __m512i, "+v", _mm512_set1_epi16(3), _mm512_set1_epi16(5),
-           _mm512_setzero_si512(), _mm512_dpwssd_epi32(c[j], a, b))
+QUEST_PEAK(integer_avx512vnni, "avx512f,avx512bw,avx512vnni", __m512i, "+v", _mm512_set1_epi8(3), _mm512_set1_epi8(5),
+           _mm512_setzero_si512(), _mm512_dpbusd_epi32(c[j], a, b))
 QUEST_PEAK(float_avx512, "avx512f", __m512, "+v", _mm512_set1_ps(1e-3f), _mm512_set1_ps(2e-3f), _mm512_setzero_ps(),
            _mm512_fmadd_ps(a, b, c[j]))
 
@@ -47,8 +47,8 @@ QUEST_PEAK(float_avx512, "avx512f", __m512, "+v", _mm512_set1_ps(1e-3f), _mm512_
 
 extern "C" {
 
-// Runs `iterations` of multiply-accumulates and returns how many that were: of int16 into int32 as in the register tiles
-// of an instruction set, or of "float" with the widest vectors here. 0 where there are no such instructions.
+// Runs `iterations` of multiply-accumulates and returns how many that were: of int16 (AVX2) or bytes into int32 as in the
+// register tiles of an instruction set, or of "float" with the widest vectors here. 0 where there are no such instructions.
 int64_t quest_peak(const char* name, int64_t iterations) {
 #if QUEST_X86
   using namespace quest;
@@ -60,7 +60,8 @@ int64_t quest_peak(const char* name, int64_t iterations) {
   if (!std::strcmp(name, "avx2") && avx2) return integer_avx2(iterations), iterations * SUMS * 16;
   if (!std::strcmp(name, "avx512vnni") && avx512 && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vnni"))
-    return integer_avx512vnni(iterations), iterations * SUMS * 32;
+    return integer_avx512vnni(iterations), iterations * SUMS * 64;
+  if (!std::strcmp(name, "amx") && amx_allowed()) return amx_peak(iterations);
 #endif
   return 0;
 }

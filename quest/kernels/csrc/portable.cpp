@@ -195,12 +195,33 @@ void geglu(const float* hidden, const float* gate, int64_t n, float* y) {
   for (int64_t i = 0; i < n; i++) y[i] = hidden[i] * (gate[i] / 2 * (1 + std::erf(gate[i] * 0.70710678f)));
 }
 
+// A NaN is smaller and larger than nothing: it passes.
+float clamped(float q, Range range) {
+  q = q < range.low ? range.low : q;
+  return q > range.high ? range.high : q;
+}
+
+void fake_quantize(const float* x, int64_t n, Range range, float* out) {
+  for (int64_t i = 0; i < n; i++) out[i] = clamped(std::nearbyint(x[i] / range.scale), range) * range.scale;
+}
+
+double fake_quantize_backward(const float* x, const float* grad, int64_t n, Range range, float* out) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const float v = x[i] / range.scale, q = std::nearbyint(v), code = clamped(q, range);
+    out[i] = code == q ? grad[i] : 0.f;
+    sum += grad[i] * (code == q ? q - v : code);
+  }
+  return sum;
+}
+
 }  // namespace
 
 extern const Isa portable = {
     "portable",      6,
     quantize,        unpack8,        unpack4,         tile_int, tile_float,
     winograd_weight, winograd_input, winograd_output, softmax,  group_norm, layer_norm, geglu,
+    fake_quantize, fake_quantize_backward, nullptr,
 };
 
 }  // namespace quest

@@ -1,0 +1,172 @@
+// What the drivers share: packed weights, convolutions, threads and their memory.
+#pragma once
+#include "core.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <functional>
+#include <new>
+#include <vector>
+
+namespace quest {
+
+extern const Isa* isa;  // in use
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Memory that one thread keeps between calls.
+template <class T>
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  T* get(int64_t n) {
+    if (n > size_) {
+      std::free(data_);
+      data_ = static_cast<T*>(std::aligned_alloc(64, round_up(n * sizeof(T), 64)));
+      if (!data_) throw std::bad_alloc();
+      size_ = n;
+    }
+    return data_;
+  }
+
+ private:
+  T* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Calls work() on this thread and, where they are free, on up to `others` more.
+void run(int others, const std::function<void()>& work);
+
+// Multiply-accumulates that a thread does while another one wakes up; of other operations, a tenth.
+constexpr int64_t WAKE = 1 << 20;
+
+// Threads that are worth waking for so much work, of those allowed.
+inline int64_t useful(int threads, int64_t work) { return std::min<int64_t>(threads, 1 + work / WAKE); }
+
+// Calls task(0..tasks) on up to `threads` threads, fewer for little `work` (multiply-accumulates). Tasks write to places
+// of their own, so their order does not matter.
+template <class Task>
+void parallel(int64_t tasks, int threads, int64_t work, const Task& task) {
+  threads = static_cast<int>(std::min(tasks, useful(threads, work)));
+  if (threads <= 1) {
+    for (int64_t i = 0; i < tasks; i++) task(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  run(threads - 1, [&] {
+    for (int64_t i; (i = next++) < tasks;) task(i);
+  });
+}
+
+// A packed weight: this header, then zero points, scales and codes by panel.
+struct Weight {
+  int64_t magic, outputs, channels, height, width, bits;
+  int64_t largest;   // |code - zero point|
+  int64_t row_sum;   // of |code - zero point| over an output's weights, the largest
+  int64_t zero_points, scales, codes, bytes;  // offsets
+
+  const char* base() const { return reinterpret_cast<const char*>(this); }
+  char* base() { return reinterpret_cast<char*>(this); }
+  int64_t panels() const { return ceil_div(outputs, NR); }
+  int64_t pairs() const { return ceil_div(channels, 2); }
+  int64_t taps() const { return height * width; }
+  int64_t panel_codes() const { return taps() * pairs() * NR * 2 * bits / 8; }  // bytes
+  const float* scale() const { return reinterpret_cast<const float*>(base() + scales); }
+  const int16_t* zero_point() const { return reinterpret_cast<const int16_t*>(base() + zero_points); }
+  const int16_t* panel(int64_t p, int16_t* out) const {
+    auto unpack = bits == 4 ? isa->unpack4 : isa->unpack8;
+    unpack(reinterpret_cast<const uint8_t*>(base() + codes) + p * panel_codes(), zero_point() + p * NR, taps() * pairs(),
+           out);
+    return out;
+  }
+};
+
+// Where the codes of an output and tap lie: channel k at byte(k), shifted. Of 4 bits, those of the panel's first half of
+// outputs in the low halves of bytes, those of the second half in the high ones.
+struct Row {
+  int64_t first, pair;
+  int shift;
+  Row(const Weight& w, int64_t output, int64_t tap) {
+    int64_t together = w.bits == 8 ? NR : NR / 2, column = output % NR;
+    pair = 2 * together;  // bytes from two channels to the next two
+    first = w.codes + output / NR * w.panel_codes() + tap * w.pairs() * pair + column % together * 2;
+    shift = column < together ? 0 : 4;
+  }
+  int64_t byte(int64_t channel) const { return first + channel / 2 * pair + channel % 2; }
+};
+
+// Scale and bias of every output, padded to whole panels.
+struct Epilogue {
+  std::vector<float> scale, bias;
+  Epilogue(const Weight& w, const float* given, float input_scale)
+      : scale(w.panels() * NR, 0.f), bias(w.panels() * NR, 0.f) {
+    for (int64_t i = 0; i < w.outputs; i++) scale[i] = w.scale()[i] * input_scale;
+    if (given) std::copy(given, given + w.outputs, bias.begin());
+  }
+};
+
+inline int64_t largest(Range r) { return static_cast<int64_t>(std::max(std::fabs(r.low), std::fabs(r.high))); }
+
+enum Result { OK = 0, HAS_NAN = 1, OUT_OF_RANGE = 2 };
+
+inline bool fits(const Weight& w, Range r) {
+  return std::max(std::fabs(r.low), std::fabs(r.high)) <= 32767.f && largest(r) * w.row_sum <= INT32_MAX;
+}
+
+struct Conv {
+  const float* x;
+  int64_t samples, height, width, sample, row, pixel;  // shape and strides of x
+  int64_t stride_y, stride_x, top, left, dilation_y, dilation_x;
+  float* out;
+  int64_t out_height, out_width;
+
+  int64_t macs(const Weight& w) const {
+    return samples * out_height * out_width * w.outputs * w.channels * w.taps();
+  }
+};
+
+// The drivers on bytes (bytes.cpp). They take what `bytes_fit` says; true where the input holds a NaN.
+bool bytes_fit(Range range);
+bool bytes_fit(const Conv& c, Range range);
+bool bytes_linear(const Weight& w, const float* x, int64_t rows, int64_t stride, const float* bias, Range range,
+                  bool gated, float* out, int threads);
+bool bytes_conv(const Weight& w, const Conv& c, const float* bias, Range range, int threads);
+
+struct Attention {
+  const float *q, *k, *v;
+  const int64_t* strides;  // batch, head and row of q, k, v and out
+  int64_t batch, heads, n, m, d;
+  const Range* range;  // of q, k, v and the probabilities
+  float scale;
+  float* out;
+
+  int64_t macs() const { return 2 * batch * heads * n * m * d; }
+  // Codes of part `part` of `parts` of the heads of sample b: `to`[i] gets [n or m, heads, d]. True where there is a NaN.
+  template <class Code>
+  bool quantize(bool (*quantize)(const float*, int64_t, int64_t, Range, Code*), int64_t b, int64_t first, int64_t last,
+                Code* const* to) const {
+    bool nan = false;
+    const float* from[3] = {q, k, v};
+    const int64_t columns = (last - first) * d, lengths[3] = {n, m, m};
+    for (int i = 0; i < 3; i++) {
+      const int64_t* s = strides + 3 * i;
+      const float* x = from[i] + b * s[0] + first * s[1];
+      if (s[1] == d && s[2] == columns) {
+        nan |= quantize(x, lengths[i] * columns, lengths[i] * columns, range[i], to[i]);
+        continue;
+      }
+      // Neighbouring heads are quantized together: their rows are longer.
+      const int64_t together = s[1] == d ? columns : d;
+      for (int64_t r = 0; r < lengths[i]; r++)
+        for (int64_t h = 0; h < columns / together; h++)
+          nan |= quantize(x + r * s[2] + h * s[1], together, together, range[i], to[i] + r * columns + h * d);
+    }
+    return nan;
+  }
+};
+bool bytes_attention(const Attention& a, int threads);
+
+}  // namespace quest

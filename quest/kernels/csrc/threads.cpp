@@ -1,0 +1,81 @@
+// Threads that compute a layer together.
+#include "driver.h"
+
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+namespace quest {
+namespace {
+
+inline void pause() {
+#if QUEST_X86
+  __builtin_ia32_pause();
+#endif
+}
+
+// Threads that wait between calls and keep their memory: to start one takes longer than a small layer.
+class Pool {
+ public:
+  // Calls work() on this thread and on up to `others` more.
+  void run(int others, const std::function<void()>& work) {
+    std::unique_lock<std::mutex> only(caller_, std::try_to_lock);
+    if (!only.owns_lock()) return work();  // somebody else has the threads
+    for (; started_ < others; started_++) std::thread([this] { serve(); }).detach();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      work_ = &work;
+      wanted_ = others;
+    }
+    wake_.notify_all();
+    work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    wanted_ = 0;  // nothing is left for one that has not begun
+    while (running_) {
+      lock.unlock();
+      for (int i = 0; i < SPINS && running_; i++) pause();
+      lock.lock();
+      if (running_) done_.wait(lock, [this] { return running_ == 0; });
+    }
+  }
+
+ private:
+  static constexpr int SPINS = 2000;  // tens of microseconds: what lies between two layers
+
+  void serve() {
+    for (;;) {
+      for (int i = 0; i < SPINS && !wanted_; i++) pause();
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [this] { return wanted_ > 0; });
+      wanted_--;
+      running_++;
+      const std::function<void()>* work = work_;
+      lock.unlock();
+      (*work)();
+      lock.lock();
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex caller_, mutex_;
+  std::condition_variable wake_, done_;
+  std::atomic<int> wanted_{0}, running_{0};
+  const std::function<void()>* work_ = nullptr;
+  int started_ = 0;
+};
+
+// Never destroyed: its threads wait until the process ends. A child of fork() has none of them and makes its own.
+Pool* pool = new Pool;
+#if !defined(_WIN32)
+const int forgotten = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+#endif
+
+}  // namespace
+
+void run(int others, const std::function<void()>& work) { pool->run(others, work); }
+
+}  // namespace quest
