@@ -1,5 +1,6 @@
 // AVX2 and FMA. See core.h for what each function computes.
 #include "core.h"
+#include "group_norm.h"
 
 #if QUEST_X86
 #include <algorithm>
@@ -428,33 +429,17 @@ inline void channel_sums(const float* x, ptrdiff_t pixel, int64_t pixels, int64_
   }
 }
 
-void group_norm(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, int64_t groups, float eps,
-                const float* weight, const float* bias, const float* shift, const float* modulation, bool silu_too, float* y,
-                float* work) {
-  const int64_t per = channels / groups, whole = channels / 8 * 8, width = (channels + 15) / 16 * 16;
-  float *sums = work, *mean = work + width, *a = work + 2 * width, *b = work + 3 * width;
-  const double count = static_cast<double>(pixels) * per;
-  channel_sums<false>(x, pixel, pixels, channels, mean, sums);
-  for (int64_t g = 0; g < groups; g++) {
-    double total = 0;
-    for (int64_t c = g * per; c < (g + 1) * per; c++) total += sums[c] + static_cast<double>(shift ? shift[c] : 0.f) * pixels;
-    // From here on relative to x itself: its own shift is taken off the mean.
-    for (int64_t c = g * per; c < (g + 1) * per; c++) mean[c] = static_cast<float>(total / count - (shift ? shift[c] : 0.f));
-  }
-  channel_sums<true>(x, pixel, pixels, channels, mean, sums);
-  for (int64_t g = 0; g < groups; g++) {
-    double total = 0;
-    for (int64_t c = g * per; c < (g + 1) * per; c++) total += sums[c];
-    const double scale = 1 / std::sqrt(total / count + eps);
-    for (int64_t c = g * per; c < (g + 1) * per; c++) {
-      a[c] = static_cast<float>(scale * (weight ? weight[c] : 1.f));
-      b[c] = (bias ? bias[c] : 0.f) - mean[c] * a[c];
-      if (modulation) {
-        a[c] *= 1.f + modulation[c];
-        b[c] = b[c] * (1.f + modulation[c]) + modulation[channels + c];
-      }
-    }
-  }
+void sums(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, float* out) {
+  channel_sums<false>(x, pixel, pixels, channels, nullptr, out);
+}
+
+void squares(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, const float* mean, float* out) {
+  channel_sums<true>(x, pixel, pixels, channels, mean, out);
+}
+
+void scale(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, const float* a, const float* b,
+           bool silu_too, float* y) {
+  const int64_t whole = channels / 8 * 8;
   for (int64_t p = 0; p < pixels; p++, x += pixel, y += channels) {
     for (int64_t c = 0; c < whole; c += 8) {
       const __m256 v = _mm256_fmadd_ps(_mm256_loadu_ps(x + c), _mm256_loadu_ps(a + c), _mm256_loadu_ps(b + c));
@@ -466,6 +451,13 @@ void group_norm(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channel
       store_part(y + whole, channels - whole, silu_too ? silu(v) : v);
     }
   }
+}
+
+void group_norm(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, int64_t groups, float eps,
+                const float* weight, const float* bias, const float* shift, const float* modulation, bool silu_too, float* y,
+                float* work) {
+  quest::group_norm({sums, squares, scale}, x, pixel, pixels, channels, groups, eps, weight, bias, shift, modulation,
+                    silu_too, y, work);
 }
 
 void layer_norm(const float* x, int64_t n, float eps, const float* weight, const float* bias, float* y) {

@@ -1,20 +1,122 @@
 // AVX-512 with VNNI. vpdpwssd multiplies pairs of int16 and adds them to int32 in one instruction, vpdpbusd quadruples of
 // unsigned by signed bytes.
 #include "core.h"
+#include "group_norm.h"
 
 #if QUEST_X86
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")
 #endif
 #include <immintrin.h>
 
 namespace quest {
+
+// As in avx2.cpp.
+static inline __m512 exp(__m512 x) {
+  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.3f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.f));
+  return _mm512_scalef_ps(p, n);
+}
+
+static inline __m512 silu(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.f);
+  return _mm512_div_ps(x, _mm512_add_ps(one, exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+static inline __m512 gelu(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.f), sign = _mm512_set1_ps(-0.f);
+  const __m512 z = _mm512_mul_ps(x, _mm512_set1_ps(0.70710678f)), a = _mm512_andnot_ps(sign, z);
+  const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(a, _mm512_set1_ps(0.3275911f), one));
+  __m512 p = _mm512_set1_ps(1.061405429f);
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
+  const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(p, t), exp(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(z, z))));
+  const __m512 erf = _mm512_or_ps(_mm512_sub_ps(one, tail), _mm512_and_ps(sign, z));
+  return _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(0.5f), x), _mm512_add_ps(one, erf));
+}
+
+static inline __mmask16 first(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
+
+void avx512_geglu(const float* hidden, const float* gate, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 there = first(n - i);
+    const __m512 g = gelu(_mm512_maskz_loadu_ps(there, gate + i));
+    _mm512_mask_storeu_ps(y + i, there, _mm512_mul_ps(_mm512_maskz_loadu_ps(there, hidden + i), g));
+  }
+}
+
+// Sums over pixels of x, or with MEAN of (x - mean)^2, four vectors of channels at a time.
+template <bool MEAN>
+static void pixel_sums(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, const float* mean, float* out) {
+  for (int64_t c = 0; c < channels; c += 64) {
+    __mmask16 there[4];
+    __m512 total[4], m[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) {
+      there[v] = first(std::max<int64_t>(0, channels - c - 16 * v));
+      total[v] = _mm512_setzero_ps();
+      m[v] = MEAN ? _mm512_maskz_loadu_ps(there[v], mean + c + 16 * v) : total[v];
+    }
+    const float* from = x + c;
+    for (int64_t p = 0; p < pixels; p++, from += pixel)
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) {
+        __m512 value = _mm512_maskz_loadu_ps(there[v], from + 16 * v);
+        if (MEAN) {
+          value = _mm512_sub_ps(value, m[v]);
+          value = _mm512_mul_ps(value, value);
+        }
+        total[v] = _mm512_add_ps(total[v], value);
+      }
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) _mm512_mask_storeu_ps(out + c + 16 * v, there[v], total[v]);
+  }
+}
+
+static void sums(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, float* out) {
+  pixel_sums<false>(x, pixel, pixels, channels, nullptr, out);
+}
+
+static void squares(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, const float* mean, float* out) {
+  pixel_sums<true>(x, pixel, pixels, channels, mean, out);
+}
+
+static void scale(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, const float* a, const float* b,
+                  bool silu_too, float* y) {
+  for (int64_t p = 0; p < pixels; p++, x += pixel, y += channels)
+    for (int64_t c = 0; c < channels; c += 16) {
+      const __mmask16 there = first(channels - c);
+      const __m512 v = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, x + c), _mm512_maskz_loadu_ps(there, a + c),
+                                       _mm512_maskz_loadu_ps(there, b + c));
+      _mm512_mask_storeu_ps(y + c, there, silu_too ? silu(v) : v);
+    }
+}
+
+void avx512_group_norm(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, int64_t groups, float eps,
+                       const float* weight, const float* bias, const float* shift, const float* modulation, bool silu_too,
+                       float* y, float* work) {
+  group_norm({sums, squares, scale}, x, pixel, pixels, channels, groups, eps, weight, bias, shift, modulation, silu_too, y,
+             work);
+}
 
 typedef int32_t pair_of_int16 __attribute__((may_alias, aligned(2)));
 
@@ -95,8 +197,6 @@ struct Encoder {
     return _mm512_cvtps_epi32(y);
   }
 };
-
-static inline __mmask16 first(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
 
 bool avx512_quantize(const float* x, int64_t n, int64_t padded, Range range, int16_t* out) {
   const Encoder encode(range);
@@ -287,23 +387,6 @@ static void finish_bytes(const int32_t* in, ptrdiff_t stride, int rows, const in
       _mm512_mask_storeu_ps(out[r] + from + c, there, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), s, b));
     }
   }
-}
-
-// As in avx2.cpp.
-static inline __m512 exp(__m512 x) {
-  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.3f));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
-                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-  p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.f));
-  return _mm512_scalef_ps(p, n);
 }
 
 static void pack_keys(const uint8_t* k, ptrdiff_t stride, int64_t m, int64_t d, int64_t depth, int8_t* out, int32_t* sums) {

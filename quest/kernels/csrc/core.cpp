@@ -24,6 +24,8 @@ Isa with(const char* name, const Bytes& bytes) {
   one.name = name;
   one.rows = 12;
   one.quantize = avx512_quantize;
+  one.geglu = avx512_geglu;
+  one.group_norm = avx512_group_norm;
   one.fake_quantize = avx512_fake_quantize;
   one.fake_quantize_backward = avx512_fake_quantize_backward;
   one.tile_int = vnni_tile_int;
@@ -38,7 +40,8 @@ const Isa* best() {
 #if QUEST_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
+      __builtin_cpu_supports("fma"))
     return amx_allowed() ? &amx : &avx512vnni;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2;
 #endif

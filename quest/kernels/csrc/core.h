@@ -112,6 +112,10 @@ bool amx_allowed();  // by the processor and the system
 int64_t amx_peak(int64_t iterations);  // see peak.cpp
 void avx512_fake_quantize(const float* x, int64_t n, Range range, float* out);
 double avx512_fake_quantize_backward(const float* x, const float* grad, int64_t n, Range range, float* out);
+void avx512_geglu(const float* hidden, const float* gate, int64_t n, float* y);
+void avx512_group_norm(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, int64_t groups, float eps,
+                       const float* weight, const float* bias, const float* shift, const float* modulation, bool silu,
+                       float* y, float* work);
 bool avx512_quantize(const float* x, int64_t n, int64_t padded, Range range, int16_t* out);
 void vnni_tile_int(int rows, const int16_t* const* a, int taps, const ptrdiff_t* offset, int64_t pairs,
                    const int16_t* panel, int32_t* out, ptrdiff_t stride);
