@@ -193,13 +193,27 @@ def test_threads_do_not_touch_a_bit():
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-def test_gated_linear(isa):
+@pytest.mark.parametrize("outputs", [38, 160])
+def test_gated_linear(isa, threads, outputs):
     torch.manual_seed(0)
-    x, w, b = torch.randn(70, 48), weight(38, 48, bits=8), torch.randn(38)
+    x, w, b = torch.randn(70, 48), weight(outputs, 48, bits=8), torch.randn(outputs)
     hidden, gate = reference.linear(x, activation(8, 128.0), w, b).chunk(2, dim=-1)
     y = integer.linear(x, activation(8, 128.0), integer.pack(w), b, gated=True)
     e = hidden * F.gelu(gate)
     torch.testing.assert_close(y, e, rtol=0, atol=2e-6 * e.abs().max().item())
+
+
+def test_between_calls_torch_may_use_the_same_registers():
+    """oneDNN computes bfloat16 on AMX tiles, which have one shape at a time."""
+    torch.manual_seed(0)
+    x, w, b = torch.randn(70, 64), weight(160, 64, bits=8), torch.randn(160)
+    half = torch.randn(256, 256, dtype=torch.bfloat16)
+    packed, image = integer.pack(w), half.view(4, 64, 16, 16)
+    results = []
+    for _ in range(3):
+        product = half @ half
+        results.append((product, F.conv2d(image, image), integer.linear(x, activation(8, 128.0), packed, b)))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 def test_nan_is_an_error():

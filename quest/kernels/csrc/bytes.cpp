@@ -11,7 +11,7 @@ namespace quest {
 namespace {
 
 constexpr int64_t BLOCK = 512 << 10;  // bytes of codes that stay in a core's second cache, beside two panels of a weight
-constexpr int MAX_PANELS = 4;          // of one call of multiply
+constexpr int MAX_PANELS = 4, MAX_ROWS = 32;  // of one call of multiply
 constexpr int64_t SLACK = 64;         // bytes that may be read after the last row of a tile
 
 int32_t zero_of(Range r) { return -static_cast<int32_t>(r.low); }  // of codes less the lowest
@@ -62,30 +62,60 @@ struct Rows {
   float* const* out;    // null: not stored
 };
 
-// Multiplies rows with panels first..last of a weight.
-void product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int64_t last) {
-  static thread_local Scratch<int8_t> panels;
-  static thread_local Scratch<int32_t> products;
-  const Bytes& on = *isa->bytes;
-  const int64_t width = on.panels * NR, size = a.segments * a.bytes * NR;
-  const uint32_t terms = static_cast<uint32_t>(w.channels * w.taps());
+// Some neighbouring panels as bytes, and what is taken off their products.
+struct Panels {
+  int64_t first;
+  int count;
+  int8_t* codes;
+  int64_t size;  // of one
   int32_t constant[MAX_PANELS * NR];
-  int8_t* b = panels.get(on.panels * size);
+
+  Panels(const Weight& w, const Terms& t, const Rows& a, int64_t first, int count, int8_t* memory)
+      : first(first), count(count), codes(memory), size(a.segments * a.bytes * NR), constant{} {
+    const uint32_t terms = static_cast<uint32_t>(w.channels * w.taps());
+    for (int i = 0; i < count; i++) unpack(w, first + i, a.segments, a.bytes, codes + i * size, constant + i * NR);
+    for (int i = 0; i < count * NR; i++)  // zero_a times the sum of codes less zero point, modulo 2^32
+      constant[i] = static_cast<int32_t>(t.zero_a * (constant[i] - terms * static_cast<uint32_t>(t.zero[first * NR + i])));
+  }
+
+  // Outputs of rows r..r + rows, `products` between; they go to out[..] + from.
+  void multiply(const Weight& w, const Terms& t, const Rows& a, int64_t r, int rows, int32_t* products, float* const* out,
+                ptrdiff_t from) const {
+    const int columns = static_cast<int>(std::min(count * int64_t{NR}, w.outputs - first * NR));
+    const int64_t width = count * NR, at = first * NR;
+    isa->bytes->multiply(a.codes + r * a.stride, a.stride, rows, static_cast<int>(a.segments), a.offset, a.bytes, codes,
+                         size, count, products, width);
+    isa->bytes->finish(products, width, rows, a.sums + r, t.zero.data() + at, constant, t.scale.data() + at,
+                       t.bias.data() + at, columns, out, from);
+  }
+};
+
+// Multiplies rows with panels first..last of a weight; `gated`: with those of the first half of the outputs, and of the
+// second, whose gelu they are multiplied with.
+void product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int64_t last, bool gated = false) {
+  static thread_local Scratch<int8_t> codes;
+  static thread_local Scratch<int32_t> products;
+  static thread_local Scratch<float> halves;
+  const Bytes& on = *isa->bytes;
+  const int64_t size = on.panels * a.segments * a.bytes * NR, width = on.panels * NR, half = w.panels() / 2;
+  int8_t* b = codes.get(2 * size);
   int32_t* m = products.get(on.rows * width);
+  float* h = gated ? halves.get(2 * on.rows * width) : nullptr;
+  float *hidden[MAX_ROWS], *gate[MAX_ROWS];
+  for (int r = 0; r < on.rows; r++) hidden[r] = h + r * width, gate[r] = h + (on.rows + r) * width;
   on.begin();
   for (int64_t p = first; p < last; p += on.panels) {
     const int count = static_cast<int>(std::min<int64_t>(on.panels, last - p));
-    const int columns = static_cast<int>(std::min(count * int64_t{NR}, w.outputs - p * NR));
-    std::memset(constant, 0, sizeof(constant));
-    for (int i = 0; i < count; i++) unpack(w, p + i, a.segments, a.bytes, b + i * size, constant + i * NR);
-    for (int i = 0; i < count * NR; i++)  // zero_a times the sum of codes less zero point, modulo 2^32
-      constant[i] = static_cast<int32_t>(t.zero_a * (constant[i] - terms * static_cast<uint32_t>(t.zero[p * NR + i])));
+    const Panels panels(w, t, a, p, count, b), others(w, t, a, half + p, gated ? count : 0, b + size);
     for (int64_t r = 0; r < a.count; r += on.rows) {
       const int rows = static_cast<int>(std::min<int64_t>(on.rows, a.count - r));
-      on.multiply(a.codes + r * a.stride, a.stride, rows, static_cast<int>(a.segments), a.offset, a.bytes, b, size, count,
-                  m, width);
-      on.finish(m, width, rows, a.sums + r, t.zero.data() + p * NR, constant, t.scale.data() + p * NR,
-                t.bias.data() + p * NR, columns, a.out + r, p * NR);
+      if (!gated) {
+        panels.multiply(w, t, a, r, rows, m, a.out + r, p * NR);
+        continue;
+      }
+      panels.multiply(w, t, a, r, rows, m, hidden, 0);
+      others.multiply(w, t, a, r, rows, m, gate, 0);
+      for (int i = 0; i < rows; i++) isa->geglu(hidden[i], gate[i], count * NR, a.out[r + i] + p * NR);
     }
   }
   on.end();
@@ -99,13 +129,12 @@ int64_t blocks_of(int64_t units, int64_t most, int64_t threads) {
 
 // Calls task(block, first panel, last panel); outputs are shared out, too, where there are fewer blocks than threads.
 template <class Task>
-void share(const Weight& w, int64_t blocks, int threads, int64_t work, const Task& task) {
-  const int64_t whole = ceil_div(w.panels(), isa->bytes->panels);
+void share(int64_t panels, int64_t blocks, int threads, int64_t work, const Task& task) {
+  const int64_t each = isa->bytes->panels, whole = ceil_div(panels, each);
   const int64_t parts = std::min(whole, ceil_div(useful(threads, work), blocks));
   parallel(blocks * parts, threads, work, [&](int64_t i) {
     const int64_t part = i % parts;
-    task(i / parts, part * whole / parts * isa->bytes->panels,
-         std::min(w.panels(), (part + 1) * whole / parts * isa->bytes->panels));
+    task(i / parts, part * whole / parts * each, std::min(panels, (part + 1) * whole / parts * each));
   });
 }
 
@@ -160,7 +189,7 @@ bool conv_stretches(const Weight& w, const Conv& c, const Terms& t, Range range,
   for (int64_t y = 0; y < w.height; y++) offset.push_back(y * line);
   const int64_t bytes = round_up(w.width * padded, isa->bytes->depth);
   std::atomic<bool> nan{false};
-  share(w, groups * strips, threads, c.macs(w), [&](int64_t block, int64_t from, int64_t to) {
+  share(w.panels(), groups * strips, threads, c.macs(w), [&](int64_t block, int64_t from, int64_t to) {
     static thread_local Scratch<uint8_t> codes;
     static thread_local Scratch<int32_t> pixel_sums, sums;
     static thread_local std::vector<float*> out;
@@ -201,7 +230,7 @@ bool conv_gathered(const Weight& w, const Conv& c, const Terms& t, Range range, 
   const int64_t blocks = blocks_of(total, BLOCK / (row * c.out_width), threads);
   const int64_t bytes = round_up(row, isa->bytes->depth);
   std::atomic<bool> nan{false};
-  share(w, blocks, threads, c.macs(w), [&](int64_t block, int64_t from, int64_t to) {
+  share(w.panels(), blocks, threads, c.macs(w), [&](int64_t block, int64_t from, int64_t to) {
     static thread_local Scratch<uint8_t> lines, codes;
     static thread_local Scratch<int32_t> sums;
     static thread_local std::vector<float*> out;
@@ -250,18 +279,16 @@ bool bytes_conv(const Weight& w, const Conv& c, const float* bias, Range range, 
 bool bytes_linear(const Weight& w, const float* x, int64_t rows, int64_t stride, const float* bias, Range range,
                   bool gated, float* out, int threads) {
   const Terms t(w, bias, range);
-  const int64_t padded = round_up(w.channels, 4), work = rows * w.channels * w.outputs;
-  const int64_t row = padded + (gated ? 4 * w.outputs : 0);  // bytes that stay in the cache
+  const int64_t padded = round_up(w.channels, 4), tiles = ceil_div(rows, 16), work = rows * w.channels * w.outputs;
+  const int64_t width = gated ? w.outputs / 2 : w.outputs;
   // Each block unpacks the whole weight, which few rows would not repay.
-  const int64_t blocks = blocks_of(ceil_div(rows, 16), std::max<int64_t>(16, BLOCK / row / 16), useful(threads, work));
+  const int64_t blocks = blocks_of(tiles, std::max<int64_t>(16, BLOCK / padded / 16), useful(threads, work));
   std::atomic<bool> nan{false};
-  auto block = [&](int64_t i, int64_t from, int64_t to) {
+  share(gated ? w.panels() / 2 : w.panels(), blocks, threads, work, [&](int64_t i, int64_t from, int64_t to) {
     static thread_local Scratch<uint8_t> codes;
     static thread_local Scratch<int32_t> sums;
-    static thread_local Scratch<float> both;
     static thread_local std::vector<float*> target;
-    const int64_t tiles = ceil_div(rows, 16), first = i * tiles / blocks * 16;
-    const int64_t count = std::min(rows, (i + 1) * tiles / blocks * 16) - first;
+    const int64_t first = i * tiles / blocks * 16, count = std::min(rows, (i + 1) * tiles / blocks * 16) - first;
     uint8_t* q = rows_of(codes, count, padded);
     if (padded == w.channels && stride == w.channels) {
       if (isa->bytes->quantize(x + first * stride, count * padded, count * padded, range, q)) nan = true;
@@ -271,19 +298,11 @@ bool bytes_linear(const Weight& w, const float* x, int64_t rows, int64_t stride,
     }
     int32_t* total = sums.get(count);
     isa->bytes->sums(q, padded, count, padded, total);
-    float* y = gated ? both.get(count * w.outputs) : out + first * w.outputs;
     target.resize(count);
-    for (int64_t r = 0; r < count; r++) target[r] = y + r * w.outputs;
+    for (int64_t r = 0; r < count; r++) target[r] = out + (first + r) * width;
     const ptrdiff_t none = 0;
-    product(w, t, {q, count, padded, 1, &none, round_up(padded, isa->bytes->depth), total, target.data()}, from, to);
-    if (gated)
-      for (int64_t r = 0, n = w.outputs / 2; r < count; r++)
-        isa->geglu(target[r], target[r] + n, n, out + (first + r) * n);
-  };
-  if (gated)  // one half of the outputs needs the other
-    parallel(blocks, threads, work, [&](int64_t i) { block(i, 0, w.panels()); });
-  else
-    share(w, blocks, threads, work, block);
+    product(w, t, {q, count, padded, 1, &none, round_up(padded, isa->bytes->depth), total, target.data()}, from, to, gated);
+  });
   return nan;
 }
 
@@ -334,7 +353,7 @@ bool bytes_attention(const Attention& a, int threads) {
           on.multiply(qh + i * columns, columns, rows, 1, &start, depth, kp + j * depth * NR, depth * NR,
                       static_cast<int>(std::min<int64_t>(on.panels, key_panels - j)), s + j * NR, width);
         on.softmax(rows, s, width, m, length, factor, a.range[3], of_rows + i, of_keys, p, of_p);
-        float* to[64];
+        float* to[MAX_ROWS];
         for (int r = 0; r < rows; r++) to[r] = o + (i + r) * a.strides[11];
         for (int64_t j = 0; j < value_panels; j += on.panels) {
           const int count = static_cast<int>(std::min<int64_t>(on.panels, value_panels - j));

@@ -298,7 +298,7 @@ int quest_linear(const float* x, int64_t rows, int64_t stride, const void* packe
   const Weight& w = *static_cast<const Weight*>(packed);
   Range range{scale, low, high};
   if (!fits(w, range)) return OUT_OF_RANGE;
-  if (isa->bytes && bytes_fit(range))
+  if (isa->bytes && bytes_fit(range) && (!gated || w.outputs % (2 * NR) == 0))
     return bytes_linear(w, x, rows, stride, bias, range, gated, out, threads) ? HAS_NAN : OK;
   Epilogue e(w, bias, scale);
   int64_t padded = round_up(w.channels, 16);

@@ -128,7 +128,8 @@ struct Conv {
   }
 };
 
-// The drivers on bytes (bytes.cpp). They take what `bytes_fit` says; true where the input holds a NaN.
+// The drivers on bytes (bytes.cpp). They take what `bytes_fit` says, and gates whose halves are whole panels. True where the
+// input holds a NaN.
 bool bytes_fit(Range range);
 bool bytes_fit(const Conv& c, Range range);
 bool bytes_linear(const Weight& w, const float* x, int64_t rows, int64_t stride, const float* bias, Range range,
