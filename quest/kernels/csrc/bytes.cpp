@@ -321,7 +321,7 @@ bool bytes_attention(const Attention& a, int threads) {
   parallel(a.batch * parts, threads, a.macs(), [&](int64_t task) {
     static thread_local Scratch<uint8_t> codes[3], probabilities;
     static thread_local Scratch<int8_t> keys, values;
-    static thread_local Scratch<int32_t> scores, row_sums, key_terms, value_terms, p_sums, products;
+    static thread_local Scratch<int32_t> scores, key_terms, value_terms, p_sums, products;
     const int64_t b = task / parts, first = task % parts * heads / parts, last = (task % parts + 1) * heads / parts;
     const int64_t columns = (last - first) * d, lengths[3] = {n, m, m};
     uint8_t* c[3];
@@ -331,7 +331,6 @@ bool bytes_attention(const Attention& a, int threads) {
     int8_t* vp = values.get(value_panels * length * NR);
     uint8_t* p = rows_of(probabilities, on.rows, length);
     int32_t* s = scores.get(on.rows * width);
-    int32_t* of_rows = row_sums.get(n);
     int32_t* of_keys = key_terms.get(width);
     int32_t* of_values = value_terms.get(value_width);
     int32_t* of_p = p_sums.get(on.rows);
@@ -340,8 +339,6 @@ bool bytes_attention(const Attention& a, int threads) {
     on.begin();
     for (int64_t h = first; h < last; h++) {
       const uint8_t *qh = c[0] + (h - first) * d, *kh = c[1] + (h - first) * d, *vh = c[2] + (h - first) * d;
-      on.sums(qh, columns, n, d, of_rows);
-      for (int64_t i = 0; i < n; i++) of_rows[i] *= zero_k;
       on.pack_keys(kh, columns, m, d, depth, kp, of_keys);
       for (int64_t j = 0; j < m; j++) of_keys[j] = zero_q * (of_keys[j] - static_cast<int32_t>(d) * zero_k);
       on.pack_values(vh, columns, m, d, length, vp, of_values);
@@ -352,7 +349,7 @@ bool bytes_attention(const Attention& a, int threads) {
         for (int64_t j = 0; j < key_panels; j += on.panels)
           on.multiply(qh + i * columns, columns, rows, 1, &start, depth, kp + j * depth * NR, depth * NR,
                       static_cast<int>(std::min<int64_t>(on.panels, key_panels - j)), s + j * NR, width);
-        on.softmax(rows, s, width, m, length, factor, a.range[3], of_rows + i, of_keys, p, of_p);
+        on.softmax(rows, s, width, m, length, factor, a.range[3], of_keys, p, of_p);
         float* to[MAX_ROWS];
         for (int r = 0; r < rows; r++) to[r] = o + (i + r) * a.strides[11];
         for (int64_t j = 0; j < value_panels; j += on.panels) {

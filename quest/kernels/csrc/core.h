@@ -42,10 +42,10 @@ struct Bytes {
   // [NR][4], of values as its inputs, [ceil(d / NR)][length / 4][NR][4]; zeros fill up. Sums of each output.
   void (*pack_keys)(const uint8_t* k, ptrdiff_t stride, int64_t m, int64_t d, int64_t depth, int8_t* out, int32_t* sums);
   void (*pack_values)(const uint8_t* v, ptrdiff_t stride, int64_t m, int64_t d, int64_t length, int8_t* out, int32_t* sums);
-  // Codes less the lowest of softmax(factor * (scores - row - column)) over the m scores of each row, zeros to `padded`,
-  // and their sums. Rows of scores are `width` apart, a multiple of 16, and overwritten; those of out `padded`.
+  // Codes less the lowest of softmax(factor * (scores - column)) over the m scores of each row, zeros to `padded`, and
+  // their sums. Rows of scores are `width` apart, a multiple of 16, and overwritten; those of out `padded`.
   void (*softmax)(int rows, int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
-                  const int32_t* row, const int32_t* column, uint8_t* out, int32_t* sums);
+                  const int32_t* column, uint8_t* out, int32_t* sums);
   // Before the first and after the last call of multiply of a thread.
   void (*begin)();
   void (*end)();

@@ -209,54 +209,71 @@ static void pack_values(const uint8_t* v, ptrdiff_t stride, int64_t m, int64_t d
   }
 }
 
-// In three passes over some rows, so that the end of one row's sum need not be waited for.
+// 2^x for x <= 0, to about one unit in the last place: the polynomial is exp's of avx2.cpp on another scale.
+static inline __m512 exp2(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_set1_ps(1.5403530e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3333558e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.6181291e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5504109e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022651e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314718e-1f));
+  return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f)), n);
+}
+
+// In three passes over some rows, so that the end of one row's sum need not be waited for. The first one finds the largest
+// score, of integers.
 static void softmax(int rows, int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
-                          const int32_t* row, const int32_t* column, uint8_t* out, int32_t* sums) {
+                    const int32_t* column, uint8_t* out, int32_t* totals) {
   constexpr int TOGETHER = 4;
-  const __m512 by = _mm512_set1_ps(factor), low = _mm512_set1_ps(range.low), high = _mm512_set1_ps(range.high);
+  const __m512 by = _mm512_set1_ps(factor * 1.44269504f);
+  const __m512 low = _mm512_set1_ps(range.low), high = _mm512_set1_ps(range.high);
   const __m512i lowest = _mm512_cvtps_epi32(low);
-  for (; rows > 0; rows -= TOGETHER, scores += TOGETHER * width, row += TOGETHER, out += TOGETHER * padded,
-                   sums += TOGETHER) {
+  const int64_t whole = m / 16 * 16;
+  const __mmask16 rest = first(m - whole);
+  for (; rows > 0; rows -= TOGETHER, scores += TOGETHER * width, out += TOGETHER * padded, totals += TOGETHER) {
     const int some = rows < TOGETHER ? rows : TOGETHER;
-    __m512 top[TOGETHER], scale[TOGETHER];
+    __m512i top[TOGETHER];
+    __m512 scale[TOGETHER];
+    for (int r = 0; r < some; r++) {
+      const int32_t* in = scores + r * width;
+      __m512i most = _mm512_set1_epi32(INT32_MIN);
+      for (int64_t i = 0; i < whole; i += 16)
+        most = _mm512_max_epi32(most, _mm512_sub_epi32(_mm512_loadu_si512(in + i), _mm512_loadu_si512(column + i)));
+      if (rest) {
+        const __m512i last = _mm512_sub_epi32(_mm512_loadu_si512(in + whole), _mm512_loadu_si512(column + whole));
+        most = _mm512_mask_max_epi32(most, rest, most, last);
+      }
+      top[r] = _mm512_set1_epi32(_mm512_reduce_max_epi32(most));
+    }
     for (int r = 0; r < some; r++) {
       const int32_t* in = scores + r * width;
       float* work = reinterpret_cast<float*>(scores + r * width);
-      const __m512i less = _mm512_set1_epi32(row[r]);
-      __m512 most = _mm512_set1_ps(-INFINITY);
-      for (int64_t i = 0; i < m; i += 16) {
-        const __m512i sum = _mm512_sub_epi32(_mm512_sub_epi32(_mm512_loadu_si512(in + i), less),
-                                             _mm512_loadu_si512(column + i));
-        const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), by);
-        _mm512_storeu_ps(work + i, scaled);
-        most = _mm512_mask_max_ps(most, first(m - i), most, scaled);
-      }
-      top[r] = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-    }
-    for (int r = 0; r < some; r++) {
-      float* work = reinterpret_cast<float*>(scores + r * width);
       __m512 all = _mm512_setzero_ps();
-      for (int64_t i = 0; i < m; i += 16) {
-        const __m512 e = exp(_mm512_sub_ps(_mm512_loadu_ps(work + i), top[r]));
+      auto one = [&](int64_t i) {
+        const __m512i below = _mm512_sub_epi32(_mm512_sub_epi32(_mm512_loadu_si512(in + i), _mm512_loadu_si512(column + i)),
+                                               top[r]);
+        const __m512 e = exp2(_mm512_mul_ps(_mm512_cvtepi32_ps(below), by));
         _mm512_storeu_ps(work + i, e);
-        all = _mm512_mask_add_ps(all, first(m - i), all, e);
-      }
+        return e;
+      };
+      for (int64_t i = 0; i < whole; i += 16) all = _mm512_add_ps(all, one(i));
+      if (rest) all = _mm512_add_ps(all, _mm512_maskz_mov_ps(rest, one(whole)));
       scale[r] = _mm512_set1_ps(1.f / (_mm512_reduce_add_ps(all) * range.scale));
     }
     for (int r = 0; r < some; r++) {
       const float* work = reinterpret_cast<const float*>(scores + r * width);
       uint8_t* to = out + r * padded;
-      __m512i total = _mm512_setzero_si512();
-      for (int64_t i = 0; i < m; i += 16) {
+      auto one = [&](int64_t i) {
         const __m512 y = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(_mm512_loadu_ps(work + i), scale[r]), low), high);
-        const __m512i code = _mm512_sub_epi32(_mm512_cvtps_epi32(y), lowest);
-        const __mmask16 there = first(m - i);
-        _mm512_mask_cvtepi32_storeu_epi8(to + i, there, code);
-        total = _mm512_mask_add_epi32(total, there, total, code);
-      }
+        return _mm512_sub_epi32(_mm512_cvtps_epi32(y), lowest);
+      };
+      for (int64_t i = 0; i < whole; i += 16)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(one(i)));
+      if (rest) _mm512_mask_cvtepi32_storeu_epi8(to + whole, rest, one(whole));
       if (m < padded) std::memset(to + m, 0, padded - m);
-      sums[r] = _mm512_reduce_add_epi32(total);
     }
+    sums(out, padded, some, padded, totals);
   }
 }
 
