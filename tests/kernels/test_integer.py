@@ -82,6 +82,26 @@ def test_convolution_sums_are_those_of_the_codes(isa, threads, monkeypatch, bits
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("shape", [(1, 1024, 24, 24), (40, 96, 16, 16), (1500, 1024)], ids=str)
+def test_inputs_of_several_blocks(isa, threads, monkeypatch, shape):
+    """Lines of one image, whole images, and rows, where a block of them fills a cache."""
+    torch.manual_seed(0)
+    kernel = (3, 3) if len(shape) == 4 else ()
+    w = weight(17, shape[1], *kernel, bits=4)
+    w = w._replace(scale=torch.ones_like(w.scale))
+    qparams = QParams(torch.tensor(1.0), torch.tensor(100.0), QuantSpec(8))
+    x = torch.randn(shape) * 64
+    poison(monkeypatch)
+    if kernel:
+        x = x.contiguous(memory_format=torch.channels_last)
+        same = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+        y = integer.conv2d(x, qparams, integer.pack(w), None, **same, groups=1)
+        expected = exact(x, qparams, w, lambda a, b: F.conv2d(a, b, **same))
+    else:
+        y, expected = integer.linear(x, qparams, integer.pack(w), None), exact(x, qparams, w, F.linear)
+    assert torch.equal(y, expected.float())
+
+
 @pytest.mark.parametrize("spec", [QuantSpec(8, True), QuantSpec(4, True), QuantSpec(4, True, wide=True)], ids=str)
 def test_signed_inputs(isa, spec):
     torch.manual_seed(0)
