@@ -10,7 +10,9 @@
 namespace quest {
 namespace {
 
-constexpr int64_t BLOCK = 512 << 10;  // bytes of codes that stay in a core's second cache, beside two panels of a weight
+constexpr int64_t BLOCK = 512 << 10;   // bytes of codes that stay in a core's second cache
+constexpr int64_t PANELS = 256 << 10;  // bytes of unpacked panels beside them
+constexpr int64_t MAX_CALLS = 16;
 constexpr int MAX_PANELS = 4, MAX_ROWS = 32;  // of one call of multiply
 constexpr int64_t SLACK = 64;         // bytes that may be read after the last row of a tile
 
@@ -98,24 +100,35 @@ void product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
   static thread_local Scratch<float> halves;
   const Bytes& on = *isa->bytes;
   const int64_t size = on.panels * a.segments * a.bytes * NR, width = on.panels * NR, half = w.panels() / 2;
-  int8_t* b = codes.get(2 * size);
+  // So many panels are unpacked together as a second cache holds: rows then lie in the first one, and what is written of
+  // each is a longer stretch.
+  const int64_t calls = std::max<int64_t>(1, std::min<int64_t>(PANELS / (gated ? 2 * size : size), MAX_CALLS));
+  int8_t* b = codes.get((gated ? 2 : 1) * calls * size);
   int32_t* m = products.get(on.rows * width);
   float* h = gated ? halves.get(2 * on.rows * width) : nullptr;
   float *hidden[MAX_ROWS], *gate[MAX_ROWS];
   for (int r = 0; r < on.rows; r++) hidden[r] = h + r * width, gate[r] = h + (on.rows + r) * width;
+  std::vector<Panels> panels, others;
   on.begin();
-  for (int64_t p = first; p < last; p += on.panels) {
-    const int count = static_cast<int>(std::min<int64_t>(on.panels, last - p));
-    const Panels panels(w, t, a, p, count, b), others(w, t, a, half + p, gated ? count : 0, b + size);
+  for (int64_t begin = first; begin < last; begin += calls * on.panels) {
+    panels.clear(), others.clear();
+    for (int64_t i = 0, p = begin; i < calls && p < last; i++, p += on.panels) {
+      const int count = static_cast<int>(std::min<int64_t>(on.panels, last - p));
+      panels.emplace_back(w, t, a, p, count, b + i * size);
+      if (gated) others.emplace_back(w, t, a, half + p, count, b + (calls + i) * size);
+    }
     for (int64_t r = 0; r < a.count; r += on.rows) {
       const int rows = static_cast<int>(std::min<int64_t>(on.rows, a.count - r));
-      if (!gated) {
-        panels.multiply(w, t, a, r, rows, m, a.out + r, p * NR);
-        continue;
+      for (size_t i = 0; i < panels.size(); i++) {
+        const ptrdiff_t column = panels[i].first * NR;
+        if (!gated) {
+          panels[i].multiply(w, t, a, r, rows, m, a.out + r, column);
+          continue;
+        }
+        panels[i].multiply(w, t, a, r, rows, m, hidden, 0);
+        others[i].multiply(w, t, a, r, rows, m, gate, 0);
+        for (int j = 0; j < rows; j++) isa->geglu(hidden[j], gate[j], panels[i].count * NR, a.out[r + j] + column);
       }
-      panels.multiply(w, t, a, r, rows, m, hidden, 0);
-      others.multiply(w, t, a, r, rows, m, gate, 0);
-      for (int i = 0; i < rows; i++) isa->geglu(hidden[i], gate[i], count * NR, a.out[r + i] + p * NR);
     }
   }
   on.end();
