@@ -257,6 +257,7 @@ def roofline(frame: pd.DataFrame, path: str | Path) -> None:
                 roof = np.minimum(peaks.loc[peak, "gops"], peaks.loc["memory", "gbs"] * intensity)
                 axes.plot(intensity, roof, color=COLOURS[place], lw=1.2, label=f"what the machine allows, {peak}")
         axes.set_xscale("log")
+        log_ticks(axes.xaxis, (1, 2, 5))
         axes.set_yscale("log")
         axes.set_title(f"{number} thread{'s' if number > 1 else ''}", fontsize=9)
         plain(axes)
