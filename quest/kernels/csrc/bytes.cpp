@@ -159,23 +159,24 @@ struct Block {
   int64_t first, count;         // output lines of each
 };
 
+// Pixels of the code of zero, zeros in what fills up their channels.
+void pad(uint8_t* to, int64_t pixels, int64_t channels, int64_t padded, Range range) {
+  std::memset(to, zero_of(range), pixels * padded);
+  for (int64_t i = 0; channels < padded && i < pixels; i++) std::memset(to + i * padded + channels, 0, padded - channels);
+}
+
 bool quantize(const Conv& c, const Block& b, int64_t channels, int64_t padded, int64_t rows, Range range, uint8_t* out) {
-  const int zero = zero_of(range);
   const bool together = c.pixel == channels && channels == padded;
   bool nan = false;
-  auto pad = [&](uint8_t* to, int64_t pixels) {
-    std::memset(to, zero, pixels * padded);
-    for (int64_t i = 0; channels < padded && i < pixels; i++) std::memset(to + i * padded + channels, 0, padded - channels);
-  };
   for (int64_t r = 0; r < rows; r++, out += b.stride * padded) {
     const int64_t sample = std::min(r / b.lines, b.samples - 1), y = b.first + r - sample * b.lines - c.top;
     if (y < 0 || y >= c.height) {
-      pad(out, b.stride);
+      pad(out, b.stride, channels, padded, range);
       continue;
     }
     const int64_t end = std::min(b.stride, c.left + c.width);
-    pad(out, c.left);
-    pad(out + end * padded, b.stride - end);
+    pad(out, c.left, channels, padded, range);
+    pad(out + end * padded, b.stride - end, channels, padded, range);
     const float* in = c.x + (b.sample + sample) * c.sample + y * c.row;
     uint8_t* to = out + c.left * padded;
     if (together)
@@ -215,8 +216,7 @@ bool conv_stretches(const Weight& w, const Conv& c, const Terms& t, Range range,
     const int64_t pixels = rows * b.stride + w.width;
     uint8_t* q = rows_of(codes, pixels, padded);
     if (quantize(c, b, w.channels, padded, rows, range, q)) nan = true;
-    std::memset(q + rows * line, zero_of(range), w.width * padded);
-    for (int64_t i = rows * b.stride; i < pixels; i++) std::memset(q + i * padded + w.channels, 0, padded - w.channels);
+    pad(q + rows * line, w.width, w.channels, padded, range);
     int32_t* each = pixel_sums.get(pixels);
     int32_t* total = sums.get(positions);
     isa->bytes->sums(q, padded, pixels, padded, each);
