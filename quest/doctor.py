@@ -96,12 +96,13 @@ def _kernel(name, device):
 def _path():
     """Which instructions the integer kernel takes, and why no better ones."""
     from quest.kernels import integer
+    from quest.kernels.core import best
 
     if integer.unavailable(torch.device("cpu")):
         compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
         found = f"{compiler} is there" if compiler else "there is no C++ compiler"
         return "--", f"{found}; `pip install -e .` builds the core where there is one"
-    isa, forced = integer.best(), os.environ.get("QUEST_ISA")
+    isa, forced = best(), os.environ.get("QUEST_ISA")
     if forced:
         return "ok", f"{isa}, as QUEST_ISA says"
     lacking = {

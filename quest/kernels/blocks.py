@@ -14,7 +14,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quest.kernels.integer import core, linear
+from quest.kernels.core import core
+from quest.kernels.integer import linear
 
 
 def computes(x: Tensor) -> bool:

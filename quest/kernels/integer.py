@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quest.affine import FLOAT, QParams, QTensor, QuantSpec
-from quest.kernels.core import best, core, use  # noqa: F401
+from quest.kernels.core import core
 from quest.kernels.tracing import convolved, fake_attention, fake_conv2d, flat, run
 
 LARGEST = 32767  # of codes less zero point, in int16

@@ -9,6 +9,7 @@ import torch
 from quest import cost, origins, timing
 from quest.kernels import benchmark, integer
 from quest.kernels.benchmark import machine, shapes, single_layers, stopwatch
+from quest.kernels.core import core
 from quest.models import MODELS
 from quest.report import speed
 
@@ -85,12 +86,12 @@ def test_rounds_are_interleaved(monkeypatch):
 
 @needs_core
 def test_shares_of_a_step_add_up_and_leave_no_timer_behind():
-    before = integer.core().quest_conv2d
+    before = core().quest_conv2d
     (layer,) = single_layers.contenders(CONV, 2, ("integer w8a8",)).values()
     found = stopwatch.shares(lambda: (layer(), time.sleep(0.01)))
     assert sum(found.values()) == pytest.approx(1) and 0 < found["layers"] < 0.5 and found["rest"] > 0.5
     assert found["attention"] == found["norms"] == 0
-    assert integer.core().quest_conv2d is before
+    assert core().quest_conv2d is before
 
 
 @needs_core

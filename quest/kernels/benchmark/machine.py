@@ -1,5 +1,6 @@
 """What this machine allows and has: peaks, instructions, free memory, other load, packages."""
 
+import ctypes
 import math
 import os
 import time
@@ -12,6 +13,7 @@ import torch
 
 from quest.kernels import integer
 from quest.kernels.benchmark.stopwatch import seconds_of
+from quest.kernels.core import best, core
 from quest.provenance import provenance
 
 
@@ -38,8 +40,8 @@ def has_bf16() -> bool:
 def peaks(threads: int) -> dict[str, float]:
     """What the machine allows: GOP/s (two to a multiply-accumulate) of the integer kernel's own instructions and of
     float32's, on registers alone, and GB/s of a copy that no cache holds. Raises AttributeError for an older core."""
-    peak = integer.core().quest_peak
-    peak.restype, peak.argtypes = integer.ctypes.c_int64, [integer.ctypes.c_char_p, integer.ctypes.c_int64]
+    peak = core().quest_peak
+    peak.restype, peak.argtypes = ctypes.c_int64, [ctypes.c_char_p, ctypes.c_int64]
     found = {}
 
     def rate(isa):
@@ -47,7 +49,7 @@ def peaks(threads: int) -> dict[str, float]:
         return 2e-9 * peak(isa.encode(), 5_000_000) / (time.thread_time() - start)
 
     with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter's lock
-        for name, isa in (("integer", integer.best()), ("fp32", "float")):
+        for name, isa in (("integer", best()), ("fp32", "float")):
             found[name] = max(sum(pool.map(rate, [isa] * threads)) for _ in range(5)) or math.nan
     source = torch.ones(64 << 20)  # 256 MB
     target = torch.empty_like(source)
@@ -86,7 +88,7 @@ def busy_elsewhere(before: tuple[float, float, float] | None) -> float:
 
 def instruction_set() -> str:
     """What the integer kernel computes with here; empty where it has no compiled core."""
-    return "" if integer.unavailable(torch.device("cpu")) else integer.best()
+    return "" if integer.unavailable(torch.device("cpu")) else best()
 
 
 def made_with() -> dict[str, str]:

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from quest.kernels import integer
+from quest.kernels.core import core
 
 
 def interleaved(calls: dict[str, Callable], seconds: float, rounds: tuple[int, int]) -> dict[str, list[float]]:
@@ -48,7 +48,7 @@ class Timers:
     }
 
     def __enter__(self) -> dict[str, float]:
-        self.functions = {name: getattr(integer.core(), name) for name in self.KINDS}
+        self.functions = {name: getattr(core(), name) for name in self.KINDS}
         spent = dict.fromkeys(self.KINDS.values(), 0.0)
 
         def timed(function, kind):
@@ -61,12 +61,12 @@ class Timers:
             return call
 
         for name, function in self.functions.items():
-            setattr(integer.core(), name, timed(function, self.KINDS[name]))
+            setattr(core(), name, timed(function, self.KINDS[name]))
         return spent
 
     def __exit__(self, *error) -> None:
         for name, function in self.functions.items():
-            setattr(integer.core(), name, function)
+            setattr(core(), name, function)
 
 
 def shares(call: Callable) -> dict[str, float]:
