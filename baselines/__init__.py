@@ -34,7 +34,7 @@ KEPT = {
 METHODS = {
     "fp": full_precision.quantize,
     "rtn": rtn.quantize,
-    "rtn-mse": partial(rtn.quantize, ranges="mse"),
+    "rtn-mse": partial(rtn.quantize, ranges="mse-zero-point"),
     "efficient-dm": efficient_dm.quantize,
     "efficient-dm-as-released": partial(efficient_dm.quantize, keep=KEPT["efficient-dm-as-released"]),
     "adaround": adaround.quantize,

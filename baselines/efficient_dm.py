@@ -111,7 +111,7 @@ def quantize(
     for layer in layers.values():
         layer.freeze()
         layer.weight.data.copy_(layer.packed)
-    calibrate(denoiser, calibration, ranges.mse, samples=samples, seed=seed)
+    calibrate(denoiser, calibration, ranges.mse_zero_point, samples=samples, seed=seed)
 
     tuned = {n: layer for n, layer in layers.items() if not any(fnmatch(n, glob) for glob in keep)}
     generator = torch.Generator().manual_seed(seed)

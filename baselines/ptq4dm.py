@@ -70,12 +70,12 @@ def quantize(
     batch: int | None = None,  # default: the preset's
     keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
     softmax_bits: int = 8,
-    activation_ranges: str = "mse",  # see q_diffusion.activation_ranges_of
+    activation_ranges: str = "mse-zero-point",  # see q_diffusion.activation_ranges_of
     ndtc_bug: bool = False,  # label samples as the released code does, see `ndtc`
     granularity: str = "tensor",  # or "released": QuEST's at 4 bits, see quest.granularity
     time_groups: int = 1,  # QuEST's: stretches of timesteps with activation scales of their own; here one for all
     rows: int = 1024,  # of the calibration set
-    samples: int | None = None,  # rows (of each time group) that set the ranges of "mse"; default: static_rows
+    samples: int | None = None,  # rows (of each time group) that set the ranges; default: static_rows
     seed: int = 0,  # of the calibration rows, their order and the mini-batches
 ):
     """Quantize by Q-Diffusion's quantizers and reconstruction on PTQ4DM's timesteps, without split shortcuts.
@@ -191,5 +191,6 @@ def thresholds(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     rows = x.reshape(1, -1) if spec.axis is None else x.movedim(spec.axis, 0).flatten(1)
     t = torch.arange(1, CANDIDATES + 1, device=x.device)[:, None] / CANDIDATES * rows.abs().amax(1)
     low, high = -t * (rows.amin(1) < 0), t * (rows.amax(1) > 0)
-    best = ranges.least_error(rows, low, high, spec)
+    scale, zero_point = ranges.affine(low, high, spec)
+    best = ranges.least_error(rows, scale, zero_point.round(), spec)
     return low.gather(0, best)[0], high.gather(0, best)[0]

@@ -50,9 +50,9 @@ def quantize(
     keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
     softmax_bits: int = 8,
     split: bool = False,  # quantize the two parts of a decoder shortcut's input apart
-    activation_ranges: str = "mse",  # see q_diffusion.activation_ranges_of
+    activation_ranges: str = "mse-zero-point",  # see q_diffusion.activation_ranges_of
     rows: int = 1024,  # of the calibration set, for reconstruction; the statistics take all of it
-    samples: int | None = None,  # rows that set the activation ranges of "mse"; default: static_rows
+    samples: int | None = None,  # rows that set the activation ranges; default: static_rows
     seed: int = 0,  # of the calibration rows, their order and the mini-batches
 ):
     """Quantize by Q-Diffusion's stack, then correct the sampler by PTQD. Returns a new pipeline with its own scheduler.

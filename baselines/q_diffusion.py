@@ -14,7 +14,8 @@ from quest.layers import Keep, input_quantizers, split_layers, swap
 from quest.reconstruction import reconstruct_activations
 from quest.timegroups import TimeGroups, grouped
 
-RANGES = ("mse", "ema", "ema-symmetric")
+SEARCHED = {"mse-zero-point": ranges.mse_zero_point, "mse": ranges.mse}
+RANGES = (*SEARCHED, "ema", "ema-symmetric")
 MOMENTUM = 0.95  # of the running ranges
 BATCH = 64  # rows of one update of them
 
@@ -34,12 +35,12 @@ def quantize(
     keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
     softmax_bits: int = 8,  # published: 16 for Stable Diffusion
     split: bool = False,  # quantize the two parts of a decoder shortcut's input apart, as published for SD and CIFAR-10
-    activation_ranges: str = "mse",  # of RANGES; see `activation_ranges_of`
+    activation_ranges: str = "mse-zero-point",  # of RANGES; see `activation_ranges_of`
     stored_order: bool = False,  # calibrate noisiest rows first, as the released code does, not shuffled
     granularity: str = "tensor",  # or "released": QuEST's at 4 bits, see quest.granularity
     time_groups: int = 1,  # QuEST's: stretches of timesteps with activation scales of their own; here one for all
     rows: int = 1024,  # of the calibration set
-    samples: int | None = None,  # rows (of each time group) that set the ranges of "mse"; default: static_rows
+    samples: int | None = None,  # rows (of each time group) that set the ranges of the first two; default: static_rows
     seed: int = 0,  # of the calibration rows, their order and the mini-batches
 ):
     """Quantize by Q-Diffusion: AdaRound of the weights, static activation ranges, learned activation steps.
@@ -95,8 +96,9 @@ def common_stack(
     """Q-Diffusion on calibration rows already drawn: what later papers rerun their rivals with."""
     if activation_ranges not in RANGES:
         raise ValueError(f"activation_ranges: {activation_ranges!r} is not one of {', '.join(RANGES)}")
-    if groups is not None and (activation_ranges != "mse" or stored_order):
-        raise ValueError("time_groups: running ranges and the stored order hold at all timesteps; valid: mse, shuffled")
+    if groups is not None and (activation_ranges not in SEARCHED or stored_order):
+        valid = f"{' or '.join(SEARCHED)}, shuffled"
+        raise ValueError(f"time_groups: running ranges and the stored order hold at all timesteps; valid: {valid}")
     parts = splits(pipe, drawn) if split else {}
     if init is None:
         axis = dict(weight_axis=weight_axis)
@@ -139,9 +141,10 @@ def groups_of(calibration: CalibrationSet, time_groups: int) -> TimeGroups | Non
 def activation_ranges_of(
     denoiser, drawn: CalibrationSet, kind: str, *, samples: int, stored_order: bool, seed: int
 ) -> None:
-    """Set the activation ranges as the released commands do for one of the models.
+    """Set the activation ranges, but for "mse-zero-point" as the released commands do for one of the models.
 
-    "mse" (Churches): the asymmetric range of least |x - x~|^2.4 on `samples` rows. "ema-symmetric" (Bedrooms, CIFAR-10)
+    "mse" (Churches): the asymmetric range of least |x - x~|^2.4 on `samples` rows. "mse-zero-point": the same with the
+    zero point searched too, as QuEST's ranges are here (ranges.mse_zero_point). "ema-symmetric" (Bedrooms, CIFAR-10)
     and "ema" (Stable Diffusion): running averages of minimum and maximum over batches of 64 rows, momentum 0.95, from
     which the absolute maximum or the asymmetric range is taken; they overwrite what the MSE search found first. The
     products of attention outside a transformer block keep the range of their first batch.
@@ -152,9 +155,9 @@ def activation_ranges_of(
             if not name.endswith("processor.p"):  # probabilities are unsigned
                 q.spec = replace(q.spec, symmetric=True)
     order = drawn.call.argsort(stable=True) if stored_order else None
-    if kind == "mse":
+    if kind in SEARCHED:
         first = drawn if order is None else drawn.subset(order[:samples])
-        calibrate(denoiser, first, ranges.mse, samples=samples, seed=seed)
+        calibrate(denoiser, first, SEARCHED[kind], samples=samples, seed=seed)
         return
     if order is None:
         order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))

@@ -110,7 +110,7 @@ def quantize(
         )
     freeze(denoiser)
     samples = samples or (64 if fsc_scope == "all" else static_rows(a))
-    calibrate(denoiser, calibration, ranges.mse, samples=samples, seed=seed)
+    calibrate(denoiser, calibration, ranges.mse_zero_point, samples=samples, seed=seed)
     finite_set(denoiser, block, groups)
     return student
 

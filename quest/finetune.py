@@ -67,7 +67,13 @@ RELEASED = {
 }
 
 LEVELS = {"asymmetric": {}, "symmetric": dict(symmetric=True), "wide": dict(symmetric=True, wide=True)}
-RANGES = {"mse": choosers.mse, "minmax": choosers.minmax, "percentile": choosers.percentile, "running": choosers.minmax}
+RANGES = {
+    "mse-zero-point": choosers.mse_zero_point,
+    "mse": choosers.mse,
+    "minmax": choosers.minmax,
+    "percentile": choosers.percentile,
+    "running": choosers.minmax,
+}
 MOMENTUM = 0.95  # of the running ranges
 
 
@@ -119,7 +125,7 @@ def quantize(
     softmax_bits: int = 8,
     granularity: str = "tensor",  # or "released": at 4 bits one scale per channel or token, see quest.granularity
     levels: str = "asymmetric",  # "asymmetric", "symmetric" or "wide" (33 levels at "4 bit"); "released": the model's
-    ranges: str = "mse",  # "mse", "minmax", "percentile" or "running" (averages); "released": the model's
+    ranges: str = "mse-zero-point",  # of RANGES ("running": averages); "released": the model's
     samples: int = 32,  # random calibration rows per time group that set the activation ranges
     # What is tuned.
     selection: str | None = None,  # layers of the critical stage, of SELECTIONS; default: by the kind of pipeline

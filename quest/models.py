@@ -57,7 +57,7 @@ class Model:
     )  # layer glob -> bits
     softmax_bits: int = 8
     split: bool = False  # Q-Diffusion quantizes the two parts of a decoder shortcut's input apart
-    activation_ranges: str = "mse"  # of its static ranges: "mse", "ema" or "ema-symmetric"
+    activation_ranges: str = "mse"  # of its static ranges from 8 bits on: "mse", "ema" or "ema-symmetric", as released
     trajectories: int = 50  # full-precision trajectories in the calibration set; whole batches waste nothing
     extractor: str = "scenes"  # network behind FID, sFID and IS
     clip: str | None = None  # image-text model behind the CLIP score

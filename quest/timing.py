@@ -224,7 +224,7 @@ def _quantizing(pipe, model, given, repeats, device):
     layers = [layer for _, layer in quant_layers(student)]
     costs = {
         "weight ranges": _least(lambda: [layer.choose_weight_range(ranges.mse) for layer in layers], 1, device),
-        "ranges": _least(lambda: calibrate(student, calibration, ranges.mse, samples=n, seed=0), 1, device),
+        "ranges": _least(lambda: calibrate(student, calibration, ranges.mse_zero_point, samples=n, seed=0), 1, device),
     }
     common = dict(lr=0.0, generator=torch.Generator().manual_seed(0))
 

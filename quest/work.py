@@ -78,7 +78,7 @@ def _stack(rows_of):
     def counted(recipe, w, model, trajectories):
         own, rows = _settings(recipe), rows_of(recipe, model, trajectories)
         work = _rounding(recipe, w, rows) + Counter({"ranges": 1})
-        if recipe.get("activation_ranges", "mse") != "mse":  # running averages over all rows
+        if recipe.get("activation_ranges") in ("ema", "ema-symmetric"):  # running averages over all rows
             work["quantized call"] += rows
         if own.activation_iterations:
             work += Counter({"call": rows, "quantized call": 2 * min(CHECK, rows)})

@@ -259,7 +259,7 @@ def test_unknown_method_lists_the_known(uncond_pipe, uncond_calibration):
 
 def test_a_callable_is_a_method(tiny):
     pipe, _, calibration = tiny("uncond")
-    q = quest.quantize(pipe, METHODS["rtn"], "w8a8", calibration=calibration, ranges="mse")
+    q = quest.quantize(pipe, METHODS["rtn"], "w8a8", calibration=calibration, ranges="mse-zero-point")
     named = quest.quantize(pipe, "rtn-mse", "w8a8", calibration=calibration)
     assert same(q, named)
 

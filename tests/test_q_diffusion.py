@@ -152,6 +152,7 @@ def test_activation_ranges(kind, uncond_pipe, uncond_calibration):
     scale, zero_point, spec = denoiser.conv_in.input_quantizer.qparams
     expected = {
         "mse": ranges.mse(batches[0], QuantSpec(8))[0],
+        "mse-zero-point": ranges.mse_zero_point(batches[0], QuantSpec(8))[0],
         "ema": (high[-1] - low[-1]) / 255,
         "ema-symmetric": torch.maximum(-low[-1], high[-1]) / 127,
     }[kind]
@@ -211,7 +212,7 @@ def test_the_two_presets():
     "wrong, said",
     [
         (dict(preset="quick"), "preset: 'quick' is not one of full, short"),
-        (dict(activation_ranges="max"), "activation_ranges: 'max' is not one of mse, ema, ema-symmetric"),
+        (dict(activation_ranges="max"), "'max' is not one of mse-zero-point, mse, ema, ema-symmetric"),
     ],
 )
 def test_wrong_names(wrong, said, uncond_pipe, uncond_calibration):

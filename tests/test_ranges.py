@@ -65,6 +65,26 @@ def test_mse_search_per_channel_is_the_loop_over_channels():
         assert torch.equal(s, scale[i, 0]) and torch.equal(z, zero_point[i, 0])
 
 
+def test_the_published_zero_point_of_a_silu_hangs_on_its_largest_value():
+    """Below 8.07 its zero point is 1, above it 0, and every negative output is lost; searched, it stays 1."""
+    x = torch.nn.functional.silu(torch.cat([torch.linspace(-3, 0, 5000), torch.tensor([1.0, 2.0, 4.0, 7.5])]))
+    larger = torch.cat([x, torch.tensor([8.5])])
+    spec = QuantSpec(4)
+    assert ranges.mse(x, spec)[1] == 1 and ranges.mse(larger, spec)[1] == 0
+    assert ranges.mse_zero_point(x, spec)[1] == 1 and ranges.mse_zero_point(larger, spec)[1] == 1
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("kind", [{}, dict(symmetric=True)])
+def test_searching_the_zero_point_is_never_worse(bits, kind):
+    x = torch.randn(50, 63, generator=torch.Generator().manual_seed(bits)) ** 3
+    spec = QuantSpec(bits, axis=0, **kind)
+    searched, published = error(x, ranges.mse_zero_point, spec), error(x, ranges.mse, spec)
+    assert (searched <= published * (1 + 1e-6)).all()
+    assert torch.equal(searched, published) or (bits < 8 and not kind)
+    assert (searched < 0.99 * published).any() or bits == 8 or kind
+
+
 def test_mse_range_of_a_one_signed_tensor_is_not_widened_but_minmax_is():
     x = torch.linspace(5, 6, 101)
     scale, zero_point = ranges.mse(x, QuantSpec(4), steps=1)
@@ -85,6 +105,6 @@ def test_large_tensors_are_searched_by_histogram_as_well_as_value_by_value(bits,
 
 
 def test_zeros_give_a_finite_scale():
-    for choose in (ranges.minmax, ranges.mse, ranges.percentile, ranges.always_zero):
+    for choose in (ranges.minmax, ranges.mse, ranges.mse_zero_point, ranges.percentile, ranges.always_zero):
         scale, zero_point = choose(torch.zeros(4, 8), QuantSpec(4, axis=0))
         assert (scale > 0).all() and zero_point.isfinite().all()

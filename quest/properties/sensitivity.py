@@ -54,7 +54,7 @@ def lowered(
         layer.choose_weight_range(ranges.mse)
     freeze(student.unet)
     samples = SAMPLES if groups is None else GROUP_SAMPLES
-    calibrate(student.unet, calibration, ranges.mse, samples=samples, seed=seed)
+    calibrate(student.unet, calibration, ranges.mse_zero_point, samples=samples, seed=seed)
     return student
 
 

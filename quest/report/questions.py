@@ -380,6 +380,12 @@ def findings(evidence: Evidence) -> str:
         "The local loss of critical modules, or the global one alone?": (["quest-no-local-cma"], "quest"),
         "4-bit activations by channel, as released, or per tensor?": (["quest-released"], "quest"),
         "The same with one scale set": (["quest-released-groups-1"], "quest-groups-1"),
+        "The zero point of an activation range: searched, or by the published search?": (
+            ["quest-published-ranges"],
+            "quest",
+        ),
+        "The same for Q-Diffusion": (["q-diffusion-published-ranges"], "q-diffusion"),
+        "The same for PTQ4DM": (["ptq4dm-published-ranges"], "ptq4dm"),
         "Does finetuning time-embedding layers first help?": (
             ["quest-cma-only", "quest-control", "quest-cma-tla"],
             "quest",
