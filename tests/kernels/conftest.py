@@ -23,3 +23,9 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_gradients():
+    with torch.no_grad():
+        yield

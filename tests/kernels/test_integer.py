@@ -1,33 +1,26 @@
 """The integer kernel against what the reference means, on every instruction set of this machine."""
 
-import copy
 import os
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 import torch
 from operands import activation, exact, weight
-from torch import nn
 from torch.nn import functional as F
 
-import quest
-from quest import checkpoint, cost, kernels
+from quest import kernels
 from quest.affine import FLOAT, QParams, QTensor, QuantSpec, fake_quantize, quantize
-from quest.calibration import collect
 from quest.kernels import integer, reference
-from quest.layers import QuantLayer, attentions, quant_layers, quantized, swap
-from quest.models import MODELS
-from quest.placement import deviation, on_reference, place
-from quest.sampling import arguments, generate
 
-pytestmark = pytest.mark.skipif(
-    integer.unavailable(torch.device("cpu")) is not None, reason="no compiled core: installed without a C++ compiler"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        integer.unavailable(torch.device("cpu")) is not None,
+        reason="no compiled core: installed without a C++ compiler",
+    ),
+    pytest.mark.usefixtures("no_gradients"),
+]
 
 
 def poison(monkeypatch):
@@ -262,81 +255,6 @@ def test_packed_codes_are_given_back(kernel, bits, shape):
     assert torch.equal(codes, w.codes) and codes.is_contiguous()
 
 
-def in_memory(layer: QuantLayer) -> int:
-    """Bytes of every tensor that a layer holds for its weight: all but the bias and the quantizers of activations."""
-    tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers()), **vars(layer)}
-    other = ("bias", "input_quantizer.", "output_quantizer.")
-    found = [t for n, t in tensors.items() if isinstance(t, torch.Tensor) and not n.startswith(other)]
-    assert any(t is layer.packed for t in found)
-    return sum(t.untyped_storage().nbytes() for t in found if not t.is_meta)
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    """A model that ships, its convolutions with channels innermost."""
-    model = MODELS["scenes-class"]
-    pipe = model.load()
-    return pipe, collect(pipe, replace(model, steps=2), "calibration", 1)
-
-
-@pytest.mark.parametrize("bits, most", [("w4a4", 0.16), ("w8a8", 0.275)])
-def test_a_loaded_model_holds_the_codes_of_its_weights_only(shipped, bits, most, tmp_path):
-    """All else is as if the float weights were there."""
-    (pipe, calibration), path = shipped, tmp_path / "m.safetensors"
-    made = quest.quantize(pipe, "rtn", bits, calibration=calibration, samples=1)
-    quest.save(made, path)
-    denoiser, twin = (quest.load(pipe, path, kernel=kernel).unet for kernel in ("integer", "reference"))
-    layers = dict(quant_layers(denoiser))
-    assert all(layer.held is None for layer in layers.values())
-    assert sum(map(in_memory, layers.values())) <= most * sum(4 * layer.weight.numel() for layer in layers.values())
-    own, expected = denoiser.state_dict(), twin.state_dict()
-    assert list(own) == list(expected)
-    assert all(torch.equal(own[n], t) and own[n].stride() == t.stride() for n, t in expected.items())
-    assert cost.parameters(denoiser) == cost.parameters(twin) and cost.stored(denoiser) == cost.stored(twin)
-
-    inputs = calibration.inputs(torch.arange(2))
-    copied, on_integers, e = copy.deepcopy(denoiser), denoiser(**inputs).sample, twin(**inputs).sample
-    assert not torch.equal(on_integers, e)
-    with on_reference(denoiser):
-        assert torch.equal(denoiser(**inputs).sample, e)
-    assert all(layer.held is None for layer in layers.values())
-    assert torch.equal(denoiser(**inputs).sample, on_integers) and torch.equal(copied(**inputs).sample, on_integers)
-    for floats in (False, True):
-        for name, unet in (("own", denoiser), ("twin", twin)):
-            made.unet = unet
-            quest.save(made, tmp_path / name, floats)
-        own, expected = (checkpoint.read(tmp_path / name)[1] for name in ("own", "twin"))
-        assert own.keys() == expected.keys() and all(torch.equal(own[n], t) for n, t in expected.items())
-    place(copied, "integer")  # once more
-    assert torch.equal(copied(**inputs).sample, on_integers)
-    for _, layer in quant_layers(copied):
-        layer.thaw()
-        assert isinstance(layer.held, nn.Parameter)
-    place(copied, "reference")
-    assert torch.equal(copied(**inputs).sample, e)
-
-
-@pytest.mark.parametrize("kernel", ["integer", "triton"])
-def test_a_weight_off_its_codes_is_kept_beside_them(kernel):
-    """What a method learned would be lost otherwise; one that stands on its codes is made of them again."""
-    torch.manual_seed(0)
-    layer = quantized(nn.Conv2d(6, 20, 3, padding=1), QuantSpec(4, axis=0), QuantSpec(8), None)
-    layer.choose_weight_range()
-    weight = layer.weight.detach().clone()
-    layer.freeze(kernel)
-    assert layer.held is layer.weight and torch.equal(layer.weight, weight)
-    layer.thaw()
-    assert torch.equal(layer.weight, weight)
-    on_codes = layer.qweight.dequantize()
-    layer.weight.data = on_codes.contiguous(memory_format=torch.channels_last)
-    layer.freeze(kernel)
-    assert layer.held is None and torch.equal(layer.weight, on_codes)
-    assert torch.equal(layer.state_dict()["weight"], on_codes)
-    assert layer.weight.is_contiguous(memory_format=torch.channels_last)
-    layer.freeze("reference")
-    assert torch.equal(layer.held, on_codes) and torch.equal(layer.packed, on_codes)
-
-
 def groups(spec: QuantSpec, *zero_points: float) -> QParams:
     return QParams(torch.ones(len(zero_points)), torch.tensor(zero_points), spec)
 
@@ -402,106 +320,6 @@ def test_operators():
     torch.library.opcheck(integer._attention_op, (*rows, [scale] * 4, [z, z, z, torch.tensor(0.0)], limits, 0.3))
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(params=["w8a8", "w4a8", "w4a4"])
-def placed(request, tmp_path_factory):
-    """kind -> the same checkpoint on both kernels."""
-
-    def make(kind):
-        pipe, calibration = request.getfixturevalue(f"{kind}_pipe"), request.getfixturevalue(f"{kind}_calibration")
-        path = tmp_path_factory.mktemp("kernels") / "m.safetensors"
-        quest.save(quest.quantize(pipe, "rtn", request.param, calibration=calibration, samples=8), path)
-        return {k: quest.load(pipe, path, kernel=k) for k in ("reference", "integer")}, calibration
-
-    return make
-
-
-@pytest.mark.parametrize("kind", ["uncond", "class", "text"])
-def test_layers_of_a_denoiser_given_the_same_inputs(placed, kind):
-    """Every layer and attention, with its own time group's ranges, on the inputs that it meets on the reference."""
-    pipes, calibration = placed(kind)
-    assert pipes["integer"].unet.placement == ("integer", {})
-    twins = dict(pipes["integer"].unet.named_modules())
-    compared = []
-
-    def compare(name, twin):
-        def hook(module, args, output):
-            twin_output = twin(*args) if isinstance(module, QuantLayer) else nn.Module.__call__(twin, *args)
-            difference = (twin_output - output).abs() / output.abs().max()
-            if isinstance(module, QuantLayer):
-                assert difference.max() < 3e-6, name
-            else:  # a probability at a tie may take the neighbouring code
-                assert difference.max() < 0.05 and (difference > 1e-5).float().mean() < 0.01, name
-            compared.append(name)
-
-        return hook
-
-    reference_denoiser = pipes["reference"].unet
-    handles = [m.register_forward_hook(compare(n, twins[n])) for n, m in quant_layers(reference_denoiser)]
-    handles += [
-        m.processor.register_forward_hook(compare(n, twins[n].processor)) for n, m in attentions(reference_denoiser)
-    ]
-    inputs = calibration.inputs(calibration.timestep == calibration.timesteps[1])
-    pipes["integer"].unet(**inputs)
-    reference_denoiser(**inputs)
-    assert len(compared) == len(handles)
-
-
-@pytest.mark.parametrize("kind", ["uncond", "class", "text"])
-def test_whole_denoisers(placed, kind):
-    """Codes at ties differ, and what follows multiplies the difference; it stays below the error of quantization."""
-    pipes, calibration = placed(kind)
-    difference = error = 0.0
-    for timestep in calibration.timesteps:
-        rows = (calibration.timestep == timestep).nonzero().flatten()
-        a, e = (pipes[k].unet(**calibration.inputs(rows)).sample for k in ("integer", "reference"))
-        difference += (a - e).square().sum()
-        error += (e - calibration.target[rows]).square().sum()
-    assert 0 < difference < 0.5 * error
-
-
-def test_samples_are_those_of_the_file_and_of_any_threads(placed, uncond_model, tmp_path):
-    pipes, _ = placed("uncond")
-    pipe = pipes["integer"]
-    given = dict(**arguments(uncond_model, "evaluation", [0, 1]), output_type="latent")
-    first = pipe(**given).images
-    torch.set_num_threads(2)
-    second = pipe(**(given | arguments(uncond_model, "evaluation", [0, 1]))).images
-    torch.set_num_threads(1)
-    copied = copy.deepcopy(pipe.unet)
-    assert torch.equal(first, second)
-    assert [layer.kernel_name for _, layer in quant_layers(copied)] == ["integer"] * len(list(quant_layers(copied)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["scenes-uncond", "scenes-class", "scenes-text"])
-def test_a_whole_run_of_a_shipped_model(name):
-    """Latents of integer and reference differ by at most 5 % of what quantization itself changes in them."""
-    model = MODELS[name]
-    pipe = model.load()
-    calibration = collect(pipe, model, "calibration", 8)
-    quantized = quest.quantize(
-        pipe, "rtn-mse", "w4a8", calibration=calibration, keep=model.keep, softmax_bits=model.softmax_bits
-    )
-
-    def latents(pipe):
-        return torch.cat([latents for _, latents, _ in generate(pipe, model, "evaluation", model.batch_size)])
-
-    exact = latents(pipe)
-    found = {}
-    for kernel in ("reference", "integer"):
-        assert place(quantized.unet, kernel).refused == {}
-        found[kernel] = latents(quantized)
-    difference = (found["integer"] - found["reference"]).square().mean()
-    error = (found["reference"] - exact).square().mean()
-    assert 0 < difference <= 0.05 * error
-
-
 def large_linear(rows=600):
     """A layer that is worth two threads, and its result on one."""
     torch.manual_seed(0)
@@ -543,73 +361,3 @@ def test_a_forked_process_computes_on():
         os.waitpid(child, 0)
         pytest.fail("the child waits for threads that it does not have")
     assert os.waitstatus_to_exitcode(status) == 0
-
-
-def test_layers_that_are_refused_stay_on_the_reference(uncond_pipe, uncond_calibration):
-    q = quest.quantize(uncond_pipe, "rtn", "w8a8", calibration=uncond_calibration, samples=8)
-    q.unet.conv_in.input_quantizer.zero_point[:] = 1e6
-    processor = next(attentions(q.unet))[1].processor
-    processor.p.spec = QuantSpec(16)
-    refused = place(q.unet, "integer").refused
-    assert "exceeds 16 bits" in refused.pop("conv_in")
-    assert list(refused.values()) == ["p: 16 bits, more than 8"] and processor.kernel_name == "reference"
-    assert q.unet.conv_in.kernel_name == "reference" and q.unet.conv_out.kernel_name == "integer"
-    inputs = uncond_calibration.inputs(torch.arange(2))
-    on_integers = q.unet(**inputs).sample
-    assert place(q.unet, "reference") == ("reference", {})
-    assert all(layer.kernel_name == "reference" for _, layer in quant_layers(q.unet))
-    e = q.unet(**inputs).sample
-    assert (on_integers - e).square().mean() < 0.5 * (e - uncond_calibration.target[:2]).square().mean()
-
-
-def test_deviation_from_the_reference(placed, monkeypatch):
-    pipes, calibration = placed("uncond")
-    denoiser = pipes["integer"].unet
-    assert deviation(pipes["reference"].unet, calibration) == 0
-    inputs = calibration.inputs(torch.arange(2))
-    before, packed = denoiser(**inputs).sample, denoiser.conv_in.packed
-    with on_reference(denoiser):
-        assert torch.equal(denoiser(**inputs).sample, pipes["reference"].unet(**inputs).sample)
-    assert 0 <= deviation(denoiser, calibration) < 1
-    assert torch.equal(denoiser(**inputs).sample, before) and denoiser.conv_in.packed is packed
-    assert denoiser.placement.kernel == "integer" and denoiser.conv_in.kernel_name == "integer"
-    conv2d = integer.conv2d
-    monkeypatch.setattr(integer, "conv2d", lambda *args, **kwargs: 100 * conv2d(*args, **kwargs))
-    with pytest.raises(RuntimeError, match="the integer kernel's prediction differs by"):
-        deviation(denoiser, calibration)
-
-
-def test_kernels_are_chosen_by_name(uncond_pipe):
-    q = swap(uncond_pipe, 8, 8)
-    with pytest.raises(ValueError, match="kernel: 'cublas' is not one of auto, reference, integer, triton"):
-        place(q.unet, "cublas")
-    with pytest.raises(ValueError, match="integer is not available: it computes on a CPU, not on meta"):
-        kernels.choose("integer", torch.device("meta"))
-    assert kernels.choose("auto", torch.device("cpu")) == "integer"
-
-
-def test_only_float32_denoisers_run_on_integers(uncond_pipe):
-    denoiser = swap(uncond_pipe, 8, 8).unet.double()
-    with pytest.raises(ValueError, match="integer is not available: it computes in float32, not in torch.float64"):
-        place(denoiser, "integer")
-    assert place(denoiser, "auto").kernel == "reference"
-
-
-def test_without_a_compiled_core_the_reference_computes(tmp_path):
-    """A copy of the package without the core imports, says why, and still answers."""
-    code = """
-import logging, torch
-logging.basicConfig()
-from quest import kernels
-from quest.kernels import core as compiled
-compiled.EXTENSION_SUFFIXES = []
-assert kernels.choose("auto", torch.device("cpu")) == "reference"
-try:
-    kernels.choose("integer", torch.device("cpu"))
-except ValueError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr
-    assert "kernel: integer is not available:" in done.stdout and "no compiled core" in done.stdout
-    assert "kernel integer is not available" in done.stderr
