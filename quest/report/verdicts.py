@@ -8,9 +8,10 @@ from quest.metrics import METRICS
 from quest.report import tables
 
 HEADLINE = ("latent_mse", "fid_to_fp", "fid", "clip")  # of the verdicts, where a run has them
+OVER_SEEDS = (*HEADLINE, "eps_error")
 
 
-def verdict_sentences(paired: pd.DataFrame, focus: str) -> list[dict]:
+def verdict_sentences(paired: pd.DataFrame, focus: str, headline: tuple[str, ...] = HEADLINE) -> list[dict]:
     """One method against every other and against full precision, fewest bits first.
 
     Returns [{bits, sentences}]. A method is called better on a model where the paired interval of the difference
@@ -23,7 +24,7 @@ def verdict_sentences(paired: pd.DataFrame, focus: str) -> list[dict]:
         rows = of_focus[of_focus["bits"] == bits]
         alike: dict[tuple, dict[str, list]] = {}
         for (versus, metric), cell in rows.groupby(["versus", "metric"], sort=False):
-            if metric not in HEADLINE:
+            if metric not in headline:
                 continue
             better = cell.set_index("model")["better"].reindex(models).dropna()
             outcome = tuple(
@@ -37,7 +38,8 @@ def verdict_sentences(paired: pd.DataFrame, focus: str) -> list[dict]:
             same: dict[tuple, list] = {}
             for versus, metrics in by_rival.items():
                 same.setdefault(tuple(metrics), []).append(versus)
-            sentences += [_sentence(focus, rivals, metrics, outcome) for metrics, rivals in same.items()]
+            for metrics, rivals in same.items():
+                sentences.append(_sentence(focus, rivals, sorted(metrics, key=headline.index), outcome))
         found.append({"bits": bits, "sentences": sorted(sentences, key=lambda said: said["order"])})
     return found
 
@@ -46,7 +48,7 @@ def _sentence(focus, rivals, metrics, outcome):
     better, worse, neither = outcome
     total = sum(map(len, outcome))
     against = listed(["full precision" if rival == "fp" else rival for rival in rivals])
-    measured = listed([METRICS[name].label for name in sorted(metrics, key=HEADLINE.index)])
+    measured = listed([METRICS[name].label for name in metrics])
     found = [("better", "than", better), ("worse", "than", worse), ("not told apart", "from", neither)]
     said = [
         f"{word}{'' if any(names for _, _, names in found[:place]) else f' {to} {against}'} {_on(on, total)}"
@@ -72,21 +74,11 @@ def listed(words: Iterable[str]) -> str:
     return f"{', '.join(rest)} and {last}" if rest else last
 
 
-def seed_sentences(seeds: pd.DataFrame) -> list[str]:
-    """What holds over quantization seeds, of the pairs of methods in seeds.csv."""
-    rows = seeds[(seeds["versus"] != "") & seeds["metric"].isin((*HEADLINE, "eps_error"))]
-    sentences = []
-    for (model, bits, method, versus), cell in rows.groupby(["model", "bits", "method", "versus"], sort=False):
-        groups: dict[str, list] = {}
-        for row in cell.itertuples():
-            groups.setdefault(row.better, []).append(METRICS[row.metric].label)
-        parts = [
-            f"not told apart in {listed(labels)}" if better == "neither" else f"{better} better in {listed(labels)}"
-            for better, labels in groups.items()
-        ]
-        number = len(str(cell["seeds"].iloc[0]).split(","))
-        sentences.append(f"{model}, {bits.upper()}, {method} against {versus}, {number} seeds: {'; '.join(parts)}.")
-    return sentences
+def seed_sentences(seeds: pd.DataFrame) -> list[dict]:
+    """What holds over quantization seeds, of the pairs of methods in seeds.csv, as `verdict_sentences` has it."""
+    pairs = seeds[seeds["versus"] != ""]
+    focused = [method for method in reversed(dict.fromkeys(seeds["method"])) if method in set(pairs["method"])]
+    return [verdict for focus in focused for verdict in verdict_sentences(pairs, focus, OVER_SEEDS)]
 
 
 def comparisons(paired: pd.DataFrame) -> dict[str, int]:
