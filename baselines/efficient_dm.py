@@ -88,7 +88,8 @@ def quantize(
 
     The learning rates are those of the full preset; the short one multiplies them. All fall linearly to zero.
     Departures from the paper: the time steps are the sampler's own instead of 100 of which a sampler picks some;
-    trajectories come from the calibration set instead of being rolled out anew; scales are tuned through their
+    trajectories come from the calibration set instead of being rolled out anew; the search for activation ranges takes
+    zero points in, as in all methods here (ranges.mse_zero_point); scales are tuned through their
     logarithm, with moments of their own for every step, so that they stay positive (the published rate of weight
     scales, 1e-6, is 5e-5 of a scale of 0.02).
     Raises FloatingPointError where the loss is not finite.

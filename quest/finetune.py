@@ -155,7 +155,8 @@ def quantize(
     Departures of the defaults from the paper, which names no batch or schedule: TAQuant (of the first version; the
     sixth has a single set of scales); both learning rates fall to zero as a cosine; scales are tuned through their
     logarithm, by an Adam with a state of its own for every time group, so that they stay positive and idle groups do
-    not move; timesteps are interleaved, one group per iteration; L_G is weighted as in the released code.
+    not move; timesteps are interleaved, one group per iteration; L_G is weighted as in the released code; the search
+    for activation ranges, which the text leaves open, takes zero points in (ranges.mse_zero_point).
 
     Raises ValueError that names a keyword and what would be valid, FloatingPointError where a loss is not finite.
     """
