@@ -248,7 +248,7 @@ def test_ends_of_fewer_bits_than_the_checkpoint_has(uncond_pipe, uncond_calibrat
         ("preset", "fast", "short, tenth, full"),
         ("granularity", "channel", "tensor, released"),
         ("levels", "signed", "asymmetric, symmetric, wide, released"),
-        ("ranges", "max", "mse, minmax, percentile, running, released"),
+        ("ranges", "max", "mse-zero-point, mse, minmax, percentile, running, released"),
         ("time_embedding", True, "scales, tuned, frozen"),
         ("local_cma", "sd", "True, False, released"),
         ("order", "tla", "tla-cma, cma-tla, joint"),
