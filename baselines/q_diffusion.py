@@ -14,8 +14,8 @@ from quest.layers import Keep, input_quantizers, split_layers, swap
 from quest.reconstruction import reconstruct_activations
 from quest.timegroups import TimeGroups, grouped
 
-SEARCHED = {"mse-zero-point": ranges.mse_zero_point, "mse": ranges.mse}
-RANGES = (*SEARCHED, "ema", "ema-symmetric")
+RUNNING = ("ema", "ema-symmetric")
+RANGES = (*ranges.SEARCHED, *RUNNING)
 MOMENTUM = 0.95  # of the running ranges
 BATCH = 64  # rows of one update of them
 
@@ -96,8 +96,8 @@ def common_stack(
     """Q-Diffusion on calibration rows already drawn: what later papers rerun their rivals with."""
     if activation_ranges not in RANGES:
         raise ValueError(f"activation_ranges: {activation_ranges!r} is not one of {', '.join(RANGES)}")
-    if groups is not None and (activation_ranges not in SEARCHED or stored_order):
-        valid = f"{' or '.join(SEARCHED)}, shuffled"
+    if groups is not None and (activation_ranges in RUNNING or stored_order):
+        valid = f"{' or '.join(ranges.SEARCHED)}, shuffled"
         raise ValueError(f"time_groups: running ranges and the stored order hold at all timesteps; valid: {valid}")
     parts = splits(pipe, drawn) if split else {}
     if init is None:
@@ -155,9 +155,9 @@ def activation_ranges_of(
             if not name.endswith("processor.p"):  # probabilities are unsigned
                 q.spec = replace(q.spec, symmetric=True)
     order = drawn.call.argsort(stable=True) if stored_order else None
-    if kind in SEARCHED:
+    if kind in ranges.SEARCHED:
         first = drawn if order is None else drawn.subset(order[:samples])
-        calibrate(denoiser, first, SEARCHED[kind], samples=samples, seed=seed)
+        calibrate(denoiser, first, ranges.SEARCHED[kind], samples=samples, seed=seed)
         return
     if order is None:
         order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))

@@ -7,8 +7,7 @@ from quest.layers import quant_layers, swap
 WHOLE = 256  # rows that stand for the whole calibration set
 RANGES = {  # of weights (per output channel) and of activations (per tensor)
     "minmax": (choosers.minmax, choosers.minmax),
-    "mse": (choosers.mse, choosers.mse),
-    "mse-zero-point": (choosers.mse, choosers.mse_zero_point),
+    **{name: (choosers.mse, search) for name, search in choosers.SEARCHED.items()},
 }
 
 

@@ -68,8 +68,7 @@ RELEASED = {
 
 LEVELS = {"asymmetric": {}, "symmetric": dict(symmetric=True), "wide": dict(symmetric=True, wide=True)}
 RANGES = {
-    "mse-zero-point": choosers.mse_zero_point,
-    "mse": choosers.mse,
+    **choosers.SEARCHED,
     "minmax": choosers.minmax,
     "percentile": choosers.percentile,
     "running": choosers.minmax,

@@ -65,9 +65,7 @@ def mse(x: Tensor, spec: QuantSpec, steps: int = 80, power: float = 2.4) -> tupl
     searched at once. The zero point, round(-min / scale), is the same for all shrinkings: the extremes of x alone
     decide it, see `mse_zero_point`.
     """
-    rows = _rows(x, spec)
-    scale, zero_point = _shrinkings(rows, spec, steps)
-    return _best(x, rows, spec, scale, zero_point.round(), power)
+    return _shrunk(x, spec, steps, power, (torch.round,))
 
 
 def mse_zero_point(x: Tensor, spec: QuantSpec, steps: int = 80, power: float = 2.4) -> tuple[Tensor, Tensor]:
@@ -77,19 +75,18 @@ def mse_zero_point(x: Tensor, spec: QuantSpec, steps: int = 80, power: float = 2
     -0.278, so the zero point becomes 0 where the largest of the values seen exceeds 8.07, and all that is negative is
     lost then. One value among the calibration rows decides it, and nothing learned afterwards moves a zero point.
     """
+    return _shrunk(x, spec, steps, power, (torch.floor, torch.ceil))
+
+
+SEARCHED = {"mse-zero-point": mse_zero_point, "mse": mse}  # names in recipes
+
+
+def _shrunk(x: Tensor, spec: QuantSpec, steps: int, power: float, roundings) -> tuple[Tensor, Tensor]:
+    """The best of the ranges (1 - 0.01 i) [min, max], each with its zero point rounded in all these ways."""
     rows = _rows(x, spec)
-    scale, zero_point = _shrinkings(rows, spec, steps)
-    down_and_up = torch.cat([zero_point.floor(), zero_point.ceil()])
-    return _best(x, rows, spec, torch.cat([scale, scale]), down_and_up, power)
-
-
-def _shrinkings(rows: Tensor, spec: QuantSpec, steps: int) -> tuple[Tensor, Tensor]:
-    """Scales and zero points, not yet rounded, of the ranges (1 - 0.01 i) [min, max], both [steps, channels]."""
     factors = 1.0 - 0.01 * torch.arange(steps, device=rows.device, dtype=rows.dtype)[:, None]
-    return affine(factors * rows.amin(1), factors * rows.amax(1), spec)
-
-
-def _best(x: Tensor, rows: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor, power: float):
+    scale, zero_point = affine(factors * rows.amin(1), factors * rows.amax(1), spec)
+    scale, zero_point = scale.repeat(len(roundings), 1), torch.cat([rounded(zero_point) for rounded in roundings])
     best = least_error(rows, scale, zero_point, spec, power)
     return tuple(_shaped(v.gather(0, best)[0], x, spec) for v in (scale, zero_point))
 

@@ -212,7 +212,10 @@ def test_the_two_presets():
     "wrong, said",
     [
         (dict(preset="quick"), "preset: 'quick' is not one of full, short"),
-        (dict(activation_ranges="max"), "'max' is not one of mse-zero-point, mse, ema, ema-symmetric"),
+        (
+            dict(activation_ranges="max"),
+            "activation_ranges: 'max' is not one of mse-zero-point, mse, ema, ema-symmetric",
+        ),
     ],
 )
 def test_wrong_names(wrong, said, uncond_pipe, uncond_calibration):
