@@ -12,7 +12,7 @@ import pandas as pd
 from safetensors import safe_open
 
 from quest.metrics import METRICS
-from quest.report import tables
+from quest.report import markup, tables
 
 PROVENANCE = ("commit", "machine", "versions", "seeds")
 
@@ -42,7 +42,7 @@ def interval(value: float, low: float, high: float, mark: str = "", note: str = 
     """A cell with a value ± half of its interval, sorted by the value."""
     if math.isnan(value):
         return entry("–", "")
-    return entry(tables.plus_minus(value, low, high), value, mark, note)
+    return entry(markup.plus_minus(value, low, high), value, mark, note)
 
 
 def main_table(main: pd.DataFrame, paired: pd.DataFrame, verdicts: pd.DataFrame) -> dict:

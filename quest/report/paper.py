@@ -16,7 +16,8 @@ from quest.files import atomic
 from quest.metrics import METRICS
 from quest.report import ledger
 from quest.report.effort import effort
-from quest.report.tables import latex_table, markdown_table, paired, plus_minus, provenance_of, read, tex
+from quest.report.markup import latex_table, markdown_table, plus_minus, tex
+from quest.report.tables import paired, provenance_of, read
 
 # What may stand for a model of the paper, the first that was measured. Tables 2 and 7 do not say which model it was.
 STANDS = {

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from quest.metrics import METRICS
 from quest.metrics.intervals import student
 from quest.report.evidence import APART, SHOWN, Evidence, differences, inference_rows, paired, verdict
+from quest.report.markup import markdown_table, plus_minus, with_interval
 from quest.report.properties import KINDS
-from quest.report.tables import markdown_table, plus_minus, with_interval
 
 NOT_RUN = "NOT RUN"
 

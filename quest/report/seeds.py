@@ -17,7 +17,8 @@ from scipy.special import stdtrit
 
 from quest.files import atomic
 from quest.metrics import METRICS, compare
-from quest.report.tables import markdown_row, plus_minus, provenance_of, read
+from quest.report.markup import markdown_row, plus_minus
+from quest.report.tables import provenance_of, read
 
 SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # in Markdown
 COLUMNS = ["model", "bits", "metric", "method", "versus", "value", "low", "high", "over_images", "over_seeds"]

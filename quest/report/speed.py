@@ -8,7 +8,7 @@ import pandas as pd
 
 from quest.files import atomic
 from quest.provenance import provenance
-from quest.report.tables import markdown_table
+from quest.report.markup import markdown_table
 
 KEY = ["part", "model", "layer", "batch", "threads", "kernel"]
 # part: "peak", "layer" or "step" (a whole denoiser call). count: layers of the denoiser that are alike. ms, speedup:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from quest.metrics import METRICS, Cell, measure
 from quest.metrics.frechet import Reference, Statistics
-from quest.report import figures, page_images, page_tables, tables, verdicts
+from quest.report import figures, markup, page_images, page_tables, tables, verdicts
 from quest.report import page as report
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +159,7 @@ def test_the_main_table_has_the_numbers_of_the_csv(run, page):
     for (model, method, bits, metric), row in main.groupby(["model", "method", "bits", "metric"]):
         cell = shown[model, method, bits][metrics.index(metric)]
         value, low, high = row.iloc[0][["value", "low", "high"]]
-        assert float(cell["value"]) == value and cell["text"] == tables.with_interval(value, (high - low) / 2)
+        assert float(cell["value"]) == value and cell["text"] == markup.with_interval(value, (high - low) / 2)
     paired = pd.read_csv(run / "tables/paired.csv")
     for model in ("scenes-uncond", "scenes-class"):
         best = tables.best_values(main[main["model"] == model], paired[paired["model"] == model])

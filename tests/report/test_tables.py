@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from quest.metrics import METRICS, compare, intervals
-from quest.report import ledger, tables
+from quest.report import ledger, markup, tables
 
 MODELS = {"scenes-text": ["fid", "clip", "latent_mse", "eps_error"], "scenes-uncond": ["fid", "latent_mse"]}
 # Mean of each method's metrics at 4 bits; full precision is at 1.
@@ -283,7 +283,7 @@ def test_ledger_counts_verdicts_and_shows_what_was_run(of_the_paper):
     ],
 )
 def test_rounding(value, half, text):
-    assert tables.with_interval(value, half) == text
+    assert markup.with_interval(value, half) == text
 
 
 def test_files(cells, tmp_path):

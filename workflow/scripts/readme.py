@@ -71,7 +71,8 @@ def short_table(main: Path, paired: Path) -> str:
     import pandas as pd
 
     from quest.metrics import METRICS
-    from quest.report.tables import best_values, column_label, with_interval
+    from quest.report.markup import with_interval
+    from quest.report.tables import best_values, column_label
     from quest.report.verdicts import HEADLINE
 
     frame, pairs = pd.read_csv(main, keep_default_na=False, na_values=["nan"]), pd.read_csv(paired)
@@ -105,7 +106,7 @@ def paired_table(file: Path) -> str:
     import pandas as pd
 
     from quest.metrics import METRICS
-    from quest.report.tables import with_interval
+    from quest.report.markup import with_interval
 
     shown = ["latent_mse", "fid_to_fp"]
     frame = pd.read_csv(file)
