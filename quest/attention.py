@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from quest import kernels
 from quest.affine import QuantSpec, fake_quantize
 from quest.kernels import reference
+from quest.kernels.integer import fuses, plus
 from quest.quantizer import Quantizer
 from quest.timegroups import TimeGroups
 
@@ -38,13 +39,17 @@ class QuantAttention(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """hidden_states [B, C, H, W] or [B, n, C], encoder_hidden_states [B, m, C'] -> as hidden_states."""
+        """hidden_states [B, C, H, W] or [B, n, C], encoder_hidden_states [B, m, C'] -> as hidden_states.
+
+        residual [B, n, C], of a transformer's block that leaves its addition to this, is added to the result.
+        """
         if attention_mask is not None or attn.spatial_norm is not None or attn.norm_cross:
             raise NotImplementedError("quantized attention has no masks, spatial norms or cross norms")
-        residual = hidden_states
-        if hidden_states.ndim == 4:
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        given = rows = hidden_states
+        if given.ndim == 4:
+            hidden_states = rows = given.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -55,14 +60,17 @@ class QuantAttention(nn.Module):
             x = attn.batch_to_head_dim(nn.Module.__call__(self, q, k, v, attn.scale))
         else:
             # Other kernels read rows where they are: no copies.
-            q, k, v = (t.unflatten(2, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, n, d]
+            q, k, v = (t.view(*t.shape[:2], attn.heads, -1).transpose(1, 2) for t in (q, k, v))  # [B, heads, n, d]
             x = nn.Module.__call__(self, q, k, v, attn.scale).transpose(1, 2).flatten(2)
-        x = attn.to_out[1](attn.to_out[0](x))
-        if residual.ndim == 4:
-            x = x.transpose(1, 2).reshape(residual.shape)
-        if attn.residual_connection:
-            x = x + residual
-        return x / attn.rescale_output_factor
+        # to_out[1] is dropout, of which a quantized denoiser has none.
+        if attn.residual_connection and fuses(attn.to_out[0], x):
+            residual = rows
+        x = attn.to_out[0](x) if residual is None else plus(attn.to_out[0], x, residual)
+        if given.ndim == 4:
+            x = x.transpose(1, 2).reshape(given.shape)
+        if attn.residual_connection and residual is None:
+            x = x + given
+        return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """The two products: q [B * heads, n, d], k and v [B * heads, m, d] -> [B * heads, n, d].

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from quest import kernels, ranges
 from quest.affine import FLOAT, QTensor, QuantSpec, fake_quantize, quantize
 from quest.attention import QuantAttention
+from quest.kernels.integer import plus
 from quest.quantizer import Quantizer
 from quest.timegroups import TimeGroups
 
@@ -24,6 +25,8 @@ class QuantLayer(nn.Module):
     weight_quantizer: asymmetric, one scale per output channel, as in every method of the paper. input_quantizer: of the
     layer's input, one scale per time group. output_quantizer: of the layer's output, for a method that quantizes there
     (no integer kernel can multiply the float input it leaves behind); else None.
+
+    `fused`: what the integer kernel computes in the same pass (see `kernels.blocks`); others take nothing.
 
     A weight that stands on its codes, as a loaded one does, is not kept beside them: `held` is None then, and `weight`
     is made of them anew each time it is asked for. To change it, `thaw` first.
@@ -109,13 +112,13 @@ class QuantLayer(nn.Module):
 
 
 class QuantLinear(QuantLayer, nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.quantize_output(self.kernel.linear(x, self.input_quantizer(x), self.qweight, self.bias))
+    def forward(self, x: Tensor, **fused) -> Tensor:
+        return self.quantize_output(self.kernel.linear(x, self.input_quantizer(x), self.qweight, self.bias, **fused))
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        conv = dict(stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups)
+    def forward(self, x: Tensor, **fused) -> Tensor:
+        conv = dict(stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups) | fused
         return self.quantize_output(self.kernel.conv2d(x, self.input_quantizer(x), self.qweight, self.bias, **conv))
 
 
@@ -132,7 +135,7 @@ class SplitConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         channels = self.hidden.in_channels
-        return self.hidden(x[:, :channels]) + self.skip(x[:, channels:])
+        return plus(self.skip, x[:, channels:], self.hidden(x[:, :channels]))
 
 
 def split(conv: nn.Conv2d, channels: int) -> SplitConv2d:

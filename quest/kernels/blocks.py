@@ -8,25 +8,16 @@ what they always did.
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quest.attention import QuantAttention
 from quest.kernels.core import core
-from quest.kernels.integer import linear
-
-
-def computes(x: Tensor) -> bool:
-    """Whether the compiled core can take this tensor."""
-    return (
-        type(x) is Tensor
-        and x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not (x.requires_grad and torch.is_grad_enabled())
-    )
+from quest.kernels.integer import computes, fuses, plus
 
 
 def group_norm(
@@ -75,11 +66,40 @@ class FusedLayerNorm(nn.LayerNorm):
 
 class FusedGEGLU(GEGLU):
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        proj = self.proj
-        on_integers = getattr(proj, "kernel_name", None) == "integer" and proj.output_quantizer is None
-        if not computes(hidden_states) or not on_integers:
+        if not fuses(self.proj, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
-        return linear(hidden_states, proj.input_quantizer(hidden_states), proj.qweight, proj.bias, gated=True)
+        return self.proj(hidden_states, gated=True)
+
+
+class FusedTransformerBlock(BasicTransformerBlock):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        *args,
+        **kwargs,
+    ) -> Tensor:
+        attentions = [a for a in (self.attn1, self.attn2) if a is not None]
+        plain = (
+            self.norm_type == "layer_norm"
+            and self.pos_embed is None
+            and self._chunk_size is None
+            and not hasattr(self, "fuser")
+            and all(isinstance(a.processor, QuantAttention) for a in attentions)
+            and [type(m) for m in self.ff.net[:2]] == [FusedGEGLU, nn.Dropout]
+            and len(self.ff.net) == 3
+        )
+        said = (attention_mask, *args, *(v for k, v in kwargs.items() if k not in ("timestep", "class_labels")))
+        if not computes(hidden_states) or not plain or any(a is not None for a in said):
+            return super().forward(hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
+        x = hidden_states
+        context = encoder_hidden_states if self.only_cross_attention else None
+        for attention, norm in zip(attentions, (self.norm1, self.norm2), strict=False):
+            # Not through the module's own forward, which reads the processor's signature each time.
+            x = attention.processor(attention, norm(x), context, residual=x)
+            context = encoder_hidden_states
+        return plus(self.ff.net[2], self.ff.net[0](self.norm3(x)), x)
 
 
 class FusedResnetBlock(ResnetBlock2D):
@@ -97,10 +117,9 @@ class FusedResnetBlock(ResnetBlock2D):
         if self.time_emb_proj is not None and temb is not None:
             embedding = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb)).contiguous()
         hidden = group_norm(hidden, self.norm2, True, **{"modulation" if modulated else "shift": embedding})
-        hidden = self.conv2(hidden)
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
-        output = input_tensor + hidden
+        output = plus(self.conv2, hidden, input_tensor)
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
 
 
@@ -121,7 +140,7 @@ class FusedTransformer(Transformer2DModel):
         if not self.use_linear_projection and computes(hidden_states):
             # diffusers copies into another layout here.
             hidden_states = hidden_states.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
-            return self.proj_out(hidden_states) + residual
+            return plus(self.proj_out, hidden_states, residual)
         return super()._get_output_for_continuous_inputs(hidden_states, residual, batch_size, height, width, inner_dim)
 
 
@@ -129,6 +148,7 @@ FUSED = {
     nn.GroupNorm: FusedGroupNorm,
     nn.LayerNorm: FusedLayerNorm,
     GEGLU: FusedGEGLU,
+    BasicTransformerBlock: FusedTransformerBlock,
     ResnetBlock2D: FusedResnetBlock,
     Upsample2D: FusedUpsample,
     Transformer2DModel: FusedTransformer,

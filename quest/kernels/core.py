@@ -9,6 +9,8 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+import torch  # noqa: F401 - loads the OpenMP runtime whose threads compute here as well
+
 
 @cache
 def core() -> ctypes.CDLL:
@@ -22,13 +24,14 @@ def core() -> ctypes.CDLL:
     signatures = {
         "quest_isa": (ctypes.c_char_p, []),
         "quest_use": (c_int, [ctypes.c_char_p]),
+        "quest_use_openmp": (None, [pointer]),
         "quest_packed_bytes": (i64, [i64] * 5),
         "quest_pack": (None, [pointer] * 3 + [i64] * 5 + [pointer]),
         "quest_unpack": (None, [pointer] * 2),
-        "quest_linear": (c_int, [pointer, i64, i64, pointer, pointer, f32, f32, f32, c_int, pointer, c_int]),
+        "quest_linear": (c_int, [pointer, i64, i64, pointer, pointer, f32, f32, f32, c_int, pointer, pointer, c_int]),
         "quest_conv2d": (
             c_int,
-            [pointer] + [i64] * 6 + [pointer, pointer, f32, f32, f32] + [i64] * 6 + [pointer, i64, i64, c_int],
+            [pointer] + [i64] * 6 + [pointer, pointer, f32, f32, f32] + [i64] * 6 + [pointer, pointer, i64, i64, c_int],
         ),
         "quest_attention": (c_int, [pointer] * 4 + [i64] * 5 + [pointer, f32, pointer, c_int]),
         "quest_group_norm": (
@@ -45,6 +48,8 @@ def core() -> ctypes.CDLL:
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    if os.name == "posix" and (parallel := getattr(ctypes.CDLL(None), "GOMP_parallel", None)):
+        library.quest_use_openmp(ctypes.cast(parallel, pointer))
     if isa := os.environ.get("QUEST_ISA"):
         use(isa, library)
     return library

@@ -8,7 +8,7 @@ largest output). In attention such a difference in the scores can move a probabi
 import ctypes
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quest.affine import FLOAT, QParams, QTensor, QuantSpec
 from quest.kernels.core import core
@@ -123,20 +123,46 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return codes.to(packed.device).float()
 
 
-def linear(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
+def linear(
+    x: Tensor,
+    qparams: QParams,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
     """x [..., K], weight what `pack` gave -> [..., N], float32.
 
-    gated: -> [..., N / 2], the first half of the outputs times gelu of the second.
+    gated: -> [..., N / 2], the first half of the outputs times gelu of the second. residual [..., N], not if gated, is
+    added to the result.
     """
     scale, zero_point, spec = qparams
-    return run(_linear, "integer_linear", x, weight, bias, scale, zero_point, spec.qmin, spec.qmax, gated)
+    limits = spec.qmin, spec.qmax
+    return run(_linear, "integer_linear", x, weight, bias, scale, zero_point, *limits, gated, residual)
 
 
-def conv2d(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups):
-    """x [N, C, H, W] -> [N, O, H', W'], channels innermost. Padding is zero, after quantization; groups is 1."""
+def conv2d(
+    x: Tensor,
+    qparams: QParams,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride,
+    padding,
+    dilation,
+    groups,
+    *,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x [N, C, H, W] -> [N, O, H', W'], channels innermost. Padding is zero, after quantization; groups is 1.
+
+    residual [N, O, H', W'] is added to the result.
+    """
     scale, zero_point, spec = qparams
     limits = spec.qmin, spec.qmax
-    return run(_conv2d, "integer_conv2d", x, weight, bias, scale, zero_point, *limits, stride, padding, dilation)
+    return run(
+        _conv2d, "integer_conv2d", x, weight, bias, scale, zero_point, *limits, stride, padding, dilation, residual
+    )
 
 
 def attention(
@@ -157,6 +183,27 @@ def attention(
     return run(_attention, "integer_attention", q, k, v, *params, scale)
 
 
+def computes(x: Tensor) -> bool:
+    """Whether the compiled core can take this tensor."""
+    return (
+        type(x) is Tensor
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def fuses(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer computes on x what else this kernel does in the same pass: `gated`, `residual`."""
+    return getattr(layer, "kernel_name", None) == "integer" and layer.output_quantizer is None and computes(x)
+
+
+def plus(layer: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """layer(x) + residual, in one pass where the layer runs on integers."""
+    return layer(x, residual=residual) if fuses(layer, x) else layer(x) + residual
+
+
 def _checked(x: Tensor, name: str) -> None:
     if x.dtype != torch.float32 or x.device.type != "cpu":
         raise TypeError(f"{name}: the integer kernel takes float32 on a CPU, not {x.dtype} on {x.device}")
@@ -169,28 +216,39 @@ def _raise(code: int, name: str) -> None:
         raise ValueError(f"{name}: {GONE_WRONG[code]}")
 
 
+def _beside(residual: Tensor | None, out: Tensor, name: str) -> Tensor | None:
+    """The residual in the memory layout of the output."""
+    if residual is None:
+        return None
+    _checked(residual, f"{name}, residual")
+    if residual.shape != out.shape:
+        raise ValueError(f"{name}: a residual of shape {list(residual.shape)} for an output of {list(out.shape)}")
+    return residual if residual.stride() == out.stride() else torch.empty_like(out).copy_(residual)
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated):
+def _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual):
     _checked(x, "linear")
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     scale, z = float(scale), float(zero_point)
     out = torch.empty((*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0]))
+    residual = _beside(residual, out, "linear")
     _raise(
         core().quest_linear(
             rows.data_ptr(), rows.shape[0], rows.stride(0), weight.data_ptr(), _pointer(bias), scale, qmin - z,
-            qmax - z, gated, out.data_ptr(), torch.get_num_threads(),
+            qmax - z, gated, _pointer(residual), out.data_ptr(), torch.get_num_threads(),
         ),
         "linear",
     )  # fmt: skip
     return out
 
 
-def _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation):
+def _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation, residual):
     _checked(x, "conv2d")
     if x.stride(1) != 1:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -199,10 +257,11 @@ def _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dil
     shape = convolved(x, weight, stride, padding, dilation)
     scale, z = float(scale), float(zero_point)
     out = torch.empty(shape, memory_format=torch.channels_last)
+    residual = _beside(residual, out, "conv2d")
     _raise(
         core().quest_conv2d(
             x.data_ptr(), samples, height, width, sample, row, pixel, weight.data_ptr(), _pointer(bias), scale,
-            qmin - z, qmax - z, *stride, *padding, *dilation, out.data_ptr(), *shape[2:],
+            qmin - z, qmax - z, *stride, *padding, *dilation, _pointer(residual), out.data_ptr(), *shape[2:],
             torch.get_num_threads(),
         ),
         "conv2d",
@@ -240,12 +299,13 @@ def _linear_op(
     qmin: int,
     qmax: int,
     gated: bool,
+    residual: Tensor | None,
 ) -> Tensor:
-    return _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated)
+    return _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual)
 
 
 @_linear_op.register_fake
-def _(x, weight, bias, scale, zero_point, qmin, qmax, gated):
+def _(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual):
     return x.new_empty((*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0]))
 
 
@@ -261,8 +321,9 @@ def _conv2d_op(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    residual: Tensor | None,
 ) -> Tensor:
-    return _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation)
+    return _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation, residual)
 
 
 _conv2d_op.register_fake(fake_conv2d)

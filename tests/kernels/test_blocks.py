@@ -5,12 +5,16 @@ import copy
 import pytest
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+import quest
 from quest.kernels import blocks, integer
 from quest.layers import swap
+from quest.placement import place
 
 pytestmark = pytest.mark.skipif(
     integer.unavailable(torch.device("cpu")) is not None, reason="no compiled core: installed without a C++ compiler"
@@ -93,6 +97,28 @@ def test_upsample_keeps_the_layout_of_large_batches():
     block.conv.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
     assert_same(block, x)
     assert seen[-1].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", ["uncond", "text"])
+def test_blocks_on_integers_leave_additions_to_the_layers(kind, request, monkeypatch):
+    pipe, calibration = request.getfixturevalue(f"{kind}_pipe"), request.getfixturevalue(f"{kind}_calibration")
+    denoiser = quest.quantize(pipe, "rtn", "w8a8", calibration=calibration).unet
+    additions = {ResnetBlock2D: 1, Transformer2DModel: 1, BasicTransformerBlock: 3}
+    sums = sum(additions.get(type(m), getattr(m, "residual_connection", 0)) for m in denoiser.modules())
+    place(denoiser, "integer")
+    given = []
+
+    def spied(run):
+        return lambda *args, **fused: given.append(fused.get("residual")) or run(*args, **fused)
+
+    for name in ("linear", "conv2d"):
+        monkeypatch.setattr(integer, name, spied(getattr(integer, name)))
+    inputs = calibration.inputs(torch.arange(2))
+    y = denoiser(**inputs).sample
+    assert sum(r is not None for r in given) == sums > 10
+    blocks.unfuse(denoiser)
+    # A value near the middle of two codes may take the other one.
+    assert (denoiser(**inputs).sample - y).square().mean() < 2e-3 * y.square().mean()
 
 
 def test_gated_linear_that_is_not_quantized_stays_itself():

@@ -216,6 +216,30 @@ def test_gated_linear(isa, threads, outputs):
     torch.testing.assert_close(y, e, rtol=0, atol=2e-6 * e.abs().max().item())
 
 
+@pytest.mark.parametrize("rows, inputs, outputs", [(37, 20, 45), (600, 96, 64), (1, 7, 160)])
+def test_residual_of_a_linear_layer(isa, threads, rows, inputs, outputs):
+    torch.manual_seed(0)
+    w, b, qparams = integer.pack(weight(outputs, inputs, bits=8)), torch.randn(outputs), activation(8, 100.0)
+    x, residual = torch.randn(2, rows, inputs), torch.randn(2, rows, outputs)
+    expected = integer.linear(x, qparams, w, b) + residual
+    assert torch.equal(integer.linear(x, qparams, w, b, residual=residual), expected)
+    transposed = residual.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(integer.linear(x, qparams, w, b, residual=transposed), expected)
+    with pytest.raises(ValueError, match="a residual of shape"):
+        integer.linear(x, qparams, w, b, residual=residual[:1])
+
+
+@pytest.mark.parametrize("kernel, stride, padding, size", [(3, 1, 1, 16), (3, 1, 1, 9), (3, 2, 1, 9), (1, 1, 0, 7)])
+def test_residual_of_a_convolution(isa, threads, kernel, stride, padding, size):
+    torch.manual_seed(0)
+    w, b, qparams = integer.pack(weight(38, 20, kernel, kernel, bits=4)), torch.randn(38), activation(4, 7.0, 0.4)
+    conv = dict(stride=(stride,) * 2, padding=(padding,) * 2, dilation=(1, 1), groups=1)
+    x = torch.randn(5, 20, size, size).contiguous(memory_format=torch.channels_last)
+    y = integer.conv2d(x, qparams, w, b, **conv)
+    for residual in (torch.randn(y.shape), torch.randn(y.shape).contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(integer.conv2d(x, qparams, w, b, **conv, residual=residual), y + residual)
+
+
 def test_between_calls_torch_may_use_the_same_registers():
     """oneDNN computes bfloat16 on AMX tiles, which have one shape at a time."""
     torch.manual_seed(0)
@@ -312,9 +336,11 @@ def test_operators():
     scale, z = torch.tensor(0.05), torch.tensor(120.0)
     w, b = integer.pack(weight(10, 6, 3, 3, bits=4)), torch.randn(10)
     x = torch.randn(2, 6, 8, 8).contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(integer._conv2d_op, (x, w, b, scale, z, 0, 255, [2, 2], [1, 1], [1, 1]))
+    torch.library.opcheck(integer._conv2d_op, (x, w, b, scale, z, 0, 255, [2, 2], [1, 1], [1, 1], None))
+    residual = torch.randn(2, 10, 8, 8)
+    torch.library.opcheck(integer._conv2d_op, (x, w, b, scale, z, 0, 255, [1, 1], [1, 1], [1, 1], residual))
     w = integer.pack(weight(10, 6, bits=8))
-    torch.library.opcheck(integer._linear_op, (torch.randn(3, 4, 6), w, b, scale, z, 0, 255, True))
+    torch.library.opcheck(integer._linear_op, (torch.randn(3, 4, 6), w, b, scale, z, 0, 255, True, None))
     rows = [torch.randn(2, 3, 5, 8) for _ in range(3)]
     limits = [0, 255] * 4
     torch.library.opcheck(integer._attention_op, (*rows, [scale] * 4, [z, z, z, torch.tensor(0.0)], limits, 0.3))
@@ -335,6 +361,20 @@ def test_two_callers_at_once():
         with ThreadPoolExecutor(4) as callers:
             for found in callers.map(lambda _: call(), range(200)):
                 assert torch.equal(found, expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list a process's threads")
+def test_the_threads_are_torchs_own():
+    """Others would share a processor with those of torch, which wait there for the next operation."""
+    call, expected = large_linear()
+    torch.set_num_threads(2)
+    try:
+        torch.randn(1000, 1000).exp()
+        before = os.listdir("/proc/self/task")
+        assert torch.equal(call(), expected)
+        assert os.listdir("/proc/self/task") == before
     finally:
         torch.set_num_threads(1)
 

@@ -62,7 +62,17 @@ struct Rows {
   int64_t bytes;        // of a segment
   const int32_t* sums;  // of all segments
   float* const* out;    // null: not stored
+  const float* const* residual;  // of each of `out`, what is added to it; null: nothing to any
 };
+
+// For every row of `out`, its counterpart in `residual`, which is laid out as what begins at `base`.
+const float* const* counterparts(const float* residual, const float* base, const std::vector<float*>& out,
+                                 std::vector<const float*>& rows) {
+  if (!residual) return nullptr;
+  rows.resize(out.size());
+  for (size_t r = 0; r < out.size(); r++) rows[r] = out[r] ? residual + (out[r] - base) : nullptr;
+  return rows.data();
+}
 
 // Some neighbouring panels as bytes, and what is taken off their products.
 struct Panels {
@@ -82,13 +92,13 @@ struct Panels {
 
   // Outputs of rows r..r + rows, `products` between; they go to out[..] + from.
   void multiply(const Weight& w, const Terms& t, const Rows& a, int64_t r, int rows, int32_t* products, float* const* out,
-                ptrdiff_t from) const {
+                const float* const* residual, ptrdiff_t from) const {
     const int columns = static_cast<int>(std::min(count * int64_t{NR}, w.outputs - first * NR));
     const int64_t width = count * NR, at = first * NR;
     isa->bytes->multiply(a.codes + r * a.stride, a.stride, rows, static_cast<int>(a.segments), a.offset, a.bytes, codes,
                          size, count, products, width);
     isa->bytes->finish(products, width, rows, a.sums + r, t.zero.data() + at, constant, t.scale.data() + at,
-                       t.bias.data() + at, columns, out, from);
+                       t.bias.data() + at, columns, out, residual, from);
   }
 };
 
@@ -122,11 +132,11 @@ void product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
       for (size_t i = 0; i < panels.size(); i++) {
         const ptrdiff_t column = panels[i].first * NR;
         if (!gated) {
-          panels[i].multiply(w, t, a, r, rows, m, a.out + r, column);
+          panels[i].multiply(w, t, a, r, rows, m, a.out + r, a.residual ? a.residual + r : nullptr, column);
           continue;
         }
-        panels[i].multiply(w, t, a, r, rows, m, hidden, 0);
-        others[i].multiply(w, t, a, r, rows, m, gate, 0);
+        panels[i].multiply(w, t, a, r, rows, m, hidden, nullptr, 0);
+        others[i].multiply(w, t, a, r, rows, m, gate, nullptr, 0);
         for (int j = 0; j < rows; j++) isa->geglu(hidden[j], gate[j], panels[i].count * NR, a.out[r + j] + column);
       }
     }
@@ -207,6 +217,7 @@ bool conv_stretches(const Weight& w, const Conv& c, const Terms& t, Range range,
     static thread_local Scratch<uint8_t> codes;
     static thread_local Scratch<int32_t> pixel_sums, sums;
     static thread_local std::vector<float*> out;
+    static thread_local std::vector<const float*> residual;
     Block b = all;
     const int64_t group = block / strips, strip = block % strips;
     b.sample = group * c.samples / groups, b.samples = (group + 1) * c.samples / groups - b.sample;
@@ -232,7 +243,8 @@ bool conv_stretches(const Weight& w, const Conv& c, const Terms& t, Range range,
         float* to_line = c.out + (((b.sample + s) * c.out_height + b.first + y) * c.out_width) * w.outputs;
         for (int64_t x = 0; x < c.out_width; x++) out[(s * b.lines + y) * b.stride + x] = to_line + x * w.outputs;
       }
-    product(w, t, {q, positions, padded, w.height, offset.data(), bytes, total, out.data()}, from, to);
+    const float* const* added = counterparts(c.residual, c.out, out, residual);
+    product(w, t, {q, positions, padded, w.height, offset.data(), bytes, total, out.data(), added}, from, to);
   });
   return nan;
 }
@@ -247,6 +259,7 @@ bool conv_gathered(const Weight& w, const Conv& c, const Terms& t, Range range, 
     static thread_local Scratch<uint8_t> lines, codes;
     static thread_local Scratch<int32_t> sums;
     static thread_local std::vector<float*> out;
+    static thread_local std::vector<const float*> residual;
     const int64_t first = block * total / blocks, last = (block + 1) * total / blocks;
     const int64_t count = (last - first) * c.out_width, columns = (c.out_width - 1) * c.stride_x + (w.width - 1) * c.dilation_x + 1;
     uint8_t* q = rows_of(codes, count, row);
@@ -269,7 +282,8 @@ bool conv_gathered(const Weight& w, const Conv& c, const Terms& t, Range range, 
     int32_t* total_of = sums.get(count);
     isa->bytes->sums(q, row, count, row, total_of);
     const ptrdiff_t none = 0;
-    product(w, t, {q, count, row, 1, &none, bytes, total_of, out.data()}, from, to);
+    const float* const* added = counterparts(c.residual, c.out, out, residual);
+    product(w, t, {q, count, row, 1, &none, bytes, total_of, out.data(), added}, from, to);
   });
   return nan;
 }
@@ -290,7 +304,7 @@ bool bytes_conv(const Weight& w, const Conv& c, const float* bias, Range range, 
 }
 
 bool bytes_linear(const Weight& w, const float* x, int64_t rows, int64_t stride, const float* bias, Range range,
-                  bool gated, float* out, int threads) {
+                  bool gated, const float* residual, float* out, int threads) {
   const Terms t(w, bias, range);
   const int64_t padded = round_up(w.channels, 4), tiles = ceil_div(rows, 16), work = rows * w.channels * w.outputs;
   const int64_t width = gated ? w.outputs / 2 : w.outputs;
@@ -301,6 +315,7 @@ bool bytes_linear(const Weight& w, const float* x, int64_t rows, int64_t stride,
     static thread_local Scratch<uint8_t> codes;
     static thread_local Scratch<int32_t> sums;
     static thread_local std::vector<float*> target;
+    static thread_local std::vector<const float*> beside;
     const int64_t first = i * tiles / blocks * 16, count = std::min(rows, (i + 1) * tiles / blocks * 16) - first;
     uint8_t* q = rows_of(codes, count, padded);
     if (padded == w.channels && stride == w.channels) {
@@ -314,7 +329,9 @@ bool bytes_linear(const Weight& w, const float* x, int64_t rows, int64_t stride,
     target.resize(count);
     for (int64_t r = 0; r < count; r++) target[r] = out + (first + r) * width;
     const ptrdiff_t none = 0;
-    product(w, t, {q, count, padded, 1, &none, round_up(padded, isa->bytes->depth), total, target.data()}, from, to, gated);
+    const float* const* added = counterparts(residual, out, target, beside);
+    const Rows all{q, count, padded, 1, &none, round_up(padded, isa->bytes->depth), total, target.data(), added};
+    product(w, t, all, from, to, gated);
   });
   return nan;
 }
@@ -369,7 +386,7 @@ bool bytes_attention(const Attention& a, int threads) {
           const int count = static_cast<int>(std::min<int64_t>(on.panels, value_panels - j));
           on.multiply(p, length, rows, 1, &start, length, vp + j * length * NR, length * NR, count, sums, on.panels * NR);
           on.finish(sums, on.panels * NR, rows, of_p, zero_v.data(), of_values + j * NR, scale.data(), none.data(),
-                    static_cast<int>(std::min<int64_t>(count * NR, d - j * NR)), to, j * NR);
+                    static_cast<int>(std::min<int64_t>(count * NR, d - j * NR)), to, nullptr, j * NR);
         }
       }
     }

@@ -76,6 +76,10 @@ Weight layout(int64_t outputs, int64_t channels, int64_t height, int64_t width, 
   return w;
 }
 
+void add(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i++) out[i] += x[i];
+}
+
 // Multiplies quantized rows with every panel of a weight.
 void product(const Weight& w, int64_t rows, const int16_t* const* a, const ptrdiff_t* offset, const float* scale,
              const float* bias, float* const* out) {
@@ -144,6 +148,8 @@ bool conv_direct(const Weight& w, const Conv& c, Range range, const Epilogue& e,
         out.push_back(c.out + ((sample * c.out_height + first + y) * c.out_width + x) * w.outputs);
       }
     product(w, static_cast<int64_t>(a.size()), a.data(), offset.data(), e.scale.data(), e.bias.data(), out.data());
+    if (c.residual)
+      for (float* to : out) add(c.residual + (to - c.out), w.outputs, to);
   });
   return nan;
 }
@@ -182,6 +188,7 @@ bool conv_winograd(const Weight& w, const Conv& c, Range range, const Epilogue& 
     }
     const ptrdiff_t none = 0;
     const int16_t* a[MAX_MR];
+    const int64_t begin = panel * NR, stored = std::min(end * NR, w.outputs) - begin;
     for (; panel < end; panel++) {
       w.panel(panel, g);
       for (int third = 0; third < 3; third++) {
@@ -205,6 +212,11 @@ bool conv_winograd(const Weight& w, const Conv& c, Range range, const Epilogue& 
               c.out_width * w.outputs, w.outputs, static_cast<int>(std::min<int64_t>(4, c.out_height - y)),
               static_cast<int>(std::min<int64_t>(4, c.out_width - 4 * x)));
       }
+    }
+    for (int64_t i = first; c.residual && i < first + count; i++) {
+      int64_t line = i / down * c.out_height + i % down * 4, lines = std::min<int64_t>(4, c.out_height - i % down * 4);
+      for (int64_t p = line * c.out_width; p < (line + lines) * c.out_width; p++)
+        add(c.residual + p * w.outputs + begin, stored, c.out + p * w.outputs + begin);
     }
   });
   return nan;
@@ -239,6 +251,9 @@ int quest_use(const char* name) {
   }
   return 1;
 }
+
+// Compute on the threads of the OpenMP runtime whose GOMP_parallel this is.
+void quest_use_openmp(void* parallel) { use_region(parallel); }
 
 int64_t quest_packed_bytes(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits) {
   return layout(outputs, channels, height, width, bits).bytes;
@@ -292,14 +307,15 @@ void quest_unpack(const void* packed, uint8_t* codes) {
 }
 
 // x [rows, channels] with rows `stride` apart -> out [rows, outputs]; gated: out [rows, outputs / 2], the first half of
-// the outputs times gelu of the second. 0, or what went wrong (Result).
+// the outputs times gelu of the second. residual: of the layout of out, and added to it, or null; null if gated. 0, or
+// what went wrong (Result).
 int quest_linear(const float* x, int64_t rows, int64_t stride, const void* packed, const float* bias, float scale,
-                 float low, float high, int gated, float* out, int threads) {
+                 float low, float high, int gated, const float* residual, float* out, int threads) {
   const Weight& w = *static_cast<const Weight*>(packed);
   Range range{scale, low, high};
   if (!fits(w, range)) return OUT_OF_RANGE;
   if (isa->bytes && bytes_fit(range) && (!gated || w.outputs % (2 * NR) == 0))
-    return bytes_linear(w, x, rows, stride, bias, range, gated, out, threads) ? HAS_NAN : OK;
+    return bytes_linear(w, x, rows, stride, bias, range, gated, residual, out, threads) ? HAS_NAN : OK;
   Epilogue e(w, bias, scale);
   int64_t padded = round_up(w.channels, 16);
   int64_t row = 2 * padded + (gated ? 4 * w.outputs : 0);  // bytes that stay in the cache
@@ -328,6 +344,7 @@ int quest_linear(const float* x, int64_t rows, int64_t stride, const void* packe
     }
     const ptrdiff_t none = 0;
     product(w, count, a.data(), &none, e.scale.data(), e.bias.data(), to.data());
+    if (residual) add(residual + first * w.outputs, count * w.outputs, y);
     if (gated)
       for (int64_t r = 0, n = w.outputs / 2; r < count; r++)
         isa->geglu(to[r], to[r] + n, n, out + (first + r) * n);
@@ -336,15 +353,16 @@ int quest_linear(const float* x, int64_t rows, int64_t stride, const void* packe
 }
 
 // x [samples, height, width, channels] with strides, channels together -> out [samples, out_height, out_width, outputs].
+// residual: as in quest_linear.
 int quest_conv2d(const float* x, int64_t samples, int64_t height, int64_t width, int64_t sample, int64_t row,
                  int64_t pixel, const void* packed, const float* bias, float scale, float low, float high,
                  int64_t stride_y, int64_t stride_x, int64_t top, int64_t left, int64_t dilation_y, int64_t dilation_x,
-                 float* out, int64_t out_height, int64_t out_width, int threads) {
+                 const float* residual, float* out, int64_t out_height, int64_t out_width, int threads) {
   const Weight& w = *static_cast<const Weight*>(packed);
   Range range{scale, low, high};
   if (!fits(w, range)) return OUT_OF_RANGE;
-  Conv c{x,    samples, height,     width,      sample, row,        pixel,    stride_y, stride_x,
-         top,  left,    dilation_y, dilation_x, out,    out_height, out_width};
+  Conv c{x,    samples,    height,     width,    sample, row,        pixel,    stride_y, stride_x, top,
+         left, dilation_y, dilation_x, residual, out,    out_height, out_width};
   int64_t tiles = samples * ceil_div(height, 4) * ceil_div(width, 4);
   bool winograd = w.height == 3 && w.width == 3 && w.largest * TRANSFORM_GAIN <= 32767 && stride_y == 1 &&
                   stride_x == 1 && top == 1 && left == 1 && dilation_y == 1 && dilation_x == 1 &&

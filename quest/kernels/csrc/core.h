@@ -34,10 +34,10 @@ struct Bytes {
   void (*multiply)(const uint8_t* a, ptrdiff_t stride, int rows, int segments, const ptrdiff_t* offset, int64_t bytes,
                    const int8_t* b, ptrdiff_t panel, int panels, int32_t* out, ptrdiff_t out_stride);
   // out[r][0..columns) = (in - zero * sums[r] - constant) * scale + bias, rows of `in` `stride` apart and those that
-  // `out` lacks left out; columns are stored from `from` on.
+  // `out` lacks left out; plus residual[r], if there is one. Columns are read and stored from `from` on.
   void (*finish)(const int32_t* in, ptrdiff_t stride, int rows, const int32_t* sums, const int32_t* zero,
                  const int32_t* constant, const float* scale, const float* bias, int columns, float* const* out,
-                 ptrdiff_t from);
+                 const float* const* residual, ptrdiff_t from);
   // m rows of d codes, `stride` apart, as the weight of a product: those of keys as its outputs, [ceil(m / NR)][depth / 4]
   // [NR][4], of values as its inputs, [ceil(d / NR)][length / 4][NR][4]; zeros fill up. Sums of each output.
   void (*pack_keys)(const uint8_t* k, ptrdiff_t stride, int64_t m, int64_t d, int64_t depth, int8_t* out, int32_t* sums);

@@ -37,8 +37,10 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// Calls work() on this thread and, where they are free, on up to `others` more.
-void run(int others, const std::function<void()>& work);
+// Calls work() on this thread and, where they are free, on up to `others` more of `threads` in all.
+void run(int others, int threads, const std::function<void()>& work);
+// Threads of an OpenMP runtime from now on, whose GOMP_parallel this is.
+void use_region(void* entry);
 
 // Multiply-accumulates that a thread does while another one wakes up; of other operations, a tenth.
 constexpr int64_t WAKE = 1 << 20;
@@ -50,13 +52,13 @@ inline int64_t useful(int threads, int64_t work) { return std::min<int64_t>(thre
 // of their own, so their order does not matter.
 template <class Task>
 void parallel(int64_t tasks, int threads, int64_t work, const Task& task) {
-  threads = static_cast<int>(std::min(tasks, useful(threads, work)));
-  if (threads <= 1) {
+  const int busy = static_cast<int>(std::min(tasks, useful(threads, work)));
+  if (busy <= 1) {
     for (int64_t i = 0; i < tasks; i++) task(i);
     return;
   }
   std::atomic<int64_t> next{0};
-  run(threads - 1, [&] {
+  run(busy - 1, threads, [&] {
     for (int64_t i; (i = next++) < tasks;) task(i);
   });
 }
@@ -120,6 +122,7 @@ struct Conv {
   const float* x;
   int64_t samples, height, width, sample, row, pixel;  // shape and strides of x
   int64_t stride_y, stride_x, top, left, dilation_y, dilation_x;
+  const float* residual;  // added to the output, of its layout; null: nothing
   float* out;
   int64_t out_height, out_width;
 
@@ -133,7 +136,7 @@ struct Conv {
 bool bytes_fit(Range range);
 bool bytes_fit(const Conv& c, Range range);
 bool bytes_linear(const Weight& w, const float* x, int64_t rows, int64_t stride, const float* bias, Range range,
-                  bool gated, float* out, int threads);
+                  bool gated, const float* residual, float* out, int threads);
 bool bytes_conv(const Weight& w, const Conv& c, const float* bias, Range range, int threads);
 
 struct Attention {

@@ -1,4 +1,5 @@
-// Threads that compute a layer together.
+// Threads that compute a layer together: those of the OpenMP runtime that torch has loaded, where there is one. Its threads
+// keep a processor busy for milliseconds after each of torch's own operations, and would take it from others.
 #include "driver.h"
 
 #include <condition_variable>
@@ -68,14 +69,27 @@ class Pool {
   int started_ = 0;
 };
 
-// Never destroyed: its threads wait until the process ends. A child of fork() has none of them and makes its own.
+// GCC's entry to a parallel region, which the runtimes of LLVM and Intel have as well.
+using Region = void (*)(void (*task)(void*), void* argument, unsigned threads, unsigned flags);
+
+Region region = nullptr;
+
+// Never destroyed: its threads wait until the process ends. A child of fork() has none of them and makes its own; those of
+// the runtime it would wait for forever.
 Pool* pool = new Pool;
 #if !defined(_WIN32)
-const int forgotten = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+const int forgotten = pthread_atfork(nullptr, nullptr, [] { pool = new Pool, region = nullptr; });
 #endif
 
 }  // namespace
 
-void run(int others, const std::function<void()>& work) { pool->run(others, work); }
+void use_region(void* entry) { region = reinterpret_cast<Region>(entry); }
+
+void run(int others, int threads, const std::function<void()>& work) {
+  if (!region) return pool->run(others, work);
+  // Always all of them: a runtime ends threads that a region has no use for.
+  region([](void* w) { (*static_cast<const std::function<void()>*>(w))(); },
+         const_cast<std::function<void()>*>(&work), static_cast<unsigned>(threads), 0);
+}
 
 }  // namespace quest

@@ -151,7 +151,7 @@ static void multiply(const uint8_t* a, ptrdiff_t stride, int rows, int segments,
 
 static void finish(const int32_t* in, ptrdiff_t stride, int rows, const int32_t* sums, const int32_t* zero,
                          const int32_t* constant, const float* scale, const float* bias, int columns, float* const* out,
-                         ptrdiff_t from) {
+                         const float* const* residual, ptrdiff_t from) {
   for (int c = 0; c < columns; c += NR) {
     const __m512i z = _mm512_loadu_si512(zero + c), less = _mm512_loadu_si512(constant + c);
     const __m512 s = _mm512_loadu_ps(scale + c), b = _mm512_loadu_ps(bias + c);
@@ -160,7 +160,9 @@ static void finish(const int32_t* in, ptrdiff_t stride, int rows, const int32_t*
       if (!out[r]) continue;
       const __m512i product = _mm512_sub_epi32(_mm512_loadu_si512(in + r * stride + c), less);
       const __m512i sum = _mm512_sub_epi32(product, _mm512_mullo_epi32(z, _mm512_set1_epi32(sums[r])));
-      _mm512_mask_storeu_ps(out[r] + from + c, there, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), s, b));
+      __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), s, b);
+      if (residual) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(there, residual[r] + from + c));
+      _mm512_mask_storeu_ps(out[r] + from + c, there, y);
     }
   }
 }
