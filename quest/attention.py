@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from quest import kernels
 from quest.affine import QuantSpec, fake_quantize
-from quest.kernels import reference
-from quest.kernels.integer import fuses, plus
+from quest.kernels import fused, reference
+from quest.kernels.integer import computes
 from quest.quantizer import Quantizer
 from quest.timegroups import TimeGroups
 
@@ -39,38 +39,39 @@ class QuantAttention(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-        residual: Tensor | None = None,
     ) -> Tensor:
-        """hidden_states [B, C, H, W] or [B, n, C], encoder_hidden_states [B, m, C'] -> as hidden_states.
-
-        residual [B, n, C], of a transformer's block that leaves its addition to this, is added to the result.
-        """
+        """hidden_states [B, C, H, W] or [B, n, C], encoder_hidden_states [B, m, C'] -> as hidden_states."""
         if attention_mask is not None or attn.spatial_norm is not None or attn.norm_cross:
             raise NotImplementedError("quantized attention has no masks, spatial norms or cross norms")
-        given = rows = hidden_states
+        given = hidden_states
         if given.ndim == 4:
-            hidden_states = rows = given.flatten(2).transpose(1, 2)
+            hidden_states = given.flatten(2).transpose(1, 2)
+        rows = hidden_states
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        struct = fused.struct_of(attn, fused.attention) if computes(hidden_states) else None
+        if struct is not None:
+            residual = rows.contiguous() if attn.residual_connection else None
+            x = fused.run_attention(struct, hidden_states.contiguous(), context.contiguous(), residual)
+        else:
+            x = attn.to_out[1](attn.to_out[0](self.attended(attn, hidden_states, context)))
+        if given.ndim == 4:
+            x = x.transpose(1, 2).reshape(given.shape)
+        if attn.residual_connection and struct is None:
+            x = x + given
+        return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
+
+    def attended(self, attn: nn.Module, x: Tensor, context: Tensor) -> Tensor:
+        """x [B, n, C], context [B, m, C'] -> [B, n, heads * d], before the last layer."""
+        q, k, v = attn.to_q(x), attn.to_k(context), attn.to_v(context)
         # Module's own call: hooks and block reconstruction meet the two products as a module of its own.
         if self.kernel_name == "reference":
             q, k, v = map(attn.head_to_batch_dim, (q, k, v))  # [B * heads, n, d]
-            x = attn.batch_to_head_dim(nn.Module.__call__(self, q, k, v, attn.scale))
-        else:
-            # Other kernels read rows where they are: no copies.
-            q, k, v = (t.view(*t.shape[:2], attn.heads, -1).transpose(1, 2) for t in (q, k, v))  # [B, heads, n, d]
-            x = nn.Module.__call__(self, q, k, v, attn.scale).transpose(1, 2).flatten(2)
-        # to_out[1] is dropout, of which a quantized denoiser has none.
-        if attn.residual_connection and fuses(attn.to_out[0], x):
-            residual = rows
-        x = attn.to_out[0](x) if residual is None else plus(attn.to_out[0], x, residual)
-        if given.ndim == 4:
-            x = x.transpose(1, 2).reshape(given.shape)
-        if attn.residual_connection and residual is None:
-            x = x + given
-        return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
+            return attn.batch_to_head_dim(nn.Module.__call__(self, q, k, v, attn.scale))
+        # Other kernels read rows where they are: no copies.
+        q, k, v = (t.unflatten(2, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, n, d]
+        return nn.Module.__call__(self, q, k, v, attn.scale).transpose(1, 2).flatten(2)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """The two products: q [B * heads, n, d], k and v [B * heads, m, d] -> [B * heads, n, d].

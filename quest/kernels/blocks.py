@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quest.attention import QuantAttention
+from quest.kernels import fused
 from quest.kernels.core import core
 from quest.kernels.integer import computes, fuses, plus
 
@@ -80,26 +81,43 @@ class FusedTransformerBlock(BasicTransformerBlock):
         *args,
         **kwargs,
     ) -> Tensor:
-        attentions = [a for a in (self.attn1, self.attn2) if a is not None]
-        plain = (
-            self.norm_type == "layer_norm"
-            and self.pos_embed is None
-            and self._chunk_size is None
-            and not hasattr(self, "fuser")
-            and all(isinstance(a.processor, QuantAttention) for a in attentions)
-            and [type(m) for m in self.ff.net[:2]] == [FusedGEGLU, nn.Dropout]
-            and len(self.ff.net) == 3
-        )
         said = (attention_mask, *args, *(v for k, v in kwargs.items() if k not in ("timestep", "class_labels")))
-        if not computes(hidden_states) or not plain or any(a is not None for a in said):
+        plain = computes(hidden_states) and all(a is None for a in said)
+        struct = fused.struct_of(self, transformer_block) if plain else None
+        if struct is None:
             return super().forward(hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
-        x = hidden_states
-        context = encoder_hidden_states if self.only_cross_attention else None
-        for attention, norm in zip(attentions, (self.norm1, self.norm2), strict=False):
-            # Not through the module's own forward, which reads the processor's signature each time.
-            x = attention.processor(attention, norm(x), context, residual=x)
-            context = encoder_hidden_states
-        return plus(self.ff.net[2], self.ff.net[0](self.norm3(x)), x)
+        context = None if encoder_hidden_states is None else encoder_hidden_states.contiguous()
+        return fused.run_transformer(struct, hidden_states.contiguous(), context)
+
+
+def transformer_block(block: FusedTransformerBlock) -> fused.Block | None:
+    """What the core needs to compute it; None where it cannot."""
+    modules = [a for a in (block.attn1, block.attn2) if a is not None]
+    plain = (
+        block.norm_type == "layer_norm"
+        and block.pos_embed is None
+        and block._chunk_size is None
+        and not hasattr(block, "fuser")
+        and all(isinstance(a.processor, QuantAttention) and not a.residual_connection for a in modules)
+        and [type(m) for m in block.ff.net[:2]] == [FusedGEGLU, nn.Dropout]
+        and len(block.ff.net) == 3
+    )
+    attentions = [fused.attention(a) for a in modules] if plain else [None]
+    if None in attentions or not fused.on_integers(block.ff.net[0].proj, block.ff.net[2]):
+        return None
+    layers = block.ff.net[0].proj, block.ff.net[2]
+    norms = block.norm1, block.norm2 if len(modules) == 2 else block.norm1, block.norm3
+
+    def struct():
+        return fused.TransformerBlock(
+            (fused.Norm * 3)(*map(fused.norm, norms)),
+            (fused.AttentionBlock * 2)(*(a.make() for a in attentions)),
+            len(attentions),
+            bool(block.only_cross_attention),
+            (fused.Layer * 2)(*map(fused.layer, layers)),
+        )
+
+    return fused.Block(struct, (*norms, *modules, *(p for a in attentions for p in a.parts), block.ff, *layers))
 
 
 class FusedResnetBlock(ResnetBlock2D):
@@ -108,6 +126,17 @@ class FusedResnetBlock(ResnetBlock2D):
         known = modulated or self.time_embedding_norm == "default"
         if not computes(input_tensor) or not known or type(self.nonlinearity) is not nn.SiLU:
             return super().forward(input_tensor, temb, *args, **kwargs)
+        struct = fused.struct_of(self, resnet_block)
+        if struct is not None and input_tensor.is_contiguous(memory_format=torch.channels_last):
+            embedding = None
+            if self.time_emb_proj is not None and temb is not None:
+                embedding = (temb if self.skip_time_act else F.silu(temb)).contiguous()
+            residual = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+            samples, _, height, width = input_tensor.shape
+            shape = samples, self.conv2.out_channels, height, width
+            out = torch.empty(shape, memory_format=torch.channels_last)
+            if residual.stride() == out.stride():
+                return fused.run_resnet(struct, input_tensor, embedding, residual, out)
         hidden = group_norm(input_tensor, self.norm1, silu=True)
         resample = self.upsample if self.upsample is not None else self.downsample
         if resample is not None:
@@ -121,6 +150,25 @@ class FusedResnetBlock(ResnetBlock2D):
             input_tensor = self.conv_shortcut(input_tensor)
         output = plus(self.conv2, hidden, input_tensor)
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+
+
+def resnet_block(block: FusedResnetBlock) -> fused.Block | None:
+    """What the core needs to compute it; None where it cannot."""
+    layers = [block.conv1, block.conv2] + ([] if block.time_emb_proj is None else [block.time_emb_proj])
+    same = [(c.kernel_size, c.stride, c.padding, c.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1)) for c in layers[:2]]
+    resampled = block.upsample is not None or block.downsample is not None
+    if resampled or block.output_scale_factor != 1 or not all(same) or not fused.on_integers(*layers):
+        return None
+
+    def struct():
+        embedding = layers[2] if len(layers) == 3 else layers[0]  # not read where there is none
+        return fused.ResnetBlock(
+            (fused.Norm * 2)(fused.norm(block.norm1), fused.norm(block.norm2)),
+            (fused.Layer * 3)(fused.layer(block.conv1), fused.layer(embedding), fused.layer(block.conv2)),
+            block.time_embedding_norm == "scale_shift",
+        )
+
+    return fused.Block(struct, (block.norm1, block.norm2, *layers))
 
 
 class FusedUpsample(Upsample2D):
@@ -157,12 +205,14 @@ FUSED = {
 
 def fuse(denoiser: nn.Module) -> None:
     """Let every block of a kind in FUSED take its fused form: other code over the same weights."""
+    fused.forget(denoiser)
     for module in denoiser.modules():
         module.__class__ = FUSED.get(type(module), type(module))
 
 
 def unfuse(denoiser: nn.Module) -> None:
     """Back to the blocks of diffusers."""
-    plain = {fused: kind for kind, fused in FUSED.items()}
+    fused.forget(denoiser)
+    plain = {mine: kind for kind, mine in FUSED.items()}
     for module in denoiser.modules():
         module.__class__ = plain.get(type(module), type(module))

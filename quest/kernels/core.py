@@ -43,6 +43,10 @@ def core() -> ctypes.CDLL:
             ctypes.c_double,
             [pointer, pointer, i64, f32, f32, f32, pointer, c_int],
         ),
+        "quest_attention_block": (c_int, [pointer] * 3 + [i64] * 3 + [pointer] * 2 + [c_int]),
+        "quest_transformer_block": (c_int, [pointer] * 3 + [i64] * 3 + [pointer, c_int]),
+        "quest_resnet_block": (c_int, [pointer] * 2 + [i64] * 3 + [pointer] * 3 + [c_int]),
+        "quest_time": (None, [pointer]),
         "quest_layer_norm": (None, [pointer, i64, i64, f32, pointer, pointer, pointer, c_int]),
     }
     for name, (result, arguments) in signatures.items():

@@ -211,7 +211,7 @@ def _checked(x: Tensor, name: str) -> None:
         raise RuntimeError(f"{name}: the integer kernel has no gradient; train on the reference kernel")
 
 
-def _raise(code: int, name: str) -> None:
+def check(code: int, name: str) -> None:
     if code:
         raise ValueError(f"{name}: {GONE_WRONG[code]}")
 
@@ -238,7 +238,7 @@ def _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual):
     scale, z = float(scale), float(zero_point)
     out = torch.empty((*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0]))
     residual = _beside(residual, out, "linear")
-    _raise(
+    check(
         core().quest_linear(
             rows.data_ptr(), rows.shape[0], rows.stride(0), weight.data_ptr(), _pointer(bias), scale, qmin - z,
             qmax - z, gated, _pointer(residual), out.data_ptr(), torch.get_num_threads(),
@@ -258,7 +258,7 @@ def _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dil
     scale, z = float(scale), float(zero_point)
     out = torch.empty(shape, memory_format=torch.channels_last)
     residual = _beside(residual, out, "conv2d")
-    _raise(
+    check(
         core().quest_conv2d(
             x.data_ptr(), samples, height, width, sample, row, pixel, weight.data_ptr(), _pointer(bias), scale,
             qmin - z, qmax - z, *stride, *padding, *dilation, _pointer(residual), out.data_ptr(), *shape[2:],
@@ -279,7 +279,7 @@ def _attention(q, k, v, scales, zero_points, limits, scale):
     ranges = []
     for i, (s, z) in enumerate(zip(scales, zero_points, strict=True)):
         ranges += [float(s), limits[2 * i] - float(z), limits[2 * i + 1] - float(z)]
-    _raise(
+    check(
         core().quest_attention(
             q4.data_ptr(), k4.data_ptr(), v4.data_ptr(), (ctypes.c_int64 * 12)(*strides), batch, heads, n, k4.shape[2],
             d, (ctypes.c_float * 12)(*ranges), scale, out.data_ptr(), torch.get_num_threads(),

@@ -5,15 +5,15 @@ import copy
 import pytest
 import torch
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 import quest
-from quest.kernels import blocks, integer
-from quest.layers import swap
+from quest.attention import QuantAttention
+from quest.kernels import blocks, fused, integer
+from quest.layers import QuantLayer, swap
 from quest.placement import place
 
 pytestmark = pytest.mark.skipif(
@@ -99,26 +99,64 @@ def test_upsample_keeps_the_layout_of_large_batches():
     assert seen[-1].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("kind", ["uncond", "text"])
-def test_blocks_on_integers_leave_additions_to_the_layers(kind, request, monkeypatch):
-    pipe, calibration = request.getfixturevalue(f"{kind}_pipe"), request.getfixturevalue(f"{kind}_calibration")
-    denoiser = quest.quantize(pipe, "rtn", "w8a8", calibration=calibration).unet
-    additions = {ResnetBlock2D: 1, Transformer2DModel: 1, BasicTransformerBlock: 3}
-    sums = sum(additions.get(type(m), getattr(m, "residual_connection", 0)) for m in denoiser.modules())
+@pytest.fixture(scope="module", params=["uncond", "class", "text"])
+def with_time_groups(request):
+    pipe, calibration = (request.getfixturevalue(f"{request.param}_{what}") for what in ("pipe", "calibration"))
+    recipe = dict(time_groups=3, tla_iterations=0, cma_iterations=0, samples=8)
+    return quest.quantize(pipe, "quest", "w4a8", calibration=calibration, **recipe).unet, calibration
+
+
+@pytest.fixture
+def on_integers(with_time_groups):
+    """A denoiser with three time groups on the integer kernel, and its calibration set."""
+    denoiser, calibration = with_time_groups
+    denoiser = copy.deepcopy(denoiser)
+    assert place(denoiser, "integer").refused == {}
+    return denoiser, calibration
+
+
+def test_blocks_in_one_call(on_integers, threads):
+    """To the bit what their modules give, which compute where one of them has a hook; in every time group."""
+    denoiser, calibration = on_integers
+    blocks_of = [m for m in denoiser.modules() if isinstance(m, ResnetBlock2D | Attention)]
+    found = []
+    for hooks in (False, True, False):
+        seen = []
+        parts = [m for m in denoiser.modules() if hooks and isinstance(m, QuantLayer | QuantAttention | nn.GroupNorm)]
+        handles = [m.register_forward_hook(lambda m, *_, seen=seen: seen.append(m)) for m in parts]
+        found.append([])
+        for timestep in calibration.timesteps:
+            inputs = calibration.inputs(calibration.timestep == timestep)
+            found[-1].append(denoiser(**inputs).sample)
+        assert len(seen) >= len(handles) and bool(handles) == hooks
+        for handle in handles:
+            handle.remove()
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
+    known = [fused.KNOWN.get(m) for m in blocks_of]
+    assert sum(block is not None and len(block.structs) == 3 for block in known) > 3
+
+
+def test_blocks_ask_anew_after_placing(on_integers):
+    denoiser, calibration = on_integers
+    inputs = calibration.inputs(calibration.timestep == calibration.timesteps[0])
+    first = denoiser(**inputs).sample
+    layer = denoiser.mid_block.resnets[0].conv1
+    place(denoiser, "reference")
+    layer.thaw()
+    layer.weight.data.mul_(2)
+    layer.choose_weight_range()
     place(denoiser, "integer")
-    given = []
+    second = denoiser(**inputs).sample
+    assert not torch.equal(first, second)
+    assert torch.equal(copy.deepcopy(denoiser)(**inputs).sample, second)
 
-    def spied(run):
-        return lambda *args, **fused: given.append(fused.get("residual")) or run(*args, **fused)
 
-    for name in ("linear", "conv2d"):
-        monkeypatch.setattr(integer, name, spied(getattr(integer, name)))
-    inputs = calibration.inputs(torch.arange(2))
-    y = denoiser(**inputs).sample
-    assert sum(r is not None for r in given) == sums > 10
-    blocks.unfuse(denoiser)
-    # A value near the middle of two codes may take the other one.
-    assert (denoiser(**inputs).sample - y).square().mean() < 2e-3 * y.square().mean()
+def test_not_a_number_in_a_block(on_integers):
+    denoiser, calibration = on_integers
+    inputs = calibration.inputs(calibration.timestep == calibration.timesteps[0])
+    denoiser.mid_block.resnets[0].norm1.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="residual block: the input holds NaN"):
+        denoiser(**inputs)
 
 
 def test_gated_linear_that_is_not_quantized_stays_itself():

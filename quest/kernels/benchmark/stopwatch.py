@@ -1,5 +1,6 @@
 """Seconds of calls, in rounds in which every contender runs once, and where they are spent."""
 
+import ctypes
 import math
 import statistics
 import time
@@ -36,45 +37,17 @@ def seconds_of(call: Callable, repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-class Timers:
-    """Seconds in the compiled core's functions while the context lasts, by what they compute."""
-
-    KINDS = {
-        "quest_linear": "layers",
-        "quest_conv2d": "layers",
-        "quest_attention": "attention",
-        "quest_group_norm": "norms",
-        "quest_layer_norm": "norms",
-    }
-
-    def __enter__(self) -> dict[str, float]:
-        self.functions = {name: getattr(core(), name) for name in self.KINDS}
-        spent = dict.fromkeys(self.KINDS.values(), 0.0)
-
-        def timed(function, kind):
-            def call(*arguments):
-                start = time.perf_counter()
-                result = function(*arguments)
-                spent[kind] += time.perf_counter() - start
-                return result
-
-            return call
-
-        for name, function in self.functions.items():
-            setattr(core(), name, timed(function, self.KINDS[name]))
-        return spent
-
-    def __exit__(self, *error) -> None:
-        for name, function in self.functions.items():
-            setattr(core(), name, function)
-
-
 def shares(call: Callable) -> dict[str, float]:
     """Shares of a denoiser step on the integer kernel: in quantized layers and attention products on integers, in fused
     norms, and in all the rest, which is float (and Python)."""
-    with Timers() as spent:
+    kinds = ("layers", "attention", "norms")  # in the order of `Kind` in csrc/driver.h
+    spent = (ctypes.c_double * len(kinds))()
+    core().quest_time(ctypes.addressof(spent))
+    try:
         whole = seconds_of(call)
-    found = {kind: seconds / whole for kind, seconds in spent.items()}
+    finally:
+        core().quest_time(None)
+    found = {kind: seconds / whole for kind, seconds in zip(kinds, spent, strict=True)}
     return found | {"rest": 1 - sum(found.values())}
 
 

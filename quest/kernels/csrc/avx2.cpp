@@ -438,9 +438,9 @@ void squares(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, 
 }
 
 void scale(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, const float* a, const float* b,
-           bool silu_too, float* y) {
+           bool silu_too, float* y, ptrdiff_t y_pixel) {
   const int64_t whole = channels / 8 * 8;
-  for (int64_t p = 0; p < pixels; p++, x += pixel, y += channels) {
+  for (int64_t p = 0; p < pixels; p++, x += pixel, y += y_pixel) {
     for (int64_t c = 0; c < whole; c += 8) {
       const __m256 v = _mm256_fmadd_ps(_mm256_loadu_ps(x + c), _mm256_loadu_ps(a + c), _mm256_loadu_ps(b + c));
       _mm256_storeu_ps(y + c, silu_too ? silu(v) : v);
@@ -453,11 +453,8 @@ void scale(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, co
   }
 }
 
-void group_norm(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, int64_t groups, float eps,
-                const float* weight, const float* bias, const float* shift, const float* modulation, bool silu_too, float* y,
-                float* work) {
-  quest::group_norm({sums, squares, scale}, x, pixel, pixels, channels, groups, eps, weight, bias, shift, modulation,
-                    silu_too, y, work);
+void group_norm(const GroupNorm& norm, const float* x, float* y, float* work) {
+  quest::group_norm({sums, squares, scale}, norm, x, y, work);
 }
 
 void layer_norm(const float* x, int64_t n, float eps, const float* weight, const float* bias, float* y) {

@@ -84,8 +84,8 @@ static void squares(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t cha
 }
 
 static void scale(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, const float* a, const float* b,
-                  bool silu_too, float* y) {
-  for (int64_t p = 0; p < pixels; p++, x += pixel, y += channels)
+                  bool silu_too, float* y, ptrdiff_t y_pixel) {
+  for (int64_t p = 0; p < pixels; p++, x += pixel, y += y_pixel)
     for (int64_t c = 0; c < channels; c += 16) {
       const __mmask16 there = first(channels - c);
       const __m512 v = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, x + c), _mm512_maskz_loadu_ps(there, a + c),
@@ -94,11 +94,8 @@ static void scale(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t chann
     }
 }
 
-void avx512_group_norm(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, int64_t groups, float eps,
-                       const float* weight, const float* bias, const float* shift, const float* modulation, bool silu_too,
-                       float* y, float* work) {
-  group_norm({sums, squares, scale}, x, pixel, pixels, channels, groups, eps, weight, bias, shift, modulation, silu_too, y,
-             work);
+void avx512_group_norm(const GroupNorm& norm, const float* x, float* y, float* work) {
+  group_norm({sums, squares, scale}, norm, x, y, work);
 }
 
 typedef int32_t pair_of_int16 __attribute__((may_alias, aligned(2)));

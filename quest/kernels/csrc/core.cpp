@@ -12,6 +12,7 @@
 // which the bound on the layer's codes shows beforehand; else the direct way is taken.
 #include "driver.h"
 
+#include <chrono>
 #include <cstring>
 
 namespace quest {
@@ -60,6 +61,23 @@ constexpr int64_t TRANSFORM_GAIN = 49;    // of the kernel's transform: largest 
 constexpr int64_t INPUT_GAIN = 100;       // of the input's
 constexpr int64_t EXACT = int64_t{1} << 25;
 constexpr int64_t CACHE = 320 << 10;      // bytes of a block of work, below what a core's second cache holds
+
+double* seconds = nullptr;
+
+// While it lives, time counts as spent on a kind of work.
+class Clock {
+ public:
+  explicit Clock(Kind kind) : kind_(kind) {
+    if (seconds) start_ = std::chrono::steady_clock::now();
+  }
+  ~Clock() {
+    if (seconds) seconds[kind_] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+
+ private:
+  Kind kind_;
+  std::chrono::steady_clock::time_point start_;
+};
 
 Weight layout(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits) {
   Weight w{MAGIC, outputs, channels, height, width, bits, 0, 0, 0, 0, 0, 0};
@@ -252,6 +270,9 @@ int quest_use(const char* name) {
   return 1;
 }
 
+// From now on add the seconds that each Kind of work takes; null: no more. For one caller at a time.
+void quest_time(double* of_kinds) { seconds = of_kinds; }
+
 // Compute on the threads of the OpenMP runtime whose GOMP_parallel this is.
 void quest_use_openmp(void* parallel) { use_region(parallel); }
 
@@ -311,6 +332,7 @@ void quest_unpack(const void* packed, uint8_t* codes) {
 // what went wrong (Result).
 int quest_linear(const float* x, int64_t rows, int64_t stride, const void* packed, const float* bias, float scale,
                  float low, float high, int gated, const float* residual, float* out, int threads) {
+  const Clock clock(LAYERS);
   const Weight& w = *static_cast<const Weight*>(packed);
   Range range{scale, low, high};
   if (!fits(w, range)) return OUT_OF_RANGE;
@@ -358,6 +380,7 @@ int quest_conv2d(const float* x, int64_t samples, int64_t height, int64_t width,
                  int64_t pixel, const void* packed, const float* bias, float scale, float low, float high,
                  int64_t stride_y, int64_t stride_x, int64_t top, int64_t left, int64_t dilation_y, int64_t dilation_x,
                  const float* residual, float* out, int64_t out_height, int64_t out_width, int threads) {
+  const Clock clock(LAYERS);
   const Weight& w = *static_cast<const Weight*>(packed);
   Range range{scale, low, high};
   if (!fits(w, range)) return OUT_OF_RANGE;
@@ -381,6 +404,7 @@ int quest_conv2d(const float* x, int64_t samples, int64_t height, int64_t width,
 // q, k, v, out) -> out. ranges: scale, low, high of q, k, v and the probabilities.
 int quest_attention(const float* q, const float* k, const float* v, const int64_t* strides, int64_t batch, int64_t heads,
                     int64_t n, int64_t m, int64_t d, const float* ranges, float scale, float* out, int threads) {
+  const Clock clock(ATTENTION);
   Range range[4];
   for (int i = 0; i < 4; i++) range[i] = {ranges[3 * i], ranges[3 * i + 1], ranges[3 * i + 2]};
   for (const Range& r : range)
@@ -462,17 +486,26 @@ int quest_attention(const float* q, const float* k, const float* v, const int64_
 void quest_group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, int64_t pixels, int64_t channels,
                       int64_t groups, float eps, const float* weight, const float* bias, const float* shift,
                       const float* modulation, int silu, float* y, int threads) {
-  parallel(samples, threads, 10 * samples * pixels * channels, [&](int64_t i) {
-    static thread_local Scratch<float> work;
-    isa->group_norm(x + i * sample, pixel, pixels, channels, groups, eps, weight, bias,
-                    shift ? shift + i * channels : nullptr, modulation ? modulation + 2 * i * channels : nullptr, silu,
-                    y + i * pixels * channels, work.get(4 * round_up(channels, 16)));
+  const Clock clock(NORMS);
+  const int64_t per = channels / groups, work = 10 * samples * pixels * channels;
+  // Where there are few samples their groups are shared out, too.
+  const int64_t parts = std::min(groups, ceil_div(useful(threads, work), samples));
+  parallel(samples * parts, threads, work, [&](int64_t task) {
+    static thread_local Scratch<float> memory;
+    const int64_t i = task / parts, part = task % parts;
+    const int64_t first = part * groups / parts, last = (part + 1) * groups / parts, c = first * per;
+    const auto from = [&](const float* array, int64_t sample_at) { return array ? array + sample_at + c : nullptr; };
+    const GroupNorm norm{pixels, (last - first) * per, last - first, pixel, static_cast<ptrdiff_t>(channels), eps,
+                         from(weight, 0), from(bias, 0), from(shift, i * channels), from(modulation, 2 * i * channels),
+                         from(modulation, (2 * i + 1) * channels), silu != 0};
+    isa->group_norm(norm, x + i * sample + c, y + i * pixels * channels + c, memory.get(4 * round_up(norm.channels, 16)));
   });
 }
 
 // x [rows, n] -> y.
 void quest_layer_norm(const float* x, int64_t rows, int64_t n, float eps, const float* weight, const float* bias,
                       float* y, int threads) {
+  const Clock clock(NORMS);
   constexpr int64_t block = 64;
   parallel(ceil_div(rows, block), threads, 10 * rows * n, [&](int64_t task) {
     for (int64_t r = task * block; r < std::min(rows, (task + 1) * block); r++)

@@ -10,6 +10,16 @@ constexpr int MAX_MR = 12;   // most rows of a register tile
 constexpr int POINTS = 36;   // products of one 4x4 output tile in the transformed domain, 6x6
 constexpr int WINOGRAD_ROWS[3][2] = {{0, 5}, {1, 2}, {3, 4}};  // of the points, those that are computed together
 
+// The group norm of one sample [pixels, channels], or of some of its groups: y = normalized(x + shift[c]), times 1 + factor[c],
+// plus offset[c], then SiLU if asked for. Pixels of x and y are so far apart; pointers may be null.
+struct GroupNorm {
+  int64_t pixels, channels, groups;
+  ptrdiff_t x_pixel, y_pixel;
+  float eps;
+  const float *weight, *bias, *shift, *factor, *offset;
+  bool silu;
+};
+
 struct Range {  // of one quantized tensor: code - zero point = clamp(round(x / scale), low, high)
   float scale, low, high;
 };
@@ -84,11 +94,8 @@ struct Isa {
   void (*softmax)(int rows, const int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
                   float* work, int16_t* out);
 
-  // y = normalized(x + shift[c]) of one sample [pixels, channels], times 1 + modulation[c], plus modulation[channels + c],
-  // then SiLU if asked for. `work` holds 4 * channels.
-  void (*group_norm)(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, int64_t groups, float eps,
-                     const float* weight, const float* bias, const float* shift, const float* modulation, bool silu,
-                     float* y, float* work);
+  // `work` holds 4 * channels.
+  void (*group_norm)(const GroupNorm& norm, const float* x, float* y, float* work);
   // y = normalized x of one row of n.
   void (*layer_norm)(const float* x, int64_t n, float eps, const float* weight, const float* bias, float* y);
   // y = hidden * gelu(gate), one row of n each.
@@ -113,9 +120,7 @@ int64_t amx_peak(int64_t iterations);  // see peak.cpp
 void avx512_fake_quantize(const float* x, int64_t n, Range range, float* out);
 double avx512_fake_quantize_backward(const float* x, const float* grad, int64_t n, Range range, float* out);
 void avx512_geglu(const float* hidden, const float* gate, int64_t n, float* y);
-void avx512_group_norm(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, int64_t groups, float eps,
-                       const float* weight, const float* bias, const float* shift, const float* modulation, bool silu,
-                       float* y, float* work);
+void avx512_group_norm(const GroupNorm& norm, const float* x, float* y, float* work);
 bool avx512_quantize(const float* x, int64_t n, int64_t padded, Range range, int16_t* out);
 void vnni_tile_int(int rows, const int16_t* const* a, int taps, const ptrdiff_t* offset, int64_t pairs,
                    const int16_t* panel, int32_t* out, ptrdiff_t stride);

@@ -112,6 +112,8 @@ struct Epilogue {
 
 inline int64_t largest(Range r) { return static_cast<int64_t>(std::max(std::fabs(r.low), std::fabs(r.high))); }
 
+enum Kind { LAYERS, ATTENTION, NORMS };  // of work, whose seconds quest_time asks for
+
 enum Result { OK = 0, HAS_NAN = 1, OUT_OF_RANGE = 2 };
 
 inline bool fits(const Weight& w, Range r) {
@@ -174,3 +176,20 @@ struct Attention {
 bool bytes_attention(const Attention& a, int threads);
 
 }  // namespace quest
+
+// The functions of core.cpp that blocks.cpp puts together.
+extern "C" {
+int quest_linear(const float* x, int64_t rows, int64_t stride, const void* packed, const float* bias, float scale,
+                 float low, float high, int gated, const float* residual, float* out, int threads);
+int quest_conv2d(const float* x, int64_t samples, int64_t height, int64_t width, int64_t sample, int64_t row,
+                 int64_t pixel, const void* packed, const float* bias, float scale, float low, float high,
+                 int64_t stride_y, int64_t stride_x, int64_t top, int64_t left, int64_t dilation_y, int64_t dilation_x,
+                 const float* residual, float* out, int64_t out_height, int64_t out_width, int threads);
+int quest_attention(const float* q, const float* k, const float* v, const int64_t* strides, int64_t batch, int64_t heads,
+                    int64_t n, int64_t m, int64_t d, const float* ranges, float scale, float* out, int threads);
+void quest_group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, int64_t pixels, int64_t channels,
+                      int64_t groups, float eps, const float* weight, const float* bias, const float* shift,
+                      const float* modulation, int silu, float* y, int threads);
+void quest_layer_norm(const float* x, int64_t rows, int64_t n, float eps, const float* weight, const float* bias,
+                      float* y, int threads);
+}

@@ -158,25 +158,25 @@ void softmax(int rows, const int32_t* scores, int64_t width, int64_t m, int64_t 
 
 float silu(float x) { return x / (1 + std::exp(-x)); }
 
-void group_norm(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, int64_t groups, float eps,
-                const float* weight, const float* bias, const float* shift, const float* modulation, bool silu_too, float* y,
-                float*) {
-  const int64_t per = channels / groups;
-  const double count = static_cast<double>(pixels) * per;
-  for (int64_t g = 0; g < groups; g++) {
-    auto value = [&](int64_t p, int64_t c) { return static_cast<double>(x[p * pixel + c]) + (shift ? shift[c] : 0.f); };
+void group_norm(const GroupNorm& n, const float* x, float* y, float*) {
+  const int64_t per = n.channels / n.groups;
+  const double count = static_cast<double>(n.pixels) * per;
+  for (int64_t g = 0; g < n.groups; g++) {
+    auto value = [&](int64_t p, int64_t c) {
+      return static_cast<double>(x[p * n.x_pixel + c]) + (n.shift ? n.shift[c] : 0.f);
+    };
     double total = 0, squares = 0;
-    for (int64_t p = 0; p < pixels; p++)
+    for (int64_t p = 0; p < n.pixels; p++)
       for (int64_t c = g * per; c < (g + 1) * per; c++) total += value(p, c);
     const double mean = total / count;
-    for (int64_t p = 0; p < pixels; p++)
+    for (int64_t p = 0; p < n.pixels; p++)
       for (int64_t c = g * per; c < (g + 1) * per; c++) squares += (value(p, c) - mean) * (value(p, c) - mean);
-    const double scale = 1 / std::sqrt(squares / count + eps);
-    for (int64_t p = 0; p < pixels; p++)
+    const double scale = 1 / std::sqrt(squares / count + n.eps);
+    for (int64_t p = 0; p < n.pixels; p++)
       for (int64_t c = g * per; c < (g + 1) * per; c++) {
-        double v = (value(p, c) - mean) * scale * (weight ? weight[c] : 1.f) + (bias ? bias[c] : 0.f);
-        if (modulation) v = v * (1.f + modulation[c]) + modulation[channels + c];
-        y[p * channels + c] = silu_too ? silu(static_cast<float>(v)) : static_cast<float>(v);
+        double v = (value(p, c) - mean) * scale * (n.weight ? n.weight[c] : 1.f) + (n.bias ? n.bias[c] : 0.f);
+        if (n.factor) v = v * (1.f + n.factor[c]) + n.offset[c];
+        y[p * n.y_pixel + c] = n.silu ? silu(static_cast<float>(v)) : static_cast<float>(v);
       }
   }
 }
