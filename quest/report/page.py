@@ -25,7 +25,7 @@ from quest.report.page_tables import (
     read,
     speed_table,
 )
-from quest.report.verdicts import comparisons, seed_sentences, verdict_sentences
+from quest.report.verdicts import comparisons, seed_matrix, seed_sentences, verdict_matrix, verdict_sentences
 
 DRAWN = ("latent_mse", "fid_to_fp", "fid", "eps_error", "sfid", "is", "clip", "psnr", "precision")
 AGAINST_COST = ("latent_mse", "fid_to_fp", "fid")
@@ -92,8 +92,10 @@ def contents(run: Path, kernels: Iterable[str | Path], methods: dict[str, str], 
         ],
         "n": int(main["n"].max()),
         "verdicts": verdict_sentences(paired, shown[-1]),
+        "matrices": verdict_matrix(paired, shown[-1]),
         "comparisons": comparisons(paired),
         "over_seeds": seed_sentences(read(found["seeds"])) if found["seeds"] else [],
+        "seed_matrices": seed_matrix(read(found["seeds"])) if found["seeds"] else [],
         "main": main_table(main, paired, verdicts),
         "footers": _footers(main),
         "ledger": ledger_table(verdicts),

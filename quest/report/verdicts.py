@@ -44,6 +44,39 @@ def verdict_sentences(paired: pd.DataFrame, focus: str, headline: tuple[str, ...
     return found
 
 
+def verdict_matrix(paired: pd.DataFrame, focus: str, headline: tuple[str, ...] = HEADLINE) -> list[dict]:
+    """The same at a glance, fewest bits first: [{bits, models, metrics, rows}], a row for every other method.
+
+    A row is {versus, cells}, a cell the outcome on each model: "better", "worse", "same", or None where there is none.
+    """
+    of_focus = paired[paired["method"] == focus]
+    models = list(dict.fromkeys(of_focus["model"]))
+    found = []
+    for bits in sorted(set(of_focus["bits"]), key=tables.by_bits, reverse=True):
+        rows = of_focus[of_focus["bits"] == bits]
+        metrics = [name for name in headline if name in set(rows["metric"])]
+        winner = {
+            tuple(key): name for *key, name in rows[["versus", "metric", "model", "better"]].itertuples(index=False)
+        }
+        outcome = {focus: "better", "neither": "same"}
+        against = [
+            {
+                "versus": "full precision" if versus == "fp" else versus,
+                "cells": [
+                    [
+                        outcome.get(name, "worse") if (name := winner.get((versus, metric, model))) else None
+                        for model in models
+                    ]
+                    for metric in metrics
+                ],
+            }
+            for versus in dict.fromkeys(rows["versus"])
+        ]
+        labels = [METRICS[name].label for name in metrics]
+        found.append({"bits": bits, "focus": focus, "models": models, "metrics": labels, "rows": against})
+    return found
+
+
 def _sentence(focus, rivals, metrics, outcome):
     better, worse, neither = outcome
     total = sum(map(len, outcome))
@@ -76,9 +109,19 @@ def listed(words: Iterable[str]) -> str:
 
 def seed_sentences(seeds: pd.DataFrame) -> list[dict]:
     """What holds over quantization seeds, of the pairs of methods in seeds.csv, as `verdict_sentences` has it."""
-    pairs = seeds[seeds["versus"] != ""]
-    focused = [method for method in reversed(dict.fromkeys(seeds["method"])) if method in set(pairs["method"])]
+    pairs, focused = _pairs_of_seeds(seeds)
     return [verdict for focus in focused for verdict in verdict_sentences(pairs, focus, OVER_SEEDS)]
+
+
+def seed_matrix(seeds: pd.DataFrame) -> list[dict]:
+    """The last method against the others over quantization seeds, as `verdict_matrix` has it."""
+    pairs, focused = _pairs_of_seeds(seeds)
+    return verdict_matrix(pairs, focused[0], OVER_SEEDS) if focused else []
+
+
+def _pairs_of_seeds(seeds):
+    pairs = seeds[seeds["versus"] != ""]
+    return pairs, [name for name in reversed(dict.fromkeys(seeds["method"])) if name in set(pairs["method"])]
 
 
 def comparisons(paired: pd.DataFrame) -> dict[str, int]:

@@ -90,6 +90,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, text: str):
         super().__init__()
         self.tables, self.addresses, self.ids, self.sections, self.alts = {}, [], [], {}, []
+        self.matrices = []
         self.box = self.row = self.cell = self.section = None
         self.open = []
         self.feed(text)
@@ -104,6 +105,9 @@ class Page(html.parser.HTMLParser):
         self.alts += [given.get("alt", "")] if tag == "img" else []
         if given.get("class") == "table":
             self.box = self.tables.setdefault(given["id"], [])
+        elif given.get("class") == "matrix":
+            self.matrices.append([])
+            self.box = self.matrices[-1]
         elif tag == "section":
             self.section = given["id"]
             self.sections[self.section] = ""
@@ -242,8 +246,10 @@ def test_what_other_rules_made_is_taken(run, tmp_path, monkeypatch):
     assert "NOT RUN" not in "".join(page.sections[name] for name in ("speed", "ablations", "questions", "seeds"))
     assert "One quantization seed" not in page.sections["verdicts"]
     said = page.sections["verdicts"]
-    assert "W4A4: In FID to FP, quest is better than rtn on scenes-class." in said
-    assert "W4A4: In latent MSE to FP, quest is not told apart from rtn on scenes-class." in said
+    assert "In FID to FP, quest is better than rtn on scenes-class." in said
+    assert "In latent MSE to FP, quest is not told apart from rtn on scenes-class." in said
+    assert texts(page.matrices[-1][0])[:3] == ["", "latent MSE to FP", "FID to FP"]
+    assert texts(page.matrices[-1][1])[:3] == ["rtn", "○", "▲"]
     assert texts(page.tables["ablations-table"][1]) == ["no groups", "0.25"]
     slow, fast = page.tables["kernels-1"][1:]
     assert all("slower" in cell["class"] for cell in slow) and not any("slower" in cell["class"] for cell in fast)
@@ -261,6 +267,7 @@ def test_verdicts_take_the_fewest_bits_first(run, page):
     paired = pd.read_csv(run / "tables/paired.csv")
     assert [found["bits"] for found in verdicts.verdict_sentences(paired, "quest")] == ["w4a4", "w8a8"]
     assert "In latent MSE to FP" in page.sections["verdicts"]
+    assert len(page.matrices) == 2 and [texts(row)[0] for row in page.matrices[0]] == ["", "rtn", "full precision"]
 
 
 def test_the_farthest_pairs_are_those_of_the_features(run):

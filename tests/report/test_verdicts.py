@@ -42,3 +42,21 @@ def paired_rows(outcomes):
 def test_verdicts_say_what_the_intervals_say(outcomes, sentences):
     ((found),) = verdicts.verdict_sentences(paired_rows(outcomes), "quest")
     assert [(said["kind"], said["text"]) for said in found["sentences"]] == sentences
+
+
+def test_the_matrix_has_an_outcome_for_each_model():
+    rows = paired_rows(
+        {
+            ("rtn", "fid"): ["quest", "rtn", "neither"],
+            ("rtn", "latent_mse"): ["quest"] * 3,
+            ("fp", "fid"): ["fp", "fp", "neither"],
+        }
+    )
+    rows = rows[~((rows["metric"] == "latent_mse") & (rows["model"] == "b"))]
+    (found,) = verdicts.verdict_matrix(rows, "quest")
+    assert (found["bits"], found["models"]) == ("w4a4", ["a", "b", "c"])
+    assert found["metrics"] == ["latent MSE to FP", "FID"]
+    assert found["rows"] == [
+        {"versus": "rtn", "cells": [["better", None, "better"], ["better", "worse", "same"]]},
+        {"versus": "full precision", "cells": [[None, None, None], ["worse", "worse", "same"]]},
+    ]
