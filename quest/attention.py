@@ -54,11 +54,12 @@ class QuantAttention(nn.Module):
         if struct is not None:
             residual = rows.contiguous() if attn.residual_connection else None
             x = fused.run_attention(struct, hidden_states.contiguous(), context.contiguous(), residual)
-        else:
-            x = attn.to_out[1](attn.to_out[0](self.attended(attn, hidden_states, context)))
+            # With the strides of channels that lie innermost, which torch asks for, of a single image, too.
+            return x if given.ndim == 3 else x.unflatten(1, given.shape[2:]).permute(0, 3, 1, 2)
+        x = attn.to_out[1](attn.to_out[0](self.attended(attn, hidden_states, context)))
         if given.ndim == 4:
             x = x.transpose(1, 2).reshape(given.shape)
-        if attn.residual_connection and struct is None:
+        if attn.residual_connection:
             x = x + given
         return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
 

@@ -11,6 +11,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -183,6 +184,13 @@ class FusedUpsample(Upsample2D):
         return (self.conv if self.name == "conv" else self.Conv2d_0)(hidden_states)
 
 
+class FusedUNet2DModel(UNet2DModel):
+    @property
+    def dtype(self) -> torch.dtype:
+        # diffusers looks at every module for it, in each forward pass.
+        return next(self.parameters()).dtype
+
+
 class FusedTransformer(Transformer2DModel):
     def _get_output_for_continuous_inputs(self, hidden_states, residual, batch_size, height, width, inner_dim):
         if not self.use_linear_projection and computes(hidden_states):
@@ -200,6 +208,7 @@ FUSED = {
     ResnetBlock2D: FusedResnetBlock,
     Upsample2D: FusedUpsample,
     Transformer2DModel: FusedTransformer,
+    UNet2DModel: FusedUNet2DModel,
 }
 
 
