@@ -1,9 +1,10 @@
 """Blocks of diffusers' U-Nets with their float operations fused, for a denoiser whose layers run on integers.
 
-Convolutions and products that take a third of their float time leave norms and activations as the larger part. Here
-they are one pass each over channels that lie innermost, and nothing is copied into another layout on the way. Results
-equal those of diffusers' own modules but for float rounding. Where torch traces or has to differentiate, the modules do
-what they always did.
+Convolutions and products that take a third of their float time leave norms, activations and Python as the larger part.
+Here norms and activations are one pass each over channels that lie innermost, nothing is copied into another layout on
+the way, and a block whose layers all run on integers is one call of the core (`fused`). Results equal those of
+diffusers' own modules but for float rounding. Where torch traces or has to differentiate, the modules do what they
+always did.
 """
 
 import torch
@@ -118,7 +119,9 @@ def transformer_block(block: FusedTransformerBlock) -> fused.Block | None:
             (fused.Layer * 2)(*map(fused.layer, layers)),
         )
 
-    return fused.Block(struct, (*norms, *modules, *(p for a in attentions for p in a.parts), block.ff, *layers))
+    return fused.Block(
+        struct, (*norms, *modules, *(p for a in attentions for p in a.parts), block.ff, *block.ff.net, layers[0])
+    )
 
 
 class FusedResnetBlock(ResnetBlock2D):

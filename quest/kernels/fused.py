@@ -6,7 +6,6 @@ A struct holds addresses and the ranges of one time group. It is made when the g
 
 import ctypes
 from collections.abc import Callable, Iterable
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +57,9 @@ class Block:
         self.tensors = [t for part in self.parts for t in (*part.parameters(), *part.buffers())]
         self.structs: dict[int, ctypes.Structure] = {}
 
+    def __reduce__(self):
+        return type(None), ()  # a copy of the module asks anew: addresses are not copied
+
     def struct(self) -> ctypes.Structure | None:
         if any(part._forward_hooks or part._forward_pre_hooks for part in self.parts):
             return None
@@ -67,20 +69,17 @@ class Block:
         return self.structs[number]
 
 
-KNOWN: WeakKeyDictionary[nn.Module, Block | None] = WeakKeyDictionary()
-
-
 def forget(denoiser: nn.Module) -> None:
     for module in denoiser.modules():
-        KNOWN.pop(module, None)
+        vars(module).pop("one_call", None)
 
 
 def struct_of(module: nn.Module, look: Callable[[nn.Module], Block | None]) -> ctypes.Structure | None:
     """The struct of a block for the current time group; None where the core cannot compute it, as `look` finds."""
-    if module not in KNOWN:
-        KNOWN[module] = look(module)
-    block = KNOWN[module]
-    return None if block is None else block.struct()
+    block = vars(module).get("one_call")
+    if block is None:
+        block = module.one_call = look(module) or False
+    return block.struct() if block else None
 
 
 def on_integers(*layers: nn.Module) -> bool:

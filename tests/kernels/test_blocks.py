@@ -1,6 +1,8 @@
 """Fused float operations against diffusers' own modules."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 
 import quest
 from quest.attention import QuantAttention
-from quest.kernels import blocks, fused, integer
+from quest.kernels import blocks, integer
 from quest.layers import QuantLayer, swap
 from quest.placement import place
 
@@ -132,8 +134,19 @@ def test_blocks_in_one_call(on_integers, threads):
         for handle in handles:
             handle.remove()
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
-    known = [fused.KNOWN.get(m) for m in blocks_of]
-    assert sum(block is not None and len(block.structs) == 3 for block in known) > 3
+    known = [vars(m).get("one_call") for m in blocks_of]
+    assert sum(bool(block) and len(block.structs) == 3 for block in known) > 3
+
+
+def test_blocks_in_one_call_are_freed(with_time_groups):
+    denoiser, calibration = with_time_groups
+    denoiser = copy.deepcopy(denoiser)
+    place(denoiser, "integer")
+    denoiser(**calibration.inputs(calibration.timestep == calibration.timesteps[0]))
+    gone = weakref.ref(denoiser.mid_block.resnets[0].conv1.packed)
+    del denoiser
+    gc.collect()
+    assert gone() is None
 
 
 def test_blocks_ask_anew_after_placing(on_integers):
@@ -154,9 +167,18 @@ def test_blocks_ask_anew_after_placing(on_integers):
 def test_not_a_number_in_a_block(on_integers):
     denoiser, calibration = on_integers
     inputs = calibration.inputs(calibration.timestep == calibration.timesteps[0])
-    denoiser.mid_block.resnets[0].norm1.bias.data[0] = torch.nan
+    bias = denoiser.mid_block.resnets[0].norm1.bias.data
+    before = bias[0].item()
+    bias[0] = torch.nan
     with pytest.raises(ValueError, match="residual block: the input holds NaN"):
         denoiser(**inputs)
+    bias[0] = before
+    for gated in (m for m in denoiser.modules() if isinstance(m, GEGLU)):
+        gated.proj.bias.data[-1] = torch.nan
+        with pytest.raises(ValueError, match="transformer block: the input holds NaN"):
+            denoiser(**inputs)
+        gated.proj.bias.data[-1] = 0.0
+    denoiser(**inputs)
 
 
 def test_gated_linear_that_is_not_quantized_stays_itself():

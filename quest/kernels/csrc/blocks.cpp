@@ -7,13 +7,6 @@ using namespace quest;
 
 namespace {
 
-// A quantized layer and the range of its input.
-struct Layer {
-  const Weight* weight;
-  const float* bias;
-  float scale, low, high;
-};
-
 struct Norm {
   const float *weight, *bias;
   float eps;
@@ -50,15 +43,17 @@ float* memory(Place place, int64_t numbers) {
 }
 
 int linear(const Layer& l, const float* x, int64_t rows, bool gated, const float* residual, float* out, int threads) {
-  return quest_linear(x, rows, l.weight->channels, l.weight, l.bias, l.scale, l.low, l.high, gated, residual, out, threads);
+  const auto [scale, low, high] = l.range;
+  return quest_linear(x, rows, l.weight->channels, l.weight, l.bias, scale, low, high, gated, residual, out, threads);
 }
 
 // A 3x3 convolution of stride 1 with its padding, between images whose channels lie innermost.
 int conv(const Layer& l, const float* x, int64_t samples, int64_t height, int64_t width, const float* residual, float* out,
          int threads) {
   const int64_t pixel = l.weight->channels, row = width * pixel;
-  return quest_conv2d(x, samples, height, width, height * row, row, pixel, l.weight, l.bias, l.scale, l.low, l.high, 1, 1,
-                      1, 1, 1, 1, residual, out, height, width, threads);
+  const auto [scale, low, high] = l.range;
+  return quest_conv2d(x, samples, height, width, height * row, row, pixel, l.weight, l.bias, scale, low, high, 1, 1, 1, 1, 1,
+                      1, residual, out, height, width, threads);
 }
 
 }  // namespace
@@ -98,6 +93,7 @@ int quest_transformer_block(const TransformerBlock* t, const float* x, const flo
     x = to;
   }
   norm(2);
+  if (bytes_fit(t->gated, t->linear)) return quest_feed_forward(&t->gated, &t->linear, normed, rows, x, out, threads);
   float* hidden = memory(HIDDEN, rows * t->linear.weight->channels);
   if (int wrong = linear(t->gated, normed, rows, true, nullptr, hidden, threads)) return wrong;
   return linear(t->linear, hidden, rows, false, x, out, threads);

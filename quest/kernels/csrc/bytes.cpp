@@ -63,6 +63,8 @@ struct Rows {
   const int32_t* sums;  // of all segments
   float* const* out;    // null: not stored
   const float* const* residual;  // of each of `out`, what is added to it; null: nothing to any
+  uint8_t* next = nullptr;       // of gated outputs: instead of `out`, their codes in the range of the next layer,
+  Range range{};                 // without gaps
 };
 
 // For every row of `out`, its counterpart in `residual`, which is laid out as what begins at `base`.
@@ -103,8 +105,8 @@ struct Panels {
 };
 
 // Multiplies rows with panels first..last of a weight; `gated`: with those of the first half of the outputs, and of the
-// second, whose gelu they are multiplied with.
-void product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int64_t last, bool gated = false) {
+// second, whose gelu they are multiplied with. True where a gated output that became a code is a NaN.
+bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int64_t last, bool gated = false) {
   static thread_local Scratch<int8_t> codes;
   static thread_local Scratch<int32_t> products;
   static thread_local Scratch<float> halves;
@@ -119,6 +121,7 @@ void product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
   float *hidden[MAX_ROWS], *gate[MAX_ROWS];
   for (int r = 0; r < on.rows; r++) hidden[r] = h + r * width, gate[r] = h + (on.rows + r) * width;
   std::vector<Panels> panels, others;
+  bool nan = false;
   on.begin();
   for (int64_t begin = first; begin < last; begin += calls * on.panels) {
     panels.clear(), others.clear();
@@ -137,11 +140,16 @@ void product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
         }
         panels[i].multiply(w, t, a, r, rows, m, hidden, nullptr, 0);
         others[i].multiply(w, t, a, r, rows, m, gate, nullptr, 0);
-        for (int j = 0; j < rows; j++) isa->geglu(hidden[j], gate[j], panels[i].count * NR, a.out[r + j] + column);
+        const int64_t columns = panels[i].count * NR;
+        for (int j = 0; j < rows; j++) {
+          isa->geglu(hidden[j], gate[j], columns, a.next ? hidden[j] : a.out[r + j] + column);
+          if (a.next) nan |= on.quantize(hidden[j], columns, columns, a.range, a.next + (r + j) * half * NR + column);
+        }
       }
     }
   }
   on.end();
+  return nan;
 }
 
 // A number of blocks of at most `most` units, the same for every thread where there are several.
@@ -303,37 +311,81 @@ bool bytes_conv(const Weight& w, const Conv& c, const float* bias, Range range, 
   return stretches ? conv_stretches(w, c, t, range, threads) : conv_gathered(w, c, t, range, threads);
 }
 
-bool bytes_linear(const Weight& w, const float* x, int64_t rows, int64_t stride, const float* bias, Range range,
-                  bool gated, const float* residual, float* out, int threads) {
+namespace {
+
+// A linear layer on codes that source(first row, how many, NaN?) gives. next: as in Rows, of all rows.
+template <class Source>
+bool linear(const Weight& w, const float* bias, Range range, int64_t rows, bool gated, const float* residual, float* out,
+            uint8_t* next, Range next_range, int threads, const Source& source) {
   const Terms t(w, bias, range);
   const int64_t padded = round_up(w.channels, 4), tiles = ceil_div(rows, 16), work = rows * w.channels * w.outputs;
   const int64_t width = gated ? w.outputs / 2 : w.outputs;
-  // Each block unpacks the whole weight, which few rows would not repay.
-  const int64_t blocks = blocks_of(tiles, std::max<int64_t>(16, BLOCK / padded / 16), useful(threads, work));
+  // Each block unpacks the whole weight, which few rows would not repay. Where it is larger than their codes, threads share
+  // its outputs instead.
+  const int64_t most = std::max<int64_t>(16, BLOCK / padded / 16);
+  const bool one = tiles <= most && w.channels * w.outputs > rows * padded;
+  const int64_t blocks = one ? 1 : blocks_of(tiles, most, useful(threads, work));
   std::atomic<bool> nan{false};
   share(gated ? w.panels() / 2 : w.panels(), blocks, threads, work, [&](int64_t i, int64_t from, int64_t to) {
-    static thread_local Scratch<uint8_t> codes;
     static thread_local Scratch<int32_t> sums;
     static thread_local std::vector<float*> target;
     static thread_local std::vector<const float*> beside;
     const int64_t first = i * tiles / blocks * 16, count = std::min(rows, (i + 1) * tiles / blocks * 16) - first;
-    uint8_t* q = rows_of(codes, count, padded);
-    if (padded == w.channels && stride == w.channels) {
-      if (isa->bytes->quantize(x + first * stride, count * padded, count * padded, range, q)) nan = true;
-    } else {
-      for (int64_t r = 0; r < count; r++)
-        if (isa->bytes->quantize(x + (first + r) * stride, w.channels, padded, range, q + r * padded)) nan = true;
-    }
+    bool wrong = false;
+    const uint8_t* q = source(first, count, wrong);
     int32_t* total = sums.get(count);
     isa->bytes->sums(q, padded, count, padded, total);
-    target.resize(count);
-    for (int64_t r = 0; r < count; r++) target[r] = out + (first + r) * width;
     const ptrdiff_t none = 0;
-    const float* const* added = counterparts(residual, out, target, beside);
-    const Rows all{q, count, padded, 1, &none, round_up(padded, isa->bytes->depth), total, target.data(), added};
-    product(w, t, all, from, to, gated);
+    Rows all{q, count, padded, 1, &none, round_up(padded, isa->bytes->depth), total, nullptr, nullptr};
+    if (next) {
+      all.next = next + first * width, all.range = next_range;
+    } else {
+      target.resize(count);
+      for (int64_t r = 0; r < count; r++) target[r] = out + (first + r) * width;
+      all.out = target.data(), all.residual = counterparts(residual, out, target, beside);
+    }
+    if (product(w, t, all, from, to, gated) || wrong) nan = true;
   });
   return nan;
+}
+
+// The codes of rows of floats, `stride` apart.
+auto quantizing(const Weight& w, const float* x, int64_t stride, Range range) {
+  return [channels = w.channels, x, stride, range](int64_t first, int64_t count, bool& nan) -> const uint8_t* {
+    static thread_local Scratch<uint8_t> codes;
+    const int64_t padded = round_up(channels, 4);
+    uint8_t* q = rows_of(codes, count, padded);
+    if (padded == channels && stride == channels) {
+      nan = isa->bytes->quantize(x + first * stride, count * padded, count * padded, range, q);
+    } else {
+      for (int64_t r = 0; r < count; r++)
+        nan |= isa->bytes->quantize(x + (first + r) * stride, channels, padded, range, q + r * padded);
+    }
+    return q;
+  };
+}
+
+}  // namespace
+
+bool bytes_linear(const Weight& w, const float* x, int64_t rows, int64_t stride, const float* bias, Range range,
+                  bool gated, const float* residual, float* out, int threads) {
+  return linear(w, bias, range, rows, gated, residual, out, nullptr, {}, threads, quantizing(w, x, stride, range));
+}
+
+bool bytes_fit(const Layer& gated, const Layer& linear) {
+  return isa->bytes && bytes_fit(gated.range) && bytes_fit(linear.range) && gated.weight->outputs % (2 * NR) == 0 &&
+         linear.weight->channels % 4 == 0;
+}
+
+bool bytes_feed_forward(const Layer& gated, const Layer& last, const float* x, int64_t rows, const float* residual,
+                        float* out, int threads) {
+  static thread_local Scratch<uint8_t> memory;
+  const int64_t width = last.weight->channels;
+  uint8_t* codes = rows_of(memory, rows, width);
+  const bool nan = linear(*gated.weight, gated.bias, gated.range, rows, true, nullptr, nullptr, codes, last.range, threads,
+                          quantizing(*gated.weight, x, gated.weight->channels, gated.range));
+  const auto there = [&](int64_t first, int64_t, bool&) -> const uint8_t* { return codes + first * width; };
+  return linear(*last.weight, last.bias, last.range, rows, false, residual, out, nullptr, {}, threads, there) || nan;
 }
 
 bool bytes_attention(const Attention& a, int threads) {

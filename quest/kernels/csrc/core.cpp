@@ -481,6 +481,13 @@ int quest_attention(const float* q, const float* k, const float* v, const int64_
   return nan ? HAS_NAN : OK;
 }
 
+int quest_feed_forward(const Layer* gated, const Layer* linear, const float* x, int64_t rows, const float* residual,
+                       float* out, int threads) {
+  const Clock clock(LAYERS);
+  if (!fits(*gated->weight, gated->range) || !fits(*linear->weight, linear->range)) return OUT_OF_RANGE;
+  return bytes_feed_forward(*gated, *linear, x, rows, residual, out, threads) ? HAS_NAN : OK;
+}
+
 // x [samples, pixels, channels] with strides -> y, without gaps. shift [samples, channels] and modulation
 // [samples, 2 channels] may be null.
 void quest_group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, int64_t pixels, int64_t channels,

@@ -120,6 +120,13 @@ inline bool fits(const Weight& w, Range r) {
   return std::max(std::fabs(r.low), std::fabs(r.high)) <= 32767.f && largest(r) * w.row_sum <= INT32_MAX;
 }
 
+// A quantized layer and the range of its input.
+struct Layer {
+  const Weight* weight;
+  const float* bias;
+  Range range;
+};
+
 struct Conv {
   const float* x;
   int64_t samples, height, width, sample, row, pixel;  // shape and strides of x
@@ -139,6 +146,10 @@ bool bytes_fit(Range range);
 bool bytes_fit(const Conv& c, Range range);
 bool bytes_linear(const Weight& w, const float* x, int64_t rows, int64_t stride, const float* bias, Range range,
                   bool gated, const float* residual, float* out, int threads);
+// A gated layer and the one that reads its output, between them only codes; `bytes_fit` says whether.
+bool bytes_fit(const Layer& gated, const Layer& linear);
+bool bytes_feed_forward(const Layer& gated, const Layer& linear, const float* x, int64_t rows, const float* residual,
+                        float* out, int threads);
 bool bytes_conv(const Weight& w, const Conv& c, const float* bias, Range range, int threads);
 
 struct Attention {
@@ -187,6 +198,9 @@ int quest_conv2d(const float* x, int64_t samples, int64_t height, int64_t width,
                  const float* residual, float* out, int64_t out_height, int64_t out_width, int threads);
 int quest_attention(const float* q, const float* k, const float* v, const int64_t* strides, int64_t batch, int64_t heads,
                     int64_t n, int64_t m, int64_t d, const float* ranges, float scale, float* out, int threads);
+// x [rows, channels] -> out: a gated layer and another one, plus residual; bytes_fit(*gated, *linear).
+int quest_feed_forward(const quest::Layer* gated, const quest::Layer* linear, const float* x, int64_t rows,
+                       const float* residual, float* out, int threads);
 void quest_group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, int64_t pixels, int64_t channels,
                       int64_t groups, float eps, const float* weight, const float* bias, const float* shift,
                       const float* modulation, int silu, float* y, int threads);
