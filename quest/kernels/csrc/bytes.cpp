@@ -320,11 +320,8 @@ bool linear(const Weight& w, const float* bias, Range range, int64_t rows, bool 
   const Terms t(w, bias, range);
   const int64_t padded = round_up(w.channels, 4), tiles = ceil_div(rows, 16), work = rows * w.channels * w.outputs;
   const int64_t width = gated ? w.outputs / 2 : w.outputs;
-  // Each block unpacks the whole weight, which few rows would not repay. Where it is larger than their codes, threads share
-  // its outputs instead.
-  const int64_t most = std::max<int64_t>(16, BLOCK / padded / 16);
-  const bool one = tiles <= most && w.channels * w.outputs > rows * padded;
-  const int64_t blocks = one ? 1 : blocks_of(tiles, most, useful(threads, work));
+  // Each block unpacks the whole weight, which few rows would not repay.
+  const int64_t blocks = blocks_of(tiles, std::max<int64_t>(16, BLOCK / padded / 16), useful(threads, work));
   std::atomic<bool> nan{false};
   share(gated ? w.panels() / 2 : w.panels(), blocks, threads, work, [&](int64_t i, int64_t from, int64_t to) {
     static thread_local Scratch<int32_t> sums;

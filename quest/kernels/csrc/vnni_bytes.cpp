@@ -223,19 +223,18 @@ static inline __m512 exp2(__m512 x) {
   return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f)), n);
 }
 
-// In three passes over some rows, so that the end of one row's sum need not be waited for; over few enough for the first
-// cache. The first one finds the largest score, of integers.
+// In three passes over some rows, so that the end of one row's sum need not be waited for. The first one finds the largest
+// score, of integers.
 static void softmax(int rows, int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
                     const int32_t* column, uint8_t* out, int32_t* totals) {
   constexpr int TOGETHER = 4;
-  const int together = width <= 2048 ? TOGETHER : 2;
   const __m512 by = _mm512_set1_ps(factor * 1.44269504f);
   const __m512 low = _mm512_set1_ps(range.low), high = _mm512_set1_ps(range.high);
   const __m512i lowest = _mm512_cvtps_epi32(low);
   const int64_t whole = m / 16 * 16;
   const __mmask16 rest = first(m - whole);
-  for (; rows > 0; rows -= together, scores += together * width, out += together * padded, totals += together) {
-    const int some = rows < together ? rows : together;
+  for (; rows > 0; rows -= TOGETHER, scores += TOGETHER * width, out += TOGETHER * padded, totals += TOGETHER) {
+    const int some = rows < TOGETHER ? rows : TOGETHER;
     __m512i top[TOGETHER];
     __m512 scale[TOGETHER];
     for (int r = 0; r < some; r++) {
