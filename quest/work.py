@@ -136,8 +136,12 @@ def _aligned(what):
 
 
 def _nearest(recipe, w, model, trajectories):
-    searched = Counter({"weight ranges": 1, "ranges": 1} if recipe.get("ranges") == "mse" else {})
-    return searched + Counter({"quantized call": recipe.get("samples", 256)})
+    from baselines.rtn import WHOLE
+    from quest.calibration import static_rows
+
+    searched = recipe.get("ranges", "minmax") != "minmax"
+    rows = recipe.get("samples") or (static_rows(8) if searched else WHOLE)  # of 8-bit activations; at 4 bits fewer
+    return Counter({"weight ranges": 1, "ranges": 1} if searched else {}) + Counter({"quantized call": rows})
 
 
 _WORK = {

@@ -116,6 +116,8 @@ def test_work_of_the_rivals():
     def count(method, bits, model=uncond, **recipe):
         return dict(work.quantizing(method, recipe, bits, model, 50))
 
+    assert count("rtn", "w4a4") == {"quantized call": 256}
+    assert count("rtn-mse", "w4a4") == {"weight ranges": 1, "ranges": 1, "quantized call": 64}
     rounded = {"weight ranges": 1, "rounding": 1000, "rounding row": 16_000}
     # 20 of 40 calls, 1024 // 20 = 51 trajectories of which there are 50; both networks, and 256 rows twice.
     assert count("adaround", "w4a32") == rounded | {"call": 2 * 1000 + 2 * 256}

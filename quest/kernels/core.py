@@ -14,7 +14,7 @@ import torch  # noqa: F401 - loads the OpenMP runtime whose threads compute here
 
 @cache
 def core() -> ctypes.CDLL:
-    """The compiled core. Raises OSError saying why there is none."""
+    """The compiled core. Raises OSError saying why there is none, and RuntimeError for one of older source."""
     folder = Path(__file__).parent
     found = [file for suffix in EXTENSION_SUFFIXES if (file := folder / f"_core{suffix}").is_file()]
     if not found:
@@ -50,7 +50,9 @@ def core() -> ctypes.CDLL:
         "quest_layer_norm": (None, [pointer, i64, i64, f32, pointer, pointer, pointer, c_int]),
     }
     for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            raise RuntimeError(f"{found[0]} is older than its source: `pip install -e .` builds it anew")
         function.restype, function.argtypes = result, arguments
     if os.name == "posix" and (parallel := getattr(ctypes.CDLL(None), "GOMP_parallel", None)):
         library.quest_use_openmp(ctypes.cast(parallel, pointer))

@@ -1,9 +1,11 @@
 """The integer kernel against what the reference means, on every instruction set of this machine."""
 
+import ctypes
 import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 
 from quest import kernels
 from quest.affine import FLOAT, QParams, QTensor, QuantSpec, fake_quantize, quantize
-from quest.kernels import integer, reference
+from quest.kernels import core, integer, reference
 
 pytestmark = [
     pytest.mark.skipif(
@@ -352,6 +354,12 @@ def large_linear(rows=600):
     w, qparams, x = integer.pack(weight(96, 128, bits=8)), activation(8, 100.0), torch.randn(rows, 128)
     torch.set_num_threads(1)
     return lambda: integer.linear(x, qparams, w, None), integer.linear(x, qparams, w, None)
+
+
+def test_a_core_of_older_source_is_an_error(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda _path: SimpleNamespace())
+    with pytest.raises(RuntimeError, match="is older than its source: `pip install -e .` builds it anew"):
+        core.core.__wrapped__()
 
 
 def test_two_callers_at_once():
