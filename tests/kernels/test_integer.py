@@ -117,7 +117,7 @@ def test_signed_inputs(isa, spec):
     torch.testing.assert_close(integer.attention(q, k, v, *params), reference.attention(q, k, v, *params))
 
 
-def test_winograd_and_direct_sums_agree_to_the_bit():
+def test_winograd_and_direct_sums_agree_to_the_bit(isa):
     """Beyond the bound up to which the transform is exact, and for zero points far outside, the direct way is taken."""
     torch.manual_seed(0)
     x = torch.randn(2, 40, 8, 8).contiguous(memory_format=torch.channels_last)

@@ -84,7 +84,7 @@ static void multiply(const uint8_t* a, ptrdiff_t stride, int rows, int segments,
 
 extern const Bytes amx_bytes = [] {
   Bytes one = vnni_bytes;
-  one.rows = 32, one.panels = 2, one.depth = 64, one.direct = true;
+  one.rows = 32, one.panels = 2, one.depth = 64;
   one.multiply = multiply, one.begin = begin, one.end = end;
   return one;
 }();

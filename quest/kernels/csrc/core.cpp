@@ -9,7 +9,8 @@
 // 3x3 convolutions of stride 1 use Winograd's F(4x4, 3x3) (arXiv:1509.09308, section 4.1) on integers: the kernel's
 // transform is scaled by the least integers that clear its denominators, all arithmetic is modulo 2^32, and the result,
 // 576 times the sum, is divided by 9 (by its inverse) and 64 (by a shift). It is the exact sum where that is below 2^25,
-// which the bound on the layer's codes shows beforehand; else the direct way is taken.
+// which the bound on the layer's codes shows beforehand; else the direct way is taken. A quarter of the products, on numbers
+// of twice the size, with transforms: where there are products of bytes, those are faster (see bytes.cpp).
 #include "driver.h"
 
 #include <chrono>
@@ -386,15 +387,13 @@ int quest_conv2d(const float* x, int64_t samples, int64_t height, int64_t width,
   if (!fits(w, range)) return OUT_OF_RANGE;
   Conv c{x,    samples,    height,     width,    sample, row,        pixel,    stride_y, stride_x, top,
          left, dilation_y, dilation_x, residual, out,    out_height, out_width};
+  if (isa->bytes && bytes_fit(c, range)) return bytes_conv(w, c, bias, range, threads) ? HAS_NAN : OK;
   int64_t tiles = samples * ceil_div(height, 4) * ceil_div(width, 4);
   bool winograd = w.height == 3 && w.width == 3 && w.largest * TRANSFORM_GAIN <= 32767 && stride_y == 1 &&
                   stride_x == 1 && top == 1 && left == 1 && dilation_y == 1 && dilation_x == 1 &&
                   out_height == height && out_width == width &&
                   largest(range) * INPUT_GAIN <= 32767 && largest(range) * w.row_sum < EXACT &&
                   5 * (tiles + TRANSFORM_TILES) * POINTS < 4 * samples * height * width * 9;
-  // A quarter of the products on numbers of twice the size: that pays unless products of bytes are much faster.
-  if (isa->bytes && (isa->bytes->direct || !winograd) && bytes_fit(c, range))
-    return bytes_conv(w, c, bias, range, threads) ? HAS_NAN : OK;
   Epilogue e(w, bias, scale);
   bool nan = winograd ? conv_winograd(w, c, range, e, threads) : conv_direct(w, c, range, e, threads);
   return nan ? HAS_NAN : OK;

@@ -30,7 +30,6 @@ struct Range {  // of one quantized tensor: code - zero point = clamp(round(x / 
 struct Bytes {
   int rows, panels;  // most of one call of multiply
   int64_t depth;     // rows are multiplied by multiples of this many bytes
-  bool direct;       // so fast that Winograd's algorithm on int16 does not pay
 
   // out[0..n) = codes less the lowest, out[n..padded) = 0. True where x holds a NaN.
   bool (*quantize)(const float* x, int64_t n, int64_t padded, Range range, uint8_t* out);

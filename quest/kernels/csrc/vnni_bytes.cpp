@@ -282,8 +282,7 @@ static void softmax(int rows, int32_t* scores, int64_t width, int64_t m, int64_t
 static void nothing() {}
 
 extern const Bytes vnni_bytes = {
-    24,           4,             4,           false,
-    quantize,     sums,          unpack8,     unpack4, multiply, finish, pack_keys, pack_values, softmax, nothing, nothing,
+    24, 4, 4, quantize, sums, unpack8, unpack4, multiply, finish, pack_keys, pack_values, softmax, nothing, nothing,
 };
 
 }  // namespace quest
