@@ -134,9 +134,9 @@ def _counts(verdicts):
 
 
 def _kernels(file):
-    """Timings of one machine: what stands in Markdown beside the csv file, and every row."""
+    """Timings of one machine: what stands in Markdown beside the csv file, and every row of a whole step."""
     text = file.with_suffix(".md")
-    return csv_table(file) | {"caption": file.stem, "html": markdown(text) if text.is_file() else ""}
+    return csv_table(file, "step") | {"caption": file.stem, "html": markdown(text) if text.is_file() else ""}
 
 
 def _footers(main):

@@ -117,9 +117,11 @@ def ledger_table(verdicts: pd.DataFrame) -> dict:
     return {"columns": columns, "rows": rows}
 
 
-def csv_table(path: str | Path) -> dict:
-    """Any csv file as a table; columns that say where a row comes from are left out."""
+def csv_table(path: str | Path, part: str | None = None) -> dict:
+    """Any csv file as a table; columns that say where a row comes from are left out. part: of rows that have one."""
     frame = read(Path(path))
+    if part and "part" in frame:
+        frame = frame[frame["part"] == part]
     frame = frame[[name for name in frame if name not in (*PROVENANCE, "evaluation")]]
     columns, kinds = [], {name: pd.api.types.is_numeric_dtype(frame[name]) for name in frame}
     for name, numeric in kinds.items():
