@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from quest.attention import QuantAttention
 from quest.kernels import fused
 from quest.kernels.core import core
-from quest.kernels.integer import computes, fuses, plus
+from quest.kernels.integer import computes, fuses, on_integers, plus
 
 
 def group_norm(
@@ -105,7 +105,7 @@ def transformer_block(block: FusedTransformerBlock) -> fused.Block | None:
         and len(block.ff.net) == 3
     )
     attentions = [fused.attention(a) for a in modules] if plain else [None]
-    if None in attentions or not fused.on_integers(block.ff.net[0].proj, block.ff.net[2]):
+    if None in attentions or not on_integers(block.ff.net[0].proj, block.ff.net[2]):
         return None
     layers = block.ff.net[0].proj, block.ff.net[2]
     norms = block.norm1, block.norm2 if len(modules) == 2 else block.norm1, block.norm3
@@ -130,25 +130,23 @@ class FusedResnetBlock(ResnetBlock2D):
         known = modulated or self.time_embedding_norm == "default"
         if not computes(input_tensor) or not known or type(self.nonlinearity) is not nn.SiLU:
             return super().forward(input_tensor, temb, *args, **kwargs)
+        embedding = None
+        if self.time_emb_proj is not None and temb is not None:
+            embedding = (temb if self.skip_time_act else F.silu(temb)).contiguous()
         struct = fused.struct_of(self, resnet_block)
-        if struct is not None and input_tensor.is_contiguous(memory_format=torch.channels_last):
-            embedding = None
-            if self.time_emb_proj is not None and temb is not None:
-                embedding = (temb if self.skip_time_act else F.silu(temb)).contiguous()
+        if struct is not None:
+            input_tensor = input_tensor.contiguous(memory_format=torch.channels_last)
             residual = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-            samples, _, height, width = input_tensor.shape
-            shape = samples, self.conv2.out_channels, height, width
-            out = torch.empty(shape, memory_format=torch.channels_last)
-            if residual.stride() == out.stride():
-                return fused.run_resnet(struct, input_tensor, embedding, residual, out)
+            residual = residual.contiguous(memory_format=torch.channels_last)
+            out = torch.empty(residual.shape, memory_format=torch.channels_last)
+            return fused.run_resnet(struct, input_tensor, embedding, residual, out)
         hidden = group_norm(input_tensor, self.norm1, silu=True)
         resample = self.upsample if self.upsample is not None else self.downsample
         if resample is not None:
             input_tensor, hidden = resample(input_tensor), resample(hidden)
         hidden = self.conv1(hidden)
-        embedding = None
-        if self.time_emb_proj is not None and temb is not None:
-            embedding = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb)).contiguous()
+        if embedding is not None:
+            embedding = self.time_emb_proj(embedding).contiguous()
         hidden = group_norm(hidden, self.norm2, True, **{"modulation" if modulated else "shift": embedding})
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
@@ -161,7 +159,7 @@ def resnet_block(block: FusedResnetBlock) -> fused.Block | None:
     layers = [block.conv1, block.conv2] + ([] if block.time_emb_proj is None else [block.time_emb_proj])
     same = [(c.kernel_size, c.stride, c.padding, c.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1)) for c in layers[:2]]
     resampled = block.upsample is not None or block.downsample is not None
-    if resampled or block.output_scale_factor != 1 or not all(same) or not fused.on_integers(*layers):
+    if resampled or block.output_scale_factor != 1 or not all(same) or not on_integers(*layers):
         return None
 
     def struct():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quest.kernels.core import core
-from quest.kernels.integer import check
+from quest.kernels.integer import address, check, on_integers
 
 i64, f32, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -82,18 +82,14 @@ def struct_of(module: nn.Module, look: Callable[[nn.Module], Block | None]) -> c
     return block.struct() if block else None
 
 
-def on_integers(*layers: nn.Module) -> bool:
-    return all(getattr(m, "kernel_name", None) == "integer" and m.output_quantizer is None for m in layers)
-
-
 def layer(module: nn.Module) -> Layer:
     """Of a quantized layer that runs on integers."""
-    return Layer(module.packed.data_ptr(), _address(module.bias), *_range(module.input_quantizer))
+    return Layer(module.packed.data_ptr(), address(module.bias), *_range(module.input_quantizer))
 
 
 def norm(module: nn.Module) -> Norm:
     groups = module.num_groups if isinstance(module, nn.GroupNorm) else 0
-    return Norm(_address(module.weight), _address(module.bias), module.eps, groups)
+    return Norm(address(module.weight), address(module.bias), module.eps, groups)
 
 
 def attention(module: nn.Module) -> Block | None:
@@ -117,7 +113,7 @@ def run_attention(struct: AttentionBlock, x: Tensor, context: Tensor, residual: 
     check(
         core().quest_attention_block(
             ctypes.byref(struct), x.data_ptr(), context.data_ptr(), batch, n, context.shape[1],
-            None if residual is None else residual.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+            address(residual), out.data_ptr(), torch.get_num_threads(),
         ),
         "attention block",
     )  # fmt: skip
@@ -128,10 +124,10 @@ def run_transformer(struct: TransformerBlock, x: Tensor, context: Tensor | None)
     """x [B, n, C], context [B, m, C'] -> [B, n, C]; all without gaps."""
     batch, n, _ = x.shape
     out = torch.empty_like(x)
-    where, m = (None, 0) if context is None else (context.data_ptr(), context.shape[1])
+    m = 0 if context is None else context.shape[1]
     check(
         core().quest_transformer_block(
-            ctypes.byref(struct), x.data_ptr(), where, batch, n, m, out.data_ptr(), torch.get_num_threads()
+            ctypes.byref(struct), x.data_ptr(), address(context), batch, n, m, out.data_ptr(), torch.get_num_threads()
         ),
         "transformer block",
     )
@@ -144,16 +140,11 @@ def run_resnet(struct: ResnetBlock, x: Tensor, embedding: Tensor | None, residua
     check(
         core().quest_resnet_block(
             ctypes.byref(struct), x.data_ptr(), samples, height, width,
-            None if embedding is None else embedding.data_ptr(), residual.data_ptr(), out.data_ptr(),
-            torch.get_num_threads(),
+            address(embedding), residual.data_ptr(), out.data_ptr(), torch.get_num_threads(),
         ),
         "residual block",
     )  # fmt: skip
     return out
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _range(quantizer: nn.Module) -> tuple[float, float, float]:

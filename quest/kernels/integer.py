@@ -194,9 +194,14 @@ def computes(x: Tensor) -> bool:
     )
 
 
+def on_integers(*layers: nn.Module) -> bool:
+    """Whether all these layers run on this kernel, to their last number."""
+    return all(getattr(m, "kernel_name", None) == "integer" and m.output_quantizer is None for m in layers)
+
+
 def fuses(layer: nn.Module, x: Tensor) -> bool:
     """Whether a layer computes on x what else this kernel does in the same pass: `gated`, `residual`."""
-    return getattr(layer, "kernel_name", None) == "integer" and layer.output_quantizer is None and computes(x)
+    return on_integers(layer) and computes(x)
 
 
 def plus(layer: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
@@ -226,7 +231,7 @@ def _beside(residual: Tensor | None, out: Tensor, name: str) -> Tensor | None:
     return residual if residual.stride() == out.stride() else torch.empty_like(out).copy_(residual)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -240,8 +245,8 @@ def _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual):
     residual = _beside(residual, out, "linear")
     check(
         core().quest_linear(
-            rows.data_ptr(), rows.shape[0], rows.stride(0), weight.data_ptr(), _pointer(bias), scale, qmin - z,
-            qmax - z, gated, _pointer(residual), out.data_ptr(), torch.get_num_threads(),
+            rows.data_ptr(), rows.shape[0], rows.stride(0), weight.data_ptr(), address(bias), scale, qmin - z,
+            qmax - z, gated, address(residual), out.data_ptr(), torch.get_num_threads(),
         ),
         "linear",
     )  # fmt: skip
@@ -260,8 +265,8 @@ def _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dil
     residual = _beside(residual, out, "conv2d")
     check(
         core().quest_conv2d(
-            x.data_ptr(), samples, height, width, sample, row, pixel, weight.data_ptr(), _pointer(bias), scale,
-            qmin - z, qmax - z, *stride, *padding, *dilation, _pointer(residual), out.data_ptr(), *shape[2:],
+            x.data_ptr(), samples, height, width, sample, row, pixel, weight.data_ptr(), address(bias), scale,
+            qmin - z, qmax - z, *stride, *padding, *dilation, address(residual), out.data_ptr(), *shape[2:],
             torch.get_num_threads(),
         ),
         "conv2d",

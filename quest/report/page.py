@@ -82,6 +82,7 @@ def contents(run: Path, kernels: Iterable[str | Path], methods: dict[str, str], 
     cells = {model: illustrated(run, of_model, bits) for model, of_model in main.groupby("model", sort=False)}
     optional = {name: run / file for name, (file, _) in OPTIONAL.items()}
     found = {name: file if file.is_file() else None for name, file in optional.items()}
+    seeds = read(found["seeds"]) if found["seeds"] else None
     return {
         "name": run.name,
         "models": list(cells),
@@ -94,8 +95,8 @@ def contents(run: Path, kernels: Iterable[str | Path], methods: dict[str, str], 
         "verdicts": verdict_sentences(paired, shown[-1]),
         "matrices": verdict_matrix(paired, shown[-1]),
         "comparisons": comparisons(paired),
-        "over_seeds": seed_sentences(read(found["seeds"])) if found["seeds"] else [],
-        "seed_matrices": seed_matrix(read(found["seeds"])) if found["seeds"] else [],
+        "over_seeds": [] if seeds is None else seed_sentences(seeds),
+        "seed_matrices": [] if seeds is None else seed_matrix(seeds),
         "main": main_table(main, paired, verdicts),
         "footers": _footers(main),
         "ledger": ledger_table(verdicts),

@@ -17,11 +17,9 @@ def verdict_sentences(paired: pd.DataFrame, focus: str, headline: tuple[str, ...
     Returns [{bits, sentences}]. A method is called better on a model where the paired interval of the difference
     excludes 0, and otherwise nothing is said than that the two are not told apart.
     """
-    of_focus = paired[paired["method"] == focus]
-    models = list(dict.fromkeys(of_focus["model"]))
+    models, by_bits = _of(focus, paired)
     found = []
-    for bits in sorted(set(of_focus["bits"]), key=tables.by_bits, reverse=True):
-        rows = of_focus[of_focus["bits"] == bits]
+    for bits, rows in by_bits:
         alike: dict[tuple, dict[str, list]] = {}
         for (versus, metric), cell in rows.groupby(["versus", "metric"], sort=False):
             if metric not in headline:
@@ -49,11 +47,9 @@ def verdict_matrix(paired: pd.DataFrame, focus: str, headline: tuple[str, ...] =
 
     A row is {versus, cells}, a cell the outcome on each model: "better", "worse", "same", or None where there is none.
     """
-    of_focus = paired[paired["method"] == focus]
-    models = list(dict.fromkeys(of_focus["model"]))
+    models, by_bits = _of(focus, paired)
     found = []
-    for bits in sorted(set(of_focus["bits"]), key=tables.by_bits, reverse=True):
-        rows = of_focus[of_focus["bits"] == bits]
+    for bits, rows in by_bits:
         metrics = [name for name in headline if name in set(rows["metric"])]
         winner = {
             tuple(key): name for *key, name in rows[["versus", "metric", "model", "better"]].itertuples(index=False)
@@ -75,6 +71,13 @@ def verdict_matrix(paired: pd.DataFrame, focus: str, headline: tuple[str, ...] =
         labels = [METRICS[name].label for name in metrics]
         found.append({"bits": bits, "focus": focus, "models": models, "metrics": labels, "rows": against})
     return found
+
+
+def _of(focus, paired):
+    """The models of a method, and its rows by bits, fewest first."""
+    rows = paired[paired["method"] == focus]
+    widths = sorted(set(rows["bits"]), key=tables.by_bits, reverse=True)
+    return list(dict.fromkeys(rows["model"])), [(bits, rows[rows["bits"] == bits]) for bits in widths]
 
 
 def _sentence(focus, rivals, metrics, outcome):

@@ -1,10 +1,6 @@
 """The integer kernel against what the reference means, on every instruction set of this machine."""
 
 import ctypes
-import os
-import signal
-import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -348,64 +344,7 @@ def test_operators():
     torch.library.opcheck(integer._attention_op, (*rows, [scale] * 4, [z, z, z, torch.tensor(0.0)], limits, 0.3))
 
 
-def large_linear(rows=600):
-    """A layer that is worth two threads, and its result on one."""
-    torch.manual_seed(0)
-    w, qparams, x = integer.pack(weight(96, 128, bits=8)), activation(8, 100.0), torch.randn(rows, 128)
-    torch.set_num_threads(1)
-    return lambda: integer.linear(x, qparams, w, None), integer.linear(x, qparams, w, None)
-
-
 def test_a_core_of_older_source_is_an_error(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _path: SimpleNamespace())
     with pytest.raises(RuntimeError, match="is older than its source: `pip install -e .` builds it anew"):
         core.core.__wrapped__()
-
-
-def test_two_callers_at_once():
-    call, expected = large_linear()
-    torch.set_num_threads(2)
-    try:
-        with ThreadPoolExecutor(4) as callers:
-            for found in callers.map(lambda _: call(), range(200)):
-                assert torch.equal(found, expected)
-    finally:
-        torch.set_num_threads(1)
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list a process's threads")
-def test_the_threads_are_torchs_own():
-    """Others would share a processor with those of torch, which wait there for the next operation."""
-    call, expected = large_linear()
-    torch.set_num_threads(2)
-    try:
-        torch.randn(1000, 1000).exp()
-        before = os.listdir("/proc/self/task")
-        assert torch.equal(call(), expected)
-        assert os.listdir("/proc/self/task") == before
-    finally:
-        torch.set_num_threads(1)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-def test_a_forked_process_computes_on():
-    """It has the memory of its parent, but none of its threads."""
-    call, expected = large_linear()
-    torch.set_num_threads(2)
-    assert torch.equal(call(), expected)
-    child = os.fork()
-    if child == 0:
-        # numpy compares: torch's own threads do not survive a fork.
-        os._exit(0 if (call().numpy() == expected.numpy()).all() else 1)
-    torch.set_num_threads(1)
-    for _ in range(100):
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            break
-        time.sleep(0.1)
-    else:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        pytest.fail("the child waits for threads that it does not have")
-    assert os.waitstatus_to_exitcode(status) == 0

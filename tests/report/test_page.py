@@ -246,6 +246,8 @@ def test_what_other_rules_made_is_taken(run, tmp_path, monkeypatch):
     assert "NOT RUN" not in "".join(page.sections[name] for name in ("speed", "ablations", "questions", "seeds"))
     assert "One quantization seed" not in page.sections["verdicts"]
     said = page.sections["verdicts"]
+    said = said[said.rindex("In words") :]
+    assert said.split()[2] == "W4A4" and "W8A8" not in said
     assert "In FID to FP, quest is better than rtn on scenes-class." in said
     assert "In latent MSE to FP, quest is not told apart from rtn on scenes-class." in said
     assert texts(page.matrices[-1][0])[:3] == ["", "latent MSE to FP", "FID to FP"]
