@@ -25,8 +25,8 @@ rule ablation_table:
     params:
         ablations=json.dumps(config.get("ablations", {}), sort_keys=False),
     shell:
-        "python -m workflow.scripts.ablations {input.metrics} --ablations {params.ablations:q} --csv {output.csv}"
-        " --markdown {output.markdown} --figure {output.figure} > {log} 2>&1"
+        "python -m workflow.scripts.ablations {input.metrics:q} --ablations {params.ablations:q} --csv {output.csv:q}"
+        " --markdown {output.markdown:q} --figure {output.figure:q} > {log:q} 2>&1"
 
 
 # Not part of `all`: the paper's tables with what the grid has, and with those rows of the ablations that were run.
@@ -52,5 +52,5 @@ rule paper_table:
         mem_mb=1000,
         runtime=10,
     shell:
-        "python -m workflow.scripts.paper_tables {input.metrics} {input.ablations} -o results/{wildcards.name}/tables"
-        " > {log} 2>&1"
+        "python -m workflow.scripts.paper_tables {input.metrics:q} {input.ablations:q} -o results/{wildcards.name:q}/tables"
+        " > {log:q} 2>&1"

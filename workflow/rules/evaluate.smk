@@ -22,9 +22,9 @@ rule sample:
         images=lambda wc: "" if wc.model in PICTURED else "--drop-images",
         device=DEVICE,
     shell:
-        "python -m workflow.scripts.sample {wildcards.model} --checkpoint {input.checkpoint} -n {params.n}"
-        " --shard {wildcards.shard}/{params.shards} --evaluation {input.evaluation} {params.images}"
-        " --threads {threads} --device {params.device} --samples {output.samples} --features {output.features} > {log} 2>&1"
+        "python -m workflow.scripts.sample {wildcards.model:q} --checkpoint {input.checkpoint:q} -n {params.n:q}"
+        " --shard {wildcards.shard:q}/{params.shards:q} --evaluation {input.evaluation:q} {params.images:q}"
+        " --threads {threads:q} --device {params.device:q} --samples {output.samples:q} --features {output.features:q} > {log:q} 2>&1"
 
 
 rule metrics:
@@ -47,6 +47,6 @@ rule metrics:
         mem_mb=growing(1500, 32000),
         runtime=growing(15, 60),
     shell:
-        "python -m workflow.scripts.metrics {wildcards.model} {wildcards.method} {wildcards.bits}"
-        " --features {input.features} --samples {input.samples} --fp-features {input.fp_features}"
-        " --fp-samples {input.fp_samples} --reference {input.reference} -o {output} > {log} 2>&1"
+        "python -m workflow.scripts.metrics {wildcards.model:q} {wildcards.method:q} {wildcards.bits:q}"
+        " --features {input.features:q} --samples {input.samples:q} --fp-features {input.fp_features:q}"
+        " --fp-samples {input.fp_samples:q} --reference {input.reference:q} -o {output:q} > {log:q} 2>&1"

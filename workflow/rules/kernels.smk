@@ -12,4 +12,4 @@ rule kernels:
         mem_mb=growing(16000),
         runtime=growing(60),
     shell:
-        "python -m workflow.scripts.kernels --threads 1 {threads} > {log} 2>&1"
+        "python -m workflow.scripts.kernels --threads 1 {threads:q} > {log:q} 2>&1"

@@ -17,7 +17,7 @@ rule tiny_checkpoint:
         mem_mb=growing(1000),
         runtime=growing(5),
     shell:
-        "python -m quest.rehearsal {wildcards.tiny} -o {output} > {log} 2>&1"
+        "python -m quest.rehearsal {wildcards.tiny:q} -o {output:q} > {log:q} 2>&1"
 
 
 rule model:
@@ -40,8 +40,7 @@ rule model:
         checkpoint=setting("checkpoint"),
         tokenizer=setting("tokenizer"),
         captions=setting("captions"),
-        n=setting("images"),
     shell:
-        "python -m workflow.scripts.model {wildcards.model} --checkpoint {params.checkpoint}"
-        " --tokenizer {params.tokenizer} --captions {params.captions} -n {params.n}"
-        " --fetched results/checkpoints -o {output} > {log} 2>&1"
+        "python -m workflow.scripts.model {wildcards.model:q} --checkpoint {params.checkpoint:q}"
+        " --tokenizer {params.tokenizer:q} --captions {params.captions:q}"
+        " --fetched results/checkpoints -o {output:q} > {log:q} 2>&1"

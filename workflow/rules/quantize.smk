@@ -21,9 +21,9 @@ rule trajectories:
         calibration=lambda wc: config["models"][wc.model].get("trajectories", MODELS[wc.model].trajectories),
         evaluation=lambda wc: config["models"][wc.model].get("evaluation", 16),
     shell:
-        "python -m workflow.scripts.trajectories {wildcards.model} -n {params.calibration} --calibration {output.calibration}"
-        " --evaluation {output.evaluation} -e {params.evaluation} --ranges {output.ranges}"
-        " --threads {threads} --device {params.device} > {log} 2>&1"
+        "python -m workflow.scripts.trajectories {wildcards.model:q} -n {params.calibration:q} --calibration {output.calibration:q}"
+        " --evaluation {output.evaluation:q} -e {params.evaluation:q} --ranges {output.ranges:q}"
+        " --threads {threads:q} --device {params.device:q} > {log:q} 2>&1"
 
 
 # Other trajectories for another quantization seed.
@@ -47,8 +47,8 @@ rule redraw:
         device=DEVICE,
         calibration=lambda wc: config["models"][wc.model].get("trajectories", MODELS[wc.model].trajectories),
     shell:
-        "python -m workflow.scripts.trajectories {wildcards.model} -n {params.calibration} --draw {wildcards.draw}"
-        " --calibration {output} --threads {threads} --device {params.device} > {log} 2>&1"
+        "python -m workflow.scripts.trajectories {wildcards.model:q} -n {params.calibration:q} --draw {wildcards.draw:q}"
+        " --calibration {output:q} --threads {threads:q} --device {params.device:q} > {log:q} 2>&1"
 
 
 rule quantize:
@@ -74,6 +74,6 @@ rule quantize:
         floats=floats,
         device=DEVICE,
     shell:
-        "python -m workflow.scripts.quantize {wildcards.model} {params.method} {wildcards.bits}"
-        " --recipe {params.recipe:q} --calibration {input.calibration} --init {input.init} {params.floats}"
-        " --threads {threads} --device {params.device} -o {output} > {log} 2>&1"
+        "python -m workflow.scripts.quantize {wildcards.model:q} {params.method:q} {wildcards.bits:q}"
+        " --recipe {params.recipe:q} --calibration {input.calibration:q} --init {input.init:q} {params.floats:q}"
+        " --threads {threads:q} --device {params.device:q} -o {output:q} > {log:q} 2>&1"

@@ -48,9 +48,9 @@ rule activations:
     params:
         bits=QUESTIONS.get("bits"),
     shell:
-        "python -m workflow.scripts.activations {wildcards.model} {params.bits} --calibration {input.calibration}"
-        " --evaluation {input.evaluation} --init {input.init} --finetuned {input.finetuned} --threads {threads}"
-        " -o {output} > {log} 2>&1"
+        "python -m workflow.scripts.activations {wildcards.model:q} {params.bits:q} --calibration {input.calibration:q}"
+        " --evaluation {input.evaluation:q} --init {input.init:q} --finetuned {input.finetuned:q} --threads {threads:q}"
+        " -o {output:q} > {log:q} 2>&1"
 
 
 rule temporal:
@@ -72,8 +72,8 @@ rule temporal:
     params:
         bits=QUESTIONS.get("bits"),
     shell:
-        "python -m workflow.scripts.temporal {wildcards.model} {params.bits} --calibration {input.calibration}"
-        " --evaluation {input.evaluation} --finetuned {input.finetuned} --threads {threads} -o {output} > {log} 2>&1"
+        "python -m workflow.scripts.temporal {wildcards.model:q} {params.bits:q} --calibration {input.calibration:q}"
+        " --evaluation {input.evaluation:q} --finetuned {input.finetuned:q} --threads {threads:q} -o {output:q} > {log:q} 2>&1"
 
 
 rule sensitivity:
@@ -94,8 +94,8 @@ rule sensitivity:
     params:
         bits=QUESTIONS.get("bits"),
     shell:
-        "python -m workflow.scripts.sensitivity {wildcards.model} {params.bits} --calibration {input.calibration}"
-        " --evaluation {input.evaluation} --threads {threads} -o {output} > {log} 2>&1"
+        "python -m workflow.scripts.sensitivity {wildcards.model:q} {params.bits:q} --calibration {input.calibration:q}"
+        " --evaluation {input.evaluation:q} --threads {threads:q} -o {output:q} > {log:q} 2>&1"
 
 
 rule properties:
@@ -116,8 +116,8 @@ rule properties:
         mem_mb=growing(1000),
         runtime=growing(10),
     shell:
-        "python -m workflow.scripts.properties --activations {input.activations} --temporal {input.temporal}"
-        " --sensitivity {input.sensitivity} -o results/{wildcards.name}/questions > {log} 2>&1"
+        "python -m workflow.scripts.properties --activations {input.activations:q} --temporal {input.temporal:q}"
+        " --sensitivity {input.sensitivity:q} -o results/{wildcards.name:q}/questions > {log:q} 2>&1"
 
 
 rule taylor:
@@ -137,8 +137,8 @@ rule taylor:
     params:
         model=QUESTIONS.get("model"),
     shell:
-        "python -m workflow.scripts.taylor {params.model} --evaluation {input.evaluation} --threads {threads}"
-        " -o {output} > {log} 2>&1"
+        "python -m workflow.scripts.taylor {params.model:q} --evaluation {input.evaluation:q} --threads {threads:q}"
+        " -o {output:q} > {log:q} 2>&1"
 
 
 rule tuning:
@@ -165,9 +165,9 @@ rule tuning:
         recipe=lambda wc: json.dumps(TUNINGS[wc.variant][0]),
         data=lambda wc: TUNINGS[wc.variant][1],
     shell:
-        "python -m workflow.scripts.tuning {params.model} {params.bits} --recipe {params.recipe:q} --data {params.data}"
-        " --calibration {input.calibration} --evaluation {input.evaluation} --init {input.init} --threads {threads}"
-        " -o {output} > {log} 2>&1"
+        "python -m workflow.scripts.tuning {params.model:q} {params.bits:q} --recipe {params.recipe:q} --data {params.data:q}"
+        " --calibration {input.calibration:q} --evaluation {input.evaluation:q} --init {input.init:q} --threads {threads:q}"
+        " -o {output:q} > {log:q} 2>&1"
 
 
 # Times calls: best where nothing else runs.
@@ -189,8 +189,8 @@ rule inference:
     params:
         model=QUESTIONS.get("model"),
     shell:
-        "python -m workflow.scripts.inference {params.model} --checkpoint {input.checkpoint}"
-        " --evaluation {input.evaluation} --threads {threads} -o {output} > {log} 2>&1"
+        "python -m workflow.scripts.inference {params.model:q} --checkpoint {input.checkpoint:q}"
+        " --evaluation {input.evaluation:q} --threads {threads:q} -o {output:q} > {log:q} 2>&1"
 
 
 rule train_signals:
@@ -205,7 +205,7 @@ rule train_signals:
         mem_mb=growing(2000),
         runtime=growing(30),
     shell:
-        "python -m quest.zoo.train_signals -o {output} --threads {threads} > {log} 2>&1"
+        "python -m quest.zoo.train_signals -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
 
 rule signals:
@@ -225,8 +225,8 @@ rule signals:
     params:
         bits=QUESTIONS.get("bits"),
     shell:
-        "python -m workflow.scripts.signals {params.bits} --weights {input.weights} --threads {threads}"
-        " -o {output} > {log} 2>&1"
+        "python -m workflow.scripts.signals {params.bits:q} --weights {input.weights:q} --threads {threads:q}"
+        " -o {output:q} > {log:q} 2>&1"
 
 
 rule answers:
@@ -249,9 +249,9 @@ rule answers:
         mem_mb=growing(1000),
         runtime=growing(10),
     shell:
-        "python -m workflow.scripts.questions --properties {input.properties} --cells {input.cells}"
-        " --taylor {input.taylor} --tunings {input.tunings} --inference {input.inference} --signals {input.signals}"
-        " -o results/{wildcards.name}/questions > {log} 2>&1"
+        "python -m workflow.scripts.questions --properties {input.properties:q} --cells {input.cells:q}"
+        " --taylor {input.taylor:q} --tunings {input.tunings:q} --inference {input.inference:q} --signals {input.signals:q}"
+        " -o results/{wildcards.name:q}/questions > {log:q} 2>&1"
 
 
 # No output: it edits a tracked file, and runs whenever it is asked for.
@@ -269,4 +269,4 @@ rule findings:
         mem_mb=growing(1000),
         runtime=growing(5),
     shell:
-        "python -m workflow.scripts.findings {input.findings} > {log} 2>&1"
+        "python -m workflow.scripts.findings {input.findings:q} > {log:q} 2>&1"

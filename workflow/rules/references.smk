@@ -20,8 +20,8 @@ rule reference:
         size=lambda wc: config["models"][wc.model].get("resize", 256),
         device=DEVICE,
     shell:
-        "python -m workflow.scripts.reference {params.source:q} --extractor {params.extractor} --size {params.size}"
-        " --threads {threads} --device {params.device} -o {output} > {log} 2>&1"
+        "python -m workflow.scripts.reference {params.source:q} --extractor {params.extractor:q} --size {params.size:q}"
+        " --threads {threads:q} --device {params.device:q} -o {output:q} > {log:q} 2>&1"
 
 
 # Inception and CLIP, fetched unless they lie there, and checked. Before the jobs that use them: many jobs that start at
@@ -41,4 +41,4 @@ rule network:
         mem_mb=1000,
         runtime=60,
     shell:
-        "python -m workflow.scripts.network {wildcards.network} -o {output} > {log} 2>&1"
+        "python -m workflow.scripts.network {wildcards.network:q} -o {output:q} > {log:q} 2>&1"

@@ -28,7 +28,7 @@ rule tables:
         mem_mb=1000,
         runtime=10,
     shell:
-        "python -m workflow.scripts.tables {input.metrics} -o results/{wildcards.name}/tables > {log} 2>&1"
+        "python -m workflow.scripts.tables {input.metrics:q} -o results/{wildcards.name:q}/tables > {log:q} 2>&1"
 
 
 # Not part of `all`, and its only input that other targets make is what `all` makes. What `snakemake seeds` and its like
@@ -62,7 +62,7 @@ rule report:
         optional=optional,
         kernels=sorted(map(str, Path("results/kernels").glob("*.csv"))),
     shell:
-        "python -m workflow.scripts.report {params.run} --kernels {params.kernels} -o {output} > {log} 2>&1"
+        "python -m workflow.scripts.report {params.run:q} --kernels {params.kernels:q} -o {output:q} > {log:q} 2>&1"
 
 
 # Not part of `all`: other calibration draws, quantized and sampled again.
@@ -89,7 +89,7 @@ rule seed_table:
         mem_mb=1000,
         runtime=10,
     shell:
-        "python -m workflow.scripts.seeds {input.metrics} -o results/{wildcards.name}/tables > {log} 2>&1"
+        "python -m workflow.scripts.seeds {input.metrics:q} -o results/{wildcards.name:q}/tables > {log:q} 2>&1"
 
 
 rule curves:
@@ -112,8 +112,8 @@ rule curves:
         mem_mb=1000,
         runtime=10,
     shell:
-        "python -m workflow.scripts.curves --main {input.main} --eps-error {input.eps_error} --ranges {input.ranges}"
-        " -o {output} > {log} 2>&1"
+        "python -m workflow.scripts.curves --main {input.main:q} --eps-error {input.eps_error:q} --ranges {input.ranges:q}"
+        " -o {output:q} > {log:q} 2>&1"
 
 
 rule grid:
@@ -131,7 +131,7 @@ rule grid:
         mem_mb=1000,
         runtime=10,
     shell:
-        "python -m workflow.scripts.grid {input.samples} -o {output} > {log} 2>&1"
+        "python -m workflow.scripts.grid {input.samples:q} -o {output:q} > {log:q} 2>&1"
 
 
 # No output: it edits a tracked file, and runs whenever it is asked for.
@@ -151,5 +151,5 @@ rule readme:
         mem_mb=1000,
         runtime=5,
     shell:
-        "python -m workflow.scripts.readme --table {input.table} --main {input.main} --paired {input.paired}"
-        " --figures {input.figures} > {log} 2>&1"
+        "python -m workflow.scripts.readme --table {input.table:q} --main {input.main:q} --paired {input.paired:q}"
+        " --figures {input.figures:q} > {log:q} 2>&1"

@@ -27,7 +27,7 @@ rule zoo_autoencoder:
         mem_mb=growing(3000),
         runtime=growing(120),
     shell:
-        "python -u -m quest.zoo.train_autoencoder -o {output} --threads {threads} > {log} 2>&1"
+        "python -u -m quest.zoo.train_autoencoder -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
 
 rule zoo_extractor:
@@ -44,7 +44,7 @@ rule zoo_extractor:
         mem_mb=growing(3000),
         runtime=growing(120),
     shell:
-        "python -u -m quest.zoo.train_extractor --autoencoder {input} -o {output} --threads {threads} > {log} 2>&1"
+        "python -u -m quest.zoo.train_extractor --autoencoder {input:q} -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
 
 rule zoo_clip:
@@ -59,7 +59,7 @@ rule zoo_clip:
         mem_mb=growing(3000),
         runtime=growing(120),
     shell:
-        "python -u -m quest.zoo.train_clip -o {output} --threads {threads} > {log} 2>&1"
+        "python -u -m quest.zoo.train_clip -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
 
 rule zoo_latents:
@@ -76,7 +76,7 @@ rule zoo_latents:
         mem_mb=growing(3000),
         runtime=growing(60),
     shell:
-        "python -u -m quest.zoo.latents {input} -o {output} --threads {threads} > {log} 2>&1"
+        "python -u -m quest.zoo.latents {input:q} -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
 
 rule zoo_denoiser:
@@ -97,10 +97,10 @@ rule zoo_denoiser:
         mem_mb=growing(3000),
         runtime=growing(360),
     params:
-        start=lambda wc, input: f"--start-from {input.start}" if input.start else "",
+        start=lambda wc, input: ["--start-from", input.start] if input.start else [],
     shell:
-        "python -u -m quest.zoo.train_denoiser {wildcards.denoiser} --autoencoder {input.autoencoder}"
-        " {params.start} --latents {input.latents} -o {output} --threads {threads} > {log} 2>&1"
+        "python -u -m quest.zoo.train_denoiser {wildcards.denoiser:q} --autoencoder {input.autoencoder:q}"
+        " {params.start:q} --latents {input.latents:q} -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
 
 rule zoo_reference:
@@ -117,7 +117,7 @@ rule zoo_reference:
         mem_mb=growing(2000),
         runtime=growing(30),
     shell:
-        "python -u -m quest.zoo.reference --extractor {input} -o {output} --threads {threads} > {log} 2>&1"
+        "python -u -m quest.zoo.reference --extractor {input:q} -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
 
 rule zoo_judge:
@@ -139,8 +139,8 @@ rule zoo_judge:
         mem_mb=growing(3000),
         runtime=growing(60),
     shell:
-        "python -u -m quest.zoo.judge {wildcards.denoiser} {input.model} --extractor {input.extractor}"
-        " --reference {input.reference} -o {output.numbers} --grid {output.grid} --threads {threads} > {log} 2>&1"
+        "python -u -m quest.zoo.judge {wildcards.denoiser:q} {input.model:q} --extractor {input.extractor:q}"
+        " --reference {input.reference:q} -o {output.numbers:q} --grid {output.grid:q} --threads {threads:q} > {log:q} 2>&1"
 
 
 # Look at the grids and numbers first: this replaces what the suite measures with.
@@ -157,4 +157,4 @@ rule zoo_accept:
     params:
         folders=expand("results/zoo/{part}", part=[*ZOO_DENOISERS, "scenes-extractor", "scenes-clip"]),
     shell:
-        "{{ cp -rv {params.folders} -t resources/zoo && cp -v results/zoo/scenes.npz resources/reference; }} > {log} 2>&1"
+        "{{ cp -rv {params.folders:q} -t resources/zoo && cp -v results/zoo/scenes.npz resources/reference; }} > {log:q} 2>&1"
