@@ -36,5 +36,18 @@ rule all:
         expand("results/{name}/figures/{figure}.png", name=NAME, figure=CURVES + GRIDS),
 
 
+# A plan needs no files of other people; a run asks for all of them before its first job.
+onstart:
+    named = {"model": FILES[:-1], "reference": FILES[-1:]}
+    lines = [
+        line
+        for job in workflow.dag.needrun_jobs()
+        if job.rule.name in named
+        for line in missing_files(config, job.wildcards.model, named[job.rule.name])
+    ]
+    if lines:
+        raise WorkflowError("; ".join(lines))
+
+
 onerror:
     print(f"A job failed. Its own log, named above after 'log:', says why; Snakemake's log is {', '.join(log)}.")

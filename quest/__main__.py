@@ -28,14 +28,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _plan(given):
-    import yaml
-
     from quest import plan, timing
-    from quest.config import validate
+    from quest.config import read, validate
 
     if not given.config.is_file():
         raise FileNotFoundError(f"{given.config}: no such file; valid: a config such as workflow/config/paper.yaml")
-    config = yaml.safe_load(given.config.read_text())
+    config = read(given.config)
     validate(config)
     costs = timing.read(given.costs or timing.COSTS)
     machines = sorted({row["machine"] for row in costs})

@@ -1,6 +1,7 @@
 """The experiment grid, read from YAML. Imports nothing heavy: the Snakefile uses it to list runs."""
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ FULL_PRECISION = ("fp", "w32a32")
 WEIGHTS_ONLY = ("adaround", "adaround-ndtc")  # methods whose bits are w4a32: what others start from
 NAME = "[a-z0-9][a-z0-9-]*"  # of a row: a folder
 SHARED = ("zoo", "models", "checkpoints", "references", "networks")  # in results/, beside the folders of configs
+FILES = ("checkpoint", "tokenizer", "captions", "reference")  # keys of a model that name a file or folder
+LARGEST = 2**31
+MADE = "results/checkpoints/tiny-"  # begins the paths of checkpoints that a rule makes
 SCHEMA = Path(__file__).parents[1] / "workflow" / "schemas" / "config.schema.yaml"
 
 
@@ -117,6 +121,34 @@ def ablation_runs(config: dict) -> list[Run]:
     return [Run(block["model"], method, block["bits"]) for method in dict.fromkeys([*bases, *block["rows"]])]
 
 
+def read(file: str | Path) -> dict:
+    """The config in a file. Raises ConfigError where it is not YAML in UTF-8, holds no keys, or names a key twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            lines: dict = {}
+            for key, _ in node.value:
+                if key.tag == "tag:yaml.org,2002:merge":
+                    continue
+                name, line = self.construct_object(key, deep=True), key.start_mark.line + 1
+                if not isinstance(name, str):
+                    raise ConfigError(f"{file}, line {line}: key {name!r} is not text; write it in quotes")
+                if name in lines:  # YAML would take the last of the two and say nothing
+                    raise ConfigError(f"{file}, line {line}: key {name!r} stands twice, first in line {lines[name]}")
+                lines[name] = line
+            return super().construct_mapping(node, deep)
+
+    try:
+        content = yaml.load(Path(file).read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "YAML"
+        raise ConfigError(f"{file}: not {kind}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: no keys with values; needed: name, models, grid, methods")
+    return content
+
+
 def validate(config: dict) -> None:
     """Raise ConfigError for the first thing in `config` that could not run."""
     from quest.models import MODELS
@@ -127,6 +159,7 @@ def validate(config: dict) -> None:
     for name, settings in config["models"].items():
         _one_of(name, MODELS, f"models.{name}: unknown model")
         _check_sources(MODELS[name], settings)
+        _check_captions(MODELS[name], settings, config)
         batches = -(-settings["images"] // MODELS[name].batch_size)
         if settings.get("shards", 1) > batches:
             raise ConfigError(
@@ -143,7 +176,7 @@ def validate(config: dict) -> None:
         _check_cells(key, block, config)
     for method in config["methods"]:
         chain = [method]
-        while start := config["methods"][chain[-1]].get("init"):
+        while (start := config["methods"][chain[-1]].get("init")) is not None:
             valid = [name for name in config["methods"] if name not in (*chain, FULL_PRECISION[0])]
             _one_of(start, valid, f"methods.{chain[-1]}.init: {start!r} is no starting point")
             chain.append(start)
@@ -200,33 +233,68 @@ def _check_ablations(config: dict) -> None:
 def _check_sources(model, settings: dict) -> None:
     """Raise ConfigError unless the config names what a model does not ship with, and nothing that it does."""
     origin = model.origin
-    needed = {
-        "checkpoint": None if origin is None or origin.url else origin.what,
-        "captions": "a text file, one caption per line, or COCO's annotations" if origin and origin.captions else None,
-        "reference": "a folder of real images, or an npz of them" if origin and model.extractor != "scenes" else None,
-    }
-    for key, what in needed.items():
-        if what and key not in settings:
+    of: dict[str, str] = {}  # key: what a path is needed of
+    if origin is not None:
+        of["checkpoint"] = origin.what
+        if origin.captions:
+            of["captions"] = "a text file, one caption per line, or COCO's annotations"
+        if origin.compvis and model.conditioning == "text":
+            of["tokenizer"] = "the folder of the CLIP tokenizer"
+        if model.extractor != "scenes":
+            of["reference"] = of["resize"] = "a folder of real images, or an npz of them"
+    # A folder in diffusers layout has its tokenizer inside.
+    layout = Path(settings.get("checkpoint", "fetched.ckpt")).suffix not in (".ckpt", ".safetensors")
+    optional = {"checkpoint": bool(origin and origin.url), "tokenizer": layout, "resize": True}
+    for key, what in of.items():
+        if key not in settings and not optional.get(key):
             raise ConfigError(f"models.{model.name}.{key}: missing; name the path of {what}")
-        if origin is None and key in settings:
-            raise ConfigError(f"models.{model.name}.{key}: this model ships with its own; leave it out")
+    for key in FILES + ("resize",):
+        if key in settings and key not in of:
+            why = "ships with its own" if origin is None else "takes none"
+            raise ConfigError(f"models.{model.name}.{key}: this model {why}; leave it out")
+
+
+def missing_files(config: dict, model: str, keys: Iterable[str]) -> list[str]:
+    """A line for each path that the settings of a model name and that neither is there nor is made by a rule."""
+    named = {key: config["models"][model].get(key) for key in keys}
+    return [
+        f"models.{model}.{key}: no {path}; name a file or folder that is there"
+        for key, path in named.items()
+        if path and not (path.startswith(MADE) or (key, path) == ("reference", "none") or Path(path).exists())
+    ]
+
+
+def _check_captions(model, settings: dict, config: dict) -> None:
+    """Raise ConfigError where a model is asked for more images than its file of captions may have lines for."""
+    from quest.models import CAPTION_LINES
+
+    if model.origin is None or not model.origin.captions:
+        return
+    # Every draw of a seed begins at a whole batch, and the last batch is filled up.
+    draws = 1 + max(config.get("seeds", {}).get("seed", [0]))
+    batches = -(-settings.get("trajectories", model.trajectories) // model.batch_size)
+    counts = {
+        "images": ("evaluation", settings["images"]),
+        "evaluation": ("evaluation", settings.get("evaluation", 16)),
+        "trajectories": ("calibration", draws * batches * model.batch_size),
+    }
+    for key, (split, count) in counts.items():
+        most = CAPTION_LINES[split][1] - CAPTION_LINES[split][0]
+        if count > most:
+            raise ConfigError(
+                f"models.{model.name}.{key}: {count} captions are needed (whole batches of every seed), but for {split} "
+                f"there are those of {most} at most"
+            )
 
 
 def check_names(files: Iterable[Path]) -> None:
-    """Raise ConfigError where two config files have one name, hence one folder of results, or a file is not YAML."""
-    import yaml
-
+    """Raise ConfigError where two config files have one name, hence one folder of results, or `read` refuses one."""
     seen: dict[str, Path] = {}
     for file in sorted({Path(file).resolve() for file in files}):
-        try:
-            content = yaml.safe_load(file.read_text())
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
-        name = content.get("name") if isinstance(content, dict) else None
+        name = str(read(file).get("name"))
         if name in seen:
             raise ConfigError(f"name: {name!r} stands in both {seen[name]} and {file}; give one of them another name")
-        if name is not None:
-            seen[name] = file
+        seen[name] = file
 
 
 def _check_schema(config: dict) -> None:
@@ -248,18 +316,35 @@ def _check_schema(config: dict) -> None:
         _check_against(validator(recipe["method"]), own, f"methods.{name}")
 
 
+@functools.cache
 def _recipes():
     """(validator of a whole config, or with the name of a method of its recipe; names of all methods)."""
-    import yaml
-    from jsonschema import Draft202012Validator
-
-    schema = yaml.safe_load(SCHEMA.read_text())
+    schema = read(SCHEMA)
     methods = schema["properties"]["methods"]["properties"]
+    kind = _strict()
 
     def validator(method: str | None = None):
-        return Draft202012Validator(schema if method is None else methods[method] | {"$defs": schema["$defs"]})
+        return kind(schema if method is None else methods[method] | {"$defs": schema["$defs"]})
 
     return validator, list(methods)
+
+
+def _strict():
+    """JSON Schema as people read it: 120.0 is no integer, true is not 1, and a number is finite and of usual size."""
+    from jsonschema import Draft202012Validator, ValidationError, validators
+
+    def integer(_checker, value):
+        return type(value) is int and abs(value) < LARGEST
+
+    def number(_checker, value):
+        return type(value) in (int, float) and abs(value) < LARGEST  # neither infinite nor NaN
+
+    def enum(_validator, allowed, value, _schema):
+        if not any(type(value) is type(one) and value == one for one in allowed):
+            yield ValidationError(f"{value!r} is not one of {', '.join(map(str, allowed))}")
+
+    types = Draft202012Validator.TYPE_CHECKER.redefine_many({"integer": integer, "number": number})
+    return validators.extend(Draft202012Validator, {"enum": enum}, type_checker=types)
 
 
 def _check_against(validator, config, where: str = "") -> None:
@@ -279,8 +364,12 @@ def _check_against(validator, config, where: str = "") -> None:
     if error.validator == "enum":
         _one_of(error.instance, map(str, error.validator_value), f"{key}: {error.instance!r} is not valid")
     hints = [error.schema["description"]] if "description" in error.schema else []
-    if error.validator == "type" and error.validator_value in ("number", "integer") and isinstance(error.instance, str):
-        hints.append("YAML reads 1e-4 as text, write 1.0e-4")
+    if error.validator == "type" and error.validator_value in ("number", "integer"):
+        if isinstance(error.instance, str):
+            hints.append("YAML reads 1e-4 as text, write 1.0e-4")
+        else:
+            kind = "whole number" if error.validator_value == "integer" else "number"
+            hints.append(f"write a {kind} below {LARGEST}")
     if error.instance is None:
         hints.append("write {} for nothing")
     raise ConfigError("; ".join([f"{key}: {error.message}", *hints]))

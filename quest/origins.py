@@ -17,7 +17,7 @@ from quest.rehearsal import COMPVIS
 from quest.zoo import ZOO
 
 
-def prepare(model: Model, checkpoint, out, *, tokenizer=None, captions=None, images: int = 0) -> None:
+def prepare(model: Model, checkpoint, out, *, tokenizer=None, captions=None) -> None:
     """Write the pipeline of a model's published weights to the folder `out`, all at once or not at all.
 
     Args:
@@ -25,7 +25,6 @@ def prepare(model: Model, checkpoint, out, *, tokenizer=None, captions=None, ima
         checkpoint: a CompVis checkpoint (`.ckpt`, `.safetensors`), or a folder in diffusers layout.
         tokenizer: folder of the CLIP tokenizer, for a checkpoint with a text encoder.
         captions: file of captions (`quest.captions`), for a model that is sampled from real ones.
-        images: evaluation images that captions are needed for.
 
     Raises:
         FileNotFoundError: no checkpoint or caption file there; the message says what to put where.
@@ -34,7 +33,7 @@ def prepare(model: Model, checkpoint, out, *, tokenizer=None, captions=None, ima
     checkpoint = Path(checkpoint)
     if not checkpoint.exists():
         raise FileNotFoundError(f"models.{model.name}.checkpoint: no {checkpoint}; valid: {model.origin.what}")
-    lines = _lines(model, captions, images) if model.origin.captions else None
+    lines = _lines(model, captions) if model.origin.captions else None
     pipe = convert(model, checkpoint, tokenizer)
     with atomic_folder(out) as folder:
         pipe.save_pretrained(folder)
@@ -128,13 +127,11 @@ def _same_denoiser(pipe, model: Model, checkpoint) -> None:
         )
 
 
-def _lines(model: Model, path, images: int) -> list[str]:
+def _lines(model: Model, path) -> list[str]:
     """The captions a model needs, those of CAPTION_LINES. Raises where there are too few, or an empty one."""
     if path is None:
         raise ValueError(f"models.{model.name}.captions: missing; name a text file, one caption per line, or COCO's")
     first, end = CAPTION_LINES["calibration"]
-    if images > first:
-        raise ValueError(f"models.{model.name}.images: {images}, but captions of {first} at most are evaluated")
     captions = caption_files.load(path)
     # The last batch is filled with trajectories that are then left out; they have captions too.
     caption_files.enough(path, captions, first + -(-model.trajectories // model.batch_size) * model.batch_size)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from quest import config as configuration
+from quest.__main__ import main as command_line
 from quest.config import (
     WEIGHTS_ONLY,
     ConfigError,
@@ -15,6 +16,7 @@ from quest.config import (
     ablation_runs,
     check_names,
     parse_bits,
+    read,
     recipe_of,
     runs,
     seed_runs,
@@ -67,6 +69,76 @@ def test_capital_bits_are_told_the_small_ones():
         parse_bits("W4A4")
 
 
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("name: a\nmodels: {}\nname: b\n", ["a.yaml, line 3", "'name' stands twice", "line 1"]),
+        ("name: a\nmodels:\n  m: {images: 2, images: 4}\n", ["line 3", "'images' stands twice"]),
+        ("methods:\n  rtn: {}\n  quest: {}\n  rtn: {samples: 8}\n", ["line 4", "'rtn' stands twice", "line 2"]),
+        ("name: a\nmodels: {8: {}}\n", ["line 2", "key 8 is not text"]),
+        ("name: a\nmodels: {on: {}}\n", ["line 2", "key True is not text"]),
+        ("- a\n- b\n", ["a.yaml", "no keys"]),
+        ("", ["a.yaml", "no keys"]),
+        ("name: \xe9\n", ["a.yaml", "not UTF-8"]),
+        ("name: {a\n", ["a.yaml", "not YAML", "line"]),
+    ],
+)
+def test_a_file_is_refused_in_one_line(tmp_path, text, words):
+    (tmp_path / "a.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path / "a.yaml")
+    assert "\n" not in str(caught.value)
+    assert [word for word in words if word not in str(caught.value)] == []
+    with pytest.raises(SystemExit, match="a.yaml"):
+        command_line(["plan", str(tmp_path / "a.yaml")])
+
+
+def test_a_merged_mapping_is_no_second_key(tmp_path):
+    (tmp_path / "a.yaml").write_text("a: &a {x: 1}\nb: {<<: *a, x: 2}\n", encoding="utf-8")
+    assert read(tmp_path / "a.yaml") == {"a": {"x": 1}, "b": {"x": 2}}
+
+
+# One value that is no better than its neighbour: of each, one wrong value is put at every place of its kind.
+WRONG = {
+    "integer": [120.0, True, "8", None, -1, 2**40, [8], float("nan")],
+    "number": [True, "1.0", None, float("nan"), float("inf"), [1.0]],
+    "boolean": [0, 1, "true", None],
+    "string": [8, True, None, "", []],
+    "array": [[], "quest", {}, None, [8], [None]],
+}
+
+
+def places(value, path=()):
+    """(path, value) of everything in a config."""
+    yield path, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+def test_no_value_of_another_kind_is_taken_anywhere(default):
+    default["models"]["scenes-text"] |= {"shards": 2, "trajectories": 8, "evaluation": 4, "keep_images": True}
+    default["seeds"] = {"method": ["quest"], "bits": ["w4a4"], "seed": [0, 1]}
+    default["methods"]["quest"] |= {
+        "samples": 4, "lr_scale": 1e-4, "global_weight": 0.5, "log_scales": False, "keep": {"conv_in": [8, 32]},
+    }  # fmt: skip
+    default["ablations"]["rows"]["mine"] = {"tla_iterations": 3, "lr_weight": 1e-5, "qkv_as_one": True}
+    validate(default)
+    kinds = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array"}
+    tried = 0
+    for path, value in list(places(default)):
+        for wrong in WRONG.get(kinds.get(type(value)), []):
+            if path[-1] == "global_weight" and wrong == 120.0:
+                continue  # a number, which the config gives as 0
+            config = copy.deepcopy(default)
+            _put(wrong, *path)(config)
+            with pytest.raises(ConfigError) as caught:
+                validate(config)
+            assert "\n" not in str(caught.value) and str(path[0]) in str(caught.value), (path, wrong)
+            tried += 1
+    assert tried > 500
+
+
 def _put(value, *path):
     def change(config):
         *parents, last = path
@@ -93,6 +165,27 @@ FAULTS = {
     "init of itself": (_put("quest", "methods", "quest", "init"), ["methods.quest.init", "'quest'", "rtn-mse"]),
     "init of full precision": (_put("fp", "methods", "quest", "init"), ["methods.quest.init", "'fp'", "rtn-mse"]),
     "unknown bits": (_put(["w4a9"], "grid", 1, "bits"), ["grid[1].bits", "'w4a9'", "w<2 to 8>a<2 to 8>"]),
+    "whole number as float": (_put(120.0, "models", "scenes-text", "images"), ["images: 120.0", "whole number"]),
+    "kept bits as float": (_put({"conv_in": 8.0}, "methods", "rtn", "keep"), ["methods.rtn.keep.conv_in", "2 to 16"]),
+    "not a number": (_put(float("nan"), "methods", "quest", "lr_scale"), ["methods.quest.lr_scale: nan"]),
+    "seeds of another split": (_put(1_000_001, "models", "scenes-text", "images"), ["images", "maximum of 1000000"]),
+    "one trajectory": (_put(1, "models", "scenes-text", "evaluation"), ["evaluation", "minimum of 2"]),
+    "more images than captions": (
+        _put({"images": 10_001, "captions": "c", "tokenizer": "t", "reference": "none"}, "models", "sd14"),
+        ["models.sd14.images: 10001", "those of 10000 at most"],
+    ),
+    "no tokenizer": (
+        _put({"images": 9, "captions": "c", "reference": "none"}, "models", "sd14"),
+        ["models.sd14.tokenizer: missing", "CLIP tokenizer"],
+    ),
+    "a path that a model has no use for": (
+        _put({"images": 9, "checkpoint": "a.ckpt", "captions": "c"}, "models", "tiny-bedrooms"),
+        ["models.tiny-bedrooms.captions", "takes none"],
+    ),
+    "a path that reads as an option": (
+        _put({"images": 9, "checkpoint": "-x.ckpt"}, "models", "tiny-bedrooms"),
+        ["models.tiny-bedrooms.checkpoint", "hyphen"],
+    ),
     "capital bits": (_put(["W4A4"], "grid", 1, "bits"), ["grid[1].bits", "'W4A4'", "'w4a4'"]),
     "bits no list": (_put("w4a4", "grid", 1, "bits"), ["grid[1].bits", "'w4a4'", "a list"]),
     "quantized full precision": (_put(["w8a8"], "grid", 0, "bits"), ["grid[0]", "fp at w8a8", "w32a32"]),

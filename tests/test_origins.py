@@ -84,22 +84,20 @@ def test_captions_one_line_too_few(prepared, tmp_path):
     path = checkpoint("tiny-sd", tmp_path / "model.ckpt")
     needed = 10_000 + sd.trajectories
     with pytest.raises(ValueError, match=rf"c.txt: {needed - 1} captions, {needed} needed \(1 too few\)"):
-        origins.prepare(sd, path, prepared / "sd14", captions=captions(tmp_path / "c.txt", needed - 1), images=10_000)
+        origins.prepare(sd, path, prepared / "sd14", captions=captions(tmp_path / "c.txt", needed - 1))
     gap = captions(tmp_path / "gap.txt", needed)
     gap.write_text(gap.read_text().replace("number 7\n", "number 7\n\n"))
     with pytest.raises(ValueError, match="gap.txt: line 9 is empty"):
-        origins.prepare(sd, path, prepared / "sd14", captions=gap, images=10_000)
+        origins.prepare(sd, path, prepared / "sd14", captions=gap)
     with pytest.raises(FileNotFoundError, match="none.txt: no such file; put captions there"):
-        origins.prepare(sd, path, prepared / "sd14", captions=tmp_path / "none.txt", images=10_000)
-    with pytest.raises(ValueError, match="models.sd14.images: 10001, but captions of 10000 at most"):
-        origins.prepare(sd, path, prepared / "sd14", captions=captions(tmp_path / "c.txt", needed), images=10_001)
+        origins.prepare(sd, path, prepared / "sd14", captions=tmp_path / "none.txt")
 
 
 def test_captions_of_the_splits_differ(prepared, tmp_path, monkeypatch):
     """The architecture is the small one; what is looked at is which line goes to which image."""
     sd = replace(MODELS["sd14"], origin=replace(MODELS["sd14"].origin, compvis="tiny-sd"))
     path, file = checkpoint("tiny-sd", tmp_path / "model.ckpt"), captions(tmp_path / "c.txt", 10_128)
-    origins.prepare(sd, path, prepared / "sd14", tokenizer=TOKENIZER, captions=file, images=10_000)
+    origins.prepare(sd, path, prepared / "sd14", tokenizer=TOKENIZER, captions=file)
     assert sd.conditions("evaluation", [9_999, 0]) == {"prompt": ["a photo of number 9999", "a photo of number 0"]}
     told = json.loads((prepared / "sd14/origin.json").read_text())
     lines = (prepared / "sd14/captions.txt").read_bytes().rstrip(b"\n")
@@ -110,12 +108,12 @@ def test_captions_of_the_splits_differ(prepared, tmp_path, monkeypatch):
             sd.conditions(split, [index])
 
     # The hub's layout of the same model, and that of another.
-    origins.prepare(sd, prepared / "sd14", tmp_path / "again", captions=file, images=10_000)
+    origins.prepare(sd, prepared / "sd14", tmp_path / "again", captions=file)
     assert (tmp_path / "again/text_encoder/config.json").is_file()
     with pytest.raises(
         ValueError, match="its denoiser is not that of sd14: .* parameters differ, the first conv_in.bias"
     ):
-        origins.prepare(MODELS["sd14"], prepared / "sd14", tmp_path / "full", captions=file, images=10_000)
+        origins.prepare(MODELS["sd14"], prepared / "sd14", tmp_path / "full", captions=file)
     with pytest.raises(ValueError, match="a folder without model_index.json"):
         origins.convert(sd, prepared / "sd14" / "unet")
 

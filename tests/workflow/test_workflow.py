@@ -125,6 +125,57 @@ def test_editing_a_script_reruns_its_rule(finished):
     assert of(commands, "sample") == []
 
 
+STUB_MODEL = """
+import sys
+from pathlib import Path
+folder = Path(sys.argv[sys.argv.index("-o") + 1])
+folder.mkdir(parents=True)
+(folder / "model_index.json").write_text("{}")
+"""
+
+
+def test_more_images_of_a_model_that_does_not_ship_are_sampled_and_nothing_else(stubbed):
+    stubbed.write("workflow/scripts/model.py", STUB_MODEL)
+    stubbed.write("results/networks/inception.json", "{}")
+    stubbed.write("results/networks/ViT-B-16.json", "{}")
+    for name in ("x.ckpt", "tokenizer/vocab.json", "c.txt"):
+        stubbed.write(f"inputs/{name}", "")
+    settings = {"checkpoint": "inputs/x.ckpt", "tokenizer": "inputs/tokenizer", "captions": "inputs/c.txt"}
+    config = {
+        "name": "default",
+        "models": {"sd14": {"images": 8, "reference": "none"} | settings},
+        "grid": [
+            {"model": ["sd14"], "method": ["fp"], "bits": ["w32a32"]},
+            {"model": ["sd14"], "method": ["rtn"], "bits": ["w4a4"]},
+        ],
+        "methods": {"fp": {}, "rtn": {}},
+    }
+    stubbed.configure(config)
+    run = stubbed.snakemake()
+    assert run.returncode == 0, run.stdout
+    assert stubbed.planned() == []
+    config["models"]["sd14"]["images"] = 16
+    stubbed.configure(config)
+    scripts = {re.search(r"scripts\.(\w+)", command)[1] for command in stubbed.planned()}
+    assert scripts == {"sample", "metrics", "tables", "curves", "grid"}
+
+
+def test_a_file_that_is_not_there_stops_a_run_before_its_first_job(stubbed):
+    """A plan needs none of them; tests above make one of this config."""
+    run = stubbed.snakemake("--configfile", "workflow/config/paper.yaml")
+    assert run.returncode != 0 and "Traceback" not in run.stdout and "rule " not in run.stdout
+    (line,) = [line for line in run.stdout.splitlines() if "inputs/" in line]
+    for key in ("imagenet.checkpoint", "imagenet.reference", "sd14.tokenizer", "sd14.captions"):
+        assert f"models.{key}: no inputs/" in line
+
+
+def test_a_key_that_stands_twice_stops_a_run(stubbed):
+    stubbed.write("mine.yaml", yaml.safe_dump(stubbed.config() | {"name": "mine"}) + "device: cpu\ndevice: cuda\n")
+    run = stubbed.snakemake("--configfile", "mine.yaml", "--dry-run")
+    assert run.returncode != 0 and "Traceback" not in run.stdout
+    assert re.search(r"mine.yaml, line \d+: key 'device' stands twice, first in line \d+", run.stdout)
+
+
 def test_another_quantization_seed_has_its_own_calibration_and_start(stubbed):
     config = stubbed.config() | {"models": {"scenes-class": {"images": 500}}}
     config["grid"] = [{"model": ["scenes-class"], "method": ["quest"], "bits": ["w4a4"]}]

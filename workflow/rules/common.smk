@@ -6,10 +6,12 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from quest.config import (
+    FILES,
     ConfigError,
     Run,
     ablation_runs,
     check_names,
+    missing_files,
     recipe_of,
     runs,
     seed_runs,

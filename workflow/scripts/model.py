@@ -12,7 +12,6 @@ def main() -> None:
     )
     parser.add_argument("--tokenizer", type=Path, nargs="?", help="folder of the CLIP tokenizer")
     parser.add_argument("--captions", type=Path, nargs="?", help="file with one caption per line")
-    parser.add_argument("-n", type=int, required=True, help="images that will be evaluated")
     parser.add_argument("--fetched", type=Path, required=True, help="folder for what is fetched")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args()
@@ -41,7 +40,6 @@ def main() -> None:
             arguments.output,
             tokenizer=arguments.tokenizer,
             captions=arguments.captions,
-            images=arguments.n,
         )
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"{model.name}: {error}") from None
