@@ -282,7 +282,7 @@ def _check_captions(model, settings: dict, config: dict) -> None:
         most = CAPTION_LINES[split][1] - CAPTION_LINES[split][0]
         if count > most:
             raise ConfigError(
-                f"models.{model.name}.{key}: {count} captions are needed (whole batches of every seed), but for {split} "
+                f"models.{model.name}.{key}: {count} captions are needed (whole batches of every seed); for {split} "
                 f"there are those of {most} at most"
             )
 
