@@ -1,12 +1,14 @@
 """Reference statistics from real images: LSUN Churches has no official ones, and others come as the evaluator's .npz.
 
 Images of a folder are prepared as latent diffusion's loader does for training (arXiv:2112.10752): cropped at the centre
-to a square of the shorter side, resized with Pillow's bicubic filter, 8 bits. Its random flips are left out.
+to a square of the shorter side, resized with Pillow's bicubic filter, 8 bits. Its random flips are left out. An image
+that has no single reading as 8-bit RGB (transparent, animated, 16 bits of colour) is refused by its name.
 """
 
 import hashlib
 import shutil
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from quest.metrics.frechet import Reference, Statistics, load_reference, save_re
 from quest.provenance import provenance
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+HIDDEN = (".", "__MACOSX")  # of .ipynb_checkpoints, .thumbnails and their like; copies of images, or parts of them
 CHUNK = 1000  # images held at once
 
 
@@ -49,10 +52,12 @@ def build(
             return _published(source, arrays, output, made)
         images, digest, what = _array_chunks(source, arrays, n), sha256_of(source), f"images of {source.name}"
     elif source.is_dir():
-        files = _files(source, n)
-        digest = _listing(source, files)
+        files, left_out = _files(source, n)
+        digest, copies = _listing(source, files)
         images = _file_chunks(files, size)
-        what = f"images of folder {source.name}, centre crop, bicubic to {size}"
+        told = [f"{copies} of them copies of another"] if copies else []
+        told += [f"left out: {', '.join(left_out)}"] if left_out else []
+        what = "; ".join([f"images of folder {source.name}, centre crop, bicubic to {size}", *told])
     else:
         raise FileNotFoundError(f"{source}: no such file or folder; give a folder of images or an .npz")
 
@@ -138,11 +143,24 @@ def _array_chunks(path, arrays, n) -> Iterator[np.ndarray]:
 
 
 def _files(folder, n):
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    """(image files that are counted, in order; what is left out, in words). Hidden files and folders hold no images."""
+    files, hidden, others = [], 0, Counter()
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        if any(part.startswith(HIDDEN) for part in file.relative_to(folder).parts):
+            hidden += 1
+        elif file.suffix.lower() in SUFFIXES:
+            files.append(file)
+        else:
+            others[file.suffix.lower() or "without suffix"] += 1
+    left_out = [f"{hidden} hidden files"] if hidden else []
+    left_out += [f"{count} files {suffix}" for suffix, count in sorted(others.items())]
     if not files:
-        raise ValueError(f"{folder}: no images in it; looked for {', '.join(sorted(SUFFIXES))}")
+        found = f"; left out: {', '.join(left_out)}" if left_out else ""
+        raise ValueError(f"{folder}: no images in it; looked for {', '.join(sorted(SUFFIXES))}{found}")
     _at_least(folder, len(files), n)
-    return files[:n]
+    if n is not None and n < len(files):
+        left_out.append(f"{len(files) - n} images behind the first {n}")
+    return files[:n], left_out
 
 
 def _at_least(source, found, n):
@@ -151,11 +169,12 @@ def _at_least(source, found, n):
 
 
 def _listing(folder, files):
-    """One hash of the files' names and contents, in order."""
-    digest = hashlib.sha256()
+    """(one hash of the files' names and contents, in order; how many files have the content of an earlier one)."""
+    digest, hashes = hashlib.sha256(), set()
     for file in tqdm(files, desc="hashing", unit="image"):
-        digest.update(f"{file.relative_to(folder).as_posix()} {sha256_of(file)}\n".encode())
-    return digest.hexdigest()
+        hashes.add(found := sha256_of(file))
+        digest.update(f"{file.relative_to(folder).as_posix()} {found}\n".encode())
+    return digest.hexdigest(), len(files) - len(hashes)
 
 
 def _file_chunks(files, size) -> Iterator[np.ndarray]:
@@ -166,14 +185,39 @@ def _file_chunks(files, size) -> Iterator[np.ndarray]:
             yield chunk
 
 
+def _rgb(image):
+    """An opened image in 8-bit RGB, turned as its EXIF data says; 16 bits of grey are rounded to 8, not cut off.
+
+    Raises ValueError where there is no one such image: several frames, transparent pixels, or a mode that Pillow
+    converts by cutting values off.
+    """
+    from PIL import Image, ImageOps
+
+    if getattr(image, "n_frames", 1) > 1:
+        raise ValueError(f"{image.n_frames} frames; needed: a single image")
+    if any(f"{mode};16" in str(part[3]) for part in image.tile for mode in ("RGB", "RGBA", "LA")):
+        raise ValueError("16 bits per channel; needed: 8, or 16 of grey alone")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", None):
+        values = np.asarray(image).astype(np.float64)
+        if "transparency" in image.info:
+            raise ValueError("transparent pixels; needed: an opaque image")
+        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+        raise ValueError("transparent pixels; needed: an opaque image")
+    if image.mode not in ("1", "L", "P", "RGB", "LA", "PA", "RGBA", "CMYK", "YCbCr"):
+        raise ValueError(f"mode {image.mode}; needed: grey, RGB or CMYK, of 8 bits")
+    return image.convert("RGB")
+
+
 def prepared(file: Path, size: int) -> np.ndarray:
-    """An image of a file, cropped to its middle square and resized, uint8 [size, size, 3]."""
-    from PIL import Image, UnidentifiedImageError
+    """An image of a file, cropped to its middle square and resized, uint8 [size, size, 3]. ValueError: see `_rgb`."""
+    from PIL import Image
 
     try:
         with Image.open(file) as opened:
-            image = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+            image = _rgb(opened)
+    except Exception as error:  # a damaged file fails in as many ways as there are formats
         raise ValueError(f"{file}: not an image that can be read ({error})") from error
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2

@@ -1,3 +1,7 @@
+import shutil
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -72,6 +76,93 @@ def test_images_are_cropped_at_the_centre(tmp_path):
     assert resized.shape == (3, 3, 3) and (resized == 200).all()
     Image.fromarray(wide[:, :, 0]).save(tmp_path / "grey.png")
     assert prepared(tmp_path / "grey.png", 6).shape == (6, 6, 3)
+
+
+def saved(tmp_path, name, image, **settings):
+    image.save(tmp_path / name, **settings)
+    return tmp_path / name
+
+
+def test_unusual_images_are_read_at_their_own_depth(tmp_path):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    deep = prepared(saved(tmp_path, "deep.png", Image.fromarray(ramp.astype(np.uint16))), 8)
+    assert (deep == (ramp.astype(np.uint16) / 257).round()[..., None]).all()
+    flat = Image.new("CMYK", (8, 8), (255, 0, 0, 51))
+    assert (prepared(saved(tmp_path, "ink.jpg", flat, quality=100), 8)[0, 0] == (0, 204, 204)).all()
+    colours = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    opaque = np.concatenate([colours, np.full((8, 8, 1), 255, np.uint8)], 2)
+    assert (prepared(saved(tmp_path, "opaque.png", Image.fromarray(opaque)), 8) == colours).all()
+    palette = Image.fromarray(colours).quantize(16)
+    assert (prepared(saved(tmp_path, "palette.png", palette), 8) == np.asarray(palette.convert("RGB"))).all()
+    assert (prepared(saved(tmp_path, "one-bit.png", Image.fromarray(colours[..., 0] > 127)), 8) % 255 == 0).all()
+    turned = Image.fromarray(colours)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    assert (prepared(saved(tmp_path, "turned.png", turned, exif=exif), 8) == np.rot90(colours, -1)).all()
+
+
+def transparent_palette():
+    image = Image.new("P", (8, 8))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.info["transparency"] = 0
+    return image
+
+
+REFUSED = {
+    "glass.png": (lambda: Image.new("RGBA", (8, 8), (255, 0, 0, 128)), {}, "transparent pixels"),
+    "grey-glass.png": (lambda: Image.new("LA", (8, 8), (255, 0)), {}, "transparent pixels"),
+    "palette.png": (transparent_palette, {"transparency": 0}, "transparent pixels"),
+    "key.png": (lambda: Image.new("RGB", (8, 8), (9, 9, 9)), {"transparency": (9, 9, 9)}, "transparent pixels"),
+    "moving.webp": (
+        lambda: Image.new("RGB", (8, 8)),
+        {"save_all": True, "append_images": [Image.new("RGB", (8, 8), "red")]},
+        "2 frames",
+    ),
+    "moving.png": (
+        lambda: Image.new("RGB", (8, 8)),
+        {"save_all": True, "append_images": [Image.new("RGB", (8, 8), "red")]},
+        "2 frames",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_image_without_one_reading_is_refused_by_name(tmp_path, name):
+    make, settings, why = REFUSED[name]
+    with pytest.raises(ValueError, match=rf"{name}: not an image that can be read \({why}"):
+        prepared(saved(tmp_path, name, make(), **settings), 8)
+
+
+def test_sixteen_bits_of_colour_are_refused_and_no_longer_cut_off(tmp_path):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0))
+    rows = chunk(b"IDAT", zlib.compress((b"\0" + b"\x12\xff" * 6) * 2))
+    (tmp_path / "rich.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + rows + chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match=r"rich.png: .*16 bits per channel"):
+        prepared(tmp_path / "rich.png", 2)
+
+
+def test_what_is_counted_and_left_out_is_said(images, tmp_path):
+    folder = folder_of(images, tmp_path / "folder")
+    plain = build(folder, tmp_path / "plain.npz", "colours", size=8)
+    assert plain.metadata["data"] == "30 images of folder folder, centre crop, bicubic to 8"
+    for place in (".ipynb_checkpoints", "1/.thumbnails", "__MACOSX"):
+        (folder / place).mkdir()
+        shutil.copy(folder / "1/004.png", folder / place / "004-checkpoint.png")
+    (folder / ".hidden.png").write_bytes(b"")
+    for name in ("notes.txt", "more.txt", "README", "image.tiff"):
+        (folder / name).write_text("", encoding="utf-8")
+    again = build(folder, tmp_path / "again.npz", "colours", size=8)
+    left_out = "left out: 4 hidden files, 1 files .tiff, 2 files .txt, 1 files without suffix"
+    assert again.metadata["data"] == f"{plain.metadata['data']}; {left_out}"
+    assert np.array_equal(again.pool.cov, plain.pool.cov)
+    shutil.copy(folder / "1/004.png", folder / "1/004 (copy).png")
+    copied = build(folder, tmp_path / "copied.npz", "colours", size=8).metadata["data"]
+    assert copied.startswith("31 images") and "; 1 of them copies of another; left out" in copied
+    some = build(folder, tmp_path / "some.npz", "colours", size=8, n=10)
+    assert some.metadata["data"].startswith("10 images") and "21 images behind the first 10" in some.metadata["data"]
 
 
 def test_published_statistics_are_taken_as_they_are(tmp_path):
