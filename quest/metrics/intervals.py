@@ -8,10 +8,12 @@ of their resampled values, whose spread is the paired interval.
 Intervals are the point estimate ± 1.96 standard deviations of the resampled values, not their percentiles. A Fréchet
 distance of n samples lies above that of infinitely many by a bias of about c / n. A resample has that bias once more,
 so that resampled values scatter around the estimate + c / n and their percentiles may exclude the estimate itself.
-Their spread is not shifted. It is rather too wide, the more the nearer n comes to the feature dimension: at n = 500 by
-a tenth for 16 dimensions, by a third to two thirds for 64, of one distance or of the difference of two. Such an
-interval covers the expected distance at this n, E[FID_n], in at least 95 % of cases. It says nothing of the bias, so
-only distances of equal n are comparable, and nothing of the choice of the reference images, common to all cells.
+Their spread is not shifted. For a single distance it is rather too wide, the more so the nearer n comes to the feature
+dimension: at n = 500 by a tenth for 16 dimensions and by a third to two thirds for 64. Such an interval covers the
+expected distance at this n, E[FID_n], in at least 95 % of cases. For the paired difference of two sets of similar
+images the excess cancels: over 100 trials of 500 images the bootstrap's standard deviation was 0.92 to 0.98 of the true
+one, and 94 to 96 % of the intervals held the true difference. The interval says nothing of the bias, so only distances
+of equal n are comparable, and nothing of the choice of the reference images, which is common to all cells.
 """
 
 import numpy as np

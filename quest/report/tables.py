@@ -303,12 +303,20 @@ def column_label(name: str, of_model: pd.DataFrame) -> str:
 
 
 def best_values(of_model: pd.DataFrame, paired: pd.DataFrame) -> set[tuple[str, str, str]]:
-    """(method, bits, metric) of every best value that differs from the runner-up's by the paired interval."""
+    """(method, bits, metric) of every best value that differs from the runner-up's by the paired interval.
+
+    A value beyond full precision's own (a lower FID, a higher Inception score) is never the best: quantizing cannot
+    improve the model, so what looks better there is an error that happens to point towards the reference.
+    """
     best = set()
+    full = of_model[of_model["method"] == "fp"].set_index("metric")["value"]
     quantized = of_model[(of_model["method"] != "fp") & of_model["value"].notna()]
     for (bits, name), rows in quantized.groupby(["bits", "metric"]):
         ranked = rows.sort_values("value", ascending=METRICS[name].better == "lower")["method"].tolist()
         if len(ranked) < 2:
+            continue
+        sign = 1 if METRICS[name].better == "lower" else -1
+        if name in full and (sign * rows["value"]).min() < sign * full[name]:
             continue
         pair = paired[(paired["bits"] == bits) & (paired["metric"] == name)]
         pair = pair[pair[["method", "versus"]].isin(ranked[:2]).all(axis=1)]
@@ -330,9 +338,9 @@ def footer(of_model: pd.DataFrame, heads: dict[str, str]) -> list[str]:
         f"Protocol: {'; '.join([common, *own])}. {'; '.join(counts)}. "
         "± is half of a 95 % interval: 1.96 bootstrap standard deviations over images (noise-prediction error: over "
         "trajectories, with Student's factor). Only equal n compares. Bold: better than the runner-up at the same "
-        "bits, by the paired interval of their difference on the same seeds. Size: the denoiser as packed, scales and "
-        "what stays float included (1e6 bytes). TBOPs: 1e12 bit operations of one denoiser call on one image, "
-        "multiply-accumulates times the bits of both operands (float: 32)."
+        "bits, by the paired interval of their difference on the same seeds, and not beyond full precision. Size: the "
+        "denoiser as packed, scales and what stays float included (1e6 bytes). TBOPs: 1e12 bit operations of one "
+        "denoiser call on one image, multiply-accumulates times the bits of both operands (float: 32)."
     ]
     if of_model["published"].notna().any():
         lines.append(f"In parentheses: the number of {ledger.PAPER}; the ledger says whether the two may be compared.")

@@ -7,22 +7,25 @@ import pandas as pd
 from quest.metrics import METRICS
 from quest.report import tables
 
-HEADLINE = ("latent_mse", "fid_to_fp", "fid", "clip")  # of the verdicts, where a run has them
-OVER_SEEDS = (*HEADLINE, "eps_error")
+# What verdicts speak of, where a run has it. All of these judge images. The noise-prediction error is left out: it is
+# what QuEST's global loss minimizes, and a guided sampler uses another combination of the two predictions.
+HEADLINE = ("latent_mse", "psnr", "fid_to_fp", "fid", "clip")
 
 
-def verdict_sentences(paired: pd.DataFrame, focus: str, headline: tuple[str, ...] = HEADLINE) -> list[dict]:
+def verdict_sentences(paired: pd.DataFrame, focus: str, over_seeds: bool = False) -> list[dict]:
     """One method against every other and against full precision, fewest bits first.
 
-    Returns [{bits, sentences}]. A method is called better on a model where the paired interval of the difference
-    excludes 0, and otherwise nothing is said than that the two are not told apart.
+    over_seeds: whether the intervals hold the spread over quantization seeds. Only then does a sentence speak of
+    methods; otherwise it speaks of the checkpoint that one seed made.
+    Returns [{bits, sentences}]. One is called better on a model where the paired interval of the difference excludes
+    0. Otherwise the two are called "not told apart", which does not mean that they are equal.
     """
     models, by_bits = _of(focus, paired)
     found = []
     for bits, rows in by_bits:
         alike: dict[tuple, dict[str, list]] = {}
         for (versus, metric), cell in rows.groupby(["versus", "metric"], sort=False):
-            if metric not in headline:
+            if metric not in HEADLINE:
                 continue
             better = cell.set_index("model")["better"].reindex(models).dropna()
             outcome = tuple(
@@ -37,12 +40,13 @@ def verdict_sentences(paired: pd.DataFrame, focus: str, headline: tuple[str, ...
             for versus, metrics in by_rival.items():
                 same.setdefault(tuple(metrics), []).append(versus)
             for metrics, rivals in same.items():
-                sentences.append(_sentence(focus, rivals, sorted(metrics, key=headline.index), outcome))
+                metrics = sorted(metrics, key=HEADLINE.index)
+                sentences.append(_sentence(focus, rivals, metrics, outcome, over_seeds))
         found.append({"bits": bits, "sentences": sorted(sentences, key=lambda said: said["order"])})
     return found
 
 
-def verdict_matrix(paired: pd.DataFrame, focus: str, headline: tuple[str, ...] = HEADLINE) -> list[dict]:
+def verdict_matrix(paired: pd.DataFrame, focus: str) -> list[dict]:
     """The same at a glance, fewest bits first: [{bits, models, metrics, rows}], a row for every other method.
 
     A row is {versus, cells}, a cell the outcome on each model: "better", "worse", "same", or None where there is none.
@@ -50,7 +54,7 @@ def verdict_matrix(paired: pd.DataFrame, focus: str, headline: tuple[str, ...] =
     models, by_bits = _of(focus, paired)
     found = []
     for bits, rows in by_bits:
-        metrics = [name for name in headline if name in set(rows["metric"])]
+        metrics = [name for name in HEADLINE if name in set(rows["metric"])]
         winner = {
             tuple(key): name for *key, name in rows[["versus", "metric", "model", "better"]].itertuples(index=False)
         }
@@ -80,11 +84,13 @@ def _of(focus, paired):
     return list(dict.fromkeys(rows["model"])), [(bits, rows[rows["bits"] == bits]) for bits in widths]
 
 
-def _sentence(focus, rivals, metrics, outcome):
+def _sentence(focus, rivals, metrics, outcome, over_seeds):
     better, worse, neither = outcome
     total = sum(map(len, outcome))
-    against = listed(["full precision" if rival == "fp" else rival for rival in rivals])
-    measured = listed([METRICS[name].label for name in metrics])
+    owner = "{}" if over_seeds else "{}'s"
+    against = listed(["full precision" if rival == "fp" else owner.format(rival) for rival in rivals])
+    subject = focus if over_seeds else f"{focus}'s checkpoint"
+    measured = listed([METRICS[name].label.partition(" [")[0] for name in metrics])
     found = [("better", "than", better), ("worse", "than", worse), ("not told apart", "from", neither)]
     said = [
         f"{word}{'' if any(names for _, _, names in found[:place]) else f' {to} {against}'} {_on(on, total)}"
@@ -92,7 +98,7 @@ def _sentence(focus, rivals, metrics, outcome):
         if on
     ]
     kind = "mixed" if better and worse else "better" if better else "worse" if worse else "same"
-    text = f"In {measured}, {focus} is {'; '.join(said)}."
+    text = f"In {measured}, {subject} is {'; '.join(said)}."
     return {"text": text, "kind": kind, "order": (rivals == ["fp"], -len(better), len(worse))}
 
 
@@ -113,13 +119,13 @@ def listed(words: Iterable[str]) -> str:
 def seed_sentences(seeds: pd.DataFrame) -> list[dict]:
     """What holds over quantization seeds, of the pairs of methods in seeds.csv, as `verdict_sentences` has it."""
     pairs, focused = _pairs_of_seeds(seeds)
-    return [verdict for focus in focused for verdict in verdict_sentences(pairs, focus, OVER_SEEDS)]
+    return [verdict for focus in focused for verdict in verdict_sentences(pairs, focus, over_seeds=True)]
 
 
 def seed_matrix(seeds: pd.DataFrame) -> list[dict]:
     """The last method against the others over quantization seeds, as `verdict_matrix` has it."""
     pairs, focused = _pairs_of_seeds(seeds)
-    return verdict_matrix(pairs, focused[0], OVER_SEEDS) if focused else []
+    return verdict_matrix(pairs, focused[0]) if focused else []
 
 
 def _pairs_of_seeds(seeds):

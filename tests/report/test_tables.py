@@ -320,3 +320,17 @@ def test_bad_input(cells, tmp_path):
     cells[1]["drawn"]["images"] = "0-399"
     with pytest.raises(ValueError, match="scenes-text w8a8: rtn-mse against rtn: .*equal images"):
         tables.paired_frame(cells)
+
+
+@pytest.mark.parametrize("name, beyond, short_of", [("fid", 0.5, 1.5), ("clip", 31.0, 29.0)])
+def test_a_value_beyond_full_precision_is_not_the_best(name, beyond, short_of):
+    full = {"fid": 1.0, "clip": 30.0}[name]
+    paired = pd.DataFrame([{"bits": "w4a4", "metric": name, "method": "quest", "versus": "rtn", "better": "quest"}])
+    worst = {"fid": 9.0, "clip": 9.0}[name]
+
+    def best(value):
+        rows = [("fp", "w32a32", name, full), ("rtn", "w4a4", name, worst), ("quest", "w4a4", name, value)]
+        return tables.best_values(pd.DataFrame(rows, columns=["method", "bits", "metric", "value"]), paired)
+
+    assert best(short_of) == {("quest", "w4a4", name)}
+    assert best(beyond) == set()

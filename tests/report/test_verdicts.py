@@ -20,21 +20,21 @@ def paired_rows(outcomes):
     [
         (
             {("rtn", "fid"): ["quest"] * 3, ("rtn-mse", "fid"): ["quest"] * 3},
-            [("better", "In FID, quest is better than rtn and rtn-mse on all 3 models.")],
+            [("better", "In FID, quest's checkpoint is better than rtn's and rtn-mse's on all 3 models.")],
         ),
         (
             {("rtn", "fid"): ["quest", "rtn", "neither"]},
-            [("mixed", "In FID, quest is better than rtn on 1 of 3 models (a); worse on 1 of 3 models (b); "
-              "not told apart on 1 of 3 models (c).")],
+            [("mixed", "In FID, quest's checkpoint is better than rtn's on 1 of 3 models (a); worse on 1 of 3 models "
+              "(b); not told apart on 1 of 3 models (c).")],
         ),
         (
             {("rtn", "fid"): ["neither"] * 3, ("rtn", "latent_mse"): ["neither"] * 3},
-            [("same", "In latent MSE to FP and FID, quest is not told apart from rtn on all 3 models.")],
+            [("same", "In latent MSE to FP and FID, quest's checkpoint is not told apart from rtn's on all 3 models.")],
         ),
         (
             {("fp", "fid"): ["fp", "fp", "neither"], ("rtn", "fid"): ["quest"] * 3},
-            [("better", "In FID, quest is better than rtn on all 3 models."),
-             ("worse", "In FID, quest is worse than full precision on 2 of 3 models (a and b); "
+            [("better", "In FID, quest's checkpoint is better than rtn's on all 3 models."),
+             ("worse", "In FID, quest's checkpoint is worse than full precision on 2 of 3 models (a and b); "
               "not told apart on 1 of 3 models (c).")],
         ),
     ],
@@ -42,6 +42,15 @@ def paired_rows(outcomes):
 def test_verdicts_say_what_the_intervals_say(outcomes, sentences):
     ((found),) = verdicts.verdict_sentences(paired_rows(outcomes), "quest")
     assert [(said["kind"], said["text"]) for said in found["sentences"]] == sentences
+
+
+def test_only_intervals_over_seeds_speak_of_methods():
+    """And never by the noise-prediction error, which is QuEST's own loss."""
+    seeds = paired_rows({("rtn", "psnr"): ["quest"] * 3, ("rtn", "eps_error"): ["quest"] * 3})
+    ((found,),) = (verdict["sentences"] for verdict in verdicts.seed_sentences(seeds))
+    assert found["text"] == "In PSNR to FP, quest is better than rtn on all 3 models."
+    (matrix,) = verdicts.seed_matrix(seeds)
+    assert matrix["metrics"] == ["PSNR to FP [dB]"]
 
 
 def test_the_matrix_has_an_outcome_for_each_model():

@@ -127,29 +127,60 @@ def test_cells_become_ablations_and_the_papers_tables(run, tmp_path):
     assert "| scenes-class | quest | w4a4 | 1.43 |" in (tmp_path / "table4.md").read_text()
 
 
-def put_into(readme: Path, run: Path) -> subprocess.CompletedProcess:
+MARKED = "before\n<!-- results: begin -->\nstale\n<!-- results: end -->\nafter\n"
+
+
+def put_into(readme: Path, run: Path, *options: object) -> subprocess.CompletedProcess:
     names = {"--table": "main.md", "--main": "main.csv", "--paired": "paired.csv"}
     tables = [word for option, name in names.items() for word in (option, run / "tables" / name)]
-    return script("readme", *tables, "--figures", run / "figures/samples-scenes-class-w4a4.png", "--readme", readme)
+    figures = ["--figures", *(run / "figures" / f"{name}.png" for name in ("samples-scenes-class-w4a4", "fid_vs_bits"))]
+    return script("readme", *tables, *options, *figures, "--readme", readme)
 
 
-def test_results_go_between_the_markers_of_the_readme(run, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results: begin -->\nstale\n<!-- results: end -->\nafter\n")
+@pytest.fixture()
+def pages(tmp_path) -> tuple[Path, Path]:
+    readme, results = tmp_path / "README.md", tmp_path / "docs" / "results.md"
+    results.parent.mkdir()
+    for page in (readme, results):
+        page.write_text(MARKED)
+    return readme, results
+
+
+def test_results_go_between_the_markers_of_the_readme_and_of_their_page(run, pages, tmp_path):
+    readme, results = pages
     assert put_into(readme, run).returncode == 0
-    once = readme.read_text()
-    assert once.startswith("before\n<!-- results: begin -->\n") and once.endswith("<!-- results: end -->\nafter\n")
-    assert "stale" not in once and (run / "tables/main.md").read_text().strip() in once
-    assert "commit abc" in once
-    assert "| scenes-class | w4a4 | quest | rtn |" in once and "| latent MSE to FP | FID to FP |" in once
+    once, whole = readme.read_text(), results.read_text()
+    for text in (once, whole):
+        assert text.startswith("before\n<!-- results: begin -->\n") and text.endswith("<!-- results: end -->\nafter\n")
+        assert "stale" not in text and "commit abc" in text
+    main = (run / "tables/main.md").read_text().strip()
+    assert main in whole and main not in once
+    assert "| scenes-class | w4a4 | quest | rtn |" in whole and "| latent MSE to FP | FID to FP |" in whole
+    assert "In latent MSE to FP, PSNR to FP and FID to FP, quest's checkpoint is better than rtn's on" in once
+    assert "not on methods" in once
     for link in ("samples-scenes-class-w4a4.png", "main.csv", "paired.csv"):
-        assert f"(docs/assets/{link})" in once and (tmp_path / "docs/assets" / link).is_file()
+        assert f"(docs/assets/{link})" in once and f"(assets/{link})" in whole
+        assert (tmp_path / "docs/assets" / link).is_file()
+    assert "(assets/fid_vs_bits.png)" in whole and "fid_vs_bits" not in once
     assert put_into(readme, run).returncode == 0
-    assert readme.read_text() == once
+    assert (readme.read_text(), results.read_text()) == (once, whole)
 
 
-def test_a_readme_without_markers_is_left_alone(run, tmp_path):
-    readme = tmp_path / "README.md"
+def test_verdicts_of_the_readme_speak_of_methods_over_seeds_only(run, pages, tmp_path):
+    """In the words of the table over seeds, which here contradicts the checkpoints of the run."""
+    seeds = tmp_path / "seeds.csv"
+    row = {"model": "scenes-class", "bits": "w4a4", "metric": "psnr", "method": "quest", "versus": "rtn"}
+    pd.DataFrame([row | {"better": "neither", "seeds": "0,1,2", "n": 40}]).to_csv(seeds, index=False)
+    assert put_into(pages[0], run, "--seeds", seeds).returncode == 0
+    text = pages[0].read_text()
+    assert "At W4A4, over quantization seeds 0,1,2, the methods as configured here (n = 40):" in text
+    assert "In PSNR to FP, quest is not told apart from rtn on scenes-class." in text
+    assert "checkpoint is better than rtn" not in text
+    assert "(docs/assets/seeds.csv)" in text and (tmp_path / "docs/assets/seeds.csv").is_file()
+
+
+def test_a_readme_without_markers_is_left_alone(run, pages):
+    readme, _ = pages
     readme.write_text("no markers")
     said = put_into(readme, run)
     assert said.returncode != 0 and "<!-- results: begin -->" in said.stderr
@@ -158,7 +189,8 @@ def test_a_readme_without_markers_is_left_alone(run, tmp_path):
 
 def test_the_readme_has_the_markers_and_the_two_commands():
     text = (ROOT / "README.md").read_text()
-    assert text.count("<!-- results: begin -->") == text.count("<!-- results: end -->") == 1
+    for page in (text, (ROOT / "docs" / "results.md").read_text()):
+        assert page.count("<!-- results: begin -->") == page.count("<!-- results: end -->") == 1
     assert "\n    pip install -e . && snakemake --cores all\n" in text
     assert "\n    pip install -e '.[test]' && pytest\n" in text
 

@@ -1,4 +1,7 @@
-"""Put the results of a run into the README, between its markers, and the files it shows into docs/assets."""
+"""Put the results of a run into README.md and docs/results.md, between their markers, and its files into docs/assets.
+
+The README gets the verdicts, a short table and one picture; docs/results.md gets every table and the other figures.
+"""
 
 import argparse
 import shutil
@@ -13,57 +16,80 @@ def main() -> None:
     parser.add_argument("--table", type=Path, required=True, help="main.md")
     parser.add_argument("--main", type=Path, required=True, help="main.csv")
     parser.add_argument("--paired", type=Path, required=True, help="paired.csv")
+    parser.add_argument(
+        "--seeds", type=Path, help="seeds.csv; without it, verdicts speak of checkpoints, not of methods"
+    )
     parser.add_argument("--figures", type=Path, nargs="+", required=True)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="docs/results.md lies beside it")
     arguments = parser.parse_args()
 
     from quest.files import between
 
-    images = {file.stem: f"![{file.stem.replace('_', ' ')}](docs/assets/{file.name})" for file in arguments.figures}
-    samples = [image for stem, image in images.items() if stem.startswith("samples-")]
-    others = [image for stem, image in images.items() if not stem.startswith("samples-")]
-    shown = [verdicts(arguments.main, arguments.paired), short_table(arguments.main, arguments.paired)]
-    folded = {
-        "Method against method": [paired_table(arguments.paired)],
-        "Every bit width and metric, with the protocol": [arguments.table.read_text().strip()],
-        "Samples of the other models, and figures": samples[:-1] + others,
-    }
-    details = [
-        part
-        for title, parts in folded.items()
-        for part in (f"<details><summary>{title}</summary>", *parts, "</details>")
+    docs = arguments.readme.parent / "docs"
+    images = [f"![{file.stem.replace('_', ' ')}](assets/{file.name})" for file in arguments.figures]
+    samples = [image for image in images if image.startswith("![samples-")]
+    others = [image for image in images if image not in samples]
+    tables = [file for file in (arguments.main, arguments.paired, arguments.seeds) if file]
+    source = origin(arguments.main)
+    every = ", ".join(f"[{file.name}]({{}}assets/{file.name})" for file in tables)
+    shown = [
+        verdicts(arguments.main, arguments.paired, arguments.seeds),
+        short_table(arguments.main, arguments.paired),
+        *(image.replace("(", "(docs/") for image in samples[-1:]),
+        f"{source} Every bit width and metric: [results](docs/results.md). Every row: {every.format(*['docs/'] * 3)}.",
     ]
-    block = "\n\n".join([*shown, *samples[-1:], *details, origin(arguments.main)])
-    between(arguments.readme, BEGIN, END, block)
-    assets = arguments.readme.parent / "docs" / "assets"
+    whole = [
+        f"{source} Every row: {every.format(*[''] * 3)}.",
+        "## Checkpoint against checkpoint",
+        paired_table(arguments.paired),
+        "## Every bit width and metric",
+        arguments.table.read_text().strip(),
+        "## Samples and figures",
+        *samples,
+        *others,
+    ]
+    between(docs / "results.md", BEGIN, END, "\n\n".join(whole))
+    between(arguments.readme, BEGIN, END, "\n\n".join(shown))
+    assets = docs / "assets"
     assets.mkdir(parents=True, exist_ok=True)
-    for file in [arguments.main, arguments.paired, *arguments.figures]:
+    for file in [*tables, *arguments.figures]:
         shutil.copyfile(file, assets / file.name)
         print(assets / file.name, flush=True)
 
 
 def origin(file: Path) -> str:
-    """Where the numbers come from: every commit and machine that had a part in them, and the tables with every row."""
+    """Where the numbers come from: every commit and machine that had a part in them."""
     import pandas as pd
 
     frame = pd.read_csv(file)[["commit", "machine"]].fillna("unknown")
     # A row joins with " / " all that had a part in it, and rows share most of that.
     made = {name: " / ".join(dict.fromkeys(" / ".join(column).split(" / "))) for name, column in frame.items()}
-    rows = "Every row: [main.csv](docs/assets/main.csv), [paired.csv](docs/assets/paired.csv)."
-    return f"Written by `snakemake readme`, from a run at commit {made['commit']} on {made['machine']}. {rows}"
+    return f"Written by `snakemake readme`, from a run at commit {made['commit']} on {made['machine']}."
 
 
-def verdicts(main: Path, paired: Path) -> str:
-    """What the last method of the run is better in, worse in, and what cannot be told, at the fewest bits."""
+def verdicts(main: Path, paired: Path, seeds: Path | None) -> str:
+    """What the last method is better in, worse in, and what cannot be told, at the fewest bits.
+
+    With a table over quantization seeds the sentences speak of methods, without one of the checkpoints of this run.
+    """
     import pandas as pd
 
-    from quest.report.verdicts import verdict_sentences
+    from quest.report.verdicts import seed_sentences, verdict_sentences
 
-    focus = pd.read_csv(main)["method"].iloc[-1]
-    found = verdict_sentences(pd.read_csv(paired), focus)[0]
+    frame = pd.read_csv(seeds, keep_default_na=False, na_values=["nan"]) if seeds else None
+    if frame is not None and (frame["versus"] != "").any():
+        found = seed_sentences(frame)[0]
+        head = (
+            f"over quantization seeds {frame['seeds'].iloc[0]}, the methods as configured here (n = {frame['n'].max()})"
+        )
+        caveat = "Intervals hold the spread over images and over seeds"
+    else:
+        found = verdict_sentences(pd.read_csv(paired), pd.read_csv(main)["method"].iloc[-1])[0]
+        head = "the checkpoints of this run, of one calibration draw and one quantization seed"
+        caveat = "Intervals hold the spread over images alone, so these are verdicts on checkpoints, not on methods"
     lines = [f"- {sentence['text']}" for sentence in found["sentences"]]
-    caveat = "One calibration draw and one quantization seed: intervals are over images, and hold no spread over draws."
-    return "\n".join([f"At {found['bits'].upper()}:", "", *lines, "", caveat])
+    caveat += '; nothing is corrected for the number of comparisons, and "not told apart" does not mean equal.'
+    return "\n".join([f"At {found['bits'].upper()}, {head}:", "", *lines, "", caveat])
 
 
 def short_table(main: Path, paired: Path) -> str:
@@ -97,7 +123,11 @@ def short_table(main: Path, paired: Path) -> str:
             words = [model, method, width.upper(), f"{cell['size_mb'].iloc[0]:.4g}", *texts]
             lines.append("| " + " | ".join(words) + " |")
     size = int(frame["n"].max())
-    footer = f"n = {size} images. ± is half of a 95 % interval; bold: better than the runner-up by the paired interval."
+    footer = (
+        f"One checkpoint of each method (one calibration draw, one quantization seed), n = {size} images. ± is half of "
+        "a 95 % interval over images; bold: this checkpoint is better than the runner-up by the paired interval, and "
+        "not beyond full precision."
+    )
     return "\n".join([*lines, "", footer])
 
 
@@ -120,7 +150,10 @@ def paired_table(file: Path) -> str:
             text = with_interval(row["difference"], (row["high"] - row["low"]) / 2)
             cells.append(f"**{text}**" if row["better"] == row["method"] else text)
         lines.append("| " + " | ".join([*names, *cells]) + " |")
-    footer = "Difference, method minus versus, with half of its paired 95 % interval; bold: the method is better."
+    footer = (
+        "Difference, method minus versus, with half of its paired 95 % interval over images; bold: the checkpoint of "
+        "the method is better. One calibration draw and one quantization seed: another can move a difference by more."
+    )
     return "\n".join([*lines, "", footer])
 
 
