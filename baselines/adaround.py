@@ -76,6 +76,8 @@ def quantize(
 ):
     """Round the weights by AdaRound; activations stay in float. Returns a new pipeline.
 
+    Departure from the released commands of Q-Diffusion: 1,024 rows instead of 5,120 (20 steps of 256), or 6,400 for
+    Stable Diffusion.
     Raises ValueError for activation bits other than 32.
     """
     return round_weights_only(

@@ -32,7 +32,7 @@ def quantize(
 
     Losses, stages and schedules are QuEST's: the same layers are aligned in the same order, and a stage learns the same
     activation scales; but both learn the weights of every layer. The paper's table says no more than that all weights
-    are trained for as many iterations.
+    are trained for as many iterations. The learning rates are QuEST's and have not been searched for this method.
     """
     return finetune.learning(
         everything,

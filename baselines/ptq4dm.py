@@ -37,7 +37,7 @@ def ndtc(calibration: CalibrationSet, rows: int, seed: int, bug: bool = False) -
     Step s of S (0 is the cleanest) is the floor of a draw from N(0.4 S, 0.4 S), clamped to 0..S - 1; a row is what the
     sampler fed the denoiser at that step, both halves of a guided call. Rows lie in the order of the calls.
     bug: as in the released code, which stops the sampler after s steps, at noise level S - 1 - s, and labels that
-    sample with the timestep of step s.
+    sample with the timestep of step s. Departure from it: the row is the state before the step, there the one after it.
     """
     calls = calibration.calls()
     trajectories = len(calibration.trajectory.unique())

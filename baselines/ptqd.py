@@ -58,6 +58,9 @@ def quantize(
     """Quantize by Q-Diffusion's stack, then correct the sampler by PTQD. Returns a new pipeline with its own scheduler.
 
     The statistics hold for the sampler, the number of steps and the guidance scale of the calibration trajectories.
+    Departures from the released code: the statistics come from the calibration trajectories, not from 1,024 new
+    samples; with eta > 0 only the injected noise shrinks, as in the paper, while the released code also recomputes the
+    direction to x_t with the smaller sigma. Those of Q-Diffusion's stack apply, too (baselines.q_diffusion).
     Prints the fit's R^2: where it is low, the correlation explains little of the error.
     Raises ValueError for a sampler that is neither DDIM nor PLMS.
     """

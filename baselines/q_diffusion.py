@@ -46,7 +46,10 @@ def quantize(
     """Quantize by Q-Diffusion: AdaRound of the weights, static activation ranges, learned activation steps.
 
     Departures from the released code: both halves of a split layer are regularised, calibration rows are shuffled
-    (`stored_order` undoes that), the first and last layer keep 8 bits as in every row of the common stack.
+    (`stored_order` undoes that), the first and last layer keep 8 bits as in every row of the common stack, and there
+    are 1,024 rows instead of 5,120 (6,400 for Stable Diffusion). Split shortcuts are part of the method, but its
+    released commands set them for CIFAR-10 and Stable Diffusion only, and so do the models here (quest.models,
+    `split`); there is no released command for a class-conditional model.
     Raises ValueError where init and split disagree, and for time groups with ranges that hold at all timesteps.
     """
     return common_stack(

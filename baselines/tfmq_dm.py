@@ -73,8 +73,8 @@ def quantize(
     """Quantize by TFMQ-DM. Returns a new pipeline.
 
     Activation steps are not learned. Departures from the released code: ranges outside the block come from one MSE
-    search, of zero points too, instead of a running average. Started from AdaRound, the other layers of a residual
-    block were reconstructed together with AdaRound's projection, not with the block's.
+    search, of zero points too, instead of a running average, and reconstruction has 1,024 rows. Started from AdaRound,
+    the other layers of a residual block were reconstructed together with AdaRound's projection, not with the block's.
     Raises ValueError for an unknown scope.
     """
     if fsc_scope not in SCOPES:

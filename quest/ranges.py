@@ -71,9 +71,9 @@ def mse(x: Tensor, spec: QuantSpec, steps: int = 80, power: float = 2.4) -> tupl
 def mse_zero_point(x: Tensor, spec: QuantSpec, steps: int = 80, power: float = 2.4) -> tuple[Tensor, Tensor]:
     """As `mse`, with each range tried with its zero point rounded down and rounded up.
 
-    A departure from the published search, which at 4 bits tosses a coin over what a SiLU puts out: its minimum is
-    -0.278, so the zero point becomes 0 where the largest of the values seen exceeds 8.07, and all that is negative is
-    lost then. One value among the calibration rows decides it, and nothing learned afterwards moves a zero point.
+    A departure from BRECQ's search, in which at 4 bits a single calibration value can decide whether the negative
+    outputs of a SiLU survive. Their minimum is -0.278, so the zero point becomes 0 where the largest value seen exceeds
+    8.07, and all negative values are then clipped. Nothing that is learned afterwards moves a zero point.
     """
     return _shrunk(x, spec, steps, power, (torch.floor, torch.ceil))
 
