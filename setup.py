@@ -1,7 +1,7 @@
 """The compiled core of the integer kernels; all else stands in pyproject.toml.
 
-It is no Python module but a plain C library (see quest/kernels/integer.py). Where it does not compile, the installation
-goes on without it and quantized layers run on the reference kernel.
+It is no Python module but a plain C library (see quest/kernels/cpu/integer.py). Where it does not compile, the
+installation goes on without it and quantized layers run on the reference kernel.
 """
 
 from glob import glob
@@ -9,9 +9,9 @@ from glob import glob
 from setuptools import Extension, setup
 
 core = Extension(
-    "quest.kernels._core",
-    sorted(glob("quest/kernels/csrc/*.cpp")),
-    depends=glob("quest/kernels/csrc/*.h"),
+    "quest.kernels.cpu._core",
+    sorted(glob("quest/kernels/cpu/csrc/*.cpp")),
+    depends=glob("quest/kernels/cpu/csrc/*.h"),
     language="c++",
     extra_compile_args=["-O3", "-std=c++17", "-pthread"],
     extra_link_args=["-pthread"],

@@ -6,7 +6,6 @@ pipeline to a quantized one and leaves the one it was given as it was.
 
 from functools import partial
 
-import quest.finetune
 from baselines import (
     adaround,
     efficient_dm,
@@ -16,6 +15,7 @@ from baselines import (
     ptqd,
     q_diffusion,
     qalora,
+    quest,
     rtn,
     tfmq_dm,
 )
@@ -28,7 +28,7 @@ KEPT = {
     "ptq4dm-as-released": ptq4dm.RELEASED,
     "ptqd-as-released": ptqd.RELEASED,
     "tfmq-dm-as-released": tfmq_dm.RELEASED,
-    "quest-official": quest.finetune.OFFICIAL["keep"],
+    "quest-official": quest.OFFICIAL["keep"],
 }
 
 METHODS = {
@@ -56,7 +56,7 @@ METHODS = {
     "tfmq-dm-as-released": partial(tfmq_dm.quantize, keep=KEPT["tfmq-dm-as-released"], fsc_scope="all"),
     "full-finetune": full_finetune.quantize,
     "qalora": qalora.quantize,
-    "quest": quest.finetune.quantize,
-    "quest-paper": partial(quest.finetune.quantize, **quest.finetune.PAPER),
-    "quest-official": partial(quest.finetune.quantize, **quest.finetune.OFFICIAL),
+    "quest": quest.quantize,
+    "quest-paper": partial(quest.quantize, **quest.PAPER),
+    "quest-official": partial(quest.quantize, **quest.OFFICIAL),
 }

@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quest import ranges
 from quest.affine import FLOAT
-from quest.calibration import CalibrationSet
-from quest.layers import Keep, quant_layers, shortcut_splits, swap
-from quest.reconstruction import reconstruct_weights
+from quest.diffusion.calibration_set import CalibrationSet
+from quest.learning.reconstruction import reconstruct_weights
+from quest.quantization import ranges
+from quest.quantization.layer_names import Keep
+from quest.quantization.layers import quant_layers
+from quest.quantization.splitting import shortcut_splits
+from quest.quantization.swapping import swap
 
 TRAVEL = 20  # lr of alpha times iterations, as published: 1e-3 * 20,000
 STEPS = 20  # sampler calls of a calibration set, as published for DDIM

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from quest import cost, ranges
-from quest.alignment import ScaleAdam
-from quest.calibration import CalibrationSet, calibrate, guide
-from quest.checkpoint import load_weights
-from quest.layers import KEEP, Keep, QuantLayer, input_quantizers, quant_layers, swap
-from quest.timegroups import TimeGroups
+from quest.diffusion.calibration_set import CalibrationSet, guide
+from quest.learning.alignment import ScaleAdam
+from quest.learning.calibrate import calibrate
+from quest.quantization import cost, ranges
+from quest.quantization.checkpoint import load_weights
+from quest.quantization.layer_names import KEEP, Keep
+from quest.quantization.layers import QuantLayer, input_quantizers, quant_layers
+from quest.quantization.swapping import swap
+from quest.quantization.timegroups import TimeGroups
 
 # The paper's 160 epochs of 100 steps; or a sixteenth of them, with learning rates that are sixteen times as high.
 PRESETS = {"full": dict(iterations=16_000, batch=2, faster=1), "short": dict(iterations=1000, batch=8, faster=16)}

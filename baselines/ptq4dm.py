@@ -9,11 +9,13 @@ from torch import Tensor
 
 from baselines.adaround import round_weights_only, settings
 from baselines.q_diffusion import common_stack, groups_of
-from quest import ranges
 from quest.affine import FLOAT, QuantSpec
-from quest.calibration import CalibrationSet
-from quest.layers import Keep, input_quantizers, layer_bits, name_quantizers, quant_layers, swap
-from quest.quantizer import Quantizer
+from quest.diffusion.calibration_set import CalibrationSet
+from quest.quantization import ranges
+from quest.quantization.layer_names import Keep, layer_bits
+from quest.quantization.layers import input_quantizers, name_quantizers, quant_layers
+from quest.quantization.quantizer import Quantizer
+from quest.quantization.swapping import swap
 
 MEAN = DEVIATION = 0.4  # of the sampling step over their number (the released script; the paper says at most T / 2)
 CANDIDATES = 100  # thresholds of the released search
@@ -72,7 +74,7 @@ def quantize(
     softmax_bits: int = 8,
     activation_ranges: str = "mse-zero-point",  # see q_diffusion.activation_ranges_of
     ndtc_bug: bool = False,  # label samples as the released code does, see `ndtc`
-    granularity: str = "tensor",  # or "released": QuEST's at 4 bits, see quest.granularity
+    granularity: str = "tensor",  # or "released": QuEST's at 4 bits, see quest.quantization.granularity
     time_groups: int = 1,  # QuEST's: stretches of timesteps with activation scales of their own; here one for all
     rows: int = 1024,  # of the calibration set
     samples: int | None = None,  # rows (of each time group) that set the ranges; default: static_rows

@@ -2,7 +2,7 @@
 
 Along full-precision trajectories the guided prediction e~ of the quantized denoiser is compared with e of full
 precision, timestep by timestep: e~ - e = k e + bias + noise. The scheduler then samples with (e~ - bias) / (1 + k) and
-injects that much less noise as the quantized denoiser brings along (`quest.schedulers`).
+injects that much less noise as the quantized denoiser brings along (`quest.diffusion.samplers`).
 
 What applies to which sampler: DDIM with eta > 0 has all three corrections. DDIM with eta = 0 and PLMS inject no noise,
 so theirs are the corrections of mean and correlation only. The paper's mixed precision over the steps is left out: a
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from baselines.adaround import settings, uniform
 from baselines.q_diffusion import common_stack
-from quest.calibration import CalibrationSet, guide
-from quest.checkpoint import freeze
-from quest.layers import Keep
-from quest.schedulers import Correction, correct
+from quest.diffusion.calibration_set import CalibrationSet, guide
+from quest.diffusion.samplers import Correction, correct
+from quest.quantization.checkpoint import freeze
+from quest.quantization.layer_names import Keep
 
 BIASES = ("residual", "error")
 # What the released code keeps: shortcuts, downsampling convolutions and attention products in float; the first linear

@@ -6,13 +6,17 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 
 from baselines.adaround import Preset, round_weights, settings, splits, uniform
-from quest import ranges
-from quest.calibration import CalibrationSet, calibrate, calibrating, running, static_rows
-from quest.checkpoint import load_weights
-from quest.granularity import scale_axes
-from quest.layers import Keep, input_quantizers, split_layers, swap
-from quest.reconstruction import reconstruct_activations
-from quest.timegroups import TimeGroups, grouped
+from quest.diffusion.calibration_set import CalibrationSet
+from quest.learning.calibrate import calibrate, calibrating, running, static_rows
+from quest.learning.reconstruction import reconstruct_activations
+from quest.quantization import ranges
+from quest.quantization.checkpoint import load_weights
+from quest.quantization.granularity import scale_axes
+from quest.quantization.layer_names import Keep
+from quest.quantization.layers import input_quantizers
+from quest.quantization.splitting import split_layers
+from quest.quantization.swapping import swap
+from quest.quantization.timegroups import TimeGroups, grouped
 
 RUNNING = ("ema", "ema-symmetric")
 RANGES = (*ranges.SEARCHED, *RUNNING)
@@ -37,7 +41,7 @@ def quantize(
     split: bool = False,  # quantize the two parts of a decoder shortcut's input apart, as published for SD and CIFAR-10
     activation_ranges: str = "mse-zero-point",  # of RANGES; see `activation_ranges_of`
     stored_order: bool = False,  # calibrate noisiest rows first, as the released code does, not shuffled
-    granularity: str = "tensor",  # or "released": QuEST's at 4 bits, see quest.granularity
+    granularity: str = "tensor",  # or "released": QuEST's at 4 bits, see quest.quantization.granularity
     time_groups: int = 1,  # QuEST's: stretches of timesteps with activation scales of their own; here one for all
     rows: int = 1024,  # of the calibration set
     samples: int | None = None,  # rows (of each time group) that set the ranges of the first two; default: static_rows
@@ -48,7 +52,7 @@ def quantize(
     Departures from the released code: both halves of a split layer are regularised, calibration rows are shuffled
     (`stored_order` undoes that), the first and last layer keep 8 bits as in every row of the common stack, and there
     are 1,024 rows instead of 5,120 (6,400 for Stable Diffusion). Split shortcuts are part of the method, but its
-    released commands set them for CIFAR-10 and Stable Diffusion only, and so do the models here (quest.models,
+    released commands set them for CIFAR-10 and Stable Diffusion only, and so do the models here (diffusion.models,
     `split`); there is no released command for a class-conditional model.
     Raises ValueError where init and split disagree, and for time groups with ranges that hold at all timesteps.
     """

@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 
+from baselines import quest as finetune
 from baselines.efficient_dm import LowRank, add_low_rank, merge
-from quest import finetune
-from quest.calibration import CalibrationSet
-from quest.layers import Keep, QuantLayer
+from quest.diffusion.calibration_set import CalibrationSet
+from quest.quantization.layer_names import Keep
+from quest.quantization.layers import QuantLayer
 
 
 def quantize(
@@ -16,7 +17,7 @@ def quantize(
     a: int,
     *,
     init: str | None = None,  # checkpoint whose weights to start from; default: nearest codes of the mse range
-    preset: str = "short",  # iterations, batch and learning rates: "short", "tenth" or "full", see finetune.PRESETS
+    preset: str = "short",  # iterations, batch and learning rates: "short", "tenth" or "full", see quest.PRESETS
     time_groups: int | None = None,  # default: one for each timestep of the calibration set
     selection: str | None = None,  # layers tuned in the second stage, of selection.SELECTIONS; default: by the pipeline
     keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8

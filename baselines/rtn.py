@@ -1,8 +1,10 @@
 """Round to nearest: no reconstruction, no finetuning, no time groups."""
 
-from quest import ranges as choosers
-from quest.calibration import CalibrationSet, calibrate, static_rows
-from quest.layers import quant_layers, swap
+from quest.diffusion.calibration_set import CalibrationSet
+from quest.learning.calibrate import calibrate, static_rows
+from quest.quantization import ranges as choosers
+from quest.quantization.layers import quant_layers
+from quest.quantization.swapping import swap
 
 WHOLE = 256  # rows that stand for the whole calibration set
 RANGES = {  # of weights (per output channel) and of activations (per tensor)

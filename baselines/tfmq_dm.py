@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from baselines.adaround import TRAVEL, Preset, settings, uniform
-from quest import cost, ranges
 from quest.affine import FLOAT
-from quest.calibration import CalibrationSet, calibrate, calibrating, static_rows
-from quest.checkpoint import freeze, load_weights
-from quest.layers import Keep, QuantLayer, input_quantizers, name_quantizers, quant_layers, swap
-from quest.quantizer import Quantizer
-from quest.reconstruction import float_activations, learn_rounding, reconstruct_weights
-from quest.timegroups import TimeGroups
+from quest.diffusion.calibration_set import CalibrationSet
+from quest.learning.calibrate import calibrate, calibrating, static_rows
+from quest.learning.reconstruction import float_activations, learn_rounding, reconstruct_weights
+from quest.quantization import cost, ranges
+from quest.quantization.checkpoint import freeze, load_weights
+from quest.quantization.layer_names import Keep
+from quest.quantization.layers import QuantLayer, input_quantizers, name_quantizers, quant_layers
+from quest.quantization.quantizer import Quantizer
+from quest.quantization.swapping import swap
+from quest.quantization.timegroups import TimeGroups
 
 SCOPES = ("tib", "all")
 # What the released code keeps: shortcuts and downsampling convolutions in float, the weights of the first linear and of

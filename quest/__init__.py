@@ -8,7 +8,7 @@ def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration, **recipe)
         pipe: a full-precision pipeline with a `unet`, in float32.
         method: a name in `baselines.METHODS`, or a callable of the same form.
         bits: weight and activation bits, such as "w4a8".
-        calibration: a `CalibrationSet` of this pipeline (`quest.calibration.collect`).
+        calibration: a `CalibrationSet` of this pipeline (`quest.diffusion.calibration_set.collect`).
         recipe: the method's hyperparameters, by keyword; see its `quantize`.
 
     Raises:
@@ -18,9 +18,9 @@ def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration, **recipe)
     import inspect
 
     from baselines import METHODS
-    from quest import cost
-    from quest.checkpoint import freeze
     from quest.config import parse_bits
+    from quest.quantization import cost
+    from quest.quantization.checkpoint import freeze
 
     if not callable(method) and method not in METHODS:
         raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
@@ -44,17 +44,17 @@ def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration, **recipe)
 
 
 def save(pipe, path, floats: bool = False, **extra) -> None:
-    """Write a quantized pipeline's denoiser to one .safetensors file; see `quest.checkpoint.save`.
+    """Write a quantized pipeline's denoiser to one .safetensors file; see `quest.quantization.checkpoint.save`.
 
     floats: keep float weights, not codes: what another method is to start from (`init`).
     """
-    from quest import checkpoint
+    from quest.quantization import checkpoint
 
     checkpoint.save(pipe, path, floats, **extra)
 
 
 def load(pipe, path, kernel: str = "auto"):
-    """A quantized pipeline from the full-precision one and a saved file; see `quest.checkpoint.load`."""
-    from quest import checkpoint
+    """A quantized pipeline from the full-precision one and a saved file; see `quest.quantization.checkpoint.load`."""
+    from quest.quantization import checkpoint
 
     return checkpoint.load(pipe, path, kernel)

@@ -13,7 +13,7 @@ def main(arguments: list[str] | None = None) -> None:
     plan.add_argument("--machine", help="a machine of resources/costs.csv; default: this one's processor or GPU")
     plan.add_argument("--costs", type=Path, help="measured costs (default resources/costs.csv)")
     measure = commands.add_parser("measure", help="add to the measured costs")
-    measure.add_argument("model", help="a name in quest.models.MODELS")
+    measure.add_argument("model", help="a name in quest.diffusion.models.MODELS")
     measure.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     measure.add_argument("--batch", type=int, help="samples per call; default: those of a sampling batch")
     measure.add_argument("--costs", type=Path, help="file to write (default resources/costs.csv)")
@@ -28,16 +28,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _plan(given):
-    from quest import plan, timing
     from quest.config import read, validate
+    from quest.planning import measure, plan
 
     if not given.config.is_file():
         raise FileNotFoundError(f"{given.config}: no such file; valid: a config such as workflow/config/paper.yaml")
     config = read(given.config)
     validate(config)
-    costs = timing.read(given.costs or timing.COSTS)
+    costs = measure.read(given.costs or measure.COSTS)
     machines = sorted({row["machine"] for row in costs})
-    machine = given.machine or timing.machine("cuda" if _has_gpu() else "cpu")
+    machine = given.machine or measure.machine("cuda" if _has_gpu() else "cpu")
     if given.machine and given.machine not in machines:
         raise ValueError(f"--machine: nothing was measured on {given.machine!r}; valid: {', '.join(machines)}")
     print(plan.report(config, costs, machine), end="")
@@ -46,18 +46,18 @@ def _plan(given):
 def _measure(given):
     import torch
 
-    from quest import timing
-    from quest.models import get
+    from quest.diffusion.models import get
+    from quest.planning import measure
 
     torch.set_num_threads(1)
-    rows = timing.measure(get(given.model), given.device, given.batch)
-    timing.record(rows, given.costs or timing.COSTS)
+    rows = measure.measure(get(given.model), given.device, given.batch)
+    measure.record(rows, given.costs or measure.COSTS)
     for row in rows:
         print(f"{row['model']} on {row['machine']}: {row['what']} {row['value']} {row['unit']}")
 
 
 def _audit(given):
-    from quest import audit
+    from quest.quantization import audit
 
     if not given.file.is_file():
         raise FileNotFoundError(f"{given.file}: no such file; valid: a checkpoint, model.safetensors of a cell")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quest.kernels.core import available, core
+from quest.kernels.cpu.core import available, core
 
 FLOAT = 32  # bits of a tensor that is not quantized
 

@@ -151,7 +151,7 @@ def read(file: str | Path) -> dict:
 
 def validate(config: dict) -> None:
     """Raise ConfigError for the first thing in `config` that could not run."""
-    from quest.models import MODELS
+    from quest.diffusion.models import MODELS
 
     _check_schema(config)
     if config["name"] in SHARED:
@@ -266,7 +266,7 @@ def missing_files(config: dict, model: str, keys: Iterable[str]) -> list[str]:
 
 def _check_captions(model, settings: dict, config: dict) -> None:
     """Raise ConfigError where a model is asked for more images than its file of captions may have lines for."""
-    from quest.models import CAPTION_LINES
+    from quest.diffusion.models import CAPTION_LINES
 
     if model.origin is None or not model.origin.captions:
         return

@@ -9,10 +9,9 @@ from torch.nn import functional as F
 
 from quest import kernels
 from quest.affine import QParams, QTensor, QuantSpec, quantize
+from quest.diffusion.models import MODELS, ZOO
 from quest.metrics import weights
-from quest.models import MODELS
-from quest.provenance import provenance
-from quest.zoo import ZOO
+from quest.runtime.provenance import provenance
 
 TOLERANCE = 1e-5  # of a layer's largest output: float rounding
 
@@ -95,8 +94,8 @@ def _kernel(name, device):
 
 def _path():
     """Which instructions the integer kernel takes, and why no better ones."""
-    from quest.kernels import integer
-    from quest.kernels.core import best
+    from quest.kernels.cpu import integer
+    from quest.kernels.cpu.core import best
 
     if integer.unavailable(torch.device("cpu")):
         compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")

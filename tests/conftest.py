@@ -18,8 +18,8 @@ from diffusers import (
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from quest.models import Model
-from quest.pipelines import ClassEmbedder, LatentDiffusionPipeline
+from quest.diffusion.models import Model
+from quest.diffusion.pipelines import ClassEmbedder, LatentDiffusionPipeline
 
 torch.set_num_threads(1)
 
@@ -192,7 +192,7 @@ def text_model(text_pipe) -> Model:
 
 
 def _calibration(pipe, model):
-    from quest.calibration import collect
+    from quest.diffusion.calibration_set import collect
 
     return collect(pipe, model, "calibration", 4)
 
@@ -217,9 +217,9 @@ def layer_of():
     """Makes a quantized layer of a weight, with its MSE ranges."""
     from torch import nn
 
-    from quest import ranges
     from quest.affine import QuantSpec
-    from quest.layers import quantized
+    from quest.quantization import ranges
+    from quest.quantization.layers import quantized
 
     def make(weight, bits):
         linear = weight.ndim == 2

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from quest.affine import QParams, QuantSpec, fake_quantize, quantize
-from quest.layers import quantized
-from quest.quantizer import Quantizer
-from quest.ranges import minmax, mse
-from quest.timegroups import TimeGroups
+from quest.quantization.layers import quantized
+from quest.quantization.quantizer import Quantizer
+from quest.quantization.ranges import minmax, mse
+from quest.quantization.timegroups import TimeGroups
 
 GOLDEN = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / "golden" / "quantizers.npz").items()}
 

@@ -281,7 +281,7 @@ def test_shipped_names_differ():
 
 
 def test_the_snakefile_imports_nothing_heavy():
-    code = "import sys, quest.config, quest.models; print(*sys.modules)"
+    code = "import sys, quest.config, quest.diffusion.models; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {"torch", "numpy", "pandas", "diffusers"} & set(modules) == set()
 
@@ -359,7 +359,7 @@ def test_a_method_may_be_given_its_own_defaults(default, method):
 
 
 def test_the_schema_knows_every_selection():
-    from quest.selection import SELECTIONS
+    from baselines.selection import SELECTIONS
 
     schema = yaml.safe_load(configuration.SCHEMA.read_text())
     assert set(schema["$defs"]["quest"]["properties"]["selection"]["enum"]) == set(SELECTIONS)

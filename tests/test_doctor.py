@@ -3,7 +3,8 @@ import torch
 
 from quest import doctor
 from quest.__main__ import main
-from quest.kernels import integer, reference
+from quest.kernels import reference
+from quest.kernels.cpu import integer
 from quest.metrics import weights
 
 

@@ -12,8 +12,8 @@ import torch
 
 KERNELS = {  # imported when asked for
     "reference": "quest.kernels.reference",
-    "integer": "quest.kernels.integer",
-    "triton": "quest.kernels.triton",
+    "integer": "quest.kernels.cpu.integer",
+    "triton": "quest.kernels.triton.kernel",
 }
 # What "auto" tries, in order; elsewhere the reference. "triton" joins when it has run on a GPU.
 FASTEST = {"cpu": ("integer", "reference")}

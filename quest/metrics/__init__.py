@@ -38,7 +38,7 @@ class Cell:
     eps_error: np.ndarray | None = None  # [trajectories, calls], relative squared error of each noise prediction
     timesteps: np.ndarray | None = None  # [calls], timestep of each denoiser call; a multistep sampler may repeat one
     sampled: tuple[dict, ...] = ()  # provenance of each shard: where and with what it was drawn
-    footprint: dict = field(default_factory=dict)  # size and work of the denoiser, see quest.cost
+    footprint: dict = field(default_factory=dict)  # size and work of the denoiser, see quest.quantization.cost
 
     @classmethod
     def load(cls, features: Sequence[str | Path], samples: Sequence[str | Path]) -> "Cell":

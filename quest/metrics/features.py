@@ -9,7 +9,7 @@ BATCH = 250  # images per pass of a network
 
 
 def _scenes():
-    from quest.zoo import extractor
+    from quest.metrics import extractor
 
     network = extractor.load()
 
@@ -27,7 +27,7 @@ def _inception(protocol):
 
 
 def _scenes_clip():
-    from quest.zoo import clip
+    from quest.metrics import clip
 
     return clip.load()
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from quest.download import sha256_of
-from quest.files import atomic
 from quest.metrics import weights
 from quest.metrics.features import extract
 from quest.metrics.frechet import Reference, Statistics, load_reference, save_reference
-from quest.provenance import provenance
+from quest.runtime.download import sha256_of
+from quest.runtime.files import atomic
+from quest.runtime.provenance import provenance
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 HIDDEN = (".", "__MACOSX")  # of .ipynb_checkpoints, .thumbnails and their like; copies of images, or parts of them

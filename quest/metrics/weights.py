@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from quest.download import fetch, sha256_of
+from quest.runtime.download import fetch, sha256_of
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def sha256(name: str) -> str | None:
 
     Shipped networks are hashed as they lie there; of the others the hash is known, and `path` has compared it.
     """
+    from quest.diffusion.models import ZOO
     from quest.metrics import RESIZE
-    from quest.zoo import ZOO
 
     if name in RESIZE:
         name = "inception"

@@ -7,10 +7,12 @@ has 16 codes for just these values.
 from collections.abc import Callable
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from quest.calibration import CalibrationSet
-from quest.layers import SplitConv2d, layer_class, split_layers
+from quest.diffusion.calibration_set import CalibrationSet
+from quest.quantization.layer_names import layer_class
+from quest.quantization.splitting import SplitConv2d, split_layers
 
 STATISTICS = ("max / p99", "kurtosis", "standard deviation")
 EDGES = torch.linspace(-20, 20, 161)  # of histograms, in standard deviations of full precision
@@ -98,3 +100,33 @@ def distributions(denoiser: nn.Module, evaluation: CalibrationSet, scale: dict[s
         of_class = {statistic: mean[:, i].tolist() for i, statistic in enumerate(STATISTICS)}
         result[name] = {"layers": len(names)} | of_class | {"histogram": histogram.tolist()}
     return result
+
+
+@torch.no_grad()
+def activation_ranges(pipe: DiffusionPipeline, calibration: CalibrationSet, samples: int = 32) -> list[dict]:
+    """Input range of the full-precision layers at every timestep, averaged over the layers of a class.
+
+    Returns rows {layer_class, timestep, low, high, layers}.
+    """
+    seen: dict[str, list[tuple[float, float]]] = {}
+    layers = {n: m for n, m in pipe.unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+
+    def record(name):
+        return lambda _module, args: seen.setdefault(layer_class(name), []).append(
+            (args[0].min().item(), args[0].max().item())
+        )
+
+    handles = [m.register_forward_pre_hook(record(n)) for n, m in layers.items()]
+    rows = []
+    try:
+        for t in calibration.timesteps:
+            seen.clear()
+            at_t = (calibration.timestep == t).nonzero().flatten()
+            pipe.unet(**calibration.inputs(at_t[:: max(1, len(at_t) // samples)]))
+            for name, ranges in seen.items():
+                low, high = torch.tensor(ranges, dtype=torch.float64).mean(0).tolist()
+                rows.append(dict(layer_class=name, timestep=t, low=low, high=high, layers=len(ranges)))
+    finally:
+        for h in handles:
+            h.remove()
+    return rows

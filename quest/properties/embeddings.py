@@ -8,9 +8,9 @@ information"). It keeps its information as long as it moves less than timesteps 
 import torch
 from torch import Tensor, nn
 
-from quest.calibration import CalibrationSet
+from quest.diffusion.calibration_set import CalibrationSet
 
-PATH = "time embedding"  # the class of layers that timesteps pass through, see quest.layers.LAYER_CLASSES
+PATH = "time embedding"  # the class of layers that timesteps pass through, see layer_names.LAYER_CLASSES
 
 
 @torch.no_grad()

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from quest.layers import input_quantizers
-from quest.placement import place
+from quest.quantization.layers import input_quantizers
+from quest.quantization.placement import place
 
 
 @torch.no_grad()

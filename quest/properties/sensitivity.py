@@ -9,13 +9,17 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from quest import ranges
 from quest.affine import FLOAT
-from quest.calibration import CalibrationSet, calibrate, eps_error
-from quest.checkpoint import freeze
-from quest.cost import macs
-from quest.layers import LAYER_CLASSES, attentions, layer_class, quant_layers, swap
-from quest.timegroups import TimeGroups, grouped
+from quest.diffusion.calibration_set import CalibrationSet
+from quest.learning.calibrate import calibrate
+from quest.metrics.noise_prediction import eps_error
+from quest.quantization import ranges
+from quest.quantization.checkpoint import freeze
+from quest.quantization.cost import macs
+from quest.quantization.layer_names import LAYER_CLASSES, layer_class
+from quest.quantization.layers import attentions, quant_layers
+from quest.quantization.swapping import swap
+from quest.quantization.timegroups import TimeGroups, grouped
 
 PRODUCTS = "attention products"
 ENDS = "boundary"  # the class of the first and last layer, which every method keeps at 8 bits

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from quest import ranges
 from quest.affine import QParams, QuantSpec, fake_quantize
-from quest.calibration import CalibrationSet
-from quest.layers import KEEP, layer_bits
+from quest.diffusion.calibration_set import CalibrationSet
+from quest.quantization import ranges
+from quest.quantization.layer_names import KEEP, layer_bits
 
 STEP = 1e-3  # of the central differences; in float64
 

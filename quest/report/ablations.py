@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from quest.files import atomic
 from quest.metrics import METRICS
 from quest.report.effort import effort
 from quest.report.markup import markdown_table, plus_minus
 from quest.report.tables import footprint_of, paired, provenance_of, read
+from quest.runtime.files import atomic
 
 SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # with differences, in Markdown
 COLUMNS = ["model", "bits", "row", "changes", "metric", "value", "low", "high", "n"]

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from quest.diffusion.models import MODELS, PREPARED, ZOO, Model
 from quest.metrics import METRICS, weights
-from quest.models import MODELS, PREPARED, Model
-from quest.zoo import ZOO
 
 PUBLISHED = Path(__file__).parents[2] / "resources" / "published.csv"
 COLUMNS = ["source", "table", "model", "method", "bits", "metric", "value", "protocol", "note"]

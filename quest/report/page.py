@@ -11,7 +11,6 @@ from pathlib import Path
 import jinja2
 from markdown_it import MarkdownIt
 
-from quest.files import atomic
 from quest.metrics import METRICS
 from quest.report import figures, ledger, style, tables
 from quest.report.page_images import drawings, farthest, grids, illustrated, picture
@@ -26,6 +25,7 @@ from quest.report.page_tables import (
     speed_table,
 )
 from quest.report.verdicts import comparisons, seed_matrix, seed_sentences, verdict_matrix, verdict_sentences
+from quest.runtime.files import atomic
 
 DRAWN = ("latent_mse", "fid_to_fp", "fid", "eps_error", "sfid", "is", "clip", "psnr", "precision")
 AGAINST_COST = ("latent_mse", "fid_to_fp", "fid")

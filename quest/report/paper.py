@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from quest.files import atomic
 from quest.metrics import METRICS
 from quest.report import ledger
 from quest.report.effort import effort
 from quest.report.markup import latex_table, markdown_table, plus_minus, tex
 from quest.report.tables import paired, provenance_of, read
+from quest.runtime.files import atomic
 
 # What may stand for a model of the paper, the first that was measured. Tables 2 and 7 do not say which model it was.
 STANDS = {

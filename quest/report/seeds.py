@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from quest.files import atomic
 from quest.metrics import METRICS, compare
 from quest.report.markup import markdown_row, plus_minus
 from quest.report.tables import provenance_of, read
+from quest.runtime.files import atomic
 
 SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # in Markdown
 COLUMNS = ["model", "bits", "metric", "method", "versus", "value", "low", "high", "over_images", "over_seeds"]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from quest.files import atomic
-from quest.provenance import provenance
 from quest.report.markup import markdown_table
+from quest.runtime.files import atomic
+from quest.runtime.provenance import provenance
 
 KEY = ["part", "model", "layer", "batch", "threads", "kernel"]
 # part: "peak", "layer" or "step" (a whole denoiser call). count: layers of the denoiser that are alike. ms, speedup:

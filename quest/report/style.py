@@ -10,7 +10,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from quest.files import atomic
+from quest.runtime.files import atomic
 
 # Okabe and Ito's palette, told apart with any colour vision; shapes say it a second time. Full precision is black.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]

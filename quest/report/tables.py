@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from quest.files import atomic
 from quest.metrics import METRICS, compare
 from quest.report import ledger
 from quest.report.markup import latex_table, markdown_table, plus_minus, tex
+from quest.runtime.files import atomic
 
 PROVENANCE = ["seeds", "versions", "commit", "machine"]
 MAIN = ["model", "method", "bits", "metric", "value", "low", "high", "published", "n", "extractor", "protocol"]
 # Of the denoiser: bytes of its packed file over 1e6, bit operations of one call on one sample, bits that a parameter
-# takes as stored; what exactly counts is said by quest.cost. latency_ms: median wall time of one denoiser call while
+# takes as stored; what exactly counts is said by `cost`. latency_ms: median wall time of one denoiser call while
 # the first shard was sampled, on whatever else the machine did; latency_at: samples in the call, threads.
 FOOTPRINT = ["size_mb", "bops", "effective_bits", "kernel", "realizable", "latency_ms", "latency_at"]
 MAIN += ["reference", "note", *FOOTPRINT, *PROVENANCE]

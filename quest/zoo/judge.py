@@ -14,14 +14,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from quest.files import atomic
+from quest.diffusion import scenes
+from quest.diffusion.models import MODELS, ZOO
+from quest.diffusion.pipelines import LatentDiffusionPipeline
+from quest.diffusion.sampling import generate
+from quest.metrics.extractor import HEADS, load, outputs, targets
 from quest.metrics.frechet import Statistics, frechet_distance, load_reference
-from quest.models import MODELS
-from quest.pipelines import LatentDiffusionPipeline
-from quest.provenance import provenance
-from quest.sampling import generate
-from quest.zoo import ZOO, scenes
-from quest.zoo.extractor import HEADS, load, outputs, targets
+from quest.runtime.files import atomic
+from quest.runtime.provenance import provenance
 from quest.zoo.latents import HELD_OUT, posterior_means
 from quest.zoo.train_autoencoder import to_tensor
 from quest.zoo.train_denoiser import Trainee, held_out_error

@@ -7,8 +7,8 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from quest.files import atomic
-from quest.zoo import scenes
+from quest.diffusion import scenes
+from quest.runtime.files import atomic
 from quest.zoo.train_autoencoder import to_tensor
 from quest.zoo.training import Progress
 

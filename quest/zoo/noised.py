@@ -2,10 +2,10 @@
 
 import torch
 
-from quest.calibration import CalibrationSet
-from quest.models import Model
-from quest.sampling import timesteps
-from quest.zoo import scenes
+from quest.diffusion import scenes
+from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.models import Model
+from quest.diffusion.sampling import timesteps
 from quest.zoo.latents import posterior_means
 
 

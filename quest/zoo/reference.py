@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from quest.files import atomic
+from quest.diffusion import scenes
+from quest.diffusion.models import ZOO
+from quest.metrics.extractor import load, outputs
 from quest.metrics.frechet import Statistics, save_reference
-from quest.provenance import provenance
-from quest.zoo import ZOO, scenes
-from quest.zoo.extractor import load, outputs
+from quest.runtime.files import atomic
+from quest.runtime.provenance import provenance
 from quest.zoo.train_autoencoder import to_tensor
 
 
@@ -24,7 +25,7 @@ def build(path, extractor=ZOO / "scenes-extractor", n=20_000):
     pool, spatial = (Statistics.from_features(torch.cat([p[k] for p in parts]).numpy()) for k in ("pool", "spatial"))
     weights = (Path(extractor) / "model.safetensors").read_bytes()
     metadata = {
-        "data": f"scenes 0 to {n - 1} of the reference split of quest.zoo.scenes",
+        "data": f"scenes 0 to {n - 1} of the reference split of quest.diffusion.scenes",
         "extractor": "scenes",
         "extractor_sha256": hashlib.sha256(weights).hexdigest(),
         "provenance": provenance(),

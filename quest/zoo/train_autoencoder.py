@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from quest.files import atomic_folder
-from quest.zoo import scenes
+from quest.diffusion import scenes
+from quest.runtime.files import atomic_folder
 from quest.zoo.training import Progress, cosine, generator, load_checkpoint, save_checkpoint
 
 LATENT_CHANNELS = 8

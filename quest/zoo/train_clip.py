@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from quest.files import atomic_folder
-from quest.zoo import scenes
-from quest.zoo.clip import load
+from quest.diffusion import scenes
+from quest.metrics.clip import load
+from quest.runtime.files import atomic_folder
 from quest.zoo.train_autoencoder import to_tensor
 from quest.zoo.train_extractor import augment
 from quest.zoo.training import Progress, cosine, generator, load_checkpoint, save_checkpoint
@@ -45,7 +45,7 @@ def contrastive_loss(image, text, scale):
 
 
 def train(out, iterations, images=20_000, batch_size=128, learning_rate=2e-3, held_out=1000, seed=2, log_every=25):
-    """Train and write a folder that quest.zoo.clip.load reads."""
+    """Train and write a folder that quest.metrics.clip.load reads."""
     out = Path(out)
     checkpoint = out.with_name(out.name + ".checkpoint")
     torch.manual_seed(seed)

@@ -26,9 +26,10 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from quest.files import atomic_folder
-from quest.pipelines import ClassEmbedder, LatentDiffusionPipeline, forget_origin
-from quest.zoo import latents, scenes
+from quest.diffusion import scenes
+from quest.diffusion.pipelines import ClassEmbedder, LatentDiffusionPipeline, forget_origin
+from quest.runtime.files import atomic_folder
+from quest.zoo import latents
 from quest.zoo.train_autoencoder import LATENT_CHANNELS
 from quest.zoo.training import (
     Average,

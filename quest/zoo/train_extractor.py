@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
-from quest.files import atomic_folder
-from quest.zoo import scenes
-from quest.zoo.extractor import HEADS, SceneNet, outputs, targets
+from quest.diffusion import scenes
+from quest.metrics.extractor import HEADS, SceneNet, outputs, targets
+from quest.runtime.files import atomic_folder
 from quest.zoo.train_autoencoder import to_images, to_tensor
 from quest.zoo.training import Progress, cosine, generator, load_checkpoint, save_checkpoint
 

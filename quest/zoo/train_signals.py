@@ -19,9 +19,9 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from quest.files import atomic
-from quest.models import Model
-from quest.pipelines import ClassEmbedder, LatentDiffusionPipeline
+from quest.diffusion.models import Model
+from quest.diffusion.pipelines import ClassEmbedder, LatentDiffusionPipeline
+from quest.runtime.files import atomic
 from quest.zoo import signals
 from quest.zoo.training import Average, Progress, constant_then_decay, generator
 

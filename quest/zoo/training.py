@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from quest.files import atomic
+from quest.runtime.files import atomic
 
 
 def generator(seed, iteration):

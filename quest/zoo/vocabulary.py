@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from transformers import CLIPTokenizer
 
-from quest.zoo import scenes
+from quest.diffusion import scenes
 
 MAX_LENGTH = 20  # the longest caption has 15 words
 END_OF_WORD = "</w>"

@@ -7,9 +7,9 @@ machine that does nothing else. One thread. `snakemake kernels` measures all lay
 import pytest
 import torch
 
-from quest.kernels.benchmark import shapes
-from quest.kernels.benchmark.single_layers import ATTENTION_KERNELS, OWN, contenders
-from quest.models import MODELS
+from quest.benchmark import shapes
+from quest.benchmark.single_layers import ATTENTION_KERNELS, OWN, contenders
+from quest.diffusion.models import MODELS
 
 
 def layers():

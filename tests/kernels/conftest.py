@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quest.kernels import core
+from quest.kernels.cpu import core
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512vnni", "amx"])

@@ -13,10 +13,11 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 import quest
-from quest.attention import QuantAttention
-from quest.kernels import blocks, integer
-from quest.layers import QuantLayer, swap
-from quest.placement import place
+from quest.kernels.cpu import blocks, integer
+from quest.quantization.attention import QuantAttention
+from quest.quantization.layers import QuantLayer
+from quest.quantization.placement import place
+from quest.quantization.swapping import swap
 
 pytestmark = pytest.mark.skipif(
     integer.unavailable(torch.device("cpu")) is not None, reason="no compiled core: installed without a C++ compiler"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quest.affine import QuantSpec, _FakeQuantize, _FusedFakeQuantize
-from quest.kernels import core
+from quest.kernels.cpu import core
 
 pytestmark = pytest.mark.skipif(not core.available(), reason="no compiled core: installed without a C++ compiler")
 

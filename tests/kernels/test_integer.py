@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from quest import kernels
 from quest.affine import FLOAT, QParams, QTensor, QuantSpec, fake_quantize, quantize
-from quest.kernels import core, integer, reference
+from quest.kernels import reference
+from quest.kernels.cpu import core, integer
 
 pytestmark = [
     pytest.mark.skipif(

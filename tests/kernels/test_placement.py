@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 import quest
-from quest import checkpoint, cost, kernels
+from quest import kernels
 from quest.affine import QuantSpec
-from quest.calibration import collect
-from quest.kernels import integer
-from quest.layers import QuantLayer, attentions, quant_layers, quantized, swap
-from quest.models import MODELS
-from quest.placement import deviation, on_reference, place
-from quest.sampling import arguments, generate
+from quest.diffusion.calibration_set import collect
+from quest.diffusion.models import MODELS
+from quest.diffusion.sampling import arguments, generate
+from quest.kernels.cpu import integer
+from quest.quantization import checkpoint, cost
+from quest.quantization.layers import QuantLayer, attentions, quant_layers, quantized
+from quest.quantization.placement import deviation, on_reference, place
+from quest.quantization.swapping import swap
 
 pytestmark = [
     pytest.mark.skipif(
@@ -254,7 +256,7 @@ def test_without_a_compiled_core_the_reference_computes(tmp_path):
 import logging, torch
 logging.basicConfig()
 from quest import kernels
-from quest.kernels import core as compiled
+from quest.kernels.cpu import core as compiled
 compiled.EXTENSION_SUFFIXES = []
 assert kernels.choose("auto", torch.device("cpu")) == "reference"
 try:

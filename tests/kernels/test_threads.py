@@ -9,7 +9,7 @@ import pytest
 import torch
 from operands import activation, weight
 
-from quest.kernels import integer
+from quest.kernels.cpu import integer
 
 pytestmark = [
     pytest.mark.skipif(

@@ -15,9 +15,10 @@ from operands import activation, exact, weight
 from torch.nn import functional as F
 
 from quest.affine import QParams, QTensor, QuantSpec, fake_quantize, quantize
-from quest.kernels import reference, triton
-from quest.quantizer import Quantizer
-from quest.timegroups import TimeGroups
+from quest.kernels import reference
+from quest.kernels.triton import kernel as triton
+from quest.quantization.quantizer import Quantizer
+from quest.quantization.timegroups import TimeGroups
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -319,8 +320,8 @@ def test_where_it_is_not_available(monkeypatch):
     assert triton.unavailable(torch.device("meta")) == "it computes on a CUDA GPU, not on meta"
     assert "in float32, not in torch.float16" in triton.unavailable(torch.device("cuda"), torch.float16)
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "quest.kernels.programs", raising=False)
-    monkeypatch.delattr("quest.kernels.programs", raising=False)
+    monkeypatch.delitem(sys.modules, "quest.kernels.triton.programs", raising=False)
+    monkeypatch.delattr("quest.kernels.triton.programs", raising=False)
     assert "the package triton cannot be imported" in triton.unavailable(torch.device("cuda"))
 
 
@@ -367,7 +368,7 @@ def test_calls_wait_for_nothing_and_replay_from_a_cuda_graph():
 def test_whole_denoisers(bits, request):
     """Codes at ties differ, and what follows multiplies the difference; it stays below the error of quantization."""
     import quest
-    from quest.placement import place
+    from quest.quantization.placement import place
 
     with torch.device("cpu"):
         pipe, calibration = (request.getfixturevalue(f"uncond_{what}") for what in ("pipe", "calibration"))
@@ -417,7 +418,7 @@ if not INTERPRETED:
     def test_layers_compile_to_integer_products(tmp_path, monkeypatch, capability, bits, fused):
         """Fused: a linear layer of half-precision inputs. Else a 3 x 3 convolution over codes."""
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        from quest.kernels.programs import multiply
+        from quest.kernels.triton.programs import multiply
 
         types = {n: "*fp32" for n in ("sums", "weight_float", "bias", "scale", "zero_point")}
         types |= {"x": "*fp16" if fused else "*i8", "weight": "*i8" if bits == 8 else "*u8"}
@@ -432,7 +433,7 @@ if not INTERPRETED:
     @needs_triton
     def test_attention_compiles_to_integer_products(tmp_path, monkeypatch):
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        from quest.kernels.programs import attend
+        from quest.kernels.triton.programs import attend
 
         kinds = (("", "*i8"), ("_sums", "*fp32"), ("_scale", "*fp32"), ("_zero", "*fp32"))
         types = {name + suffix: kind for name in "qkvp" for suffix, kind in kinds} | {"y": "*fp16", "scale": "fp32"}

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from quest.diffusion.models import ZOO
 from quest.metrics import features, weights
 from quest.metrics.clip_score import clip_scores
 from quest.metrics.features import extract
-from quest.zoo import ZOO
 
 
 class MeanColour(torch.nn.Module):
@@ -96,7 +96,7 @@ def test_bad_input(images, monkeypatch):
 
 @pytest.mark.skipif(not (ZOO / "scenes-extractor").is_dir(), reason="no trained extractor in this checkout")
 def test_scenes_extractor_sees_what_is_drawn():
-    from quest.zoo.scenes import draw
+    from quest.diffusion.scenes import draw
 
     scenes = draw("validation", 100)
     got = extract(scenes.images(), "scenes")
@@ -106,7 +106,7 @@ def test_scenes_extractor_sees_what_is_drawn():
 
 @pytest.mark.skipif(not (ZOO / "scenes-clip").is_dir(), reason="no trained image-text model in this checkout")
 def test_scenes_clip_prefers_the_right_caption():
-    from quest.zoo.scenes import draw
+    from quest.diffusion.scenes import draw
 
     scenes = draw("validation", 100)
     got = extract(scenes.images(), "scenes", "scenes-clip", scenes.captions())
@@ -193,8 +193,8 @@ def test_without_weights_the_error_says_what_to_put_where(images, tmp_path, monk
         raise OSError("no route to host")
 
     monkeypatch.setenv("QUEST_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr("quest.download.urllib.request.urlopen", refused)
-    monkeypatch.setattr("quest.download.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("quest.runtime.download.urllib.request.urlopen", refused)
+    monkeypatch.setattr("quest.runtime.download.time.sleep", lambda seconds: None)
     with pytest.raises(OSError, match=rf"no route.*put it at {tmp_path}/weights-inception-2015-12-05-6726825d.pth"):
         extract(images, "adm")
     with pytest.raises(OSError, match=rf"put it at {tmp_path}/ViT-B-16.pt \(SHA-256 5806e77c"):

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from quest.layers import shortcut_splits, swap
-from quest.properties.distributions import EDGES, STATISTICS, distributions, spreads, statistics
+from quest.properties.distributions import EDGES, STATISTICS, activation_ranges, distributions, spreads, statistics
+from quest.quantization.splitting import shortcut_splits
+from quest.quantization.swapping import swap
 
 
 def test_statistics_of_known_distributions():
@@ -39,3 +40,11 @@ def test_a_split_shortcut_is_one_layer_with_one_input(uncond_pipe, uncond_calibr
     split = swap(uncond_pipe, 32, 32, splits=splits).unet
     scale = spreads(uncond_pipe.unet, uncond_calibration)
     assert splits and spreads(split, uncond_calibration) == pytest.approx(scale, rel=1e-4)
+
+
+def test_activation_ranges(uncond_pipe, uncond_calibration):
+    rows = activation_ranges(uncond_pipe, uncond_calibration)
+    by_class = {r["layer_class"]: r for r in rows}
+    assert {"time embedding", "boundary", "attention q, k, v"} <= by_class.keys()
+    assert len(rows) == len(by_class) * len(uncond_calibration.timesteps)
+    assert all(r["low"] < r["high"] and r["layers"] > 0 for r in rows)

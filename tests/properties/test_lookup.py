@@ -4,10 +4,10 @@ from functools import partial
 import torch
 
 import quest
-from quest.layers import input_quantizers
-from quest.placement import place
+from quest.planning.measure import interleaved
 from quest.properties.lookup import look_up, single
-from quest.timing import interleaved
+from quest.quantization.layers import input_quantizers
+from quest.quantization.placement import place
 
 
 def test_steps_take_turns_after_one_to_warm_up():

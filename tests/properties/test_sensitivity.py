@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from quest.affine import FLOAT
-from quest.calibration import eps_error
-from quest.layers import quant_layers
+from quest.metrics.noise_prediction import eps_error
 from quest.properties.sensitivity import PRODUCTS, lowered, parts, sensitivities
+from quest.quantization.layers import quant_layers
 
 
 def test_parts_hold_every_layer_and_attention_once(class_pipe):

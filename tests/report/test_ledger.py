@@ -7,10 +7,10 @@ import math
 import pandas as pd
 import pytest
 
-from quest import models
 from quest.config import parse_bits
+from quest.diffusion import models
+from quest.diffusion.models import MODELS
 from quest.metrics import METRICS
-from quest.models import MODELS
 from quest.report import ledger
 
 BEDROOMS = {"model": "lsun-bedrooms", "weights": "00", "sampler": "ddim", "steps": 200, "eta": 1.0, "n": 50_000}

@@ -65,12 +65,12 @@ def test_paths_are_single_words_of_the_commands(stubbed):
 def test_a_cell_is_made_of_files_in_such_a_folder(project):
     import torch
 
-    from quest import rehearsal
+    from quest.diffusion import random_checkpoints
 
     folder = project.folder / HOSTILE
     folder.mkdir(parents=True)
     (folder / "tokenizer").symlink_to(ROOT / "resources/zoo/scenes-text/tokenizer")
-    torch.save({"state_dict": rehearsal.state_dict("tiny-sd")}, folder / "x.ckpt")
+    torch.save({"state_dict": random_checkpoints.state_dict("tiny-sd")}, folder / "x.ckpt")
     project.write("mine.yaml", yaml.safe_dump(config_of(Path(HOSTILE))))
     run = project.snakemake("results/quoted/tiny-sd/rtn/w8a8/metrics.json", "--configfile", "mine.yaml", timeout=600)
     assert run.returncode == 0, run.stdout

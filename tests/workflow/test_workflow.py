@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quest import plan
 from quest.config import runs, starting_points
+from quest.diffusion.models import MODELS
 from quest.metrics import METRICS
-from quest.models import MODELS
+from quest.planning import plan
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(file.stem for file in ROOT.glob("workflow/config/*.yaml"))
@@ -346,7 +346,7 @@ def test_a_failed_job_tells_where_its_log_is(stubbed):
 SLOW_WRITER = """
 import sys, time
 from pathlib import Path
-from quest.files import atomic
+from quest.runtime.files import atomic
 with atomic(sys.argv[sys.argv.index("-o") + 1]) as file:
     file.write_text("first half, ")
     if not Path("killed").exists():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from quest.sampling import timesteps
+from quest.diffusion.sampling import timesteps
 from quest.zoo.noised import noised
 
 

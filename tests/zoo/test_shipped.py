@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from quest.diffusion import scenes
+from quest.diffusion.models import MODELS, ZOO
+from quest.diffusion.sampling import generate
+from quest.metrics import clip, extractor
 from quest.metrics.frechet import Statistics, frechet_distance, load_reference
-from quest.models import MODELS
-from quest.sampling import generate
-from quest.zoo import ZOO, clip, extractor, scenes
 from quest.zoo.latents import posterior_means
 from quest.zoo.train_autoencoder import to_tensor
 from quest.zoo.train_extractor import accuracy, reconstruct

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 import quest
-from quest.calibration import collect
-from quest.cost import undeclared
-from quest.layers import KEEP
+from quest.diffusion.calibration_set import collect
 from quest.properties.sensitivity import parts
+from quest.quantization.cost import undeclared
+from quest.quantization.layer_names import KEEP
 from quest.zoo import signals, train_signals
 
 

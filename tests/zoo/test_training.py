@@ -5,9 +5,11 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from quest.files import atomic_folder
-from quest.pipelines import LatentDiffusionPipeline
-from quest.zoo import clip, extractor, latents, scenes, train_autoencoder, train_clip, train_denoiser, train_extractor
+from quest.diffusion import scenes
+from quest.diffusion.pipelines import LatentDiffusionPipeline
+from quest.metrics import clip, extractor
+from quest.runtime.files import atomic_folder
+from quest.zoo import latents, train_autoencoder, train_clip, train_denoiser, train_extractor
 from quest.zoo.training import constant_then_decay, cosine
 
 

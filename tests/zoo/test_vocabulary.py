@@ -3,7 +3,7 @@
 import pytest
 from transformers import CLIPTokenizer
 
-from quest.zoo import scenes
+from quest.diffusion import scenes
 from quest.zoo.vocabulary import MAX_LENGTH, build_tokenizer, encode
 
 

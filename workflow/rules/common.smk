@@ -19,8 +19,8 @@ from quest.config import (
     starting_points,
     validate,
 )
-from quest.models import MODELS
-from quest.provenance import CONFIG, config_hash
+from quest.diffusion.models import MODELS
+from quest.runtime.provenance import CONFIG, config_hash
 
 try:
     check_names([*Path(workflow.basedir, "workflow/config").glob("*.yaml"), *workflow.overwrite_configfiles])

@@ -17,7 +17,7 @@ rule tiny_checkpoint:
         mem_mb=growing(1000),
         runtime=growing(5),
     shell:
-        "python -m quest.rehearsal {wildcards.tiny:q} -o {output:q} > {log:q} 2>&1"
+        "python -m quest.diffusion.random_checkpoints {wildcards.tiny:q} -o {output:q} > {log:q} 2>&1"
 
 
 rule model:

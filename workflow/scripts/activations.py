@@ -6,7 +6,7 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.models.MODELS")
+    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
     parser.add_argument("bits", help="weight and activation bits of both quantized denoisers, e.g. w4a4")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--evaluation", type=Path, required=True, help="held-out trajectories")
@@ -20,11 +20,11 @@ def main() -> None:
 
     import quest
     from baselines import METHODS
-    from quest.calibration import CalibrationSet
     from quest.config import parse_bits
-    from quest.models import MODELS
+    from quest.diffusion.calibration_set import CalibrationSet
+    from quest.diffusion.models import MODELS
     from quest.properties.distributions import EDGES, distributions, spreads
-    from quest.provenance import write_json
+    from quest.runtime.provenance import write_json
 
     torch.set_num_threads(arguments.threads)
     model = MODELS[arguments.model]

@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "findings.md")
     arguments = parser.parse_args()
 
-    from quest.files import between
+    from quest.runtime.files import between
 
     between(arguments.document, BEGIN, END, arguments.findings.read_text().strip())
     print(arguments.document)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.models.MODELS")
+    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint with time groups")
     parser.add_argument("--evaluation", type=Path, required=True, help="held-out trajectories")
     parser.add_argument("--repeats", type=int, default=40, help="calls of each (default %(default)s)")
@@ -24,12 +24,12 @@ def main() -> None:
 
     import quest
     from quest import kernels
-    from quest.calibration import CalibrationSet
-    from quest.cost import stored
-    from quest.models import MODELS
+    from quest.diffusion.calibration_set import CalibrationSet
+    from quest.diffusion.models import MODELS
+    from quest.planning.measure import interleaved
     from quest.properties.lookup import look_up, single
-    from quest.provenance import write_json
-    from quest.timing import interleaved
+    from quest.quantization.cost import stored
+    from quest.runtime.provenance import write_json
 
     torch.set_num_threads(arguments.threads)
     model = MODELS[arguments.model]

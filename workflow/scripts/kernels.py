@@ -7,7 +7,9 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--models", nargs="+", help="names in quest.models.MODELS (default: those that ship and two of the paper)"
+        "--models",
+        nargs="+",
+        help="names in diffusion.models.MODELS (default: those that ship and two of the paper)",
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument(
@@ -18,10 +20,10 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    from quest.kernels import benchmark
-    from quest.kernels.benchmark.machine import instruction_set
-    from quest.kernels.benchmark.shapes import PAPER, ZOO
-    from quest.models import get
+    from quest import benchmark
+    from quest.benchmark.machine import instruction_set
+    from quest.benchmark.shapes import PAPER, ZOO
+    from quest.diffusion.models import get
     from quest.report import figures, speed
 
     models = tuple(get(name).name for name in arguments.models or (*ZOO, *PAPER))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.models.MODELS")
+    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
     parser.add_argument("method")
     parser.add_argument("bits")
     parser.add_argument("--features", type=Path, nargs="+", required=True, help="features-*.npz of the cell")
@@ -18,13 +18,13 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
 
-    from quest.download import sha256_of
-    from quest.files import atomic
+    from quest.diffusion.models import MODELS
     from quest.metrics import Cell, measure
     from quest.metrics.frechet import load_reference
-    from quest.models import MODELS
-    from quest.provenance import provenance
     from quest.report.ledger import fingerprint
+    from quest.runtime.download import sha256_of
+    from quest.runtime.files import atomic
+    from quest.runtime.provenance import provenance
 
     model = MODELS[arguments.model]
     cell = Cell.load(arguments.features, arguments.samples)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.models.MODELS that does not ship")
+    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS that does not ship")
     parser.add_argument(
         "--checkpoint", type=Path, nargs="?", help="published weights; without it, fetched if they can be"
     )
@@ -16,8 +16,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args()
 
-    from quest.download import fetch
-    from quest.models import get
+    from quest.diffusion.models import get
+    from quest.runtime.download import fetch
 
     model = get(arguments.model)
     origin, checkpoint = model.origin, arguments.checkpoint
@@ -31,7 +31,7 @@ def main() -> None:
             )
         checkpoint = fetch(origin.url, arguments.fetched / Path(origin.url).name, origin.sha256)
 
-    from quest.origins import prepare
+    from quest.diffusion.published import prepare
 
     try:
         prepare(

@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
 
-    from quest.files import atomic
+    from quest.runtime.files import atomic
 
     try:
         path = weights.path(arguments.network)

@@ -12,8 +12,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write tables and figures into")
     arguments = parser.parse_args()
 
-    from quest.files import atomic
     from quest.report import properties, property_figures
+    from quest.runtime.files import atomic
 
     activations, temporal, sensitivity = (
         [json.loads(file.read_text()) for file in files]

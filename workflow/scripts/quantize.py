@@ -8,7 +8,7 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.models.MODELS")
+    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
     parser.add_argument("method", help="a name in baselines.METHODS")
     parser.add_argument("bits", help="weight and activation bits, e.g. w4a8")
     parser.add_argument("--recipe", type=json.loads, default={}, help="the method's keyword arguments, as JSON")
@@ -25,16 +25,16 @@ def main() -> None:
     import baselines
     import quest
     from baselines import METHODS
-    from quest import lease
-    from quest.calibration import CalibrationSet
-    from quest.checkpoint import read_header
     from quest.config import parse_bits
-    from quest.cost import peak_memory
-    from quest.models import MODELS
-    from quest.resume import digest, resuming
+    from quest.diffusion.calibration_set import CalibrationSet
+    from quest.diffusion.models import MODELS
+    from quest.quantization.checkpoint import read_header
+    from quest.quantization.cost import peak_memory
+    from quest.runtime import gpu_lock
+    from quest.runtime.resume import digest, resuming
 
     torch.set_num_threads(arguments.threads)
-    lease.take(arguments.device)
+    gpu_lock.take(arguments.device)
     torch.manual_seed(0)
     model = MODELS[arguments.model]
     recipe = model.recipe(METHODS[arguments.method], parse_bits(arguments.bits)[1]) | arguments.recipe

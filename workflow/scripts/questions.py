@@ -23,8 +23,8 @@ def main() -> None:
 
     import pandas as pd
 
-    from quest.files import atomic
     from quest.report import evidence, property_figures, questions
+    from quest.runtime.files import atomic
 
     found = evidence.read(
         arguments.properties,

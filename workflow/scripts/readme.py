@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="docs/results.md lies beside it")
     arguments = parser.parse_args()
 
-    from quest.files import between
+    from quest.runtime.files import between
 
     docs = arguments.readme.parent / "docs"
     images = [f"![{file.stem.replace('_', ' ')}](assets/{file.name})" for file in arguments.figures]

@@ -23,11 +23,11 @@ def main() -> None:
 
     import torch
 
-    from quest import lease
     from quest.metrics.reference import build
+    from quest.runtime import gpu_lock
 
     torch.set_num_threads(arguments.threads)
-    lease.take(arguments.device)
+    gpu_lock.take(arguments.device)
     reference = build(
         arguments.source,
         arguments.output,

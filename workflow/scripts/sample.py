@@ -9,7 +9,7 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.models.MODELS")
+    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
     parser.add_argument("--checkpoint", type=Path, nargs="?", help="quantized denoiser; without it, full precision")
     parser.add_argument("-n", type=int, required=True, help="images of the whole cell")
     parser.add_argument("--shard", default="0/1", help="K/N: the K-th of N parts, from 0")
@@ -26,16 +26,18 @@ def main() -> None:
     import torch
 
     import quest
-    from quest import cost, lease, placement
-    from quest.calibration import CalibrationSet, eps_error
-    from quest.files import atomic
+    from quest.diffusion.calibration_set import CalibrationSet
+    from quest.diffusion.models import MODELS, SEEDS
+    from quest.diffusion.sampling import generate, timed
     from quest.metrics.features import extract
-    from quest.models import MODELS, SEEDS
-    from quest.provenance import provenance
-    from quest.sampling import generate, timed
+    from quest.metrics.noise_prediction import eps_error
+    from quest.quantization import cost, placement
+    from quest.runtime import gpu_lock
+    from quest.runtime.files import atomic
+    from quest.runtime.provenance import provenance
 
     torch.set_num_threads(arguments.threads)
-    lease.take(arguments.device)
+    gpu_lock.take(arguments.device)
     shard, shards = map(int, arguments.shard.split("/"))
     model = MODELS[arguments.model]
     pipe = model.load(device=arguments.device)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.models.MODELS")
+    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
     parser.add_argument("method", help="a name in baselines.METHODS")
     parser.add_argument("bits", help="weight and activation bits, e.g. w4a4")
     parser.add_argument("recipes", type=json.loads, help='JSON list of keyword arguments, e.g. [{}, {"samples": 64}]')
@@ -24,8 +24,9 @@ def main() -> None:
     import torch
 
     import quest
-    from quest.calibration import CalibrationSet, collect, eps_error
-    from quest.models import MODELS
+    from quest.diffusion.calibration_set import CalibrationSet, collect
+    from quest.diffusion.models import MODELS
+    from quest.metrics.noise_prediction import eps_error
 
     torch.set_num_threads(arguments.threads)
     model = MODELS[arguments.model]

@@ -22,11 +22,12 @@ def main() -> None:
     import torch
 
     import quest
-    from quest.calibration import collect, eps_error
     from quest.config import parse_bits
+    from quest.diffusion.calibration_set import collect
+    from quest.diffusion.sampling import generate
+    from quest.metrics.noise_prediction import eps_error
     from quest.metrics.paired import latent_mse
-    from quest.provenance import write_json
-    from quest.sampling import generate
+    from quest.runtime.provenance import write_json
     from quest.zoo import signals, train_signals
 
     torch.set_num_threads(arguments.threads)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.models.MODELS")
+    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
     parser.add_argument("--evaluation", type=Path, required=True, help="held-out trajectories")
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 5, 4, 3, 2], help="default %(default)s")
     parser.add_argument("-o", "--output", type=Path, required=True, help="json file to write")
@@ -15,10 +15,10 @@ def main() -> None:
 
     import torch
 
-    from quest.calibration import CalibrationSet
-    from quest.models import MODELS
+    from quest.diffusion.calibration_set import CalibrationSet
+    from quest.diffusion.models import MODELS
     from quest.properties.taylor import taylor
-    from quest.provenance import write_json
+    from quest.runtime.provenance import write_json
 
     torch.set_num_threads(arguments.threads)
     evaluation = CalibrationSet.load(arguments.evaluation)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.models.MODELS")
+    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
     parser.add_argument("bits", help="weight and activation bits of what is quantized, e.g. w4a4")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--evaluation", type=Path, required=True, help="held-out trajectories")
@@ -20,13 +20,14 @@ def main() -> None:
     import torch
 
     import quest
-    from quest.calibration import CalibrationSet, eps_error
     from quest.config import parse_bits
-    from quest.models import MODELS
+    from quest.diffusion.calibration_set import CalibrationSet
+    from quest.diffusion.models import MODELS
+    from quest.metrics.noise_prediction import eps_error
     from quest.properties.embeddings import PATH, embeddings, moved
     from quest.properties.sensitivity import ENDS, lowered, parts
-    from quest.provenance import write_json
     from quest.report.properties import KINDS
+    from quest.runtime.provenance import write_json
 
     torch.set_num_threads(arguments.threads)
     model, bits = MODELS[arguments.model], parse_bits(arguments.bits)

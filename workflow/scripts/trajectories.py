@@ -8,7 +8,7 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.models.MODELS")
+    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
     parser.add_argument("-n", type=int, required=True, help="trajectories of the calibration set")
     parser.add_argument("--draw", type=int, default=0, help="which ones: another number, other seeds")
     parser.add_argument("--calibration", type=Path, required=True, help="file to write, seeds of the calibration split")
@@ -21,14 +21,15 @@ def main() -> None:
 
     import torch
 
-    from quest import lease
-    from quest.calibration import activation_ranges, collect
-    from quest.files import atomic
-    from quest.models import MODELS, SEEDS
-    from quest.provenance import provenance
+    from quest.diffusion.calibration_set import collect
+    from quest.diffusion.models import MODELS, SEEDS
+    from quest.properties.distributions import activation_ranges
+    from quest.runtime import gpu_lock
+    from quest.runtime.files import atomic
+    from quest.runtime.provenance import provenance
 
     torch.set_num_threads(arguments.threads)
-    lease.take(arguments.device)
+    gpu_lock.take(arguments.device)
     model = MODELS[arguments.model]
     pipe = model.load(device=arguments.device)
 

@@ -15,7 +15,7 @@ SCENES = 64  # held out
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.models.MODELS")
+    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
     parser.add_argument("bits", help="weight and activation bits, e.g. w4a4")
     parser.add_argument("--recipe", type=json.loads, default={}, help="keyword arguments of QuEST, as JSON")
     parser.add_argument("--data", choices=("trajectories", "scenes", "noise"), default="trajectories")
@@ -30,10 +30,11 @@ def main() -> None:
 
     import quest
     from baselines import METHODS
-    from quest.calibration import CalibrationSet, eps_error
     from quest.config import parse_bits
-    from quest.models import MODELS
-    from quest.provenance import write_json
+    from quest.diffusion.calibration_set import CalibrationSet
+    from quest.diffusion.models import MODELS
+    from quest.metrics.noise_prediction import eps_error
+    from quest.runtime.provenance import write_json
     from quest.zoo.noised import noised
 
     torch.set_num_threads(arguments.threads)

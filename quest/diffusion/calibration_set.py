@@ -1,0 +1,159 @@
+"""Calibration sets: what the full-precision denoiser met, and answered, along its own sampling trajectories.
+
+Data-free (QuEST, arXiv:2402.03666, section 4): trajectories start from Gaussian noise, so no image is needed. A guided
+sampler calls the denoiser on a doubled batch; both halves are kept, so every latent appears once with its condition and
+once without.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quest.runtime.files import atomic
+from quest.runtime.hashing import opened, tensor_hash
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from quest.diffusion.models import Model
+
+
+@dataclass
+class CalibrationSet:
+    """N denoiser calls: rows in the order they were made, trajectory by trajectory within a call.
+
+    sample [N, C, h, w], timestep [N] (int64), conditioning {argument: [N, ...]}, target [N, C, h, w] (the prediction of
+    full precision), trajectory [N] (image index), call [N] (0 for the noisiest; a sampler may visit a timestep twice).
+    """
+
+    sample: Tensor
+    timestep: Tensor
+    target: Tensor
+    trajectory: Tensor
+    call: Tensor
+    conditioning: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    @property
+    def timesteps(self) -> list[int]:
+        """Distinct timesteps, noisiest first."""
+        return sorted(set(self.timestep.tolist()), reverse=True)
+
+    def inputs(self, rows: Tensor) -> dict[str, Tensor]:
+        """Keyword arguments of the denoiser for these rows."""
+        return dict(
+            sample=self.sample[rows], timestep=self.timestep[rows], **{k: v[rows] for k, v in self.conditioning.items()}
+        )
+
+    def subset(self, rows: Tensor) -> CalibrationSet:
+        """These rows, in this order; a row may occur more than once."""
+        own = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "conditioning"}
+        return CalibrationSet(**own, conditioning={k: v[rows] for k, v in self.conditioning.items()})
+
+    def calls(self) -> Tensor:
+        """Rows of each sampler call, [calls * trajectories, halves], call by call.
+
+        Under guidance a call has two halves, without and then with the condition; else one.
+        Raises ValueError for a set that lacks a call or a half of some trajectory.
+        """
+        key = self.call * (int(self.trajectory.max()) + 1) + self.trajectory
+        counts = key.unique(return_counts=True)[1]
+        if (counts != counts[0]).any():
+            raise ValueError("the calibration set holds some sampler calls in full and others in part")
+        return key.argsort(stable=True).reshape(-1, int(counts[0]))
+
+    def to(self, device) -> CalibrationSet:
+        """The same rows on another device: where a denoiser is, its inputs must be."""
+        own = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "conditioning"}
+        return CalibrationSet(**own, conditioning={k: v.to(device) for k, v in self.conditioning.items()})
+
+    def save(self, path, metadata: dict | None = None) -> None:
+        """Write a safetensors file whose header has `metadata` and the hash of every tensor, atomically."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "conditioning"}
+        tensors |= {f"conditioning.{k}": v for k, v in self.conditioning.items()}
+        tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
+        header = (metadata or {}) | {"hashes": {k: tensor_hash(v) for k, v in tensors.items()}}
+        with atomic(path) as tmp:
+            save_file(tensors, tmp, {"quest": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path) -> CalibrationSet:
+        """Raises ValueError for a file that is not a calibration set, or whose bytes have changed since it was saved.
+
+        Sets of an earlier version have no hashes; they are taken as they are.
+        """
+        with opened(path) as f:
+            hashes = json.loads((f.metadata() or {}).get("quest", "{}")).get("hashes", {})
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+        changed = [k for k in hashes if k not in tensors or tensor_hash(tensors[k]) != hashes[k]]
+        if changed:
+            raise ValueError(f"{path} is corrupted: its tensor {changed[0]} is not what was saved; make it again")
+        missing = {f.name for f in fields(cls)} - {"conditioning"} - set(tensors)
+        if missing:
+            raise ValueError(f"{path} is not a calibration set: it lacks {', '.join(sorted(missing))}")
+        prefix = "conditioning."
+        conditioning = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
+        return cls(**tensors, conditioning=conditioning)
+
+
+def guide(predictions: Tensor, guidance: float | None) -> Tensor:
+    """What the sampler works with, [B, C, h, w], of predictions [B, halves, C, h, w] (classifier-free guidance).
+
+    Raises ValueError for two halves without a guidance scale, and for one half with another scale than 1.
+    """
+    if predictions.shape[1] == 1:
+        if guidance not in (None, 1):
+            raise ValueError(f"guidance: {guidance} needs calibration trajectories that were sampled with guidance")
+        return predictions[:, 0]
+    if guidance is None:
+        raise ValueError("guidance: the calibration trajectories were guided; give the sampler's scale")
+    without, given = predictions.unbind(1)
+    return without + guidance * (given - without)
+
+
+@torch.no_grad()
+def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int, draw: int = 0) -> CalibrationSet:
+    """Sample n images of a split and keep every denoiser call of their trajectories.
+
+    draw: 0 for images 0 to n - 1; every further draw has other ones, from the next whole batch on.
+    """
+    from quest.diffusion.sampling import generate  # here, so that the class alone loads no pipelines
+
+    first = draw * math.ceil(n / model.batch_size) * model.batch_size
+    calls: list[dict] = []
+
+    def record(_denoiser, args, kwargs, output):
+        named = dict(zip(("sample", "timestep"), args, strict=False)) | kwargs
+        conditioning = {k: v for k, v in named.items() if isinstance(v, Tensor) and k not in ("sample", "timestep")}
+        prediction = output.sample if hasattr(output, "sample") else output[0]
+        t = torch.as_tensor(named["timestep"]).reshape(-1)[0].expand(len(prediction))
+        calls.append(dict(sample=named["sample"], timestep=t, target=prediction, **conditioning))
+
+    kept: dict[str, list[Tensor]] = {}
+    handle = pipe.unet.register_forward_hook(record, with_kwargs=True)
+    try:
+        for indices, _, _ in generate(pipe, model, split, n, first=first):
+            for number, call in enumerate(calls):
+                halves = len(call["sample"]) // model.batch_size  # 2 under guidance
+                rows = torch.cat([torch.arange(len(indices)) + h * model.batch_size for h in range(halves)])
+                for name, value in call.items():
+                    kept.setdefault(name, []).append(value.cpu()[rows].clone())
+                kept.setdefault("trajectory", []).append(torch.as_tensor(indices).repeat(halves))
+                kept.setdefault("call", []).append(torch.full((len(rows),), number))
+            calls.clear()
+    finally:
+        handle.remove()
+    tensors = {k: torch.cat(v) for k, v in kept.items()}
+    names = [f.name for f in fields(CalibrationSet) if f.name != "conditioning"]
+    own = {k: tensors.pop(k) for k in names}
+    own["timestep"] = own["timestep"].long()
+    return CalibrationSet(**own, conditioning=tensors)

@@ -1,0 +1,394 @@
+"""The models of the suite: how each is loaded, sampled and conditioned. No torch until one is loaded.
+
+Those of `resources/zoo` ship. Those of the paper come from their published checkpoints, see `Origin`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+ZOO = Path(__file__).resolve().parents[2] / "resources" / "zoo"  # the models that ship
+# Image i of a split has seed SEEDS[split] + i, so no two splits ever share noise.
+SEEDS = {"evaluation": 0, "calibration": 1_000_000, "validation": 2_000_000}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights of a model come from that does not ship.
+
+    A config names them (`models.<name>.checkpoint`); the pipeline that the model loads is made of them once.
+    """
+
+    what: str  # what to get and where it is published, said where it is missing
+    compvis: str | None = None  # configuration in resources/compvis of a checkpoint in CompVis's format
+    url: str | None = None  # fetched from here where a config names no checkpoint; only with a hash to check it by
+    sha256: str | None = None
+    captions: bool = False  # sampled from a file of captions that the config names, too
+
+
+@dataclass(frozen=True)
+class Model:
+    """One pretrained pipeline and the protocol under which it is quantized and judged."""
+
+    name: str
+    load: Callable[..., DiffusionPipeline]  # load(device="cpu"): float32, eval mode
+    sampler: str  # "ddim", "ddim-quadratic" or "plms"
+    steps: int  # num_inference_steps; PLMS calls the denoiser once more
+    conditioning: str  # "none", "class" or "text"
+    selection: str  # which layers QuEST tunes: "lsun", "imagenet" or "sd"
+    batch_size: int  # images per sampling batch, the same in every run
+    time_groups: int
+    eta: float = 0.0
+    guidance: float = 1.0  # 1 is none
+    source: Callable[[str, int, int], Sequence] | None = (
+        None  # source(split, start, stop): labels or captions; may be shorter
+    )
+    keep: dict[str, int] = field(
+        default_factory=lambda: {"conv_in": 8, "conv_out": 8}, hash=False
+    )  # layer glob -> bits
+    softmax_bits: int = 8
+    split: bool = False  # Q-Diffusion quantizes the two parts of a decoder shortcut's input apart
+    activation_ranges: str = "mse"  # of its static ranges from 8 bits on: "mse", "ema" or "ema-symmetric", as released
+    trajectories: int = 50  # full-precision trajectories in the calibration set; whole batches waste nothing
+    extractor: str = "scenes"  # network behind FID, sFID and IS
+    clip: str | None = None  # image-text model behind the CLIP score
+    reference: Path | None = None  # statistics of real images
+    origin: Origin | None = None  # of a model that does not ship
+
+    @property
+    def protocol(self) -> str:
+        """How images are made, in one line."""
+        eta = "" if self.sampler == "plms" else f", eta {self.eta:g}"
+        return f"{self.sampler} {self.steps}{eta}, guidance {self.guidance:g}"
+
+    def recipe(self, method: Callable, activation_bits: int) -> dict:
+        """Keyword arguments that the protocol says to a method: those it knows of and has no choice of its own for.
+
+        A config's recipe has the last word. Kinds of running ranges are published for 8-bit activations only; below,
+        the method's default, the MSE search, serves it better.
+        """
+        said = {n: getattr(self, n) for n in ("keep", "softmax_bits", "time_groups", "selection", "guidance", "split")}
+        if activation_bits >= 8:
+            said["activation_ranges"] = self.activation_ranges
+        known = set(signature(method).parameters) - set(getattr(method, "keywords", ()))
+        return {name: value for name, value in said.items() if name in known}
+
+    def seeds(self, split: str, indices: Sequence[int]) -> list[int]:
+        """The seed of each image. Raises ValueError for an unknown split."""
+        if split not in SEEDS:
+            raise ValueError(f"split: {split!r} is not one of {', '.join(SEEDS)}")
+        return [SEEDS[split] + index for index in indices]
+
+    def conditions(self, split: str, indices: Sequence[int]) -> dict[str, list]:
+        """What the pipeline is told about each image: {}, {"class_labels": [int]} or {"prompt": [str]}.
+
+        Raises ValueError where the model's source has fewer labels or captions than asked for.
+        """
+        if self.source is None or not len(indices):
+            return {}
+        start, stop = min(indices), max(indices) + 1
+        found = self.source(split, start, stop)
+        if len(found) < stop - start:
+            what = {"class": "labels", "text": "captions"}[self.conditioning]
+            raise ValueError(f"{self.name}: split {split!r} has fewer than {stop} {what}; ask for fewer images")
+        key, kind = {"class": ("class_labels", int), "text": ("prompt", str)}[self.conditioning]
+        return {key: [kind(found[index - start]) for index in indices]}
+
+
+def _load_zoo(name: str, device="cpu") -> DiffusionPipeline:
+    """A shipped model from resources/zoo. Its weights are stored in float16 and computed with in float32."""
+    folder = ZOO / name
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"{name}: no trained model in {folder}; `snakemake zoo` trains it")
+    return load_pipeline(folder, device)
+
+
+def _load_prepared(name: str, device="cpu") -> DiffusionPipeline:
+    """A model of the paper, from what `snakemake` made of its checkpoint (`quest.diffusion.published`)."""
+    folder = PREPARED / name
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{name}: no pipeline in {folder}; name the weights in a config, models.{name}.checkpoint "
+            f"({MODELS[name].origin.what}), and run `snakemake results/models/{name} --configfile CONFIG`"
+        )
+    return load_pipeline(folder, device)
+
+
+def load_pipeline(folder: Path, device="cpu") -> DiffusionPipeline:
+    """A pipeline in diffusers layout, in float32 and eval mode. Raises ValueError for a pipeline of another kind."""
+    import torch
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+    from quest.diffusion.pipelines import LatentDiffusionPipeline
+
+    kinds = {kind.__name__: kind for kind in (LatentDiffusionPipeline, StableDiffusionPipeline)}
+    found = DiffusionPipeline.load_config(folder)["_class_name"]
+    if found not in kinds:
+        raise ValueError(f"{folder}: a {found}; valid: {', '.join(kinds)}")
+    # A safety checker would black out images, and those of one method more often than another's.
+    unchecked = {"safety_checker": None, "requires_safety_checker": False} if "Stable" in found else {}
+    pipe = kinds[found].from_pretrained(folder, **unchecked)
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            # A text encoder loads in the float16 it is stored in. On a CPU, convolutions are half again as fast when
+            # channels are innermost, and what follows a layer keeps the layout its weight has.
+            module.float().eval().to(memory_format=torch.channels_last)
+    return pipe.to(device)
+
+
+def _scene_labels(split: str, start: int, stop: int) -> Sequence[int]:
+    from quest.diffusion.scenes import draw
+
+    return draw(split, stop - start, start=start).labels()
+
+
+def _scene_captions(split: str, start: int, stop: int) -> Sequence[str]:
+    from quest.diffusion.scenes import draw
+
+    return draw(split, stop - start, start=start).captions()
+
+
+def _imagenet_labels(split: str, start: int, stop: int) -> Sequence[int]:
+    """Class (309 i) mod 1000 of image i: 50 of each class in 50,000 images, and a few images are spread over all.
+
+    The released code of QuEST calibrates on classes 0 to 25 only, the first 256 of images that are sorted by class.
+    """
+    return [309 * index % 1000 for index in range(start, stop)]
+
+
+# Lines of a caption file: the evaluation's first, so that the published ones come first and calibration has others.
+CAPTION_LINES = {"evaluation": (0, 10_000), "calibration": (10_000, 11_000)}
+
+
+def _captions(name: str, split: str, start: int, stop: int) -> Sequence[str]:
+    """Captions of images start .. stop - 1 of a split: lines of the file that was prepared with the model."""
+    first, end = CAPTION_LINES.get(split, (0, 0))
+    lines = (PREPARED / name / "captions.txt").read_text(encoding="utf-8").splitlines()
+    return lines[min(first + start, end) : min(first + stop, end)]
+
+
+SCENES = ZOO.parent / "reference" / "scenes.npz"
+PREPARED = ZOO.parents[1] / "results" / "models"  # what rule `model` writes
+REFERENCES = ZOO.parents[1] / "results" / "references"  # statistics of real images that do not ship
+
+MODELS = {
+    model.name: model
+    for model in (
+        # The LSUN models of the paper: unconditional, fresh noise in every step.
+        Model(
+            name="scenes-uncond",
+            load=partial(_load_zoo, "scenes-uncond"),
+            sampler="ddim",
+            steps=40,
+            eta=1.0,
+            conditioning="none",
+            selection="lsun",
+            activation_ranges="ema-symmetric",
+            batch_size=50,
+            time_groups=20,
+            reference=SCENES,
+        ),
+        # ImageNet LDM-4: by class, guided, deterministic.
+        Model(
+            name="scenes-class",
+            load=partial(_load_zoo, "scenes-class"),
+            sampler="ddim",
+            steps=20,
+            guidance=3.0,
+            conditioning="class",
+            source=_scene_labels,
+            selection="imagenet",
+            batch_size=50,
+            time_groups=20,
+            reference=SCENES,
+        ),
+        # Stable Diffusion: by text, guided, PLMS.
+        Model(
+            name="scenes-text",
+            load=partial(_load_zoo, "scenes-text"),
+            sampler="plms",
+            steps=20,
+            guidance=3.0,
+            conditioning="text",
+            source=_scene_captions,
+            selection="sd",
+            split=True,
+            activation_ranges="ema",
+            batch_size=50,
+            time_groups=10,
+            clip="scenes-clip",
+            reference=SCENES,
+        ),
+        # The models of arXiv:2402.03666, with the settings of its experiments and released code: 8 bits for the first
+        # and the last layer and for attention probabilities, which have 16 bits in Stable Diffusion.
+        Model(
+            name="lsun-bedrooms",
+            load=partial(_load_prepared, "lsun-bedrooms"),
+            sampler="ddim",
+            steps=200,
+            eta=1.0,
+            conditioning="none",
+            selection="lsun",
+            activation_ranges="ema-symmetric",
+            batch_size=64,
+            time_groups=20,
+            trajectories=256,
+            extractor="adm",
+            reference=REFERENCES / "lsun-bedrooms.npz",
+            origin=Origin("model.ckpt of lsun_beds256, as CompVis/latent-diffusion releases it", "lsun-bedrooms"),
+        ),
+        Model(
+            name="lsun-churches",
+            load=partial(_load_prepared, "lsun-churches"),
+            sampler="ddim",
+            # The released commands say 400 or 500: CompVis's sampler takes every second of 1000 timesteps for both.
+            steps=500,
+            eta=0.0,
+            conditioning="none",
+            selection="lsun",
+            batch_size=64,
+            time_groups=20,
+            trajectories=256,
+            extractor="adm",
+            reference=REFERENCES / "lsun-churches.npz",
+            origin=Origin("model.ckpt of lsun_churches256, as CompVis/latent-diffusion releases it", "lsun-churches"),
+        ),
+        Model(
+            name="imagenet",
+            load=partial(_load_prepared, "imagenet"),
+            sampler="ddim",
+            steps=20,
+            guidance=3.0,
+            conditioning="class",
+            source=_imagenet_labels,
+            selection="imagenet",
+            batch_size=64,
+            time_groups=20,
+            trajectories=256,
+            extractor="adm",
+            reference=REFERENCES / "imagenet.npz",
+            origin=Origin("model.ckpt of cin256-v2, as CompVis/latent-diffusion releases it", "imagenet"),
+        ),
+        Model(
+            name="sd14",
+            load=partial(_load_prepared, "sd14"),
+            sampler="plms",
+            steps=50,
+            guidance=7.5,
+            conditioning="text",
+            source=partial(_captions, "sd14"),
+            selection="sd",
+            split=True,
+            activation_ranges="ema",
+            batch_size=16,
+            time_groups=25,
+            softmax_bits=16,
+            trajectories=128,
+            extractor="adm",
+            clip="ViT-B-16",
+            reference=REFERENCES / "sd14.npz",
+            origin=Origin(
+                "sd-v1-4.ckpt, or the folder of CompVis/stable-diffusion-v1-4 in diffusers layout, from Hugging Face",
+                "sd14",
+                "https://huggingface.co/CompVis/stable-diffusion-v-1-4-original/resolve/main/sd-v1-4.ckpt",
+                "fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556",
+                captions=True,
+            ),
+        ),
+        Model(
+            name="cifar10",
+            load=partial(_load_prepared, "cifar10"),
+            sampler="ddim-quadratic",
+            steps=100,
+            conditioning="none",
+            selection="lsun",
+            split=True,
+            activation_ranges="ema-symmetric",
+            batch_size=256,
+            # Of 100 quadratic steps 96 are distinct. Q-Diffusion calibrates every fifth; 20 does not divide 96.
+            time_groups=24,
+            trajectories=256,
+            extractor="torch-fidelity",
+            reference=REFERENCES / "cifar10.npz",
+            origin=Origin(
+                "folder of google/ddpm-cifar10-32 in diffusers layout from Hugging Face, or what "
+                "`python -m quest.zoo.train_cifar10` writes"
+            ),
+        ),
+        # The rehearsal: random weights of the first four at a few channels, and few steps.
+        Model(
+            name="tiny-bedrooms",
+            load=partial(_load_prepared, "tiny-bedrooms"),
+            sampler="ddim",
+            steps=5,
+            eta=1.0,
+            conditioning="none",
+            selection="lsun",
+            batch_size=4,
+            time_groups=5,
+            trajectories=8,
+            reference=SCENES,
+            origin=Origin("what `python -m quest.diffusion.random_checkpoints tiny-bedrooms` writes", "tiny-bedrooms"),
+        ),
+        Model(
+            name="tiny-churches",
+            load=partial(_load_prepared, "tiny-churches"),
+            sampler="ddim",
+            steps=5,
+            conditioning="none",
+            selection="lsun",
+            batch_size=4,
+            time_groups=5,
+            trajectories=8,
+            reference=SCENES,
+            origin=Origin("what `python -m quest.diffusion.random_checkpoints tiny-churches` writes", "tiny-churches"),
+        ),
+        Model(
+            name="tiny-imagenet",
+            load=partial(_load_prepared, "tiny-imagenet"),
+            sampler="ddim",
+            steps=5,
+            guidance=3.0,
+            conditioning="class",
+            source=_imagenet_labels,
+            selection="imagenet",
+            batch_size=4,
+            time_groups=5,
+            trajectories=8,
+            reference=SCENES,
+            origin=Origin("what `python -m quest.diffusion.random_checkpoints tiny-imagenet` writes", "tiny-imagenet"),
+        ),
+        Model(
+            name="tiny-sd",
+            load=partial(_load_prepared, "tiny-sd"),
+            sampler="plms",
+            steps=5,
+            guidance=7.5,
+            conditioning="text",
+            source=_scene_captions,
+            selection="sd",
+            batch_size=4,
+            time_groups=5,
+            softmax_bits=16,
+            trajectories=8,
+            clip="scenes-clip",
+            reference=SCENES,
+            origin=Origin("what `python -m quest.diffusion.random_checkpoints tiny-sd` writes", "tiny-sd"),
+        ),
+    )
+}
+
+
+def get(name: str) -> Model:
+    """The model of that name. Raises ValueError with the known names otherwise."""
+    if name not in MODELS:
+        raise ValueError(f"model: {name!r} is not one of {', '.join(MODELS)}")
+    return MODELS[name]

@@ -1,0 +1,153 @@
+"""The paper's models as published, made into the folders that `diffusion.models` loads: pipeline, captions, provenance.
+
+Done once per model, so that a checkpoint is read, checked and hashed once and every job starts from safetensors.
+"""
+
+import json
+from pathlib import Path
+
+from quest.diffusion import captions as caption_files
+from quest.diffusion.compvis import load
+from quest.diffusion.models import CAPTION_LINES, ZOO, Model, load_pipeline
+from quest.diffusion.pipelines import LatentDiffusionPipeline, forget_origin
+from quest.diffusion.random_checkpoints import COMPVIS
+from quest.diffusion.samplers import QuadraticDDIMScheduler
+from quest.runtime.download import sha256_of
+from quest.runtime.files import atomic_folder
+from quest.runtime.provenance import provenance
+
+# DDPM's U-Net for CIFAR-10, the only model in diffusers layout.
+ARCHITECTURE = {
+    "sample_size": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (128, 256, 256, 256),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": None,  # one head
+    "dropout": 0.1,
+    "norm_eps": 1e-6,
+    "downsample_padding": 0,  # padded at the right and the bottom, as in DDPM's TensorFlow
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+}
+
+
+def prepare(model: Model, checkpoint, out, *, tokenizer=None, captions=None) -> None:
+    """Write the pipeline of a model's published weights to the folder `out`, all at once or not at all.
+
+    Args:
+        model: one with an `origin`.
+        checkpoint: a CompVis checkpoint (`.ckpt`, `.safetensors`), or a folder in diffusers layout.
+        tokenizer: folder of the CLIP tokenizer, for a checkpoint with a text encoder.
+        captions: file of captions (`quest.diffusion.captions`), for a model that is sampled from real ones.
+
+    Raises:
+        FileNotFoundError: no checkpoint or caption file there; the message says what to put where.
+        ValueError: a checkpoint that does not fit, or too few captions.
+    """
+    checkpoint = Path(checkpoint)
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"models.{model.name}.checkpoint: no {checkpoint}; valid: {model.origin.what}")
+    lines = _lines(model, captions) if model.origin.captions else None
+    pipe = convert(model, checkpoint, tokenizer)
+    with atomic_folder(out) as folder:
+        pipe.save_pretrained(folder)
+        for config in folder.glob("*/config.json"):
+            forget_origin(config)
+        if lines is not None:
+            (folder / "captions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        origin = {
+            "model": model.name,
+            "checkpoint": checkpoint.name,
+            "sha256": weights_hash(checkpoint),
+            "captions": None if lines is None else {"file": Path(captions).name, "sha256": caption_files.sha256(lines)},
+            "provenance": provenance(),
+        }
+        (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
+
+
+def denoiser(model: Model, device="meta"):
+    """A model's denoiser from its configuration alone, untrained; on "meta" it takes no memory and has its shapes."""
+    import diffusers
+    import torch
+
+    from quest.diffusion.compvis import networks
+
+    if model.origin is None:
+        config = json.loads((ZOO / model.name / "unet" / "config.json").read_text())
+        kind = getattr(diffusers, config["_class_name"])
+        with torch.device(device):
+            return kind.from_config(config).eval()
+    if model.origin.compvis is not None:
+        return networks.denoiser(COMPVIS / f"{model.origin.compvis}.yaml", device)
+    with torch.device(device):
+        return diffusers.UNet2DModel(**ARCHITECTURE).eval()
+
+
+def convert(model: Model, checkpoint: Path, tokenizer=None):
+    """The pipeline of a published checkpoint; see `prepare`."""
+    if model.name == "cifar10":
+        return _pixels(checkpoint)
+    if checkpoint.is_dir():
+        if not (checkpoint / "model_index.json").is_file():
+            raise ValueError(f"{checkpoint}: a folder without model_index.json; valid: {model.origin.what}")
+        pipe = load_pipeline(checkpoint)
+        _same_denoiser(pipe, model, checkpoint)
+        return pipe
+    return load(checkpoint, COMPVIS / f"{model.origin.compvis}.yaml", tokenizer)
+
+
+def weights_hash(checkpoint) -> str:
+    """SHA-256 of a checkpoint file, or of its denoiser's file in a folder in diffusers layout."""
+    checkpoint = Path(checkpoint)
+    if checkpoint.is_file():
+        return sha256_of(checkpoint)
+    return sha256_of(next(p for p in _weights(checkpoint) if p.is_file()))
+
+
+def _weights(folder: Path) -> list[Path]:
+    names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    return [place / name for place in (folder / "unet", folder) for name in names]
+
+
+def _pixels(folder: Path) -> LatentDiffusionPipeline:
+    """DDPM's U-Net in diffusers layout (a pipeline's folder, or the model's own), with DDIM's schedule for CIFAR-10."""
+    from diffusers import UNet2DModel
+
+    place = folder / "unet" if (folder / "unet").is_dir() else folder
+    if not (place / "config.json").is_file() or not any(path.is_file() for path in _weights(folder)):
+        raise ValueError(
+            f"{folder}: no config.json with diffusion_pytorch_model.safetensors in it or in its unet/; valid: a U-Net "
+            "in diffusers layout, such as google/ddpm-cifar10-32"
+        )
+    unet = UNet2DModel.from_pretrained(place).float().eval()
+    if (unet.config.in_channels, unet.config.sample_size) != (3, 32):
+        raise ValueError(f"{folder}: a U-Net for {unet.config.sample_size} pixels, not for CIFAR-10's 32")
+    scheduler = QuadraticDDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    return LatentDiffusionPipeline(unet, None, scheduler)
+
+
+def _same_denoiser(pipe, model: Model, checkpoint) -> None:
+    """Raise ValueError where a pipeline's denoiser has other parameters than the model's configuration."""
+    own, expected = (
+        {name: tuple(value.shape) for name, value in unet.state_dict().items()} for unet in (pipe.unet, denoiser(model))
+    )
+    differ = sorted(name for name in own.keys() | expected.keys() if own.get(name) != expected.get(name))
+    if differ:
+        raise ValueError(
+            f"{checkpoint}: its denoiser is not that of {model.name}: {len(differ)} parameters differ, the first "
+            f"{differ[0]} ({own.get(differ[0], 'missing')}, expected {expected.get(differ[0], 'none')})"
+        )
+
+
+def _lines(model: Model, path) -> list[str]:
+    """The captions a model needs, those of CAPTION_LINES. Raises where there are too few, or an empty one."""
+    if path is None:
+        raise ValueError(f"models.{model.name}.captions: missing; name a text file, one caption per line, or COCO's")
+    first, end = CAPTION_LINES["calibration"]
+    captions = caption_files.load(path)
+    # The last batch is filled with trajectories that are then left out; they have captions too.
+    caption_files.enough(path, captions, first + -(-model.trajectories // model.batch_size) * model.batch_size)
+    return captions[:end]

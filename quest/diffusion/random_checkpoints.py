@@ -1,0 +1,50 @@
+"""Small random checkpoints in CompVis's format, for tests and the rehearsal: the four architectures at a few channels.
+
+Weights are drawn in the order listed in `resources/compvis/<model>.json` (name, shape, scale, shift) from numpy's
+frozen legacy generator and rounded to float16, so the files are the same everywhere.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from quest.runtime.files import atomic
+
+COMPVIS = Path(__file__).resolve().parents[2] / "resources" / "compvis"
+MODELS = ("tiny-bedrooms", "tiny-churches", "tiny-imagenet", "tiny-sd")
+
+
+def state_dict(model: str, text: bool = True) -> dict:
+    """The tensors of a checkpoint by name; with `text`, those of tiny-sd's text encoder too.
+
+    Raises ValueError for another model.
+    """
+    import numpy as np
+    import torch
+
+    if model not in MODELS:
+        raise ValueError(f"model: {model!r} is not one of {', '.join(MODELS)}")
+    listed = json.loads((COMPVIS / f"{model}.json").read_text())
+    draw = np.random.RandomState(listed["seed"])
+    state = {}
+    for name, shape, scale, shift in listed["tensors"] + (listed["text"] if text else []):
+        values = draw.standard_normal(shape) * scale + shift
+        state[name] = torch.from_numpy(values.astype(np.float16).astype(np.float32))
+    return state | {name: torch.tensor(value) for name, value in listed["scalars"].items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint (.ckpt) to write")
+    arguments = parser.parse_args()
+
+    import torch
+
+    state = state_dict(arguments.model)
+    with atomic(arguments.output) as file:
+        torch.save({"state_dict": state, "epoch": 0, "global_step": 0}, file)
+
+
+if __name__ == "__main__":
+    main()

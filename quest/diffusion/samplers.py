@@ -1,0 +1,203 @@
+"""Schedulers that diffusers lacks: DDIM's for CIFAR-10, and those that correct a quantized denoiser's prediction.
+
+The latter are PTQD's (He et al., arXiv:2305.10657). A method that changes sampling itself, not only the denoiser, hands
+its pipeline one of these; `quest.quantization.checkpoint` saves and restores it. They draw the same random numbers as
+the schedulers they derive from, so seeds stay paired.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+
+# `from_pretrained` looks up the base of a class of ours in its module.
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+
+class Correction(NamedTuple):
+    """Statistics of the (guided) prediction's error e~ - e at every timestep of a sampler, by arXiv:2305.10657.
+
+    timesteps [T] (int64), slope [T]: k of e~ - e = k e + residual, bias [T, C]: the residual's mean per latent channel,
+    std [T]: the residual's standard deviation, r_squared [T]: share of the error's variance that k explains.
+    """
+
+    timesteps: Tensor
+    slope: Tensor
+    bias: Tensor
+    std: Tensor
+    r_squared: Tensor
+
+    def at(self, timestep: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
+        """slope [], bias [C, 1, 1] and std [] of one timestep. Raises ValueError for one without statistics."""
+        found = (self.timesteps == int(timestep)).nonzero().flatten()
+        if not len(found):
+            raise ValueError(f"timestep {int(timestep)} has no statistics; known are {self.timesteps.tolist()}")
+        return self.slope[found[0]], self.bias[found[0]][:, None, None], self.std[found[0]]
+
+
+class Corrected:
+    """What the corrected schedulers share. `correction` is set by `correct`."""
+
+    correction: Correction
+
+    def set_timesteps(self, *args, **kwargs) -> None:
+        """As the scheduler it derives from. Raises ValueError for timesteps that have no statistics."""
+        super().set_timesteps(*args, **kwargs)
+        unknown = sorted(set(self.timesteps.tolist()) - set(self.correction.timesteps.tolist()), reverse=True)
+        if unknown:
+            raise ValueError(
+                f"the sampler visits timesteps {unknown} without statistics; use the steps they were measured on: "
+                f"{self.correction.timesteps.tolist()}"
+            )
+
+    def corrected(self, prediction: Tensor, timestep: Tensor | int) -> Tensor:
+        """(e~ - bias) / (1 + k) (arXiv:2305.10657). prediction [B, C, h, w]."""
+        slope, bias, _ = self.correction.at(timestep)
+        return (prediction - bias.to(prediction)) / (1 + slope.to(prediction))
+
+
+class CorrectedDDIMScheduler(Corrected, DDIMScheduler):
+    """DDIM on the corrected prediction; the injected noise gives way to the quantization noise already there."""
+
+    def noise_share(self, timestep: Tensor | int, eta: float) -> float:
+        """Standard deviation of the noise to inject over that of full precision (arXiv:2305.10657).
+
+        With s the deviation of full precision and c the coefficient of the prediction in the DDIM step, quantization
+        noise of deviation q = std / (1 + k) arrives as c q, so s_new^2 = max(0, s^2 - c^2 q^2). Needs eta > 0: without
+        injected noise there is nothing to give way.
+        """
+        slope, _, std = self.correction.at(timestep)
+        before = int(timestep) - self.config.num_train_timesteps // self.num_inference_steps
+        product = self.alphas_cumprod[int(timestep)]
+        product_before = self.alphas_cumprod[before] if before >= 0 else self.final_alpha_cumprod
+        injected = eta**2 * self._get_variance(int(timestep), before)
+        coefficient = (1 - product_before - injected).sqrt() - (product_before * (1 - product) / product).sqrt()
+        absorbed = (coefficient * std / (1 + slope)) ** 2
+        return float((1 - absorbed / injected).clamp(min=0).sqrt()) if injected > 0 else 1.0
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator=None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ):
+        prediction = self.corrected(model_output, timestep)
+        if eta > 0:
+            if variance_noise is None:
+                variance_noise = randn_tensor(
+                    model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
+                )
+            variance_noise = variance_noise * self.noise_share(timestep, eta)
+        return super().step(
+            prediction,
+            timestep,
+            sample,
+            eta=eta,
+            use_clipped_model_output=use_clipped_model_output,
+            variance_noise=variance_noise,
+            return_dict=return_dict,
+        )
+
+
+class CorrectedPNDMScheduler(Corrected, PNDMScheduler):
+    """PLMS on the corrected prediction. It is deterministic: no injected noise, so no variance to absorb."""
+
+    def step(self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True):
+        return super().step(self.corrected(model_output, timestep), timestep, sample, return_dict=return_dict)
+
+
+CORRECTED = {DDIMScheduler: CorrectedDDIMScheduler, PNDMScheduler: CorrectedPNDMScheduler}
+
+
+def correct(scheduler, correction: Correction):
+    """The corrected twin of a DDIM or PLMS scheduler.
+
+    Raises ValueError for other schedulers, for a denoiser that does not predict noise, and for clipped samples, where
+    a step is not linear in the prediction.
+    """
+    if type(scheduler) not in CORRECTED:
+        known = ", ".join(c.__name__ for c in CORRECTED)
+        raise ValueError(f"scheduler: a {type(scheduler).__name__} cannot be corrected; valid: {known}")
+    config = scheduler.config
+    if config.prediction_type != "epsilon":
+        raise ValueError(f"prediction_type: {config.prediction_type!r}; only 'epsilon' can be corrected")
+    if config.get("clip_sample") or config.get("thresholding"):
+        raise ValueError("clip_sample, thresholding: must be off, a corrected step is linear in the prediction")
+    new = CORRECTED[type(scheduler)].from_config(config)
+    new.correction = correction
+    return new
+
+
+def state(scheduler) -> dict[str, Tensor]:
+    """The tensors of a corrected scheduler by name, to be saved; none of any other."""
+    return dict(scheduler.correction._asdict()) if isinstance(scheduler, Corrected) else {}
+
+
+def restore(scheduler, tensors: dict[str, Tensor]):
+    """The scheduler that `state` was taken from, given the uncorrected one; the same where there are no tensors.
+
+    Raises ValueError where some of the tensors are missing.
+    """
+    if not tensors:
+        return scheduler
+    missing = set(Correction._fields) - set(tensors)
+    if missing:
+        raise ValueError(f"the scheduler's statistics lack {', '.join(sorted(missing))}")
+    return correct(scheduler, Correction(**{k: torch.as_tensor(v) for k, v in tensors.items()}))
+
+
+class QuadraticDDIMScheduler(DDIMScheduler):
+    """DDIM whose timesteps lie closer together where there is less noise, as used for CIFAR-10.
+
+    Step i of S is at floor((i / (S - 1))^2 * 0.8 T), arXiv:2010.02502, appendix D.2, with the factor 0.8 of its
+    released code. The first few may coincide (i = 0 .. 3 of 100 are all 0); they are visited all the same. Below the
+    last step is the image itself, so `set_alpha_to_one` stays true.
+    """
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device = None) -> None:
+        """Raises ValueError for more steps than the model was trained on."""
+        if not 2 <= num_inference_steps <= self.config.num_train_timesteps:
+            raise ValueError(f"num_inference_steps: {num_inference_steps}; 2 to {self.config.num_train_timesteps}")
+        self.num_inference_steps = num_inference_steps
+        roots = np.linspace(0, np.sqrt(0.8 * self.config.num_train_timesteps), num_inference_steps)
+        self.timesteps = torch.from_numpy((roots**2).astype(np.int64)[::-1].copy()).to(device)
+        self._position = 0
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int,
+        sample: torch.Tensor,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple:
+        """One step of arXiv:2010.02502, equations 12 and 16; steps are counted, since timesteps may coincide.
+
+        Raises ValueError for a timestep out of turn: `set_timesteps` starts a new trajectory.
+        """
+        place = self._position
+        if place >= len(self.timesteps) or int(timestep) != int(self.timesteps[place]):
+            raise ValueError(f"timestep {int(timestep)} is out of turn; call set_timesteps before each trajectory")
+        self._position += 1
+        last = place + 1 == len(self.timesteps)
+        now = self.alphas_cumprod[self.timesteps[place].cpu()]
+        then = self.final_alpha_cumprod if last else self.alphas_cumprod[self.timesteps[place + 1].cpu()]
+        image = (sample - (1 - now).sqrt() * model_output) / now.sqrt()
+        sigma = eta * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()
+        sample = then.sqrt() * image + (1 - then - sigma**2).clamp(min=0).sqrt() * model_output
+        if eta > 0:
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            sample = sample + sigma * noise
+        return DDIMSchedulerOutput(sample, image) if return_dict else (sample, image)

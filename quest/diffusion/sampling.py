@@ -1,0 +1,138 @@
+"""Seeds to images, one generator per image, the same bytes however the work is cut.
+
+Image i of a split is drawn from seed SEEDS[split] + i and always sits in batch i // B at place i % B, where B is the
+model's batch size. The last batch is filled with the images that would come next and cut afterwards, and a shard is a
+set of whole batches, so neither n nor the number of shards touches an image.
+"""
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from quest.diffusion.models import Model
+
+
+def timesteps(model: Model, pipe: DiffusionPipeline) -> list[int]:
+    """The timestep of every denoiser call, noisiest first. PLMS calls it twice at its second step."""
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(model.steps)
+    return scheduler.timesteps.tolist()
+
+
+def arguments(model: Model, split: str, indices: list[int]) -> dict:
+    """Keyword arguments with which `pipe(...)` makes these images, without `output_type`.
+
+    Generators live on the CPU, so that the noise is the same on every device.
+    """
+    given = {
+        "num_inference_steps": model.steps,
+        "guidance_scale": model.guidance,
+        "generator": [torch.Generator().manual_seed(seed) for seed in model.seeds(split, indices)],
+        **model.conditions(split, indices),
+    }
+    if model.sampler != "plms":
+        given["eta"] = model.eta
+    if model.conditioning == "none":
+        given["batch_size"] = len(indices)
+    return given
+
+
+def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> np.ndarray:
+    """Decode latents [B, C, h, w] to images, uint8 [B, H, W, 3], as `pipe(...)` does for PIL images.
+
+    A pipeline without `vae` samples pixels; they are rounded only.
+    """
+    pixels = latents  # [B, 3, H, W] in [-1, 1]
+    if pipe.vae is not None:
+        with torch.no_grad():
+            pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    pixels = pipe.image_processor.postprocess(pixels, output_type="np")  # [B, H, W, 3] in [0, 1]
+    return (pixels * 255).round().astype(np.uint8)
+
+
+def generate(
+    pipe: DiffusionPipeline, model: Model, split: str, n: int, shard: tuple[int, int] = (0, 1), first: int = 0
+) -> Iterator[tuple[np.ndarray, torch.Tensor, np.ndarray]]:
+    """Make the images first .. first + n - 1 of a split, or one shard of them, batch by batch, with a progress bar.
+
+    Args:
+        pipe: a full-precision or quantized pipeline of `model`.
+        split: "evaluation", "calibration" or "validation".
+        n: images in all shards together.
+        shard: (k, count), the batches k, k + count, k + 2 count, ...; empty where there are fewer batches than shards.
+        first: index of the first image, the first of a batch.
+
+    Yields:
+        Per batch: indices [B], final latents [B, C, h, w] (float32, on the CPU), images uint8 [B, H, W, 3].
+        The denoiser itself always sees the model's full batch size, doubled under guidance.
+
+    Raises:
+        ValueError: unknown split, n below 1, a shard that does not exist, a first image within a batch, fewer
+            captions than images, or timesteps outside the range that a quantized denoiser was calibrated for. Raised by
+            the call, before any sampling.
+    """
+    k, count = shard
+    if not 0 <= k < count:
+        raise ValueError(f"shard: ({k}, {count}) does not exist; valid are (0, {count}) to ({count - 1}, {count})")
+    if n < 1:
+        raise ValueError(f"n: {n} images asked for; at least 1")
+    size = model.batch_size
+    if first % size:
+        raise ValueError(f"first: {first} is not a multiple of the batch size {size}")
+    starts = range(first, first + n, size)
+    arguments(model, split, [starts[-1] + size - 1])  # too few captions: better now than in the last batch
+    groups = getattr(pipe.unet, "time_groups", None)
+    if groups is not None:
+        groups.check(timesteps(model, pipe))
+    return _batches(pipe, model, split, first + n, starts[k::count])
+
+
+def _batches(pipe, model, split, end, starts):
+    size = model.batch_size
+    total = sum(min(size, end - start) for start in starts)
+    with _quiet(pipe), tqdm(total=total, desc=f"{model.name} {split}", unit="image") as bar:
+        for start in starts:
+            indices = list(range(start, start + size))
+            latents = pipe(**arguments(model, split, indices), output_type="latent").images
+            images = decode(pipe, latents)
+            kept = min(size, end - start)
+            bar.update(kept)
+            yield np.array(indices[:kept]), latents[:kept].float().cpu(), images[:kept]
+
+
+@contextmanager
+def timed(denoiser: torch.nn.Module) -> Iterator[list[float]]:
+    """Collect the seconds of every call of the denoiser while the context lasts. Results stay as they are."""
+    seconds, started = [], []
+
+    def now():
+        if denoiser.device.type == "cuda":
+            torch.cuda.synchronize(denoiser.device)
+        return time.perf_counter()
+
+    handles = [
+        denoiser.register_forward_pre_hook(lambda *_: started.append(now())),
+        denoiser.register_forward_hook(lambda *_: seconds.append(now() - started.pop())),
+    ]
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _quiet(pipe):
+    """Hide the pipeline's own bar (one per batch) behind ours."""
+    before = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)

@@ -1,0 +1,227 @@
+"""Blocks of diffusers' U-Nets with their float operations fused, for a denoiser whose layers run on integers.
+
+Convolutions and products that take a third of their float time leave norms, activations and Python as the larger part.
+Here norms and activations are one pass each over channels that lie innermost, nothing is copied into another layout on
+the way, and a block whose layers all run on integers is one call of the core (`fused`). Results equal those of
+diffusers' own modules but for float rounding. Where torch traces or has to differentiate, the modules do what they
+always did.
+"""
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quest.kernels.cpu import fused
+from quest.kernels.cpu.core import core
+from quest.kernels.cpu.integer import computes, fuses, on_integers, plus
+
+
+def group_norm(
+    x: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor | None = None, modulation: Tensor | None = None
+) -> Tensor:
+    """Group norm of x [N, C, H, W] or [N, C, L], then SiLU if asked for; channels innermost.
+
+    shift [N, C] is added before; modulation [N, 2 C], the factor less 1 and the offset, is applied after the norm.
+    """
+    if x.ndim == 4 and (x.stride(1) != 1 or x.stride(2) != x.shape[3] * x.stride(3)):
+        # A tensor of one channel or one pixel has strides that say nothing.
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    elif x.stride(1) != 1:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    pixels = x[0, 0].numel()
+    if x.ndim == 4:
+        y = torch.empty(x.shape, memory_format=torch.channels_last)
+    else:
+        y = torch.empty((x.shape[0], pixels, x.shape[1])).transpose(1, 2)
+    affine = (None if t is None else t.data_ptr() for t in (norm.weight, norm.bias, shift, modulation))
+    core().quest_group_norm(
+        x.data_ptr(), x.stride(0), x.stride(-1), x.shape[0], pixels, x.shape[1], norm.num_groups, norm.eps, *affine,
+        silu, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm(x, self, silu=False) if computes(x) and x.ndim in (3, 4) else super().forward(x)
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        if not computes(x) or len(self.normalized_shape) != 1:
+            return super().forward(x)
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        core().quest_layer_norm(
+            x.data_ptr(), x.numel() // x.shape[-1], x.shape[-1], self.eps,
+            None if self.weight is None else self.weight.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+
+class FusedGEGLU(GEGLU):
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        if not fuses(self.proj, hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
+        return self.proj(hidden_states, gated=True)
+
+
+class FusedTransformerBlock(BasicTransformerBlock):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        *args,
+        **kwargs,
+    ) -> Tensor:
+        said = (attention_mask, *args, *(v for k, v in kwargs.items() if k not in ("timestep", "class_labels")))
+        plain = computes(hidden_states) and all(a is None for a in said)
+        struct = fused.struct_of(self, transformer_block) if plain else None
+        if struct is None:
+            return super().forward(hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
+        context = None if encoder_hidden_states is None else encoder_hidden_states.contiguous()
+        return fused.run_transformer(struct, hidden_states.contiguous(), context)
+
+
+def transformer_block(block: FusedTransformerBlock) -> fused.Block | None:
+    """What the core needs to compute it; None where it cannot."""
+    modules = [a for a in (block.attn1, block.attn2) if a is not None]
+    plain = (
+        block.norm_type == "layer_norm"
+        and block.pos_embed is None
+        and block._chunk_size is None
+        and not hasattr(block, "fuser")
+        and all(isinstance(a.processor, tuple(fused.PROCESSORS)) and not a.residual_connection for a in modules)
+        and [type(m) for m in block.ff.net[:2]] == [FusedGEGLU, nn.Dropout]
+        and len(block.ff.net) == 3
+    )
+    attentions = [fused.attention(a) for a in modules] if plain else [None]
+    if None in attentions or not on_integers(block.ff.net[0].proj, block.ff.net[2]):
+        return None
+    layers = block.ff.net[0].proj, block.ff.net[2]
+    norms = block.norm1, block.norm2 if len(modules) == 2 else block.norm1, block.norm3
+
+    def struct():
+        return fused.TransformerBlock(
+            (fused.Norm * 3)(*map(fused.norm, norms)),
+            (fused.AttentionBlock * 2)(*(a.make() for a in attentions)),
+            len(attentions),
+            bool(block.only_cross_attention),
+            (fused.Layer * 2)(*map(fused.layer, layers)),
+        )
+
+    return fused.Block(
+        struct, (*norms, *modules, *(p for a in attentions for p in a.parts), block.ff, *block.ff.net, layers[0])
+    )
+
+
+class FusedResnetBlock(ResnetBlock2D):
+    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
+        modulated = self.time_embedding_norm == "scale_shift"
+        known = modulated or self.time_embedding_norm == "default"
+        if not computes(input_tensor) or not known or type(self.nonlinearity) is not nn.SiLU:
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        embedding = None
+        if self.time_emb_proj is not None and temb is not None:
+            embedding = (temb if self.skip_time_act else F.silu(temb)).contiguous()
+        struct = fused.struct_of(self, resnet_block)
+        if struct is not None:
+            input_tensor = input_tensor.contiguous(memory_format=torch.channels_last)
+            residual = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+            residual = residual.contiguous(memory_format=torch.channels_last)
+            out = torch.empty(residual.shape, memory_format=torch.channels_last)
+            return fused.run_resnet(struct, input_tensor, embedding, residual, out)
+        hidden = group_norm(input_tensor, self.norm1, silu=True)
+        resample = self.upsample if self.upsample is not None else self.downsample
+        if resample is not None:
+            input_tensor, hidden = resample(input_tensor), resample(hidden)
+        hidden = self.conv1(hidden)
+        if embedding is not None:
+            embedding = self.time_emb_proj(embedding).contiguous()
+        hidden = group_norm(hidden, self.norm2, True, **{"modulation" if modulated else "shift": embedding})
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor)
+        output = plus(self.conv2, hidden, input_tensor)
+        return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+
+
+def resnet_block(block: FusedResnetBlock) -> fused.Block | None:
+    """What the core needs to compute it; None where it cannot."""
+    layers = [block.conv1, block.conv2] + ([] if block.time_emb_proj is None else [block.time_emb_proj])
+    same = [(c.kernel_size, c.stride, c.padding, c.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1)) for c in layers[:2]]
+    resampled = block.upsample is not None or block.downsample is not None
+    if resampled or block.output_scale_factor != 1 or not all(same) or not on_integers(*layers):
+        return None
+
+    def struct():
+        embedding = layers[2] if len(layers) == 3 else layers[0]  # not read where there is none
+        return fused.ResnetBlock(
+            (fused.Norm * 2)(fused.norm(block.norm1), fused.norm(block.norm2)),
+            (fused.Layer * 3)(fused.layer(block.conv1), fused.layer(embedding), fused.layer(block.conv2)),
+            block.time_embedding_norm == "scale_shift",
+        )
+
+    return fused.Block(struct, (block.norm1, block.norm2, *layers))
+
+
+class FusedUpsample(Upsample2D):
+    def forward(self, hidden_states: Tensor, output_size=None, *args, **kwargs) -> Tensor:
+        plain = self.norm is None and self.interpolate and not self.use_conv_transpose
+        if not computes(hidden_states) or not plain or output_size is not None:
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        # diffusers leaves the layout of large batches, which a GPU's function cannot handle.
+        hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+        if not self.use_conv:
+            return hidden_states
+        return (self.conv if self.name == "conv" else self.Conv2d_0)(hidden_states)
+
+
+class FusedUNet2DModel(UNet2DModel):
+    @property
+    def dtype(self) -> torch.dtype:
+        # diffusers looks at every module for it, in each forward pass.
+        return next(self.parameters()).dtype
+
+
+class FusedTransformer(Transformer2DModel):
+    def _get_output_for_continuous_inputs(self, hidden_states, residual, batch_size, height, width, inner_dim):
+        if not self.use_linear_projection and computes(hidden_states):
+            # diffusers copies into another layout here.
+            hidden_states = hidden_states.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
+            return plus(self.proj_out, hidden_states, residual)
+        return super()._get_output_for_continuous_inputs(hidden_states, residual, batch_size, height, width, inner_dim)
+
+
+FUSED = {
+    nn.GroupNorm: FusedGroupNorm,
+    nn.LayerNorm: FusedLayerNorm,
+    GEGLU: FusedGEGLU,
+    BasicTransformerBlock: FusedTransformerBlock,
+    ResnetBlock2D: FusedResnetBlock,
+    Upsample2D: FusedUpsample,
+    Transformer2DModel: FusedTransformer,
+    UNet2DModel: FusedUNet2DModel,
+}
+
+
+def fuse(denoiser: nn.Module) -> None:
+    """Let every block of a kind in FUSED take its fused form: other code over the same weights."""
+    fused.forget(denoiser)
+    for module in denoiser.modules():
+        module.__class__ = FUSED.get(type(module), type(module))
+
+
+def unfuse(denoiser: nn.Module) -> None:
+    """Back to the blocks of diffusers."""
+    fused.forget(denoiser)
+    plain = {mine: kind for kind, mine in FUSED.items()}
+    for module in denoiser.modules():
+        module.__class__ = plain.get(type(module), type(module))

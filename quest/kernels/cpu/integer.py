@@ -1,0 +1,344 @@
+"""Quantized layers on integers, on a CPU: the compiled core in `csrc` behind the same functions as `reference`.
+
+Codes less zero point are multiplied and summed in 32 bits, exactly, whatever the instruction set; scale and bias are
+applied to the sum. Results differ from the reference's by the rounding of its float sums only (about 1e-7 of the
+largest output). In attention such a difference in the scores can move a probability to the neighbouring code.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+
+from quest.affine import FLOAT, QParams, QTensor, QuantSpec
+from quest.kernels.cpu.core import core
+from quest.kernels.torch_ops import convolved, fake_attention, fake_conv2d, flat, run
+
+LARGEST = 32767  # of codes less zero point, in int16
+SUM = 2**31 - 1  # of an accumulator
+GONE_WRONG = {
+    1: "the input holds NaN",
+    2: "codes less zero point, or their sums, exceed the integers of the kernel",
+}
+
+
+def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why nothing can run on this kernel here; None where it can."""
+    if device.type != "cpu":
+        return f"it computes on a CPU, not on {device.type}"
+    if dtype != torch.float32:
+        return f"it computes in float32, not in {dtype}"
+    try:
+        core()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def supports(weight: QTensor, weight_spec: QuantSpec, input: QParams, **conv) -> str | None:
+    """Why a layer cannot run here; None where it can.
+
+    weight: its codes. input: scale and zero point of every time group. conv: as in `conv2d`; nothing if linear.
+    Zero points may lie outside the codes: the padding of a convolution is the real zero, which is exact here.
+    """
+    if conv and (conv["groups"] != 1 or isinstance(conv["padding"], str)):
+        return "grouped convolution" if conv["groups"] != 1 else "padding given by name"
+    if reason := _format(weight_spec, "weight") or _format(input.spec, "input"):
+        return reason
+    centred = weight.codes - weight.zero_point
+    if not torch.equal(centred, centred.round()):
+        return "weight: zero points are no integers"
+    if reason := _too_large(weight.zero_point, weight_spec, "weight") or _too_large(
+        input.zero_point, input.spec, "input"
+    ):
+        return reason
+    total = centred.abs().flatten(1).sum(1, dtype=torch.float64).max().item()
+    if total * _magnitude(input.zero_point, input.spec) > SUM:
+        return "sums exceed 32 bits"
+    return None
+
+
+def supports_attention(q: QParams, k: QParams, v: QParams, p: QParams) -> str | None:
+    """Why the two products of an attention cannot run here; None where they can. Each with every time group."""
+    for name, qparams in zip("qkvp", (q, k, v, p), strict=True):
+        if reason := _format(qparams.spec, name) or _too_large(qparams.zero_point, qparams.spec, name):
+            return reason
+    for a, b in ((q, k), (p, v)):
+        # The longest sum: 4096 tokens of 64 x 64 latents, and any head's channels.
+        if 4096 * _magnitude(a.zero_point, a.spec) * _magnitude(b.zero_point, b.spec) > SUM:
+            return "sums exceed 32 bits"
+    return None
+
+
+def _format(spec: QuantSpec, what: str) -> str | None:
+    if spec.bits == FLOAT:
+        return f"{what} in float"
+    if spec.symmetric and what == "weight":
+        return "weight: signed codes"  # packed without a sign; activations are never packed
+    if spec.bits > 8:
+        return f"{what}: {spec.bits} bits, more than 8"
+    if what != "weight" and spec.axis is not None:
+        return f"{what}: one scale per channel, which lies on the axis that is summed"
+    return None
+
+
+def _too_large(zero_point: Tensor, spec: QuantSpec, what: str) -> str | None:
+    if not zero_point.isfinite().all():
+        return f"{what}: not calibrated"
+    if not torch.equal(zero_point, zero_point.round()):
+        return f"{what}: zero points are no integers"
+    if _magnitude(zero_point, spec) > LARGEST:
+        return f"{what}: zero point {zero_point.abs().max().item():.0f} exceeds 16 bits"
+    return None
+
+
+def _magnitude(zero_point: Tensor, spec: QuantSpec) -> float:
+    """Largest |code - zero point|."""
+    return max((spec.qmax - zero_point).abs().max().item(), (spec.qmin - zero_point).abs().max().item())
+
+
+def pack(weight: QTensor) -> Tensor:
+    """Codes, scales and zero points in the order in which they are read: uint8 [O, kh, kw, bytes] (1 x 1 if linear).
+
+    Codes of at most 4 bits take half a byte.
+    """
+    codes, scale, zero_point = (t.detach() for t in weight)
+    shape = (*codes.shape, 1, 1)[:4]  # [O, C, kh, kw]
+    bits = 4 if codes.max() <= 15 else 8
+    codes = codes.to(torch.uint8).contiguous()
+    outputs, (kh, kw) = shape[0], shape[2:]
+    scale = scale.flatten().float().expand(outputs).contiguous()
+    zero_point = zero_point.flatten().to(torch.int32).expand(outputs).contiguous()
+    size = core().quest_packed_bytes(*shape, bits)
+    packed = torch.empty((outputs, kh, kw, -(-size // (outputs * kh * kw))), dtype=torch.uint8)
+    core().quest_pack(codes.data_ptr(), zero_point.data_ptr(), scale.data_ptr(), *shape, bits, packed.data_ptr())
+    return packed
+
+
+def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The codes that `pack` was given, float32 of the weight's shape, on the device of `packed`."""
+    there = packed.cpu()
+    codes = torch.empty(shape, dtype=torch.uint8)
+    core().quest_unpack(there.data_ptr(), codes.data_ptr())
+    return codes.to(packed.device).float()
+
+
+def linear(
+    x: Tensor,
+    qparams: QParams,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x [..., K], weight what `pack` gave -> [..., N], float32.
+
+    gated: -> [..., N / 2], the first half of the outputs times gelu of the second. residual [..., N], not if gated, is
+    added to the result.
+    """
+    scale, zero_point, spec = qparams
+    limits = spec.qmin, spec.qmax
+    return run(_linear, "integer_linear", x, weight, bias, scale, zero_point, *limits, gated, residual)
+
+
+def conv2d(
+    x: Tensor,
+    qparams: QParams,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride,
+    padding,
+    dilation,
+    groups,
+    *,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x [N, C, H, W] -> [N, O, H', W'], channels innermost. Padding is zero, after quantization; groups is 1.
+
+    residual [N, O, H', W'] is added to the result.
+    """
+    scale, zero_point, spec = qparams
+    limits = spec.qmin, spec.qmax
+    return run(
+        _conv2d, "integer_conv2d", x, weight, bias, scale, zero_point, *limits, stride, padding, dilation, residual
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_params: QParams,
+    k_params: QParams,
+    v_params: QParams,
+    p_params: QParams,
+    scale: float,
+) -> Tensor:
+    """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, heads, n, d], or without `heads` (B counts them).
+
+    Rows need not lie together. The normalised probabilities are quantized, as in the reference.
+    """
+    params = flat(q_params, k_params, v_params, p_params)
+    return run(_attention, "integer_attention", q, k, v, *params, scale)
+
+
+def computes(x: Tensor) -> bool:
+    """Whether the compiled core can take this tensor."""
+    return (
+        type(x) is Tensor
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def on_integers(*layers: nn.Module) -> bool:
+    """Whether all these layers run on this kernel, to their last number."""
+    return all(getattr(m, "kernel_name", None) == "integer" and m.output_quantizer is None for m in layers)
+
+
+def fuses(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer computes on x what else this kernel does in the same pass: `gated`, `residual`."""
+    return on_integers(layer) and computes(x)
+
+
+def plus(layer: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """layer(x) + residual, in one pass where the layer runs on integers."""
+    return layer(x, residual=residual) if fuses(layer, x) else layer(x) + residual
+
+
+def _checked(x: Tensor, name: str) -> None:
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise TypeError(f"{name}: the integer kernel takes float32 on a CPU, not {x.dtype} on {x.device}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name}: the integer kernel has no gradient; train on the reference kernel")
+
+
+def check(code: int, name: str) -> None:
+    if code:
+        raise ValueError(f"{name}: {GONE_WRONG[code]}")
+
+
+def _beside(residual: Tensor | None, out: Tensor, name: str) -> Tensor | None:
+    """The residual in the memory layout of the output."""
+    if residual is None:
+        return None
+    _checked(residual, f"{name}, residual")
+    if residual.shape != out.shape:
+        raise ValueError(f"{name}: a residual of shape {list(residual.shape)} for an output of {list(out.shape)}")
+    return residual if residual.stride() == out.stride() else torch.empty_like(out).copy_(residual)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual):
+    _checked(x, "linear")
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    scale, z = float(scale), float(zero_point)
+    out = torch.empty((*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0]))
+    residual = _beside(residual, out, "linear")
+    check(
+        core().quest_linear(
+            rows.data_ptr(), rows.shape[0], rows.stride(0), weight.data_ptr(), address(bias), scale, qmin - z,
+            qmax - z, gated, address(residual), out.data_ptr(), torch.get_num_threads(),
+        ),
+        "linear",
+    )  # fmt: skip
+    return out
+
+
+def _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation, residual):
+    _checked(x, "conv2d")
+    if x.stride(1) != 1:
+        x = x.contiguous(memory_format=torch.channels_last)
+    samples, _, height, width = x.shape
+    sample, _, row, pixel = x.stride()
+    shape = convolved(x, weight, stride, padding, dilation)
+    scale, z = float(scale), float(zero_point)
+    out = torch.empty(shape, memory_format=torch.channels_last)
+    residual = _beside(residual, out, "conv2d")
+    check(
+        core().quest_conv2d(
+            x.data_ptr(), samples, height, width, sample, row, pixel, weight.data_ptr(), address(bias), scale,
+            qmin - z, qmax - z, *stride, *padding, *dilation, address(residual), out.data_ptr(), *shape[2:],
+            torch.get_num_threads(),
+        ),
+        "conv2d",
+    )  # fmt: skip
+    return out
+
+
+def _attention(q, k, v, scales, zero_points, limits, scale):
+    _checked(q, "attention")
+    q4, k4, v4 = (t if t.ndim == 4 else t[:, None] for t in (q, k, v))
+    q4, k4, v4 = (t if t.stride(3) == 1 else t.contiguous() for t in (q4, k4, v4))
+    batch, heads, n, d = q4.shape
+    out = torch.empty((batch, n, heads, d)).transpose(1, 2)
+    strides = [s for t in (q4, k4, v4, out) for s in t.stride()[:3]]
+    ranges = []
+    for i, (s, z) in enumerate(zip(scales, zero_points, strict=True)):
+        ranges += [float(s), limits[2 * i] - float(z), limits[2 * i + 1] - float(z)]
+    check(
+        core().quest_attention(
+            q4.data_ptr(), k4.data_ptr(), v4.data_ptr(), (ctypes.c_int64 * 12)(*strides), batch, heads, n, k4.shape[2],
+            d, (ctypes.c_float * 12)(*ranges), scale, out.data_ptr(), torch.get_num_threads(),
+        ),
+        "attention",
+    )  # fmt: skip
+    return out if q.ndim == 4 else out[:, 0]
+
+
+@torch.library.custom_op("quest::integer_linear", mutates_args=())
+def _linear_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    gated: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    return _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual)
+
+
+@_linear_op.register_fake
+def _(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual):
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0]))
+
+
+@torch.library.custom_op("quest::integer_conv2d", mutates_args=())
+def _conv2d_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    residual: Tensor | None,
+) -> Tensor:
+    return _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation, residual)
+
+
+_conv2d_op.register_fake(fake_conv2d)
+
+
+@torch.library.custom_op("quest::integer_attention", mutates_args=())
+def _attention_op(
+    q: Tensor, k: Tensor, v: Tensor, scales: list[Tensor], zero_points: list[Tensor], limits: list[int], scale: float
+) -> Tensor:
+    return _attention(q, k, v, scales, zero_points, limits, scale)
+
+
+_attention_op.register_fake(fake_attention)

@@ -1,0 +1,1 @@
+"""Integer layers and attention on a GPU, in Triton."""

@@ -1,0 +1,282 @@
+"""Quantized layers on integers, on a CUDA GPU: Triton programs behind the same functions as `reference`.
+
+Codes less zero point are multiplied by the tensor cores and summed in 32 bits, exactly; scale and bias are applied to
+the sum. 4-bit weights lie two to a byte and become signed bytes in registers: no tensor core after Ampere's takes
+4-bit operands. Inputs may also be float16 or bfloat16: their codes are those of the same values in float32, and the
+result has their dtype. NaN in gives NaN out, where the reference has it.
+
+Scales and zero points stay on the device and nothing waits for it, so calls can be captured in a CUDA graph, once each
+shape has been met: the first call times a few tilings. Results depend on none of that, see `programs`.
+
+With TRITON_INTERPRET=1 in the environment, set before anything imports triton, the programs run on a CPU, slowly.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quest.affine import QParams, QTensor, QuantSpec
+from quest.kernels.cpu import integer
+from quest.kernels.torch_ops import convolved, fake_attention, fake_conv2d, flat, run
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+HEADER = 16  # bytes
+LONGEST = 2**17 - 1  # of a sum: codes less 128 are also summed in float32, exact below 2^24
+# Outputs up to which a linear layer quantizes its input while multiplying. Every tile of outputs does it anew, which a
+# pass of its own before saves where there are many. Reasoned, not measured.
+FUSED_OUTPUTS = 512
+
+
+def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why nothing can run on this kernel here; None where it can. dtype: of scales and weights, not of inputs."""
+    if device.type not in ("cuda", "cpu"):
+        return f"it computes on a CUDA GPU, not on {device.type}"
+    if dtype != torch.float32:
+        return f"its weights and scales are quantized in float32, not in {dtype}"
+    try:
+        from quest.kernels.triton import programs
+    except ImportError as error:
+        return f"the package triton cannot be imported ({error})"
+    if device.type == "cpu":
+        return None if programs.INTERPRETED else "it computes on a CUDA GPU, not on cpu"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs a GPU of compute capability 8.0 or above, not {capability[0]}.{capability[1]}"
+    return None
+
+
+def supports(weight: QTensor, weight_spec: QuantSpec, input: QParams, **conv) -> str | None:
+    """Why a layer cannot run here; None where it can: as the `integer` kernel, less signed inputs and very long sums.
+
+    weight: its codes. input: scale and zero point of every time group. conv: as in `conv2d`; nothing if linear.
+    Zero points may lie outside the codes: the padding of a convolution is the real zero, which is exact here.
+    """
+    if weight.codes[0].numel() > LONGEST:
+        return f"sums of {weight.codes[0].numel()} products, more than {LONGEST}"
+    return _signed(input=input) or integer.supports(weight, weight_spec, input, **conv)
+
+
+def supports_attention(q: QParams, k: QParams, v: QParams, p: QParams) -> str | None:
+    """Why the two products of an attention cannot run here; None where they can. Each with every time group."""
+    return _signed(q=q, k=k, v=v, p=p) or integer.supports_attention(q, k, v, p)
+
+
+def _signed(**inputs: QParams) -> str | None:
+    """Codes are taken less 128 as signed bytes, which those below 0 would leave."""
+    return next((f"{name}: signed codes" for name, qparams in inputs.items() if qparams.spec.symmetric), None)
+
+
+def _width(channels: int) -> int:
+    """Channels with those added that make whole vectors for the tensor cores; their codes contribute nothing."""
+    return -(-channels // 32) * 32
+
+
+def pack(weight: QTensor) -> Tensor:
+    """Codes, scales and zero points in the order in which they are read: [O, kh, kw, bytes] (1 x 1 if linear).
+
+    int8: codes less 128; uint8: codes of at most 4 bits, those of the first half of the (padded) channels in the low
+    nibbles and of the second half in the high ones. After each tap 16 bytes: the sum of its codes less zero point
+    (int32), scale (float32), zero point less 128, or 8 for nibbles, and the sum over all taps (int32).
+    """
+    codes, scale, zero_point = (t.detach() for t in weight)
+    outputs, channels = codes.shape[:2]
+    codes = codes.reshape(*codes.shape, *(1,) * (4 - codes.ndim)).permute(0, 2, 3, 1).to(torch.int32)
+    scale = scale.flatten().float().expand(outputs)
+    zero_point = zero_point.flatten().to(torch.int32).expand(outputs)
+    nibbles = bool(codes.max() <= 15)
+    shift = 8 if nibbles else 128
+    sums = (codes - zero_point[:, None, None, None]).sum(-1, dtype=torch.int32)  # [O, kh, kw]
+    per_output = (scale.view(torch.int32), zero_point - shift, sums.sum((1, 2), dtype=torch.int32))
+    header = torch.stack([sums, *(t[:, None, None].expand_as(sums) for t in per_output)], dim=-1)
+    codes = F.pad(codes, (0, _width(channels) - channels), value=shift)
+    if nibbles:
+        low, high = codes.chunk(2, dim=-1)
+        codes = (low | high << 4).to(torch.uint8)
+    else:
+        codes = (codes - shift).to(torch.int8)
+    return torch.cat([codes, header.view(codes.dtype)], dim=-1)
+
+
+def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The codes that `pack` was given, float32 of the weight's shape."""
+    channels, codes = shape[1], packed[..., :-HEADER]
+    if packed.dtype == torch.uint8:
+        codes = torch.cat([codes & 15, codes >> 4], dim=-1).float()
+    else:
+        codes = codes.float() + 128
+    return codes[..., :channels].permute(0, 3, 1, 2).reshape(shape).contiguous()
+
+
+def linear(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K], weight what `pack` gave -> [..., N], in the dtype of x."""
+    scale, zero_point, spec = qparams
+    return run(_linear, "triton_linear", x, weight, bias, scale, zero_point, spec.qmin, spec.qmax)
+
+
+def conv2d(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups):
+    """x [N, C, H, W] -> [N, O, H', W'], channels innermost. Padding is zero, after quantization; groups is 1."""
+    scale, zero_point, spec = qparams
+    limits = spec.qmin, spec.qmax
+    return run(_conv2d, "triton_conv2d", x, weight, bias, scale, zero_point, *limits, stride, padding, dilation)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_params: QParams,
+    k_params: QParams,
+    v_params: QParams,
+    p_params: QParams,
+    scale: float,
+) -> Tensor:
+    """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, heads, n, d], or without `heads` (B counts them).
+
+    Any strides. The normalised probabilities are quantized, as in the reference.
+    """
+    params = flat(q_params, k_params, v_params, p_params)
+    return run(_attention, "triton_attention", q, k, v, *params, scale)
+
+
+def _check(x: Tensor, name: str) -> None:
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: the triton kernel takes float32, float16 or bfloat16, not {x.dtype}")
+    if reason := unavailable(x.device):
+        raise TypeError(f"{name}: the triton kernel is not available: {reason}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name}: the triton kernel has no gradient; train on the reference kernel")
+
+
+def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+    """x [A, B, C, D] -> codes less 128, int8 [A * B * C, D rounded up to 32], and their sums, float32 [A * B * C]."""
+    from quest.kernels.triton.programs import INTERPRETED, quantize
+
+    channels = x.shape[3]
+    rows, width = x[..., 0].numel(), _width(channels)
+    codes = torch.empty((rows, width), dtype=torch.int8, device=x.device)
+    sums = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = 64 if INTERPRETED else 16
+    with torch.cuda.device_of(x):
+        quantize[(-(-rows // block),)](
+            x, scale, zero_point, codes, sums, rows, channels, width, *x.shape[1:3], *x.stride(), qmin, qmax, block,
+            128, num_warps=4,
+        )  # fmt: skip
+    return codes, sums
+
+
+def _multiply(
+    x, sums, weight, bias, scale, zero_point, y, rows, channels, x_row, qmin, qmax,
+    size=(1, 1), out_size=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1),
+):  # fmt: skip
+    """y [rows, outputs] of codes and their sums, or of the floats themselves where `sums` is None."""
+    from quest.kernels.triton.programs import multiply
+
+    outputs, kh, kw, span = weight.shape
+    bits = 4 if weight.dtype == torch.uint8 else 8
+    depth = span - HEADER
+    if depth != _width(channels) * bits // 8:
+        raise ValueError(f"the input has {channels} channels; the weight was packed for another number")
+
+    def grid(blocks):
+        return (-(-rows // blocks["BLOCK_M"]) * -(-outputs // blocks["BLOCK_N"]),)
+
+    padded = any(padding)
+    pointwise = kh == kw == 1 and tuple(stride) == (1, 1) and not padded
+    with torch.cuda.device_of(x):
+        multiply[grid](
+            x, sums, weight, weight.view(torch.int32), weight.view(torch.float32), bias, scale, zero_point, y, rows,
+            outputs, channels, x_row, depth, span, *size, *out_size, *stride, *padding, *dilation, QMIN=qmin, QMAX=qmax,
+            BITS=bits, KH=kh, KW=kw, FUSED=sums is None, POINTWISE=pointwise, PADDED=padded,
+        )  # fmt: skip
+
+
+def _linear(x, weight, bias, scale, zero_point, qmin, qmax):
+    _check(x, "linear")
+    rows = x.reshape(-1, x.shape[-1])
+    range_ = scale, zero_point, qmin, qmax
+    y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+    if weight.shape[0] <= FUSED_OUTPUTS:
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        operand, sums, row = rows, None, rows.stride(0)
+    else:
+        operand, sums = _quantize(rows[None, None], *range_)
+        row = operand.shape[1]
+    _multiply(operand, sums, weight, bias, scale, zero_point, y, *rows.shape, row, qmin, qmax)
+    return y
+
+
+def _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation):
+    _check(x, "conv2d")
+    # Each pixel is read by every tap and every tile of outputs, so it is quantized once, before.
+    codes, sums = _quantize(x.permute(0, 2, 3, 1), scale, zero_point, qmin, qmax)
+    shape = convolved(x, weight, stride, padding, dilation)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    _multiply(
+        codes, sums, weight, bias, scale, zero_point, y, y[:, 0].numel(), x.shape[1], codes.shape[1], qmin, qmax,
+        x.shape[2:], shape[2:], stride, padding, dilation,
+    )  # fmt: skip
+    return y
+
+
+def _attention(q, k, v, scales, zero_points, limits, scale):
+    from quest.kernels.triton.programs import INTERPRETED, attend
+
+    _check(q, "attention")
+    q4, k4, v4 = (t if t.ndim == 4 else t[:, None] for t in (q, k, v))
+    batch, heads, n, d = q4.shape
+    m = k4.shape[2]
+    if m > LONGEST:
+        raise ValueError(f"attention: {m} keys, more than the {LONGEST} whose sums are exact")
+    operands = []
+    for i, t in enumerate((q4, k4, v4.transpose(2, 3))):  # both products run along the innermost dimension
+        operands += _quantize(t, scales[i], zero_points[i], *limits[2 * i : 2 * i + 2]), (scales[i], zero_points[i])
+    out = torch.empty((batch, n, heads, d), dtype=q.dtype, device=q.device).transpose(1, 2)
+    block = 32 if INTERPRETED else 64
+    with torch.cuda.device_of(q):
+        attend[(-(-n // block) * batch * heads,)](
+            *(t for pair in operands for t in pair), scales[3], zero_points[3], out, n, m, d, _width(d), _width(m),
+            heads, *out.stride()[:3], scale, *limits[6:], block, block, max(32, 1 << (d - 1).bit_length()),
+            num_warps=4,
+        )  # fmt: skip
+    return out if q.ndim == 4 else out[:, 0]
+
+
+@torch.library.custom_op("quest::triton_linear", mutates_args=())
+def _linear_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+) -> Tensor:
+    return _linear(x, weight, bias, scale, zero_point, qmin, qmax)
+
+
+@_linear_op.register_fake
+def _(x, weight, bias, scale, zero_point, qmin, qmax):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.custom_op("quest::triton_conv2d", mutates_args=())
+def _conv2d_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    return _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation)
+
+
+_conv2d_op.register_fake(fake_conv2d)
+
+
+@torch.library.custom_op("quest::triton_attention", mutates_args=())
+def _attention_op(
+    q: Tensor, k: Tensor, v: Tensor, scales: list[Tensor], zero_points: list[Tensor], limits: list[int], scale: float
+) -> Tensor:
+    return _attention(q, k, v, scales, zero_points, limits, scale)
+
+
+_attention_op.register_fake(fake_attention)

@@ -1,0 +1,250 @@
+"""The Triton programs of `quest.kernels.triton.kernel`. Importing this needs the package triton.
+
+8-bit codes are unsigned and the tensor cores multiply signed bytes, so activation codes are taken less 128 and weight
+codes less 128, or less 8 where they are nibbles. With a, w such codes and z_a, z_w their zero points less the same,
+
+    sum (a - z_a)(w - z_w) = sum a w  -  z_w sum a  -  z_a sum (w - z_w).
+
+Every term is an integer modulo 2^32 and their total is below 2^31 (`supports`), so zero points that are no codes are
+exact too. Sums of a are kept in float32, where they are exact below 2^24, because there a NaN in the input survives.
+
+TRITON_INTERPRET=1, set before anything imports triton, makes these programs run on a CPU.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# 1.5 * 2^23: float32 has no fractions above it, so adding it rounds to the nearest integer, ties to even.
+ROUND = tl.constexpr(12582912.0)
+
+
+def _tiling(rows: int, outputs: int, depth: int, warps: int, stages: int) -> triton.Config:
+    blocks = {"BLOCK_M": rows, "BLOCK_N": outputs, "BLOCK_K": depth}
+    return triton.Config(blocks, num_warps=warps, num_stages=stages)
+
+
+# Integer sums do not depend on the tiling, so which one is timed as the fastest changes no result.
+TILINGS = [
+    _tiling(128, 128, 128, 8, 3),
+    _tiling(128, 64, 128, 4, 3),
+    _tiling(64, 128, 64, 4, 4),
+    _tiling(64, 64, 128, 4, 4),
+    _tiling(16, 64, 128, 4, 4),  # a time embedding has a row for each image
+]
+if INTERPRETED:
+    TILINGS = [_tiling(32, 32, 32, 1, 1)]
+
+
+@triton.jit
+def encode(x, scale, zero_point, QMIN: tl.constexpr, QMAX: tl.constexpr):
+    """Codes of x less 128, as float32. NaN stays NaN."""
+    v = tl.div_rn(x.to(tl.float32), scale)  # `/` would be an approximate division
+    v = tl.maximum(v, QMIN - zero_point, propagate_nan=tl.PropagateNan.ALL)
+    v = tl.minimum(v, QMAX - zero_point, propagate_nan=tl.PropagateNan.ALL)
+    # Clamped between integers first: the same code, and small enough for the addition to round.
+    return ((v + ROUND) - ROUND) + (zero_point - 128.0)
+
+
+@triton.jit
+def integers(sums):
+    return tl.where(sums == sums, sums, 0.0).to(tl.int32)
+
+
+@triton.jit
+def quantize(
+    x, scale, zero_point, codes, sums, rows, channels, width, size_1, size_2, stride_0, stride_1, stride_2, stride_3,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """x [size_0, size_1, size_2, channels] of any strides -> codes less 128, int8 [rows, width]; sums, float32 [rows].
+
+    rows is size_0 * size_1 * size_2; the codes after the last channel are 0.
+    """
+    s, z = tl.load(scale).to(tl.float32), tl.load(zero_point).to(tl.float32)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first = row // (size_1 * size_2) * stride_0 + row // size_2 % size_1 * stride_1 + row % size_2 * stride_2
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(0, width, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        inside = (row < rows)[:, None] & (c < channels)[None, :]
+        value = tl.load(x + first[:, None] + c.to(tl.int64)[None, :] * stride_3, mask=inside, other=0.0)
+        code = tl.where(inside, encode(value, s, z, QMIN, QMAX), 0.0)
+        total += tl.sum(code, 1)
+        target = codes + row[:, None] * width + c[None, :]
+        tl.store(target, code.to(tl.int8), mask=(row < rows)[:, None] & (c < width)[None, :])
+    tl.store(sums + row, total, mask=row < rows)
+
+
+@triton.autotune(configs=TILINGS, key=["rows", "outputs", "depth", "KH", "KW"])
+@triton.jit
+def multiply(
+    x, sums, weight, weight_int, weight_float, bias, scale, zero_point, y, rows, outputs, channels, x_row, depth, span,
+    height, width, out_height, out_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, BITS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    FUSED: tl.constexpr, POINTWISE: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A convolution over channels-last pixels, or a linear layer: y [rows, outputs].
+
+    x: codes [pixels, x_row] and their sums [pixels], from `quantize`; FUSED: floats [rows, x_row], quantized here.
+    weight: as `pack` gives it, `span` bytes for each tap, `depth` of them codes (BITS 4: the first half of the channels
+    in the low nibbles, the second in the high ones). POINTWISE: row m of y belongs to pixel m. PADDED: some taps can
+    lie outside the image.
+    """
+    TAPS: tl.constexpr = KH * KW
+    tiles = tl.cdiv(outputs, BLOCK_N)
+    m = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    s, z = tl.load(scale).to(tl.float32), tl.load(zero_point).to(tl.float32)
+    column = n.to(tl.int64) * (TAPS * span)
+    # A tap outside the image reads the code of zero, or the code next to it where zero has none.
+    outside = (tl.minimum(tl.maximum(z, QMIN), QMAX) - 128.0).to(tl.int8)
+
+    image = m // (out_height * out_width) * (height * width)
+    top = m // out_width % out_height * stride_y - padding_y
+    left = m % out_width * stride_x - padding_x
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    blocks = tl.cdiv(depth, BLOCK_K)
+    for step in range(0, TAPS * blocks):
+        tap = step // blocks
+        d = step % blocks * BLOCK_K + k
+        w = tl.load(
+            weight + column[None, :] + tap * span + d[:, None],
+            mask=(n < outputs)[None, :] & (d < depth)[:, None],
+            other=0 if BITS == 8 else 0x88,
+        )
+        if POINTWISE:
+            inside = m < rows
+            pixel = m
+        else:
+            py = top + tap // KW * dilation_y
+            px = left + tap % KW * dilation_x
+            inside = (m < rows) & (py >= 0) & (py < height) & (px >= 0) & (px < width)
+            pixel = image + py * width + px
+        a = x + pixel.to(tl.int64)[:, None] * x_row + d[None, :]
+        if FUSED:
+            there = inside[:, None] & ((d < depth) & (d < channels))[None, :]
+            code = tl.where(there, encode(tl.load(a, mask=there, other=0.0), s, z, QMIN, QMAX), 0.0)
+            total += tl.sum(code, 1)
+            low = code.to(tl.int8)
+        else:
+            low = tl.load(a, mask=inside[:, None] & (d < depth)[None, :], other=outside)
+        if BITS == 8:
+            acc = tl.dot(low, w, acc, out_dtype=tl.int32)
+        else:
+            if FUSED:
+                there = inside[:, None] & ((d < depth) & (d + depth < channels))[None, :]
+                code = tl.where(there, encode(tl.load(a + depth, mask=there, other=0.0), s, z, QMIN, QMAX), 0.0)
+                total += tl.sum(code, 1)
+                high = code.to(tl.int8)
+            else:
+                high = tl.load(a + depth, mask=inside[:, None] & (d < depth)[None, :], other=outside)
+            acc = tl.dot(low, (w & 15).to(tl.int8) - 8, acc, out_dtype=tl.int32)
+            acc = tl.dot(high, (w >> 4).to(tl.int8) - 8, acc, out_dtype=tl.int32)
+
+    if not FUSED:
+        for tap in range(0, TAPS):
+            if POINTWISE:
+                total += tl.load(sums + m, mask=m < rows, other=0.0)
+            else:
+                py = top + tap // KW * dilation_y
+                px = left + tap % KW * dilation_x
+                inside = (m < rows) & (py >= 0) & (py < height) & (px >= 0) & (px < width)
+                padding = outside.to(tl.float32) * channels
+                total += tl.load(sums + image + py * width + px, mask=inside, other=padding)
+
+    head = (column + depth) // 4
+    known = n < outputs
+    tap_scale = tl.load(weight_float + head + 1, mask=known, other=0.0)
+    zero_w = tl.load(weight_int + head + 2, mask=known, other=0)
+    total_w = tl.load(weight_int + head + 3, mask=known, other=0)
+    zero_a = z.to(tl.int32) - 128
+    acc -= integers(total)[:, None] * zero_w[None, :] + zero_a * total_w[None, :]
+    if PADDED:
+        beyond = zero_a - outside.to(tl.int32)
+        if beyond != 0:  # zero has no code: take back what the taps outside have added
+            for tap in range(0, TAPS):
+                py = top + tap // KW * dilation_y
+                px = left + tap % KW * dilation_x
+                inside = (py >= 0) & (py < height) & (px >= 0) & (px < width)
+                tap_w = tl.load(weight_int + head + tap * (span // 4), mask=known, other=0)
+                acc += tl.where(inside, 0, beyond)[:, None] * tap_w[None, :]
+
+    out = acc.to(tl.float32) * (s * tap_scale)[None, :]
+    if bias is not None:
+        out += tl.load(bias + n, mask=known, other=0.0).to(tl.float32)[None, :]
+    out = tl.where((total == total)[:, None], out, float("nan"))
+    target = y + m.to(tl.int64)[:, None] * outputs + n[None, :]
+    tl.store(target, out.to(y.dtype.element_ty), mask=(m < rows)[:, None] & known[None, :])
+
+
+@triton.jit
+def scores(q, q_sums, k, k_sums, head, j, c, m, width, zero_q, zero_k, factor, depth):
+    """factor * (q - zero_q)(k - zero_k)^T of one tile, float32; -inf for keys after the last, NaN for one of NaN."""
+    there = (c < width)[:, None] & (j < m)[None, :]
+    keys = tl.load(k + (head * m + j)[None, :] * width + c[:, None], mask=there, other=0)
+    sums = tl.load(k_sums + head * m + j, mask=j < m, other=0.0)
+    product = tl.dot(q, keys, out_dtype=tl.int32)
+    product += depth * zero_q * zero_k - q_sums[:, None] * zero_k - zero_q * integers(sums)[None, :]
+    score = tl.where((sums == sums)[None, :], product.to(tl.float32) * factor, float("nan"))
+    return tl.where((j < m)[None, :], score, float("-inf"))
+
+
+@triton.jit
+def attend(
+    q, q_sums, q_scale, q_zero, k, k_sums, k_scale, k_zero, v, v_sums, v_scale, v_zero, p_scale, p_zero, y,
+    n, m, depth, width, v_width, heads, y_batch, y_head, y_row, scale,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Attention of one block of queries of one head. QMIN and QMAX are those of the probabilities.
+
+    q [B * heads, n, width], k [B * heads, m, width] and v [B * heads, depth, v_width] (keys innermost): codes less 128
+    from `quantize`, with their sums. The scores are computed twice: for maximum and sum of each row, then for the codes
+    of the normalised probabilities. No matrix of probabilities is kept.
+    """
+    blocks = tl.cdiv(n, BLOCK_M)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    i = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, BLOCK_D)
+    factor = tl.load(q_scale).to(tl.float32) * tl.load(k_scale).to(tl.float32) * scale
+    zero_q, zero_k = tl.load(q_zero).to(tl.int32) - 128, tl.load(k_zero).to(tl.int32) - 128
+    there = (i < n)[:, None] & (c < width)[None, :]
+    queries = tl.load(q + (head * n + i)[:, None] * width + c[None, :], mask=there, other=0)
+    sums = tl.load(q_sums + head * n + i, mask=i < n, other=0.0)
+    whole = integers(sums)
+
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, m, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        score = scores(queries, whole, k, k_sums, head, j, c, m, width, zero_q, zero_k, factor, depth)
+        higher = tl.maximum(top, tl.max(score, 1))
+        mass = mass * tl.exp(top - higher) + tl.sum(tl.exp(score - higher[:, None]), 1)  # NaN stays in it
+        top = higher
+
+    s, z = tl.load(p_scale).to(tl.float32), tl.load(p_zero).to(tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, m, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        score = scores(queries, whole, k, k_sums, head, j, c, m, width, zero_q, zero_k, factor, depth)
+        probability = tl.exp(score - top[:, None]) / mass[:, None]
+        code = tl.where((j < m)[None, :], encode(probability, s, z, QMIN, QMAX), 0.0)
+        total += tl.sum(code, 1)
+        there = (j < v_width)[:, None] & (c < depth)[None, :]
+        values = tl.load(v + (head * depth + c)[None, :] * v_width + j[:, None], mask=there, other=0)
+        acc = tl.dot(code.to(tl.int8), values, acc, out_dtype=tl.int32)
+
+    v_total = tl.load(v_sums + head * depth + c, mask=c < depth, other=0.0)
+    zero_p, zero_v = z.to(tl.int32) - 128, tl.load(v_zero).to(tl.int32) - 128
+    acc += m * zero_p * zero_v - integers(total)[:, None] * zero_v - zero_p * integers(v_total)[None, :]
+    out = acc.to(tl.float32) * (s * tl.load(v_scale).to(tl.float32))
+    finite = ((sums == sums) & (total == total))[:, None] & (v_total == v_total)[None, :]
+    out = tl.where(finite, out, float("nan"))
+    target = y + head // heads * y_batch + head % heads * y_head + i.to(tl.int64)[:, None] * y_row + c[None, :]
+    tl.store(target, out.to(y.dtype.element_ty), mask=(i < n)[:, None] & (c < depth)[None, :])

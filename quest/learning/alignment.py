@@ -1,0 +1,227 @@
+"""Alignment of a quantized denoiser with full precision, one stage at a time: QuEST's training loop (arXiv:2402.03666).
+
+A stage tunes some weights and activation scales so that chosen layers and the noise prediction agree with the
+full-precision model (equations 4 to 6). Which stages there are, and of what, is said in baselines/quest.py.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from quest.diffusion.calibration_set import CalibrationSet
+from quest.quantization.layers import QuantLayer
+from quest.quantization.quantizer import Quantizer
+from quest.quantization.ranges import EPS
+from quest.quantization.timegroups import TimeGroups
+
+
+class Visit(NamedTuple):
+    """A stretch of iterations on one time group: how many (None: all the group gets) of how many rows (None: all)."""
+
+    iterations: int | None = None
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is tuned together: layers, and scales of activation quantizers.
+
+    The loss is the sum over the layers in `local` of the mean squared error of their output, plus global_weight times
+    that of the noise prediction. A `visit` of None interleaves the time groups, see finetune.SCHEDULES.
+    """
+
+    name: str
+    layers: dict[str, QuantLayer]
+    scales: list[Quantizer]
+    local: tuple[str, ...]
+    global_weight: float
+    iterations: int
+    batch: int
+    visit: Visit | None
+    lr_weight: float
+    lr_scale: float
+
+
+def joint(tla: Stage, cma: Stage) -> Stage:
+    """Both at once: L_TLA + L_CMA + 2 L_G (equation 7). Batch, visits and learning rates are those of the second."""
+    return replace(
+        cma,
+        name="joint alignment",
+        layers=tla.layers | cma.layers,
+        scales=tla.scales + cma.scales,
+        local=tla.local + cma.local,
+        global_weight=tla.global_weight + cma.global_weight,
+        iterations=tla.iterations + cma.iterations,
+    )
+
+
+def align(
+    denoiser: nn.Module,
+    stage: Stage,
+    learned: dict[str, list[nn.Parameter]],
+    targets: dict[str, Tensor],
+    calibration: CalibrationSet,
+    *,
+    log_scales: bool,
+    cosine: bool,
+    generator: torch.Generator,
+) -> None:
+    """Tune a stage, so that its layers and the noise prediction agree with the full-precision model.
+
+    learned: the parameters to tune beside the scales, by layer, usually the weights and biases of the stage's layers.
+    targets: what `layer_outputs` found for the layers with a local loss. Raises FloatingPointError naming stage,
+    iteration and layer if the loss is not finite.
+    """
+    # Frozen layers give no gradient to their weights and are not quantized again in every iteration.
+    for name in learned:
+        denoiser.get_submodule(name).thaw()
+    weights = [p.requires_grad_() for parameters in learned.values() for p in parameters]
+    adam = torch.optim.Adam(weights, lr=stage.lr_weight, fused=True)
+    adam_scales = ScaleAdam(stage.scales, log=log_scales)
+    for scale in adam_scales.scales:
+        scale.requires_grad_()
+
+    outputs: dict[str, Tensor] = {}
+    handles = [
+        layer.register_forward_hook(lambda _m, _args, out, name=name: outputs.__setitem__(name, out))
+        for name, layer in stage.layers.items()
+    ]
+    groups = denoiser.time_groups
+    try:
+        turns = scheduled(groups, calibration, stage, generator)
+        with tqdm(turns, desc=stage.name, total=stage.iterations, mininterval=5) as bar:
+            for i, (rows, new_visit) in enumerate(bar):
+                prediction = denoiser(**calibration.inputs(rows)).sample
+                losses = [F.mse_loss(outputs[n], targets[n][rows].to(prediction.dtype)) for n in stage.local]
+                local = sum(losses, start=prediction.new_zeros(()))
+                whole = F.mse_loss(prediction, calibration.target[rows])
+                loss = local + stage.global_weight * whole
+                if not loss.isfinite():
+                    first = next((n for n in stage.layers if not outputs[n].isfinite().all()), "the prediction")
+                    raise FloatingPointError(
+                        f"{stage.name}, iteration {i}: the loss is {loss.item()}, not finite first in {first}; "
+                        "lower lr_weight or lr_scale"
+                    )
+                adam.zero_grad()
+                adam_scales.zero_grad()
+                loss.backward()
+                decay = 0.5 * (1 + math.cos(math.pi * i / stage.iterations)) if cosine else 1.0
+                group = groups.current.item()
+                if new_visit:
+                    adam_scales.restart(group)
+                adam.param_groups[0]["lr"] = stage.lr_weight * decay
+                adam.step()
+                adam_scales.step(group, stage.lr_scale * decay)
+                bar.set_postfix(local=f"{local.item():.2e}", whole=f"{whole.item():.2e}", refresh=False)
+    finally:
+        for h in handles:
+            h.remove()
+        denoiser.requires_grad_(False)
+        for name in learned:
+            denoiser.get_submodule(name).freeze()
+
+
+@torch.no_grad()
+def layer_outputs(
+    teacher: nn.Module, names: list[str], calibration: CalibrationSet, batch: int = 64
+) -> dict[str, Tensor]:
+    """Outputs of the teacher's layers for every calibration row, [N, ...], in half precision to save memory."""
+    outputs: dict[str, Tensor] = {}
+    if not names:
+        return outputs
+    rows: Tensor
+
+    def keep(name: str, output: Tensor) -> None:
+        if name not in outputs:
+            outputs[name] = torch.empty(len(calibration), *output.shape[1:], dtype=torch.half, device=output.device)
+        outputs[name][rows[0] : rows[-1] + 1] = output
+
+    handles = [teacher.get_submodule(n).register_forward_hook(lambda _m, _args, out, n=n: keep(n, out)) for n in names]
+    try:
+        for rows in torch.arange(len(calibration)).split(batch):
+            teacher(**calibration.inputs(rows))
+    finally:
+        for h in handles:
+            h.remove()
+    return outputs
+
+
+def scheduled(
+    groups: TimeGroups, calibration: CalibrationSet, stage: Stage, generator: torch.Generator
+) -> Iterator[tuple[Tensor, bool]]:
+    """The calibration rows of every iteration of a stage, all of one time group, and whether a visit begins with it.
+
+    Interleaved, the groups come in random order, all of them before any again. With visits they come from the noisiest
+    to the cleanest, as often as visits of that length fill the iterations, which are shared out evenly.
+    """
+    rows = groups.rows(calibration.timestep)
+
+    def draw(rows: Tensor, n: int | None) -> Tensor:
+        return rows[torch.randperm(len(rows), generator=generator)[:n]]
+
+    if stage.visit is None:
+        order: list[int] = []
+        for _ in range(stage.iterations):
+            order = order or torch.randperm(len(groups), generator=generator).tolist()
+            yield draw(rows[order.pop(0)], stage.batch), False
+        return
+    each = stage.visit.iterations
+    rounds = max(1, round(stage.iterations / len(groups) / each)) if each else 1
+    visits = rounds * len(groups)
+    for visit in range(visits):
+        pool = draw(rows[visit % len(groups)], stage.visit.rows)
+        batches: list[Tensor] = []
+        for i in range(stage.iterations * visit // visits, stage.iterations * (visit + 1) // visits):
+            batches = batches or list(draw(pool, None).split(stage.batch))
+            yield batches.pop(0), i == stage.iterations * visit // visits
+
+
+class ScaleAdam:
+    """Adam on activation scales, with moments and step count of its own for every time group.
+
+    One Adam over scale [T] would go on moving idle groups by their stale momentum. log: on the logarithm of the scales,
+    which keeps them positive; else on the scales themselves, which are then held above zero (the released code lets
+    them pass through it).
+    """
+
+    def __init__(self, quantizers: list[Quantizer], betas: tuple[float, float] = (0.9, 0.999), *, log: bool = True):
+        self.scales = [q.scale for q in quantizers]
+        # The scales of a group side by side: one vector to move, whatever the number and the shapes of the quantizers.
+        self.sizes = [s[0].numel() for s in self.scales]
+        self.steps = [0] * len(self.scales[0])
+        self.mean, self.square = torch.zeros(2, len(self.steps), sum(self.sizes), device=self.scales[0].device)
+        self.betas, self.log = betas, log
+        self.eps = 1e-12 if log else 1e-8  # a relative gradient is small; 1e-8 is Adam's own
+
+    def zero_grad(self) -> None:
+        for s in self.scales:
+            s.grad = None
+
+    def restart(self, group: int) -> None:
+        """Forget the moments of a group."""
+        self.steps[group] = 0
+        self.mean[group] = self.square[group] = 0
+
+    @torch.no_grad()
+    def step(self, group: int, lr: float) -> None:
+        """Move the scales of one group by about lr: relative to each with `log`, else as it is."""
+        b1, b2 = self.betas
+        self.steps[group] += 1
+        n = self.steps[group]
+        scale = torch.cat([s[group].flatten() for s in self.scales])
+        # A scale without a gradient belongs to a quantizer that was not called; zeros leave it where it is.
+        grad = torch.cat([(torch.zeros_like(s) if s.grad is None else s.grad)[group].flatten() for s in self.scales])
+        if self.log:
+            grad *= scale  # d loss / d log(scale)
+        mean = self.mean[group].lerp_(grad, 1 - b1)
+        square = self.square[group].lerp_(grad.square(), 1 - b2)
+        move = lr * (mean / (1 - b1**n)) / ((square / (1 - b2**n)).sqrt_() + self.eps)
+        scale = scale * torch.exp(-move) if self.log else (scale - move).clamp_(min=EPS)
+        for s, moved in zip(self.scales, scale.split(self.sizes), strict=True):
+            s[group] = moved.reshape(s.shape[1:])

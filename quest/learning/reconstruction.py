@@ -1,0 +1,328 @@
+"""AdaRound and block reconstruction, shared by several methods (arXiv:2004.10568, arXiv:2102.05426, arXiv:2302.04304).
+
+A denoiser is quantized unit by unit in the order of its forward pass: first the rounding of the weights, with float
+activations; then, weights fixed, the steps of the activation quantizers. Both supervise a unit's output by that of full
+precision. One forward pass of the denoiser over all calibration rows is a whole stage: it stops inside every unit to
+learn, and goes on with the unit's new output. So nothing is computed twice, no graph outside the unit is built, and
+only the tensors that the pass itself keeps alive (its skip connections) are in memory.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quest.affine import FLOAT, QuantSpec
+from quest.diffusion.calibration_set import CalibrationSet
+from quest.learning.rounding import Rounding, beta
+from quest.learning.units import Unit, call_modules, chunked, together, walk
+from quest.quantization import cost
+from quest.quantization.layers import QuantLayer, input_quantizers, quant_layers
+from quest.quantization.quantizer import Quantizer
+from quest.quantization.ranges import EPS
+from quest.runtime.resume import part
+
+ACTIVATION_POWER = 2.4  # of the error when activation steps are learned
+FINE = 16  # bits from which an activation quantizer is not learned
+CHECK = 256  # rows on which a unit is judged before and after
+
+
+def reconstruct_weights(
+    student: nn.Module,
+    teacher: nn.Module,
+    calibration: CalibrationSet,
+    rows: Tensor,
+    *,
+    iterations: int,
+    batch: int,
+    lr: float,
+    exclude: Iterable[str] = (),
+    generator: torch.Generator,
+) -> dict[str, tuple[float, float]]:
+    """Learn the rounding of all weights by AdaRound, unit by unit; they end as plain QuantLayers' (`rounding.fold`).
+
+    student: a quantized denoiser whose weight ranges are chosen. teacher: the float denoiser. rows: of the calibration
+    set. exclude: globs over the names of layers that keep the codes they have.
+    A unit's input comes from the weight-quantized network, its target from full precision; activations are float
+    (Q-Diffusion's order). Time groups play no part, so rows of different groups may be mixed.
+    Memory: the tensors alive in one forward pass over 2 len(rows) rows.
+    Returns each unit's reconstruction error before and after. Departure from the papers: a unit whose error did not
+    fall keeps its nearest codes.
+    Raises FloatingPointError naming unit and iteration where the loss is not finite.
+    """
+    n = len(rows)
+    inputs = _inputs(student, calibration, rows)
+    errors: dict[str, tuple[float, float]] = {}
+    learned: list[Tensor] = []
+
+    def visit(unit: Unit, forwards: dict[str, Callable], name: str, *args, **kwargs) -> Tensor:
+        call = partial(call_modules, args=args, kwargs=kwargs, n=2 * n)
+        if not unit.layers:
+            return chunked(partial(call, [forwards[name]]), torch.arange(2 * n))
+        layers = {
+            name: layer
+            for name, layer in unit.layers.items()
+            if layer.weight_quantizer.spec.bits < FLOAT and not any(fnmatch(name, glob) for glob in exclude)
+        }
+        learning = bool(layers) and unit.name not in errors
+        full = [teacher.get_submodule(m) for m in (unit.modules if learning else [name])]
+        outputs = [chunked(partial(call, [forward]), torch.arange(n)) for forward in full]
+        if learning:
+            errors[unit.name] = part(
+                f"AdaRound-{unit.name}",
+                lambda: {name: layer.weight for name, layer in layers.items()},
+                lambda: learn_rounding(
+                    unit.name,
+                    layers,
+                    lambda r: unit.lay(call(list(forwards.values()), r + n), len(r)),
+                    unit.lay(together(outputs), n),
+                    iterations=iterations,
+                    batch=batch,
+                    lr=lr,
+                    generator=generator,
+                ),
+                generator,
+            )
+            for layer in layers.values():
+                layer.freeze()
+            learned.extend(layer.weight for layer in layers.values())
+        # The first of a unit's modules to be called is the one that learns.
+        return torch.cat([outputs[0], chunked(partial(call, [forwards[name]]), torch.arange(n, 2 * n))])
+
+    # The first half of the rows runs through the units of full precision, the second through the quantized ones.
+    doubled = {k: torch.cat([v, v]) for k, v in inputs.items()}
+    with float_activations(input_quantizers(student).values()), frozen(student):
+        walk(student, inputs, doubled, visit, "AdaRound")
+    cost.record(student, "AdaRound", learned, iterations, batch)
+    return errors
+
+
+def reconstruct_activations(
+    student: nn.Module,
+    teacher: nn.Module,
+    calibration: CalibrationSet,
+    rows: Tensor,
+    *,
+    iterations: int,
+    batch: int,
+    lr: float,
+    generator: torch.Generator,
+) -> dict[str, tuple[float, float]]:
+    """Learn the steps of the activation quantizers, unit by unit; weights and zero points stay (arXiv:2302.04304).
+
+    Arguments and errors as for `reconstruct_weights`; the ranges must be calibrated. A unit's input and target both
+    come from full precision. Quantizers of 16 bits and more are left alone. Departures from the released code: a step
+    stays positive, and a unit whose error did not fall keeps the steps it had.
+    With time groups, which it has not, each group learns its own steps on its own rows, in an equal share of the
+    iterations: as inputs are those of full precision, groups do not depend on each other.
+    Raises ValueError for a time group without a row.
+    """
+    n = len(rows)
+    inputs = _inputs(student, calibration, rows)
+    groups = getattr(student, "time_groups", None)
+    parts = [torch.arange(n)] if groups is None else groups.rows(calibration.timestep[rows])
+    shares = [iterations * (g + 1) // len(parts) - iterations * g // len(parts) for g in range(len(parts))]
+    errors: dict[str, tuple[float, float]] = {}
+    learned: list[Tensor] = []
+
+    def visit(unit: Unit, forwards: dict[str, Callable], name: str, *args, **kwargs) -> Tensor:
+        call = partial(call_modules, args=args, kwargs=kwargs, n=n)
+
+        quantizers = {name: q for name, q in unit.quantizers.items() if q.spec.bits < FINE}
+        learning = bool(quantizers) and unit.name not in errors
+        with float_activations(() if unit.layers else unit.quantizers.values()):
+            full = [
+                teacher.get_submodule(m) if unit.layers else forwards[m] for m in (unit.modules if learning else [name])
+            ]
+            outputs = [chunked(partial(call, [forward]), torch.arange(n)) for forward in full]
+        if learning:
+            target = unit.lay(together(outputs), n)
+            found = []
+            for g, (own, share) in enumerate(zip(parts, shares, strict=True)):
+                if groups is not None:
+                    groups.enter(groups.starts[g])
+                learning_steps = partial(
+                    learn_steps,
+                    unit.name,
+                    quantizers,
+                    lambda r, own=own: unit.lay(call(list(forwards.values()), own[r]), len(r)),
+                    target if groups is None else target[own],
+                    iterations=share,
+                    batch=batch,
+                    lr=lr,
+                    generator=generator,
+                )
+                scales = {name: q.scale for name, q in quantizers.items()}
+                kept = f"activation-steps-{unit.name}" + (f"-{g}" if groups is not None else "")
+                found.append(part(kept, lambda scales=scales: scales, learning_steps, generator))
+            errors[unit.name] = tuple(sum(values) / len(found) for values in zip(*found, strict=True))
+            learned.extend(q.scale for q in quantizers.values())
+        return outputs[0]
+
+    with frozen(student):
+        walk(student, inputs, inputs, visit, "activation steps")
+    cost.record(student, "activation steps", learned, iterations, batch)
+    return errors
+
+
+def learn_rounding(
+    name: str,
+    layers: dict[str, QuantLayer],
+    run: Callable[[Tensor], Tensor],
+    target: Tensor,
+    *,
+    iterations: int,
+    batch: int,
+    lr: float,
+    generator: torch.Generator,
+) -> tuple[float, float]:
+    """AdaRound of one unit (arXiv:2004.10568, equations 21 to 25): Adam on alpha, mini-batches drawn anew each time.
+
+    run(rows) gives the unit's output on these rows, target [N, ...] the output to reach. Loss: `error` with power 2
+    plus LAMBDA times the regulariser, a sum over all weights of the unit. Returns the error before and after.
+    """
+    for layer in layers.values():
+        layer.freeze()
+    check = _check(target)
+    before = _judge(run, target, check, 2)
+    rounding = Rounding(list(layers.values()))
+    adam = torch.optim.Adam([rounding.alpha.requires_grad_()], lr=lr, fused=True)
+    with torch.enable_grad():
+        for i in range(iterations):
+            for layer, weight in zip(layers.values(), rounding.soft(beta(i, iterations)), strict=True):
+                layer.packed = weight
+            rows = torch.randperm(len(target), generator=generator)[:batch]
+            loss = error(run(rows), target[rows], 2)
+            _finite(loss, "AdaRound", name, i)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+    weights = [layer.weight.data for layer in layers.values()]
+    for layer, weight in zip(layers.values(), rounding.folded(), strict=True):
+        layer.weight.data = weight
+        layer.freeze()
+    after = _judge(run, target, check, 2)
+    if not after < before:
+        for layer, weight in zip(layers.values(), weights, strict=True):
+            layer.weight.data = weight
+            layer.freeze()
+    return before, min(before, after)
+
+
+def learn_steps(
+    name: str,
+    quantizers: dict[str, Quantizer],
+    run: Callable[[Tensor], Tensor],
+    target: Tensor,
+    *,
+    iterations: int,
+    batch: int,
+    lr: float,
+    generator: torch.Generator,
+) -> tuple[float, float]:
+    """Adam on the scales of one unit's activation quantizers, its rate falling to zero as a cosine.
+
+    With time groups those of the current one: the others have no gradient, and a new Adam does not move them.
+    run, target and result as for `learn_rounding`; loss: `error` with power 2.4.
+    """
+    scales = [q.scale for q in quantizers.values()]
+    first = [s.detach().clone() for s in scales]
+    check = _check(target)
+    before = _judge(run, target, check, ACTIVATION_POWER)
+    adam = torch.optim.Adam([s.requires_grad_() for s in scales], lr=lr, fused=True)
+    with torch.enable_grad():
+        for i in range(iterations):
+            rows = torch.randperm(len(target), generator=generator)[:batch]
+            loss = error(run(rows), target[rows], ACTIVATION_POWER)
+            _finite(loss, "activation steps", name, i)
+            adam.zero_grad()
+            loss.backward()
+            adam.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * i / iterations))
+            adam.step()
+            with torch.no_grad():
+                torch._foreach_clamp_min_(scales, EPS)
+    for s in scales:
+        s.requires_grad_(False).grad = None
+    after = _judge(run, target, check, ACTIVATION_POWER)
+    if not after < before:
+        for s, value in zip(scales, first, strict=True):
+            s.copy_(value)
+    return before, min(before, after)
+
+
+def error(output: Tensor, target: Tensor, power: float) -> Tensor:
+    """|output - target|^power summed over dimension 1 and averaged over the others, as in BRECQ (arXiv:2102.05426).
+
+    Dimension 1 holds channels in images and tokens in sequences; the balance with the regulariser depends on it.
+    """
+    if power == 2:
+        total = F.mse_loss(output, target, reduction="sum")
+    else:
+        total = _Power.apply(output - target, power).sum()
+    return total * (output.shape[1] / output.numel())
+
+
+class _Power(torch.autograd.Function):
+    """|x|^power as exp(power log |x|), half the time of pow; its gradient power |x|^power / x takes no other one."""
+
+    @staticmethod
+    def forward(ctx, x, power):
+        powered = x.abs().log_().mul_(power).exp_()
+        ctx.power = power
+        ctx.save_for_backward(x, powered)
+        return powered
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, powered = ctx.saved_tensors
+        return powered.div(x).nan_to_num_(0).mul_(grad * ctx.power), None  # 0 / 0 where x is 0
+
+
+@contextmanager
+def float_activations(quantizers: Iterable[Quantizer]) -> Iterator[None]:
+    """While inside, these quantizers leave their tensors in float."""
+    specs = [(q, q.spec) for q in quantizers]
+    for q, _ in specs:
+        q.spec = QuantSpec(FLOAT)
+    try:
+        yield
+    finally:
+        for q, spec in specs:
+            q.spec = spec
+
+
+@contextmanager
+def frozen(denoiser: nn.Module) -> Iterator[None]:
+    """While inside, weights are packed: a forward pass does not round them again."""
+    layers = [layer for _, layer in quant_layers(denoiser)]
+    for layer in layers:
+        layer.freeze()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.thaw()
+
+
+def _inputs(denoiser: nn.Module, calibration: CalibrationSet, rows: Tensor) -> dict[str, Tensor]:
+    device = next(denoiser.parameters()).device
+    return {k: v.to(device) for k, v in calibration.inputs(rows).items()}
+
+
+def _check(target: Tensor) -> Tensor:
+    return torch.arange(0, len(target), max(1, len(target) // CHECK))
+
+
+@torch.no_grad()
+def _judge(run: Callable[[Tensor], Tensor], target: Tensor, rows: Tensor, power: float) -> float:
+    return error(chunked(run, rows), target[rows], power).item()
+
+
+def _finite(loss: Tensor, stage: str, unit: str, iteration: int) -> None:
+    if not math.isfinite(loss.item()):
+        raise FloatingPointError(f"{stage}, unit {unit}, iteration {iteration}: the loss is {loss.item()}")

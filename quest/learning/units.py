@@ -1,0 +1,143 @@
+"""What of a denoiser is reconstructed together, and the forward pass that stops inside every such unit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from quest.quantization.attention import QuantAttention
+from quest.quantization.layers import QuantLayer, attentions, input_quantizers, quant_layers
+from quest.quantization.quantizer import Quantizer
+
+CHUNK = 64  # rows of one forward pass of a unit where nothing is learned
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is reconstructed together, with its quantized layers and activation quantizers by name.
+
+    modules: one, or several that read the same input; their outputs are concatenated. lay: turns the output for a
+    number of rows into the layout in which the papers' networks have it, dimension 1 of images being channels.
+    """
+
+    name: str
+    modules: dict[str, nn.Module]
+    layers: dict[str, QuantLayer]
+    quantizers: dict[str, Quantizer]
+    lay: Callable[[Tensor, int], Tensor]
+
+
+def _as_it_is(y: Tensor, _rows: int) -> Tensor:
+    return y
+
+
+def _channels_first(y: Tensor, _rows: int) -> Tensor:
+    """[B, n, C] -> [B, C, n]: a linear layer here is a 1-d convolution there."""
+    return y.transpose(1, 2)
+
+
+def _heads_as_channels(y: Tensor, rows: int) -> Tensor:
+    """[B * heads, n, d] -> [B, heads * d, n]."""
+    return y.unflatten(0, (rows, -1)).transpose(2, 3).flatten(1, 2)
+
+
+@torch.no_grad()
+def units(denoiser: nn.Module, inputs: dict[str, Tensor]) -> list[Unit]:
+    """The units of a quantized denoiser in the order in which a forward pass on `inputs` meets them.
+
+    As in Q-Diffusion (arXiv:2302.04304) with quantized activations: every ResnetBlock2D with its time embedding
+    projection, every BasicTransformerBlock, every other quantized layer alone. Attention outside a transformer block is
+    no unit: to_q, to_k and to_v together are (CompVis has them as one layer), to_out is, and the two products are a
+    unit without weights.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in denoiser.named_modules():
+        whole = isinstance(module, ResnetBlock2D | BasicTransformerBlock | QuantLayer | QuantAttention)
+        if whole and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    order: list[str] = []
+    handles = [m.register_forward_pre_hook(lambda *_, n=n: order.append(n)) for n, m in found.items()]
+    try:
+        denoiser.forward(**inputs)
+    finally:
+        for h in handles:
+            h.remove()
+    attention = {n: m for n, m in attentions(denoiser) if f"{n}.processor" in found}
+    members: dict[str, list[str]] = {}
+    for name in dict.fromkeys(order):
+        parent, _, child = name.rpartition(".")
+        self_attention = parent in attention and not attention[parent].is_cross_attention
+        together = self_attention and child in ("to_q", "to_k", "to_v")
+        members.setdefault(f"{parent}.qkv" if together else name, []).append(name)
+    result = []
+    for unit, names in members.items():
+        modules = {n: found[n] for n in names}
+        layers = {f"{n}.{sub}".rstrip("."): m for n in names for sub, m in quant_layers(found[n])}
+        quantizers = {f"{n}.{sub}": q for n in names for sub, q in input_quantizers(found[n]).items()}
+        lay = _as_it_is
+        if isinstance(modules[names[0]], QuantAttention):
+            lay = _heads_as_channels
+        elif any(unit.startswith(f"{n}.") for n in attention):
+            lay = _channels_first
+        result.append(Unit(unit, modules, layers, quantizers, lay))
+    return result
+
+
+@torch.no_grad()
+def walk(
+    denoiser: nn.Module, example: dict[str, Tensor], inputs: dict[str, Tensor], visit: Callable, stage: str
+) -> None:
+    """One forward pass in which visit(unit, forwards, name, *args, **kwargs) stands in for every unit's modules.
+
+    forwards: what the unit's modules compute, by name. name: which of them is called.
+    `forward` and not a call of the denoiser: a pass over all timesteps is in no time group.
+    """
+    found = units(denoiser, {k: v[:1] for k, v in example.items()})
+    modules = {n: m for unit in found for n, m in unit.modules.items()}
+    bar = tqdm(total=len(modules), desc=stage, mininterval=5)
+
+    def visited(*args, **kwargs):
+        output = visit(*args, **kwargs)
+        bar.update()
+        return output
+
+    for unit in found:
+        forwards = {n: m.forward for n, m in unit.modules.items()}
+        for name, module in unit.modules.items():
+            module.forward = partial(visited, unit, forwards, name)
+    try:
+        with bar:
+            denoiser.forward(**inputs)
+    finally:
+        for module in modules.values():
+            del module.forward
+
+
+def call_modules(forwards: list[Callable], rows: Tensor, *, args: tuple, kwargs: dict, n: int) -> Tensor:
+    """The outputs of some modules side by side, on some of the n rows that their arguments hold."""
+    args, kwargs = [_take(a, rows, n) for a in args], {k: _take(v, rows, n) for k, v in kwargs.items()}
+    return together([forward(*args, **kwargs) for forward in forwards])
+
+
+def together(outputs: list[Tensor]) -> Tensor:
+    """Outputs side by side, along the last dimension."""
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def _take(value, rows: Tensor, n: int):
+    """Rows of a tensor whose first dimension holds n rows of one or, in attention, several heads; else the value."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        return value
+    if len(value) == n:
+        return value[rows]
+    return value.unflatten(0, (n, -1))[rows].flatten(0, 1)
+
+
+def chunked(run: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """What `run` gives for these rows, CHUNK of them at a time."""
+    return torch.cat([run(chunk) for chunk in rows.split(CHUNK)])

@@ -1,0 +1,21 @@
+"""The image-text model behind the CLIP score of the zoo, loaded as open_clip loads any model from a local folder."""
+
+import logging
+
+import open_clip
+
+from quest.diffusion.models import ZOO
+
+
+def load(folder=ZOO / "scenes-clip"):
+    """(model, preprocess, tokenizer): float32 and eval mode; preprocess takes a PIL image, tokenizer a list of str."""
+    name = f"local-dir:{folder}"
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # open_clip reports every step of loading on the root logger
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(name)
+        tokenizer = open_clip.get_tokenizer(name)
+    finally:
+        logger.setLevel(level)
+    return model.eval().requires_grad_(False), preprocess, tokenizer

@@ -1,0 +1,28 @@
+"""How far a denoiser's noise prediction is from that of full precision."""
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from quest.diffusion.calibration_set import CalibrationSet
+
+
+@torch.no_grad()
+def eps_error(pipe: DiffusionPipeline, calibration: CalibrationSet) -> tuple[Tensor, list[int]]:
+    """Relative squared error of the noise prediction, |e~ - e|^2 / |e|^2, on full-precision trajectories.
+
+    Returns the errors, [trajectories, calls] (the two halves of a guided call are averaged), and each call's timestep.
+    """
+    trajectories = calibration.trajectory.cpu().unique()
+    calls = int(calibration.call.max()) + 1
+    errors, steps = torch.zeros(len(trajectories), calls), []
+    for number in range(calls):
+        rows = (calibration.call == number).nonzero().flatten()
+        steps.append(int(calibration.timestep[rows[0]]))
+        prediction = pipe.unet(**calibration.inputs(rows)).sample.cpu()
+        target = calibration.target[rows].cpu()
+        error = (prediction - target).square().flatten(1).sum(1) / target.square().flatten(1).sum(1)
+        place = torch.searchsorted(trajectories, calibration.trajectory[rows].cpu())
+        halves = len(rows) // len(trajectories)
+        errors[:, number].index_add_(0, place, error / halves)
+    return errors, steps

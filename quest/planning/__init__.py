@@ -1,0 +1,1 @@
+"""What a config costs before anything starts: measured steps, multiplied by how often each method takes them."""

@@ -1,0 +1,337 @@
+"""What the steps of a run cost on a machine, measured: seconds of a denoiser call, of decoding, of features; memory.
+
+`resources/costs.csv` keeps what was measured where; `python -m quest plan` multiplies it out, `python -m quest measure`
+adds to it. Seconds on a CPU are those of the processor with one thread, so that a shared machine says the same.
+"""
+
+import csv
+import json
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from quest.diffusion.models import ZOO
+
+COSTS = Path(__file__).parents[2] / "resources" / "costs.csv"
+COLUMNS = ["model", "machine", "what", "value", "unit", "batch", "weights", "date"]
+# What is measured, and in which unit.
+WHAT = {
+    "call": "seconds per sample of one denoiser call, full precision",
+    "quantized call": "the same with fake quantization at W8A8",
+    "training step": "seconds per sample of one forward and backward pass of the quantized denoiser",
+    "weight ranges": "seconds of the MSE search of every weight's range",
+    "ranges": "seconds of the MSE search of every activation's range, of one time group",
+    # What it takes whatever the number of rows, and "... row", for each row of the calibration set or mini-batch.
+    "threshold search": "seconds of the released PTQ4DM",
+    "threshold search row": "seconds",
+    "rounding": "seconds of one AdaRound iteration in every unit",
+    "rounding row": "seconds",
+    "step learning": "seconds of one iteration in every unit that learns activation steps",
+    "step learning row": "seconds",
+    "temporal rounding": "seconds of one AdaRound iteration of TFMQ-DM's block, 16 rows",
+    "distillation": "seconds of one iteration of EfficientDM",
+    "distillation row": "seconds",
+    "full finetuning": "seconds of one iteration that learns all weights",
+    "full finetuning row": "seconds",
+    "decode": "seconds per image",
+    "features": "seconds per image",
+    "start": "seconds until a process has imported and loaded what it needs",
+    "memory": "MB at most, of the GPU where one is used, else resident",
+}
+
+
+def read(path: Path = COSTS) -> list[dict]:
+    """Rows of the measured costs. Raises ValueError, naming file and line, for one that is malformed."""
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != COLUMNS:
+            raise ValueError(f"{path}: columns are {reader.fieldnames}; needed: {', '.join(COLUMNS)}")
+        rows = list(reader)
+    for line, row in enumerate(rows, start=2):
+        if row["what"] not in WHAT:
+            raise ValueError(f"{path}, line {line}: {row['what']!r} is not one of {', '.join(WHAT)}")
+        row["value"] = float(row["value"])
+    return rows
+
+
+def record(rows: list[dict], path: Path = COSTS) -> None:
+    """Add rows to the measured costs, in place of those of the same model, machine and kind."""
+    from quest.runtime.files import atomic
+
+    def key(row):
+        return row["model"], row["machine"], row["what"]
+
+    new = {key(row) for row in rows}
+    kept = [row for row in read(path) if key(row) not in new] if path.is_file() else []
+    with atomic(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept + rows)
+
+
+def machine(device: str) -> str:
+    """The GPU's name, or the processor's; jobs on a CPU have one thread."""
+    import torch
+
+    from quest.runtime.provenance import provenance
+
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{provenance()['machine']['cpu']}, one thread"
+
+
+def measure(model, device: str, batch: int | None = None, repeats: int = 3) -> list[dict]:
+    """Costs of a model's steps on this machine, rows of COLUMNS.
+
+    Without its weights, those of the denoiser alone, untrained: a call takes as long. batch: samples per call, by
+    default a sampling batch (twice as many under guidance). Each is the least of `repeats` after one to warm up; where
+    it is a difference of two times, the median.
+    """
+    import torch
+
+    try:
+        pipe = model.load(device=device)
+    except FileNotFoundError:
+        if model.origin is None or model.origin.compvis is None:
+            raise
+        pipe = None
+    denoiser = untrained(model, device) if pipe is None else pipe.unet
+    costs = {"start": time.process_time()}  # since the process began: imports and loading
+    batch = batch or model.batch_size * (2 if model.guidance > 1 else 1)
+    given = inputs(denoiser, model, batch, device, pipe)
+    with torch.no_grad():
+        costs["call"] = _least(lambda: denoiser(**given), repeats, device) / batch
+    if pipe is not None:
+        quantized = _quantized(pipe, model, given)
+        with torch.no_grad():
+            costs["quantized call"] = _least(lambda: quantized(**given), repeats, device) / batch
+        quantized.requires_grad_(True)
+        # Mini-batches of training: 16 rows, or 4 where a graph of the whole denoiser takes gigabytes for each.
+        most = 16 if sum(p.numel() for p in denoiser.parameters()) < 1e8 else 4
+        few = inputs(denoiser, model, min(max(batch, 2), most), device, pipe)
+        costs["training step"] = _least(lambda: quantized(**few).sample.sum().backward(), repeats, device) / len(
+            few["sample"]
+        )
+        costs |= _threshold_search(pipe, _calibration(few), 2 * max(batch, 2), repeats, device)
+        costs |= _quantizing(pipe, model, few, repeats, device)
+        costs |= _images(pipe, model, min(model.batch_size, batch), repeats, device)
+    costs["memory"] = _memory(device)
+    where, now = machine(device), datetime.now(UTC).date().isoformat()
+    weights = "untrained" if pipe is None else "trained"
+    return [
+        {"model": model.name, "machine": where, "what": what, "value": f"{value:.4g}"}
+        | {"unit": "MB" if what == "memory" else "s", "batch": batch, "weights": weights, "date": now}
+        for what, value in costs.items()
+    ]
+
+
+def untrained(model, device: str):
+    """A model's denoiser from its configuration, every parameter at a small constant: no time goes into drawing any."""
+    import torch
+
+    from quest.diffusion import published
+
+    built = published.denoiser(model).to_empty(device=device)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.fill_(0.01)
+    return built.to(memory_format=torch.channels_last)
+
+
+def inputs(denoiser, model, batch: int, device: str, pipe=None) -> dict:
+    """Random arguments of one call on `batch` samples."""
+    import torch
+
+    size, config = denoiser.config.sample_size, denoiser.config
+    given = {
+        "sample": torch.randn(batch, config.in_channels, size, size, device=device),
+        "timestep": torch.full((batch,), 500, device=device),
+    }
+    if model.conditioning != "none":
+        count = tokens(model, pipe)
+        given["encoder_hidden_states"] = torch.randn(batch, count, config.cross_attention_dim, device=device)
+    return given
+
+
+def tokens(model, pipe=None) -> int:
+    """Tokens of the condition of a sample: those of the pipeline where there is one, else of the model as published."""
+    if model.conditioning == "none":
+        return 0
+    if pipe is not None:
+        return pipe.tokenizer.model_max_length if model.conditioning == "text" else pipe.class_embedder.config.tokens
+    if model.origin is not None:
+        return {"class": 1, "text": 77}[model.conditioning]
+    encoder, key = {"class": ("class_embedder", "tokens"), "text": ("text_encoder", "max_position_embeddings")}[
+        model.conditioning
+    ]
+    return json.loads((ZOO / model.name / encoder / "config.json").read_text())[key]
+
+
+def _calibration(given):
+    """One denoiser call of each of some trajectories: the arguments `given`, and noise of zeros as the prediction."""
+    import torch
+
+    from quest.diffusion.calibration_set import CalibrationSet
+
+    given = dict(given)
+    sample, timestep = given.pop("sample"), given.pop("timestep")
+    order = torch.arange(len(sample), device=sample.device)
+    return CalibrationSet(sample, timestep, torch.zeros_like(sample), order, torch.zeros_like(order), given)
+
+
+def _quantized(pipe, model, given):
+    import quest
+
+    few = _calibration({key: value[:4] for key, value in given.items()})
+    return quest.quantize(pipe, "rtn", "w8a8", calibration=few, samples=4).unet
+
+
+def _threshold_search(pipe, calibration, rows, repeats, device):
+    """The released PTQ4DM, whose rows may be more than those of the calibration set."""
+    import quest
+
+    def search(count):
+        quest.quantize(pipe, "ptq4dm-as-released", "w8a8", calibration=calibration, rows=count)
+
+    small = len(calibration)
+    seconds = [_least(partial(search, count), repeats, device) for count in (small, rows)]
+    return _fixed_and_row("threshold search", small, rows, *seconds)
+
+
+def _quantizing(pipe, model, given, repeats, device):
+    """Costs of what methods do at W4A8. Learning rates are zero, so that one measurement leaves nothing to the next."""
+    import torch
+
+    import quest
+    from baselines import efficient_dm, full_finetune, tfmq_dm
+    from baselines import quest as finetune
+    from baselines.adaround import Preset
+    from quest.learning.calibrate import calibrate
+    from quest.learning.reconstruction import reconstruct_activations, reconstruct_weights
+    from quest.quantization import ranges
+    from quest.quantization.layers import quant_layers
+
+    calibration, bits = _calibration(given), {"keep": model.keep, "softmax_bits": model.softmax_bits}
+    n = len(calibration)
+    rows = torch.arange(n, device=calibration.sample.device)
+    student = quest.quantize(pipe, "rtn", "w4a8", calibration=calibration, samples=n, **bits).unet
+    timed = quest.quantize(
+        pipe, "quest", "w4a8", calibration=calibration, samples=n, selection=model.selection, **bits,
+        tla_iterations=0, cma_iterations=0,
+    ).unet  # fmt: skip
+    layers = [layer for _, layer in quant_layers(student)]
+    costs = {
+        "weight ranges": _least(lambda: [layer.choose_weight_range(ranges.mse) for layer in layers], 1, device),
+        "ranges": _least(lambda: calibrate(student, calibration, ranges.mse_zero_point, samples=n, seed=0), 1, device),
+    }
+    common = dict(lr=0.0, generator=torch.Generator().manual_seed(0))
+
+    def rounding(iterations, batch):
+        reconstruct_weights(student, pipe.unet, calibration, rows, iterations=iterations, batch=batch, **common)
+
+    def step_learning(iterations, batch):
+        reconstruct_activations(student, pipe.unet, calibration, rows, iterations=iterations, batch=batch, **common)
+
+    def temporal_rounding(iterations, batch):
+        block, exact = (tfmq_dm.TemporalInformationBlock(unet) for unet in (student, pipe.unet))
+        settings = Preset(iterations, 0, batch)
+        timesteps = list(range(1, 1 + batch))
+        tfmq_dm.reconstruct(student, block, exact, timesteps, list(block.layers), settings, common["generator"])
+
+    def distillation(iterations, batch):
+        efficient_dm.distil(
+            timed, calibration, dict(quant_layers(timed)), guidance=None, rank=32, iterations=iterations, batch=batch,
+            lr_update=0.0, lr_weight_scale=0.0, lr_scale=0.0, generator=common["generator"],
+        )  # fmt: skip
+
+    def full_finetuning(iterations, batch):
+        finetune.finetune(
+            timed, pipe.unet, calibration, model.selection, tla_iterations=0, cma_iterations=iterations, batch=batch,
+            lr_weight=0.0, lr_scale=0.0, global_weight=None, seed=0, learn=full_finetune.everything,
+        )  # fmt: skip
+
+    small = max(1, n // 4)
+    for learn in (rounding, step_learning, full_finetuning, distillation):
+        seconds = [_iteration(learn, batch, repeats, device) for batch in (small, n)]
+        costs |= _fixed_and_row(learn.__name__.replace("_", " "), small, n, *seconds)
+    costs["temporal rounding"] = _iteration(temporal_rounding, 16, repeats, device)
+    return costs
+
+
+def _fixed_and_row(name, small, large, few, many):
+    """What takes `few` seconds with `small` rows and `many` with `large`, as a part for each row and the rest."""
+    row = max(0.0, many - few) / (large - small)
+    return {name: max(0.0, many - large * row), f"{name} row": row}
+
+
+def _iteration(learn: Callable, batch: int, repeats: int, device: str) -> float:
+    """Seconds of one iteration: what four more of them add, the median of several differences.
+
+    A machine that is shared is as busy during the one as during the other, which is not so of their two minima.
+    """
+    learn(1, batch)  # to warm up
+    differences = []
+    for _ in range(repeats):
+        one, five = (_seconds(partial(learn, count, batch), device) for count in (1, 5))
+        differences.append(five - one)
+    return max(0.0, statistics.median(differences)) / 4
+
+
+def _images(pipe, model, batch, repeats, device):
+    import torch
+
+    from quest.diffusion.sampling import decode
+    from quest.metrics.features import EXTRACTORS
+
+    config = pipe.unet.config
+    latents = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size, device=device)
+    costs = {"decode": _least(lambda: decode(pipe, latents), repeats, device) / batch}
+    try:
+        network = EXTRACTORS[model.extractor]()
+    except OSError:  # Inception's weights are neither there nor to be fetched
+        return costs
+    network = network.to(device) if hasattr(network, "to") else network
+    images = torch.from_numpy(decode(pipe, latents)).permute(0, 3, 1, 2).to(device)
+    with torch.no_grad():
+        costs["features"] = _least(lambda: network(images), repeats, device) / batch
+    return costs
+
+
+def _least(step: Callable, repeats: int, device: str) -> float:
+    step()  # to warm up
+    return min(_seconds(step, device) for _ in range(repeats))
+
+
+def interleaved(steps: dict[str, Callable], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each step, taken in turns: what else the machine does meets them all alike. One turn to warm up."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + 1):
+        for name, step in steps.items():
+            seconds = _seconds(step, device)
+            if turn:
+                found[name].append(seconds)
+    return found
+
+
+def _seconds(step: Callable, device: str) -> float:
+    import torch
+
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    start = clock()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def _memory(device):
+    import resource
+
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts in KiB

@@ -1,0 +1,1 @@
+"""Quantizers, quantized layers and attention, their checkpoints, and what they cost. Knows no method."""

@@ -1,0 +1,70 @@
+"""What is in a checkpoint: exact bytes by kind, bits per parameter, bit operations, compression against float32."""
+
+import math
+from pathlib import Path
+
+from quest.quantization import checkpoint, cost
+
+KINDS = {  # kind of quest.quantization.cost -> what a reader calls it
+    "codes": "codes of weights",
+    "weight scales": "scales and zero points of weights",
+    "activation scales": "scales and zero points of activations",
+    "float": "float32",
+}
+
+
+def account(path) -> dict:
+    """What a checkpoint holds, fit for JSON; every tensor is read and checked against its hash.
+
+    bytes {kind: {class of layers: bytes}}, scheduler (bytes of a sampler's correction), file (bytes in all), parameters
+    of the denoiser, and `header`, the checkpoint's own. Raises ValueError for a file that is no checkpoint.
+    """
+    header, tensors = checkpoint.read(path)
+    found: dict[str, dict[str, int]] = {kind: {} for kind in KINDS}
+    scheduler = parameters = 0
+    for name, value in tensors.items():
+        size = value.numel() * value.element_size()
+        if name.startswith(checkpoint.SCHEDULER):
+            scheduler += size
+            continue
+        kind, place = cost.kind(name), cost.tensor_class(name)
+        found[kind][place] = found[kind].get(place, 0) + size
+        if kind == "codes":
+            parameters += math.prod(header["shapes"][name.removesuffix(f".{checkpoint.CODES}")])
+        elif kind == "float":
+            parameters += value.numel()
+    size = Path(path).stat().st_size
+    return {"bytes": found, "scheduler": scheduler, "file": size, "parameters": parameters, "header": header}
+
+
+def report(path) -> str:
+    """`account` for people."""
+    found = account(path)
+    header, parameters = found["header"], found["parameters"]
+    full = 4 * parameters  # bytes in float32
+    kinds = {kind: sum(of_kind.values()) for kind, of_kind in found["bytes"].items()}
+    denoiser = sum(kinds.values())
+    lines = [" ".join(filter(None, [str(path) + ":", header.get("model"), header.get("method"), header.get("bits")]))]
+    lines += [f"weights {header['granularity']['weights']}; activations {header['granularity']['activations']}"]
+    if header["time_groups"]:
+        lines.append(f"time groups start at {', '.join(map(str, header['time_groups']))}")
+    lines += [f"commit {header['provenance']['commit']}, {header['provenance']['date']}", ""]
+    rows = [(KINDS[kind], size) for kind, size in kinds.items()]
+    rows += [(f"  {place}", size) for place, size in sorted(found["bytes"]["float"].items(), key=lambda row: -row[1])]
+    rows += [("denoiser", denoiser), ("corrections of the sampler", found["scheduler"])]
+    rows += [("header", found["file"] - denoiser - found["scheduler"]), ("file", found["file"])]
+    lines += [f"{what:<40}{size:>15,} bytes  {size / full:8.4%} of float32" for what, size in rows]
+    lines += ["", f"parameters           {parameters:,}"]
+    lines += [f"bits per parameter   {8 * denoiser / parameters:.3f}"]
+    lines += [f"compression          {denoiser / full:.4f} of float32, {full / denoiser:.2f} times smaller"]
+    footprint = header.get("cost", {}).get("footprint")
+    if header["weights"] == "float":
+        lines[-1] += "; weights are in float32, for other methods to start from"
+        lines[-1] += f" (packed: {footprint['bytes'] / full:.4f})" if footprint else ""
+    if footprint:
+        macs, bops = footprint["macs"], footprint["bops"]
+        less = f"{macs * cost.FLOAT**2 / bops:.2f} times fewer than in float32"
+        lines.append(f"bit operations       {bops / 1e12:.4g}e12 for one sample, {less} ({macs / 1e9:.4g}e9 MACs)")
+    else:
+        lines.append("bit operations       not known: the file was not made by quest.quantize")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,267 @@
+"""Save and load a quantized denoiser. The file says what it holds; loading needs the full-precision pipeline and it.
+
+A file holds the codes of the quantized weights (`packing`), the scale and zero point of every quantizer, one for
+each time group, and in float32 what is not quantized: biases, norms, layers kept in float. Codes are all that sampling
+needs. A method that starts from another's weights learns from where each of them stands in its cell, which codes do
+not say: what it starts from keeps the weights themselves, in float32 (`floats=True`), and the header says so.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+
+import torch
+from safetensors.torch import save_file
+
+from quest.affine import FLOAT, QTensor, QuantSpec, quantize
+from quest.diffusion import samplers
+from quest.quantization import cost, packing
+from quest.quantization.attention import QuantAttention
+from quest.quantization.layers import attentions, is_quantized, name_quantizers, quant_layers, quantized, replace
+from quest.quantization.placement import place
+from quest.quantization.splitting import split, split_layers
+from quest.quantization.swapping import finish, with_denoiser
+from quest.quantization.timegroups import TimeGroups
+from quest.runtime.files import atomic
+from quest.runtime.hashing import opened, tensor_hash
+from quest.runtime.provenance import provenance
+
+FORMAT = 2  # 1 kept every weight in float32 and had no hashes
+CODES = "codes"  # name of a layer's packed weight, beside `weight` of a float one
+SCHEDULER = "scheduler."  # prefix of the tensors that belong to the scheduler, not to the denoiser
+
+
+def save(pipe, path, floats: bool = False, **extra) -> None:
+    """Write the quantized denoiser of a pipeline, and what its scheduler corrects, to one safetensors file, atomically.
+
+    floats: keep the weights in float32, not as codes, so that another method can start from them (`init`).
+    The header (metadata key "quest", JSON) holds the bits and granularity of every quantizer, the time groups and the
+    timesteps they were calibrated on, what `quest.quantize` was called with and what it costs (`cost.summary`),
+    provenance, `extra`, and the hash of every tensor and of the header itself.
+    Raises ValueError for a pipeline that is not quantized, and for weights that are not finite.
+    """
+    denoiser = pipe.unet
+    if not is_quantized(denoiser):
+        raise ValueError("the pipeline is not quantized: call quest.quantize first")
+    groups = getattr(denoiser, "time_groups", None)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state(denoiser, floats).items()}
+    tensors |= {f"{SCHEDULER}{k}": v.cpu().contiguous() for k, v in samplers.state(pipe.scheduler).items()}
+    header = {
+        "format": FORMAT,
+        "weights": "float" if floats else CODES,
+        "denoiser": type(denoiser).__name__,
+        "splits": split_layers(denoiser),
+        "layers": {
+            n: [asdict(q.spec) for q in (m.weight_quantizer, m.input_quantizer, m.output_quantizer) if q is not None]
+            for n, m in quant_layers(denoiser)
+        },
+        "shapes": {n: list(m.weight.shape) for n, m in quant_layers(denoiser)},
+        "attentions": {n: [asdict(m.processor.q.spec), asdict(m.processor.p.spec)] for n, m in attentions(denoiser)},
+        "granularity": cost.granularity(denoiser),
+        "time_groups": groups.starts.tolist() if groups else None,
+        **getattr(denoiser, "quantization", {}),
+        "provenance": provenance(),
+        **extra,
+        "hashes": {name: tensor_hash(value) for name, value in tensors.items()},
+    }
+    header["hash"] = header_hash(header)
+    with atomic(path) as tmp:
+        save_file(tensors, tmp, {"quest": json.dumps(header)})
+
+
+@torch.no_grad()
+def state(denoiser, floats: bool = False) -> dict[str, torch.Tensor]:
+    """The tensors of a quantized denoiser as a file holds them; without `floats`, quantized weights are packed codes.
+
+    Raises ValueError naming a layer whose codes do not give its weight back: one that is not finite.
+    """
+    tensors = denoiser.state_dict()
+    if floats:
+        return tensors
+    for name, layer in quant_layers(denoiser):
+        qparams = layer.weight_quantizer.qparams
+        if qparams.spec.bits == FLOAT:
+            continue
+        codes = quantize(tensors.pop(f"{name}.weight"), qparams).codes
+        again = QTensor(codes, qparams.scale, qparams.zero_point).dequantize()
+        # The loaded weight stands on its code, from where the code is taken again.
+        if not torch.equal(quantize(again, qparams).codes, codes):
+            raise ValueError(f"layer {name}: codes do not give its weight back; it is not finite, or its scale is zero")
+        tensors[f"{name}.{CODES}"] = packing.pack(codes, qparams.spec)
+    return tensors
+
+
+def header_hash(header: dict) -> str:
+    """SHA-256 of a header as JSON, without its own hash."""
+    return hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "hash"}).encode()).hexdigest()
+
+
+def read_header(path) -> dict:
+    """Header of a checkpoint. Raises ValueError for a file that `save` did not write, or an older version did."""
+    with opened(path) as file:
+        return _header(file, path)
+
+
+def read(path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Header and tensors of a checkpoint.
+
+    Raises ValueError for a file that `save` did not write, an older version did, or whose bytes have changed since.
+    """
+    with opened(path) as file:
+        header = _header(file, path)
+        tensors = {}
+        for name in file.keys():
+            tensors[name] = file.get_tensor(name)
+            if tensor_hash(tensors[name]) != header["hashes"].get(name):
+                raise ValueError(f"{path} is corrupted: its tensor {name} is not what was saved")
+    missing = sorted(set(header["hashes"]) - set(tensors))
+    if missing:
+        raise ValueError(f"{path} is corrupted: it lacks the tensor {missing[0]}")
+    return header, tensors
+
+
+def _header(file, path) -> dict:
+    try:
+        header = json.loads((file.metadata() or {})["quest"])
+        if header["format"] != FORMAT:
+            raise ValueError(
+                f"{path} has checkpoint format {header['format']}, this version reads {FORMAT}: quantize again"
+            )
+        header["layers"]  # a calibration set has a header too
+        if header["hash"] != header_hash(header):
+            raise ValueError(f"{path} is corrupted: its header is not what was saved")
+    except KeyError as error:
+        raise ValueError(f"{path} is not a quantized checkpoint: its header lacks {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is corrupted: its header is no JSON: {error}") from error
+    return header
+
+
+def unpack(header: dict, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors with float weights in place of codes: scale * (code - zero point), as `reference.pack` has them."""
+    tensors = dict(tensors)
+    for name, (weight, *_) in header["layers"].items():
+        if f"{name}.{CODES}" not in tensors:
+            continue
+        codes = packing.unpack(tensors.pop(f"{name}.{CODES}"), QuantSpec(**weight), tuple(header["shapes"][name]))
+        scale, zero_point = (tensors[f"{name}.weight_quantizer.{leaf}"][0] for leaf in ("scale", "zero_point"))
+        tensors[f"{name}.weight"] = QTensor(codes, scale, zero_point).dequantize()
+    return tensors
+
+
+def load(pipe, path, kernel: str = "auto"):
+    """A quantized pipeline from a full-precision one and a file that `save` wrote; the given one stays as it was.
+
+    kernel: a name in `quest.kernels.KERNELS`, or "auto" for the fastest on the pipeline's device. What it cannot
+    compute exactly stays on the reference kernel, see `placement.place`. On the same kernel, samples are bit-equal to
+    those of the pipeline that was saved; a weight that was saved as codes stands on its code.
+
+    Raises ValueError for a file that is not a checkpoint or is corrupted, one of another model (the shapes that differ
+    are listed), a scheduler whose steps leave the calibrated timesteps, and a kernel that is unknown or not available.
+    """
+    import copy
+
+    header, tensors = read(path)
+    tensors = unpack(header, tensors)
+    if is_quantized(pipe.unet):
+        raise ValueError("the pipeline is already quantized; load into the full-precision one")
+    correction = {k.removeprefix(SCHEDULER): tensors.pop(k) for k in list(tensors) if k.startswith(SCHEDULER)}
+    denoiser = copy.deepcopy(pipe.unet)
+    split_as(denoiser, header, path)
+    check_shapes(denoiser, tensors, path)
+    groups = TimeGroups(header["time_groups"]) if header["time_groups"] else None
+    check_schedule(pipe, groups, header)
+    for name, specs in header["layers"].items():
+        weight, input, *output = (QuantSpec(**spec) for spec in specs)
+        replace(denoiser, name, quantized(denoiser.get_submodule(name), weight, input, groups, *output))
+    for name, (spec, probability) in header["attentions"].items():
+        denoiser.get_submodule(name).set_processor(QuantAttention(QuantSpec(**spec), QuantSpec(**probability), groups))
+    for name, value in tensors.items():
+        # Per-channel scales have a shape only the file knows.
+        module, _, leaf = name.rpartition(".")
+        if leaf in ("scale", "zero_point"):
+            quantizer = denoiser.get_submodule(module)
+            getattr(quantizer, leaf).data = torch.empty_like(value)
+            if len(value) == 1:
+                quantizer.groups = None  # the same range in every time group
+    denoiser.load_state_dict(tensors)
+    finish(denoiser.to(pipe.unet.device), groups)
+    place(denoiser, kernel)
+    denoiser.quantization = {k: header[k] for k in ("method", "bits", "recipe", "timesteps", "cost") if k in header}
+    new = with_denoiser(pipe, denoiser)
+    new.scheduler = samplers.restore(new.scheduler, correction)
+    return new
+
+
+def load_weights(denoiser, path) -> None:
+    """Take weights, biases and weight quantizers from another method's checkpoint into a swapped denoiser.
+
+    Convolutions that the file has split are split. A layer whose weight the denoiser keeps in float keeps its own.
+    Raises ValueError where the file is of another model or other weight bits, or holds codes only.
+    """
+    header, tensors = read(path)
+    if header["weights"] != "float":
+        raise ValueError(
+            f"init: {path} holds codes, which do not say where in its cell each weight stands; make it again with "
+            "float weights: quest.save(..., floats=True), or --floats of workflow.scripts.quantize"
+        )
+    split_as(denoiser, header, path)
+    check_shapes(denoiser, tensors, path)
+    for name, layer in quant_layers(denoiser):
+        if layer.weight_quantizer.spec.bits == FLOAT:
+            continue
+        bits = header["layers"][name][0]["bits"]
+        if bits != layer.weight_quantizer.spec.bits:
+            raise ValueError(f"{path}: layer {name} has {bits}-bit weights, not {layer.weight_quantizer.spec.bits}")
+        layer.weight.data.copy_(tensors[f"{name}.weight"])
+        if layer.bias is not None:
+            layer.bias.data.copy_(tensors[f"{name}.bias"])
+        layer.weight_quantizer.scale.data = tensors[f"{name}.weight_quantizer.scale"].to(layer.weight.device)
+        layer.weight_quantizer.zero_point = tensors[f"{name}.weight_quantizer.zero_point"].to(layer.weight.device)
+
+
+def split_as(denoiser, header: dict, path) -> None:
+    """Split the convolutions that a checkpoint has split. Raises ValueError where the denoiser has no such layer."""
+    own = split_layers(denoiser)
+    for name, channels in header.get("splits", {}).items():
+        if name in own:
+            continue
+        try:
+            replace(denoiser, name, split(denoiser.get_submodule(name), channels))
+        except AttributeError:
+            raise ValueError(f"{path} is a checkpoint of another model: it splits {name}") from None
+    name_quantizers(denoiser)
+
+
+def freeze(denoiser) -> None:
+    """Pack every weight for its kernel: what sampling runs on."""
+    for _, layer in quant_layers(denoiser):
+        layer.freeze()
+
+
+def check_shapes(denoiser, tensors: dict[str, torch.Tensor], path) -> None:
+    """Raise ValueError listing where a checkpoint's float tensors differ from the denoiser's."""
+    quantizers = ("scale", "zero_point")
+    own = {k: v.shape for k, v in denoiser.state_dict().items() if k.rpartition(".")[2] not in quantizers}
+    stored = {k: v.shape for k, v in tensors.items() if k.rpartition(".")[2] not in quantizers}
+    stored = {k: v for k, v in stored.items() if not k.startswith(SCHEDULER)}
+    differ = [
+        f"{k}: {tuple(stored[k]) if k in stored else 'missing'} in the file, "
+        f"{tuple(own[k]) if k in own else 'missing'} in the model"
+        for k in sorted(own.keys() | stored.keys())
+        if own.get(k) != stored.get(k)
+    ]
+    if differ:
+        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise ValueError(f"{path} is a checkpoint of another model: {'; '.join(differ[:5])}{more}")
+
+
+def check_schedule(pipe, groups: TimeGroups | None, header: dict) -> None:
+    """Raise ValueError if the pipeline's scheduler, at the calibrated number of steps, leaves the time groups."""
+    import copy
+
+    if groups is None:
+        return
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(len(header["timesteps"]))
+    groups.check(scheduler.timesteps.tolist())

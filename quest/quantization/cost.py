@@ -1,0 +1,272 @@
+"""What a quantized denoiser is and what it took to make: what two rows of a table must share to be comparable.
+
+Papers that write "W4A8" keep different layers in float, learn different parameters and give activations different
+granularities. All of it is measured on the denoiser itself and stands in its checkpoint.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from quest.affine import FLOAT
+from quest.diffusion.calibration_set import CalibrationSet
+from quest.quantization import packing
+from quest.quantization.layer_names import Keep, layer_bits, layer_class
+from quest.quantization.layers import QuantLayer, attentions, input_quantizers, quant_layers
+from quest.quantization.quantizer import Quantizer
+from quest.quantization.splitting import split_layers
+from quest.runtime.provenance import resident_memory
+
+
+@torch.no_grad()
+def macs(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
+    """Multiply-accumulates of one denoiser call on one sample, by layer.
+
+    Both matrix products of an attention stand under the name of its `processor`. inputs: keyword arguments of the
+    denoiser, batch size 1.
+    """
+    counted: dict[str, int] = {}
+
+    def layer(name):
+        def hook(module, _args, output):
+            per_value = module.weight[0].numel()  # an output value is one dot product with a row of the weight
+            counted[name] = counted.get(name, 0) + output.numel() * per_value
+
+        return hook
+
+    def products(name):
+        def hook(module, args, kwargs):
+            x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            context = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+            tokens = x[0, 0].numel() if x.ndim == 4 else x.shape[1]
+            keys = tokens if context is None else context.shape[1]
+            counted[name] = counted.get(name, 0) + 2 * tokens * keys * module.to_q.out_features
+
+        return hook
+
+    handles = []
+    for name, module in denoiser.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            handles.append(module.register_forward_hook(layer(name)))
+        elif isinstance(module, Attention):
+            handles.append(module.register_forward_pre_hook(products(f"{name}.processor"), with_kwargs=True))
+    try:
+        denoiser(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counted
+
+
+def bops(denoiser: nn.Module, work: dict[str, int]) -> int:
+    """Bit operations of one denoiser call on one sample: multiply-accumulates times the bits of either operand.
+
+    Summed over layers (weight bits x bits of the input that is multiplied) and the products of attention (q x k bits,
+    probabilities x v bits), as in arXiv:2005.07093; what is not quantized counts as 32 bits. Norms, activations,
+    softmax and additions are no multiply-accumulates and are left out. work: of `macs`.
+
+    Published numbers differ in what they count: Q-Diffusion (arXiv:2302.04304) counts two operations for a
+    multiply-accumulate, and float32 as 23 bits.
+    """
+    layers = dict(quant_layers(denoiser))
+    total = 0
+    for name, count in work.items():
+        if name.endswith(".processor"):
+            q, k, v, p = _product_bits(denoiser.get_submodule(name.removesuffix(".processor")))
+            total += count // 2 * (q * k + p * v)  # `macs` counts the two products, which are of one size, together
+        elif name in layers:
+            total += count * layers[name].weight_quantizer.spec.bits * layers[name].input_quantizer.spec.bits
+        else:
+            total += count * FLOAT * FLOAT
+    return total
+
+
+def stored(denoiser: nn.Module) -> dict[str, dict[str, int]]:
+    """Bytes of a denoiser's packed file, {kind: {class of layers: bytes}}; works on the meta device, too.
+
+    Kinds: "codes" of quantized weights, "weight scales" and "activation scales" (with their zero points), "float" for
+    all the rest. Classes are those of `layer_class`. The file has a header besides.
+    """
+    layers = dict(quant_layers(denoiser))
+    found: dict[str, dict[str, int]] = {kind: {} for kind in KINDS}
+    for name, value in denoiser.state_dict().items():
+        layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        coded = layer is not None and layer.weight_quantizer.spec.bits < FLOAT
+        spec = layer.weight_quantizer.spec if coded else None
+        size = packing.nbytes(tuple(value.shape), spec) if coded else value.numel() * value.element_size()
+        of_kind = found["codes" if coded else kind(name)]
+        place = tensor_class(name)
+        of_kind[place] = of_kind.get(place, 0) + size
+    return found
+
+
+KINDS = ("codes", "weight scales", "activation scales", "float")
+
+
+def kind(name: str) -> str:
+    """What a tensor of a checkpoint is by its name, one of KINDS."""
+    module, _, leaf = name.rpartition(".")
+    if leaf == "codes":
+        return "codes"
+    if leaf not in ("scale", "zero_point"):
+        return "float"
+    return "weight scales" if module.endswith("weight_quantizer") else "activation scales"
+
+
+def tensor_class(name: str) -> str:
+    """The class of the layer a tensor of a checkpoint belongs to; "norm" for those of normalisation."""
+    layer = name.rpartition(".")[0]
+    for quantizer in (".weight_quantizer", ".input_quantizer", ".output_quantizer"):
+        layer = layer.removesuffix(quantizer)
+    if ".processor." in f"{layer}.":
+        return "attention products"
+    whole = layer.removesuffix(".hidden").removesuffix(".skip")  # of a split convolution
+    if "norm" in whole.rpartition(".")[2]:
+        return "norm"
+    return layer_class(whole)
+
+
+def parameters(denoiser: nn.Module) -> int:
+    """Parameters of the denoiser itself, scales of quantizers left out."""
+    # Weights that are kept as codes only.
+    packed = (layer.form for _, layer in quant_layers(denoiser) if layer.held is None)
+    return _numel(denoiser.parameters()) - _numel(_scales(denoiser)) + _numel(packed)
+
+
+def footprint(denoiser: nn.Module, work: dict[str, int]) -> dict[str, float]:
+    """What a row of a table says of size and work: parameters, macs, bops, bytes (packed), effective_bits.
+
+    effective_bits: bits that a parameter takes as stored, scales and what stays float included. work: of `macs`.
+    """
+    count, size = parameters(denoiser), sum(sum(of_kind.values()) for of_kind in stored(denoiser).values())
+    return {
+        "parameters": count,
+        "macs": sum(work.values()),
+        "bops": bops(denoiser, work),
+        "bytes": size,
+        "effective_bits": 8 * size / count,
+    }
+
+
+def undeclared(denoiser: nn.Module, w: int, a: int, keep: Keep, softmax_bits: int = 8) -> list[str]:
+    """Layers and attention products with other bits than w, a and `keep` say, each as "name: bits, not bits".
+
+    A Linear, Conv2d or attention that is not quantized at all is among them.
+    """
+    found = {n: _bits(m) for n, m in quant_layers(denoiser)}
+    wrong = []
+    for name, module in denoiser.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            whole = name.removesuffix(".hidden").removesuffix(".skip")  # of a split convolution
+            bits, expected = found.get(name, (FLOAT, FLOAT)), layer_bits(whole, w, a, keep)
+        elif isinstance(module, Attention):
+            name = f"{name}.processor"
+            bits = _attention_bits(module)
+            expected = layer_bits(name, a, max(softmax_bits, a), keep)
+        else:
+            continue
+        if bits != expected:
+            wrong.append(f"{name}: {bits}, not {expected}")
+    return wrong
+
+
+def _bits(layer: QuantLayer) -> tuple[int, int]:
+    """Bits of a layer's weight and of the activation it quantizes, at its input or at its output."""
+    activation = layer.output_quantizer or layer.input_quantizer
+    return layer.weight_quantizer.spec.bits, activation.spec.bits
+
+
+def _attention_bits(module: Attention) -> tuple[int, int]:
+    """Bits of q, k and v (the most of the three), and of the probabilities."""
+    *bits, probability = _product_bits(module)
+    return max(bits), probability
+
+
+def _product_bits(module: Attention) -> list[int]:
+    """Bits of q, k, v and of the probabilities."""
+    quantizers = [getattr(module.processor, n, None) for n in "qkvp"]
+    return [q.spec.bits if isinstance(q, Quantizer) else FLOAT for q in quantizers]
+
+
+def summary(denoiser: nn.Module, w: int, a: int, calibration: CalibrationSet) -> dict:
+    """What a table row must say about a quantized denoiser beside its bits, fit for JSON.
+
+    weights, activations: granularities. kept: layers with more than w and a bits, by their bits ("w32a32" is float):
+    count, names, share of the denoiser's parameters and of its multiply-accumulates. attention: bits of q, k, v and of
+    the probabilities, and the products' share. quantized_at: which side of a layer. split: layers that quantize the two
+    parts of a concatenated input apart. calibration: rows, trajectories, timesteps, halves of a call (2 under
+    guidance). stages: what was optimised, see `record`. footprint: size and work, see there.
+    """
+    work = macs(denoiser, calibration.inputs(torch.tensor([0])))
+    all_work, all_parameters = sum(work.values()), parameters(denoiser)
+    kept: dict[str, dict] = {}
+    for name, layer in quant_layers(denoiser):
+        bits = _bits(layer)
+        if bits[0] > w or bits[1] > a:
+            row = kept.setdefault("w{}a{}".format(*bits), {"layers": 0, "parameters": 0.0, "macs": 0.0, "names": []})
+            row["layers"] += 1
+            row["parameters"] += _numel(layer.parameters(recurse=False)) / all_parameters
+            row["macs"] += work.get(name, 0) / all_work
+            row["names"].append(name)
+    products = sorted({_attention_bits(m) for _, m in attentions(denoiser)})
+    return {
+        **granularity(denoiser),
+        "footprint": footprint(denoiser, work),
+        "quantized_at": "output" if any(m.output_quantizer for _, m in quant_layers(denoiser)) else "input",
+        "split": len(split_layers(denoiser)),
+        "kept": kept,
+        "attention": {
+            "qkv_bits": [qkv for qkv, _ in products],
+            "softmax_bits": [p for _, p in products],
+            "macs": sum(v for n, v in work.items() if n.endswith(".processor")) / all_work,
+        },
+        "calibration": {
+            "rows": len(calibration),
+            "trajectories": len(calibration.trajectory.unique()),
+            "timesteps": len(calibration.timesteps),
+            "halves": calibration.calls().shape[1],
+        },
+        "stages": getattr(denoiser, "stages", []),
+    }
+
+
+def record(denoiser: nn.Module, stage: str, learned: Iterable[Tensor], iterations: int, batch: int) -> None:
+    """Note a stage of optimisation on the denoiser: how many values it learned, iterations (of every unit), batch."""
+    row = {"stage": stage, "parameters": _numel(learned), "iterations": iterations, "batch": batch}
+    denoiser.stages = [*getattr(denoiser, "stages", []), row]
+
+
+def peak_memory() -> int:
+    """Most memory this process has held so far, in MB (1e6 bytes): on the GPU where it used one, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 1e6)
+    return resident_memory()
+
+
+def _numel(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() for t in tensors)
+
+
+def _scales(denoiser: nn.Module) -> Iterable[Tensor]:
+    return (m.scale for m in denoiser.modules() if isinstance(m, Quantizer))
+
+
+def granularity(denoiser: nn.Module) -> dict[str, str]:
+    """How many scales there are, of the weights and of the activations."""
+    return {
+        "weights": _granularity(layer.weight_quantizer for _, layer in quant_layers(denoiser)),
+        "activations": _granularity(input_quantizers(denoiser).values()),
+    }
+
+
+def _granularity(quantizers: Iterable[Quantizer]) -> str:
+    """ "per tensor", "per channel 0, 20 time groups", ...; the different ones of a denoiser joined by "; "."""
+    found = set()
+    for q in quantizers:
+        if q.spec.bits == FLOAT:
+            continue
+        axis = "per tensor" if q.spec.axis is None else f"per channel {q.spec.axis}"
+        found.add(axis if len(q.scale) == 1 else f"{axis}, {len(q.scale)} time groups")
+    return "; ".join(sorted(found)) or "float"

@@ -1,0 +1,42 @@
+"""What the name of a layer in a diffusers U-Net says: the bits it keeps at least, and the class it belongs to."""
+
+from fnmatch import fnmatch
+
+Keep = dict[str, int | list[int]]  # globs over layer names -> bits kept at least: of both, or [weight, input]
+
+
+def layer_bits(name: str, w: int, a: int, keep: Keep) -> tuple[int, int]:
+    """Weight and input bits of the layer: at least those of the first glob in `keep` that matches it, else (w, a).
+
+    For an attention's `processor`: bits of q, k and v, and of the probabilities.
+    """
+    for glob, bits in keep.items():
+        if fnmatch(name, glob):
+            kept_w, kept_a = bits if isinstance(bits, list | tuple) else (bits, bits)
+            return max(kept_w, w), max(kept_a, a)
+    return w, a
+
+
+KEEP = {"conv_in": 8, "conv_out": 8}  # the released QuEST's exceptions, for weights as well as inputs
+
+
+# Layers that not every U-Net has (residual blocks can resample, attention stand in transformers): keep may name them.
+OPTIONAL = ("*.conv_shortcut", "*.downsamplers.*.conv", "*.attentions.?.to_*")
+
+
+LAYER_CLASSES = (  # first match wins; names are those of diffusers' U-Nets
+    ("boundary", ("conv_in", "conv_out")),
+    ("time embedding", ("time_embedding.*", "*time_emb_proj")),
+    ("attention q, k, v", ("*.to_q", "*.to_k", "*.to_v")),
+    ("attention output", ("*.to_out.*",)),
+    ("feed-forward", ("*.ff.net.*",)),
+    ("transformer in, out", ("*.proj_in", "*.proj_out")),
+    ("shortcut", ("*.conv_shortcut",)),
+    ("resampling", ("*samplers.*",)),
+    ("residual convolution", ("*.conv1", "*.conv2")),
+)
+
+
+def layer_class(name: str) -> str:
+    """The class of a layer by its name in a diffusers denoiser, for figures and sensitivity tables."""
+    return next((c for c, globs in LAYER_CLASSES if any(fnmatch(name, g) for g in globs)), "other")

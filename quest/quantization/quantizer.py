@@ -1,0 +1,82 @@
+"""The quantizer of one tensor: a spec, and a scale and zero point for each time group."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from quest.affine import FLOAT, QParams, QuantSpec
+from quest.quantization import ranges
+from quest.quantization.timegroups import TimeGroups
+
+
+class Quantizer(nn.Module):
+    """scale [T, *shape] (a parameter), zero_point [T, *shape] (a buffer).
+
+    T is the number of time groups, 1 without. Called with a tensor it gives the `QParams` to quantize that tensor with;
+    quantizing is the kernel's business. TAQuant is a Quantizer with time groups.
+    """
+
+    def __init__(self, spec: QuantSpec, shape: tuple[int, ...] = (), groups: TimeGroups | None = None):
+        super().__init__()
+        self.spec, self.groups = spec, groups
+        self.name = ""  # in its denoiser, for error messages
+        # NaN until calibrated: an uncalibrated quantizer cannot pass for a calibrated one. Float needs no calibration.
+        scale, zero_point = (1.0, 0.0) if spec.bits == FLOAT else (torch.nan, torch.nan)
+        self.scale = nn.Parameter(torch.full((len(groups) if groups else 1, *shape), scale), requires_grad=False)
+        self.register_buffer("zero_point", torch.full_like(self.scale.data, zero_point))
+        self.choose: Callable | None = None  # a range chooser while calibrating, see calibration.calibrating
+        self.frozen: list[tuple[float, float]] | None = None  # scale and zero point of every group, see `freeze`
+        self.may_be_constant = False
+
+    def freeze(self) -> None:
+        """Answer with plain numbers from now on, which a kernel reads at no cost; `thaw` follows the tensors again."""
+        self.frozen = list(zip(self.scale.tolist(), self.zero_point.tolist(), strict=True))
+
+    def thaw(self) -> None:
+        self.frozen = None
+
+    @property
+    def qparams(self) -> QParams:
+        """Scale and zero point of the current time group."""
+        if self.frozen is not None and not torch.compiler.is_compiling():
+            return QParams(*self.frozen[0 if self.groups is None else self.groups.number], self.spec)
+        if self.groups is None:
+            return QParams(self.scale[0], self.zero_point[0], self.spec)
+        group = self.groups.current
+        return QParams(self.scale[group].squeeze(0), self.zero_point[group].squeeze(0), self.spec)
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor, choose: Callable) -> None:
+        """Take scale and zero point of the current group from x; nothing to do where the spec is float.
+
+        A constant channel takes the range from zero to its value, which it then meets exactly: at a single timestep
+        every channel of a time embedding is constant.
+        Raises ValueError for a tensor that is not finite, or constant unless it may be.
+        """
+        if self.spec.bits == FLOAT:
+            return
+        self.thaw()
+        dims = [d for d in range(x.ndim) if self.spec.axis is None or d != self.spec.axis % x.ndim]
+        low, high = x.amin(dims), x.amax(dims)
+        if not (low.isfinite() & high.isfinite()).all():
+            raise ValueError(f"layer {self.name}: its calibration input holds NaN or infinite values")
+        constant = low == high
+        if self.spec.axis is None and constant and not self.may_be_constant:
+            raise ValueError(f"layer {self.name}: its calibration input is constant ({low.item()})")
+        scale, zero_point = choose(x, self.spec)
+        if constant.any():
+            constant = constant.reshape(scale.shape)
+            whole = ranges.minmax(x, self.spec)
+            scale, zero_point = (torch.where(constant, a, b) for a, b in zip(whole, (scale, zero_point), strict=True))
+        if self.scale.shape[1:] != scale.shape:
+            # The shape of a per-channel scale is known from the first tensor it meets.
+            self.scale.data = scale.new_full((len(self.scale), *scale.shape), torch.nan)
+            self.zero_point = torch.full_like(self.scale.data, torch.nan)
+        group = self.groups.current if self.groups else 0
+        self.scale[group], self.zero_point[group] = scale, zero_point
+
+    def forward(self, x: Tensor) -> QParams:
+        if self.choose is not None:
+            self.calibrate(x, self.choose)
+        return self.qparams

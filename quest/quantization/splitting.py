@@ -1,0 +1,78 @@
+"""Convolutions over a concatenation in two parts, each with quantizers of its own."""
+
+from inspect import signature
+
+import torch
+from torch import Tensor, nn
+
+from quest.kernels.cpu.integer import plus
+from quest.quantization.layers import QuantLayer
+
+
+class SplitConv2d(nn.Module):
+    """A convolution over the concatenation [hidden, skip] as the sum of two, each with quantizers of its own.
+
+    The two halves of a decoder's shortcut have different ranges (Q-Diffusion, arXiv:2302.04304, section 4.2). Its code
+    concatenates the dequantized halves again; a sum of two convolutions is the same and multiplies integers twice.
+    """
+
+    def __init__(self, hidden: nn.Conv2d, skip: nn.Conv2d):
+        super().__init__()
+        self.hidden, self.skip = hidden, skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = self.hidden.in_channels
+        return plus(self.skip, x[:, channels:], self.hidden(x[:, :channels]))
+
+
+def split(conv: nn.Conv2d, channels: int) -> SplitConv2d:
+    """A float or quantized convolution as two: over its first `channels` inputs, with the bias, and over the others.
+
+    Quantizers are new and of the same specs; their ranges are not yet chosen.
+    """
+    halves = []
+    for weight, bias in ((conv.weight[:, :channels], conv.bias), (conv.weight[:, channels:], None)):
+        names = ("out_channels", "kernel_size", "stride", "padding", "dilation")
+        shape = {n: getattr(conv, n) for n in names}
+        half = type(conv)(weight.shape[1], **shape, bias=bias is not None, device="meta")
+        half.weight, half.bias = nn.Parameter(weight.detach().clone(), requires_grad=False), bias
+        if isinstance(conv, QuantLayer):
+            input, output = conv.input_quantizer, conv.output_quantizer
+            half.add_quantizers(conv.weight_quantizer.spec, input.spec, input.groups, output and output.spec)
+        halves.append(half)
+    return SplitConv2d(*halves)
+
+
+@torch.no_grad()
+def shortcut_splits(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
+    """Each shortcut convolution of the decoder that reads a concatenation, with the channels that are not of the skip.
+
+    Traced by one forward pass: a resnet of an up block reads [hidden, skip], the skips popped from the block's tuple.
+    """
+    found: dict[str, int] = {}
+
+    def record(name):
+        def hook(block, args, kwargs):
+            skips = signature(block.forward).bind(*args, **kwargs).arguments["res_hidden_states_tuple"]
+            for j, resnet in enumerate(block.resnets):
+                if resnet.conv_shortcut is not None:
+                    channels = resnet.conv_shortcut.in_channels - skips[-1 - j].shape[1]
+                    found[f"{name}.resnets.{j}.conv_shortcut"] = channels
+
+        return hook
+
+    handles = [
+        block.register_forward_pre_hook(record(f"up_blocks.{i}"), with_kwargs=True)
+        for i, block in enumerate(denoiser.up_blocks)
+    ]
+    try:
+        denoiser(**inputs)
+    finally:
+        for h in handles:
+            h.remove()
+    return found
+
+
+def split_layers(denoiser: nn.Module) -> dict[str, int]:
+    """The split convolutions by name, with the channels of their first half."""
+    return {n: m.hidden.in_channels for n, m in denoiser.named_modules() if isinstance(m, SplitConv2d)}

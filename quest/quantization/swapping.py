@@ -1,0 +1,70 @@
+"""A pipeline whose denoiser has quantized layers in place of the float ones."""
+
+import copy
+from fnmatch import fnmatch
+
+from torch import nn
+
+from quest.affine import QuantSpec
+from quest.quantization.attention import QuantAttention
+from quest.quantization.layer_names import KEEP, OPTIONAL, Keep, layer_bits
+from quest.quantization.layers import attentions, is_quantized, name_quantizers, quantized, replace
+from quest.quantization.splitting import split
+from quest.quantization.timegroups import TimeGroups
+
+
+def swap(
+    pipe,
+    w: int,
+    a: int,
+    *,
+    keep: Keep | None = None,
+    softmax_bits: int = 8,
+    groups: TimeGroups | None = None,
+    weight_axis: int | None = 0,
+    splits: dict[str, int] | None = None,
+):
+    """A pipeline with every Linear, Conv2d and attention of the denoiser in its quantized twin; ranges not yet chosen.
+
+    The pipeline that is given stays as it was; the new one shares all but denoiser and scheduler with it.
+    keep: globs over the names of layers and attention processors to the bits such a one keeps at least (default: KEEP).
+    softmax_bits: of the attention probabilities. weight_axis: 0 for one weight scale per output channel, None for one
+    per tensor. splits: convolutions to split at a channel, see `shortcut_splits`.
+    Raises ValueError for a denoiser that is already quantized or not float32, and for a glob that matches nothing.
+    """
+    keep = KEEP if keep is None else keep
+    if is_quantized(pipe.unet):
+        raise ValueError("the pipeline is already quantized; quantize the full-precision one")
+    if pipe.unet.dtype.itemsize < 4:
+        raise ValueError(f"the denoiser is in {pipe.unet.dtype}; load the pipeline in torch.float32 to quantize it")
+    denoiser = copy.deepcopy(pipe.unet)
+    layers = {n: m for n, m in denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
+    processors = {f"{n}.processor": m for n, m in attentions(denoiser)}
+    for glob in keep:
+        if glob not in OPTIONAL and not any(fnmatch(n, glob) for n in (*layers, *processors)):
+            raise ValueError(f"keep: no layer is named like {glob!r}")
+    for name, layer in layers.items():
+        layer_w, layer_a = layer_bits(name, w, a, keep)
+        replace(denoiser, name, quantized(layer, QuantSpec(layer_w, axis=weight_axis), QuantSpec(layer_a), groups))
+    for name, module in processors.items():
+        qkv_bits, p_bits = layer_bits(name, a, max(softmax_bits, a), keep)
+        module.set_processor(QuantAttention(QuantSpec(qkv_bits), QuantSpec(p_bits), groups))
+    for name, channels in (splits or {}).items():
+        replace(denoiser, name, split(denoiser.get_submodule(name), channels))
+    return with_denoiser(pipe, finish(denoiser, groups))
+
+
+def finish(denoiser: nn.Module, groups: TimeGroups | None) -> nn.Module:
+    """Name the quantizers, attach the time groups, and freeze every parameter."""
+    name_quantizers(denoiser)
+    if groups is not None:
+        groups.attach(denoiser)
+    return denoiser.requires_grad_(False).eval()
+
+
+def with_denoiser(pipe, denoiser: nn.Module):
+    """A copy of the pipeline with another denoiser and a scheduler of its own; all else is shared."""
+    new = copy.copy(pipe)
+    new.unet = denoiser
+    new.scheduler = copy.deepcopy(pipe.scheduler)
+    return new

@@ -1,0 +1,1 @@
+"""What every job needs, whatever the model: files, hashes, downloads, the lock of a GPU, resuming, provenance."""

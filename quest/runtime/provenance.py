@@ -1,0 +1,96 @@
+"""What made a file: commit, package versions, machine, config, time and memory. Imports nothing heavy."""
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from quest.runtime.files import atomic
+
+PACKAGES = ("quest-suite", "torch", "torchvision", "diffusers", "transformers", "numpy", "scipy", "safetensors")
+
+
+CONFIG = "QUEST_CONFIG_SHA256"  # environment variable by which the workflow tells its jobs `config_hash`
+
+
+def provenance() -> dict:
+    """Return {commit, dirty, versions, machine, date, config, wall_seconds, peak_memory_mb}, all of it fit for JSON.
+
+    `commit` and `dirty` are None outside a checkout of this project. `dirty` tells of changes to tracked files only.
+    `config` is None outside the workflow. `wall_seconds` and `peak_memory_mb` (1e6 bytes, resident) are those of this
+    process until now: close to those of the job, where a script asks last.
+    """
+    # An installed copy may lie inside another project's checkout, whose commit says nothing of this code.
+    ours = _git("rev-parse", "--show-prefix") == "quest/runtime/"
+    status = _git("status", "--porcelain", "--untracked-files=no") if ours else None
+    return {
+        "commit": _git("rev-parse", "HEAD") if ours else None,
+        "dirty": None if status is None else bool(status),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": os.environ.get(CONFIG),
+        "wall_seconds": _age(),
+        "peak_memory_mb": resident_memory(),
+    }
+
+
+def config_hash(config: dict) -> str:
+    """SHA-256 of what a config says; comments and the order of its keys are no part of it."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _git(*arguments: str) -> str | None:
+    """The answer of git about the checkout this package lies in, or None where there is no checkout or no git."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    """Model name of the processor as the system tells it, e.g. "AMD EPYC 9B45"."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _age() -> float | None:
+    """Seconds since this process began, where the system tells (Linux)."""
+    try:
+        # Field 22, in clock ticks since the machine started; field 2 is a name in parentheses that may hold spaces.
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return round(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 1)
+    except (OSError, AttributeError):
+        return None
+
+
+def resident_memory() -> int:
+    """Most memory that this process held so far, in MB (1e6 bytes); Linux counts in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6)
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Write a result with the provenance of this process, all at once or not at all."""
+    with atomic(path) as file:
+        file.write_text(json.dumps(content | {"provenance": provenance()}))

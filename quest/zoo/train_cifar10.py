@@ -1,0 +1,137 @@
+"""Train the CIFAR-10 denoiser that DDIM samples: DDPM's U-Net and settings (arXiv:2006.11239, appendix B).
+
+Noise prediction over 1000 steps with betas linear from 1e-4 to 0.02, Adam, dropout, random flips, and a moving average
+of the parameters, which is what is written: a U-Net in diffusers layout, of the shape of google/ddpm-cifar10-32, for
+`models.cifar10.checkpoint` in a config. A stopped run resumes from `OUT.checkpoint`, to the same parameters.
+
+Data: a folder for torchvision's CIFAR10 (`--download` fetches it there), or an .npz with images as JPEG bytes (`data`,
+all end to end, and `offsets`). `--images FILE` writes them as the .npz that reference statistics are made from, and
+stops.
+"""
+
+import argparse
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+
+from quest.diffusion.published import ARCHITECTURE
+from quest.runtime.files import atomic, atomic_folder
+from quest.zoo.training import Average, Progress, generator, load_checkpoint, save_checkpoint
+
+ITERATIONS = 800_000
+BATCH = 128
+LEARNING_RATE = 2e-4
+WARMUP = 5000
+AVERAGED = 0.9999
+
+
+def load_images(source, download: bool = False) -> np.ndarray:
+    """The 50,000 training images, uint8 [N, 32, 32, 3], from a folder or file as told above.
+
+    Raises FileNotFoundError where there is nothing, ValueError for a file of another kind or images of another size.
+    """
+    source = Path(source)
+    if source.is_file():
+        with np.load(source, allow_pickle=False) as file:
+            if not {"data", "offsets"} <= set(file):
+                raise ValueError(f"{source}: has {', '.join(file)}; an .npz of JPEG bytes has data and offsets")
+            data, offsets = file["data"].tobytes(), file["offsets"]
+        from PIL import Image
+
+        cuts = zip(offsets[:-1], offsets[1:], strict=True)
+        images = [np.asarray(Image.open(io.BytesIO(data[start:stop])).convert("RGB")) for start, stop in cuts]
+        if {image.shape for image in images} != {(32, 32, 3)}:
+            raise ValueError(f"{source}: its images are not all 32x32")
+        return np.stack(images)
+    if not source.is_dir() and not download:
+        raise FileNotFoundError(f"{source}: no such file or folder; --download fetches CIFAR-10 there")
+    from torchvision.datasets import CIFAR10
+
+    try:
+        return CIFAR10(source, train=True, download=download).data
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{source}: {error}; --download fetches CIFAR-10 there") from None
+
+
+def train(
+    images: np.ndarray,
+    out,
+    iterations: int = ITERATIONS,
+    batch: int = BATCH,
+    device="cpu",
+    seed: int = 0,
+    save_every: int = 1000,
+    log_every: int = 100,
+    architecture: dict | None = None,
+) -> None:
+    """Train on images, uint8 [N, 32, 32, 3], and write the averaged U-Net to the folder `out`.
+
+    Raises FloatingPointError, naming the iteration, where the loss is not finite.
+    """
+    out = Path(out)
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    torch.manual_seed(seed)
+    unet = UNet2DModel(**(architecture or ARCHITECTURE)).to(device).train()
+    optimizer = torch.optim.Adam(unet.parameters(), lr=LEARNING_RATE)
+    average = Average(unet.parameters(), AVERAGED)
+    start = load_checkpoint(checkpoint, [unet], optimizer, average)
+    average.values = [value.to(device) for value in average.values]
+    signal = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear").alphas_cumprod.to(device)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)  # [N, 3, 32, 32]
+
+    progress = Progress("cifar10", start, iterations, log_every)
+    for i in range(start, iterations):
+        g = generator(seed, i)
+        torch.manual_seed(g.initial_seed())  # of dropout
+        rows = torch.randint(len(pixels), (batch,), generator=g)
+        t = torch.randint(0, 1000, (batch,), generator=g).to(device)
+        noise = torch.randn((batch, *pixels.shape[1:]), generator=g).to(device)
+        flip = torch.rand(batch, 1, 1, 1, generator=g) < 0.5
+        x = pixels[rows]
+        x = torch.where(flip, x.flip(3), x).to(device).float() / 127.5 - 1
+        a = signal[t].view(-1, 1, 1, 1)
+        loss = (unet(a.sqrt() * x + (1 - a).sqrt() * noise, t).sample - noise).square().mean()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"cifar10: the loss is {loss.item()} in iteration {i}")
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (i + 1) / WARMUP)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        average.update(i)
+        progress(i + 1, loss=loss)
+        if (i + 1) % save_every == 0 or i + 1 == iterations:
+            save_checkpoint(checkpoint, i + 1, [unet], optimizer, average)
+    average.swap()
+    with atomic_folder(out) as folder:
+        unet.eval().save_pretrained(folder)
+    print(f"cifar10: {iterations} iterations; wrote {out}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder for torchvision, or .npz of JPEG bytes")
+    parser.add_argument("--download", action="store_true", help="fetch CIFAR-10 into the folder")
+    parser.add_argument("--images", type=Path, help="write the images to this .npz, and stop")
+    parser.add_argument("-o", "--output", type=Path, help="folder to write the U-Net to")
+    parser.add_argument("--iterations", type=int, default=ITERATIONS, help="batches (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=BATCH, help="images per batch (default %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    if (arguments.images is None) == (arguments.output is None):
+        parser.error("give one of --images and --output")
+    torch.set_num_threads(arguments.threads)
+    images = load_images(arguments.data, arguments.download)
+    if arguments.images:
+        with atomic(arguments.images) as file:
+            np.savez(file, arr_0=images)
+        return
+    train(images, arguments.output, arguments.iterations, arguments.batch, arguments.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""EfficientDM: low-rank updates that merge, one scale per step, distillation that helps."""
+
+import pytest
+import torch
+
+from baselines import efficient_dm
+from baselines.efficient_dm import add_low_rank, merge
+from quest.affine import QuantSpec
+from quest.metrics.noise_prediction import eps_error
+from quest.quantization.layers import QuantLinear, input_quantizers, quant_layers, quantized
+
+FAST = dict(samples=8, batch=4)
+
+
+def test_an_update_starts_at_zero_and_merges():
+    torch.manual_seed(0)
+    layer = quantized(torch.nn.Linear(12, 8), QuantSpec(4, axis=0), QuantSpec(8), None).requires_grad_(False)
+    before = layer.weight.clone()
+    update = add_low_rank(layer, 3, torch.Generator().manual_seed(0))
+    assert update.a.shape == (3, 12) and update.b.shape == (8, 3)
+    assert torch.equal(layer.weight, before)
+    with torch.no_grad():
+        update.b.normal_()
+    layer.weight.sum().backward()
+    assert update.a.grad.abs().sum() > 0 and update.b.grad.abs().sum() > 0
+    expected = before + update.b @ update.a
+    merge(layer)
+    assert type(layer) is QuantLinear and isinstance(layer.weight, torch.nn.Parameter)
+    assert torch.allclose(layer.weight, expected) and not layer.weight.requires_grad
+    assert set(layer.state_dict()) == {
+        "weight",
+        "bias",
+        *(f"{q}_quantizer.{t}" for q in ("weight", "input") for t in ("scale", "zero_point")),
+    }
+
+
+def test_an_update_of_a_convolution_has_at_most_full_rank():
+    layer = quantized(torch.nn.Conv2d(2, 6, 3), QuantSpec(4, axis=0), QuantSpec(8), None)
+    update = add_low_rank(layer, 32, torch.Generator())
+    assert update.a.shape == (6, 18) and layer.weight.shape == (6, 2, 3, 3)
+
+
+@pytest.fixture(scope="module")
+def runs(uncond_pipe, uncond_calibration):
+    """Without training, and after four rounds of the six steps."""
+    recipe = dict(FAST, lr_update=1 / 250)
+    return [efficient_dm.quantize(uncond_pipe, uncond_calibration, 4, 4, iterations=n, **recipe) for n in (0, 24)]
+
+
+def test_what_is_learned(runs):
+    start, end = (run.unet.state_dict() for run in runs)
+    moved = {k for k in start if not torch.equal(start[k], end[k])}
+    tuned = {n for n, _ in quant_layers(runs[0].unet)} - {"conv_in", "conv_out"}
+    scales = {f"{n}.scale" for n in input_quantizers(runs[0].unet)}
+    assert {f"{n}.weight" for n in tuned} <= moved
+    assert {f"{n}.weight_quantizer.scale" for n in tuned} <= moved
+    assert {k for k in scales if (start[k] != end[k]).all()} >= scales - {"conv_out.input_quantizer.scale"}
+    assert moved <= {f"{n}.{p}" for n in tuned for p in ("weight", "weight_quantizer.scale")} | scales
+    assert all((end[k] > 0).all() for k in end if k.endswith("scale"))
+
+
+def test_the_start_is_the_dequantized_weight(runs):
+    """QALoRA's base weight is what the codes mean, so that W0 + 0 has the codes of W."""
+    for name, layer in quant_layers(runs[0].unet):
+        layer.freeze()
+        assert torch.allclose(layer.weight, layer.packed, atol=1e-6), name
+
+
+def test_one_scale_for_each_step(runs, uncond_calibration):
+    assert all(len(q.scale) == len(uncond_calibration.timesteps) for q in input_quantizers(runs[1].unet).values())
+
+
+def test_distillation_lowers_the_error(runs, uncond_calibration):
+    before, after = (eps_error(run, uncond_calibration)[0].mean() for run in runs)
+    assert after < 0.95 * before, (before, after)
+
+
+def test_what_was_learned_is_counted(runs):
+    (stage,) = runs[1].unet.stages
+    layers = [m for n, m in quant_layers(runs[1].unet) if n not in ("conv_in", "conv_out")]
+    updates = sum(min(32, *w.shape) * sum(w.shape) for w in (m.weight.flatten(1) for m in layers))
+    scales = sum(m.weight_quantizer.scale.numel() for m in layers)
+    scales += sum(q.scale.numel() for q in input_quantizers(runs[1].unet).values())
+    assert stage == {"stage": "distillation", "parameters": updates + scales, "iterations": 24, "batch": 4}
+
+
+def test_divergence_names_stage_and_iteration(uncond_pipe, uncond_calibration):
+    with pytest.raises(FloatingPointError, match="distillation, iteration 1: the loss is nan"):
+        efficient_dm.quantize(uncond_pipe, uncond_calibration, 4, 4, iterations=2, lr_update=float("inf"), **FAST)
+
+
+def test_unknown_preset(uncond_pipe, uncond_calibration):
+    with pytest.raises(ValueError, match="preset.*full, short"):
+        efficient_dm.quantize(uncond_pipe, uncond_calibration, 4, 4, preset="medium")

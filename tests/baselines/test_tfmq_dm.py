@@ -1,0 +1,97 @@
+"""TFMQ-DM: the temporal information block is what the denoiser computes, learned apart, ranged step by step."""
+
+import pytest
+import torch
+
+import quest
+from baselines import tfmq_dm
+from baselines.tfmq_dm import TemporalInformationBlock
+from quest.quantization.layers import input_quantizers, quant_layers
+
+FAST = dict(samples=8, batch=4, rows=12)
+
+
+def projections(denoiser, inputs):
+    """What every time embedding projection answers in a whole forward pass, by name."""
+    found = {}
+    handles = [
+        m.register_forward_hook(lambda _m, _a, out, n=n: found.__setitem__(n, out))
+        for n, m in denoiser.named_modules()
+        if n.endswith("time_emb_proj")
+    ]
+    with torch.no_grad():
+        denoiser(**inputs)
+    for h in handles:
+        h.remove()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["uncond", "class"])
+def test_the_block_is_what_the_denoiser_computes(kind, request):
+    denoiser, calibration = request.getfixturevalue(f"{kind}_pipe").unet, request.getfixturevalue(f"{kind}_calibration")
+    inputs = calibration.inputs(torch.tensor([0, 20]))
+    found = projections(denoiser, inputs)
+    block = TemporalInformationBlock(denoiser)
+    order = [n for n, _ in denoiser.named_modules() if n in found]
+    with torch.no_grad():
+        assert torch.equal(block(inputs["timestep"]), torch.cat([found[n] for n in order], 1))
+    assert not block.layers  # a float denoiser has nothing to round
+
+
+@pytest.fixture(scope="module")
+def runs(class_pipe, class_calibration):
+    """Nearest rounding, then with AdaRound in the block and elsewhere."""
+    return [
+        quest.quantize(class_pipe, tfmq_dm.quantize, "w4a8", calibration=class_calibration, weight_iterations=n, **FAST)
+        for n in (0, 60)
+    ]
+
+
+def block_error(pipe, exact, timesteps):
+    """Of the block with float activations."""
+    from quest.learning.reconstruction import float_activations
+
+    t = torch.tensor(timesteps)
+    with torch.no_grad(), float_activations(input_quantizers(pipe.unet).values()):
+        return (TemporalInformationBlock(pipe.unet)(t) - TemporalInformationBlock(exact.unet)(t)).square().sum(1).mean()
+
+
+def test_the_block_is_reconstructed_for_the_sampler_s_timesteps(runs, class_pipe, class_calibration):
+    nearest, learned = (block_error(run, class_pipe, class_calibration.timesteps) for run in runs)
+    assert learned < 0.7 * nearest, (nearest, learned)
+
+
+def test_ranges_of_the_block_follow_the_timestep_and_no_others(runs, class_pipe, class_calibration):
+    denoiser = runs[1].unet
+    temporal = {f"{n}.input_quantizer" for n in TemporalInformationBlock(denoiser).layers}
+    assert len(temporal) > 4
+    for name, q in input_quantizers(denoiser).items():
+        assert len(q.scale) == (6 if name in temporal else 1), name
+    # Finite set calibration: the whole range at each timestep, nothing clipped and nothing wasted.
+    quantizer = denoiser.time_embedding.linear_1.input_quantizer
+    for group, t in enumerate(class_calibration.timesteps):
+        x = class_pipe.unet.time_proj(torch.tensor([t]))
+        assert quantizer.scale[group].item() == pytest.approx((x.max() - x.min().clamp(max=0)).item() / 255, rel=1e-5)
+
+
+def test_all_ranges_follow_the_timestep_as_released(class_pipe, class_calibration):
+    q = tfmq_dm.quantize(class_pipe, class_calibration, 4, 8, fsc_scope="all", weight_iterations=0, **FAST)
+    assert all(len(quantizer.scale) == 6 for quantizer in input_quantizers(q.unet).values())
+    scale = q.unet.conv_in.input_quantizer.scale
+    assert len(scale.unique()) > 1
+
+
+def test_started_from_adaround_only_the_block_is_learned(runs, class_pipe, class_calibration, tmp_path):
+    start = tmp_path / "start.safetensors"
+    quest.save(runs[1], start, floats=True)
+    q = tfmq_dm.quantize(class_pipe, class_calibration, 4, 8, init=str(start), weight_iterations=0, **FAST)
+    block = TemporalInformationBlock(q.unet).layers
+    other = dict(quant_layers(runs[1].unet))
+    for name, layer in quant_layers(q.unet):
+        weight = class_pipe.unet.get_submodule(name).weight if name in block else other[name].weight
+        assert torch.equal(layer.weight, weight), name
+
+
+def test_unknown_scope(class_pipe, class_calibration):
+    with pytest.raises(ValueError, match="fsc_scope.*tib, all"):
+        tfmq_dm.quantize(class_pipe, class_calibration, 4, 8, fsc_scope="some")

@@ -1,0 +1,129 @@
+import copy
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from torch import nn
+
+from quest.affine import FLOAT, QParams, QuantSpec, fake_quantize
+from quest.kernels import reference
+from quest.quantization import ranges
+from quest.quantization.attention import QuantAttention
+from quest.quantization.layer_names import LAYER_CLASSES, layer_class
+from quest.quantization.layers import attentions, input_quantizers, quant_layers, quantized
+from quest.quantization.swapping import swap
+
+
+def calibrated(layer, x, w, a):
+    new = quantized(copy.deepcopy(layer), QuantSpec(w, axis=0), QuantSpec(a), None)
+    new.choose_weight_range(ranges.mse)
+    new.input_quantizer.calibrate(x, ranges.minmax)
+    return new
+
+
+CASES = [
+    (nn.Linear(7, 5), (3, 11, 7)),
+    (nn.Linear(7, 5, bias=False), (3, 7)),
+    (nn.Conv2d(6, 4, 3, padding=1), (2, 6, 9, 9)),
+    (nn.Conv2d(6, 4, 3, stride=2, padding=1, bias=False), (2, 6, 9, 9)),
+    (nn.Conv2d(6, 6, 3, groups=3, dilation=2), (2, 6, 9, 9)),
+]
+
+
+@pytest.mark.parametrize("layer, shape", CASES, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize("w, a", [(4, 4), (8, 8)])
+def test_a_layer_is_its_float_self_on_fake_quantized_input_and_weight(layer, shape, w, a):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    q = calibrated(layer, x, w, a)
+    expected = copy.deepcopy(layer)
+    expected.weight.data = fake_quantize(layer.weight.data, q.weight_quantizer.qparams)
+    y = expected(fake_quantize(x, q.input_quantizer.qparams))
+    torch.testing.assert_close(q(x), y, rtol=1e-5, atol=1e-6)
+    live = q(x)
+    q.freeze()
+    assert torch.equal(q(x), live)
+
+
+def test_sixteen_bits_are_almost_float():
+    layer, shape = CASES[2]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert (calibrated(layer, x, 16, 16)(x) - layer(x)).abs().max() < 1e-3
+
+
+def test_frozen_weights_do_not_follow_and_thawed_ones_do():
+    layer, shape = CASES[0]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    q = calibrated(layer, x, 8, 8)
+    q.freeze()
+    before = q(x)
+    q.weight.data += 0.1
+    assert torch.equal(q(x), before)
+    q.thaw()
+    assert not torch.equal(q(x), before)
+
+
+@pytest.mark.parametrize("kind", ["uncond", "class", "text"])
+def test_swapped_denoiser_with_fine_codes_is_the_float_denoiser(kind, request):
+    """The quantized attention computes what diffusers' own processor does, and no layer is forgotten."""
+    pipe, calibration = request.getfixturevalue(f"{kind}_pipe"), request.getfixturevalue(f"{kind}_calibration")
+    from quest.learning.calibrate import calibrate
+
+    q = swap(pipe, 16, 16, softmax_bits=16)
+    for _, layer in quant_layers(q.unet):
+        layer.choose_weight_range(ranges.minmax)
+    calibrate(q.unet, calibration, ranges.minmax, samples=len(calibration), seed=0)
+    inputs = calibration.inputs(torch.arange(4))
+    y, expected = q.unet(**inputs).sample, pipe.unet(**inputs).sample
+    assert (y - expected).abs().max() < 2e-3 * expected.abs().max()
+    assert len(list(attentions(q.unet))) == len(list(attentions(pipe.unet))) > 0
+    floats = [n for n, m in q.unet.named_modules() if type(m) in (nn.Linear, nn.Conv2d)]
+    assert not floats
+    assert len(input_quantizers(q.unet)) == len(list(quant_layers(q.unet))) + 4 * len(list(attentions(q.unet)))
+
+
+@pytest.mark.parametrize("kind", ["uncond", "class", "text"])
+def test_with_all_quantizers_off_the_denoiser_is_the_float_one_bit_for_bit(kind, request):
+    """Against diffusers' attention as two products, which the quantized one is, not its fused one."""
+    pipe, calibration = request.getfixturevalue(f"{kind}_pipe"), request.getfixturevalue(f"{kind}_calibration")
+    inputs = calibration.inputs(torch.arange(4))
+    off, plain = swap(pipe, FLOAT, FLOAT).unet, copy.deepcopy(pipe.unet)
+    for _, attention in attentions(plain):
+        attention.set_processor(AttnProcessor())
+    with torch.no_grad():
+        assert torch.equal(off(**inputs).sample, plain(**inputs).sample)
+
+
+def test_uncalibrated_quantizers_do_not_pass_unnoticed(uncond_pipe):
+    q = swap(uncond_pipe, 8, 8)
+    c = q.unet.config
+    for _, layer in quant_layers(q.unet):
+        layer.choose_weight_range()
+    assert q.unet(torch.zeros(1, c.in_channels, 8, 8), 1).sample.isnan().all()
+
+
+def test_attention_quantizes_normalised_probabilities():
+    """The second product multiplies the 4-bit codes of softmax(scale q k^T)."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 8, generator=g) for n in (5, 7, 7))
+    fine = QuantSpec(16)
+    wide = QParams(*ranges.minmax(torch.cat([q, k, v], 1), fine), fine)
+    p = torch.softmax(0.3 * q @ k.transpose(1, 2), -1)
+    coarse = QuantSpec(4)
+    scale, zero_point = ranges.always_zero(p, coarse)
+    y = reference.attention(q, k, v, wide, wide, wide, QParams(scale, zero_point, coarse), 0.3)
+    torch.testing.assert_close(y, fake_quantize(p, QParams(scale, zero_point, coarse)) @ v, rtol=1e-3, atol=1e-3)
+    assert zero_point == 0 and torch.isclose(scale * 15, p.max())
+    assert (y - p @ v).abs().max() > 1e-2  # and that is not the float product
+
+
+def test_masks_are_refused():
+    with pytest.raises(NotImplementedError):
+        QuantAttention(QuantSpec(8), QuantSpec(8))(None, None, attention_mask=torch.zeros(1))
+
+
+@pytest.mark.parametrize("kind", ["uncond", "class", "text"])
+def test_every_layer_has_a_class(kind, request):
+    pipe = request.getfixturevalue(f"{kind}_pipe")
+    classes = {layer_class(n) for n, m in pipe.unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    assert "other" not in classes and classes <= {c for c, _ in LAYER_CLASSES}
+    assert "time embedding" in classes and "attention q, k, v" in classes

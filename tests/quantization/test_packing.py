@@ -1,0 +1,36 @@
+"""Packed codes: round trips at every width, and the bytes counted here."""
+
+import pytest
+import torch
+
+from quest.affine import QuantSpec
+from quest.quantization import packing
+
+SPECS = [QuantSpec(b) for b in (2, 3, 4, 5, 8, 9)] + [QuantSpec(4, symmetric=True), QuantSpec(4, True, wide=True)]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 4, 3, 3), (2, 1, 3, 3)], ids=str)
+def test_round_trip(spec, shape):
+    torch.manual_seed(0)
+    codes = torch.randint(spec.qmin, spec.qmax + 1, shape).float()
+    codes.view(-1)[0], codes.view(-1)[-1] = spec.qmin, spec.qmax
+    packed = packing.pack(codes, spec)
+    assert tuple(packed.shape) == packing.shape(shape, spec) and packed.dtype == packing.dtype(spec)
+    assert packed.is_contiguous() and packed.numel() * packed.element_size() == packing.nbytes(shape, spec)
+    unpacked = packing.unpack(packed, spec, shape)
+    assert unpacked.dtype == torch.float32 and torch.equal(unpacked, codes)
+
+
+def test_two_codes_share_a_byte_the_first_in_its_low_half():
+    codes = torch.tensor([[1, 2, 3], [15, 0, 7]])
+    assert packing.pack(codes, QuantSpec(4)).tolist() == [[0x21, 0x03], [0x0F, 0x07]]
+    assert packing.pack(codes, QuantSpec(5)).tolist() == codes.tolist()
+    assert packing.pack(codes - 8, QuantSpec(4, symmetric=True)).tolist() == [[0x21, 0x03], [0x0F, 0x07]]
+
+
+def test_bytes():
+    weight = (320, 4, 3, 3)
+    assert packing.nbytes(weight, QuantSpec(4)) == packing.nbytes(weight, QuantSpec(2)) == 320 * 18
+    assert packing.nbytes(weight, QuantSpec(8)) == 320 * 36 and packing.nbytes(weight, QuantSpec(9)) == 320 * 72
+    assert packing.nbytes((2, 1, 3, 3), QuantSpec(4)) == 2 * 5  # nine codes to a row

@@ -1,0 +1,68 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from quest.runtime import gpu_lock
+
+DEVICES = ["GPU-a", "GPU-b"]
+# Takes a device, says which, and keeps it until its input ends.
+JOB = """
+import sys
+from pathlib import Path
+from quest.runtime import gpu_lock
+print(gpu_lock.hold({devices}, Path({folder!r}), pause=0.05), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a job that takes one of DEVICES."""
+    jobs = []
+
+    def job():
+        command = [sys.executable, "-c", JOB.format(devices=DEVICES, folder=str(tmp_path))]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        jobs.append(subprocess.Popen(command, text=True, **pipes))
+        return jobs[-1]
+
+    yield job
+    for one in jobs:
+        one.kill()
+        one.wait()
+        for pipe in (one.stdin, one.stdout, one.stderr):
+            pipe.close()
+
+
+def test_each_job_has_a_device_of_its_own_and_a_killed_one_gives_it_back(start):
+    first, second = start(), start()
+    assert {first.stdout.readline(), second.stdout.readline()} == {"0\n", "1\n"}
+    third = start()
+    assert "all 2 GPUs are taken" in third.stderr.readline()
+    os.kill(second.pid, signal.SIGKILL)  # leaves its lock file behind, but no lock
+    assert third.stdout.readline() in ("0\n", "1\n")
+    fourth = start()
+    assert "all 2 GPUs are taken" in fourth.stderr.readline()
+    first.stdin.close()
+    assert fourth.stdout.readline() in ("0\n", "1\n")
+
+
+def test_a_device_is_known_by_its_name_not_by_its_place(tmp_path):
+    """Slurm shows a job the devices it gave to it, numbered from 0."""
+    assert gpu_lock.hold(["GPU-a"], tmp_path) == 0
+    assert gpu_lock.hold(["GPU-a", "GPU-b"], tmp_path) == 1
+    assert gpu_lock.hold(["GPU-c"], tmp_path) == 0
+
+
+def test_a_cpu_and_a_named_device_need_no_lease(monkeypatch):
+    monkeypatch.setattr(gpu_lock, "hold", lambda devices: pytest.fail("took a lease"))
+    for device in ("cpu", "cuda:1"):
+        gpu_lock.take(device)
+
+
+def test_no_gpu(tmp_path):
+    with pytest.raises(ValueError, match="there is no GPU here; valid: cpu"):
+        gpu_lock.hold([], tmp_path)
