@@ -1,13 +1,14 @@
-"""Train the autoencoder the three denoisers share: 64x64 scenes to 8x8 latents with 8 channels.
+"""Train an autoencoder of the zoo: one for the scenes, one for emoji, one for photographs.
 
 Left to itself a small AutoencoderKL collapses to grey within such a budget.  So it starts from principal components:
-for the first third the encoder regresses the whitened components of 8x8 patches and the decoder is fed with those.
-At the end the mean and scale of the latents are folded into quant_conv and post_quant_conv, so that latents have zero
-mean and unit variance per channel and scaling_factor is 1.
+at first the encoder regresses the whitened components of patches and the decoder is fed with those.  At the end the
+mean and scale of the latents are folded into quant_conv and post_quant_conv, so that latents have zero mean and unit
+variance per channel and scaling_factor is 1.
 """
 
 import argparse
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,30 +18,56 @@ from diffusers import AutoencoderKL
 
 from quest.diffusion import scenes
 from quest.runtime.files import atomic_folder
-from quest.zoo.training import Progress, cosine, generator, load_checkpoint, save_checkpoint
+from quest.zoo import pictures
+from quest.zoo.training import Progress, autocast, cosine, generator, load_checkpoint, save_checkpoint
 
-LATENT_CHANNELS = 8
-PATCH = 8
+BATCH_SIZE = 8
 
 
-def build():
+@dataclass(frozen=True)
+class Recipe:
+    """Shape of an autoencoder and how long it is trained."""
+
+    size: int  # of a picture, in pixels
+    latent_channels: int
+    widths: tuple[int, ...]  # channels per resolution; each after the first halves it
+    groups: int  # of the group norms
+    iterations: int  # batches of BATCH_SIZE
+    warm_start: float  # share of the iterations in which the target is principal components
+    flips: bool = False  # left and right are exchanged in every second batch
+    half: bool = False  # trained in bfloat16 where a processor has it
+
+    @property
+    def patch(self):
+        """Pixels a latent stands for, along one side."""
+        return 2 ** (len(self.widths) - 1)
+
+
+RECIPES = {
+    "scenes": Recipe(scenes.SIZE, 8, (16, 32, 64, 96), groups=4, iterations=1800, warm_start=0.33),
+    "emoji": Recipe(64, 4, (16, 48, 96), groups=8, iterations=14000, warm_start=0.05, half=True),
+    "photos": Recipe(32, 8, (32, 64, 96), groups=8, iterations=20000, warm_start=0.05, flips=True, half=True),
+}
+
+
+def build(recipe):
     """A standard AutoencoderKL whose posterior starts narrow."""
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 96),
+        down_block_types=("DownEncoderBlock2D",) * len(recipe.widths),
+        up_block_types=("UpDecoderBlock2D",) * len(recipe.widths),
+        block_out_channels=recipe.widths,
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=4,
-        sample_size=scenes.SIZE,
+        latent_channels=recipe.latent_channels,
+        norm_num_groups=recipe.groups,
+        sample_size=recipe.size,
         scaling_factor=1.0,
         mid_block_add_attention=False,
     )
     with torch.no_grad():
-        vae.quant_conv.weight[LATENT_CHANNELS:] *= 0.1
-        vae.quant_conv.bias[LATENT_CHANNELS:] = -6.0
+        vae.quant_conv.weight[recipe.latent_channels :] *= 0.1
+        vae.quant_conv.bias[recipe.latent_channels :] = -6.0
     return vae
 
 
@@ -54,22 +81,23 @@ def to_images(x):
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def principal_components(x):
-    """Mean [192] and whitened basis [192, 8] of 8x8 patches of x [N, 3, H, W]."""
-    patches = F.pixel_unshuffle(x, PATCH).permute(0, 2, 3, 1).reshape(-1, 3 * PATCH**2).double()
+def principal_components(x, recipe):
+    """Mean [3 P^2] and whitened basis [3 P^2, C] of P x P patches of x [N, 3, H, W], for C latent channels."""
+    channels = recipe.latent_channels
+    patches = F.pixel_unshuffle(x, recipe.patch).permute(0, 2, 3, 1).reshape(-1, 3 * recipe.patch**2).double()
     mean = patches.mean(0)
     variances, vectors = torch.linalg.eigh(torch.cov((patches - mean).T))
-    basis = vectors[:, -LATENT_CHANNELS:].flip(1) / variances[-LATENT_CHANNELS:].flip(0).sqrt()
+    basis = vectors[:, -channels:].flip(1) / variances[-channels:].flip(0).sqrt()
     return mean.float(), basis.float()
 
 
-def project(x, components):
-    """Whitened components of every patch, [N, 8, H / 8, W / 8]."""
+def project(x, components, patch):
+    """Whitened components of every patch, [N, C, H / P, W / P]."""
     mean, basis = components
-    return ((F.pixel_unshuffle(x, PATCH).permute(0, 2, 3, 1) - mean) @ basis).permute(0, 3, 1, 2).contiguous()
+    return ((F.pixel_unshuffle(x, patch).permute(0, 2, 3, 1) - mean) @ basis).permute(0, 3, 1, 2).contiguous()
 
 
-def reconstruction_loss(x, y):
+def scene_loss(x, y):
     """L1 + L2 with more weight around objects, on a coarse scale and on colour: the mean error alone is background."""
     d = y - x
     foreground = ((x - x.mean((2, 3), keepdim=True)).abs().mean(1, keepdim=True) > 0.25).float()
@@ -80,17 +108,37 @@ def reconstruction_loss(x, y):
     return fine + 2 * coarse + chroma
 
 
+def picture_loss(x, y, w):
+    """L1 + 2 L2, on a coarse scale, on colour and on gradients; w [N, 1, H, W] says what counts."""
+    d = y - x
+    fine = (w * (d.abs() + 2 * d.square())).mean()
+    coarse = (F.avg_pool2d(w, 4) * F.avg_pool2d(d, 4).abs()).mean()
+    chroma = (w * (d - d.mean(1, keepdim=True)).abs()).mean()
+    gradients = (d[..., 1:] - d[..., :-1]).abs().mean() + (d[..., 1:, :] - d[..., :-1, :]).abs().mean()
+    return fine + coarse + 0.5 * chroma + 0.5 * gradients
+
+
+def reconstruction_loss(name, x, y):
+    """The loss of autoencoder `name` between pictures and reconstructions [N, 3, H, W]."""
+    if name == "scenes":
+        return scene_loss(x, y)
+    if name == "emoji":  # nearly half of the pixels are white paper: what is drawn on it counts three times
+        return picture_loss(x, y, 1 + 2 * F.max_pool2d(((1 - x).mean(1, keepdim=True) > 0.06).float(), 5, 1, 2))
+    return picture_loss(x, y, torch.ones_like(x[:, :1]))
+
+
 @torch.no_grad()
 def normalise(vae, x):
     """Fold mean and scale of the latents of x [N, 3, H, W] into the convolutions around them."""
+    channels = vae.config.latent_channels
     z = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(64)])
     mean, scale = z.mean((0, 2, 3)), z.std((0, 2, 3))
     inner, outer = vae.quant_conv, vae.post_quant_conv
     outer.bias += outer.weight[:, :, 0, 0] @ mean
     outer.weight *= scale[None, :, None, None]
-    inner.weight[:LATENT_CHANNELS] /= scale[:, None, None, None]
-    inner.bias[:LATENT_CHANNELS] = (inner.bias[:LATENT_CHANNELS] - mean) / scale
-    inner.bias[LATENT_CHANNELS:] -= 2 * scale.log()
+    inner.weight[:channels] /= scale[:, None, None, None]
+    inner.bias[:channels] = (inner.bias[:channels] - mean) / scale
+    inner.bias[channels:] -= 2 * scale.log()
 
 
 @torch.no_grad()
@@ -100,40 +148,54 @@ def psnr(vae, x):
     return 10 * math.log10(4 / (y - x).square().mean().item())
 
 
+def examples(name, images, held_out, data=None):
+    """Pictures to learn from and held-out ones, uint8 [N, S, S, 3] each; `data` is the file of real ones."""
+    if name == "scenes":
+        return scenes.draw("train", images).images(), scenes.draw("validation", held_out).images()
+    shown = pictures.load(name, data)
+    return shown.images[shown.rows("train")[:images]], shown.images[shown.rows("evaluation")[:held_out]]
+
+
 def train(
     out,
     iterations,
     images=20_000,
-    batch_size=8,
-    warm_start=0.33,
+    batch_size=BATCH_SIZE,
     learning_rate=1e-3,
     held_out=500,
     seed=0,
     log_every=50,
+    name="scenes",
+    data=None,
 ):
     """Train and write a diffusers folder to `out`; `out`.checkpoint beside it is what a stopped run resumes from."""
-    out = Path(out)
+    out, recipe = Path(out), RECIPES[name]
     checkpoint = out.with_name(out.name + ".checkpoint")
     torch.manual_seed(seed)
-    vae = build().to(memory_format=torch.channels_last)
-    data = scenes.draw("train", images).images()
-    components = principal_components(to_tensor(data[:3000]))
+    vae = build(recipe)
+    # In bfloat16 torch's convolutions are slower on channels_last.
+    layout = torch.contiguous_format if recipe.half else torch.channels_last
+    vae.to(memory_format=layout)
+    shown, unseen = examples(name, images, held_out, data)
+    components = principal_components(to_tensor(shown[:3000]), recipe)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     start = load_checkpoint(checkpoint, [vae], optimizer)
     progress = Progress("autoencoder", start, iterations, log_every)
     for i in range(start, iterations):
         g = generator(seed, i)
-        x = to_tensor(data[torch.randint(images, (batch_size,), generator=g).numpy()])
-        x = x.contiguous(memory_format=torch.channels_last)
-        posterior = vae.encode(x).latent_dist
-        if i < warm_start * iterations:
-            target = project(x, components)
-            z = target + 0.02 * torch.randn(target.shape, generator=g)
-            extra = 3 * (posterior.mean - target).square().mean()
-        else:
-            z, extra = posterior.sample(g), 0.0
-        y = vae.decode(z).sample
-        loss = reconstruction_loss(x, y) + extra + 1e-5 * posterior.kl().mean() / z[0].numel()
+        x = to_tensor(shown[torch.randint(len(shown), (batch_size,), generator=g).numpy()])
+        x = (x.flip(3) if recipe.flips and i % 2 else x).contiguous(memory_format=layout)
+        with autocast(recipe.half):
+            posterior = vae.encode(x).latent_dist
+            if i < recipe.warm_start * iterations:
+                target = project(x, components, recipe.patch)
+                z = target + 0.02 * torch.randn(target.shape, generator=g)
+                extra = 3 * (posterior.mean.float() - target).square().mean()
+            else:
+                z, extra = posterior.sample(g), 0.0
+            y = vae.decode(z).sample.float()
+        kl = posterior.kl().float().mean() / z[0].numel()
+        loss = reconstruction_loss(name, x, y) + extra + 1e-5 * kl
         optimizer.param_groups[0]["lr"] = learning_rate * cosine(i, iterations, 50)
         optimizer.zero_grad()
         loss.backward()
@@ -143,9 +205,9 @@ def train(
         if (i + 1) % 200 == 0:
             save_checkpoint(checkpoint, i + 1, [vae], optimizer)
     vae.eval()
-    normalise(vae, to_tensor(data[:2000]))
-    unseen = to_tensor(scenes.draw("validation", held_out).images())
-    print(f"autoencoder: {psnr(vae, unseen):.2f} dB on held-out scenes", flush=True)
+    normalise(vae, to_tensor(shown[:2000]))
+    unseen = to_tensor(unseen)
+    print(f"autoencoder: {psnr(vae, unseen):.2f} dB on held-out {name}", flush=True)
     with atomic_folder(out) as folder:
         vae.half().save_pretrained(folder)
     print(f"autoencoder: {psnr(AutoencoderKL.from_pretrained(out).float(), unseen):.2f} dB after rounding to fp16")
@@ -154,13 +216,19 @@ def train(
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", choices=RECIPES, default="scenes", help="which one (default %(default)s)")
+    parser.add_argument("--data", type=Path, help="data file (.npz) of photographs or emoji")
     parser.add_argument("-o", "--out", type=Path, required=True, help="diffusers folder to write")
-    parser.add_argument("--iterations", type=int, default=1800, help="batches of 8 scenes (default %(default)s)")
-    parser.add_argument("--images", type=int, default=20_000, help="scenes to draw (default %(default)s)")
+    parser.add_argument("--iterations", type=int, help=f"batches of {BATCH_SIZE} (default: the recipe's)")
+    parser.add_argument("--images", type=int, help="pictures to learn from (default: 20,000 scenes, all others)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    if args.name != "scenes" and not args.data:
+        parser.error(f"--data: {args.name} needs a data file")
     torch.set_num_threads(args.threads)
-    train(args.out, args.iterations, args.images)
+    images = args.images or (20_000 if args.name == "scenes" else None)
+    iterations = args.iterations or RECIPES[args.name].iterations
+    train(args.out, iterations, images, name=args.name, data=args.data)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,152 @@
+"""Photographs and emoji: what the pictures show, what they are called, and how they are split. No picture ships.
+
+A data file is an .npz with the encoded pictures end to end (`data`, uint8; `offsets`, int64 [N + 1]) and what is known
+of each: `labels` and `classes` of photographs, `name` and `style` of emoji.
+
+Emoji are split by concept. A concept is a name without words for skin tone, hair or sex, with all its drawings. Of
+the concepts, a twentieth is held out in all styles; of the others that exist in three styles or more, a tenth of the
+(concept, style) pairs. Photographs have no duplicates and are split at random.
+"""
+
+import io
+import re
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SPLITS = ("train", "reference", "evaluation")
+REFERENCE, EVALUATION = 5000, 1000  # held-out photographs for statistics, and those that floors are measured on
+TONES = ("medium light", "medium dark", "light", "medium", "dark")
+NOT_A_CONCEPT = {
+    *("light", "medium", "dark", "skin", "tone", "default", "hair"),
+    *("man", "woman", "men", "women", "person", "people", "male", "female"),
+}
+
+
+@dataclass
+class Pictures:
+    """Pictures of one kind. `split[i]` is one of SPLITS; of emoji, `held_out[i]` says "", "style" or "concept"."""
+
+    images: np.ndarray  # uint8 [N, S, S, 3]
+    split: np.ndarray  # str [N]
+    labels: np.ndarray | None = None  # int64 [N]
+    classes: tuple[str, ...] = ()
+    captions: list[str] = field(default_factory=list)
+    concepts: list[str] = field(default_factory=list)
+    held_out: np.ndarray | None = None  # str [N]
+
+    def rows(self, split):
+        """Indices of the pictures of a split, ascending. Raises ValueError for an unknown split."""
+        if split not in SPLITS:
+            raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
+        return np.flatnonzero(self.split == split)
+
+
+def decode(file):
+    """All pictures of a data file, uint8 [N, S, S, 3]. Raises ValueError where their sizes differ."""
+    data, offsets = file["data"], file["offsets"]
+    images = [
+        np.asarray(Image.open(io.BytesIO(data[a:b].tobytes())).convert("RGB"))
+        for a, b in zip(offsets[:-1], offsets[1:], strict=True)
+    ]
+    if len({image.shape for image in images}) != 1:
+        raise ValueError("data: pictures of different sizes; all of a file must have one size")
+    return np.stack(images)
+
+
+def photographs(path):
+    """CIFAR-10's training photographs: EVALUATION and REFERENCE of them held out at random, the others for training."""
+    with np.load(path) as file:
+        images, labels = decode(file), file["labels"].astype(np.int64)
+        classes = tuple(str(name) for name in file["classes"])
+    split = np.full(len(images), "train", dtype="<U10")
+    order = np.random.default_rng(0).permutation(len(images))
+    split[order[:EVALUATION]] = "evaluation"
+    split[order[EVALUATION : EVALUATION + REFERENCE]] = "reference"
+    return Pictures(images, split, labels=labels, classes=classes)
+
+
+def emoji(path):
+    """Emoji in four styles, each with the caption "STYLE emoji: NAME"; the held-out ones are split between the rest."""
+    with np.load(path) as file:
+        images = decode(file)
+        styles, raw = ([str(x) for x in file[key]] for key in ("style", "name"))
+    names = clean_names(raw)
+    concepts = [concept(name) for name in names]
+    styles_of = {}
+    for c, style in zip(concepts, styles, strict=True):
+        styles_of.setdefault(c, set()).add(style)
+    held_out = np.array(
+        [
+            "concept" if drawn_share("concept", c) < 0.05
+            else "style" if len(styles_of[c]) >= 3 and drawn_share("style", c, style) < 0.1
+            else ""
+            for c, style in zip(concepts, styles, strict=True)
+        ],
+        dtype="<U10",
+    )  # fmt: skip
+    # Held-out pictures of one concept stay together: half of the concepts are the reference.
+    half = np.array([drawn_share("reference", c) < 0.5 for c in concepts])
+    split = np.where(held_out == "", "train", np.where(half, "reference", "evaluation"))
+    captions = [f"{style} emoji: {name}" for style, name in zip(styles, names, strict=True)]
+    return Pictures(images, split, captions=captions, concepts=concepts, held_out=held_out)
+
+
+def clean_names(names):
+    """Names in one spelling: lower case, and Fluent's "student medium dark" as "student, medium-dark skin tone".
+
+    In Fluent a name ends in a tone only where the same name with "default" exists: "traffic light" is no skin.
+    """
+    lower = [name.lower().strip() for name in names]
+    toned = {name.removesuffix(" default") for name in lower if name.endswith(" default")}
+
+    def clean(name):
+        if name.removesuffix(" default") in toned:
+            return name.removesuffix(" default")
+        for tone in TONES:
+            if name.removesuffix(f" {tone}") in toned:
+                return f"{name.removesuffix(f' {tone}')}, {tone.replace(' ', '-')} skin tone"
+        return name
+
+    return [clean(name) for name in lower]
+
+
+def words(name):
+    """Words and signs of a name, in order."""
+    return re.findall(r"[^\W_]+|[^\w\s]", name.lower())
+
+
+def concept(name):
+    """What a name shows, whoever it is: its words, sorted, without those of NOT_A_CONCEPT (unless none is left)."""
+    plain = [word for word in words(name) if word.isalnum()]
+    kept = sorted({word for word in plain if word not in NOT_A_CONCEPT})
+    return " ".join(kept or plain)
+
+
+def drawn_share(*parts):
+    """A number in [0, 1) that depends on the parts alone, the same on every machine."""
+    return zlib.crc32("|".join(parts).encode()) / 2**32
+
+
+def concept_weights(concepts):
+    """Weights to draw pictures with, float64 [N], sum 1: a concept with k pictures counts as sqrt(k), not as k.
+
+    220 concepts (couples, families and others that come in all skin tones) have 54 % of the pictures. Drawn evenly
+    by picture, a model learns persons and little else.
+    """
+    _, inverse, counts = np.unique(concepts, return_inverse=True, return_counts=True)
+    weights = 1 / np.sqrt(counts[inverse])
+    return weights / weights.sum()
+
+
+KINDS = {"photos": photographs, "emoji": emoji}
+
+
+def load(kind, path):
+    """The pictures of a kind from its data file. Raises ValueError for an unknown kind."""
+    if kind not in KINDS:
+        raise ValueError(f"no pictures {kind!r}; there are {', '.join(KINDS)}")
+    return KINDS[kind](Path(path))
