@@ -42,7 +42,7 @@ def error_of(name, pipe):
     trainee.unet = pipe.unet
     if trainee.encoder is not None:
         trainee.encoder = pipe.text_encoder if name == "scenes-text" else pipe.class_embedder
-    return held_out_error(trainee, z, trainee.conditions(drawn))
+    return held_out_error(trainee, z, trainee.conditions("validation", HELD_OUT))
 
 
 def distance(features, reference):

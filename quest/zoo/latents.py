@@ -1,4 +1,4 @@
-"""Latents of training and held-out scenes, computed once for the three denoisers."""
+"""Latents of training and held-out pictures, computed once for the denoisers that share an autoencoder."""
 
 import argparse
 from pathlib import Path
@@ -9,48 +9,68 @@ from safetensors.torch import load_file, save_file
 
 from quest.diffusion import scenes
 from quest.runtime.files import atomic
-from quest.zoo.train_autoencoder import to_tensor
+from quest.zoo import pictures
+from quest.zoo.train_autoencoder import RECIPES, to_tensor
 from quest.zoo.training import Progress
 
-HELD_OUT = 1000  # scenes of the validation split on which a denoiser's error is reported
+HELD_OUT = 1000  # pictures on which a denoiser's error is reported: scenes of the validation split, others' evaluation
 STEP = 500
 
 
 @torch.no_grad()
 def posterior_means(vae, images):
-    """uint8 scenes [N, 64, 64, 3] to latents [N, 8, 8, 8]."""
+    """uint8 pictures [N, S, S, 3] to latents [N, C, S / P, S / P]."""
     return torch.cat([vae.encode(part).latent_dist.mean for part in to_tensor(images).split(50)]).contiguous()
 
 
-def compute(autoencoder, path, count):
-    """Write the latents of the first `count` training and HELD_OUT validation scenes to `path` (.safetensors)."""
+def batches(name, count, data=None):
+    """(split, number of pictures, function from a range of them to uint8 [n, S, S, 3]) for both splits."""
+    if name == "scenes":
+        for split, n in (("train", count), ("validation", HELD_OUT)):
+            yield split, n, lambda a, b, split=split: scenes.draw(split, b - a, a).images()
+        return
+    shown = pictures.load(name, data)
+    for split, rows in (("train", shown.rows("train")[:count]), ("validation", shown.rows("evaluation")[:HELD_OUT])):
+        yield split, len(rows), lambda a, b, rows=rows: shown.images[rows[a:b]]
+
+
+def compute(autoencoder, path, count=None, name="scenes", data=None):
+    """Write the latents of the first `count` (None: all) training and HELD_OUT other pictures to `path` (.safetensors).
+
+    Where the autoencoder saw pictures flipped, so does a denoiser: the flipped ones follow the others, in their order.
+    """
     vae = AutoencoderKL.from_pretrained(autoencoder).float().eval()
-    found = {}
-    for split, n in (("train", count), ("validation", HELD_OUT)):
-        parts, progress = [], Progress(f"latents, {split}", 0, -(-n // STEP), 4)
-        for start in range(0, n, STEP):
-            parts.append(posterior_means(vae, scenes.draw(split, min(STEP, n - start), start).images()))
-            progress(len(parts))
-        found[split] = torch.cat(parts)
+    latents = {}
+    for split, n, images in batches(name, count, data):
+        for flipped in (False, True) if RECIPES[name].flips and split == "train" else (False,):
+            parts, progress = [], Progress(f"latents, {split}", 0, -(-n // STEP), 4)
+            for start in range(0, n, STEP):
+                part = images(start, min(start + STEP, n))
+                parts.append(posterior_means(vae, part[:, :, ::-1] if flipped else part))
+                progress(len(parts))
+            latents[split] = torch.cat([latents[split], *parts] if flipped else parts)
     with atomic(Path(path)) as temporary:
-        save_file(found, temporary)
+        save_file(latents, temporary)
 
 
 def load(path):
-    """Latents of the training and of the validation scenes, [N, 8, 8, 8] each, in the order they are drawn."""
-    found = load_file(path)
-    return found["train"], found["validation"]
+    """Latents of the training and of the held-out pictures, [N, C, h, w] each, in their order."""
+    latents = load_file(path)
+    return latents["train"], latents["validation"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("autoencoder", type=Path, help="diffusers folder of the trained autoencoder")
+    parser.add_argument("--pictures", choices=RECIPES, default="scenes", help="of what (default %(default)s)")
+    parser.add_argument("--data", type=Path, help="data file (.npz) of photographs or emoji")
     parser.add_argument("-o", "--out", type=Path, required=True, help="file (.safetensors) to write")
-    parser.add_argument("--images", type=int, default=40_000, help="training scenes (default %(default)s)")
+    parser.add_argument("--images", type=int, help="training pictures (default: 40,000 scenes, all others)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    compute(args.autoencoder, args.out, args.images)
+    count = args.images or (40_000 if args.pictures == "scenes" else None)
+    compute(args.autoencoder, args.out, count, args.pictures, args.data)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from quest.runtime.files import atomic_folder
 from quest.zoo.train_autoencoder import to_tensor
 from quest.zoo.train_extractor import augment
 from quest.zoo.training import Progress, cosine, generator, load_checkpoint, save_checkpoint
-from quest.zoo.vocabulary import MAX_LENGTH, build_tokenizer, encode
+from quest.zoo.vocabulary import build_tokenizer, encode
 
 
 def settings(tokenizer):
@@ -25,7 +25,7 @@ def settings(tokenizer):
             "embed_dim": 64,
             "vision_cfg": {"image_size": scenes.SIZE, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64},
             "text_cfg": {
-                "context_length": MAX_LENGTH,
+                "context_length": tokenizer.model_max_length,
                 "vocab_size": len(tokenizer),
                 "hf_tokenizer_name": "scenes-clip",
                 "width": 64,

@@ -1,8 +1,11 @@
-"""Train one of the three latent diffusion models of the zoo.
+"""Train one of the latent diffusion models of the zoo.
 
-scenes-text   a StableDiffusionPipeline; the small CLIP text encoder is trained along
-scenes-class  conditioned on kind x colour of the main object
-scenes-uncond unconditional
+scenes-text    a StableDiffusionPipeline; the small CLIP text encoder is trained along
+scenes-class   conditioned on kind x colour of the main object
+scenes-uncond  unconditional
+emoji-text     a StableDiffusionPipeline of emoji, from "noto emoji: red apple"
+photos-class   CIFAR-10's photographs by class
+photos-uncond  the same photographs, unconditional
 
 scenes-class starts from the denoiser of scenes-text, whose shape it shares.  All predict the noise of the scaled-linear
 schedule of latent diffusion (arXiv:2112.10752) over 1000 steps, with min-SNR-5 weights (arXiv:2303.09556; here with a
@@ -12,119 +15,76 @@ quarters) it may resume with another number of iterations.
 """
 
 import argparse
+import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
-from diffusers.models.attention_processor import AttnProcessor
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import AutoencoderKL
 
 from quest.diffusion import scenes
-from quest.diffusion.pipelines import ClassEmbedder, LatentDiffusionPipeline, forget_origin
+from quest.diffusion.pipelines import ClassEmbedder, forget_origin
 from quest.runtime.files import atomic_folder
-from quest.zoo import latents
-from quest.zoo.train_autoencoder import LATENT_CHANNELS
+from quest.zoo import latents, pictures
+from quest.zoo.architectures import MODELS, alphas, build_pipeline, build_text_encoder, build_unet, recipe_of
 from quest.zoo.training import (
     Average,
     Progress,
+    autocast,
     constant_then_decay,
     generator,
     load_checkpoint,
     save_checkpoint,
 )
-from quest.zoo.vocabulary import MAX_LENGTH, build_tokenizer, encode
+from quest.zoo.vocabulary import MAX_LENGTH, build_tokenizer, caption_words, encode
 
-# Model -> batches its recipe takes.
-MODELS = {"scenes-text": 10500, "scenes-class": 6500, "scenes-uncond": 23500}
-WIDTH = 64  # of a context token
 DROPPED = 0.1
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-
-
-def build_unet(name):
-    """The denoiser of a model.  Raises ValueError for a name that is not in MODELS."""
-    if name not in MODELS:
-        raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}")
-    common = {
-        "sample_size": 8,
-        "in_channels": LATENT_CHANNELS,
-        "out_channels": LATENT_CHANNELS,
-        "block_out_channels": (48, 96),
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
-    }
-    if name == "scenes-uncond":
-        return UNet2DModel(
-            **common,
-            down_block_types=("AttnDownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "AttnUpBlock2D"),
-            attention_head_dim=24,
-            resnet_time_scale_shift="scale_shift",
-            downsample_type="resnet",
-            upsample_type="resnet",
-        )
-    return UNet2DConditionModel(
-        **common,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=WIDTH,
-        attention_head_dim=4,  # in this class, the number of heads
-    )
-
-
-def build_text_encoder(tokenizer):
-    """A CLIP text model with two layers."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_LENGTH,
-            projection_dim=WIDTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+SAVE_SECONDS = 600  # a training that is stopped loses no more than this
 
 
 class Trainee:
-    """Denoiser and condition encoder of one model, and how its conditions are read from scenes."""
+    """Denoiser and condition encoder of one model. `shown`: the Pictures that it learns from, None for scenes."""
 
-    def __init__(self, name):
-        self.name, self.unet = name, build_unet(name)
-        for module in self.unet.modules():
-            if hasattr(module, "set_processor"):
-                module.set_processor(AttnProcessor())  # at these sizes the plain one trains faster
-        if name == "scenes-text":
-            self.tokenizer = build_tokenizer()
-            self.encoder = build_text_encoder(self.tokenizer)
-            self.nothing = encode(self.tokenizer, [""])[0]  # [20]
-        elif name == "scenes-class":
-            self.encoder = ClassEmbedder(num_classes=len(scenes.CLASSES), tokens=4, dim=WIDTH)
+    def __init__(self, name, shown=None):
+        self.name, self.recipe, self.shown = name, recipe_of(name), shown
+        self.unet = build_unet(name)
+        self.tokenizer = self.encoder = None
+        if self.recipe.conditioning == "text":
+            words = shown and caption_words([shown.captions[i] for i in shown.rows("train")])
+            length = MAX_LENGTH[self.recipe.pictures]
+            self.tokenizer = build_tokenizer(words, length)
+            self.encoder = build_text_encoder(self.tokenizer, self.recipe.context, length)
+            self.nothing = encode(self.tokenizer, [""])[0]  # [L]
+        elif self.recipe.conditioning == "class":
+            classes = len(scenes.CLASSES if shown is None else shown.classes)
+            self.encoder = ClassEmbedder(num_classes=classes, tokens=4, dim=self.recipe.context)
             torch.nn.init.normal_(self.encoder.embedding.weight, std=0.5)
-            self.nothing = torch.tensor(len(scenes.CLASSES))
-        else:
-            self.encoder = None
+            self.nothing = torch.tensor(classes)
         self.modules = [m for m in (self.unet, self.encoder) if m is not None]
 
     def parameters(self):
         return [p for m in self.modules for p in m.parameters()]
 
-    def conditions(self, drawn):
-        """What each scene is told: token ids [N, 20], labels [N], or None."""
-        if self.name == "scenes-text":
-            return encode(self.tokenizer, drawn.captions())
-        return torch.from_numpy(drawn.labels()) if self.name == "scenes-class" else None
+    def conditions(self, split, count):
+        """What the first `count` pictures of "train" or "validation" show: token ids [N, L], labels [N], or None."""
+        if self.recipe.conditioning == "none":
+            return None
+        if self.shown is None:
+            drawn = scenes.draw(split, count)
+            captions, labels = drawn.captions(), drawn.labels()
+        else:
+            rows = self.shown.rows("train" if split == "train" else "evaluation")
+            rows = np.resize(rows, count)  # flipped pictures follow the others
+            captions = [self.shown.captions[i] for i in rows] if self.shown.captions else None
+            labels = None if self.shown.labels is None else self.shown.labels[rows]
+        return encode(self.tokenizer, captions) if self.tokenizer else torch.from_numpy(labels)
+
+    def drawing_weights(self, count):
+        """How often each of `count` training pictures is drawn, float64 [N]; None: all alike."""
+        if self.shown is None or not self.shown.concepts:
+            return None
+        rows = self.shown.rows("train")[:count]
+        return torch.from_numpy(pictures.concept_weights([self.shown.concepts[i] for i in rows]))
 
     def dropped(self, conditions, which):
         """`conditions` with those of the rows `which` (bool [N]) taken away."""
@@ -134,36 +94,13 @@ class Trainee:
         return torch.where(which, self.nothing, conditions)
 
     def __call__(self, noisy, t, conditions):
-        """The predicted noise, like noisy [N, 8, 8, 8]."""
-        if self.encoder is None:
-            return self.unet(noisy, t).sample
-        context = self.encoder(conditions)
-        context = context if self.name == "scenes-class" else context[0]
-        return self.unet(noisy, t, encoder_hidden_states=context).sample
-
-    def pipeline(self, vae):
-        """The model as a diffusers pipeline that shares its modules."""
-        if self.name == "scenes-text":
-            scheduler = PNDMScheduler(**SCHEDULE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
-            return StableDiffusionPipeline(
-                vae=vae,
-                text_encoder=self.encoder,
-                tokenizer=self.tokenizer,
-                unet=self.unet,
-                scheduler=scheduler,
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-            )
-        scheduler = DDIMScheduler(
-            **SCHEDULE, timestep_spacing="leading", steps_offset=1, clip_sample=False, set_alpha_to_one=False
-        )
-        return LatentDiffusionPipeline(unet=self.unet, vae=vae, scheduler=scheduler, class_embedder=self.encoder)
-
-
-def alphas():
-    """Cumulated signal share of every training step, float32 [1000]."""
-    return DDIMScheduler(**SCHEDULE).alphas_cumprod
+        """The predicted noise, float32 like noisy [N, C, h, w]."""
+        with autocast(self.recipe.half):
+            if self.encoder is None:
+                return self.unet(noisy, t).sample.float()
+            context = self.encoder(conditions)
+            context = context[0] if self.tokenizer else context
+            return self.unet(noisy, t, encoder_hidden_states=context).sample.float()
 
 
 @torch.no_grad()
@@ -184,11 +121,12 @@ def held_out_error(trainee, z, conditions):
 def export(trainee, vae, out):
     """Write the pipeline in half precision, all at once or not at all."""
     # A copy, since .half() and the processor reach into the modules that are being trained.
-    copy = Trainee(trainee.name)
+    copy = Trainee(trainee.name, trainee.shown)
     for mine, theirs in zip(copy.modules, trainee.modules, strict=True):
         mine.load_state_dict(theirs.state_dict())
     with atomic_folder(out) as folder:
-        copy.pipeline(vae).to(dtype=torch.float16).save_pretrained(folder)
+        pipeline = build_pipeline(copy.unet, vae, copy.encoder, copy.tokenizer)
+        pipeline.to(dtype=torch.float16).save_pretrained(folder)
         forget_origin(folder / "vae" / "config.json")
     vae.float()
 
@@ -199,32 +137,40 @@ def train(
     out,
     latents_path,
     iterations,
-    batch_size=32,
+    batch_size=None,
     learning_rate=1e-3,
     start_from=None,
     seed=0,
     snapshot_every=0,
     save_every=100,
     log_every=50,
+    data=None,
 ):
     """Train model `name` and write its pipeline to the folder `out`; return the held-out error of the result.
 
     `start_from` is the pipeline folder of another model, from whose denoiser (of the same kind) training starts.
+    `data` is the file of photographs or emoji. State is saved at multiples of `save_every` iterations where
+    SAVE_SECONDS have passed; None: only then.
     """
     out = Path(out)
     checkpoint = out.with_name(out.name + ".checkpoint")
     vae = AutoencoderKL.from_pretrained(autoencoder).float().eval().requires_grad_(False)
     z, held_out = latents.load(latents_path)
     torch.manual_seed(seed)
-    trainee = Trainee(name)
+    recipe = recipe_of(name)
+    batch_size = batch_size or recipe.batch_size
+    trainee = Trainee(name, None if recipe.pictures == "scenes" else pictures.load(recipe.pictures, data))
     if start_from:
         other = type(trainee.unet).from_pretrained(start_from, subfolder="unet")
         trainee.unet.load_state_dict(other.float().state_dict())
-    trainee.unet.to(memory_format=torch.channels_last)
-    conditions = trainee.conditions(scenes.draw("train", len(z)))
-    held_out_conditions = trainee.conditions(scenes.draw("validation", len(held_out)))
+    # In bfloat16 torch's convolutions are slower on channels_last.
+    layout = torch.contiguous_format if recipe.half else torch.channels_last
+    trainee.unet.to(memory_format=layout)
+    conditions = trainee.conditions("train", len(z))
+    held_out_conditions = trainee.conditions("validation", len(held_out))
+    weights = trainee.drawing_weights(len(z))
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
-    average = Average(trainee.parameters(), 0.998)
+    average = Average(trainee.parameters(), recipe.average)
     start = load_checkpoint(checkpoint, trainee.modules, optimizer, average)
 
     a = alphas()
@@ -233,15 +179,19 @@ def train(
     # which settle where things are, hardly count, and the model paints the right things in any place.
     weight = snr.clamp(0.2, 5) / snr
     progress = Progress(name, start, iterations, log_every)
+    saved = time.monotonic()
     for i in range(start, iterations):
         g = generator(seed, i)
-        rows = torch.randint(len(z), (batch_size,), generator=g)
+        if weights is None:
+            rows = torch.randint(len(z), (batch_size,), generator=g)
+        else:
+            rows = torch.multinomial(weights, batch_size, replacement=True, generator=g)
         t = torch.randint(0, 1000, (batch_size,), generator=g)
         noise = torch.randn(z[rows].shape, generator=g)
         drop = torch.rand(batch_size, generator=g) < DROPPED
         told = None if conditions is None else trainee.dropped(conditions[rows], drop)
         signal = a[t].view(-1, 1, 1, 1)
-        noisy = (signal.sqrt() * z[rows] + (1 - signal).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+        noisy = (signal.sqrt() * z[rows] + (1 - signal).sqrt() * noise).contiguous(memory_format=layout)
         error = (trainee(noisy, t, told) - noise).square().mean((1, 2, 3))
         loss = (weight[t] * error).mean()
         optimizer.param_groups[0]["lr"] = learning_rate * constant_then_decay(i, iterations)
@@ -251,8 +201,10 @@ def train(
         optimizer.step()
         average.update(i)
         progress(i + 1, loss=loss, error=error.mean())
-        if (i + 1) % save_every == 0 or i + 1 == iterations:
+        due = time.monotonic() > saved + SAVE_SECONDS
+        if i + 1 == iterations or due or (save_every and (i + 1) % save_every == 0):
             save_checkpoint(checkpoint, i + 1, trainee.modules, optimizer, average)
+            saved = time.monotonic()
         if snapshot_every and (i + 1) % snapshot_every == 0 and i + 1 < iterations:
             finish(trainee, average, vae, held_out, held_out_conditions, i + 1, out.with_name(out.name + ".snapshot"))
     return finish(trainee, average, vae, held_out, held_out_conditions, iterations, out)
@@ -274,22 +226,27 @@ def main():
     parser.add_argument("--autoencoder", type=Path, required=True, help="diffusers folder of the trained autoencoder")
     parser.add_argument("-o", "--out", type=Path, required=True, help="pipeline folder to write")
     parser.add_argument("--latents", type=Path, required=True, help="what quest.zoo.latents wrote")
-    parser.add_argument("--iterations", type=int, help=f"batches (default {MODELS})")
-    parser.add_argument("--batch-size", type=int, default=32, help="scenes per batch (default %(default)s)")
+    parser.add_argument("--data", type=Path, help="data file (.npz) of photographs or emoji")
+    parser.add_argument("--iterations", type=int, help="batches (default: the recipe's)")
+    parser.add_argument("--batch-size", type=int, help="pictures per batch (default: the recipe's)")
     parser.add_argument("--start-from", type=Path, help="pipeline folder whose denoiser training starts from")
     parser.add_argument("--snapshot-every", type=int, default=0, help="also write OUT.snapshot every N iterations")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    if MODELS[args.model].pictures != "scenes" and not args.data:
+        parser.error(f"--data: {args.model} needs a data file of {MODELS[args.model].pictures}")
     torch.set_num_threads(args.threads)
     train(
         args.model,
         args.autoencoder,
         args.out,
         args.latents,
-        args.iterations or MODELS[args.model],
+        args.iterations or MODELS[args.model].iterations,
         args.batch_size,
         start_from=args.start_from,
         snapshot_every=args.snapshot_every,
+        save_every=None,
+        data=args.data,
     )
 
 

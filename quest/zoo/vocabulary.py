@@ -1,4 +1,4 @@
-"""A CLIP tokenizer for the scenes: every word of the captions is one token, anything else falls apart into bytes."""
+"""A CLIP tokenizer: every word of the captions is one token, anything else falls apart into bytes."""
 
 from collections import Counter
 from itertools import pairwise
@@ -6,20 +6,27 @@ from itertools import pairwise
 from transformers import CLIPTokenizer
 
 from quest.diffusion import scenes
+from quest.zoo import pictures
 
-MAX_LENGTH = 20  # the longest caption has 15 words
+# Tokens of the longest captions, with a start and an end.
+MAX_LENGTH = {"scenes": 20, "emoji": 24}
 END_OF_WORD = "</w>"
 
 
 def learn_merges(words):
     """Byte-pair merges that make each word one token: the most frequent pair first, ties in alphabetical order."""
     pieces = [[*word[:-1], word[-1] + END_OF_WORD] for word in words]
+    pairs = Counter(pair for p in pieces for pair in pairwise(p))
     merges = []
-    while any(len(p) > 1 for p in pieces):
-        pairs = Counter(pair for p in pieces for pair in pairwise(p))
+    while pairs:
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
-        pieces = [_merge(p, best) for p in pieces]
+        for i, p in enumerate(pieces):
+            if best in pairwise(p):
+                pairs.subtract(pairwise(p))
+                pieces[i] = _merge(p, best)
+                pairs.update(pairwise(pieces[i]))
+        pairs = +pairs  # without those that no word has any more
     return merges
 
 
@@ -33,17 +40,23 @@ def _merge(pieces, pair):
     return out
 
 
-def build_tokenizer():
-    """A stock CLIPTokenizer; the empty prompt is a start and an end token."""
+def caption_words(captions, at_least=2):
+    """Words and signs that occur `at_least` times in captions, in alphabetical order; rarer ones are spelt."""
+    counts = Counter(word for caption in captions for word in pictures.words(caption))
+    return sorted(word for word, count in counts.items() if count >= at_least and word.isascii())
+
+
+def build_tokenizer(words=None, max_length=MAX_LENGTH["scenes"]):
+    """A stock CLIPTokenizer of `words` (default: those of the scenes); the empty prompt is a start and an end token."""
     letters = [chr(c) for c in range(ord("!"), ord("~") + 1)]
-    merges = learn_merges(scenes.vocabulary())
+    merges = learn_merges(scenes.vocabulary() if words is None else words)
     tokens = letters + [c + END_OF_WORD for c in letters] + ["".join(pair) for pair in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=MAX_LENGTH)
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=max_length)
 
 
 def encode(tokenizer, captions):
-    """Token ids, int64 [N, 20]."""
+    """Token ids, int64 [N, L] for a tokenizer of up to L tokens."""
     return tokenizer(
-        captions, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
+        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     ).input_ids

@@ -9,7 +9,7 @@ from quest.diffusion import scenes
 from quest.diffusion.pipelines import LatentDiffusionPipeline
 from quest.metrics import clip, extractor
 from quest.runtime.files import atomic_folder
-from quest.zoo import latents, train_autoencoder, train_clip, train_denoiser, train_extractor
+from quest.zoo import architectures, latents, train_autoencoder, train_clip, train_denoiser, train_extractor
 from quest.zoo.training import constant_then_decay, cosine
 
 
@@ -82,10 +82,10 @@ def test_conditions_are_dropped_as_the_pipelines_leave_them_out():
     drawn = scenes.draw("train", 3)
     which = torch.tensor([True, False, True])
     text, label = train_denoiser.Trainee("scenes-text"), train_denoiser.Trainee("scenes-class")
-    ids = text.conditions(drawn)
+    ids = text.conditions("train", 3)
     assert text.dropped(ids, which).equal(torch.stack([text.nothing, ids[1], text.nothing]))
     assert text.tokenizer("", padding="max_length").input_ids == text.nothing.tolist()
-    assert label.dropped(label.conditions(drawn), which).tolist() == [48, drawn.labels()[1], 48]
+    assert label.dropped(label.conditions("train", 3), which).tolist() == [48, drawn.labels()[1], 48]
 
 
 def test_latents_of_the_autoencoder_are_normalised(autoencoder):
@@ -129,4 +129,4 @@ def test_folder_is_replaced_only_when_complete(tmp_path):
 
 def test_unknown_model():
     with pytest.raises(ValueError, match="no model 'scenes'; there are scenes-text"):
-        train_denoiser.build_unet("scenes")
+        architectures.build_unet("scenes")

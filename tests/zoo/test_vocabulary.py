@@ -22,7 +22,7 @@ def test_every_word_is_one_token(tokenizer):
 def test_longest_caption_fits_and_reads_back(tokenizer):
     longest = "a large striped red circle left of a small blue square on a night background"
     ids = tokenizer(longest).input_ids
-    assert len(ids) <= MAX_LENGTH
+    assert len(ids) <= MAX_LENGTH["scenes"]
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == longest
 
 

@@ -1,0 +1,155 @@
+"""The networks of the zoo: denoisers, text encoder, noise schedule, pipelines. How they learn stands elsewhere."""
+
+from dataclasses import dataclass
+
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import AttnProcessor
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from quest.diffusion.pipelines import LatentDiffusionPipeline
+
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Shape of a denoiser, what it is told, and how long it is trained."""
+
+    pictures: str  # "scenes", "emoji" or "photos"
+    conditioning: str  # "text", "class" or "none"
+    iterations: int  # batches
+    batch_size: int
+    size: int  # of the latents, along one side
+    latent_channels: int
+    widths: tuple[int, ...]  # channels per resolution; each after the first halves it
+    attention: tuple[bool, ...]  # at each resolution
+    context: int = 64  # width of a context token
+    average: float = 0.998  # decay of the moving average of the parameters
+    half: bool = False  # trained in bfloat16
+
+
+_SCENES = {
+    "pictures": "scenes",
+    "batch_size": 32,
+    "size": 8,
+    "latent_channels": 8,
+    "widths": (48, 96),
+    "attention": (True, True),
+}
+# Three resolutions and attention at two of them, as in the models of latent diffusion (arXiv:2112.10752).
+_PHOTOS = {
+    "pictures": "photos",
+    "batch_size": 64,
+    "size": 8,
+    "latent_channels": 8,
+    "widths": (64, 128, 192),
+    "attention": (True, True, False),
+    "context": 96,
+    "average": 0.999,
+    "half": True,
+}
+MODELS = {
+    "scenes-text": Recipe(conditioning="text", iterations=10500, **_SCENES),
+    "scenes-class": Recipe(conditioning="class", iterations=6500, **_SCENES),
+    "scenes-uncond": Recipe(conditioning="none", iterations=23500, **_SCENES),
+    "emoji-text": Recipe(
+        pictures="emoji",
+        conditioning="text",
+        iterations=36000,
+        batch_size=64,
+        size=16,
+        latent_channels=4,
+        widths=(48, 96, 144),
+        attention=(False, True, True),
+        context=96,
+        average=0.999,
+        half=True,
+    ),
+    "photos-class": Recipe(conditioning="class", iterations=60000, **_PHOTOS),
+    "photos-uncond": Recipe(conditioning="none", iterations=60000, **_PHOTOS),
+}
+
+
+def recipe_of(name):
+    """The recipe of a model.  Raises ValueError for a name that is not in MODELS."""
+    if name not in MODELS:
+        raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def build_unet(name):
+    """The denoiser of a model.  Raises ValueError for a name that is not in MODELS."""
+    recipe = recipe_of(name)
+    common = {
+        "sample_size": recipe.size,
+        "in_channels": recipe.latent_channels,
+        "out_channels": recipe.latent_channels,
+        "block_out_channels": recipe.widths,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+    }
+    if recipe.conditioning == "none":
+        unet = UNet2DModel(
+            **common,
+            down_block_types=tuple("AttnDownBlock2D" if there else "DownBlock2D" for there in recipe.attention),
+            up_block_types=tuple("AttnUpBlock2D" if there else "UpBlock2D" for there in recipe.attention[::-1]),
+            attention_head_dim=24 if recipe.pictures == "scenes" else 32,
+            resnet_time_scale_shift="scale_shift",
+            downsample_type="resnet",
+            upsample_type="resnet",
+        )
+    else:
+        unet = UNet2DConditionModel(
+            **common,
+            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in recipe.attention),
+            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in recipe.attention[::-1]),
+            cross_attention_dim=recipe.context,
+            attention_head_dim=4,  # in this class, the number of heads
+        )
+    for module in unet.modules():
+        if hasattr(module, "set_processor"):
+            module.set_processor(AttnProcessor())  # at these sizes the plain one trains faster
+    return unet
+
+
+def build_text_encoder(tokenizer, width, max_length):
+    """A CLIP text model with two layers of `width` channels, for prompts of up to `max_length` tokens."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=max_length,
+            projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def alphas():
+    """Cumulated signal share of every training step, float32 [1000]."""
+    return DDIMScheduler(**SCHEDULE).alphas_cumprod
+
+
+def build_pipeline(unet, vae, encoder=None, tokenizer=None):
+    """The model as a diffusers pipeline that shares its modules; `encoder` is of text where there is a tokenizer."""
+    if tokenizer is not None:
+        scheduler = PNDMScheduler(**SCHEDULE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    scheduler = DDIMScheduler(
+        **SCHEDULE, timestep_spacing="leading", steps_offset=1, clip_sample=False, set_alpha_to_one=False
+    )
+    return LatentDiffusionPipeline(unet=unet, vae=vae, scheduler=scheduler, class_embedder=encoder)
