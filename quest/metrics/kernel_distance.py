@@ -1,0 +1,54 @@
+"""Kernel distance between sets of features: KID (arXiv:1801.01401), the squared MMD of a cubic polynomial kernel.
+
+Unlike a Fréchet distance it has no bias: of two sets from one distribution its expectation is 0 at every n.
+"""
+
+import numpy as np
+
+
+def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(x . y / D + 1)^3 of features [N, D] and [M, D]: [N, M] (arXiv:1801.01401, section 4)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def mean_of_pairs(features: np.ndarray) -> float:
+    """Mean kernel of two different rows of features [N, D], a constant of real images. Raises ValueError if N < 2."""
+    return float(_pairs(kernel(*_checked(features, features)), np.ones((1, len(features))))[0])
+
+
+def kernel_distance(features: np.ndarray, real: np.ndarray) -> float:
+    """Unbiased squared MMD of features [N, D] to real ones [M, D].
+
+    Raises ValueError for other shapes, N or M below 2, or values that are not finite.
+    """
+    return float(resampled_kernel_distances(features, real, np.ones((1, len(features))))[0])
+
+
+def resampled_kernel_distances(
+    features: np.ndarray, real: np.ndarray, counts: np.ndarray, real_pairs: float | None = None
+) -> np.ndarray:
+    """The distances [R] of resamples in which row i of features [N, D] occurs counts[r, i] times.
+
+    Only pairs of different images count, so that an image that was drawn twice is no pair with itself. `real_pairs` is
+    `mean_of_pairs(real)`, where it is known already. Raises ValueError as `kernel_distance` does.
+    """
+    x, y = _checked(features, real)
+    pairs = mean_of_pairs(real) if real_pairs is None else real_pairs
+    cross = counts @ kernel(x, y).mean(axis=1) / counts.sum(axis=1)
+    return _pairs(kernel(x, x), counts) + pairs - 2 * cross
+
+
+def _pairs(matrix, counts):
+    """Weighted means [R] of a kernel matrix [N, N] without its diagonal; counts are [R, N]."""
+    matrix = matrix - np.diag(np.diag(matrix))
+    sums = np.einsum("rn,rn->r", counts @ matrix, counts)
+    return sums / (counts.sum(axis=1) ** 2 - (counts**2).sum(axis=1))
+
+
+def _checked(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features must be [N, D] and [M, D] with N and M of at least 2, got {a.shape} and {b.shape}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("features hold values that are not finite")
+    return a, b
