@@ -40,7 +40,7 @@ def test_what_code_imports_is_declared():
     the kernel says where it is missing.
     """
     pip_names = {"yaml": "pyyaml", "PIL": "pillow", "open_clip": "open-clip-torch", "cleanfid": "clean-fid"}
-    pip_names |= {"torch_fidelity": "torch-fidelity", "markdown_it": "markdown-it-py"}
+    pip_names |= {"markdown_it": "markdown-it-py"}
     lines = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["kernels"]
     declared = {Requirement(line).name for line in lines}
     undeclared = set()
@@ -50,5 +50,5 @@ def test_what_code_imports_is_declared():
             names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             for name in {name.split(".")[0] for name in names}:
                 if name not in {*sys.stdlib_module_names, "quest", "baselines", "workflow", "triton"}:
-                    undeclared |= {f"{file.name}: {name}"} if pip_names.get(name, name) not in declared else set()
+                    undeclared |= {f"{file.name}: {name}"} if pip_names.get(name, name.replace("_", "-")) not in declared else set()
     assert undeclared == set()
