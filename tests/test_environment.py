@@ -50,5 +50,6 @@ def test_what_code_imports_is_declared():
             names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             for name in {name.split(".")[0] for name in names}:
                 if name not in {*sys.stdlib_module_names, "quest", "baselines", "workflow", "triton"}:
-                    undeclared |= {f"{file.name}: {name}"} if pip_names.get(name, name.replace("_", "-")) not in declared else set()
+                    known = pip_names.get(name, name.replace("_", "-")) in declared
+                    undeclared |= set() if known else {f"{file.name}: {name}"}
     assert undeclared == set()

