@@ -28,7 +28,7 @@ def test_longest_caption_fits_and_reads_back(tokenizer):
 
 def test_unknown_text_falls_apart_but_does_not_fail(tokenizer):
     assert tokenizer.unk_token_id not in tokenizer("a zebra", add_special_tokens=False).input_ids
-    assert encode(tokenizer, ["crème brûlée", ""]).shape == (2, MAX_LENGTH)
+    assert encode(tokenizer, ["crème brûlée", ""]).shape == (2, MAX_LENGTH["scenes"])
 
 
 def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
