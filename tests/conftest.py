@@ -23,6 +23,11 @@ from quest.diffusion.pipelines import ClassEmbedder, LatentDiffusionPipeline
 
 torch.set_num_threads(1)
 
+
+def pytest_addoption(parser):
+    parser.addoption("--write-pins", action="store_true", help="write tests/pins.json anew; see tests/test_pins.py")
+
+
 LATENT_CHANNELS = 4
 CLASSES = 5
 WORDS = ("red", "green", "blue", "circle", "square", "star")
