@@ -151,7 +151,7 @@ def test_the_table_itself_goes_one_way_and_has_no_room_that_is_gone():
         ("quest.runtime.files", "def f():\n    import quest.diffusion.models as m"),
         ("quest.quantization.layers", "if TYPE_CHECKING:\n    from baselines import METHODS"),
         ("quest.learning.units", "import quest"),
-        ("quest.metrics.paired", "from workflow.scripts import metrics"),
+        ("quest.metrics.per_image", "from workflow.scripts import metrics"),
         ("quest.attic.old", ""),
         ("quest.old", ""),
     ],

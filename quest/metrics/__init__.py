@@ -15,11 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from quest.metrics import intervals
-from quest.metrics.clip_score import clip_scores
 from quest.metrics.frechet import Reference, Statistics, fid_infinity, frechet_distance
 from quest.metrics.inception_score import inception_score, partition, resampled_inception_scores
-from quest.metrics.paired import latent_mse, psnr
-from quest.metrics.precision import NEIGHBOURS, inside
+from quest.metrics.per_image import NEIGHBOURS, clip_scores, inside, latent_mse, psnr
 
 FEATURES = ("pool", "spatial", "logits", "clip_image", "clip_text")
 # How the protocols of Inception bring an image to 299x299, as rows say it.

@@ -6,8 +6,8 @@ import torch
 
 from quest.diffusion.models import ZOO
 from quest.metrics import features, weights
-from quest.metrics.clip_score import clip_scores
 from quest.metrics.features import extract
+from quest.metrics.per_image import clip_scores
 
 
 class MeanColour(torch.nn.Module):

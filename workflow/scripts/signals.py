@@ -26,7 +26,7 @@ def main() -> None:
     from quest.diffusion.calibration_set import collect
     from quest.diffusion.sampling import generate
     from quest.metrics.noise_prediction import eps_error
-    from quest.metrics.paired import latent_mse
+    from quest.metrics.per_image import latent_mse
     from quest.runtime.provenance import write_json
     from quest.zoo import signals, train_signals
 
