@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from quest.metrics import intervals
+from quest.metrics.comparison import Comparison, has_diverged
 from quest.metrics.frechet import Reference, Statistics, fid_infinity, frechet_distance
 from quest.metrics.inception_score import inception_score, partition, resampled_inception_scores
 from quest.metrics.per_image import NEIGHBOURS, clip_scores, inside, latent_mse, psnr
@@ -303,15 +304,15 @@ def measure(
     }
 
 
-def compare(a: dict, b: dict) -> list[dict]:
-    """Paired rows of two cells as `measure` returned them: a minus b for every metric that both have.
+def compare(a: dict, b: dict) -> dict[str, Comparison]:
+    """Paired comparison, a minus b, of two cells as `measure` returned them, by every metric that both have.
 
-    Returns [{metric, difference, low, high, n, better}]; better is "method" (a), "versus" (b) or "neither", by whether
-    the interval excludes 0. Raises ValueError where the two are not of the same images, networks and protocol, or their
-    noise-prediction errors not of the same trajectories.
+    Raises ValueError where the two are not of the same images, networks and protocol, or their noise-prediction errors
+    not of the same trajectories.
     """
     of_a, of_b = ({row["metric"]: row for row in cell["rows"]} for cell in (a, b))
-    rows = []
+    diverged = has_diverged(a), has_diverged(b)
+    compared = {}
     for name in (name for name in METRICS if name in of_a and name in of_b):
         keys = ("images", "trajectories", "timesteps") if name == "eps_error" else ("images",)
         for key, left, right in [(key, a["drawn"][key], b["drawn"][key]) for key in keys] + [
@@ -319,23 +320,11 @@ def compare(a: dict, b: dict) -> list[dict]:
         ]:
             if left != right:
                 raise ValueError(f"{name}: only cells of equal {key} are compared, got {left} and {right}")
-        difference = of_a[name]["value"] - of_b[name]["value"]
-        spread = np.subtract(a["resampled"][name], b["resampled"][name])
-        low, high = _interval(METRICS[name], difference, spread, of_a[name]["n"])
-        smaller = "method" if high < 0 else "versus" if low > 0 else "neither"
-        larger = {"method": "versus", "versus": "method", "neither": "neither"}[smaller]
-        better = smaller if METRICS[name].better == "lower" else larger
-        rows.append(
-            {
-                "metric": name,
-                "difference": difference,
-                "low": low,
-                "high": high,
-                "n": of_a[name]["n"],
-                "better": better,
-            }
-        )
-    return rows
+        n, difference = of_a[name]["n"], of_a[name]["value"] - of_b[name]["value"]
+        resampled = [np.array(cell["resampled"][name], np.float64) for cell in (a, b)]  # null becomes NaN
+        low, high = _interval(METRICS[name], difference, np.subtract(*resampled), n)
+        compared[name] = Comparison(difference, low, high, n, METRICS[name].better, diverged)
+    return compared
 
 
 def index_ranges(index: np.ndarray) -> str:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pandas as pd
 
 from quest.metrics import METRICS
+from quest.metrics.comparison import outcome
+from quest.report import rendering
 from quest.report.effort import effort
-from quest.report.markup import markdown_table, plus_minus
-from quest.report.tables import footprint_of, paired, provenance_of, read
-from quest.runtime.files import atomic
+from quest.report.rendering import MISSING, NONE, Cell, Table, columns, interval, number
+from quest.report.tables import footprint_of, paired_rows, provenance_of, read
 
 SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # with differences, in Markdown
 COLUMNS = ["model", "bits", "row", "changes", "metric", "value", "low", "high", "n"]
@@ -30,19 +31,17 @@ def write(paths: Sequence[str | Path], block: dict, csv: str | Path, text: str |
     """
     cells = read(paths)
     spent = [effort(Path(path).with_name("model.safetensors")) for path in paths]
-    frame = table(cells, spent, block)
-    with atomic(csv) as file:
-        frame.to_csv(file, index=False, na_rep="nan")
-    with atomic(text) as file:
-        file.write_text(markdown(frame, block["against"]), encoding="utf-8")
+    frame = ablations_frame(cells, spent, block)
+    rendering.write(csv, frame, form="csv")
+    rendering.write(text, ablations_table(frame, block["against"]), form="md")
     return frame
 
 
-def table(cells: Sequence[dict], spent: Sequence[dict], block: dict) -> pd.DataFrame:
+def ablations_frame(cells: Sequence[dict], spent: Sequence[dict], block: dict) -> pd.DataFrame:
     """One row for each cell, metric and `versus`, columns COLUMNS, in the order of the cells.
 
-    versus: block["against"], and the method that a row is `of`; empty for the cell itself. better: the one of the two
-    whose difference excludes 0, or "neither". Raises ValueError where a cell to compare with is missing.
+    versus: block["against"], and the method that a row is `of`; empty for the cell itself. better: see
+    `Comparison.better`. Raises ValueError where a cell to compare with is missing.
     """
     of_name = {cell["method"]: cell for cell in cells}
     rows = []
@@ -55,7 +54,7 @@ def table(cells: Sequence[dict], spent: Sequence[dict], block: dict) -> pd.DataF
         common = {"model": cell["model"], "bits": cell["bits"], "row": name, "changes": told(changes)}
         common |= took | footprint_of(cell)
         for other in others or [""]:
-            found = {row["metric"]: row for row in paired(cell, of_name[other])} if other else {}
+            found = {row["metric"]: row for row in paired_rows(cell, of_name[other])} if other else {}
             for own in cell["rows"]:
                 pair = found.get(own["metric"], {"difference": math.nan, "low": math.nan, "high": math.nan})
                 against = [of_name[other]] if other else []
@@ -76,32 +75,26 @@ def told(changes: dict) -> str:
     return "; ".join(f"{key}={value}" for key, value in values.items())
 
 
-def markdown(frame: pd.DataFrame, against: str) -> str:
+def ablations_table(frame: pd.DataFrame, against: str) -> Table:
     """For people: values and differences to `against`, each ± half of a 95 % interval, and what making the row took."""
-    labels = {name: METRICS[name].label for name in METRICS if name in set(frame["metric"])}
+    labels = {name: METRICS[name].label for name in (*SHOWN, "is", "fid") if name in set(frame["metric"])}
     heads = ["row", "changes"]
-    for name in (*SHOWN, "is", "fid"):
-        if name in labels:
-            heads += [labels[name]] + ([f"minus that of {against}"] if name in SHOWN else [])
-    heads += ["seconds", "MB", "on integers"]
-    lines = []
-    first = frame[frame["versus"].isin(["", against])]
-    for name, rows in first.groupby("row", sort=False):
-        of_metric = rows.set_index("metric")
-        words = [name, of_metric["changes"].iloc[0] or "–"]
-        for metric in (*SHOWN, "is", "fid"):
-            if metric not in labels:
-                continue
+    for name, label in labels.items():
+        heads += [label] + ([f"minus that of {against}"] if name in SHOWN else [])
+    rows = []
+    for name, of_row in frame[frame["versus"].isin(["", against])].groupby("row", sort=False):
+        of_metric, took = of_row.set_index("metric"), of_row.iloc[0]
+        cells = [name, took["changes"] or NONE]
+        for metric in labels:
             if metric not in of_metric.index:
-                words += ["–"] * (2 if metric in SHOWN else 1)
+                cells += [MISSING] * (2 if metric in SHOWN else 1)
                 continue
             row = of_metric.loc[metric]
-            words.append(plus_minus(row["value"], row["low"], row["high"]))
+            cells.append(interval(row["value"], row["low"], row["high"]))
             if metric in SHOWN:
-                words.append(difference(row))
-        took = of_metric.iloc[0]
-        words += [f"{took['seconds']:.0f}", f"{took['peak_memory']:.0f}", f"{took['realizable']:.0%}"]
-        lines.append(words)
+                cells.append(difference(row))
+        took = [number(took["seconds"], ".0f"), number(took["peak_memory"], ".0f"), number(took["realizable"], ".0%")]
+        rows.append([*cells, *took])
     model, bits, n, seeds = (frame[column].iloc[0] for column in ("model", "bits", "n", "seeds"))
     footer = (
         f"{model} at {bits.upper()}, n = {n}, seeds {seeds}. ± is half of a 95 % interval, of a difference paired on "
@@ -110,13 +103,13 @@ def markdown(frame: pd.DataFrame, against: str) -> str:
         "quantize job, without the weights it starts from. On integers: share of the multiply-accumulates that a "
         "kernel on integers computes."
     )
-    return "\n".join([markdown_table(heads, lines, 2), "", footer, ""])
+    return Table(columns(*heads, "seconds", "MB", "on integers", texts=2), rows, notes=[footer])
 
 
-def difference(row) -> str:
-    """A difference with its interval, and the verdict where that excludes 0."""
+def difference(row) -> Cell:
+    """A difference with its interval, and the verdict where it has one."""
     if not row["versus"]:
-        return "–"
-    text = plus_minus(row["difference"], row["difference_low"], row["difference_high"])
-    verdict = {row["row"]: " better", row["versus"]: " worse"}.get(row["better"], "")
-    return text + verdict
+        return MISSING
+    cell, found = interval(row["difference"], row["difference_low"], row["difference_high"]), row["better"]
+    word = {"better": " better", "worse": " worse", "neither": ""}.get(outcome(found, row["row"]))
+    return Cell(found if word is None else cell.text + word, row["difference"])

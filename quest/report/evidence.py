@@ -1,7 +1,6 @@
 """What a run has found that the ten questions ask of: read from its files, as tidy tables, and judged.
 
-"Better" and "worse" stand only where the paired 95 % interval of the difference excludes zero; else two rows are "not
-told apart". Needs no torch.
+Verdicts are those of `quest.metrics.comparison`. Needs no torch.
 """
 
 import json
@@ -12,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from quest.metrics import METRICS, compare
-from quest.metrics.intervals import student
+from quest.metrics import compare
+from quest.metrics.comparison import Comparison
 from quest.report import tables
 from quest.report.effort import effort
 from quest.report.properties import interval
 
 SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # what sees most with few images
-APART = "not told apart"
 
 
 @dataclass
@@ -97,8 +95,8 @@ def inference_rows(evidence: Evidence) -> list[dict]:
     rows = []
     for row in evidence.inference["rows"]:
         medians = {name: float(np.median(values)) for name, values in row["seconds"].items()}
-        difference = np.subtract(row["seconds"]["time groups"], row["seconds"]["one group"])
-        spread = dict(zip(("difference", "low", "high"), student(difference), strict=True))
+        found = Comparison.of_pairs(row["seconds"]["time groups"], row["seconds"]["one group"])
+        spread = {"difference": found.estimate, "low": found.low, "high": found.high}
         names = {"model": evidence.inference["model"], "groups": evidence.inference["groups"]}
         rows.append(names | {key: row[key] for key in ("kernel", "rows", "same_output")} | medians | spread)
     return rows
@@ -108,36 +106,20 @@ def comparisons_rows(evidence: Evidence) -> list[dict]:
     """Every row of the model and bits against the preset, with the paired interval and the verdict."""
     rows = []
     for row in (name for name in evidence.cells if name != "quest" and "quest" in evidence.cells):
-        for metric, (difference, half, word) in differences(evidence, row, "quest").items():
-            values = {"difference": difference, "low": difference - half, "high": difference + half, "verdict": word}
+        for metric, found in differences(evidence, row, "quest").items():
+            values = {
+                "difference": found.estimate,
+                "low": found.low,
+                "high": found.high,
+                "verdict": found.told("quest"),
+            }
             rows.append({"row": row, "against": "quest", "metric": metric} | values)
     return rows
 
 
-def verdict(low: float, high: float, better: str = "lower") -> str:
-    """ "better", "worse" or "not told apart" of a difference with this interval; better: "lower" or "higher"."""
-    if not (low > 0 or high < 0):
-        return APART
-    return "better" if (high < 0) == (better == "lower") else "worse"
-
-
-def paired(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, str]:
-    """Mean difference of paired values, half of its 95 % interval, and the verdict where lower is better."""
-    return judged(*student([a - b for a, b in zip(values, others, strict=True)]))
-
-
-def judged(mean: float, low: float, high: float, better: str = "lower") -> tuple[float, float, str]:
-    """A difference, half of its interval, and the verdict."""
-    return mean, (high - low) / 2, verdict(low, high, better)
-
-
-def differences(evidence: Evidence, row: str, versus: str) -> dict[str, tuple[float, float, str]] | None:
-    """Of every metric in SHOWN: row minus versus, half of its interval, verdict; None where one of them has not run."""
+def differences(evidence: Evidence, row: str, versus: str) -> dict[str, Comparison] | None:
+    """Row minus versus in every metric of SHOWN; None where one of the two has not run."""
     if row not in evidence.cells or versus not in evidence.cells:
         return None
-    found = {r["metric"]: r for r in compare(evidence.cells[row], evidence.cells[versus])}
-    return {
-        name: judged(r["difference"], r["low"], r["high"], METRICS[name].better)
-        for name in SHOWN
-        if (r := found.get(name))
-    }
+    compared = compare(evidence.cells[row], evidence.cells[versus])
+    return {name: compared[name] for name in SHOWN if name in compared}

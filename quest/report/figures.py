@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from quest.metrics import METRICS
+from quest.metrics.comparison import outcome
 from quest.report.style import COLOURS, DPI, INK, MARKERS, RULE, legend, log_axis, log_ticks, plain, save
-from quest.report.tables import by_bits
+from quest.report.tables import by_bits, column_label
 
 AGAINST = {"bits": "bits", "size_mb": "size of the denoiser [MB]", "tbops": "TBOPs per denoiser call"}
 
@@ -92,7 +93,7 @@ def metric_vs_bits(main: pd.DataFrame, metric: str, path: str | Path) -> None:
         sizes = ", ".join(str(n) for n in sorted(set(of_model["n"])))
         axes.set_title(f"{model}, n = {sizes}", fontsize=9)
         plain(axes)
-    panels[0].set_ylabel(_axis_label(metric, frame), fontsize=9)
+    panels[0].set_ylabel(f"{column_label(metric, frame)}, {METRICS[metric].better} is better", fontsize=9)
     legend(figure, panels)
     save(figure, path)
 
@@ -278,21 +279,24 @@ def paired_differences(frame: pd.DataFrame, against: str, metric: str, path: str
     spec, place = METRICS[metric], np.arange(len(found))
     figure = Figure(figsize=(7.5, 1.4 + 0.19 * len(found)), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    verdicts = {"better": found["better"] == found["row"], "worse": found["better"] == against}
-    verdicts["not told apart"] = ~(verdicts["better"] | verdicts["worse"])
-    styles = {"better": (COLOURS[0], "o"), "worse": (COLOURS[1], "s"), "not told apart": ("#888888", "D")}
-    for verdict, chosen in verdicts.items():
-        points, (colour, marker) = found[chosen], styles[verdict]
+    verdicts = np.array([outcome(better, row) for better, row in zip(found["better"], found["row"], strict=True)])
+    styles = {"better": (COLOURS[0], "o", "better"), "worse": (COLOURS[1], "s", "worse")}
+    for verdict, (colour, marker, label) in (styles | {"neither": ("#888888", "D", "not told apart")}).items():
+        chosen = verdicts == verdict
+        points = found[chosen]
         if points.empty:
             continue
         error = [points["difference"] - points["difference_low"], points["difference_high"] - points["difference"]]
         style = dict(fmt=marker, color=colour, ms=4, lw=0, elinewidth=1.4, capsize=2)
-        axes.errorbar(points["difference"], place[chosen], xerr=error, label=verdict, **style)
+        axes.errorbar(points["difference"], place[chosen], xerr=error, label=label, **style)
+    for y in place[np.isin(verdicts, ("diverged", "rival diverged"))]:
+        words = found["better"].iloc[y]
+        axes.text(1, y, words, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=7, color=INK)
     axes.axvline(0, color=INK, lw=0.8)
     label = f"{spec.label}, minus that of {against} ({spec.better} is better)"
     # Differences of good rows are small beside those of rows that fail: linear around zero, logarithmic outside.
-    sizes = found["difference"].abs()
-    linear = float(f"{2 * sizes.median():.0e}")
+    sizes = found["difference"].abs().replace(np.inf, np.nan)
+    linear = float(f"{2 * sizes.median():.0e}")  # NaN where every row has diverged
     if sizes.max() > 10 * linear > 0:
         axes.set_xscale("symlog", linthresh=linear, linscale=2)
         decades = 10.0 ** np.arange(np.ceil(np.log10(linear)), np.log10(sizes.max()) + 0.3)
@@ -312,13 +316,6 @@ def paired_differences(frame: pd.DataFrame, against: str, metric: str, path: str
     axes.tick_params(axis="y", labelsize=7)
     legend(figure, [axes])
     save(figure, path)
-
-
-def _axis_label(metric, frame):
-    spec = METRICS[metric]
-    networks = ", ".join(frame["extractor"].unique()) if spec.network else ""
-    name = {"extractor": f" ({networks} net)", "clip": f" ({networks})", None: ""}[spec.network]
-    return f"{spec.label}{name}, {spec.better} is better"
 
 
 def _spans_decades(values):

@@ -95,6 +95,7 @@ def contents(run: Path, kernels: Iterable[str | Path], methods: dict[str, str], 
         "verdicts": verdict_sentences(paired, shown[-1]),
         "matrices": verdict_matrix(paired, shown[-1]),
         "comparisons": comparisons(paired),
+        "diverged": paired["better"].str.endswith(" diverged").any(),
         "over_seeds": [] if seeds is None else seed_sentences(seeds),
         "seed_matrices": [] if seeds is None else seed_matrix(seeds),
         "main": main_table(main, paired, verdicts),
@@ -137,7 +138,8 @@ def _counts(verdicts):
 def _kernels(file):
     """Timings of one machine: what stands in Markdown beside the csv file, and every row of a whole step."""
     text = file.with_suffix(".md")
-    return csv_table(file, "step") | {"caption": file.stem, "html": markdown(text) if text.is_file() else ""}
+    html = markdown(text) if text.is_file() else ""
+    return {"caption": file.stem, "html": html, "table": csv_table(file, "step")}
 
 
 def _footers(main):

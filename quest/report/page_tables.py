@@ -1,10 +1,8 @@
-"""Tables of the page, which sort and filter: main, paired, ledger, cost, speed, and any csv file.
-
-Each is {"columns": [...], "rows": [[{"text", "value", "mark", "note"}]]}, `value` what a column is sorted by.
-"""
+"""Tables of the page, which sort and filter: main, paired, ledger, cost, speed, and any csv file."""
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,9 @@ import pandas as pd
 from safetensors import safe_open
 
 from quest.metrics import METRICS
-from quest.report import markup, tables
+from quest.metrics.comparison import outcome
+from quest.report import tables
+from quest.report.rendering import MISSING, NONE, Cell, Column, Table, columns, interval, number
 
 PROVENANCE = ("commit", "machine", "versions", "seeds")
 
@@ -22,128 +22,81 @@ def read(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False, na_values=["nan"])
 
 
-def column(label: str, kind: str = "number", better: str = "", choose: bool = False, title: str = "") -> dict:
-    """A column: kind "text" or "number", better "lower", "higher" or "", choose for a menu of its values."""
-    return {"label": label, "kind": kind, "better": better, "choose": choose, "title": title}
-
-
-def entry(text: str, value: object = None, mark: str = "", note: str = "") -> dict:
-    """A cell of a table: what it says, what it is sorted by (a number as the csv has it), how it is marked."""
-    return {"text": text, "value": text if value is None else value, "mark": mark, "note": note}
-
-
-def number(value: float, form: str = ".4g") -> dict:
-    """A cell with a number, or a dash where there is none."""
-    missing = value == "" or (isinstance(value, float) and math.isnan(value))
-    return entry("–", "") if missing else entry(format(value, form), value)
-
-
-def interval(value: float, low: float, high: float, mark: str = "", note: str = "") -> dict:
-    """A cell with a value ± half of its interval, sorted by the value."""
-    if math.isnan(value):
-        return entry("–", "")
-    return entry(markup.plus_minus(value, low, high), value, mark, note)
-
-
-def main_table(main: pd.DataFrame, paired: pd.DataFrame, verdicts: pd.DataFrame) -> dict:
+def main_table(main: pd.DataFrame, paired: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
     """main.csv with a row for each cell, fewest bits first; the paper's number stands below ours."""
     names = [name for name in METRICS if name in set(main["metric"])]
-    columns = [column("model", "text", choose=True), column("method", "text", choose=True)]
-    columns += [column("bits", "text", choose=True)]
-    columns += [column(tables.column_label(name, main), better=METRICS[name].better) for name in names]
-    extra = ["latency_ms"] if "latency_ms" in main else []  # tables of older runs lack it
-    columns += [column("size [MB]", better="lower"), column("TBOPs", better="lower")]
-    columns += [column("bits per parameter"), column("share on integers", better="higher")]
-    columns += [column("latency [ms]", better="lower") for _ in extra]
+    heads = columns("model", "method", "bits", texts=3, choose=True)
+    heads += [Column(tables.column_label(name, main), direction=METRICS[name].better) for name in names]
+    heads += [Column("size [MB]", direction="lower"), Column("TBOPs", direction="lower")]
+    heads += [Column("bits per parameter"), Column("share on integers", direction="higher")]
+    timed = "latency_ms" in main  # tables of older runs lack it
+    heads += [Column("latency [ms]", direction="lower")] if timed else []
     judged = verdicts.set_index(["model", "method", "bits", "metric"])["verdict"].to_dict()
     rows = []
     for model, of_model in main.groupby("model", sort=False):
         best = tables.best_values(of_model, paired[paired["model"] == model])
-        cells = of_model.groupby(["method", "bits"], sort=False)
-        for method, bits in sorted(
-            cells.groups, key=lambda run: (run[0] != "fp", [-b for b in tables.by_bits(run[1])])
-        ):
-            cell = cells.get_group((method, bits)).set_index("metric")
-            row = [entry(model), entry(method), entry(bits.upper())]
-            for name in names:
-                if name not in cell.index:
-                    row.append(entry("–", ""))
-                    continue
-                found, note = cell.loc[name], ""
-                if not math.isnan(found["published"]):
-                    note = f"paper {found['published']:g}: {judged.get((model, method, bits, name), 'see ledger')}"
-                mark = "best" if (method, bits, name) in best else ""
-                row.append(interval(found["value"], found["low"], found["high"], mark, note))
+        for (method, bits), cell in tables.cells_of(of_model, lambda run: _fewest_bits_first(*run)):
+            notes = {
+                row.metric: f"paper {row.published:g}: {judged.get((model, method, bits, row.metric), 'see ledger')}"
+                for row in cell[cell["published"].notna()].itertuples()
+            }
+            row = [model, method, bits.upper(), *tables.metric_cells(cell, names, best, notes)]
             first = cell.iloc[0]
-            row += [
-                number(first["size_mb"]),
-                number(first["bops"] / 1e12, ".3g"),
-                number(first["effective_bits"], ".3g"),
-            ]
-            row += [
-                number(first["realizable"], ".0%"),
-                *(number(first[name]) | {"note": first["latency_at"]} for name in extra),
-            ]
+            row += [number(first["size_mb"]), number(first["bops"] / 1e12, ".3g")]
+            row += [number(first["effective_bits"], ".3g"), number(first["realizable"], ".0%")]
+            row += [number(first["latency_ms"], note=first["latency_at"])] if timed else []
             rows.append(row)
-    return {"columns": columns, "rows": rows}
+    return Table(heads, rows)
 
 
-def paired_table(paired: pd.DataFrame) -> dict:
+def paired_table(paired: pd.DataFrame) -> Table:
     """paired.csv, with the verdict in words."""
-    columns = [column(name, "text", choose=True) for name in ("model", "bits", "metric", "method", "versus")]
-    columns += [column("method minus versus"), column("better", "text", choose=True), column("n")]
+    heads = columns("model", "bits", "metric", "method", "versus", texts=5, choose=True)
+    heads += [Column("method minus versus"), Column("better", "text", choose=True), Column("n")]
+    marks = {"better": "better", "worse": "worse", "diverged": "worse", "rival diverged": "better"}
     rows = []
     for row in paired.itertuples():
         names = [row.model, row.bits.upper(), METRICS[row.metric].label, row.method, row.versus]
-        mark = {row.method: "better", row.versus: "worse"}.get(row.better, "")
+        mark = marks.get(outcome(row.better, row.method), "")
         difference = interval(row.difference, row.low, row.high, mark)
-        rows.append([*map(entry, names), difference, entry(row.better), number(row.n, "d")])
-    return {"columns": columns, "rows": rows}
+        rows.append([*names, difference, row.better, number(row.n, "d")])
+    return Table(heads, rows)
 
 
-def ledger_table(verdicts: pd.DataFrame) -> dict:
+def ledger_table(verdicts: pd.DataFrame) -> Table:
     """ledger.csv: every published number, and ours where there is one that may stand beside it."""
-    names = ["model", "method", "bits", "metric"]
-    columns = [column(name, "text", choose=True) for name in names]
-    columns += [column("published"), column("ours"), column("verdict", "text", choose=True), column("why", "text")]
-    columns += [column("source", "text"), column("not stated there", "text"), column("note", "text")]
+    heads = columns("model", "method", "bits", "metric", texts=4, choose=True) + columns("published", "ours")
+    heads += [Column("verdict", "text", choose=True), *columns("why", "source", "not stated there", "note", texts=4)]
     rows = []
     for row in verdicts.itertuples():
-        cells = [row.model, row.method, row.bits.upper(), METRICS[row.metric].label]
-        ours = interval(row.ours, row.low, row.high)
-        mark = row.verdict.lower().replace(" ", "-")
+        names = [row.model, row.method, row.bits.upper(), METRICS[row.metric].label]
+        ours = MISSING if row.verdict == "NOT RUN" else interval(row.ours, row.low, row.high)
+        verdict = Cell(row.verdict, mark=row.verdict.lower().replace(" ", "-"))
         told = [row.why, f"{row.source}, {row.table}", row.not_stated, row.note]
-        rows.append([*map(entry, cells), number(row.published), ours, entry(row.verdict, mark=mark), *map(entry, told)])
-    return {"columns": columns, "rows": rows}
+        rows.append([*names, number(row.published), ours, verdict, *told])
+    return Table(heads, rows)
 
 
-def csv_table(path: str | Path, part: str | None = None) -> dict:
+def csv_table(path: str | Path, part: str | None = None) -> Table:
     """Any csv file as a table; columns that say where a row comes from are left out. part: of rows that have one."""
     frame = read(Path(path))
     if part and "part" in frame:
         frame = frame[frame["part"] == part]
-    frame = frame[[name for name in frame if name not in (*PROVENANCE, "evaluation")]]
-    columns, kinds = [], {name: pd.api.types.is_numeric_dtype(frame[name]) for name in frame}
-    for name, numeric in kinds.items():
-        few = not numeric and frame[name].nunique() <= 12
-        columns.append(column(name.replace("_", " "), "number" if numeric else "text", choose=few))
-    rows = []
-    for record in frame.to_dict("records"):
-        row = [
-            number(value, "d" if isinstance(value, int) else ".4g") if kinds[name] else entry(str(value))
-            for name, value in record.items()
+    table = Table.of_frame(frame[[name for name in frame if name not in (*PROVENANCE, "evaluation")]])
+    table.columns = [replace(column, label=column.label.replace("_", " ")) for column in table.columns]
+    if "speedup" in frame:  # a speed that is none has to catch the eye
+        table.rows = [
+            [replace(cell, mark="slower") for cell in row] if speedup < 1 else row
+            for row, speedup in zip(table.rows, frame["speedup"], strict=True)
         ]
-        if record.get("speedup", 1) < 1:  # a speed that is none has to catch the eye
-            row = [cell | {"mark": "slower"} for cell in row]
-        rows.append(row)
-    return {"columns": columns, "rows": rows}
+    return table
 
 
-def cost_table(run: Path, main: pd.DataFrame) -> dict:
+def cost_table(run: Path, main: pd.DataFrame) -> Table:
     """What quantizing took, as the checkpoints tell, and what their starting points took."""
-    columns = [column(name, "text", choose=True) for name in ("model", "method", "bits")]
-    columns += [column("quantizing [s]", better="lower"), column("peak memory [MB]", better="lower")]
-    columns += [column("starts from", "text"), column("that took [s]"), column("iterations", "text")]
+    heads = columns("model", "method", "bits", texts=3, choose=True)
+    heads += [Column("quantizing [s]", direction="lower"), Column("peak memory [MB]", direction="lower")]
+    heads += [Column("starts from", "text"), Column("that took [s]"), Column("iterations", "text")]
     rows = []
     for model, method, bits in _quantized(main):
         file = run / model / method / bits / "model.safetensors"
@@ -153,22 +106,26 @@ def cost_table(run: Path, main: pd.DataFrame) -> dict:
             header = json.loads(opened.metadata()["quest"])
         start = header.get("init") or {}
         stages = [f"{stage['stage']} {stage['iterations']}" for stage in header.get("cost", {}).get("stages", [])]
-        name = f"{start['method']} {start['bits'].upper()}" if start.get("method") else "–"
-        row = [entry(model), entry(method), entry(bits.upper()), number(header.get("seconds", math.nan), ".1f")]
-        row += [number(header.get("peak_memory", math.nan), ".0f"), entry(name)]
-        rows.append([*row, number(start.get("seconds", math.nan), ".1f"), entry(_shortened(stages))])
-    return {"columns": columns, "rows": rows}
+        name = f"{start['method']} {start['bits'].upper()}" if start.get("method") else NONE
+        row = [model, method, bits.upper(), number(header.get("seconds", math.nan), ".1f")]
+        row += [number(header.get("peak_memory", math.nan), ".0f"), name]
+        rows.append([*row, number(start.get("seconds", math.nan), ".1f"), _shortened(stages)])
+    return Table(heads, rows)
 
 
 def _shortened(stages):
     return ", ".join(stages) if len(stages) <= 3 else f"{', '.join(stages[:2])}, … ({len(stages)} units)"
 
 
-def speed_table(run: Path, main: pd.DataFrame) -> dict:
+def speed_table(run: Path, main: pd.DataFrame) -> Table:
     """Where the layers of a cell ran, and how long it sampled, set against full precision of the same model."""
-    columns = [column(name, "text", choose=True) for name in ("model", "method", "bits", "kernel")]
-    columns += [column("share on integers", better="higher"), column("sampling [s per 100 images]", better="lower")]
-    columns += [column("times full precision", better="higher"), column("layers refused"), column("deviation")]
+    heads = columns("model", "method", "bits", "kernel", texts=4, choose=True)
+    heads += [Column("share on integers", direction="higher")]
+    heads += [
+        Column("sampling [s per 100 images]", direction="lower"),
+        Column("times full precision", direction="higher"),
+    ]
+    heads += columns("layers refused", "deviation")
     rows, plain = [], {}
     for model, method, bits in _quantized(main, fp=True):
         taken = [_metadata(file) for file in shards(run / model / method / bits, "samples")]
@@ -179,12 +136,12 @@ def speed_table(run: Path, main: pd.DataFrame) -> dict:
         if method == "fp":
             plain[model] = each
         ratio = plain[model] / each if model in plain and method != "fp" else math.nan
-        row = [entry(model), entry(method), entry(bits.upper()), entry(placed.get("kernel") or "float32")]
+        row = [model, method, bits.upper(), placed.get("kernel") or "float32"]
         row += [number(taken[0].get("footprint", {}).get("realizable", math.nan), ".0%"), number(each, ".1f")]
-        row += [number(ratio, ".2f") | {"mark": "slower" if ratio < 1 else ""}]
-        row += [number(len(placed["refused"]), "d") if "refused" in placed else number(math.nan)]
+        row += [number(ratio, ".2f", "slower" if ratio < 1 else "")]
+        row += [number(len(placed["refused"]), "d") if "refused" in placed else MISSING]
         rows.append([*row, number(placed.get("deviation", math.nan), ".1e")])
-    return {"columns": columns, "rows": rows}
+    return Table(heads, rows)
 
 
 def _quantized(main, fp=False):
@@ -192,7 +149,11 @@ def _quantized(main, fp=False):
     cells = dict.fromkeys(zip(main["model"], main["method"], main["bits"], strict=True))
     cells = [cell for cell in cells if fp or cell[1] != "fp"]
     models = list(dict.fromkeys(main["model"]))
-    return sorted(cells, key=lambda c: (models.index(c[0]), c[1] != "fp", [-b for b in tables.by_bits(c[2])]))
+    return sorted(cells, key=lambda cell: (models.index(cell[0]), _fewest_bits_first(*cell[1:])))
+
+
+def _fewest_bits_first(method, bits):
+    return method != "fp", [-width for width in tables.by_bits(bits)]
 
 
 def shards(folder: Path, kind: str) -> list[Path]:

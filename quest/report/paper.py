@@ -13,11 +13,10 @@ from pathlib import Path
 import pandas as pd
 
 from quest.metrics import METRICS
-from quest.report import ledger
+from quest.report import ledger, rendering
 from quest.report.effort import effort
-from quest.report.markup import latex_table, markdown_table, plus_minus, tex
-from quest.report.tables import paired, provenance_of, read
-from quest.runtime.files import atomic
+from quest.report.rendering import columns, plus_minus
+from quest.report.tables import paired_rows, provenance_of, read
 
 # What may stand for a model of the paper, the first that was measured. Tables 2 and 7 do not say which model it was.
 STANDS = {
@@ -43,7 +42,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class PaperTable:
     """A table of the paper. spread: rows that only ablations have; models and bits that ran one of them are shown."""
 
     title: str
@@ -60,7 +59,7 @@ def _methods(*names: str) -> tuple[Row, ...]:
 
 ALL = ("w8a8", "w4a8", "w4a4")
 TABLES = {
-    2: Table(
+    2: PaperTable(
         "Time embeddings: quantized, in full precision, or aligned",
         ("unknown",),
         ("w8a8", "w4a8"),
@@ -72,28 +71,28 @@ TABLES = {
         ("fid", "sfid"),
         ("quest-untuned", "quest-untuned-float-time-embedding", "quest-tla-only"),
     ),
-    3: Table(
+    3: PaperTable(
         "Unconditional, LSUN",
         ("lsun-bedrooms", "lsun-churches"),
         ALL,
         _methods("fp", "ptq4dm", "q-diffusion", "ptqd", "efficient-dm", "quest"),
         ("size_mib", "fid"),
     ),
-    4: Table(
+    4: PaperTable(
         "By class, ImageNet",
         ("imagenet",),
         ALL,
         _methods("fp", "q-diffusion", "ptqd", "efficient-dm", "quest"),
         ("size_mib", "fid", "sfid", "is"),
     ),
-    5: Table(
+    5: PaperTable(
         "By text, Stable Diffusion v1.4",
         ("sd14",),
         ALL,
         _methods("fp", "q-diffusion", "quest"),
         ("size_mib", "clip"),
     ),
-    6: Table(
+    6: PaperTable(
         "Components and their cost",
         ("lsun-bedrooms",),
         ("w4a8",),
@@ -108,7 +107,7 @@ TABLES = {
         ("hours_in_all", "memory_in_all", "size_mib", "fid"),
         ("quest-untuned", "quest-tla-only"),
     ),
-    7: Table(
+    7: PaperTable(
         "The global loss",
         ("unknown",),
         (),
@@ -125,7 +124,7 @@ TABLES = {
         ("fid", "fid_change", "sfid", "sfid_change"),
         ("quest-tla-only-no-global", "quest-no-global", "quest-only-global"),
     ),
-    8: Table(
+    8: PaperTable(
         "Finetuning: EfficientDM, all weights, QuEST",
         ("lsun-bedrooms",),
         ("w4a8", "w4a4"),
@@ -133,21 +132,21 @@ TABLES = {
         ("hours", "memory", "iterations", "fid"),
         ("efficient-dm", "full-finetune"),
     ),
-    9: Table(
+    9: PaperTable(
         "TFMQ-DM",
         ("lsun-bedrooms", "imagenet"),
         ("w8a8", "w4a8"),
         _methods("tfmq-dm", "quest"),
         ("fid",),
     ),
-    10: Table(
+    10: PaperTable(
         "LSUN-Bedrooms by sFID and IS",
         ("lsun-bedrooms",),
         ("w8a8", "w4a4"),
         _methods("q-diffusion", "ptqd", "efficient-dm", "quest"),
         ("sfid", "is"),
     ),
-    11: Table(
+    11: PaperTable(
         "CIFAR-10",
         ("cifar10",),
         ("w8a8", "w4a4"),
@@ -178,11 +177,9 @@ def write(paths: Sequence[str | Path], folder: str | Path) -> None:
     numbers = ledger.published()
     for number in TABLES:
         frame = table(number, cells, spent, numbers)
-        with atomic(Path(folder, f"table{number}.csv")) as file:
-            frame.to_csv(file, index=False, na_rep="nan")
-        for kind, render in (("md", markdown), ("tex", latex)):
-            with atomic(Path(folder, f"table{number}.{kind}")) as file:
-                file.write_text(render(number, frame), encoding="utf-8")
+        rendering.write(Path(folder, f"table{number}.csv"), frame)
+        for kind in ("md", "tex"):
+            rendering.write(Path(folder, f"table{number}.{kind}"), for_people(number, frame))
 
 
 def table(number: int, cells: dict[tuple, dict], spent: dict[tuple, dict], numbers: pd.DataFrame) -> pd.DataFrame:
@@ -249,7 +246,7 @@ def _measured(quantity, key, row, cells, spent):
             versus = cells.get((key[0], row.versus, key[2]))
             if found is None or versus is None:
                 return nothing | {"status": NOT_RUN if row.versus and versus is None else ""}
-            pair = next(own for own in paired(cell, versus) if own["metric"] == name)
+            pair = next(own for own in paired_rows(cell, versus) if own["metric"] == name)
             found = found | {"value": pair["difference"], "low": pair["low"], "high": pair["high"]}
         if found is None:
             return nothing
@@ -289,22 +286,8 @@ def _published(printed, model, row, bits, quantity):
     }
 
 
-def markdown(number: int, frame: pd.DataFrame) -> str:
-    """The table for people, in Markdown."""
-    heads, rows, footer = _wide(number, frame)
-    title = f"### Table {number}: {TABLES[number].title}"
-    return "\n".join([title, "", markdown_table(heads, rows, 3), "", *footer, ""])
-
-
-def latex(number: int, frame: pd.DataFrame) -> str:
-    """The same for papers; needs the package booktabs."""
-    heads, rows, footer = _wide(number, frame)
-    caption = f"Table {number} of {ledger.PAPER}: {TABLES[number].title}. {' '.join(footer)}"
-    return latex_table([tex(head) for head in heads], rows, "lll" + "r" * (len(heads) - 3), caption)
-
-
-def _wide(number, frame):
-    """Heads, rows and footer: a row per model and cell; measured quantities first, then the paper's numbers."""
+def for_people(number: int, frame: pd.DataFrame) -> rendering.Table:
+    """A row per model and cell; measured quantities first, then the paper's numbers."""
     rows_of: dict[tuple, dict] = {}  # by cell: its lines by paper's model and quantity
     networks: dict[tuple, list[str]] = {}  # of the paper's columns
     for line in frame.itertuples():
@@ -326,7 +309,9 @@ def _wide(number, frame):
         words += [_text(own[quantity]) for quantity in quantities]
         words += [lines[column].published or "–" if column in lines else "" for column in printed]
         rows.append(words)
-    return heads, rows, _footer(frame, printed)
+    title, notes = f"Table {number}: {TABLES[number].title}", _footer(frame, printed)
+    caption = f"Table {number} of {ledger.PAPER}: {TABLES[number].title}. {' '.join(notes)}"
+    return rendering.Table(columns(*heads, texts=3), rows, title, notes, caption)
 
 
 def _head(quantity, frame):
@@ -345,10 +330,10 @@ def _model(paper):
 def _text(line):
     if line.status:
         return line.status
+    if line.n > 0:  # a metric
+        return plus_minus(line.value, line.low, line.high)
     if math.isnan(line.value):
         return "–"
-    if not math.isnan(line.low):
-        return plus_minus(line.value, line.low, line.high)
     return f"{line.value:.3g}" if line.value < 1000 else f"{line.value:.0f}"
 
 

@@ -13,7 +13,7 @@ from quest.metrics.intervals import student
 INTERVAL = ["value", "low", "high", "n"]
 SENSITIVITY = ["model", "bits", "layer_class", "lowered", *INTERVAL, "layers", "parameters", "macs"]
 TEMPORAL = ["model", "bits", "quantized", "ranges", *INTERVAL]
-KINDS = ("static", "one for each timestep")  # of activation ranges
+RANGE_KINDS = ("static", "one for each timestep")  # of activation ranges
 RANGES = ["model", "bits", "quantized", *INTERVAL]
 EMBEDDINGS = ["model", "bits", "ranges", "timestep", "error", "apart", "apart_quantized", "nearest"]
 ACTIVATIONS = ["model", "bits", "layer_class", "layers", "denoiser", "statistic", *INTERVAL]
@@ -42,7 +42,7 @@ def range_frame(models: list[dict]) -> pd.DataFrame:
     """What one range for each timestep changes against a static one, paired by trajectory, columns RANGES."""
     rows = []
     for m in models:
-        static, timed = ({r["quantized"]: r["errors"] for r in m["errors"] if r["ranges"] == k} for k in KINDS)
+        static, timed = ({r["quantized"]: r["errors"] for r in m["errors"] if r["ranges"] == k} for k in RANGE_KINDS)
         for quantized in static:
             differences = [a - b for a, b in zip(timed[quantized], static[quantized], strict=True)]
             rows.append({**_name(m), "quantized": quantized, **interval(differences)})

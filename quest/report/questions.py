@@ -4,31 +4,34 @@ Every number and every verdict is read from results, see `quest.report.evidence`
 Needs no torch.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from quest.metrics import METRICS
+from quest.metrics.comparison import Comparison
 from quest.metrics.intervals import student
-from quest.report.evidence import APART, SHOWN, Evidence, differences, inference_rows, paired, verdict
-from quest.report.markup import markdown_table, plus_minus, with_interval
-from quest.report.properties import KINDS
+from quest.report import rendering
+from quest.report.evidence import SHOWN, Evidence, differences, inference_rows
+from quest.report.properties import RANGE_KINDS
+from quest.report.rendering import NONE, Table, columns, plus_minus
 
 NOT_RUN = "NOT RUN"
 
 
 @dataclass
 class Answer:
-    """One section: its question, sentences, tables in Markdown, and names of figures."""
+    """One section: its question, sentences, tables, and names of figures."""
 
     question: str
     lines: list[str] = field(default_factory=list)
-    tables: list[str] = field(default_factory=list)
+    tables: list[Table | str] = field(default_factory=list)
     figures: list[str] = field(default_factory=list)
 
     def markdown(self) -> str:
         images = [f"![{name}](figures/{name}.png)" for name in self.figures]
         text = "\n".join(f"- {line}" for line in self.lines)
-        return "\n\n".join([f"## {self.question}", text, *self.tables, *images])
+        return rendering.document("md", f"## {self.question}", text, *self.tables, *images)
 
 
 def against(evidence: Evidence, row: str, versus: str) -> str:
@@ -37,11 +40,22 @@ def against(evidence: Evidence, row: str, versus: str) -> str:
     if found is None:
         missing = [name for name in (row, versus) if name not in evidence.cells]
         return f"{row} against {versus}: {NOT_RUN} ({', '.join(missing)})."
-    told = [f"{word} in {METRICS[m].label} ({with_interval(d, half)})" for m, (d, half, word) in found.items()]
-    return f"{row} against {versus}: {', '.join(told)}."
+    return f"{row} against {versus}: {told(found, versus)}."
 
 
-def comparisons(evidence: Evidence, rows: Sequence[str], versus: str) -> str:
+def told(found: dict[str, Comparison], versus: str) -> str:
+    """The verdict in every metric."""
+    return ", ".join(
+        _with_number(one, f"{one.told(versus)} in {METRICS[metric].label}") for metric, one in found.items()
+    )
+
+
+def _with_number(one: Comparison, text: str, form: str = "{1} ({0})") -> str:
+    """Text and difference; text alone where the two differ by more than a number can say."""
+    return text if one.verdict == "diverged" else form.format(plus_minus(one.estimate, one.low, one.high), text)
+
+
+def comparisons(evidence: Evidence, rows: Sequence[str], versus: str) -> Table | str:
     """Rows against one of them: differences with intervals and verdicts, size and time."""
     heads = ["row", *(f"{METRICS[m].label}, minus {versus}" for m in SHOWN), "size [MB]", "seconds"]
     missing = [row for row in (versus, *rows) if row not in evidence.cells]
@@ -55,24 +69,25 @@ def comparisons(evidence: Evidence, rows: Sequence[str], versus: str) -> str:
             lines.append([row, *(value(evidence.cells[row], m) for m in SHOWN), *cost])
             continue
         found = differences(evidence, row, versus)
-        cells = [f"{with_interval(*found[m][:2])} ({found[m][2]})" if m in found else "–" for m in SHOWN]
+        texts = {m: _with_number(one, one.told(versus), "{0} ({1})") for m, one in found.items()}
+        cells = [texts.get(m, NONE) for m in SHOWN]
         lines.append([row, *cells, *cost])
     below = f"The first row is {versus} itself, with its own values; the others are differences."
     if missing:
         below += f" {NOT_RUN}: {', '.join(missing)}."
-    return "\n\n".join([markdown_table(heads, lines), below])
+    return Table(columns(*heads, texts=1), lines, notes=[below])
 
 
 def value(cell: dict, metric: str) -> str:
     row = next((r for r in cell["rows"] if r["metric"] == metric), None)
-    return plus_minus(row["value"], row["low"], row["high"]) if row else "–"
+    return plus_minus(row["value"], row["low"], row["high"]) if row else NONE
 
 
 def seconds(evidence: Evidence, row: str) -> str:
     """Of making a row, and of what it starts from."""
     made = evidence.made.get(row)
     if made is None:
-        return "–"
+        return NONE
     return f"{made['seconds']:.0f}" + (f" + {made['seconds_before']:.0f}" if made["seconds_before"] > 0 else "")
 
 
@@ -116,7 +131,7 @@ def _groups(e: Evidence) -> Answer:
         answer.lines.append(
             f"{row.model}, nothing learned, weights at their nearest codes, ends in float: noise-prediction error with "
             f"one range for each timestep (of 8 rows each), minus a static one (of 64 rows): "
-            f"{plus_minus(row.value, row.low, row.high)}, {verdict(row.low, row.high)}."
+            f"{plus_minus(row.value, row.low, row.high)}, {Comparison(row.value, row.low, row.high).told('')}."
         )
     size = e.inference["bytes"]
     answer.lines.append(
@@ -159,9 +174,8 @@ def _theorem(e: Evidence) -> Answer:
     ]
     names_of = {"learned-scales": "scales learned", "learned-weights": "weights learned", "quest": "both (QuEST)"}
     answer.lines += _tuned(e, [("learned-weights", "learned-scales"), ("quest", "learned-weights")])
-    answer.tables.append(
-        markdown_table(["bits", *names.values()], [[str(b), *(shown(b, w) for w in names)] for b in bits])
-    )
+    rows = [[str(b), *(shown(b, w) for w in names)] for b in bits]
+    answer.tables.append(Table(columns("bits", *names.values(), texts=1), rows))
     answer.tables.append(_tuning_table(e, {"untuned": "scales searched, nothing learned"} | names_of))
     answer.figures.append("taylor")
     return answer
@@ -175,12 +189,12 @@ def _tuned(e: Evidence, pairs, metric: str = "to_full_precision") -> list[str]:
             missing = [name for name in (one, other) if name not in e.tunings]
             lines.append(f"{one} against {other}, {what}: {NOT_RUN} ({', '.join(missing)}).")
             continue
-        mean, half, word = paired(e.tunings[one][metric], e.tunings[other][metric])
-        lines.append(f"{one} against {other}, {what}: {with_interval(mean, half)}, {word}.")
+        found = Comparison.of_pairs(e.tunings[one][metric], e.tunings[other][metric])
+        lines.append(f"{one} against {other}, {what}: {_with_number(found, found.told(other), '{0}, {1}')}.")
     return lines
 
 
-def _tuning_table(e: Evidence, names: dict[str, str]) -> str:
+def _tuning_table(e: Evidence, names: dict[str, str]) -> Table:
     rows = []
     for variant, name in names.items():
         found = e.tunings.get(variant)
@@ -195,7 +209,7 @@ def _tuning_table(e: Evidence, names: dict[str, str]) -> str:
         rows.append(["full precision", "0", plus_minus(*student(known["full_precision_to_noise"])), "–"])
         sizes = f" n = {len(known['to_full_precision'])} trajectories, {len(known['to_noise'])} scenes."
     heads = ["variant", "error against full precision", "error against the true noise", "seconds"]
-    return markdown_table(heads, rows) + f"\n\nRelative squared errors of the noise prediction.{sizes}"
+    return Table(columns(*heads, texts=1), rows, notes=[f"Relative squared errors of the noise prediction.{sizes}"])
 
 
 def _losses(e: Evidence) -> Answer:
@@ -213,16 +227,16 @@ def _order(e: Evidence) -> Answer:
     frame, moved = e.properties["temporal"], e.properties["embeddings"]
     for model, rows in frame.groupby("model", sort=False):
         found = {(r.quantized, r.ranges): plus_minus(r.value, r.low, r.high) for r in rows.itertuples()}
-        path, rest = list(dict.fromkeys(rows["quantized"]))[:2]
+        (static, timed), (path, rest) = RANGE_KINDS, list(dict.fromkeys(rows["quantized"]))[:2]
         own = moved[moved["model"] == model]
         kept = [
             f"{(of_kind['nearest'] == of_kind['timestep']).sum()} of {len(of_kind)} ({ranges})"
             for ranges, of_kind in own.groupby("ranges", sort=False)
         ]
         answer.lines.append(
-            f"{model}, {path} alone at {rows['bits'].iloc[0].upper()}: noise-prediction error {found[path, KINDS[0]]} "
-            f"with static ranges, {found[path, KINDS[1]]} with one for each timestep; {rest} (and the ends): "
-            f"{found[rest, KINDS[0]]} with static ones. "
+            f"{model}, {path} alone at {rows['bits'].iloc[0].upper()}: noise-prediction error "
+            f"{found[path, static]} with static ranges, {found[path, timed]} with one for each timestep; {rest} (and "
+            f"the ends): {found[rest, static]} with static ones. "
             f"Timesteps whose quantized embedding is nearest to their own exact one: {', '.join(kept)}."
         )
     answer.lines += [
@@ -247,15 +261,14 @@ def _after(e: Evidence) -> Answer:
     frame = e.properties["activation_changes"]
     after = frame[frame["denoiser"] == "after finetuning"]
     for (model, statistic), rows in after.groupby(["model", "statistic"], sort=False):
-        fell = [r.layer_class for r in rows.itertuples() if r.high < 1]
-        rose = [r.layer_class for r in rows.itertuples() if r.low > 1]
-        middle = len(rows) - len(fell) - len(rose)
+        ratios = Counter(Comparison(r.value - 1, r.low - 1, r.high - 1).verdict for r in rows.itertuples())
+        broken = f", diverged in {ratios['diverged']}" if ratios["diverged"] else ""
         extremes = rows.sort_values("value")
         most, least = extremes.iloc[0], extremes.iloc[-1]
         answer.lines.append(
-            f"{model}, {statistic}: lower after finetuning in {len(fell)} of {len(rows)} classes of layers, higher in "
-            f"{len(rose)}, not told apart in {middle}; from ×{most['value']:.2f} ({most['layer_class']}) to "
-            f"×{least['value']:.2f} ({least['layer_class']})."
+            f"{model}, {statistic}: lower after finetuning in {ratios['better']} of {len(rows)} classes of layers, "
+            f"higher in {ratios['worse']}, not told apart in {ratios['neither']}{broken}; from "
+            f"×{most['value']:.2f} ({most['layer_class']}) to ×{least['value']:.2f} ({least['layer_class']})."
         )
     answer.lines.append(
         "Intervals are over held-out trajectories, of the ratio after / before on each of them; a change of a few per "
@@ -286,8 +299,9 @@ def _inference(e: Evidence) -> Answer:
     groups, rows = e.inference["groups"], []
     for found, row in zip(inference_rows(e), e.inference["rows"], strict=True):
         medians = [f"{1e3 * found[name]:.3g}" for name in ("time groups", "one group", "lookup")]
-        difference = with_interval(1e3 * found["difference"], 1e3 * ((found["high"] - found["low"]) / 2))
-        slower = {"worse": "slower", "better": "faster", APART: APART}[verdict(found["low"], found["high"])]
+        difference = plus_minus(*(1e3 * found[key] for key in ("difference", "low", "high")))
+        word = Comparison(found["difference"], found["low"], found["high"]).told("")
+        slower = {"worse": "slower", "better": "faster"}.get(word, word)
         name = f"{row['kernel']}, {row['rows']} row{'s' if row['rows'] > 1 else ''}"
         rows.append([name, *medians, difference, slower, str(len(row["seconds"]["time groups"]))])
     same = all(row["same_output"] for row in e.inference["rows"])
@@ -301,10 +315,10 @@ def _inference(e: Evidence) -> Answer:
         ),
     ]
     heads = ["kernel", f"{groups} groups [ms]", "one group [ms]", "lookup [ms]", "difference [ms]", "verdict", "calls"]
-    answer.tables.append(
-        markdown_table(heads, rows) + "\n\nMedians, processor time of one thread, calls in turns; the difference "
-        "is a mean with its paired 95 % interval."
+    below = (
+        "Medians, processor time of one thread, calls in turns; the difference is a mean with its paired 95 % interval."
     )
+    answer.tables.append(Table(columns(*heads, texts=1), rows, notes=[below]))
     return answer
 
 
@@ -323,9 +337,8 @@ def _qat(e: Evidence) -> Answer:
         quality = [value(e.cells[row], m) for m in SHOWN]
         lines.append([row, *quality, f"{made['iterations']:,}", seconds(e, row), f"{made['peak_memory']:.0f}"])
     heads = ["row", *(METRICS[m].label for m in SHOWN), "iterations", "seconds", "peak memory [MB]"]
-    answer.tables.append(
-        markdown_table(heads, lines) + "\n\nSeconds + those of the checkpoint it starts from; one thread."
-    )
+    below = "Seconds + those of the checkpoint it starts from; one thread."
+    answer.tables.append(Table(columns(*heads, texts=1), lines, notes=[below]))
     return answer
 
 
@@ -342,20 +355,17 @@ def _signals(e: Evidence) -> Answer:
         "the same noise as full precision's."
     )
     for other in (name for name in methods if name != "quest"):
-        told = []
-        for metric in ("latent_mse", "eps_error"):
-            mean, half, word = paired(methods["quest"][metric], methods[other][metric])
-            told.append(f"{word} in {METRICS[metric].label} ({with_interval(mean, half)})")
-        answer.lines.append(f"quest against {other}: {', '.join(told)}.")
+        found = {m: Comparison.of_pairs(methods["quest"][m], methods[other][m]) for m in ("latent_mse", "eps_error")}
+        answer.lines.append(f"quest against {other}: {told(found, other)}.")
     heads = ["method", "MSE to FP", "noise-prediction error", "seconds"]
-    answer.tables.append(markdown_table(heads, rows))
+    answer.tables.append(Table(columns(*heads, texts=1), rows))
     answer.figures.append("signals")
     return answer
 
 
 def document(evidence: Evidence) -> str:
     """All ten answers."""
-    return "\n\n".join(["# Ten questions", protocol(evidence), *(a.markdown() for a in answers(evidence))]) + "\n"
+    return "\n\n".join(["# Ten questions", protocol(evidence), *(a.markdown() for a in answers(evidence))])
 
 
 def protocol(evidence: Evidence) -> str:
@@ -366,7 +376,7 @@ def protocol(evidence: Evidence) -> str:
         f"noise-prediction errors: {drawn['trajectories']} held-out trajectories. **One calibration draw and one "
         "quantization seed**: intervals hold the spread over images (or trajectories) and not that over quantizations, "
         "which can be larger. ± is half of a 95 % interval. Differences are paired; better and worse: the interval "
-        f"excludes zero; else {APART}. Of dozens of comparisons, one in twenty may exclude zero by chance."
+        "excludes zero; else not told apart. Of dozens of comparisons, one in twenty may exclude zero by chance."
     )
 
 
@@ -394,5 +404,5 @@ def findings(evidence: Evidence) -> str:
     blocks = [protocol(e)]
     for question, (rows, versus) in parts.items():
         lines = [f"- {against(e, row, versus)}" for row in rows]
-        blocks.append("\n\n".join([f"### {question}", "\n".join(lines), comparisons(e, rows, versus)]))
-    return "\n\n".join(blocks)
+        blocks += [f"### {question}", "\n".join(lines), comparisons(e, rows, versus)]
+    return rendering.document("md", *blocks)

@@ -16,9 +16,10 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from quest.metrics import METRICS, compare
-from quest.report.markup import markdown_row, plus_minus
+from quest.metrics.comparison import Comparison, has_diverged
+from quest.report import rendering
+from quest.report.rendering import NONE, Column, Table, columns, interval, number
 from quest.report.tables import provenance_of, read
-from quest.runtime.files import atomic
 
 SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # in Markdown
 COLUMNS = ["model", "bits", "metric", "method", "versus", "value", "low", "high", "over_images", "over_seeds"]
@@ -27,18 +28,16 @@ COLUMNS += ["seeds", "better", "n", "evaluation", "versions", "commit", "machine
 
 def write(paths: Sequence[str | Path], folder: str | Path) -> None:
     """Write seeds.csv and seeds.md of cells whose methods are named "quest", "quest@1", ... into `folder`."""
-    frame = table(read(paths))
-    with atomic(Path(folder, "seeds.csv")) as file:
-        frame.to_csv(file, index=False, na_rep="nan")
-    with atomic(Path(folder, "seeds.md")) as file:
-        file.write_text(markdown(frame), encoding="utf-8")
+    frame = seeds_frame(read(paths))
+    rendering.write(Path(folder, "seeds.csv"), frame)
+    rendering.write(Path(folder, "seeds.md"), seeds_table(frame))
 
 
-def table(cells: list[dict]) -> pd.DataFrame:
+def seeds_frame(cells: list[dict]) -> pd.DataFrame:
     """One row for each model, bits, metric and method, and for each two methods (`versus`), columns COLUMNS.
 
     value: mean over seeds, of two methods that of their differences seed by seed. over_images, over_seeds: half widths
-    of the two 95 % intervals that low and high hold together. better: the method whose difference excludes 0.
+    of the two 95 % intervals that low and high hold together. better: see `Comparison.better`.
     Raises ValueError where a method lacks a seed that another has, or two cells are not of the same images.
     """
     groups: dict[tuple, dict[str, dict[int, dict]]] = {}
@@ -55,21 +54,21 @@ def table(cells: list[dict]) -> pd.DataFrame:
         for method, versus in [(method, "") for method in methods] + pairs:
             ours = [methods[method][seed] for seed in seeds]
             theirs = [methods[versus][seed] for seed in seeds] if versus else []
-            for row in _rows(ours, theirs):
+            for row in _rows(ours, theirs, method, versus):
                 names = {"model": model, "bits": bits, "method": method, "versus": versus}
                 made = provenance_of(row["metric"], *ours, *theirs)
                 drawn = {"seeds": ",".join(map(str, seeds)), "evaluation": made["seeds"].removeprefix("evaluation ")}
-                rows.append(names | row | made | drawn | {"better": _better(row, method, versus)})
+                rows.append(names | row | made | drawn)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _rows(ours: list[dict], theirs: list[dict]) -> list[dict]:
+def _rows(ours: list[dict], theirs: list[dict], method: str, versus: str) -> list[dict]:
     """Per metric the mean over seeds, of the differences to `theirs` if given, and its two half widths."""
     for a, b in zip(ours, theirs, strict=False):
         compare(a, b)  # raises where the two are not of the same images
     for other in ours[1:]:
         compare(other, ours[0])
-    rows = []
+    rows, diverged = [], tuple(any(map(has_diverged, cells)) for cells in (ours, theirs))
     for name, metric in METRICS.items():
         if not all(name in cell["resampled"] for cell in (*ours, *theirs)):
             continue
@@ -81,9 +80,11 @@ def _rows(ours: list[dict], theirs: list[dict]) -> list[dict]:
         images = factor * np.std(resampled.mean(0), ddof=1)
         seeds = stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(len(values))
         value, half = float(values.mean()), math.hypot(images, seeds)
+        found = Comparison(value, value - half, value + half, n, metric.better, diverged)
         rows.append(
-            {"metric": name, "value": value, "low": value - half, "high": value + half, "n": n}
+            {"metric": name, "value": value, "low": found.low, "high": found.high, "n": n}
             | {"over_images": float(images), "over_seeds": float(seeds)}
+            | {"better": found.better(method, versus) if versus else ""}
         )
     return rows
 
@@ -92,29 +93,21 @@ def _of(cells, name):
     """Values [seeds], resampled values [seeds, R] and n of one metric."""
     found = [next(row for row in cell["rows"] if row["metric"] == name) for cell in cells]
     values = np.array([row["value"] for row in found])
-    return values, np.array([cell["resampled"][name] for cell in cells]), found[0]["n"]
+    return values, np.array([cell["resampled"][name] for cell in cells], np.float64), found[0]["n"]
 
 
-def _better(row, method, versus):
-    if not versus:
-        return ""
-    if row["low"] <= 0 <= row["high"]:
-        return "neither"
-    return method if (row["value"] < 0) == (METRICS[row["metric"]].better == "lower") else versus
-
-
-def markdown(frame: pd.DataFrame) -> str:
+def seeds_table(frame: pd.DataFrame) -> Table:
     """Means over seeds and differences of methods, for people: value ± both spreads, and each alone."""
     seeds, n, evaluation = frame["seeds"].iloc[0], frame["n"].max(), frame["evaluation"].iloc[0]
-    lines = ["| model | bits | metric | method | versus | mean | over images | over seeds | better |"]
-    lines += ["|---|---|---|---|---|---:|---:|---:|---|"]
+    heads = columns("model", "bits", "metric", "method", "versus", "mean", "over images", "over seeds", texts=5)
+    rows = []
     for row in frame[frame["metric"].isin(SHOWN)].itertuples():
-        mean = plus_minus(row.value, row.low, row.high)
-        words = [row.model, row.bits, METRICS[row.metric].label, row.method, row.versus or "–", mean]
-        lines.append(markdown_row([*words, f"{row.over_images:.2g}", f"{row.over_seeds:.2g}", row.better]))
+        names = [row.model, row.bits, METRICS[row.metric].label, row.method, row.versus or NONE]
+        spreads = [number(row.over_images, ".2g"), number(row.over_seeds, ".2g")]
+        rows.append([*names, interval(row.value, row.low, row.high), *spreads, row.better])
     footer = (
         f"Quantization seeds {seeds} (calibration trajectories, rows and mini-batches); n = {n}, evaluation seeds "
         f"{evaluation}. ± is half of a 95 % interval that holds both spreads; those alone stand beside it. With a "
         "method under versus: the difference, method minus versus, seed by seed."
     )
-    return "\n".join([*lines, "", footer, ""])
+    return Table([*heads, Column("better", "text")], rows, notes=[footer])

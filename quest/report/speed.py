@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from quest.report.markup import markdown_table
+from quest.report.rendering import NONE, Table, columns
 from quest.runtime.files import atomic
 from quest.runtime.provenance import provenance
 
@@ -114,12 +114,12 @@ def _peaks(measured):
     rows = []
     for threads, of in measured[measured["part"] == "peak"].groupby("threads"):
         found = of.set_index("kernel")
-        gops = [f"{found.loc[name, 'gops']:.0f}" if name in found.index else "–" for name in ("integer", "fp32")]
-        memory = f"{found.loc['memory', 'gbs']:.1f}" if "memory" in found.index else "–"
+        gops = [f"{found.loc[name, 'gops']:.0f}" if name in found.index else NONE for name in ("integer", "fp32")]
+        memory = f"{found.loc['memory', 'gbs']:.1f}" if "memory" in found.index else NONE
         rows.append([str(threads), found.iloc[0]["isa"], *gops, memory])
     note = "On registers alone: the multiply-accumulates of the integer kernel, and those of fp32; a copy in memory."
     heads = ["threads", "", "integer GOP/s", "fp32 GFLOP/s", "memory GB/s"]
-    return rows and note + "\n\n" + markdown_table(heads, rows, 2)
+    return rows and f"{note}\n\n{Table(columns(*heads, texts=2), rows).markdown()}"
 
 
 def speedup(row) -> str:
@@ -138,8 +138,8 @@ def _pivot(rows, names, labels):
             continue
         texts = [str(found["fp32"][name]) for name in names]
         texts.append(f"{found['fp32']['ms']:.4g}")
-        lines.append(texts + [speedup(found[name]) if name in found else "–" for name in kernels])
-    return markdown_table([*labels, "fp32 ms", *kernels], lines, 2)
+        lines.append(texts + [speedup(found[name]) if name in found else NONE for name in kernels])
+    return Table(columns(*labels, "fp32 ms", *kernels, texts=2), lines).markdown()
 
 
 def _steps(measured):
@@ -154,7 +154,7 @@ def _shares(measured):
         rows.append([row["model"], row["kernel"], str(row["batch"]), str(row["threads"]), f"{row['ms']:.4g}", *parts])
     note = "Per cent. Norms and the rest (additions, interpolation, activations, Python) are not quantized."
     heads = ["model", "kernel", "batch", "threads", "ms", "layers", "attention", "norms", "rest"]
-    return rows and note + "\n\n" + markdown_table(heads, rows, 2)
+    return rows and f"{note}\n\n{Table(columns(*heads, texts=2), rows).markdown()}"
 
 
 def _layers(measured):

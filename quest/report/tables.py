@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from quest.metrics import METRICS, compare
 from quest.report import ledger
-from quest.report.markup import latex_table, markdown_table, plus_minus, tex
-from quest.runtime.files import atomic
+from quest.report.rendering import MISSING, Cell, Column, Table, columns, interval, number
+from quest.report.rendering import write as write_table
 
 PROVENANCE = ["seeds", "versions", "commit", "machine"]
 MAIN = ["model", "method", "bits", "metric", "value", "low", "high", "published", "n", "extractor", "protocol"]
@@ -38,13 +39,10 @@ def write(paths: Sequence[str | Path], folder: str | Path) -> None:
     verdicts = ledger.ledger(cells, ledger.published())
     frames = {"main": main, "paired": paired, "eps_error": eps_error_frame(cells), "ledger": verdicts}
     for name, frame in frames.items():
-        with atomic(folder / f"{name}.csv") as file:
-            frame.to_csv(file, index=False, na_rep="nan")
-    texts = {"main.md": markdown(main, paired), "main.tex": latex(main, paired)}
-    texts |= {"ledger.md": ledger_markdown(verdicts), "ledger.tex": ledger_latex(verdicts)}
-    for name, text in texts.items():
-        with atomic(folder / name) as file:
-            file.write_text(text, encoding="utf-8")
+        write_table(folder / f"{name}.csv", frame)
+    for kind, below in (("md", [LEDGER_FOOTER]), ("tex", [])):
+        write_table(folder / f"main.{kind}", *main_tables(main, paired))
+        write_table(folder / f"ledger.{kind}", *ledger_tables(verdicts), *below)
 
 
 def read(paths: Sequence[str | Path]) -> list[dict]:
@@ -62,6 +60,8 @@ def read(paths: Sequence[str | Path]) -> list[dict]:
         missing = [key for key in needed if key not in cell]
         if missing:
             raise ValueError(f"{path}: lacks {', '.join(missing)}")
+        for row in cell["rows"]:  # JSON has no NaN: a number that is not finite is null
+            row |= {key: math.nan for key in ("value", "low", "high") if row.get(key) is None}
         unknown = [row["metric"] for row in cell["rows"] if row["metric"] not in METRICS]
         if unknown:
             raise ValueError(f"{path}: metric {unknown[0]!r} is not one of {', '.join(METRICS)}")
@@ -92,8 +92,8 @@ def paired_frame(cells: list[dict]) -> pd.DataFrame:
     """Difference "method minus versus", columns PAIRED.
 
     Of every two methods of one model and bits, and of every method and full precision (`bits` are the method's).
-    `better` names the better of the two where the interval excludes 0, else it says "neither". Raises ValueError where
-    two cells are not of the same images and protocol.
+    `better` names the better of the two where the interval excludes 0, else it says "neither", or which has diverged.
+    Raises ValueError where two cells are not of the same images and protocol.
     """
     rows = []
     for model, of_model in _groups(cells, "model").items():
@@ -103,23 +103,26 @@ def paired_frame(cells: list[dict]) -> pd.DataFrame:
             pairs = [(b, a) for a, b in itertools.combinations(of_bits, 2)]
             for a, b in pairs + list(itertools.product(of_bits, full_precision)):
                 names = {"method": a["method"], "versus": b["method"]}
-                for row in paired(a, b):
+                for row in paired_rows(a, b):
                     rows.append({"model": model, "bits": bits} | names | row | provenance_of(row["metric"], a, b))
     return pd.DataFrame(rows, columns=PAIRED)
 
 
-def paired(a: dict, b: dict) -> list[dict]:
-    """Differences "a minus b", one row per metric; `better` is the method of the better one, or "neither".
+def paired_rows(a: dict, b: dict) -> list[dict]:
+    """Differences "a minus b", one row per metric; `better` as `Comparison.better` names it.
 
     Raises ValueError, naming both cells, where they are not of the same images and protocol.
     """
-    names = {"method": a["method"], "versus": b["method"]}
+    method, versus = a["method"], b["method"]
     try:
         compared = compare(a, b)
     except ValueError as error:
-        where = f"{a['model']} {a['bits']}: {names['method']} against {names['versus']}"
-        raise ValueError(f"{where}: {error}") from None
-    return [row | {"better": names.get(row["better"], "neither")} for row in compared]
+        raise ValueError(f"{a['model']} {a['bits']}: {method} against {versus}: {error}") from None
+    return [
+        {"metric": metric, "difference": one.estimate, "low": one.low, "high": one.high, "n": one.n}
+        | {"better": one.better(method, versus)}
+        for metric, one in compared.items()
+    ]
 
 
 def eps_error_frame(cells: list[dict]) -> pd.DataFrame:
@@ -181,109 +184,64 @@ def mixture(main: pd.DataFrame) -> list[str]:
     return lines
 
 
-LEFT = ["method", "bits", "size [MB]", "TBOPs"]  # the first columns of a table for people
-
-
-def markdown(main: pd.DataFrame, paired: pd.DataFrame) -> str:
-    """One table per model for people, in Markdown."""
-    blocks = []
-    for block in _blocks(main, paired, bold="**{}**"):
-        heads = [*LEFT, *(f"{label} {'↓' if low else '↑'}" for label, low in block["columns"])]
-        table = markdown_table(heads, block["rows"], 2)
-        blocks.append("\n".join([f"### {block['model']}", "", table, "", *block["footer"], ""]))
-    return "\n".join(blocks)
-
-
-def latex(main: pd.DataFrame, paired: pd.DataFrame) -> str:
-    """One table per model for papers; needs the package booktabs."""
-    blocks = []
-    for block in _blocks(main, paired, bold=r"\textbf{{{}}}"):
-        heads = list(LEFT)
-        for label, low in block["columns"]:
-            arrow = r"$\downarrow$" if low else r"$\uparrow$"
-            name, _, network = tex(label).partition(" (")
-            heads.append(rf"\shortstack{{{name} {arrow}\\({network}}}" if network else f"{name} {arrow}")
-        footer = " ".join(block["footer"])
-        columns = "ll" + "r" * (len(heads) - 2)
-        blocks.append(latex_table(heads, block["rows"], columns, f"{block['model']}. {footer}"))
-    return "\n".join(blocks)
-
-
-def ledger_markdown(verdicts: pd.DataFrame) -> str:
-    """Verdicts by model and every published number that has a measured one beside it, in Markdown."""
-    heads, rows = _verdict_counts(verdicts)
-    lines = ["### Published and measured", "", markdown_table(heads, rows)]
-    for model, of_model in verdicts[verdicts["verdict"] != "NOT RUN"].groupby("model", sort=False):
-        lines += ["", f"### {model}", "", markdown_table(SHOWN, _shown(of_model), len(SHOWN))]
-    return "\n".join([*lines, "", _LEDGER_FOOTER, ""])
-
-
-def ledger_latex(verdicts: pd.DataFrame) -> str:
-    """The same for papers; needs the package booktabs."""
-    heads, rows = _verdict_counts(verdicts)
-    blocks = [latex_table(heads, rows, "l" + "r" * len(ledger.VERDICTS), f"Published and measured. {_LEDGER_FOOTER}")]
-    for model, of_model in verdicts[verdicts["verdict"] != "NOT RUN"].groupby("model", sort=False):
-        blocks.append(latex_table(SHOWN, _shown(of_model), "l" * len(SHOWN), f"Ledger of {model}."))
-    return "\n".join(blocks)
-
-
-SHOWN = ["method", "bits", "metric", "published", "ours", "verdict", "why", "source", "not stated there"]
-_LEDGER_FOOTER = (
-    "PASS: within 2 % of the published number (CLIP score: 0.2 %), or it lies in our interval. DRIFT: neither. "
-    "NOT COMPARABLE: the protocols differ. INCONCLUSIVE: our interval is too wide to tell. NOT RUN: nothing measured. "
-    "Every number with its note: ledger.csv."
-)
-
-
-def _verdict_counts(verdicts):
-    counts = pd.crosstab(verdicts["model"], verdicts["verdict"]).reindex(columns=ledger.VERDICTS, fill_value=0)
-    rows = [[model, *map(str, counts.loc[model])] for model in dict.fromkeys(verdicts["model"])]
-    return ["model", *ledger.VERDICTS], rows
-
-
-def _shown(of_model):
-    rows = []
-    for row in of_model.itertuples():
-        label = METRICS[row.metric].label
-        ours = "–" if math.isnan(row.ours) else plus_minus(row.ours, row.low, row.high)
-        theirs = "–" if math.isnan(row.published) else f"{row.published:g}"
-        source = f"{row.source}, {row.table}"
-        rows.append([row.method, row.bits, label, theirs, ours, row.verdict, row.why, source, row.not_stated])
-    return rows
-
-
-def _blocks(main, paired, bold):
-    """What both renderings of one model share: column labels with direction, cells as text, and lines to end with."""
+def main_tables(main: pd.DataFrame, paired: pd.DataFrame) -> list[Table]:
+    """One table per model for people."""
+    tables = []
     for model, of_model in main.groupby("model", sort=False):
         names = [name for name in METRICS if name in set(of_model["metric"])]
         heads = {name: column_label(name, of_model) for name in names}
         best = best_values(of_model, paired[paired["model"] == model])
-        shown = of_model.set_index(["method", "bits", "metric"])
-        cells = of_model.drop_duplicates(["method", "bits"]).set_index(["method", "bits"])
         rows = []
-        found = dict.fromkeys(zip(of_model["method"], of_model["bits"], strict=True))
-        for method, bits in sorted(found, key=lambda run: by_bits(run[1])):
-            texts = []
-            for name in names:
-                if (method, bits, name) not in shown.index:
-                    texts.append("–")
-                    continue
-                row = shown.loc[(method, bits, name)]
-                text = plus_minus(row["value"], row["low"], row["high"])
-                text = bold.format(text) if (method, bits, name) in best else text
-                texts.append(text if math.isnan(row["published"]) else f"{text} ({row['published']:g})")
-            size, bops = cells.loc[(method, bits), ["size_mb", "bops"]]
-            rows.append([method, bits, _plain(size, ".4g"), _plain(bops / 1e12, ".3g"), *texts])
-        yield {
-            "model": model,
-            "columns": [(heads[name], METRICS[name].better == "lower") for name in names],
-            "rows": rows,
-            "footer": footer(of_model, heads),
-        }
+        for (method, bits), cell in cells_of(of_model, lambda run: by_bits(run[1])):
+            size, bops = cell[["size_mb", "bops"]].iloc[0]
+            published = {row.metric: f"{row.published:g}" for row in cell[cell["published"].notna()].itertuples()}
+            measured = metric_cells(cell, names, best, published)
+            rows.append([method, bits, number(size), number(bops / 1e12, ".3g"), *measured])
+        measured = [Column(heads[name], direction=METRICS[name].better) for name in names]
+        heads_of_cell = columns("method", "bits", "size [MB]", "TBOPs", texts=2)
+        tables.append(Table([*heads_of_cell, *measured], rows, model, footer(of_model, heads)))
+    return tables
 
 
-def _plain(value, form):
-    return "–" if math.isnan(value) else format(value, form)
+def cells_of(main: pd.DataFrame, key) -> list[tuple[tuple[str, str], pd.DataFrame]]:
+    """((method, bits), rows) of every cell of one model, sorted by `key` of the pair."""
+    return sorted(main.groupby(["method", "bits"], sort=False), key=lambda item: key(item[0]))
+
+
+def metric_cells(cell: pd.DataFrame, names: Sequence[str], best: set, notes: dict[str, str]) -> list[Cell]:
+    """Of the rows of one cell every metric of `names`, bold where it is in `best_values`, with its note."""
+    rows = {row.metric: row for row in cell.itertuples()}
+    return [
+        interval(r.value, r.low, r.high, "best" if (r.method, r.bits, name) in best else "", notes.get(name, ""))
+        if (r := rows.get(name))
+        else MISSING
+        for name in names
+    ]
+
+
+def ledger_tables(verdicts: pd.DataFrame) -> list[Table]:
+    """Verdicts by model, and for every model the published numbers that have a measured one beside them."""
+    counts = pd.crosstab(verdicts["model"], verdicts["verdict"]).reindex(columns=ledger.VERDICTS, fill_value=0)
+    rows = [[model, *map(str, counts.loc[model])] for model in dict.fromkeys(verdicts["model"])]
+    heads, title = columns("model", *ledger.VERDICTS, texts=1), "Published and measured"
+    tables = [Table(heads, rows, title, caption=f"{title}. {LEDGER_FOOTER}")]
+    heads = ["method", "bits", "metric", "published", "ours", "verdict", "why", "source", "not stated there"]
+    for model, of_model in verdicts[verdicts["verdict"] != "NOT RUN"].groupby("model", sort=False):
+        rows = [
+            [row.method, row.bits, METRICS[row.metric].label, number(row.published, "g")]
+            + [interval(row.ours, row.low, row.high), row.verdict, row.why, f"{row.source}, {row.table}"]
+            + [row.not_stated]
+            for row in of_model.itertuples()
+        ]
+        tables.append(Table(columns(*heads, texts=len(heads)), rows, model, caption=f"Ledger of {model}."))
+    return tables
+
+
+LEDGER_FOOTER = (
+    "PASS: within 2 % of the published number (CLIP score: 0.2 %), or it lies in our interval. DRIFT: neither. "
+    "NOT COMPARABLE: the protocols differ. INCONCLUSIVE: our interval is too wide to tell. NOT RUN: nothing measured. "
+    "Every number with its note: ledger.csv."
+)
 
 
 def by_bits(bits: str) -> tuple[int, int]:
@@ -306,11 +264,14 @@ def best_values(of_model: pd.DataFrame, paired: pd.DataFrame) -> set[tuple[str, 
     """(method, bits, metric) of every best value that differs from the runner-up's by the paired interval.
 
     A value beyond full precision's own (a lower FID, a higher Inception score) is never the best: quantizing cannot
-    improve the model, so what looks better there is an error that happens to point towards the reference.
+    improve the model, so what looks better there is an error that happens to point towards the reference. A method that
+    has diverged in one metric takes part in none.
     """
     best = set()
     full = of_model[of_model["method"] == "fp"].set_index("metric")["value"]
-    quantized = of_model[(of_model["method"] != "fp") & of_model["value"].notna()]
+    diverged = of_model.loc[~np.isfinite(of_model["value"]), ["method", "bits"]]
+    broken = set(diverged.itertuples(index=False, name=None)) | {("fp", bits) for bits in of_model["bits"]}
+    quantized = of_model[[run not in broken for run in zip(of_model["method"], of_model["bits"], strict=True)]]
     for (bits, name), rows in quantized.groupby(["bits", "metric"]):
         ranked = rows.sort_values("value", ascending=METRICS[name].better == "lower")["method"].tolist()
         if len(ranked) < 2:

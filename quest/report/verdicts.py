@@ -5,11 +5,13 @@ from collections.abc import Iterable
 import pandas as pd
 
 from quest.metrics import METRICS
+from quest.metrics.comparison import outcome
 from quest.report import tables
 
 # What verdicts speak of, where a run has it. All of these judge images. The noise-prediction error is left out: it is
 # what QuEST's global loss minimizes, and a guided sampler uses another combination of the two predictions.
 HEADLINE = ("latent_mse", "psnr", "fid_to_fp", "fid", "clip")
+OUTCOMES = ("better", "worse", "neither", "diverged", "rival diverged")  # of a method against a rival on one model
 
 
 def verdict_sentences(paired: pd.DataFrame, focus: str, over_seeds: bool = False) -> list[dict]:
@@ -18,7 +20,8 @@ def verdict_sentences(paired: pd.DataFrame, focus: str, over_seeds: bool = False
     over_seeds: whether the intervals hold the spread over quantization seeds. Only then does a sentence speak of
     methods; otherwise it speaks of the checkpoint that one seed made.
     Returns [{bits, sentences}]. One is called better on a model where the paired interval of the difference excludes
-    0. Otherwise the two are called "not told apart", which does not mean that they are equal.
+    0. Otherwise the two are called "not told apart", which does not mean that they are equal. Who has
+    diverged is named.
     """
     models, by_bits = _of(focus, paired)
     found = []
@@ -28,20 +31,18 @@ def verdict_sentences(paired: pd.DataFrame, focus: str, over_seeds: bool = False
             if metric not in HEADLINE:
                 continue
             better = cell.set_index("model")["better"].reindex(models).dropna()
-            outcome = tuple(
-                tuple(model for model, name in better.items() if name == winner)
-                for winner in (focus, versus, "neither")
-            )
-            group = alike.setdefault((outcome, versus == "fp"), {})
+            found_on = {model: outcome(name, focus) for model, name in better.items()}
+            outcomes = tuple(tuple(model for model, one in found_on.items() if one == word) for word in OUTCOMES)
+            group = alike.setdefault((outcomes, versus == "fp"), {})
             group.setdefault(versus, []).append(metric)
         sentences = []
-        for (outcome, _), by_rival in alike.items():
+        for (outcomes, _), by_rival in alike.items():
             same: dict[tuple, list] = {}
             for versus, metrics in by_rival.items():
                 same.setdefault(tuple(metrics), []).append(versus)
             for metrics, rivals in same.items():
                 metrics = sorted(metrics, key=HEADLINE.index)
-                sentences.append(_sentence(focus, rivals, metrics, outcome, over_seeds))
+                sentences.append(_sentence(focus, rivals, metrics, outcomes, over_seeds))
         found.append({"bits": bits, "sentences": sorted(sentences, key=lambda said: said["order"])})
     return found
 
@@ -49,7 +50,7 @@ def verdict_sentences(paired: pd.DataFrame, focus: str, over_seeds: bool = False
 def verdict_matrix(paired: pd.DataFrame, focus: str) -> list[dict]:
     """The same at a glance, fewest bits first: [{bits, models, metrics, rows}], a row for every other method.
 
-    A row is {versus, cells}, a cell the outcome on each model: "better", "worse", "same", or None where there is none.
+    A row is {versus, cells}, a cell the outcome on each model, one of OUTCOMES, or None where there is none.
     """
     models, by_bits = _of(focus, paired)
     found = []
@@ -58,13 +59,12 @@ def verdict_matrix(paired: pd.DataFrame, focus: str) -> list[dict]:
         winner = {
             tuple(key): name for *key, name in rows[["versus", "metric", "model", "better"]].itertuples(index=False)
         }
-        outcome = {focus: "better", "neither": "same"}
         against = [
             {
                 "versus": "full precision" if versus == "fp" else versus,
                 "cells": [
                     [
-                        outcome.get(name, "worse") if (name := winner.get((versus, metric, model))) else None
+                        outcome(name, focus) if (name := winner.get((versus, metric, model))) else None
                         for model in models
                     ]
                     for metric in metrics
@@ -84,22 +84,27 @@ def _of(focus, paired):
     return list(dict.fromkeys(rows["model"])), [(bits, rows[rows["bits"] == bits]) for bits in widths]
 
 
-def _sentence(focus, rivals, metrics, outcome, over_seeds):
-    better, worse, neither = outcome
-    total = sum(map(len, outcome))
+def _sentence(focus, rivals, metrics, outcomes, over_seeds):
+    on = dict(zip(OUTCOMES, outcomes, strict=True))
+    total = sum(map(len, outcomes))
     owner = "{}" if over_seeds else "{}'s"
     against = listed(["full precision" if rival == "fp" else owner.format(rival) for rival in rivals])
     subject = focus if over_seeds else f"{focus}'s checkpoint"
     measured = listed([METRICS[name].label.partition(" [")[0] for name in metrics])
-    found = [("better", "than", better), ("worse", "than", worse), ("not told apart", "from", neither)]
-    said = [
-        f"{word}{'' if any(names for _, _, names in found[:place]) else f' {to} {against}'} {_on(on, total)}"
-        for place, (word, to, on) in enumerate(found)
-        if on
-    ]
-    kind = "mixed" if better and worse else "better" if better else "worse" if worse else "same"
-    text = f"In {measured}, {subject} is {'; '.join(said)}."
-    return {"text": text, "kind": kind, "order": (rivals == ["fp"], -len(better), len(worse))}
+    said = []
+    for word, text in {"better": "better than", "worse": "worse than", "neither": "not told apart from"}.items():
+        if on[word]:
+            compared = text.rpartition(" ")[0] if said else f"{subject} is {text} {against}"
+            said.append(f"{compared} {_on(on[word], total)}")
+    for word, who in {"diverged": focus, "rival diverged": listed(rivals)}.items():
+        said += [f"{who} diverged {_on(on[word], total)}"] if on[word] else []
+    lost, won = on["worse"] or on["diverged"], on["better"] or on["rival diverged"]
+    kind = "mixed" if won and lost else "better" if won else "worse" if lost else "same"
+    return {
+        "text": f"In {measured}, {'; '.join(said)}.",
+        "kind": kind,
+        "order": (rivals == ["fp"], -len(won), len(lost)),
+    }
 
 
 def _on(names, total):
@@ -134,6 +139,8 @@ def _pairs_of_seeds(seeds):
 
 
 def comparisons(paired: pd.DataFrame) -> dict[str, int]:
-    """How many pairs of quantized methods were compared, and how many of them are told apart."""
+    """How many pairs of quantized methods were compared, and how many of their intervals exclude 0."""
     rivals = paired[paired["versus"] != "fp"]
-    return {"rows": len(rivals), "told_apart": int((rivals["better"] != "neither").sum())}
+    outcomes = [outcome(better, method) for better, method in zip(rivals["better"], rivals["method"], strict=True)]
+    told_apart = sum(found in ("better", "worse") for found in outcomes)
+    return {"rows": len(rivals), "told_apart": told_apart}

@@ -104,35 +104,49 @@ def test_eps_error_by_call_keeps_repeated_timesteps(measured):
 
 
 def test_better_cell_is_told_from_worse_and_not_from_its_twin(measured):
-    against_bad = by_metric(compare(measured["good"], measured["bad"]))
+    against_bad = compare(measured["good"], measured["bad"])
     for name in ("psnr", "latent_mse", "fid_to_fp", "eps_error", "fid"):
-        row = against_bad[name]
-        assert row["better"] == "method", name
-        assert row["low"] < row["difference"] < row["high"] and row["low"] * row["high"] > 0
-    assert against_bad["psnr"]["difference"] > 0 > against_bad["latent_mse"]["difference"]
-    against_twin = by_metric(compare(measured["good"], measured["twin"]))
+        found = against_bad[name]
+        assert found.verdict == "better", name
+        assert found.low < found.estimate < found.high and found.low * found.high > 0
+    assert against_bad["psnr"].estimate > 0 > against_bad["latent_mse"].estimate
+    against_twin = compare(measured["good"], measured["twin"])
     for name in ("psnr", "latent_mse", "fid_to_fp", "fid", "sfid"):
-        assert against_twin[name]["better"] == "neither", name
+        assert against_twin[name].verdict == "neither", name
 
 
 def test_comparison_is_antisymmetric(measured):
     there, back = (compare(measured[a], measured[b]) for a, b in [("good", "bad"), ("bad", "good")])
-    for one, other in zip(there, back, strict=True):
-        assert one["difference"] == -other["difference"] and one["low"] == pytest.approx(-other["high"])
-        assert {one["better"], other["better"]} in ({"method", "versus"}, {"neither"})
+    for one, other in zip(there.values(), back.values(), strict=True):
+        assert one.estimate == -other.estimate and one.low == pytest.approx(-other.high)
+        assert {one.verdict, other.verdict} in ({"better", "worse"}, {"neither"})
 
 
 def test_comparison_with_full_precision_has_the_unpaired_metrics(measured):
-    rows = compare(measured["bad"], measured["fp"])
-    assert [row["metric"] for row in rows] == ["fid", "sfid", "is", "clip"]
-    assert by_metric(rows)["fid"]["better"] == "versus"
-    assert all(row["better"] == "neither" and row["high"] == 0 for row in compare(measured["fp"], measured["fp"]))
+    found = compare(measured["bad"], measured["fp"])
+    assert list(found) == ["fid", "sfid", "is", "clip"]
+    assert found["fid"].verdict == "worse"
+    own = compare(measured["fp"], measured["fp"])
+    assert all(one.verdict == "neither" and one.high == 0 for one in own.values())
 
 
 def test_paired_interval_is_narrower_than_the_intervals_of_the_two(measured):
-    row = by_metric(compare(measured["good"], measured["twin"]))["fid"]
+    found = compare(measured["good"], measured["twin"])["fid"]
     alone = [by_metric(measured[name]["rows"])["fid"] for name in ("good", "twin")]
-    assert row["high"] - row["low"] < 0.7 * math.hypot(*(r["high"] - r["low"] for r in alone))
+    assert found.high - found.low < 0.7 * math.hypot(*(r["high"] - r["low"] for r in alone))
+
+
+def test_a_cell_with_one_latent_that_is_not_finite_loses_in_every_metric(measured, reference):
+    broken, good = draw_cell(0.2, seed=1), measured["good"]
+    broken.latents[7, 0, 0, 0] = np.nan
+    cell = measure(broken, reference, draw_cell(), **SAID)
+    there, back, itself = compare(cell, good), compare(good, cell), compare(cell, cell)
+    assert {"fid", "psnr", "latent_mse"} <= set(there)
+    assert math.isfinite(there["fid"].estimate) and math.isnan(there["latent_mse"].estimate)
+    for name in there:
+        assert there[name].verdict == back[name].verdict == "diverged"
+        assert there[name].better("a", "b") == back[name].better("b", "a") == "a diverged"
+        assert itself[name].verdict == "neither" and itself[name].better("a", "b") == "neither (both diverged)"
 
 
 def test_clip_only_where_there_are_captions(reference):

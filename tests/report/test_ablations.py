@@ -121,9 +121,9 @@ def test_the_figure_has_a_line_for_every_row(frame, tmp_path, monkeypatch):
 def test_what_cannot_be_compared_is_an_error(tmp_path):
     spent = [{"seconds": 1.0, "seconds_before": 0.0, "peak_memory": 1, "iterations": 0}]
     with pytest.raises(ValueError, match="quest-groups-1: nothing to compare with, there is no cell of quest"):
-        ablations.table([cell("quest-groups-1", 1.0)], spent, BLOCK)
+        ablations.ablations_frame([cell("quest-groups-1", 1.0)], spent, BLOCK)
     with pytest.raises(ValueError, match="quest-groups-1 against quest: .*equal images"):
-        ablations.table([cell("quest", 1.0), cell("quest-groups-1", 1.0, images="0-99")], spent * 2, BLOCK)
+        ablations.ablations_frame([cell("quest", 1.0), cell("quest-groups-1", 1.0, images="0-99")], spent * 2, BLOCK)
     save_file({"x": np.zeros(1, np.float32)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="a.safetensors is not a quantized checkpoint: its header lacks 'quest'"):
         effort(tmp_path / "a.safetensors")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from quest.metrics import METRICS, Cell, measure
 from quest.metrics.frechet import Reference, Statistics
-from quest.report import figures, markup, page_images, page_tables, tables, verdicts
+from quest.report import figures, page_images, page_tables, rendering, tables, verdicts
 from quest.report import page as report
 
 ROOT = Path(__file__).parents[2]
@@ -163,7 +163,7 @@ def test_the_main_table_has_the_numbers_of_the_csv(run, page):
     for (model, method, bits, metric), row in main.groupby(["model", "method", "bits", "metric"]):
         cell = shown[model, method, bits][metrics.index(metric)]
         value, low, high = row.iloc[0][["value", "low", "high"]]
-        assert float(cell["value"]) == value and cell["text"] == markup.with_interval(value, (high - low) / 2)
+        assert float(cell["value"]) == value and cell["text"] == rendering.with_interval(value, (high - low) / 2)
     paired = pd.read_csv(run / "tables/paired.csv")
     for model in ("scenes-uncond", "scenes-class"):
         best = tables.best_values(main[main["model"] == model], paired[paired["model"] == model])
@@ -187,6 +187,31 @@ def test_the_paired_table_has_every_row_of_the_csv(run, page):
         assert row[5]["class"].replace("number", "").strip() == expected
 
 
+def test_what_diverged_has_a_mark_of_its_own(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "DRAWN", ())
+    monkeypatch.setattr(report, "AGAINST_COST", ())
+    full = shutil.copytree(run, tmp_path / "tiny")
+    for method, model in (("rtn", "scenes-uncond"), ("quest", "scenes-class")):
+        file = full / model / method / "w4a4" / "metrics.json"
+        cell = json.loads(file.read_text())
+        for row in cell["rows"]:
+            row["value"] = float("nan") if row["metric"] == "latent_mse" else row["value"]
+        file.write_text(json.dumps(cell))
+    files = sorted(full.glob("*/*/*/metrics.json"), key=lambda file: list(NOISE).index(file.parts[-3]))
+    tables.write(files, full / "tables")
+    report.write(full, tmp_path / "report.html", TEMPLATE)
+    page = Page((tmp_path / "report.html").read_text())
+    assert "one of the two diverged" in page.sections["verdicts"]
+    marks = texts(next(row for matrix in page.matrices for row in matrix if texts(row)[0] in ("rtn", "quest")))
+    assert set(marks[1:]) == {"✕✕"}  # on each of the two models, in every metric
+    said = "quest diverged on 1 of 2 models (scenes-class); rtn diverged on 1 of 2 models (scenes-uncond)."
+    assert said in page.sections["verdicts"]
+    _, *rows = page.tables["main-table"]
+    assert {(r[0]["text"], r[1]["text"]) for r in rows if any("diverged" in c["text"] for c in r)} == {
+        ("scenes-uncond", "rtn"), ("scenes-class", "quest")
+    }  # fmt: skip
+
+
 def test_published_numbers_stand_beside_ours(run):
     main = pd.read_csv(run / "tables/main.csv", keep_default_na=False, na_values=["nan"])
     main.loc[0, "published"] = 2.95
@@ -194,8 +219,8 @@ def test_published_numbers_stand_beside_ours(run):
     judged = pd.DataFrame([cell | {"verdict": "NOT COMPARABLE"}])
     paired = pd.read_csv(run / "tables/paired.csv")
     table = page_tables.main_table(main, paired, judged)
-    assert table["rows"][0][3]["note"] == "paper 2.95: NOT COMPARABLE"
-    assert [cell["note"] for row in table["rows"] for cell in row].count("") == 10 * len(table["columns"]) - 1
+    assert table.rows[0][3].note == "paper 2.95: NOT COMPARABLE"
+    assert sum(isinstance(cell, rendering.Cell) and cell.note != "" for row in table.rows for cell in row) == 1
 
 
 def test_cost_and_speed_come_from_checkpoints_and_samples(page):

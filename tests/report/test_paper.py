@@ -71,7 +71,7 @@ def test_a_measured_number_stands_beside_what_the_paper_prints_of_another_model(
     assert (bedrooms.value, bedrooms.low, bedrooms.high, bedrooms.n) == (290.0, 288.0, 292.0, 500)
     assert (bedrooms.extractor, bedrooms.published_extractor, bedrooms.published_n) == ("scenes", "adm", "50000")
     assert (bedrooms.published, churches.published) == ("3.03", "6.55")
-    text = paper.markdown(3, frame)
+    text = paper.for_people(3, frame).markdown()
     assert "PAPER, lsun-bedrooms: FID (adm)" in text and "| FID (scenes net) |" in text
     assert "| scenes-uncond | quest | w8a8 | 3 | 290.0 ± 2.0 | 0.5 ± 2.0 | 279.1 | 3.03 | 330.6 | 6.55 |" in text
     assert "| scenes-uncond | fp | w32a32 | 3 | 280.0 ± 2.0 | – | 1045.6 | 2.95 | 1125.4 | 4.02 |" in text
@@ -88,7 +88,7 @@ def test_the_papers_own_model_takes_the_place_of_its_stand_in():
     }
     official = line(frame, method="quest-official", bits="w4a4", quantity="fid")
     assert (official.value, official.published, official.row) == (11.0, "5.64", "quest")
-    text = paper.markdown(10, made(10, CELLS[-1:]))
+    text = paper.for_people(10, made(10, CELLS[-1:])).markdown()
     assert "not to be compared" not in text and "said by the ledger" in text
     assert "| lsun-bedrooms | quest | w8a8 | NOT RUN | NOT RUN | NOT RUN | 6.86 | 2.27 |" in text
 
@@ -100,7 +100,7 @@ def test_rows_of_ablations_bring_their_model_and_bits_along():
     both = line(frame, model="scenes-uncond", row="+ TLA + CMA", quantity="hours_in_all")
     assert (both.value, both.published, both.machine) == (0.3, "15.25", "cpu Some CPU")
     assert line(frame, model="scenes-uncond", row="+ TLA", bits="w4a8", quantity="fid").status == "NOT RUN"
-    text = paper.markdown(6, frame)
+    text = paper.for_people(6, frame).markdown()
     assert (
         "| scenes-uncond | + TLA + CMA | w4a8 | 0.3 | 2000 | 3 | 300.0 ± 2.0 | – | 15.25 | 12178 | 148.4 | 3.26 |"
         in text
@@ -125,9 +125,9 @@ def test_a_table_of_nothing_reads_not_run(number, rows):
     """Tables 2 and 7 without rows of ablations, whose model the paper does not name, and CIFAR-10 without weights."""
     frame = made(number, CELLS[:2])
     assert set(frame["status"]) == {"NOT RUN"} and (frame["published"] != "").any()
-    body = paper.markdown(number, frame).splitlines()[4 : 4 + rows]
+    body = paper.for_people(number, frame).markdown().splitlines()[4 : 4 + rows]
     assert all(text.startswith("| – |") and "NOT RUN" in text for text in body)
-    assert "not to be compared" not in paper.markdown(number, frame)
+    assert "not to be compared" not in paper.for_people(number, frame).markdown()
 
 
 def test_every_published_row_of_the_tables_is_shown():

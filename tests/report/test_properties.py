@@ -60,7 +60,7 @@ def test_embeddings_say_which_timestep_they_look_like():
 def test_ranges_are_compared_on_the_same_trajectories():
     errors = [
         {"quantized": "all", "ranges": ranges, "errors": [1 + less, 5 + less]}
-        for ranges, less in zip(properties.KINDS, (0.0, -0.5), strict=True)
+        for ranges, less in zip(properties.RANGE_KINDS, (0.0, -0.5), strict=True)
     ]
     (row,) = properties.range_frame([TEMPORAL | {"errors": errors}]).to_dict("records")
     assert (row["value"], row["low"], row["high"]) == (-0.5, -0.5, -0.5)

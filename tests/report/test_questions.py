@@ -4,19 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from quest.metrics.intervals import student
 from quest.report import properties, property_figures, questions
-from quest.report.evidence import (
-    APART,
-    SHOWN,
-    Evidence,
-    comparisons_rows,
-    inference_rows,
-    taylor_rows,
-    tunings_rows,
-    verdict,
-)
-from quest.report.properties import KINDS
+from quest.report.evidence import SHOWN, Evidence, comparisons_rows, inference_rows, taylor_rows, tunings_rows
+from quest.report.properties import RANGE_KINDS
 
 
 def cell(method: str, shift: float) -> dict:
@@ -56,7 +46,7 @@ def evidence() -> Evidence:
     logs = {"layers": 3, "histogram": [1.0], "kurtosis": [1.0, 2.0]}
     denoisers = {name: {"shortcut": logs} for name in ("full precision", "before finetuning")}
     denoisers["after finetuning"] = {"shortcut": logs | {"kurtosis": [0.5, 1.5]}}
-    errors = [{"quantized": q, "ranges": r, "errors": [0.1, 0.2]} for q in ("path", "rest", "all") for r in KINDS]
+    errors = [{"quantized": q, "ranges": r, "errors": [0.1, 0.2]} for q in ("path", "rest", "all") for r in RANGE_KINDS]
     distances = [{"ranges": "static", "what": w, "values": [1, 1]} for w in ("error", "apart", "apart_quantized")]
     distances.append({"ranges": "static", "what": "nearest", "values": [0, 0]})
     temporal = [{"model": "m", "bits": "w4a4", "timesteps": [801, 1], "errors": errors, "distances": distances}]
@@ -88,34 +78,33 @@ def evidence() -> Evidence:
     )
 
 
-@pytest.mark.parametrize(
-    "low, high, better, word",
-    [
-        (-2, -1, "lower", "better"),
-        (1, 2, "lower", "worse"),
-        (-1, 1, "lower", APART),
-        (0, 1, "lower", APART),
-        (-2, -1, "higher", "worse"),
-        (1, 2, "higher", "better"),
-        (float("nan"), float("nan"), "lower", APART),
-    ],
-)
-def test_a_verdict_needs_an_interval_that_excludes_zero(low, high, better, word):
-    assert verdict(low, high, better) == word
-
-
-def test_an_interval_of_a_mean_is_students():
-    assert student([1.0, 3.0]) == pytest.approx((2, 2 - 12.706, 2 + 12.706), rel=1e-3)
-    with pytest.raises(ValueError, match="two values or more, got 1"):
-        student([1.0])
-
-
 def test_rows_are_told_apart_by_their_paired_interval_or_said_not_to_have_run(evidence):
     assert "worse in latent MSE" in questions.against(evidence, "quest-groups-1", "quest")
     assert "better in latent MSE" in questions.against(evidence, "quest", "quest-groups-1")
     # Each alone is far wider than what parts the two; but the difference is smaller than its own interval.
-    assert f"{APART} in latent MSE" in questions.against(evidence, "quest-joint", "quest")
+    assert "not told apart in latent MSE" in questions.against(evidence, "quest-joint", "quest")
     assert questions.against(evidence, "quest-wide", "quest") == "quest-wide against quest: NOT RUN (quest-wide)."
+
+
+def test_what_diverged_is_named_and_neither_wins_nor_ties(evidence):
+    broken = cell("quest-joint", 0.001)
+    broken["rows"][0]["value"] = float("nan")  # of latent MSE; the other metrics stay finite
+    evidence.cells["quest-joint"] = broken
+    assert questions.against(evidence, "quest-joint", "quest") == (
+        "quest-joint against quest: diverged in latent MSE to FP, diverged in FID to FP, diverged in noise-prediction "
+        "error."
+    )
+    assert "quest-joint diverged in FID to FP" in questions.against(evidence, "quest", "quest-joint")
+    assert "| quest-joint | diverged | diverged | diverged |" in questions.document(evidence)
+    compared = pd.DataFrame(comparisons_rows(evidence)).set_index(["row", "metric"])
+    assert set(compared.loc["quest-joint", "verdict"]) == {"diverged"}
+    evidence.tunings["global-noise"]["to_noise"][3] = float("inf")
+    (line,) = [
+        line
+        for line in questions.document(evidence).split("\n")
+        if "error against the true" in line and "global-noise ag" in line
+    ]
+    assert line.endswith("diverged.") and "inf" not in line and "nan" not in line
 
 
 def test_the_document_answers_ten_questions_with_what_there_is(evidence):

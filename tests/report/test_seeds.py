@@ -14,7 +14,7 @@ N, SPREAD = 500, 0.05
 def cell(method, value, metric="latent_mse", images="0-499"):
     """A metrics.json as measure() returns it: resampled values of all cells scatter together."""
     common = np.random.default_rng(0).normal(size=intervals.RESAMPLES)
-    own = np.random.default_rng(int(value * 100)).normal(size=intervals.RESAMPLES)
+    own = np.random.default_rng(int(value * 100) if math.isfinite(value) else 0).normal(size=intervals.RESAMPLES)
     resampled = value + SPREAD * common + 0.1 * SPREAD * own
     row = {"metric": metric, "value": value, "n": N, "extractor": "", "protocol": "ddim", "reference": "", "note": ""}
     return {
@@ -41,7 +41,7 @@ def row(frame, method, versus):
 
 
 def test_an_interval_over_seeds_holds_both_spreads():
-    frame = seeds.table(cells())
+    frame = seeds.seeds_frame(cells())
     assert len(frame) == 3 and set(frame.seeds) == {"0,1,2"} and set(frame.evaluation) == {"0-499"}
     own = row(frame, "quest", "")
     assert own.value == pytest.approx(1.2)
@@ -52,7 +52,7 @@ def test_an_interval_over_seeds_holds_both_spreads():
 
 
 def test_a_difference_is_taken_seed_by_seed_and_its_images_cancel():
-    found = row(seeds.table(cells()), "quest", "q-diffusion")
+    found = row(seeds.seeds_frame(cells()), "quest", "q-diffusion")
     differences = np.array([-1.0, -0.9, -1.1])
     assert found.value == pytest.approx(differences.mean()) and found.better == "quest"
     assert found.over_seeds == pytest.approx(stats.t.ppf(0.975, 2) * stats.sem(differences))
@@ -60,17 +60,26 @@ def test_a_difference_is_taken_seed_by_seed_and_its_images_cancel():
 
 
 def test_a_difference_that_seeds_turn_around_has_no_winner():
-    found = row(seeds.table(cells(quest=(1.9, 2.4, 2.0))), "quest", "q-diffusion")
+    found = row(seeds.seeds_frame(cells(quest=(1.9, 2.4, 2.0))), "quest", "q-diffusion")
     assert found.low < 0 < found.high and found.better == "neither"
+
+
+def test_a_method_that_diverged_with_one_seed_has_not_won():
+    broken = cells(quest=(1.0, math.nan, 1.3))
+    found = row(seeds.seeds_frame(broken), "quest", "q-diffusion")
+    assert math.isnan(found.value) and found.better == "quest diverged"
+    assert "| quest | q-diffusion | diverged |" in seeds.seeds_table(seeds.seeds_frame(broken)).markdown()
+    broken = cells(quest=(math.nan,) * 3, **{"q-diffusion": (2.0, math.inf, 2.4)})
+    assert row(seeds.seeds_frame(broken), "quest", "q-diffusion").better == "neither (both diverged)"
 
 
 def test_what_cannot_be_compared_is_an_error():
     with pytest.raises(ValueError, match=r"quest has seeds \[0, 1\]; at least two, here \[0, 1, 2\]"):
-        seeds.table(cells(quest=(1.0, 1.3)))
+        seeds.seeds_frame(cells(quest=(1.0, 1.3)))
     with pytest.raises(ValueError, match="at least two"):
-        seeds.table([cell("quest", 1.0)])
+        seeds.seeds_frame([cell("quest", 1.0)])
     with pytest.raises(ValueError, match="equal images"):
-        seeds.table([*cells(quest=(1.0, 1.3)), cell("quest@2", 1.3, images="0-99")])
+        seeds.seeds_frame([*cells(quest=(1.0, 1.3)), cell("quest@2", 1.3, images="0-99")])
 
 
 def test_files(tmp_path):

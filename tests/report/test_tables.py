@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from quest.metrics import METRICS, compare, intervals
-from quest.report import ledger, markup, tables
+from quest.report import ledger, rendering, tables
 
 MODELS = {"scenes-text": ["fid", "clip", "latent_mse", "eps_error"], "scenes-uncond": ["fid", "latent_mse"]}
 # Mean of each method's metrics at 4 bits; full precision is at 1.
@@ -84,6 +84,11 @@ def cells():
     return [cell(model, method, bits) for model in MODELS for method, bits in runs]
 
 
+def shown(cells, form="md"):
+    """main.md or main.tex of these cells."""
+    return rendering.document(form, *tables.main_tables(tables.main_frame(cells), tables.paired_frame(cells)))
+
+
 def test_main_frame_is_tidy(cells):
     frame = tables.main_frame(cells)
     assert list(frame.columns) == tables.MAIN
@@ -140,7 +145,7 @@ def test_a_cell_of_unknown_size_is_shown_without(cells):
         .all()
         .all()
     )
-    text = tables.markdown(frame, tables.paired_frame(cells))
+    text = shown(cells)
     assert "| fp | w32a32 | – | – | 1.000" in text and "| quest | w4a4 | 5.123 | 0.05 |" in text
 
 
@@ -166,10 +171,8 @@ def test_paired_rows_are_those_of_compare(cells):
     a, b = (by_key["scenes-text", method, "w8a8"] for method in ("quest", "rtn"))
     ours = frame[(frame.model == "scenes-text") & (frame.bits == "w8a8") & (frame.method == "quest")]
     ours = ours[ours.versus == "rtn"]
-    for row, expected in zip(ours.itertuples(), compare(a, b), strict=True):
-        assert (row.metric, row.difference, row.low, row.high) == tuple(
-            expected[key] for key in ("metric", "difference", "low", "high")
-        )
+    for row, (metric, found) in zip(ours.itertuples(), compare(a, b).items(), strict=True):
+        assert (row.metric, row.difference, row.low, row.high) == (metric, found.estimate, found.low, found.high)
 
 
 def test_eps_error_frame_keeps_every_call(cells):
@@ -181,7 +184,7 @@ def test_eps_error_frame_keeps_every_call(cells):
 
 
 def test_markdown_says_network_direction_interval_and_protocol(cells):
-    text = tables.markdown(tables.main_frame(cells), tables.paired_frame(cells))
+    text = shown(cells)
     first, second = text.split("### scenes-uncond")
     assert (
         "| method | bits | size [MB] | TBOPs | FID (scenes net) ↓ | CLIP score (scenes-clip) ↑ | latent MSE to FP ↓ |"
@@ -202,7 +205,7 @@ def test_markdown_says_network_direction_interval_and_protocol(cells):
 
 
 def test_bold_only_where_the_paired_interval_excludes_zero(cells):
-    lines = tables.markdown(tables.main_frame(cells), tables.paired_frame(cells)).splitlines()
+    lines = shown(cells).splitlines()
     bold = {tuple(line.split(" | ")[:2]) for line in lines if line.startswith("| ") and "**" in line}
     # At 8 bits the methods lie within each other's noise.
     assert bold == {("| quest", "w4a4")}
@@ -210,7 +213,7 @@ def test_bold_only_where_the_paired_interval_excludes_zero(cells):
 
 def test_notes_stand_below_the_table(cells):
     cells[1]["rows"][0]["note"] = "n = 50 <= 64 dimensions: singular covariance"
-    text = tables.markdown(tables.main_frame(cells), tables.paired_frame(cells))
+    text = shown(cells)
     assert "Notes: rtn w8a8 FID (scenes net): n = 50 <= 64 dimensions: singular covariance." in text
 
 
@@ -218,13 +221,38 @@ def test_a_note_on_every_row_is_told_once(cells):
     for cell in cells:
         for row in cell["rows"]:
             row["note"] = "few images" if row["metric"] == "fid" else ""
-    text = tables.markdown(tables.main_frame(cells), tables.paired_frame(cells))
+    text = shown(cells)
     assert "Notes: FID (scenes net): few images." in text
+
+
+def test_a_cell_that_diverged_is_named_everywhere_and_never_bold(cells, tmp_path):
+    """As measured, and as null in JSON: its FID, the lowest of all, is of clipped images and counts for nothing."""
+    for one in cells:
+        if (one["model"], one["method"], one["bits"]) == ("scenes-text", "rtn", "w4a4"):
+            rows = {row["metric"]: row for row in one["rows"]}
+            rows["fid"]["value"] = 0.1
+            rows["latent_mse"] |= {"value": None, "low": None, "high": None}
+            one["resampled"]["latent_mse"] = [None] * intervals.RESAMPLES
+    paths = []
+    for i, one in enumerate(cells):
+        paths.append(tmp_path / f"{i}.json")
+        paths[-1].write_text(json.dumps(one))
+    tables.write(paths, tmp_path)
+    paired = pd.read_csv(tmp_path / "paired.csv")
+    chosen = (paired.model == "scenes-text") & (paired.bits == "w4a4")
+    broken = paired[chosen & ((paired.method == "rtn") | (paired.versus == "rtn"))]
+    assert len(broken) == 2 * 4 + 2 and set(broken.better) == {"rtn diverged"}
+    assert set(paired[chosen & (paired.method == "quest") & (paired.versus == "rtn-mse")].better) == {"quest"}
+    line = next(x for x in (tmp_path / "main.md").read_text().splitlines() if x.startswith("| rtn | w4a4"))
+    assert "| diverged |" in line and "nan" not in line and "**" not in line
+    assert "& diverged &" in (tmp_path / "main.tex").read_text()
+    best = next(x for x in (tmp_path / "main.md").read_text().splitlines() if x.startswith("| quest | w4a4"))
+    assert best.count("**") == 8  # the four metrics, against rtn-mse
 
 
 def test_latex_is_balanced_and_escaped(cells):
     cells[1]["rows"][0]["note"] = "100 % of a_b"
-    text = tables.latex(tables.main_frame(cells), tables.paired_frame(cells))
+    text = shown(cells, "tex")
     for environment in ("table*", "tabular"):
         assert text.count(rf"\begin{{{environment}}}") == text.count(rf"\end{{{environment}}}") == 2
     assert text.count("{") == text.count("}")
@@ -247,17 +275,16 @@ def of_the_paper(cells):
 def test_published_numbers_stand_beside_ours(of_the_paper):
     main = tables.main_frame(of_the_paper)
     assert main[(main.method == "quest") & (main.bits == "w4a4") & (main.metric == "fid")].published.tolist() == [5.64]
-    paired = tables.paired_frame(of_the_paper)
-    text = tables.markdown(main, paired)
+    text = shown(of_the_paper)
     row = next(line for line in text.splitlines() if line.startswith("| quest | w4a4"))
     assert row.split(" | ")[4].endswith("(5.64)") and "(" not in row.split(" | ")[5]
     assert "In parentheses: the number of arXiv:2402.03666v6" in text
-    assert "(5.64)" in tables.latex(main, paired)
+    assert "(5.64)" in shown(of_the_paper, "tex")
 
 
 def test_ledger_counts_verdicts_and_shows_what_was_run(of_the_paper):
     verdicts = ledger.ledger(of_the_paper, ledger.published())
-    text = tables.ledger_markdown(verdicts)
+    text = rendering.document("md", *tables.ledger_tables(verdicts))
     counts = dict(
         line.strip("| ").split(" | ", 1) for line in text.splitlines() if line.startswith(("| lsun-b", "| sd14"))
     )
@@ -266,7 +293,7 @@ def test_ledger_counts_verdicts_and_shows_what_was_run(of_the_paper):
     assert sum(map(int, counts["lsun-bedrooms"].split(" | "))) == (verdicts.model == "lsun-bedrooms").sum()
     shown = [line for line in text.splitlines() if line.startswith("| quest")]
     assert len(shown) == (run.method == "quest").sum() and any("DRIFT | -73.4% ±" in line for line in shown)
-    tex = tables.ledger_latex(verdicts)
+    tex = rendering.document("tex", *tables.ledger_tables(verdicts))
     assert tex.count(r"\toprule") == tex.count(r"\bottomrule") == 2 and tex.count("{") == tex.count("}")
     assert r"\%" in tex and "±" not in tex
 
@@ -279,11 +306,12 @@ def test_ledger_counts_verdicts_and_shows_what_was_run(of_the_paper):
         (0.000123449, 0.0000056, "(1.234 ± 0.056)e-04"),
         (2345678.0, 45678.0, "(2.346 ± 0.046)e+06"),
         (0.0, 0.0, "0.00 ± 0.00"),
-        (float("nan"), float("nan"), "nan"),
+        (float("nan"), float("nan"), "diverged"),
+        (1.25, float("nan"), "1.25"),
     ],
 )
 def test_rounding(value, half, text):
-    assert markup.with_interval(value, half) == text
+    assert rendering.with_interval(value, half) == text
 
 
 def test_files(cells, tmp_path):

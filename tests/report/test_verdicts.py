@@ -32,6 +32,18 @@ def paired_rows(outcomes):
             [("same", "In latent MSE to FP and FID, quest's checkpoint is not told apart from rtn's on all 3 models.")],
         ),
         (
+            {("rtn", "fid"): ["quest", "rtn diverged", "quest diverged"],
+             ("rtn", "latent_mse"): ["quest diverged"] * 3},
+            [("mixed", "In FID, quest's checkpoint is better than rtn's on 1 of 3 models (a); quest diverged on 1 of 3 "
+              "models (c); rtn diverged on 1 of 3 models (b)."),
+             ("worse", "In latent MSE to FP, quest diverged on all 3 models.")],
+        ),
+        (
+            {("rtn", "fid"): ["rtn diverged", "neither (both diverged)", "rtn diverged"]},
+            [("better", "In FID, quest's checkpoint is not told apart from rtn's on 1 of 3 models (b); rtn diverged on "
+              "2 of 3 models (a and c).")],
+        ),
+        (
             {("fp", "fid"): ["fp", "fp", "neither"], ("rtn", "fid"): ["quest"] * 3},
             [("better", "In FID, quest's checkpoint is better than rtn's on all 3 models."),
              ("worse", "In FID, quest's checkpoint is worse than full precision on 2 of 3 models (a and b); "
@@ -66,6 +78,6 @@ def test_the_matrix_has_an_outcome_for_each_model():
     assert (found["bits"], found["models"]) == ("w4a4", ["a", "b", "c"])
     assert found["metrics"] == ["latent MSE to FP", "FID"]
     assert found["rows"] == [
-        {"versus": "rtn", "cells": [["better", None, "better"], ["better", "worse", "same"]]},
-        {"versus": "full precision", "cells": [[None, None, None], ["worse", "worse", "same"]]},
+        {"versus": "rtn", "cells": [["better", None, "better"], ["better", "worse", "neither"]]},
+        {"versus": "full precision", "cells": [[None, None, None], ["worse", "worse", "neither"]]},
     ]

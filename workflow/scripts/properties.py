@@ -13,7 +13,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from quest.report import properties, property_figures
-    from quest.runtime.files import atomic
+    from quest.report.rendering import write
 
     activations, temporal, sensitivity = (
         [json.loads(file.read_text()) for file in files]
@@ -28,8 +28,7 @@ def main() -> None:
         "sensitivity": properties.sensitivity_frame(sensitivity),
     }
     for name, frame in frames.items():
-        with atomic(arguments.output / f"{name}.csv") as file:
-            frame.to_csv(file, index=False)
+        write(arguments.output / f"{name}.csv", frame)
     folder = arguments.output / "figures"
     property_figures.histograms(activations, folder / "activations.png")
     property_figures.imbalance(frames["activations"], folder / "imbalance.png")

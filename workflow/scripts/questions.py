@@ -24,7 +24,7 @@ def main() -> None:
     import pandas as pd
 
     from quest.report import evidence, property_figures, questions
-    from quest.runtime.files import atomic
+    from quest.report.rendering import write
 
     found = evidence.read(
         arguments.properties,
@@ -35,16 +35,13 @@ def main() -> None:
         arguments.signals,
     )
     for name in ("taylor", "tunings", "inference", "comparisons"):
-        with atomic(arguments.output / f"{name}.csv") as file:
-            pd.DataFrame(getattr(evidence, f"{name}_rows")(found)).to_csv(file, index=False)
+        write(arguments.output / f"{name}.csv", pd.DataFrame(getattr(evidence, f"{name}_rows")(found)))
     folder, taylor = arguments.output / "figures", pd.DataFrame(evidence.taylor_rows(found))
     title = f"{found.taylor['model']}, n = {taylor['n'].iloc[0]} trajectories"
     property_figures.taylor(taylor, folder / "taylor.png", title)
     property_figures.signals(found.signals["signals"], found.signals["classes"], folder / "signals.png")
-    with atomic(arguments.output / "questions.md") as file:
-        file.write_text(questions.document(found), encoding="utf-8")
-    with atomic(arguments.output / "findings.md") as file:
-        file.write_text(questions.findings(found) + "\n", encoding="utf-8")
+    write(arguments.output / "questions.md", questions.document(found))
+    write(arguments.output / "findings.md", questions.findings(found))
 
 
 if __name__ == "__main__":

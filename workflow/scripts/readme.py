@@ -97,38 +97,29 @@ def short_table(main: Path, paired: Path) -> str:
     import pandas as pd
 
     from quest.metrics import METRICS
-    from quest.report.markup import with_interval
-    from quest.report.tables import best_values, column_label
+    from quest.report.rendering import Column, Table, columns, number
+    from quest.report.tables import best_values, column_label, metric_cells
     from quest.report.verdicts import HEADLINE
 
     frame, pairs = pd.read_csv(main, keep_default_na=False, na_values=["nan"]), pd.read_csv(paired)
     models = frame.groupby("model", sort=False)
     names = [name for name in HEADLINE if all(name in set(of_model["metric"]) for _, of_model in models)]
-    heads = [f"{column_label(name, frame)} {'↓' if METRICS[name].better == 'lower' else '↑'}" for name in names]
-    lines = ["| model | method | bits | size [MB] | " + " | ".join(heads) + " |"]
-    lines += ["|---|---|---|---:|" + "---:|" * len(names)]
+    measured = [Column(column_label(name, frame), direction=METRICS[name].better) for name in names]
+    table = Table([*columns("model", "method", "bits", "size [MB]", texts=3), *measured], [])
     for model, of_model in models:
         best = best_values(of_model, pairs[pairs["model"] == model])
         bits = of_model["bits"].iloc[-1]
         rows = of_model[(of_model["method"] == "fp") | (of_model["bits"] == bits)]
         for (method, width), cell in rows.groupby(["method", "bits"], sort=False):
-            values = cell.set_index("metric")
-            texts = []
-            for name in names:
-                text = "–"
-                if name in values.index:
-                    value, low, high = values.loc[name, ["value", "low", "high"]]
-                    text = with_interval(value, (high - low) / 2)
-                texts.append(f"**{text}**" if (method, width, name) in best else text)
-            words = [model, method, width.upper(), f"{cell['size_mb'].iloc[0]:.4g}", *texts]
-            lines.append("| " + " | ".join(words) + " |")
+            values = metric_cells(cell, names, best, {})
+            table.rows.append([model, method, width.upper(), number(cell["size_mb"].iloc[0]), *values])
     size = int(frame["n"].max())
-    footer = (
+    table.notes = [
         f"One checkpoint of each method (one calibration draw, one quantization seed), n = {size} images. ± is half of "
         "a 95 % interval over images; bold: this checkpoint is better than the runner-up by the paired interval, and "
         "not beyond full precision."
-    )
-    return "\n".join([*lines, "", footer])
+    ]
+    return table.markdown()
 
 
 def paired_table(file: Path) -> str:
@@ -136,25 +127,27 @@ def paired_table(file: Path) -> str:
     import pandas as pd
 
     from quest.metrics import METRICS
-    from quest.report.markup import with_interval
+    from quest.metrics.comparison import outcome
+    from quest.report.rendering import Cell, Table, columns, interval
 
     shown = ["latent_mse", "fid_to_fp"]
     frame = pd.read_csv(file)
     frame = frame[(frame["versus"] != "fp") & (frame["bits"] == frame.groupby("model")["bits"].transform("last"))]
     frame = frame[frame["method"] == frame.groupby("model")["method"].transform("last")]
-    lines = ["| model | bits | method | versus | " + " | ".join(METRICS[name].label for name in shown) + " |"]
-    lines += ["|---|---|---|---|" + "---:|" * len(shown)]
+    heads = columns("model", "bits", "method", "versus", *(METRICS[name].label for name in shown), texts=4)
+    lines = []
     for names, rows in frame.groupby(["model", "bits", "method", "versus"], sort=False):
         cells = []
         for row in (rows[rows["metric"] == name].iloc[0] for name in shown):
-            text = with_interval(row["difference"], (row["high"] - row["low"]) / 2)
-            cells.append(f"**{text}**" if row["better"] == row["method"] else text)
-        lines.append("| " + " | ".join([*names, *cells]) + " |")
+            found = outcome(row["better"], row["method"])
+            cell = interval(row["difference"], row["low"], row["high"], "best" if found == "better" else "")
+            cells.append(Cell(row["better"]) if found.endswith("diverged") else cell)
+        lines.append([*names, *cells])
     footer = (
         "Difference, method minus versus, with half of its paired 95 % interval over images; bold: the checkpoint of "
         "the method is better. One calibration draw and one quantization seed: another can move a difference by more."
     )
-    return "\n".join([*lines, "", footer])
+    return Table(heads, lines, notes=[footer]).markdown()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def main() -> None:
     from quest.metrics.noise_prediction import eps_error
     from quest.properties.embeddings import PATH, embeddings, moved
     from quest.properties.sensitivity import ENDS, lowered, parts
-    from quest.report.properties import KINDS
+    from quest.report.properties import RANGE_KINDS
     from quest.runtime.provenance import write_json
 
     torch.set_num_threads(arguments.threads)
@@ -42,7 +42,7 @@ def main() -> None:
         for name, value in moved(exact, embeddings(student.unet, evaluation)).items():
             distances.append({"ranges": ranges, "what": name, "values": value.tolist()})
 
-    for ranges, time_groups in zip(KINDS, (1, len(calibration.timesteps)), strict=True):
+    for ranges, time_groups in zip(RANGE_KINDS, (1, len(calibration.timesteps)), strict=True):
         for quantized, names in ((PATH, found[PATH]), (f"all but {PATH}", rest), ("all", found[PATH] + rest)):
             student = lowered(pipe, calibration, names, *bits, time_groups=time_groups)
             error, _ = eps_error(student, evaluation)
