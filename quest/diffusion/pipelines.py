@@ -5,6 +5,7 @@ autoencoder. As there, the denoiser is called `unet`, and guidance doubles its b
 condition.
 """
 
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,12 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+# Where the classes are defined that saved pipelines name beside those of diffusers.
+CLASSES = {
+    "ClassEmbedder": __name__,
+    "FixedHeadsUNet2DModel": "quest.diffusion.compvis.networks",
+    "QuadraticDDIMScheduler": "quest.diffusion.samplers",
+}
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -61,6 +68,19 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler, class_embedder=class_embedder)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs) -> dict:
+        """`model_index.json`, which `from_pretrained` reads through this, with classes of ours where they are now.
+
+        diffusers takes classes only from modules that are imported; and pipelines that were saved before modules moved
+        name `quest.pipelines`, which is gone.
+        """
+        config = super().load_config(*args, **kwargs)
+        for name, found in config.items():
+            if isinstance(found, list) and len(found) == 2 and found[1] in CLASSES:
+                config[name] = [importlib.import_module(CLASSES[found[1]]).__name__, found[1]]
+        return config
 
     @torch.no_grad()
     def __call__(

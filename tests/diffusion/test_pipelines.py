@@ -1,7 +1,12 @@
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
+from quest.diffusion.compvis.networks import FixedHeadsUNet2DModel
 from quest.diffusion.pipelines import ClassEmbedder, LatentDiffusionPipeline
 from quest.diffusion.samplers import QuadraticDDIMScheduler
 
@@ -205,6 +210,33 @@ def test_a_pixel_pipeline_is_saved_with_its_scheduler(uncond_pipe, tmp_path):
     call = {"num_inference_steps": 3, "output_type": "np"}
     first, second = (p(1, generator=generators(0), **call).images for p in (pipe, again))
     np.testing.assert_array_equal(first, second)
+
+
+def test_saved_pipelines_load_in_a_process_that_imports_no_other_module(uncond_pipe, class_pipe, tmp_path):
+    """Those that were saved before modules moved out of `quest.pipelines`, too."""
+    unet = FixedHeadsUNet2DModel(
+        8, 4, 4, (16, 16), ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D"), 4, norm_num_groups=4
+    )
+    pipes = [class_pipe, pixel_pipe(uncond_pipe), LatentDiffusionPipeline(unet, None, uncond_pipe.scheduler)]
+    expected = [type(component).__name__ for pipe in pipes for component in pipe.components.values()]
+    for number, pipe in enumerate(pipes):
+        for when in ("now", "earlier"):
+            pipe.save_pretrained(tmp_path / f"{when}-{number}")
+        index = tmp_path / f"earlier-{number}" / "model_index.json"
+        saved = json.loads(index.read_text(encoding="utf-8"))
+        old = {n: ["quest.pipelines", one[1]] for n, one in saved.items() if str(one[0]).startswith("quest.")}
+        assert len(old) == 1
+        index.write_text(json.dumps(saved | old), encoding="utf-8")
+    code = """
+import sys
+from quest.diffusion.pipelines import LatentDiffusionPipeline
+for folder in sys.argv[1:]:
+    print(*(type(c).__name__ for c in LatentDiffusionPipeline.from_pretrained(folder).components.values()))
+"""
+    folders = [str(tmp_path / f"{when}-{number}") for when in ("now", "earlier") for number in range(3)]
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == expected * 2
 
 
 def test_class_embedder_has_a_last_row_for_no_class():
