@@ -45,23 +45,53 @@ class Pictures:
         return np.flatnonzero(self.split == split)
 
 
-def decode(file):
-    """All pictures of a data file, uint8 [N, S, S, 3]. Raises ValueError where their sizes differ."""
-    data, offsets = file["data"], file["offsets"]
-    images = [
-        np.asarray(Image.open(io.BytesIO(data[a:b].tobytes())).convert("RGB"))
-        for a, b in zip(offsets[:-1], offsets[1:], strict=True)
-    ]
+def decode(path, *columns):
+    """All pictures of a data file, uint8 [N, S, S, 3], and the columns that are named.
+
+    Raises ValueError for a file that lacks one of them, and for pictures of different sizes.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        missing = [name for name in ("data", "offsets", *columns) if name not in file]
+        if missing:
+            raise ValueError(f"{path}: has {', '.join(file)}; a data file of pictures also has {', '.join(missing)}")
+        data, offsets = file["data"].tobytes(), file["offsets"]
+        more = [file[name] for name in columns]
+    cuts = zip(offsets[:-1], offsets[1:], strict=True)
+    images = [np.asarray(Image.open(io.BytesIO(data[a:b])).convert("RGB")) for a, b in cuts]
     if len({image.shape for image in images}) != 1:
-        raise ValueError("data: pictures of different sizes; all of a file must have one size")
-    return np.stack(images)
+        raise ValueError(f"{path}: its pictures are not all of one size")
+    return np.stack(images), *more
 
 
-def photographs(path):
-    """CIFAR-10's training photographs: EVALUATION and REFERENCE of them held out at random, the others for training."""
-    with np.load(path) as file:
-        images, labels = decode(file), file["labels"].astype(np.int64)
-        classes = tuple(str(name) for name in file["classes"])
+def cifar10(source, download=False):
+    """CIFAR-10's 50,000 training photographs: images uint8 [N, 32, 32, 3], labels int64 [N], names of the classes.
+
+    `source` is a folder for torchvision's CIFAR10, which checks what it downloads by hash, or a data file. Raises
+    FileNotFoundError where there is nothing, ValueError for a file of another kind or images of another size.
+    """
+    source = Path(source)
+    if source.is_file():
+        images, labels, classes = decode(source, "labels", "classes")
+        if images.shape[1:] != (32, 32, 3):
+            raise ValueError(f"{source}: its images are not all 32x32")
+        return images, labels.astype(np.int64), tuple(map(str, classes))
+    if not source.is_dir() and not download:
+        raise FileNotFoundError(f"{source}: no such file or folder; --download fetches CIFAR-10 there")
+    from torchvision.datasets import CIFAR10
+
+    try:
+        known = CIFAR10(source, train=True, download=download)
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{source}: {error}; --download fetches CIFAR-10 there") from None
+    return known.data, np.array(known.targets), tuple(known.classes)
+
+
+def photographs(source):
+    """CIFAR-10's training photographs: EVALUATION and REFERENCE of them held out at random, the others for training.
+
+    A folder into which torchvision has not yet downloaded them is filled.
+    """
+    images, labels, classes = cifar10(source, download=not Path(source).is_file())
     split = np.full(len(images), "train", dtype="<U10")
     order = np.random.default_rng(0).permutation(len(images))
     split[order[:EVALUATION]] = "evaluation"
@@ -71,9 +101,8 @@ def photographs(path):
 
 def emoji(path):
     """Emoji in four styles, each with the caption "STYLE emoji: NAME"; the held-out ones are split between the rest."""
-    with np.load(path) as file:
-        images = decode(file)
-        styles, raw = ([str(x) for x in file[key]] for key in ("style", "name"))
+    images, *columns = decode(path, "style", "name")
+    styles, raw = ([str(x) for x in column] for column in columns)
     names = clean_names(raw)
     concepts = [concept(name) for name in names]
     styles_of = {}

@@ -4,13 +4,11 @@ Noise prediction over 1000 steps with betas linear from 1e-4 to 0.02, Adam, drop
 of the parameters, which is what is written: a U-Net in diffusers layout, of the shape of google/ddpm-cifar10-32, for
 `models.cifar10.checkpoint` in a config. A stopped run resumes from `OUT.checkpoint`, to the same parameters.
 
-Data: a folder for torchvision's CIFAR10 (`--download` fetches it there), or an .npz with images as JPEG bytes (`data`,
-all end to end, and `offsets`). `--images FILE` writes them as the .npz that reference statistics are made from, and
-stops.
+Data: a folder for torchvision's CIFAR10 (`--download` fetches it there), or a data file (see `quest.zoo.pictures`).
+`--images FILE` writes them as the .npz that reference statistics are made from, and stops.
 """
 
 import argparse
-import io
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 
 from quest.diffusion.published import ARCHITECTURE
 from quest.runtime.files import atomic, atomic_folder
+from quest.zoo.pictures import cifar10
 from quest.zoo.training import Average, Progress, generator, load_checkpoint, save_checkpoint
 
 ITERATIONS = 800_000
@@ -26,34 +25,6 @@ BATCH = 128
 LEARNING_RATE = 2e-4
 WARMUP = 5000
 AVERAGED = 0.9999
-
-
-def load_images(source, download: bool = False) -> np.ndarray:
-    """The 50,000 training images, uint8 [N, 32, 32, 3], from a folder or file as told above.
-
-    Raises FileNotFoundError where there is nothing, ValueError for a file of another kind or images of another size.
-    """
-    source = Path(source)
-    if source.is_file():
-        with np.load(source, allow_pickle=False) as file:
-            if not {"data", "offsets"} <= set(file):
-                raise ValueError(f"{source}: has {', '.join(file)}; an .npz of JPEG bytes has data and offsets")
-            data, offsets = file["data"].tobytes(), file["offsets"]
-        from PIL import Image
-
-        cuts = zip(offsets[:-1], offsets[1:], strict=True)
-        images = [np.asarray(Image.open(io.BytesIO(data[start:stop])).convert("RGB")) for start, stop in cuts]
-        if {image.shape for image in images} != {(32, 32, 3)}:
-            raise ValueError(f"{source}: its images are not all 32x32")
-        return np.stack(images)
-    if not source.is_dir() and not download:
-        raise FileNotFoundError(f"{source}: no such file or folder; --download fetches CIFAR-10 there")
-    from torchvision.datasets import CIFAR10
-
-    try:
-        return CIFAR10(source, train=True, download=download).data
-    except RuntimeError as error:
-        raise FileNotFoundError(f"{source}: {error}; --download fetches CIFAR-10 there") from None
 
 
 def train(
@@ -125,7 +96,7 @@ def main() -> None:
     if (arguments.images is None) == (arguments.output is None):
         parser.error("give one of --images and --output")
     torch.set_num_threads(arguments.threads)
-    images = load_images(arguments.data, arguments.download)
+    images = cifar10(arguments.data, arguments.download)[0]
     if arguments.images:
         with atomic(arguments.images) as file:
             np.savez(file, arr_0=images)

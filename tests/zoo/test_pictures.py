@@ -1,6 +1,7 @@
 """Photographs and emoji: decoding, names, concepts, splits that do not leak, and training on them."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from quest.zoo import latents, pictures, train_autoencoder, train_denoiser
+from quest.zoo import emoji_data, latents, pictures, train_autoencoder, train_denoiser
 from quest.zoo.vocabulary import build_tokenizer, caption_words, encode
 
 STYLES = ("noto", "twemoji", "fluent flat", "fluent modern")
@@ -101,7 +102,7 @@ def test_bad_data_is_named(emoji, tmp_path):
     with pytest.raises(ValueError, match="split: 'test' is not one of train"):
         pictures.emoji(emoji).rows("test")
     mixed = [np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8, 3), np.uint8)]
-    with pytest.raises(ValueError, match="different sizes"):
+    with pytest.raises(ValueError, match="mixed.npz: its pictures are not all of one size"):
         pictures.emoji(write(tmp_path / "mixed.npz", mixed, name=["a", "b"], style=["noto", "noto"]))
 
 
@@ -165,3 +166,35 @@ def test_emoji_model_learns_from_captions_and_draws_concepts_evenly(emoji):
     assert trainee.drawing_weights(len(rows)).sum() == pytest.approx(1)
     noise = trainee(torch.randn(2, 4, 16, 16), torch.tensor([1, 999]), ids[:2])
     assert noise.shape == (2, 4, 16, 16) and noise.dtype == torch.float32
+
+
+def test_emoji_of_the_packages(tmp_path, monkeypatch):
+    def draw(path, colour):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGBA", (64, 64), colour).save(path)
+
+    entries = [
+        {"name": "KISS", "image": "kiss.png", "skin_variations": {"1F3FB-1F3FB": {"image": "light.png"}}},
+        {"name": "CLOUD", "image": "cloud.png"},
+        {"name": "LOST", "image": "lost.png"},
+    ]
+    for vendor in ("google", "twitter"):
+        package = tmp_path / f"emoji-datasource-{vendor}" / "package"
+        for file, colour in (("kiss", "red"), ("light", "blue" if vendor == "google" else "red"), ("cloud", "#fff0")):
+            draw(package / "img" / vendor / "64" / f"{file}.png", colour if vendor == "google" else "#0a0")
+        (package / "emoji.json").write_text(json.dumps(entries), encoding="utf-8")
+    monkeypatch.setattr(emoji_data, "drawn_by_fluent", lambda folder, kind: [])
+    columns = emoji_data.build(tmp_path)
+    # The cloud is empty, the file of the lost one is not there, and Twemoji's drawings here are all equal.
+    assert columns["name"].tolist() == ["kiss", "kiss, light skin tone", "kiss"]
+    assert columns["style"].tolist() == ["noto", "noto", "twemoji"]
+    np.savez(tmp_path / "emoji.npz", **columns)
+    assert pictures.emoji(tmp_path / "emoji.npz").captions[1] == "noto emoji: kiss, light skin tone"
+
+
+def test_what_emoji_need_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(emoji_data.shutil, "which", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="npm: not installed"):
+        emoji_data.fetch("fluentui-emoji@1.3.0", tmp_path)
+    with pytest.raises(FileNotFoundError, match="rsvg-convert: not installed"):
+        next(emoji_data.drawn_by_fluent(tmp_path, "flat"))

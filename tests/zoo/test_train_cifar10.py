@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from quest.diffusion.published import ARCHITECTURE
 from quest.zoo import train_cifar10
-from quest.zoo.train_cifar10 import load_images, train
+from quest.zoo.pictures import cifar10
+from quest.zoo.train_cifar10 import train
 
 TINY = ARCHITECTURE | {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
 
@@ -33,25 +34,31 @@ def jpegs(tmp_path_factory):
         parts.append(stream.getvalue())
     path = tmp_path_factory.mktemp("cifar") / "train.npz"
     offsets = np.cumsum([0, *map(len, parts)])
-    np.savez(path, data=np.frombuffer(b"".join(parts), np.uint8), offsets=offsets, labels=np.zeros(4, np.uint8))
+    np.savez(
+        path,
+        data=np.frombuffer(b"".join(parts), np.uint8),
+        offsets=offsets,
+        labels=np.zeros(4, np.uint8),
+        classes=["all"],
+    )
     return path
 
 
 def test_images_come_from_a_file_of_jpegs(jpegs, tmp_path):
-    images = load_images(jpegs)
+    images = cifar10(jpegs)[0]
     assert images.shape == (4, 32, 32, 3) and images.dtype == np.uint8
     assert np.abs(images.reshape(4, -1).astype(int) - [[0], [80], [160], [240]]).max() <= 2
     np.savez(tmp_path / "other.npz", arr_0=images)
-    with pytest.raises(ValueError, match="other.npz: has arr_0; an .npz of JPEG bytes has data and offsets"):
-        load_images(tmp_path / "other.npz")
+    with pytest.raises(ValueError, match="other.npz: has arr_0; a data file of pictures also has data, off"):
+        cifar10(tmp_path / "other.npz")
     with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder; --download fetches"):
-        load_images(tmp_path / "nowhere")
+        cifar10(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="--download fetches CIFAR-10 there"):
-        load_images(tmp_path)
+        cifar10(tmp_path)
 
 
 def test_a_stopped_run_ends_with_the_same_parameters(jpegs, tmp_path, monkeypatch):
-    images = load_images(jpegs)
+    images = cifar10(jpegs)[0]
     options = {"iterations": 4, "batch": 4, "save_every": 2, "architecture": TINY}
     train(images, tmp_path / "whole", **options)
     save = train_cifar10.save_checkpoint
@@ -75,4 +82,4 @@ def test_a_stopped_run_ends_with_the_same_parameters(jpegs, tmp_path, monkeypatc
 def test_a_loss_that_is_not_finite_stops_the_run(jpegs, tmp_path, monkeypatch):
     monkeypatch.setattr(train_cifar10, "LEARNING_RATE", float("inf"))
     with pytest.raises(FloatingPointError, match="the loss is nan in iteration 1"):
-        train(load_images(jpegs), tmp_path / "out", iterations=3, batch=2, architecture=TINY)
+        train(cifar10(jpegs)[0], tmp_path / "out", iterations=3, batch=2, architecture=TINY)

@@ -2,10 +2,13 @@
 # shipped changes until `snakemake zoo_accept`.
 
 ZOO_DENOISERS = ["scenes-text", "scenes-class", "scenes-uncond"]
+# Models that learn from real pictures -> the kind of pictures, which have an autoencoder and latents of their own.
+ZOO_PICTURES = {"emoji-text": "emoji", "photos-class": "photos", "photos-uncond": "photos"}
 
 
 localrules:
     zoo,
+    zoo_pictures,
     zoo_accept,
 
 
@@ -13,6 +16,111 @@ rule zoo:
     input:
         expand("results/zoo/{part}", part=["scenes-extractor", "scenes-clip", "scenes.npz"]),
         expand("results/zoo/{denoiser}{part}", denoiser=ZOO_DENOISERS, part=["", ".json", ".png"]),
+
+
+# Trains the models of real pictures: some 20 hours of CPU, and needs npm, librsvg and a network for the data.
+rule zoo_pictures:
+    input:
+        expand("results/zoo/{model}", model=ZOO_PICTURES),
+
+
+rule zoo_emoji:
+    output:
+        ensure("results/zoo/emoji.npz", non_empty=True),
+    log:
+        "results/zoo/emoji.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=growing(2000),
+        runtime=growing(60),
+    shell:
+        "python -u -m quest.zoo.emoji_data -o {output:q} > {log:q} 2>&1"
+
+
+rule zoo_photos:
+    output:
+        directory("results/zoo/photos.data"),
+    log:
+        "results/zoo/photos.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=growing(2000),
+        runtime=growing(60),
+    params:
+        fetch="from torchvision.datasets import CIFAR10; import sys; CIFAR10(sys.argv[1], download=True)",
+    shell:
+        "python -c {params.fetch:q} {output:q} > {log:q} 2>&1"
+
+
+def zoo_data(kind):
+    return "results/zoo/emoji.npz" if kind == "emoji" else "results/zoo/photos.data"
+
+
+rule zoo_pictures_autoencoder:
+    input:
+        lambda wc: zoo_data(wc.kind),
+    output:
+        directory("results/zoo/autoencoder-{kind}"),
+    log:
+        "results/zoo/autoencoder-{kind}.log",
+    wildcard_constraints:
+        kind="emoji|photos",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=growing(3000),
+        runtime=growing(240),
+    shell:
+        "python -u -m quest.zoo.train_autoencoder {wildcards.kind:q} --data {input:q} -o {output:q}"
+        " --threads {threads:q} > {log:q} 2>&1"
+
+
+rule zoo_pictures_latents:
+    input:
+        autoencoder="results/zoo/autoencoder-{kind}",
+        data=lambda wc: zoo_data(wc.kind),
+    output:
+        ensure("results/zoo/latents-{kind}.safetensors", non_empty=True),
+    log:
+        "results/zoo/latents-{kind}.log",
+    wildcard_constraints:
+        kind="emoji|photos",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=growing(3000),
+        runtime=growing(60),
+    shell:
+        "python -u -m quest.zoo.latents {input.autoencoder:q} --pictures {wildcards.kind:q} --data {input.data:q}"
+        " -o {output:q} --threads {threads:q} > {log:q} 2>&1"
+
+
+rule zoo_pictures_denoiser:
+    input:
+        autoencoder=lambda wc: f"results/zoo/autoencoder-{ZOO_PICTURES[wc.model]}",
+        latents=lambda wc: f"results/zoo/latents-{ZOO_PICTURES[wc.model]}.safetensors",
+        data=lambda wc: zoo_data(ZOO_PICTURES[wc.model]),
+    output:
+        directory("results/zoo/{model}"),
+    log:
+        "results/zoo/{model}.log",
+    wildcard_constraints:
+        model="|".join(ZOO_PICTURES),
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=growing(4000),
+        runtime=growing(900),
+    shell:
+        "python -u -m quest.zoo.train_denoiser {wildcards.model:q} --autoencoder {input.autoencoder:q}"
+        " --latents {input.latents:q} --data {input.data:q} -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
 
 rule zoo_autoencoder:

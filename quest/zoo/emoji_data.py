@@ -1,0 +1,130 @@
+"""Make the data file of emoji from three npm packages: Noto's, Twemoji's and Fluent's drawings at 64x64 on white.
+
+The packages are fetched by the npm client and checked by hash; Fluent's drawings are rasterised by librsvg
+(`rsvg-convert`). Drawings that are nearly empty, or equal to one before, are left out. Licences: Noto Apache-2.0,
+Twemoji's graphics CC-BY 4.0, Fluent MIT. The file is for training: it does not ship, the models do.
+"""
+
+import argparse
+import io
+import json
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from PIL import Image
+
+from quest.runtime.download import sha256_of
+from quest.runtime.files import atomic
+
+SIZE = 64
+QUALITY = 92  # of WebP
+# Package -> SHA-256 of its archive.
+PACKAGES = {
+    "emoji-datasource-google@16.0.0": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+    "emoji-datasource-twitter@16.0.0": "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+    "fluentui-emoji@1.3.0": "ec892e607e854859b812c7d827801756adc19955b0ef56d4ae8afcddd19492c5",
+}
+TONES = {
+    "1F3FB": "light skin tone",
+    "1F3FC": "medium-light skin tone",
+    "1F3FD": "medium skin tone",
+    "1F3FE": "medium-dark skin tone",
+    "1F3FF": "dark skin tone",
+}
+
+
+def fetch(package, folder):
+    """Fetch and unpack one of PACKAGES; returns the folder of its files.
+
+    Raises FileNotFoundError without npm, RuntimeError with npm's words where it fails, ValueError for another archive.
+    """
+    if shutil.which("npm") is None:
+        raise FileNotFoundError("npm: not installed; emoji come from packages of the npm registry")
+    done = subprocess.run(
+        ["npm", "pack", package, "--silent"], cwd=folder, capture_output=True, text=True, encoding="utf-8"
+    )
+    if done.returncode:
+        raise RuntimeError(f"npm pack {package}: {done.stderr.strip()}")
+    archive = Path(folder) / done.stdout.split()[-1]
+    if sha256_of(archive) != PACKAGES[package]:
+        raise ValueError(f"{package}: its archive is not the one that is known (SHA-256 {PACKAGES[package]})")
+    target = Path(folder) / package.partition("@")[0]
+    with tarfile.open(archive) as files:
+        files.extractall(target, filter="data")
+    return target / "package"
+
+
+def on_white(image):
+    """A PIL image of any mode as uint8 [64, 64, 3], what is transparent white."""
+    image = image.convert("RGBA")
+    paper = Image.new("RGBA", image.size, "white")
+    paper.alpha_composite(image)
+    return np.asarray(paper.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+
+
+def drawn_by_vendor(folder, vendor, style):
+    """(name, style, image) of each drawing of an emoji-datasource package, in its order."""
+    for entry in json.loads((folder / "emoji.json").read_text(encoding="utf-8")):
+        name = entry["name"].lower()
+        drawings = [(name, entry["image"])]
+        for tones, variation in entry.get("skin_variations", {}).items():
+            said = " and ".join(dict.fromkeys(TONES[tone] for tone in tones.split("-")))
+            drawings.append((f"{name}, {said}", variation["image"]))
+        for name, file in drawings:
+            path = folder / "img" / vendor / "64" / file
+            if path.exists():
+                yield name, style, on_white(Image.open(path))
+
+
+def drawn_by_fluent(folder, kind):
+    """(name, style, image) of Fluent's drawings, by file name. Raises FileNotFoundError without librsvg."""
+    if shutil.which("rsvg-convert") is None:
+        raise FileNotFoundError("rsvg-convert: not installed (package librsvg, or librsvg2-bin on Debian)")
+    for path in sorted((folder / "icons" / kind).glob("*.svg")):
+        command = ["rsvg-convert", "-w", str(SIZE), "-h", str(SIZE), str(path)]
+        png = subprocess.run(command, capture_output=True, check=True).stdout
+        yield path.stem.replace("-", " "), f"fluent {kind}", on_white(Image.open(io.BytesIO(png)))
+
+
+def build(folder):
+    """Columns of the data file, from the packages unpacked below `folder` by `fetch`."""
+    google, twitter, fluent = (Path(folder) / package.partition("@")[0] / "package" for package in PACKAGES)
+    drawings = [
+        *drawn_by_vendor(google, "google", "noto"),
+        *drawn_by_vendor(twitter, "twitter", "twemoji"),
+        *drawn_by_fluent(fluent, "flat"),
+        *drawn_by_fluent(fluent, "modern"),
+    ]
+    seen, kept, encoded = set(), [], []
+    for name, style, image in drawings:
+        if image.tobytes() in seen or (image < 250).any(2).mean() < 0.01:
+            continue
+        seen.add(image.tobytes())
+        kept.append((name, style))
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "WEBP", quality=QUALITY, method=6)
+        encoded.append(np.frombuffer(buffer.getvalue(), np.uint8))
+    names, styles = (np.array(column) for column in zip(*kept, strict=True))
+    offsets = np.cumsum([0, *map(len, encoded)])
+    return {"data": np.concatenate(encoded), "offsets": offsets, "name": names, "style": styles}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="data file (.npz) to write")
+    args = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        for package in PACKAGES:
+            fetch(package, folder)
+        columns = build(folder)
+    with atomic(args.out) as temporary:
+        np.savez_compressed(temporary, **columns)
+    print(f"{args.out}: {len(columns['name'])} emoji")
+
+
+if __name__ == "__main__":
+    main()
