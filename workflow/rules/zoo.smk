@@ -4,6 +4,7 @@
 ZOO_DENOISERS = ["scenes-text", "scenes-class", "scenes-uncond"]
 # Models that learn from real pictures -> the kind of pictures, which have an autoencoder and latents of their own.
 ZOO_PICTURES = {"emoji-text": "emoji", "photos-class": "photos", "photos-uncond": "photos"}
+ZOO_DATA = {"emoji": "results/zoo/emoji.npz", "photos": "results/zoo/photos.data"}
 
 
 localrules:
@@ -56,13 +57,9 @@ rule zoo_photos:
         "python -c {params.fetch:q} {output:q} > {log:q} 2>&1"
 
 
-def zoo_data(kind):
-    return "results/zoo/emoji.npz" if kind == "emoji" else "results/zoo/photos.data"
-
-
 rule zoo_pictures_autoencoder:
     input:
-        lambda wc: zoo_data(wc.kind),
+        lambda wc: ZOO_DATA[wc.kind],
     output:
         directory("results/zoo/autoencoder-{kind}"),
     log:
@@ -83,7 +80,7 @@ rule zoo_pictures_autoencoder:
 rule zoo_pictures_latents:
     input:
         autoencoder="results/zoo/autoencoder-{kind}",
-        data=lambda wc: zoo_data(wc.kind),
+        data=lambda wc: ZOO_DATA[wc.kind],
     output:
         ensure("results/zoo/latents-{kind}.safetensors", non_empty=True),
     log:
@@ -105,7 +102,7 @@ rule zoo_pictures_denoiser:
     input:
         autoencoder=lambda wc: f"results/zoo/autoencoder-{ZOO_PICTURES[wc.model]}",
         latents=lambda wc: f"results/zoo/latents-{ZOO_PICTURES[wc.model]}.safetensors",
-        data=lambda wc: zoo_data(ZOO_PICTURES[wc.model]),
+        data=lambda wc: ZOO_DATA[ZOO_PICTURES[wc.model]],
     output:
         directory("results/zoo/{model}"),
     log:
