@@ -5,6 +5,7 @@ installation goes on without it and quantized layers run on the reference kernel
 """
 
 from glob import glob
+from runpy import run_path
 
 from setuptools import Extension, setup
 
@@ -13,7 +14,8 @@ core = Extension(
     sorted(glob("quest/kernels/cpu/csrc/*.cpp")),
     depends=glob("quest/kernels/cpu/csrc/*.h"),
     language="c++",
-    extra_compile_args=["-O3", "-std=c++17", "-pthread"],
+    define_macros=[("QUEST_ABI", f'"{run_path("quest/kernels/cpu/abi.py")["digest"]()}"')],
+    extra_compile_args=["-O3", "-std=c++17", "-pthread", "-fwrapv"],
     extra_link_args=["-pthread"],
     optional=True,
 )

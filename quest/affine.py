@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quest.kernels.cpu.core import available, core
+from quest.kernels.cpu import calls
+from quest.kernels.cpu.core import available
 
 FLOAT = 32  # bits of a tensor that is not quantized
 
@@ -129,22 +130,14 @@ class _FusedFakeQuantize(torch.autograd.Function):
     def forward(ctx, x, scale, zero_point, qmin, qmax):
         z = float(zero_point)
         ctx.range = float(scale), qmin - z, qmax - z
-        out = torch.empty_like(x)
-        if x.stride() != out.stride():  # gaps between its values
-            x = torch.empty_like(x).copy_(x)
+        x = calls.dense(x)
         ctx.save_for_backward(x)
-        core().quest_fake_quantize(x.data_ptr(), x.numel(), *ctx.range, out.data_ptr(), torch.get_num_threads())
-        return out
+        return calls.fake_quantize(x, ctx.range)
 
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        if grad.stride() != x.stride():
-            grad = torch.empty_like(x).copy_(grad)
-        grad_scale = core().quest_fake_quantize_backward(
-            x.data_ptr(), grad.data_ptr(), x.numel(), *ctx.range, grad_x.data_ptr(), torch.get_num_threads()
-        )
+        grad_x, grad_scale = calls.fake_quantize_backward(x, grad, ctx.range)
         return grad_x, grad.new_tensor(grad_scale) if ctx.needs_input_grad[1] else None, None, None, None
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from operands import activation, exact, weight
+from torch import Tensor
 from torch.nn import functional as F
 
 from quest import kernels
@@ -23,11 +24,17 @@ pytestmark = [
 
 
 def poison(monkeypatch):
-    """What is not written shows: new tensors start as NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(
-        torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan) if k.get("dtype") is None else empty(*a, **k)
-    )
+    """What is not written shows: new tensors of floats start as NaN."""
+
+    def poisoned(make):
+        def made(*args, **kwargs):
+            new = make(*args, **kwargs)
+            return new.fill_(torch.nan) if new.is_floating_point() else new
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)])

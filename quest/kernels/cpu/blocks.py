@@ -17,34 +17,13 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quest.kernels.cpu import fused
-from quest.kernels.cpu.core import core
+from quest.kernels.cpu import calls, fused
 from quest.kernels.cpu.integer import computes, fuses, on_integers, plus
 
 
-def group_norm(
-    x: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor | None = None, modulation: Tensor | None = None
-) -> Tensor:
-    """Group norm of x [N, C, H, W] or [N, C, L], then SiLU if asked for; channels innermost.
-
-    shift [N, C] is added before; modulation [N, 2 C], the factor less 1 and the offset, is applied after the norm.
-    """
-    if x.ndim == 4 and (x.stride(1) != 1 or x.stride(2) != x.shape[3] * x.stride(3)):
-        # A tensor of one channel or one pixel has strides that say nothing.
-        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    elif x.stride(1) != 1:
-        x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    pixels = x[0, 0].numel()
-    if x.ndim == 4:
-        y = torch.empty(x.shape, memory_format=torch.channels_last)
-    else:
-        y = torch.empty((x.shape[0], pixels, x.shape[1])).transpose(1, 2)
-    affine = (None if t is None else t.data_ptr() for t in (norm.weight, norm.bias, shift, modulation))
-    core().quest_group_norm(
-        x.data_ptr(), x.stride(0), x.stride(-1), x.shape[0], pixels, x.shape[1], norm.num_groups, norm.eps, *affine,
-        silu, y.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+def group_norm(x: Tensor, norm: nn.GroupNorm, silu: bool, **more: Tensor | None) -> Tensor:
+    """Group norm of x, then SiLU if asked for; more: `shift`, `modulation` (see `calls.group_norm`)."""
+    return calls.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, **more)
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -56,14 +35,7 @@ class FusedLayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not computes(x) or len(self.normalized_shape) != 1:
             return super().forward(x)
-        x = x.contiguous()
-        y = torch.empty_like(x)
-        core().quest_layer_norm(
-            x.data_ptr(), x.numel() // x.shape[-1], x.shape[-1], self.eps,
-            None if self.weight is None else self.weight.data_ptr(),
-            None if self.bias is None else self.bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        return y
+        return calls.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class FusedGEGLU(GEGLU):
@@ -83,12 +55,12 @@ class FusedTransformerBlock(BasicTransformerBlock):
         **kwargs,
     ) -> Tensor:
         said = (attention_mask, *args, *(v for k, v in kwargs.items() if k not in ("timestep", "class_labels")))
-        plain = computes(hidden_states) and all(a is None for a in said)
+        inputs = [t for t in (hidden_states, encoder_hidden_states) if t is not None]
+        plain = all(map(computes, inputs)) and all(a is None for a in said)
         struct = fused.struct_of(self, transformer_block) if plain else None
         if struct is None:
             return super().forward(hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
-        context = None if encoder_hidden_states is None else encoder_hidden_states.contiguous()
-        return fused.run_transformer(struct, hidden_states.contiguous(), context)
+        return calls.transformer_block(struct, hidden_states, encoder_hidden_states)
 
 
 def transformer_block(block: FusedTransformerBlock) -> fused.Block | None:
@@ -110,12 +82,12 @@ def transformer_block(block: FusedTransformerBlock) -> fused.Block | None:
     norms = block.norm1, block.norm2 if len(modules) == 2 else block.norm1, block.norm3
 
     def struct():
-        return fused.TransformerBlock(
-            (fused.Norm * 3)(*map(fused.norm, norms)),
-            (fused.AttentionBlock * 2)(*(a.make() for a in attentions)),
+        return calls.TransformerBlock(
+            tuple(map(fused.norm, norms)),
+            tuple(a.make() for a in attentions),
             len(attentions),
             bool(block.only_cross_attention),
-            (fused.Layer * 2)(*map(fused.layer, layers)),
+            *map(fused.layer, layers),
         )
 
     return fused.Block(
@@ -127,7 +99,9 @@ class FusedResnetBlock(ResnetBlock2D):
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
         modulated = self.time_embedding_norm == "scale_shift"
         known = modulated or self.time_embedding_norm == "default"
-        if not computes(input_tensor) or not known or type(self.nonlinearity) is not nn.SiLU:
+        # diffusers adds the embedding of one sample to all.
+        each = temb is None or (computes(temb) and len(temb) == len(input_tensor))
+        if not computes(input_tensor) or not each or not known or type(self.nonlinearity) is not nn.SiLU:
             return super().forward(input_tensor, temb, *args, **kwargs)
         embedding = None
         if self.time_emb_proj is not None and temb is not None:
@@ -136,9 +110,7 @@ class FusedResnetBlock(ResnetBlock2D):
         if struct is not None:
             input_tensor = input_tensor.contiguous(memory_format=torch.channels_last)
             residual = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-            residual = residual.contiguous(memory_format=torch.channels_last)
-            out = torch.empty(residual.shape, memory_format=torch.channels_last)
-            return fused.run_resnet(struct, input_tensor, embedding, residual, out)
+            return calls.resnet_block(struct, input_tensor, embedding, residual)
         hidden = group_norm(input_tensor, self.norm1, silu=True)
         resample = self.upsample if self.upsample is not None else self.downsample
         if resample is not None:
@@ -163,9 +135,9 @@ def resnet_block(block: FusedResnetBlock) -> fused.Block | None:
 
     def struct():
         embedding = layers[2] if len(layers) == 3 else layers[0]  # not read where there is none
-        return fused.ResnetBlock(
-            (fused.Norm * 2)(fused.norm(block.norm1), fused.norm(block.norm2)),
-            (fused.Layer * 3)(fused.layer(block.conv1), fused.layer(embedding), fused.layer(block.conv2)),
+        return calls.ResnetBlock(
+            (fused.norm(block.norm1), fused.norm(block.norm2)),
+            *map(fused.layer, (block.conv1, embedding, block.conv2)),
             block.time_embedding_norm == "scale_shift",
         )
 

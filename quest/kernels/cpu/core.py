@@ -1,6 +1,6 @@
 """The compiled core in `csrc`: a plain C library, built where there was a C++ compiler when the package was installed.
 
-`QUEST_ISA` (portable, avx2, avx512vnni or amx) chooses another instruction set than the best of the machine.
+`QUEST_ISA` (one of ISAS) chooses another instruction set than the best of the machine.
 """
 
 import ctypes
@@ -9,68 +9,69 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-import torch  # noqa: F401 - loads the OpenMP runtime whose threads compute here as well
+import torch  # loads the OpenMP runtime whose threads compute here as well
+
+from quest.kernels.cpu import abi
+
+ISAS = ("portable", "avx2", "avx512vnni", "amx")  # instruction sets, each with what the ones before it have
+# What a function's result means, other than 0 (`Status` in csrc/driver.h).
+INVALID = 3
+ERRORS = {1: ValueError, 2: ValueError, INVALID: ValueError, 4: MemoryError, 5: RuntimeError}
 
 
 @cache
 def core() -> ctypes.CDLL:
-    """The compiled core. Raises OSError saying why there is none, and RuntimeError for one of older source."""
+    """The compiled core.
+
+    Raises OSError saying why there is none, RuntimeError for one of older source, and ValueError where QUEST_ISA names
+    no instruction set of this machine.
+    """
     folder = Path(__file__).parent
     found = [file for suffix in EXTENSION_SUFFIXES if (file := folder / f"_core{suffix}").is_file()]
     if not found:
         raise OSError(f"{folder} holds no compiled core: `pip install -e .` builds it where there is a C++ compiler")
     library = ctypes.CDLL(str(found[0]))
-    i64, f32, pointer, c_int = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
-    signatures = {
-        "quest_isa": (ctypes.c_char_p, []),
-        "quest_use": (c_int, [ctypes.c_char_p]),
-        "quest_use_openmp": (None, [pointer]),
-        "quest_packed_bytes": (i64, [i64] * 5),
-        "quest_pack": (None, [pointer] * 3 + [i64] * 5 + [pointer]),
-        "quest_unpack": (None, [pointer] * 2),
-        "quest_linear": (c_int, [pointer, i64, i64, pointer, pointer, f32, f32, f32, c_int, pointer, pointer, c_int]),
-        "quest_conv2d": (
-            c_int,
-            [pointer] + [i64] * 6 + [pointer, pointer, f32, f32, f32] + [i64] * 6 + [pointer, pointer, i64, i64, c_int],
-        ),
-        "quest_attention": (c_int, [pointer] * 4 + [i64] * 5 + [pointer, f32, pointer, c_int]),
-        "quest_group_norm": (
-            None,
-            [pointer] + [i64] * 6 + [f32] + [pointer] * 4 + [c_int, pointer, c_int],
-        ),
-        "quest_fake_quantize": (None, [pointer, i64, f32, f32, f32, pointer, c_int]),
-        "quest_fake_quantize_backward": (
-            ctypes.c_double,
-            [pointer, pointer, i64, f32, f32, f32, pointer, c_int],
-        ),
-        "quest_attention_block": (c_int, [pointer] * 3 + [i64] * 3 + [pointer] * 2 + [c_int]),
-        "quest_transformer_block": (c_int, [pointer] * 3 + [i64] * 3 + [pointer, c_int]),
-        "quest_resnet_block": (c_int, [pointer] * 2 + [i64] * 3 + [pointer] * 3 + [c_int]),
-        "quest_time": (None, [pointer]),
-        "quest_layer_norm": (None, [pointer, i64, i64, f32, pointer, pointer, pointer, c_int]),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(library, name, None)
-        if function is None:
-            raise RuntimeError(f"{found[0]} is older than its source: `pip install -e .` builds it anew")
-        function.restype, function.argtypes = result, arguments
+    functions = abi.functions()
+    for name, (result, arguments) in functions.items():
+        if function := getattr(library, name, None):
+            function.restype, function.argtypes = result, arguments
+    if not hasattr(library, "quest_abi") or library.quest_abi().decode() != abi.digest():
+        raise RuntimeError(f"{found[0]} is older than its source: `pip install -e .` builds it anew")
     if os.name == "posix" and (parallel := getattr(ctypes.CDLL(None), "GOMP_parallel", None)):
-        library.quest_use_openmp(ctypes.cast(parallel, pointer))
+        library.quest_use_openmp(ctypes.cast(parallel, ctypes.c_void_p))
     if isa := os.environ.get("QUEST_ISA"):
-        use(isa, library)
+        try:
+            use(isa, library)
+        except ValueError as error:
+            raise ValueError(f"QUEST_ISA: {error}") from None
     return library
 
 
 def use(isa: str, library: ctypes.CDLL | None = None) -> None:
-    """Compute with this instruction set from now on. Raises OSError where the machine lacks it."""
+    """Compute with this instruction set from now on. Raises ValueError for one that this machine does not have."""
     library = library or core()
+    if isa not in ISAS:
+        raise ValueError(f"{isa!r} is no instruction set; valid here: {', '.join(instruction_sets(library))}")
     if library.quest_use(isa.encode()):
-        raise OSError(f"instruction set {isa!r}: unknown, or not of this machine (best: {best(library)})")
+        raise ValueError(f"this machine lacks {isa}; valid here: {', '.join(instruction_sets(library))}")
 
 
-def best(library: ctypes.CDLL | None = None) -> str:
-    """The instruction set in use: "portable", "avx2", "avx512vnni" or "amx"."""
-    return (library or core()).quest_isa().decode()
+def instruction_sets(library: ctypes.CDLL | None = None) -> list[str]:
+    """Those of ISAS that this machine has."""
+    return (library or core()).quest_isas().decode().split(",")
+
+
+def best() -> str:
+    """The instruction set that computes: the best of this machine, unless another one was asked for."""
+    return core().quest_isa().decode()
+
+
+def check(status: int, name: str, **inputs: torch.Tensor | None) -> None:
+    """Raise what a function of the core that returned `status` failed with. name: what it computed, inputs: of what."""
+    if not status:
+        return
+    shapes = ", ".join(f"{i} {list(t.shape)}" for i, t in inputs.items() if t is not None) if status == INVALID else ""
+    raise ERRORS[status](f"{name}: {core().quest_message().decode()}" + (f" ({shapes})" if shapes else ""))
 
 
 @cache

@@ -7,42 +7,13 @@ A struct holds addresses and the ranges of one time group. It is made when the g
 import ctypes
 from collections.abc import Callable, Iterable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quest.kernels.cpu.core import core
-from quest.kernels.cpu.integer import address, check, on_integers
-
-i64, f32, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+from quest.kernels.cpu import calls
+from quest.kernels.cpu.integer import on_integers
 
 # Classes of attention processors that `attention` can read; quantization adds its own, kernels know no layers.
 PROCESSORS: list[type] = []
-
-
-class Layer(ctypes.Structure):
-    _fields_ = [("weight", pointer), ("bias", pointer), ("scale", f32), ("low", f32), ("high", f32)]
-
-
-class Norm(ctypes.Structure):
-    _fields_ = [("weight", pointer), ("bias", pointer), ("eps", f32), ("groups", i64)]
-
-
-class AttentionBlock(ctypes.Structure):
-    _fields_ = [("layers", Layer * 4), ("ranges", f32 * 12), ("scale", f32), ("heads", i64)]
-
-
-class TransformerBlock(ctypes.Structure):
-    _fields_ = [
-        ("norms", Norm * 3),
-        ("attentions", AttentionBlock * 2),
-        ("count", i64),
-        ("only_context", i64),
-        ("feed_forward", Layer * 2),
-    ]
-
-
-class ResnetBlock(ctypes.Structure):
-    _fields_ = [("norms", Norm * 2), ("layers", Layer * 3), ("modulated", i64)]
 
 
 class Block:
@@ -85,14 +56,15 @@ def struct_of(module: nn.Module, look: Callable[[nn.Module], Block | None]) -> c
     return block.struct() if block else None
 
 
-def layer(module: nn.Module) -> Layer:
+def layer(module: nn.Module) -> ctypes.Structure:
     """Of a quantized layer that runs on integers."""
-    return Layer(module.packed.data_ptr(), address(module.bias), *_range(module.input_quantizer))
+    return calls.layer(module.packed, module.bias, _range(module.input_quantizer))
 
 
-def norm(module: nn.Module) -> Norm:
-    groups = module.num_groups if isinstance(module, nn.GroupNorm) else 0
-    return Norm(address(module.weight), address(module.bias), module.eps, groups)
+def norm(module: nn.Module) -> ctypes.Structure:
+    if isinstance(module, nn.GroupNorm):
+        return calls.norm(module.weight, module.bias, module.eps, module.num_channels, module.num_groups)
+    return calls.norm(module.weight, module.bias, module.eps, module.normalized_shape[0])
 
 
 def attention(module: nn.Module) -> Block | None:
@@ -103,51 +75,10 @@ def attention(module: nn.Module) -> Block | None:
         return None
 
     def struct():
-        ranges = [number for q in (processor.q, processor.k, processor.v, processor.p) for number in _range(q)]
-        return AttentionBlock((Layer * 4)(*map(layer, layers)), (f32 * 12)(*ranges), module.scale, module.heads)
+        ranges = tuple(_range(q) for q in (processor.q, processor.k, processor.v, processor.p))
+        return calls.AttentionBlock(*map(layer, layers), ranges, module.scale, module.heads)
 
     return Block(struct, (*layers, processor))
-
-
-def run_attention(struct: AttentionBlock, x: Tensor, context: Tensor, residual: Tensor | None) -> Tensor:
-    """x [B, n, C], context [B, m, C'] -> [B, n, outputs], plus residual, if there is one; all without gaps."""
-    batch, n, _ = x.shape
-    out = torch.empty_like(x)
-    check(
-        core().quest_attention_block(
-            ctypes.byref(struct), x.data_ptr(), context.data_ptr(), batch, n, context.shape[1],
-            address(residual), out.data_ptr(), torch.get_num_threads(),
-        ),
-        "attention block",
-    )  # fmt: skip
-    return out
-
-
-def run_transformer(struct: TransformerBlock, x: Tensor, context: Tensor | None) -> Tensor:
-    """x [B, n, C], context [B, m, C'] -> [B, n, C]; all without gaps."""
-    batch, n, _ = x.shape
-    out = torch.empty_like(x)
-    m = 0 if context is None else context.shape[1]
-    check(
-        core().quest_transformer_block(
-            ctypes.byref(struct), x.data_ptr(), address(context), batch, n, m, out.data_ptr(), torch.get_num_threads()
-        ),
-        "transformer block",
-    )
-    return out
-
-
-def run_resnet(struct: ResnetBlock, x: Tensor, embedding: Tensor | None, residual: Tensor, out: Tensor) -> Tensor:
-    """x [N, C, H, W], residual and out [N, O, H, W], channels innermost and no gaps; embedding [N, E] activated."""
-    samples, _, height, width = x.shape
-    check(
-        core().quest_resnet_block(
-            ctypes.byref(struct), x.data_ptr(), samples, height, width,
-            address(embedding), residual.data_ptr(), out.data_ptr(), torch.get_num_threads(),
-        ),
-        "residual block",
-    )  # fmt: skip
-    return out
 
 
 def _range(quantizer: nn.Module) -> tuple[float, float, float]:

@@ -5,21 +5,16 @@ applied to the sum. Results differ from the reference's by the rounding of its f
 largest output). In attention such a difference in the scores can move a probability to the neighbouring code.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor, nn
 
 from quest.affine import FLOAT, QParams, QTensor, QuantSpec
+from quest.kernels.cpu import calls
 from quest.kernels.cpu.core import core
-from quest.kernels.torch_ops import convolved, fake_attention, fake_conv2d, flat, run
+from quest.kernels.torch_ops import fake_attention, fake_conv2d, flat, run
 
 LARGEST = 32767  # of codes less zero point, in int16
 SUM = 2**31 - 1  # of an accumulator
-GONE_WRONG = {
-    1: "the input holds NaN",
-    2: "codes less zero point, or their sums, exceed the integers of the kernel",
-}
 
 
 def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -103,24 +98,12 @@ def pack(weight: QTensor) -> Tensor:
     Codes of at most 4 bits take half a byte.
     """
     codes, scale, zero_point = (t.detach() for t in weight)
-    shape = (*codes.shape, 1, 1)[:4]  # [O, C, kh, kw]
-    bits = 4 if codes.max() <= 15 else 8
-    codes = codes.to(torch.uint8).contiguous()
-    outputs, (kh, kw) = shape[0], shape[2:]
-    scale = scale.flatten().float().expand(outputs).contiguous()
-    zero_point = zero_point.flatten().to(torch.int32).expand(outputs).contiguous()
-    size = core().quest_packed_bytes(*shape, bits)
-    packed = torch.empty((outputs, kh, kw, -(-size // (outputs * kh * kw))), dtype=torch.uint8)
-    core().quest_pack(codes.data_ptr(), zero_point.data_ptr(), scale.data_ptr(), *shape, bits, packed.data_ptr())
-    return packed
+    return calls.pack(codes, zero_point, scale)
 
 
 def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The codes that `pack` was given, float32 of the weight's shape, on the device of `packed`."""
-    there = packed.cpu()
-    codes = torch.empty(shape, dtype=torch.uint8)
-    core().quest_unpack(there.data_ptr(), codes.data_ptr())
-    return codes.to(packed.device).float()
+    return calls.unpack(packed.cpu(), shape).to(packed.device).float()
 
 
 def linear(
@@ -209,89 +192,23 @@ def plus(layer: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     return layer(x, residual=residual) if fuses(layer, x) else layer(x) + residual
 
 
-def _checked(x: Tensor, name: str) -> None:
-    if x.dtype != torch.float32 or x.device.type != "cpu":
-        raise TypeError(f"{name}: the integer kernel takes float32 on a CPU, not {x.dtype} on {x.device}")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"{name}: the integer kernel has no gradient; train on the reference kernel")
-
-
-def check(code: int, name: str) -> None:
-    if code:
-        raise ValueError(f"{name}: {GONE_WRONG[code]}")
-
-
-def _beside(residual: Tensor | None, out: Tensor, name: str) -> Tensor | None:
-    """The residual in the memory layout of the output."""
-    if residual is None:
-        return None
-    _checked(residual, f"{name}, residual")
-    if residual.shape != out.shape:
-        raise ValueError(f"{name}: a residual of shape {list(residual.shape)} for an output of {list(out.shape)}")
-    return residual if residual.stride() == out.stride() else torch.empty_like(out).copy_(residual)
-
-
-def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _limits(scale, zero_point, qmin: int, qmax: int) -> calls.Limits:
+    z = float(zero_point)
+    return float(scale), qmin - z, qmax - z
 
 
 def _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual):
-    _checked(x, "linear")
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    scale, z = float(scale), float(zero_point)
-    out = torch.empty((*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0]))
-    residual = _beside(residual, out, "linear")
-    check(
-        core().quest_linear(
-            rows.data_ptr(), rows.shape[0], rows.stride(0), weight.data_ptr(), address(bias), scale, qmin - z,
-            qmax - z, gated, address(residual), out.data_ptr(), torch.get_num_threads(),
-        ),
-        "linear",
-    )  # fmt: skip
-    return out
+    return calls.linear(x, weight, bias, _limits(scale, zero_point, qmin, qmax), gated, residual)
 
 
 def _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation, residual):
-    _checked(x, "conv2d")
-    if x.stride(1) != 1:
-        x = x.contiguous(memory_format=torch.channels_last)
-    samples, _, height, width = x.shape
-    sample, _, row, pixel = x.stride()
-    shape = convolved(x, weight, stride, padding, dilation)
-    scale, z = float(scale), float(zero_point)
-    out = torch.empty(shape, memory_format=torch.channels_last)
-    residual = _beside(residual, out, "conv2d")
-    check(
-        core().quest_conv2d(
-            x.data_ptr(), samples, height, width, sample, row, pixel, weight.data_ptr(), address(bias), scale,
-            qmin - z, qmax - z, *stride, *padding, *dilation, address(residual), out.data_ptr(), *shape[2:],
-            torch.get_num_threads(),
-        ),
-        "conv2d",
-    )  # fmt: skip
-    return out
+    limits = _limits(scale, zero_point, qmin, qmax)
+    return calls.conv2d(x, weight, bias, limits, stride, padding, dilation, residual)
 
 
 def _attention(q, k, v, scales, zero_points, limits, scale):
-    _checked(q, "attention")
-    q4, k4, v4 = (t if t.ndim == 4 else t[:, None] for t in (q, k, v))
-    q4, k4, v4 = (t if t.stride(3) == 1 else t.contiguous() for t in (q4, k4, v4))
-    batch, heads, n, d = q4.shape
-    out = torch.empty((batch, n, heads, d)).transpose(1, 2)
-    strides = [s for t in (q4, k4, v4, out) for s in t.stride()[:3]]
-    ranges = []
-    for i, (s, z) in enumerate(zip(scales, zero_points, strict=True)):
-        ranges += [float(s), limits[2 * i] - float(z), limits[2 * i + 1] - float(z)]
-    check(
-        core().quest_attention(
-            q4.data_ptr(), k4.data_ptr(), v4.data_ptr(), (ctypes.c_int64 * 12)(*strides), batch, heads, n, k4.shape[2],
-            d, (ctypes.c_float * 12)(*ranges), scale, out.data_ptr(), torch.get_num_threads(),
-        ),
-        "attention",
-    )  # fmt: skip
-    return out if q.ndim == 4 else out[:, 0]
+    each = [_limits(s, z, *limits[2 * i : 2 * i + 2]) for i, (s, z) in enumerate(zip(scales, zero_points, strict=True))]
+    return calls.attention(q, k, v, [number for limit in each for number in limit], scale)
 
 
 @torch.library.custom_op("quest::integer_linear", mutates_args=())

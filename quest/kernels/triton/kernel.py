@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from quest.affine import QParams, QTensor, QuantSpec
 from quest.kernels.cpu import integer
-from quest.kernels.torch_ops import convolved, fake_attention, fake_conv2d, flat, run
+from quest.kernels.shapes import convolved
+from quest.kernels.torch_ops import fake_attention, fake_conv2d, flat, run
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HEADER = 16  # bytes

@@ -1,5 +1,7 @@
-// What the drivers in core.cpp ask of an instruction set. All integers are exact; see core.cpp for the method.
+// What the drivers ask of an instruction set. All integers are exact; see pairs.h and bytes.h for the methods.
 #pragma once
+#include "abi.h"
+
 #include <cstddef>
 #include <cstdint>
 
@@ -18,10 +20,6 @@ struct GroupNorm {
   float eps;
   const float *weight, *bias, *shift, *factor, *offset;
   bool silu;
-};
-
-struct Range {  // of one quantized tensor: code - zero point = clamp(round(x / scale), low, high)
-  float scale, low, high;
 };
 
 // Products of unsigned by signed bytes: codes of activations less the lowest one, codes of weights less 128 or, of four

@@ -4,40 +4,74 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
+#include <exception>
 #include <functional>
+#include <mutex>
 #include <new>
+#include <stdexcept>
 #include <vector>
 
 namespace quest {
 
 extern const Isa* isa;  // in use
+const char* instruction_sets();
+// Computes with this instruction set from now on; false where the machine lacks it.
+bool use(const char* name);
+
+// What a function of the ABI returns. INVALID: arguments that do not belong together; nothing was computed.
+enum Status { OK = 0, HAS_NAN = 1, OUT_OF_RANGE = 2, INVALID = 3, NO_MEMORY = 4, FAILED = 5 };
+
+inline void require(bool condition, const char* otherwise) {
+  if (!condition) throw std::invalid_argument(otherwise);
+}
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// Memory that one thread keeps between calls.
+// Memory that one thread keeps between calls. Throws std::bad_alloc where there is not enough, and is empty then.
 template <class T>
 class Scratch {
  public:
-  ~Scratch() { std::free(data_); }
+  ~Scratch() { release(); }
   T* get(int64_t n) {
     if (n > size_) {
-      std::free(data_);
-      data_ = static_cast<T*>(std::aligned_alloc(64, round_up(n * sizeof(T), 64)));
-      if (!data_) throw std::bad_alloc();
+      release();
+      data_ = static_cast<T*>(::operator new(round_up(n * sizeof(T), ALIGNMENT), std::align_val_t(ALIGNMENT)));
       size_ = n;
     }
     return data_;
   }
 
  private:
+  static constexpr int64_t ALIGNMENT = 64;
+  void release() {
+    ::operator delete(data_, std::align_val_t(ALIGNMENT));
+    data_ = nullptr, size_ = 0;
+  }
   T* data_ = nullptr;
   int64_t size_ = 0;
 };
 
-// Calls work() on this thread and, where they are free, on up to `others` more of `threads` in all.
+// The first exception of several threads, which may not leave any of them.
+class Failure {
+ public:
+  void keep() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!first_) first_ = std::current_exception();
+  }
+  void rethrow() const {
+    if (first_) std::rethrow_exception(first_);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::exception_ptr first_;
+};
+
+// Calls work(), which must not throw, on this thread and, where they are free, on up to `others` more of `threads` in all.
 void run(int others, int threads, const std::function<void()>& work);
 // Threads of an OpenMP runtime from now on, whose GOMP_parallel this is.
 void use_region(void* entry);
@@ -49,7 +83,7 @@ constexpr int64_t WAKE = 1 << 20;
 inline int64_t useful(int threads, int64_t work) { return std::min<int64_t>(threads, 1 + work / WAKE); }
 
 // Calls task(0..tasks) on up to `threads` threads, fewer for little `work` (multiply-accumulates). Tasks write to places
-// of their own, so their order does not matter.
+// of their own, so their order does not matter. Throws what one of them threw; the rest are then not begun.
 template <class Task>
 void parallel(int64_t tasks, int threads, int64_t work, const Task& task) {
   const int busy = static_cast<int>(std::min(tasks, useful(threads, work)));
@@ -58,12 +92,19 @@ void parallel(int64_t tasks, int threads, int64_t work, const Task& task) {
     return;
   }
   std::atomic<int64_t> next{0};
+  Failure failure;
   run(busy - 1, threads, [&] {
-    for (int64_t i; (i = next++) < tasks;) task(i);
+    try {
+      for (int64_t i; (i = next++) < tasks;) task(i);
+    } catch (...) {
+      failure.keep();
+      next = tasks;
+    }
   });
+  failure.rethrow();
 }
 
-// A packed weight: this header, then zero points, scales and codes by panel.
+// A packed weight: this header, then zero points, scales and codes by panel. `pack` writes it, `weight_of` checks it.
 struct Weight {
   int64_t magic, outputs, channels, height, width, bits;
   int64_t largest;   // |code - zero point|
@@ -112,20 +153,36 @@ struct Epilogue {
 
 inline int64_t largest(Range r) { return static_cast<int64_t>(std::max(std::fabs(r.low), std::fabs(r.high))); }
 
+// Throws std::invalid_argument where these sizes are none of a weight, and where `packed` is no weight of `bytes` bytes.
+Weight layout(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits);
+const Weight& weight_of(const void* packed, int64_t bytes);
+void pack(const uint8_t* codes, const int32_t* zero_points, const float* scales, const Weight& given, Weight& w);
+void unpack(const Weight& w, uint8_t* codes);
+
 enum Kind { LAYERS, ATTENTION, NORMS };  // of work, whose seconds quest_time asks for
 
-enum Result { OK = 0, HAS_NAN = 1, OUT_OF_RANGE = 2 };
+extern double* seconds;  // of each Kind, or null
+
+// While it lives, time counts as spent on a kind of work.
+class Clock {
+ public:
+  explicit Clock(Kind kind) : kind_(kind) {
+    if (seconds) start_ = std::chrono::steady_clock::now();
+  }
+  ~Clock() {
+    if (seconds) seconds[kind_] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+
+ private:
+  Kind kind_;
+  std::chrono::steady_clock::time_point start_;
+};
+
+inline bool in_int16(Range r) { return std::fabs(r.low) <= 32767.f && std::fabs(r.high) <= 32767.f; }
 
 inline bool fits(const Weight& w, Range r) {
-  return std::max(std::fabs(r.low), std::fabs(r.high)) <= 32767.f && largest(r) * w.row_sum <= INT32_MAX;
+  return in_int16(r) && largest(r) * w.row_sum <= INT32_MAX;
 }
-
-// A quantized layer and the range of its input.
-struct Layer {
-  const Weight* weight;
-  const float* bias;
-  Range range;
-};
 
 struct Conv {
   const float* x;
@@ -147,8 +204,8 @@ bool bytes_fit(const Conv& c, Range range);
 bool bytes_linear(const Weight& w, const float* x, int64_t rows, int64_t stride, const float* bias, Range range,
                   bool gated, const float* residual, float* out, int threads);
 // A gated layer and the one that reads its output, between them only codes; `bytes_fit` says whether.
-bool bytes_fit(const Layer& gated, const Layer& linear);
-bool bytes_feed_forward(const Layer& gated, const Layer& linear, const float* x, int64_t rows, const float* residual,
+bool bytes_fit(const Layer& gated, const Layer& last);
+bool bytes_feed_forward(const Layer& gated, const Layer& last, const float* x, int64_t rows, const float* residual,
                         float* out, int threads);
 bool bytes_conv(const Weight& w, const Conv& c, const float* bias, Range range, int threads);
 
@@ -186,24 +243,30 @@ struct Attention {
 };
 bool bytes_attention(const Attention& a, int threads);
 
-}  // namespace quest
-
-// The functions of core.cpp that blocks.cpp puts together.
-extern "C" {
-int quest_linear(const float* x, int64_t rows, int64_t stride, const void* packed, const float* bias, float scale,
-                 float low, float high, int gated, const float* residual, float* out, int threads);
-int quest_conv2d(const float* x, int64_t samples, int64_t height, int64_t width, int64_t sample, int64_t row,
-                 int64_t pixel, const void* packed, const float* bias, float scale, float low, float high,
-                 int64_t stride_y, int64_t stride_x, int64_t top, int64_t left, int64_t dilation_y, int64_t dilation_x,
-                 const float* residual, float* out, int64_t out_height, int64_t out_width, int threads);
-int quest_attention(const float* q, const float* k, const float* v, const int64_t* strides, int64_t batch, int64_t heads,
-                    int64_t n, int64_t m, int64_t d, const float* ranges, float scale, float* out, int threads);
-// x [rows, channels] -> out: a gated layer and another one, plus residual; bytes_fit(*gated, *linear).
-int quest_feed_forward(const quest::Layer* gated, const quest::Layer* linear, const float* x, int64_t rows,
+// The drivers: what the functions of the ABI of these names compute, of arguments that belong together. Of no rows they
+// compute nothing.
+Status linear(const Weight& w, const float* x, int64_t rows, int64_t stride, const float* bias, Range range, bool gated,
+              const float* residual, float* out, int threads);
+Status conv2d(const Weight& w, const Conv& c, const float* bias, Range range, int threads);
+Status attention(const Attention& a, int threads);
+// x [rows, channels] -> out: a gated layer and another one, plus residual; bytes_fit(gated, last).
+Status feed_forward(const Layer& gated, const Layer& last, const float* x, int64_t rows, const float* residual, float* out,
+                    int threads);
+void group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, int64_t pixels, const Norm& norm,
+                const float* shift, const float* modulation, bool silu, float* y, int threads);
+void layer_norm(const float* x, int64_t rows, const Norm& norm, float* y, int threads);
+void fake_quantize(const float* x, int64_t n, Range range, float* out, int threads);
+double fake_quantize_backward(const float* x, const float* grad, int64_t n, Range range, float* out, int threads);
+Status attention_block(const AttentionBlock& a, const float* x, const float* context, int64_t batch, int64_t n, int64_t m,
                        const float* residual, float* out, int threads);
-void quest_group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, int64_t pixels, int64_t channels,
-                      int64_t groups, float eps, const float* weight, const float* bias, const float* shift,
-                      const float* modulation, int silu, float* y, int threads);
-void quest_layer_norm(const float* x, int64_t rows, int64_t n, float eps, const float* weight, const float* bias,
-                      float* y, int threads);
-}
+Status transformer_block(const TransformerBlock& t, const float* x, const float* context, int64_t batch, int64_t n,
+                         int64_t m, bool outside, float* out, int threads);
+Status resnet_block(const ResnetBlock& b, const float* x, int64_t samples, int64_t height, int64_t width,
+                    const float* embedding, const float* residual, float* out, int threads);
+// Throw std::invalid_argument where the layers of a block, or its inputs, do not belong together. Where there is no
+// context, or no embedding, it has 0 channels.
+void check(const AttentionBlock& a, int64_t channels, int64_t context_channels, int64_t outputs);
+void check(const TransformerBlock& t, int64_t channels, int64_t context_channels);
+void check(const ResnetBlock& b, int64_t channels, int64_t embedding_channels, int64_t outputs);
+
+}  // namespace quest

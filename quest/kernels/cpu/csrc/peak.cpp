@@ -47,8 +47,6 @@ QUEST_PEAK(float_avx512, "avx512f", __m512, "+v", _mm512_set1_ps(1e-3f), _mm512_
 
 extern "C" {
 
-// Runs `iterations` of multiply-accumulates and returns how many that were: of int16 (AVX2) or bytes into int32 as in the
-// register tiles of an instruction set, or of "float" with the widest vectors here. 0 where there are no such instructions.
 int64_t quest_peak(const char* name, int64_t iterations) {
 #if QUEST_X86
   using namespace quest;

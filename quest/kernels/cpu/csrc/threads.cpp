@@ -4,6 +4,7 @@
 
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #if !defined(_WIN32)
@@ -26,7 +27,11 @@ class Pool {
   void run(int others, const std::function<void()>& work) {
     std::unique_lock<std::mutex> only(caller_, std::try_to_lock);
     if (!only.owns_lock()) return work();  // somebody else has the threads
-    for (; started_ < others; started_++) std::thread([this] { serve(); }).detach();
+    try {
+      for (; started_ < others; started_++) std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {
+      if (others = started_; !others) return work();  // the system has no more threads to give
+    }
     {
       std::lock_guard<std::mutex> lock(mutex_);
       work_ = &work;

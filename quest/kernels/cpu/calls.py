@@ -1,0 +1,332 @@
+"""The functions of the compiled core on tensors: the one place where tensors become addresses.
+
+The core believes what it is told of the memory behind an address. Here dtype, device, shape and strides of every tensor
+are checked, once for each call, and every result is allocated; sizes that a packed weight knows are compared in
+`csrc/core.cpp`. A tensor that torch's own layer would read wherever its values lie is copied if the core cannot.
+
+Each function raises TypeError for a tensor that is not float32 on a CPU (torch does not mix dtypes either), ValueError
+for shapes that do not belong together and for an input that holds NaN, RuntimeError where a gradient would be lost, and
+MemoryError. No rows give no rows, as in torch.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from quest.kernels.cpu import abi
+from quest.kernels.cpu.core import check, core
+from quest.kernels.shapes import attended, convolved
+
+Limits = tuple[float, float, float]  # scale, and lowest and highest code less zero point
+
+STRUCTS = abi.structs()
+Layer, Norm, AttentionBlock, TransformerBlock, ResnetBlock = (
+    STRUCTS[name] for name in ("Layer", "Norm", "AttentionBlock", "TransformerBlock", "ResnetBlock")
+)
+
+
+def checked(tensor: Tensor, name: str) -> Tensor:
+    """The tensor, if the core can read its values; `name`: of what is computed, and of the tensor in it."""
+    if tensor.dtype is not torch.float32 or not tensor.is_cpu or tensor.layout is not torch.strided:
+        kind = tensor.dtype if tensor.layout is torch.strided else tensor.layout
+        raise TypeError(f"{name}: the integer kernel takes float32 on a CPU, not {kind} on {tensor.device}")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name}: the integer kernel has no gradient; train on the reference kernel")
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def packed(weight: Tensor, name: str) -> tuple[int, int]:
+    """Address and size of a packed weight."""
+    if weight.dtype is not torch.uint8 or not weight.is_cpu or not weight.is_contiguous():
+        raise TypeError(f"{name}: a packed weight is uint8 on a CPU, not {weight.dtype} on {weight.device}")
+    return weight.data_ptr(), weight.numel()
+
+
+def _shaped(tensor: Tensor | None, shape: tuple[int, ...], name: str) -> Tensor | None:
+    """The tensor without gaps, if it is of that shape; None of None."""
+    if tensor is None:
+        return None
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: its shape is {list(tensor.shape)}, not {list(shape)}")
+    return checked(tensor, name).contiguous()
+
+
+def _beside(residual: Tensor | None, out: Tensor, name: str) -> Tensor | None:
+    """The residual in the memory layout of the output."""
+    if residual is None:
+        return None
+    residual = checked(residual, f"{name}, residual")
+    if residual.shape != out.shape:
+        raise ValueError(f"{name}: a residual of shape {list(residual.shape)} for an output of {list(out.shape)}")
+    return residual if residual.stride() == out.stride() else torch.empty_like(out).copy_(residual)
+
+
+def _dimensions(tensor: Tensor, number: int, name: str) -> Tensor:
+    if tensor.ndim != number:
+        raise ValueError(f"{name}: its shape is {list(tensor.shape)}; it takes {number} dimensions")
+    return tensor
+
+
+def pack(codes: Tensor, zero_point: Tensor, scale: Tensor) -> Tensor:
+    """codes [O, C] or [O, C, kh, kw] of 0 to 255, zero_point and scale one or [O, ...] -> uint8 [O, kh, kw, bytes]."""
+    outputs, channels, kh, kw = (*codes.shape, 1, 1)[:4]
+    if not codes.numel() or not all(t.is_cpu for t in (codes, zero_point, scale)):
+        raise ValueError(f"pack: codes of shape {list(codes.shape)} on {codes.device}; it takes some, on a CPU")
+    low, high = codes.aminmax()
+    if not 0 <= low <= high <= 255 or not zero_point.abs().max() <= 32767:
+        raise ValueError("pack: it takes codes from 0 to 255, with zero points that fit into 16 bits")
+    shape, bits = (outputs, channels, kh, kw), 4 if high <= 15 else 8
+    codes = codes.to(torch.uint8).contiguous()
+    scale = scale.flatten().float().expand(outputs).contiguous()
+    zero_point = zero_point.flatten().to(torch.int32).expand(outputs).contiguous()
+    size = core().quest_packed_bytes(*shape, bits)
+    packed = torch.empty((outputs, kh, kw, -(-size // (outputs * kh * kw))), dtype=torch.uint8, device="cpu")
+    status = core().quest_pack(
+        codes.data_ptr(), zero_point.data_ptr(), scale.data_ptr(), *shape, bits, packed.data_ptr(), packed.numel()
+    )
+    check(status, "pack")
+    return packed
+
+
+def unpack(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The codes that `pack` was given, uint8 of that shape."""
+    codes = torch.empty(shape, dtype=torch.uint8, device="cpu")
+    check(core().quest_unpack(*packed(weight, "unpack"), *(*shape, 1, 1)[:4], codes.data_ptr()), "unpack")
+    return codes
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits, gated: bool = False, residual: Tensor | None = None
+) -> Tensor:
+    """x [..., K], weight what `pack` gave, bias [N] -> [..., N]; gated: [..., N / 2], see `integer.linear`."""
+    x = checked(x, "linear")
+    if not x.ndim or not x.shape[-1]:
+        raise ValueError(f"linear: an input of shape {list(x.shape)} has no channels")
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    outputs = weight.shape[0]
+    width = outputs // 2 if gated else outputs
+    bias = _shaped(bias, (outputs,), "linear, bias")
+    out = x.new_empty((*x.shape[:-1], width))
+    residual = _beside(residual, out, "linear")
+    status = core().quest_linear(
+        rows.data_ptr(), *rows.shape, rows.stride(0), *packed(weight, "linear"), address(bias), *limits, gated,
+        address(residual), out.data_ptr(), width, torch.get_num_threads(),
+    )  # fmt: skip
+    check(status, "linear", x=x)
+    return out
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    limits: Limits,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x [N, C, H, W] or [C, H, W], weight what `pack` gave, bias [O] -> [N, O, H', W'], channels innermost."""
+    if x.ndim == 3:
+        more = None if residual is None else residual[None]
+        return conv2d(x[None], weight, bias, limits, stride, padding, dilation, more)[0]
+    x = _dimensions(checked(x, "conv2d"), 4, "conv2d")
+    if x.stride(1) != 1:
+        x = x.contiguous(memory_format=torch.channels_last)
+    sample, _, row, pixel = x.stride()
+    shape = convolved(x, weight, stride, padding, dilation)
+    bias = _shaped(bias, (shape[1],), "conv2d, bias")
+    out = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+    residual = _beside(residual, out, "conv2d")
+    status = core().quest_conv2d(
+        x.data_ptr(), *x.shape, sample, row, pixel, *packed(weight, "conv2d"), address(bias), *limits, *stride,
+        *padding, *dilation, address(residual), out.data_ptr(), *shape[1:], torch.get_num_threads(),
+    )  # fmt: skip
+    check(status, "conv2d", x=x)
+    return out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, limits: tuple[float, ...], scale: float) -> Tensor:
+    """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, heads, n, d], or without `heads`; limits of q, k, v and p."""
+    q, k, v = (checked(t, f"attention, {name}") for name, t in (("q", q), ("k", k), ("v", v)))
+    attended(q, k, v)
+    q4, k4, v4 = (t if t.ndim == 4 else t[:, None] for t in (q, k, v))
+    q4, k4, v4 = (t if t.stride(3) == 1 else t.contiguous() for t in (q4, k4, v4))
+    batch, heads, n, d = q4.shape
+    out = q.new_empty((batch, n, heads, d)).transpose(1, 2)
+    strides = [s for t in (q4, k4, v4, out) for s in t.stride()[:3]]
+    status = core().quest_attention(
+        q4.data_ptr(), k4.data_ptr(), v4.data_ptr(), (ctypes.c_int64 * 12)(*strides), batch, heads, n, k4.shape[2], d,
+        (ctypes.c_float * 12)(*limits), scale, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    check(status, "attention", q=q, k=k)
+    return out if q.ndim == 4 else out[:, 0]
+
+
+def layer(weight: Tensor, bias: Tensor | None, limits: Limits) -> ctypes.Structure:
+    """The struct of a quantized layer; it holds addresses of what it is given."""
+    if bias is not None and (checked(bias, "bias").shape != weight.shape[:1] or not bias.is_contiguous()):
+        raise ValueError(f"a bias of shape {list(bias.shape)} for {weight.shape[0]} outputs")
+    return Layer(*packed(weight, "layer"), address(bias), limits)
+
+
+def norm(weight: Tensor | None, bias: Tensor | None, eps: float, channels: int, groups: int = 0) -> ctypes.Structure:
+    """The struct of a group norm or layer norm; it holds addresses of what it is given."""
+    for tensor in (weight, bias):
+        if tensor is not None and (checked(tensor, "norm").shape != (channels,) or not tensor.is_contiguous()):
+            raise ValueError(f"norm: a weight or bias of shape {list(tensor.shape)} for {channels} channels")
+    return Norm(address(weight), address(bias), eps, groups, channels)
+
+
+def attention_block(
+    block: ctypes.Structure, x: Tensor, context: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """x [B, n, C], context [B, m, C'], None: x -> [B, n, C], plus residual, if there is one."""
+    x, context = _tokens(x, context, "attention block")
+    context = x if context is None else context
+    residual = _shaped(residual, x.shape, "attention block, residual")
+    out = x.new_empty(x.shape)
+    status = core().quest_attention_block(
+        ctypes.byref(block), x.data_ptr(), context.data_ptr(), *x.shape, *context.shape[1:], address(residual),
+        out.data_ptr(), x.shape[2], torch.get_num_threads(),
+    )  # fmt: skip
+    check(status, "attention block", x=x, context=context)
+    return out
+
+
+def transformer_block(block: ctypes.Structure, x: Tensor, context: Tensor | None) -> Tensor:
+    """x [B, n, C], context [B, m, C'] or None -> [B, n, C]."""
+    x, context = _tokens(x, context, "transformer block")
+    out = x.new_empty(x.shape)
+    m, width = (0, 0) if context is None else context.shape[1:]
+    status = core().quest_transformer_block(
+        ctypes.byref(block), x.data_ptr(), address(context), *x.shape, m, width, out.data_ptr(), torch.get_num_threads()
+    )
+    check(status, "transformer block", x=x, context=context)
+    return out
+
+
+def _tokens(x: Tensor, context: Tensor | None, name: str) -> tuple[Tensor, Tensor | None]:
+    """Both without gaps."""
+    x = _dimensions(checked(x, name), 3, name).contiguous()
+    if context is None:
+        return x, None
+    context = _dimensions(checked(context, f"{name}, context"), 3, f"{name}, context").contiguous()
+    if context.shape[0] != x.shape[0]:
+        raise ValueError(f"{name}: a context of {context.shape[0]} samples for an input of {x.shape[0]}")
+    return x, context
+
+
+def resnet_block(block: ctypes.Structure, x: Tensor, embedding: Tensor | None, residual: Tensor) -> Tensor:
+    """x [N, C, H, W], embedding [N, E] activated, residual [N, O, H, W] -> [N, O, H, W], channels innermost."""
+    x = _dimensions(checked(x, "residual block"), 4, "residual block").contiguous(memory_format=torch.channels_last)
+    samples, channels, height, width = x.shape
+    residual = _dimensions(checked(residual, "residual block, residual"), 4, "residual block, residual")
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    if residual.shape[0] != samples or residual.shape[2:] != x.shape[2:]:
+        raise ValueError(f"residual block: a residual of shape {list(residual.shape)} for {list(x.shape)}")
+    length = 0
+    if embedding is not None:
+        length = _dimensions(embedding, 2, "residual block, embedding").shape[1]
+        embedding = _shaped(embedding, (samples, length), "residual block, embedding")
+    out = torch.empty(residual.shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+    status = core().quest_resnet_block(
+        ctypes.byref(block), x.data_ptr(), samples, height, width, channels, address(embedding), length,
+        residual.data_ptr(), out.data_ptr(), residual.shape[1], torch.get_num_threads(),
+    )  # fmt: skip
+    check(status, "residual block", x=x, embedding=embedding, residual=residual)
+    return out
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    silu: bool = False,
+    shift: Tensor | None = None,
+    modulation: Tensor | None = None,
+) -> Tensor:
+    """Group norm of x [N, C, H, W] or [N, C, L], then SiLU if asked for; channels innermost.
+
+    shift [N, C] is added before; modulation [N, 2 C], the factor less 1 and the offset, is applied after the norm.
+    """
+    x = checked(x, "group norm")
+    if x.ndim not in (3, 4):
+        raise ValueError(f"group norm: its shape is {list(x.shape)}; it takes 3 or 4 dimensions")
+    samples, channels, *size = x.shape
+    rows = x[..., None] if x.ndim == 3 else x  # [N, C, H, W]
+    if rows.stride(1) != 1 or (rows.shape[2] > 1 and rows.stride(2) != rows.shape[3] * _pixel(rows)):
+        rows = rows.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    y = x.new_empty((samples, *size, channels))
+    names = ("weight", "bias", "shift", "modulation")
+    shapes = (channels,), (channels,), (samples, channels), (samples, 2 * channels)
+    affine = [
+        _shaped(t, shape, f"group norm, {name}")
+        for name, t, shape in zip(names, (weight, bias, shift, modulation), shapes, strict=True)
+    ]
+    status = core().quest_group_norm(
+        rows.data_ptr(), rows.stride(0), _pixel(rows), samples, rows.shape[2] * rows.shape[3], channels, groups, eps,
+        *map(address, affine), silu, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    check(status, "group norm", x=x)
+    return y.movedim(-1, 1)
+
+
+def _pixel(x: Tensor) -> int:
+    """From one pixel of [N, C, H, W] to the next; the stride of a side of one pixel says nothing."""
+    return x.stride(3) if x.shape[3] > 1 else x.stride(2) if x.shape[2] > 1 else x.shape[1]
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer norm over the last dimension of x."""
+    x = checked(x, "layer norm").contiguous()
+    shape = x.shape[-1:]
+    if not x.ndim:
+        raise ValueError("layer norm: a number has no dimension to normalize")
+    weight, bias = _shaped(weight, shape, "layer norm, weight"), _shaped(bias, shape, "layer norm, bias")
+    y = x.new_empty(x.shape)
+    rows = x.numel() // shape[0] if x.numel() else 0
+    status = core().quest_layer_norm(
+        x.data_ptr(), rows, shape[0], eps, address(weight), address(bias), y.data_ptr(), torch.get_num_threads()
+    )
+    check(status, "layer norm")
+    return y
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, if there are no gaps between its values and none is shared; else such a copy."""
+    x, twin = checked(x, "fake quantization"), torch.empty_like(x)
+    return x if x.stride() == twin.stride() else twin.copy_(x)
+
+
+def fake_quantize(x: Tensor, limits: Limits) -> Tensor:
+    """scale * clamp(round(x / scale), low, high) of a `dense` x, in its layout."""
+    out = torch.empty_like(x)
+    check(
+        core().quest_fake_quantize(x.data_ptr(), x.numel(), *limits, out.data_ptr(), torch.get_num_threads()),
+        "fake quantization",
+    )
+    return out
+
+
+def fake_quantize_backward(x: Tensor, grad: Tensor, limits: Limits) -> tuple[Tensor, float]:
+    """The gradients of a `dense` x and of the scale from that of the result, of the shape of x."""
+    out = torch.empty_like(x)
+    grad = _beside(grad, out, "fake quantization, gradient")
+    of_scale = ctypes.c_double()
+    status = core().quest_fake_quantize_backward(
+        x.data_ptr(), grad.data_ptr(), x.numel(), *limits, out.data_ptr(), ctypes.byref(of_scale),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    check(status, "fake quantization, gradient")
+    return out, of_scale.value

@@ -1,0 +1,57 @@
+// Float passes: norms, and fake quantization.
+#include "driver.h"
+
+namespace quest {
+
+void group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, int64_t pixels, const Norm& norm,
+                const float* shift, const float* modulation, bool silu, float* y, int threads) {
+  const Clock clock(NORMS);
+  if (!samples || !pixels || !norm.channels) return;
+  const int64_t channels = norm.channels, groups = norm.groups, per = channels / groups;
+  const int64_t work = 10 * samples * pixels * channels;
+  // Where there are few samples their groups are shared out, too.
+  const int64_t parts = std::min(groups, ceil_div(useful(threads, work), samples));
+  parallel(samples * parts, threads, work, [&](int64_t task) {
+    static thread_local Scratch<float> memory;
+    const int64_t i = task / parts, part = task % parts;
+    const int64_t first = part * groups / parts, last = (part + 1) * groups / parts, c = first * per;
+    const auto from = [&](const float* array, int64_t sample_at) { return array ? array + sample_at + c : nullptr; };
+    const GroupNorm one{pixels, (last - first) * per, last - first, pixel, static_cast<ptrdiff_t>(channels), norm.eps,
+                        from(norm.weight, 0), from(norm.bias, 0), from(shift, i * channels),
+                        from(modulation, 2 * i * channels), from(modulation, (2 * i + 1) * channels), silu};
+    isa->group_norm(one, x + i * sample + c, y + i * pixels * channels + c, memory.get(4 * round_up(one.channels, 16)));
+  });
+}
+
+void layer_norm(const float* x, int64_t rows, const Norm& norm, float* y, int threads) {
+  const Clock clock(NORMS);
+  constexpr int64_t block = 64;
+  const int64_t n = norm.channels;
+  parallel(ceil_div(rows, block), threads, 10 * rows * n, [&](int64_t task) {
+    for (int64_t r = task * block; r < std::min(rows, (task + 1) * block); r++)
+      isa->layer_norm(x + r * n, n, norm.eps, norm.weight, norm.bias, y + r * n);
+  });
+}
+
+namespace {
+constexpr int64_t CHUNK = 1 << 14;  // numbers of a task
+}
+
+void fake_quantize(const float* x, int64_t n, Range range, float* out, int threads) {
+  parallel(ceil_div(n, CHUNK), threads, 10 * n, [&](int64_t i) {
+    isa->fake_quantize(x + i * CHUNK, std::min(CHUNK, n - i * CHUNK), range, out + i * CHUNK);
+  });
+}
+
+double fake_quantize_backward(const float* x, const float* grad, int64_t n, Range range, float* out, int threads) {
+  std::vector<double> sums(ceil_div(n, CHUNK));
+  parallel(ceil_div(n, CHUNK), threads, 10 * n, [&](int64_t i) {
+    sums[i] = isa->fake_quantize_backward(x + i * CHUNK, grad + i * CHUNK, std::min(CHUNK, n - i * CHUNK), range,
+                                          out + i * CHUNK);
+  });
+  double all = 0;
+  for (double s : sums) all += s;
+  return all;
+}
+
+}  // namespace quest

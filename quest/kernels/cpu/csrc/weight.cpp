@@ -1,0 +1,81 @@
+// Packed weights.
+#include "driver.h"
+
+#include <cstring>
+
+namespace quest {
+
+namespace {
+constexpr int64_t MAGIC = 0x31304b5155455354;
+}
+
+Weight layout(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits) {
+  require(outputs > 0 && channels > 0 && height > 0 && width > 0, "a weight without outputs, channels or taps");
+  require(bits == 4 || bits == 8, "codes are packed in 4 or in 8 bits");
+  Weight w{MAGIC, outputs, channels, height, width, bits, 0, 0, 0, 0, 0, 0};
+  int64_t at = round_up(sizeof(Weight), 64);
+  auto take = [&](int64_t bytes) {
+    int64_t start = at;
+    at += round_up(bytes, 64);
+    return start;
+  };
+  w.zero_points = take(w.panels() * NR * sizeof(int16_t));
+  w.scales = take(w.panels() * NR * sizeof(float));
+  w.codes = take(w.panels() * w.panel_codes());
+  w.bytes = at;
+  return w;
+}
+
+const Weight& weight_of(const void* packed, int64_t bytes) {
+  const Weight& w = *static_cast<const Weight*>(packed);
+  require(packed && bytes >= static_cast<int64_t>(sizeof(Weight)) && w.magic == MAGIC, "this is no packed weight");
+  const Weight same = layout(w.outputs, w.channels, w.height, w.width, w.bits);
+  require(w.bytes == same.bytes && w.codes == same.codes && w.scales == same.scales && w.zero_points == same.zero_points &&
+              w.bytes <= bytes,
+          "this packed weight is damaged");
+  return w;
+}
+
+// given: its layout.
+void pack(const uint8_t* codes, const int32_t* zero_points, const float* scales, const Weight& given, Weight& w) {
+  const int64_t outputs = given.outputs, channels = given.channels, taps = given.taps(), bits = given.bits;
+  // What fills up pairs and panels meets the zeros that fill up the quantized input, or gives an output that is not
+  // stored; it is the code that counts as a byte of 0 (see Bytes).
+  const uint8_t fill = bits == 8 ? 128 : 8;
+  std::memset(static_cast<void*>(&w), 0, given.codes);
+  w = given;
+  std::memset(w.base() + w.codes, bits == 8 ? fill : fill << 4 | fill, given.bytes - given.codes);
+  int16_t* z = reinterpret_cast<int16_t*>(w.base() + w.zero_points);
+  float* s = reinterpret_cast<float*>(w.base() + w.scales);
+  for (int64_t o = 0; o < outputs; o++) {
+    int64_t sum = 0;
+    z[o] = static_cast<int16_t>(zero_points[o]);
+    s[o] = scales[o];
+    for (int64_t t = 0; t < taps; t++) {
+      const Row row(w, o, t);
+      for (int64_t k = 0; k < channels; k++) {
+        uint8_t code = codes[(o * channels + k) * taps + t];
+        char& at = w.base()[row.byte(k)];
+        at = static_cast<char>(at ^ (code ^ fill) << row.shift);
+        int64_t value = std::abs(code - zero_points[o]);
+        sum += value;
+        w.largest = std::max(w.largest, value);
+      }
+    }
+    w.row_sum = std::max(w.row_sum, sum);
+  }
+}
+
+void unpack(const Weight& w, uint8_t* codes) {
+  const int64_t channels = w.channels, taps = w.taps();
+  const int mask = (1 << w.bits) - 1;
+  for (int64_t o = 0; o < w.outputs; o++)
+    for (int64_t t = 0; t < taps; t++) {
+      const Row row(w, o, t);
+      for (int64_t k = 0; k < channels; k++)
+        codes[(o * channels + k) * taps + t] =
+            static_cast<uint8_t>(static_cast<uint8_t>(w.base()[row.byte(k)]) >> row.shift & mask);
+    }
+}
+
+}  // namespace quest
