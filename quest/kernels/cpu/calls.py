@@ -261,8 +261,8 @@ def group_norm(
     shift [N, C] is added before; modulation [N, 2 C], the factor less 1 and the offset, is applied after the norm.
     """
     x = checked(x, "group norm")
-    if x.ndim not in (3, 4):
-        raise ValueError(f"group norm: its shape is {list(x.shape)}; it takes 3 or 4 dimensions")
+    if x.ndim not in (3, 4) or 0 in x.shape[2:]:
+        raise ValueError(f"group norm: its shape is {list(x.shape)}; it takes [N, C, L] or [N, C, H, W] with pixels")
     samples, channels, *size = x.shape
     rows = x[..., None] if x.ndim == 3 else x  # [N, C, H, W]
     if rows.stride(1) != 1 or (rows.shape[2] > 1 and rows.stride(2) != rows.shape[3] * _pixel(rows)):

@@ -10,8 +10,7 @@ constexpr int64_t MAGIC = 0x31304b5155455354;
 }
 
 Weight layout(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits) {
-  require(outputs > 0 && channels > 0 && height > 0 && width > 0, "a weight without outputs, channels or taps");
-  require(bits == 4 || bits == 8, "codes are packed in 4 or in 8 bits");
+  require(outputs > 0 && channels > 0 && height > 0 && width > 0 && (bits == 4 || bits == 8), "no shape of a packed weight");
   Weight w{MAGIC, outputs, channels, height, width, bits, 0, 0, 0, 0, 0, 0};
   int64_t at = round_up(sizeof(Weight), 64);
   auto take = [&](int64_t bytes) {
