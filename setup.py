@@ -14,7 +14,7 @@ core = Extension(
     sorted(glob("quest/kernels/cpu/csrc/*.cpp")),
     depends=glob("quest/kernels/cpu/csrc/*.h"),
     language="c++",
-    define_macros=[("QUEST_ABI", f'"{run_path("quest/kernels/cpu/abi.py")["digest"]()}"')],
+    define_macros=[("QUEST_ABI", f'"{run_path("quest/kernels/cpu/core/abi.py")["digest"]()}"')],
     extra_compile_args=["-O3", "-std=c++17", "-pthread", "-fwrapv"],
     extra_link_args=["-pthread"],
     optional=True,

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quest.kernels.cpu import calls
-from quest.kernels.cpu.core import available
+from quest.kernels.cpu.core import available, calls
 
 FLOAT = 32  # bits of a tensor that is not quantized
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # Room -> what it may import, from the ground up: each room imports rooms that are listed before it.
 ROOMS = {
     "quest.runtime": set(),
-    "quest.kernels.cpu.core": set(),  # the compiled library alone, which fake quantization calls as well
+    "quest.kernels.cpu.core": set(),  # the compiled library and its calls, among them fake quantization
     "quest.affine": {"quest.kernels.cpu.core"},  # the arithmetic that kernels compute and quantizers choose
     "quest.kernels": {"quest.kernels.cpu.core", "quest.affine"},
     "quest.diffusion": {"quest.runtime"},

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from quest.affine import QParams
-from quest.kernels.shapes import attended, convolved
+from quest.kernels.cpu.core.shapes import attended, convolved
 
 
 def run(function, op: str, x: Tensor, *arguments) -> Tensor:

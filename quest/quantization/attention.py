@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from quest import kernels
 from quest.affine import QuantSpec, fake_quantize
 from quest.kernels import reference
-from quest.kernels.cpu import calls, fused
-from quest.kernels.cpu.integer import computes
+from quest.kernels.cpu import fused
 from quest.quantization.quantizer import Quantizer
 from quest.quantization.timegroups import TimeGroups
 
@@ -51,9 +50,8 @@ class QuantAttention(nn.Module):
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        struct = fused.struct_of(attn, fused.attention) if computes(hidden_states) else None
-        if struct is not None:
-            x = calls.attention_block(struct, hidden_states, context, rows if attn.residual_connection else None)
+        x = fused.attended(attn, hidden_states, context, rows if attn.residual_connection else None)
+        if x is not None:
             # With the strides of channels that lie innermost, which torch asks for, of a single image, too.
             return x if given.ndim == 3 else x.unflatten(1, given.shape[2:]).permute(0, 3, 1, 2)
         x = attn.to_out[1](attn.to_out[0](self.attended(attn, hidden_states, context)))

@@ -13,7 +13,8 @@ from torch import nn
 import quest
 from quest.affine import QParams, QuantSpec
 from quest.kernels import reference
-from quest.kernels.cpu import abi, blocks, calls, core, integer
+from quest.kernels.cpu import blocks, core, integer
+from quest.kernels.cpu.core import abi, calls
 from quest.quantization.layers import quant_layers
 from quest.quantization.placement import place
 

@@ -17,7 +17,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quest.kernels.cpu import calls, fused
+from quest.kernels.cpu import fused
+from quest.kernels.cpu.core import calls
 from quest.kernels.cpu.integer import computes, fuses, on_integers, plus
 
 

@@ -7,10 +7,10 @@ A struct holds addresses and the ranges of one time group. It is made when the g
 import ctypes
 from collections.abc import Callable, Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
-from quest.kernels.cpu import calls
-from quest.kernels.cpu.integer import on_integers
+from quest.kernels.cpu.core import calls
+from quest.kernels.cpu.integer import computes, on_integers
 
 # Classes of attention processors that `attention` can read; quantization adds its own, kernels know no layers.
 PROCESSORS: list[type] = []
@@ -79,6 +79,15 @@ def attention(module: nn.Module) -> Block | None:
         return calls.AttentionBlock(*map(layer, layers), ranges, module.scale, module.heads)
 
     return Block(struct, (*layers, processor))
+
+
+def attended(module: nn.Module, x: Tensor, context: Tensor, residual: Tensor | None) -> Tensor | None:
+    """An `Attention` of x [B, n, C] to context [B, m, C'], plus residual, in one call of the core.
+
+    None where the core cannot compute it: not these modules, or not this x.
+    """
+    block = struct_of(module, attention) if computes(x) else None
+    return None if block is None else calls.attention_block(block, x, context, residual)
 
 
 def _range(quantizer: nn.Module) -> tuple[float, float, float]:

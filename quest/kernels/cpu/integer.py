@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quest.affine import FLOAT, QParams, QTensor, QuantSpec
-from quest.kernels.cpu import calls
-from quest.kernels.cpu.core import core
+from quest.kernels.cpu.core import calls, core
 from quest.kernels.torch_ops import fake_attention, fake_conv2d, flat, run
 
 LARGEST = 32767  # of codes less zero point, in int16

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from quest.affine import QParams, QTensor, QuantSpec
 from quest.kernels.cpu import integer
-from quest.kernels.shapes import convolved
+from quest.kernels.cpu.core.shapes import convolved
 from quest.kernels.torch_ops import fake_attention, fake_conv2d, flat, run
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -1,4 +1,4 @@
-// The C functions of the compiled core and the structs they take. This is their only description: quest/kernels/cpu/abi.py
+// The C functions of the compiled core and the structs they take. This is their only description: quest/kernels/cpu/core/abi.py
 // makes the signatures of ctypes from it, and its hash, which is compiled into the core, shows a core of older source.
 // Each declaration stands on its own; types are those in the table of abi.py; comments do not count.
 //

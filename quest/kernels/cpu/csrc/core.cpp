@@ -1,5 +1,5 @@
 // The C functions of abi.h: what they are given is checked here, and no exception leaves them. What a check cannot see is
-// whether addresses are those of so many numbers; the callers in Python answer for that (quest/kernels/cpu/calls.py).
+// whether addresses are those of so many numbers; the callers in Python answer for that (quest/kernels/cpu/core/calls.py).
 #include "driver.h"
 
 #include <cstdio>

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch  # loads the OpenMP runtime whose threads compute here as well
 
-from quest.kernels.cpu import abi
+from quest.kernels.cpu.core import abi
 
 ISAS = ("portable", "avx2", "avx512vnni", "amx")  # instruction sets, each with what the ones before it have
 # What a function's result means, other than 0 (`Status` in csrc/driver.h).
@@ -26,7 +26,7 @@ def core() -> ctypes.CDLL:
     Raises OSError saying why there is none, RuntimeError for one of older source, and ValueError where QUEST_ISA names
     no instruction set of this machine.
     """
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     found = [file for suffix in EXTENSION_SUFFIXES if (file := folder / f"_core{suffix}").is_file()]
     if not found:
         raise OSError(f"{folder} holds no compiled core: `pip install -e .` builds it where there is a C++ compiler")

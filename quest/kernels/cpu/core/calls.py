@@ -14,9 +14,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from quest.kernels.cpu import abi
-from quest.kernels.cpu.core import check, core
-from quest.kernels.shapes import attended, convolved
+from quest.kernels.cpu.core import abi, check, core
+from quest.kernels.cpu.core.shapes import attended, convolved
 
 Limits = tuple[float, float, float]  # scale, and lowest and highest code less zero point
 

@@ -1,4 +1,4 @@
-"""The C functions of the compiled core as `csrc/abi.h` declares them: what ctypes must know of them, and their hash.
+"""The C functions of the compiled core as `../csrc/abi.h` declares them: what ctypes must know of them, and their hash.
 
 The header is the only description. `setup.py` compiles its hash into the core, and `core` compares it when loading.
 """
@@ -8,7 +8,7 @@ import hashlib
 import re
 from pathlib import Path
 
-HEADER = Path(__file__).parent / "csrc" / "abi.h"
+HEADER = Path(__file__).parents[1] / "csrc" / "abi.h"
 TYPES = {
     "void": None,
     "int": ctypes.c_int,
