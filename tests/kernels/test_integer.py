@@ -1,6 +1,7 @@
 """The integer kernel against what the reference means, on every instruction set of this machine."""
 
 import ctypes
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -197,18 +198,40 @@ def test_attention(isa, threads, monkeypatch, q, n, m, d, heads, heads_apart):
     assert ((y - e).abs() > 1e-5 * e.abs().max()).float().mean() < 0.02
 
 
-def test_threads_do_not_touch_a_bit():
+@pytest.fixture
+def regions():
+    """Notes the threads of every parallel region that the core begins, in torch's OpenMP runtime."""
+    entry = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if os.name == "posix" else None
+    if entry is None:
+        pytest.skip("torch computes here without an OpenMP runtime that the core could use")
+    seen, kind = [], ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    begin = kind(ctypes.cast(entry, ctypes.c_void_p).value)
+
+    @kind
+    def noted(task, argument, threads, flags):
+        seen.append(threads)
+        begin(task, argument, threads, flags)
+
+    core.core().quest_use_openmp(ctypes.cast(noted, ctypes.c_void_p))
+    yield seen
+    core.core().quest_use_openmp(ctypes.cast(entry, ctypes.c_void_p))
+
+
+def test_threads_do_not_touch_a_bit(isa, regions):
+    """Of work that is large enough for three threads."""
     torch.manual_seed(0)
     x = torch.randn(5, 48, 8, 8).contiguous(memory_format=torch.channels_last)
     w, b = integer.pack(weight(40, 48, 3, 3, bits=8)), torch.randn(40)
     conv = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1)
-    head = [torch.randn(2, 3, 50, 12) for _ in range(3)]
+    head = [torch.randn(2, 3, 200, 12) for _ in range(3)]
     params = [activation(8, 128.0)] * 3 + [activation(8, 0.0, 0.01)]
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append((integer.conv2d(x, activation(8, 99.0), w, b, **conv), integer.attention(*head, *params, 0.3)))
+        convolved = integer.conv2d(x, activation(8, 99.0), w, b, **conv)
+        results.append((convolved, integer.attention(*head, *params, 0.3)))
     torch.set_num_threads(1)
+    assert regions == [2, 2, 3, 3]
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
