@@ -4,10 +4,10 @@ Weights are drawn in the order listed in `resources/compvis/<model>.json` (name,
 frozen legacy generator and rounded to float16, so the files are the same everywhere.
 """
 
-import argparse
 import json
 from pathlib import Path
 
+from quest.runtime import command_line
 from quest.runtime.files import atomic
 
 COMPVIS = Path(__file__).resolve().parents[2] / "resources" / "compvis"
@@ -34,9 +34,8 @@ def state_dict(model: str, text: bool = True) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__, "file")
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint (.ckpt) to write")
     arguments = parser.parse_args()
 
     import torch

@@ -5,7 +5,6 @@ The packages are fetched by the npm client and checked by hash; Fluent's drawing
 Twemoji's graphics CC-BY 4.0, Fluent MIT. The file is for training: it does not ship, the models do.
 """
 
-import argparse
 import io
 import json
 import shutil
@@ -17,6 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
+from quest.runtime import command_line
 from quest.runtime.download import sha256_of
 from quest.runtime.files import atomic
 
@@ -114,16 +114,14 @@ def build(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--out", type=Path, required=True, help="data file (.npz) to write")
-    args = parser.parse_args()
+    output = command_line.parser(__doc__, "file").parse_args().output
     with TemporaryDirectory() as folder:
         for package in PACKAGES:
             fetch(package, folder)
         columns = build(folder)
-    with atomic(args.out) as temporary:
+    with atomic(output) as temporary:
         np.savez_compressed(temporary, **columns)
-    print(f"{args.out}: {len(columns['name'])} emoji")
+    print(f"{output}: {len(columns['name'])} emoji")
 
 
 if __name__ == "__main__":

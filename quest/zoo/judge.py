@@ -5,7 +5,6 @@ sample can be better than its decoder.  Obedience is the share of samples whose 
 as asked.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from quest.diffusion.pipelines import LatentDiffusionPipeline
 from quest.diffusion.sampling import generate
 from quest.metrics.extractor import HEADS, load, outputs, targets
 from quest.metrics.frechet import Statistics, frechet_distance, load_reference
+from quest.runtime import command_line
 from quest.runtime.files import atomic
 from quest.runtime.provenance import provenance
 from quest.zoo.latents import HELD_OUT, posterior_means
@@ -82,24 +82,22 @@ def grid(images, columns=8, scale=2):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__, "file", "threads")
     parser.add_argument("model", choices=[name for name in MODELS if name.startswith("scenes-")])
     parser.add_argument("folder", type=Path, help="pipeline folder")
     parser.add_argument("--extractor", type=Path, default=ZOO / "scenes-extractor", help="its folder (%(default)s)")
     parser.add_argument("--reference", type=Path, default=MODELS["scenes-text"].reference, help="(%(default)s)")
     parser.add_argument("-n", type=int, default=1000, help="samples (default %(default)s)")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="file (.json) to write")
     parser.add_argument("--grid", type=Path, required=True, help="picture (.png) of the first 64 samples to write")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    numbers, images = judge(args.model, args.folder, args.extractor, args.reference, args.n)
-    with atomic(args.grid) as temporary:
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    numbers, images = judge(arguments.model, arguments.folder, arguments.extractor, arguments.reference, arguments.n)
+    with atomic(arguments.grid) as temporary:
         grid(images[:64]).save(temporary)
     numbers["provenance"] = provenance()
-    with atomic(args.out) as temporary:
+    with atomic(arguments.output) as temporary:
         temporary.write_text(json.dumps(numbers, indent=2) + "\n")
-    print(args.out.read_text())
+    print(arguments.output.read_text())
 
 
 if __name__ == "__main__":

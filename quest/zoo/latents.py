@@ -1,6 +1,5 @@
 """Latents of training and held-out pictures, computed once for the denoisers that share an autoencoder."""
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from quest.diffusion import scenes
+from quest.runtime import command_line
 from quest.runtime.files import atomic
 from quest.zoo import pictures
 from quest.zoo.train_autoencoder import RECIPES, to_tensor
@@ -60,17 +60,15 @@ def load(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line.parser(__doc__, "file", "threads")
     parser.add_argument("autoencoder", type=Path, help="diffusers folder of the trained autoencoder")
     parser.add_argument("--pictures", choices=RECIPES, default="scenes", help="of what (default %(default)s)")
     parser.add_argument("--data", type=Path, help="data file (.npz) of photographs or emoji")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="file (.safetensors) to write")
     parser.add_argument("--images", type=int, help="training pictures (default: 40,000 scenes, all others)")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    count = args.images or (40_000 if args.pictures == "scenes" else None)
-    compute(args.autoencoder, args.out, count, args.pictures, args.data)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    count = arguments.images or (40_000 if arguments.pictures == "scenes" else None)
+    compute(arguments.autoencoder, arguments.output, count, arguments.pictures, arguments.data)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Statistics of real scenes for FID and sFID: scenes of the reference split through the extractor."""
 
-import argparse
 import hashlib
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from quest.diffusion import scenes
 from quest.diffusion.models import ZOO
 from quest.metrics.extractor import load, outputs
 from quest.metrics.frechet import Statistics, save_reference
+from quest.runtime import command_line
 from quest.runtime.files import atomic
 from quest.runtime.provenance import provenance
 from quest.zoo.train_autoencoder import to_tensor
@@ -35,14 +35,12 @@ def build(path, extractor=ZOO / "scenes-extractor", n=20_000):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--out", type=Path, required=True, help="statistics file (.npz) to write")
+    parser = command_line.parser(__doc__, "file", "threads")
     parser.add_argument("--extractor", type=Path, default=ZOO / "scenes-extractor", help="its folder (%(default)s)")
     parser.add_argument("-n", type=int, default=20_000, help="scenes (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    build(args.out, args.extractor, args.n)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    build(arguments.output, arguments.extractor, arguments.n)
 
 
 if __name__ == "__main__":

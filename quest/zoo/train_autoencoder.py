@@ -6,7 +6,6 @@ mean and scale of the latents are folded into quant_conv and post_quant_conv, so
 variance per channel and scaling_factor is 1.
 """
 
-import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from quest.diffusion import scenes
+from quest.runtime import command_line
 from quest.runtime.files import atomic_folder
 from quest.zoo import pictures
 from quest.zoo.training import Progress, autocast, cosine, generator, load_checkpoint, save_checkpoint
@@ -215,20 +215,18 @@ def train(
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__, "folder", "threads")
     parser.add_argument("name", nargs="?", choices=RECIPES, default="scenes", help="which one (default %(default)s)")
     parser.add_argument("--data", type=Path, help="data file (.npz) of photographs or emoji")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="diffusers folder to write")
     parser.add_argument("--iterations", type=int, help=f"batches of {BATCH_SIZE} (default: the recipe's)")
     parser.add_argument("--images", type=int, help="pictures to learn from (default: 20,000 scenes, all others)")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    if args.name != "scenes" and not args.data:
-        parser.error(f"--data: {args.name} needs a data file")
-    torch.set_num_threads(args.threads)
-    images = args.images or (20_000 if args.name == "scenes" else None)
-    iterations = args.iterations or RECIPES[args.name].iterations
-    train(args.out, iterations, images, name=args.name, data=args.data)
+    arguments = parser.parse_args()
+    if arguments.name != "scenes" and not arguments.data:
+        parser.error(f"--data: {arguments.name} needs a data file")
+    torch.set_num_threads(arguments.threads)
+    images = arguments.images or (20_000 if arguments.name == "scenes" else None)
+    iterations = arguments.iterations or RECIPES[arguments.name].iterations
+    train(arguments.output, iterations, images, name=arguments.name, data=arguments.data)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Data: a folder for torchvision's CIFAR10 (`--download` fetches it there), or a d
 `--images FILE` writes them as the .npz that reference statistics are made from, and stops.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 from quest.diffusion.published import ARCHITECTURE
+from quest.runtime import command_line
 from quest.runtime.files import atomic, atomic_folder
 from quest.zoo.pictures import cifar10
 from quest.zoo.training import Average, Progress, generator, load_checkpoint, save_checkpoint
@@ -83,7 +83,7 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__, "threads")
     parser.add_argument("--data", type=Path, required=True, help="folder for torchvision, or .npz of JPEG bytes")
     parser.add_argument("--download", action="store_true", help="fetch CIFAR-10 into the folder")
     parser.add_argument("--images", type=Path, help="write the images to this .npz, and stop")
@@ -91,7 +91,6 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=ITERATIONS, help="batches (default %(default)s)")
     parser.add_argument("--batch", type=int, default=BATCH, help="images per batch (default %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     if (arguments.images is None) == (arguments.output is None):
         parser.error("give one of --images and --output")

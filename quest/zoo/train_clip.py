@@ -1,6 +1,5 @@
 """Train the image-text model of the CLIP score: open_clip's own classes, small, contrastive (arXiv:2103.00020)."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 
 from quest.diffusion import scenes
 from quest.metrics.clip import load
+from quest.runtime import command_line
 from quest.runtime.files import atomic_folder
 from quest.zoo.train_autoencoder import to_tensor
 from quest.zoo.train_extractor import augment
@@ -96,14 +96,12 @@ def report(folder, n):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
+    parser = command_line.parser(__doc__, "folder", "threads")
     parser.add_argument("--iterations", type=int, default=400, help="batches of 128 scenes (default %(default)s)")
     parser.add_argument("--images", type=int, default=20_000, help="scenes to draw (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    train(args.out, args.iterations, args.images)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    train(arguments.output, arguments.iterations, arguments.images)
 
 
 if __name__ == "__main__":

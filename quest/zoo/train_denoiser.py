@@ -14,7 +14,6 @@ floor) and a moving average of the parameters, and drop a tenth of the condition
 quarters) it may resume with another number of iterations.
 """
 
-import argparse
 import time
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from diffusers import AutoencoderKL
 
 from quest.diffusion import scenes
 from quest.diffusion.pipelines import ClassEmbedder, forget_origin
+from quest.runtime import command_line
 from quest.runtime.files import atomic_folder
 from quest.zoo import latents, pictures
 from quest.zoo.architectures import MODELS, alphas, build_pipeline, build_text_encoder, build_unet, recipe_of
@@ -221,32 +221,30 @@ def finish(trainee, average, vae, z, conditions, iteration, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__, "folder", "threads")
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--autoencoder", type=Path, required=True, help="diffusers folder of the trained autoencoder")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="pipeline folder to write")
     parser.add_argument("--latents", type=Path, required=True, help="what quest.zoo.latents wrote")
     parser.add_argument("--data", type=Path, help="data file (.npz) of photographs or emoji")
     parser.add_argument("--iterations", type=int, help="batches (default: the recipe's)")
     parser.add_argument("--batch-size", type=int, help="pictures per batch (default: the recipe's)")
     parser.add_argument("--start-from", type=Path, help="pipeline folder whose denoiser training starts from")
     parser.add_argument("--snapshot-every", type=int, default=0, help="also write OUT.snapshot every N iterations")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    if MODELS[args.model].pictures != "scenes" and not args.data:
-        parser.error(f"--data: {args.model} needs a data file of {MODELS[args.model].pictures}")
-    torch.set_num_threads(args.threads)
+    arguments = parser.parse_args()
+    if MODELS[arguments.model].pictures != "scenes" and not arguments.data:
+        parser.error(f"--data: {arguments.model} needs a data file of {MODELS[arguments.model].pictures}")
+    torch.set_num_threads(arguments.threads)
     train(
-        args.model,
-        args.autoencoder,
-        args.out,
-        args.latents,
-        args.iterations or MODELS[args.model].iterations,
-        args.batch_size,
-        start_from=args.start_from,
-        snapshot_every=args.snapshot_every,
+        arguments.model,
+        arguments.autoencoder,
+        arguments.output,
+        arguments.latents,
+        arguments.iterations or MODELS[arguments.model].iterations,
+        arguments.batch_size,
+        start_from=arguments.start_from,
+        snapshot_every=arguments.snapshot_every,
         save_every=None,
-        data=args.data,
+        data=arguments.data,
     )
 
 

@@ -3,7 +3,6 @@
 Both phases blur and add noise lightly, so that the features follow what is drawn and not how sharply.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 
 from quest.diffusion import scenes
 from quest.metrics.extractor import HEADS, SceneNet, outputs, targets
+from quest.runtime import command_line
 from quest.runtime.files import atomic_folder
 from quest.zoo.train_autoencoder import to_images, to_tensor
 from quest.zoo.training import Progress, cosine, generator, load_checkpoint, save_checkpoint
@@ -98,20 +98,18 @@ def report(net, what, images, wanted):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
+    parser = command_line.parser(__doc__, "folder", "threads")
     parser.add_argument("--autoencoder", type=Path, help="diffusers folder of the trained autoencoder")
     parser.add_argument("--iterations", type=int, default=1200, help="batches of 64 scenes (default %(default)s)")
     parser.add_argument(
         "--fine-tuning", type=int, default=400, help="further batches, half of them reconstructions (%(default)s)"
     )
     parser.add_argument("--images", type=int, default=20_000, help="scenes to draw (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    if args.fine_tuning and not args.autoencoder:
+    arguments = parser.parse_args()
+    if arguments.fine_tuning and not arguments.autoencoder:
         parser.error("--autoencoder is needed unless --fine-tuning 0")
-    torch.set_num_threads(args.threads)
-    train(args.out, args.autoencoder, args.iterations, args.fine_tuning, args.images)
+    torch.set_num_threads(arguments.threads)
+    train(arguments.output, arguments.autoencoder, arguments.iterations, arguments.fine_tuning, arguments.images)
 
 
 if __name__ == "__main__":

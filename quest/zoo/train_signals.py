@@ -5,7 +5,6 @@ residual block, attention to the class and within the signal, and feed-forward l
 quantizes a `unet` of diffusers quantizes it as it is.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from torch import nn
 
 from quest.diffusion.models import Model
 from quest.diffusion.pipelines import ClassEmbedder, LatentDiffusionPipeline
+from quest.runtime import command_line
 from quest.runtime.files import atomic
 from quest.zoo import signals
 from quest.zoo.training import Average, Progress, constant_then_decay, generator
@@ -178,10 +178,8 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--out", type=Path, required=True, help="file (.safetensors) to write")
+    parser = command_line.parser(__doc__, "file", "threads")
     parser.add_argument("--iterations", type=int, default=2000, help="batches of 32 (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"error of the last batches: {train(arguments.out, arguments.iterations):.4f}", flush=True)

@@ -1,12 +1,13 @@
 """Table and figure of one model with one thing changed at a time. Imports no torch."""
 
-import argparse
 import json
 from pathlib import Path
 
+from quest.runtime import command_line
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("metrics", type=Path, nargs="*", help="metrics.json of every cell, its checkpoint beside it")
     parser.add_argument("--ablations", type=json.loads, required=True, help="`ablations` of the config, as JSON")
     parser.add_argument("--csv", type=Path, required=True, help="file to write")

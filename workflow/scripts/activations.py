@@ -1,19 +1,14 @@
 """Distributions of the layers' inputs of one model: full precision, quantized before finetuning, and after it."""
 
-import argparse
 from pathlib import Path
+
+from quest.runtime import command_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
-    parser.add_argument("bits", help="weight and activation bits of both quantized denoisers, e.g. w4a4")
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--evaluation", type=Path, required=True, help="held-out trajectories")
+    parser = command_line.parser(__doc__, "model", "bits", "calibration", "evaluation", "file", "threads")
     parser.add_argument("--init", type=Path, required=True, help="checkpoint that finetuning started from")
     parser.add_argument("--finetuned", type=Path, required=True, help="QuEST's checkpoint")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="json file to write")
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 
     import torch

@@ -1,11 +1,12 @@
 """Figures of a run from its tables: metrics against bits, errors and ranges against time. Imports no torch."""
 
-import argparse
 from pathlib import Path
+
+from quest.runtime import command_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--main", type=Path, required=True, help="main.csv")
     parser.add_argument("--eps-error", type=Path, required=True, help="eps_error.csv")
     parser.add_argument("--ranges", type=Path, nargs="+", required=True, help="{model}/ranges.csv of every model")

@@ -1,14 +1,15 @@
 """Put what a run settled of the open questions into docs/findings.md, between its markers."""
 
-import argparse
 from pathlib import Path
+
+from quest.runtime import command_line
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- findings: begin -->", "<!-- findings: end -->"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("findings", type=Path, help="findings.md of a run")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "findings.md")
     arguments = parser.parse_args()

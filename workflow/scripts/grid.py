@@ -1,14 +1,14 @@
 """Sample grid of one model at given bits: a row per method, the same seeds in each. Imports no torch."""
 
-import argparse
 from pathlib import Path
+
+from quest.runtime import command_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line.parser(__doc__, "file")
     parser.add_argument("samples", type=Path, nargs="+", help="{model}/{method}/{bits}/samples-0.npz, a row each")
     parser.add_argument("-n", type=int, default=8, help="columns")
-    parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
 
     import numpy as np

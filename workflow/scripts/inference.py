@@ -4,18 +4,15 @@ The single set is one time group's own, so that both compute the same in it and 
 Calls alternate; seconds are those of the processor, one thread.
 """
 
-import argparse
 from pathlib import Path
+
+from quest.runtime import command_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
+    parser = command_line.parser(__doc__, "model", "evaluation", "file", "threads")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint with time groups")
-    parser.add_argument("--evaluation", type=Path, required=True, help="held-out trajectories")
     parser.add_argument("--repeats", type=int, default=40, help="calls of each (default %(default)s)")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="json file to write")
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 
     from functools import partial

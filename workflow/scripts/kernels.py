@@ -1,17 +1,18 @@
 """How fast kernels are on this machine, by layer and by whole denoiser step, beside what else computes them here."""
 
-import argparse
 from pathlib import Path
+
+from quest.runtime import command_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument(
         "--models",
         nargs="+",
         help="names in diffusion.models.MODELS (default: those that ship and two of the paper)",
     )
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=command_line.whole, nargs="+", default=[1, 2])
     parser.add_argument(
         "--budget", type=float, default=25, help="minutes; what they leave out is said, and comes first in the next run"
     )

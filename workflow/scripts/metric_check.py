@@ -3,20 +3,20 @@
 Random features of a spectrum that falls by six orders of magnitude, as Inception's does. Prints a Markdown table.
 """
 
-import argparse
 import os
 import time
 import warnings
 
+from quest.runtime import command_line
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line.parser(__doc__, "threads")
     parser.add_argument("-n", type=int, default=6000, help="images per set (default %(default)s)")
     parser.add_argument("-d", type=int, default=2048, help="feature dimensions (default %(default)s)")
     parser.add_argument(
         "--bootstrap", type=int, default=50_000, help="images of a timed resample (default %(default)s)"
     )
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 
     for library in ("OMP", "OPENBLAS", "MKL"):

@@ -1,21 +1,18 @@
 """Measure one cell from its arrays. Imports no torch."""
 
-import argparse
 import json
 from pathlib import Path
 
+from quest.runtime import command_line
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
-    parser.add_argument("method")
-    parser.add_argument("bits")
+    parser = command_line.parser(__doc__, "model", "method", "bits", "file")
     parser.add_argument("--features", type=Path, nargs="+", required=True, help="features-*.npz of the cell")
     parser.add_argument("--samples", type=Path, nargs="+", required=True, help="samples-*.npz of the cell")
     parser.add_argument("--fp-features", type=Path, nargs="+", required=True, help="the same of full precision")
     parser.add_argument("--fp-samples", type=Path, nargs="+", required=True)
     parser.add_argument("--reference", type=Path, nargs="?", help="statistics of real images, for FID and its kin")
-    parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
 
     from quest.diffusion.models import MODELS

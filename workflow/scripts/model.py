@@ -1,19 +1,18 @@
 """The pipeline of one of the paper's models from its published weights: found or fetched, checked and converted."""
 
-import argparse
 from pathlib import Path
+
+from quest.runtime import command_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS that does not ship")
+    parser = command_line.parser(__doc__, "model", "folder")
     parser.add_argument(
         "--checkpoint", type=Path, nargs="?", help="published weights; without it, fetched if they can be"
     )
     parser.add_argument("--tokenizer", type=Path, nargs="?", help="folder of the CLIP tokenizer")
     parser.add_argument("--captions", type=Path, nargs="?", help="file with one caption per line")
     parser.add_argument("--fetched", type=Path, required=True, help="folder for what is fetched")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args()
 
     from quest.diffusion.models import get

@@ -1,16 +1,15 @@
 """A network of the metrics that does not ship: its weights found or fetched, and checked; writes where they lie."""
 
-import argparse
 import json
-from pathlib import Path
+
+from quest.runtime import command_line
 
 
 def main() -> None:
     from quest.metrics import weights
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line.parser(__doc__, "file")
     parser.add_argument("network", choices=weights.WEIGHTS)
-    parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
 
     from quest.runtime.files import atomic

@@ -1,14 +1,10 @@
 """The paper's tables by their numbers, from the cells that were measured. Imports no torch."""
 
-import argparse
-from pathlib import Path
+from quest.runtime import command_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("metrics", type=Path, nargs="+", help="metrics.json of cells, their checkpoints beside them")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write the tables into")
-    arguments = parser.parse_args()
+    arguments = command_line.parser(__doc__, "metrics", "folder").parse_args()
 
     from quest.report import paper
 

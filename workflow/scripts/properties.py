@@ -1,15 +1,15 @@
 """Tables and figures of the three properties, from what was measured on each model. Imports no torch."""
 
-import argparse
 import json
 from pathlib import Path
 
+from quest.runtime import command_line
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line.parser(__doc__, "folder")
     for name in ("activations", "temporal", "sensitivity"):
         parser.add_argument(f"--{name}", type=Path, nargs="+", required=True, help=f"{name}.json of every model")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write tables and figures into")
     arguments = parser.parse_args()
 
     from quest.report import properties, property_figures

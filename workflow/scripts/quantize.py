@@ -1,23 +1,17 @@
 """Quantize the denoiser of one model with one method."""
 
-import argparse
 import json
 import time
 from pathlib import Path
 
+from quest.runtime import command_line
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
-    parser.add_argument("method", help="a name in baselines.METHODS")
-    parser.add_argument("bits", help="weight and activation bits, e.g. w4a8")
+    parser = command_line.parser(__doc__, "model", "method", "bits", "calibration", "file", "threads", "device")
     parser.add_argument("--recipe", type=json.loads, default={}, help="the method's keyword arguments, as JSON")
-    parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--init", type=Path, nargs="?", help="checkpoint to start from")
     parser.add_argument("--floats", action="store_true", help="keep float weights: others are to start from them")
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
 
     import torch

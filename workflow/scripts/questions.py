@@ -1,24 +1,18 @@
 """Answer the ten questions from what a run has measured: a text, its tables and figures. Imports no torch."""
 
-import argparse
 from pathlib import Path
+
+from quest.runtime import command_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line.parser(__doc__, "folder")
     parser.add_argument("--properties", type=Path, nargs="+", required=True, help="tables of the three properties")
     parser.add_argument("--cells", type=Path, nargs="+", required=True, help="metrics.json of one model and bits")
     parser.add_argument("--taylor", type=Path, required=True)
     parser.add_argument("--tunings", type=Path, nargs="+", required=True, help="{variant}.json of every variant")
     parser.add_argument("--inference", type=Path, required=True)
     parser.add_argument("--signals", type=Path, required=True)
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        required=True,
-        help="folder to write into: questions.md, findings.md, tables, figures",
-    )
     arguments = parser.parse_args()
 
     import pandas as pd

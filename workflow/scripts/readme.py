@@ -3,16 +3,17 @@
 The README gets the verdicts, a short table and one picture; docs/results.md gets every table and the other figures.
 """
 
-import argparse
 import shutil
 from pathlib import Path
+
+from quest.runtime import command_line
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--table", type=Path, required=True, help="main.md")
     parser.add_argument("--main", type=Path, required=True, help="main.csv")
     parser.add_argument("--paired", type=Path, required=True, help="paired.csv")

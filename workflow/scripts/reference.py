@@ -5,20 +5,18 @@ SOURCE is a folder (searched through, files in the order of their paths), an .np
 they are then.
 """
 
-import argparse
 from pathlib import Path
+
+from quest.runtime import command_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__, "file", "threads", "device")
     parser.add_argument("source", type=Path)
     parser.add_argument("--extractor", default="adm", help="network and protocol (default %(default)s)")
     parser.add_argument("--size", type=int, default=256, help="side of the images of a folder (default %(default)s)")
     parser.add_argument("-n", type=int, help="the first N images only")
     parser.add_argument("--features", type=int, default=10_000, help="images kept for precision (default %(default)s)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
 
     import torch

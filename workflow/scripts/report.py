@@ -1,7 +1,8 @@
 """The report of a run: one HTML file that opens offline. What other rules made is in it where it is there."""
 
-import argparse
 from pathlib import Path
+
+from quest.runtime import command_line
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "workflow" / "report" / "report.html.j2"
@@ -9,10 +10,9 @@ REFERENCES = ROOT / "resources" / "references.bib"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line.parser(__doc__, "file")
     parser.add_argument("run", type=Path, help="results/{name} of a finished run")
     parser.add_argument("--kernels", type=Path, nargs="*", default=[], help="csv files of kernel timings")
-    parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
 
     from quest.report.page import write

@@ -1,25 +1,22 @@
 """Images of one cell, their features and, if quantized, noise-prediction errors on held-out trajectories."""
 
-import argparse
 import json
 import statistics
 import time
 from pathlib import Path
 
+from quest.runtime import command_line
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
+    parser = command_line.parser(__doc__, "model", "evaluation", "threads", "device")
     parser.add_argument("--checkpoint", type=Path, nargs="?", help="quantized denoiser; without it, full precision")
     parser.add_argument("-n", type=int, required=True, help="images of the whole cell")
     parser.add_argument("--shard", default="0/1", help="K/N: the K-th of N parts, from 0")
-    parser.add_argument("--evaluation", type=Path, required=True, help="held-out full-precision trajectories")
     parser.add_argument("--samples", type=Path, required=True, help="file to write: index, images, latents")
     parser.add_argument("--features", type=Path, required=True, help="file to write: index, features of the images")
     parser.add_argument("--drop-images", action="store_true", help="keep latents and features only")
     parser.add_argument("--kernel", default="auto", help="a name in quest.kernels.KERNELS; auto: the fastest here")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
 
     import numpy as np

@@ -3,22 +3,18 @@
 The trajectories are those of the validation seeds, which nothing else uses. Prints one row per recipe, best last.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 
+from quest.runtime import command_line
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
-    parser.add_argument("method", help="a name in baselines.METHODS")
-    parser.add_argument("bits", help="weight and activation bits, e.g. w4a4")
+    parser = command_line.parser(__doc__, "model", "method", "bits", "calibration", "threads")
     parser.add_argument("recipes", type=json.loads, help='JSON list of keyword arguments, e.g. [{}, {"samples": 64}]')
-    parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--validation", type=Path, required=True, help="made here where it is missing")
     parser.add_argument("-n", type=int, default=16, help="validation trajectories (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 
     import torch

@@ -1,14 +1,10 @@
-"""Table of the methods that were quantized with several seeds. Imports no torch."""
+"""Table of the methods that were quantized with several seeds, named NAME@SEED. Imports no torch."""
 
-import argparse
-from pathlib import Path
+from quest.runtime import command_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("metrics", type=Path, nargs="+", help="metrics.json of every cell; methods are named NAME@SEED")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write seeds.csv and seeds.md into")
-    arguments = parser.parse_args()
+    arguments = command_line.parser(__doc__, "metrics", "folder").parse_args()
 
     from quest.report.seeds import write
 

@@ -1,18 +1,12 @@
 """Noise-prediction error of one model with one class of layers at a time at few bits, the rest in float."""
 
-import argparse
-from pathlib import Path
+from quest.runtime import command_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
-    parser.add_argument("bits", help="weight and activation bits of the class that is lowered, e.g. w4a4")
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--evaluation", type=Path, required=True, help="held-out trajectories")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="json file to write")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = command_line.parser(
+        __doc__, "model", "bits", "calibration", "evaluation", "file", "threads"
+    ).parse_args()
 
     import torch
 

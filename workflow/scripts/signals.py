@@ -1,19 +1,17 @@
 """Quantize the denoiser of one-dimensional signals with several methods, and set them beside full precision."""
 
-import argparse
 import time
 from pathlib import Path
+
+from quest.runtime import command_line
 
 METHODS = ("rtn-mse", "q-diffusion", "quest")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("bits", help="weight and activation bits, e.g. w4a4")
+    parser = command_line.parser(__doc__, "bits", "file", "threads")
     parser.add_argument("--weights", type=Path, required=True, help="what quest.zoo.train_signals wrote")
     parser.add_argument("-n", type=int, default=200, help="signals to draw with each method (default %(default)s)")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="json file to write")
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 
     import tempfile

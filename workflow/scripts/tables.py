@@ -1,14 +1,10 @@
-"""Tables of a run from the metrics of its cells. Imports no torch."""
+"""Tables of a run from the metrics of its cells, in their order. Imports no torch."""
 
-import argparse
-from pathlib import Path
+from quest.runtime import command_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("metrics", type=Path, nargs="+", help="metrics.json of every cell, in the order of the rows")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write the tables into")
-    arguments = parser.parse_args()
+    arguments = command_line.parser(__doc__, "metrics", "folder").parse_args()
 
     from quest.report.tables import write
 

@@ -1,22 +1,20 @@
 """Full-precision trajectories of one model: a calibration set; a held-out set and activation ranges over time."""
 
-import argparse
 import csv
 import time
 from pathlib import Path
 
+from quest.runtime import command_line
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
+    parser = command_line.parser(__doc__, "model", "threads", "device")
     parser.add_argument("-n", type=int, required=True, help="trajectories of the calibration set")
     parser.add_argument("--draw", type=int, default=0, help="which ones: another number, other seeds")
     parser.add_argument("--calibration", type=Path, required=True, help="file to write, seeds of the calibration split")
     parser.add_argument("-e", type=int, default=16, help="trajectories of the held-out set")
     parser.add_argument("--evaluation", type=Path, help="file to write, seeds of the evaluation split")
     parser.add_argument("--ranges", type=Path, help="CSV to write: layer_class, timestep, low, high of the calibration")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
 
     import torch

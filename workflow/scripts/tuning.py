@@ -5,25 +5,20 @@ targets; or the same with the noise itself. Errors are of the noise prediction, 
 full precision along its trajectories, and against the true noise on scenes that nothing was trained on.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
+
+from quest.runtime import command_line
 
 SCENES = 64  # held out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in quest.diffusion.models.MODELS")
-    parser.add_argument("bits", help="weight and activation bits, e.g. w4a4")
+    parser = command_line.parser(__doc__, "model", "bits", "calibration", "evaluation", "file", "threads")
     parser.add_argument("--recipe", type=json.loads, default={}, help="keyword arguments of QuEST, as JSON")
     parser.add_argument("--data", choices=("trajectories", "scenes", "noise"), default="trajectories")
-    parser.add_argument("--calibration", type=Path, required=True, help="full-precision trajectories")
-    parser.add_argument("--evaluation", type=Path, required=True, help="held-out ones")
     parser.add_argument("--init", type=Path, required=True, help="checkpoint to start from")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="json file to write")
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 
     import torch

@@ -1,0 +1,35 @@
+"""Command lines of scripts: one parser with the arguments that they share."""
+
+import argparse
+from pathlib import Path
+
+
+def whole(text: str) -> int:
+    """A whole number from 1 on."""
+    if not (text.isdecimal() and text.isascii() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+OUTPUT = ("-o", "--output", "--out")
+SHARED = {  # name: flags, settings
+    "model": (["model"], {"help": "a name in quest.diffusion.models.MODELS"}),
+    "method": (["method"], {"help": "a name in baselines.METHODS"}),
+    "bits": (["bits"], {"help": "weight and activation bits, e.g. w4a4"}),
+    "metrics": (["metrics"], {"type": Path, "nargs": "+", "help": "metrics.json of cells"}),
+    "calibration": (["--calibration"], {"type": Path, "required": True, "help": "full-precision trajectories"}),
+    "evaluation": (["--evaluation"], {"type": Path, "required": True, "help": "held-out trajectories"}),
+    "file": (OUTPUT, {"type": Path, "required": True, "help": "file to write"}),
+    "folder": (OUTPUT, {"type": Path, "required": True, "help": "folder to write into"}),
+    "threads": (["--threads"], {"type": whole, "default": 1, "help": "(default %(default)s)"}),
+    "device": (["--device"], {"default": "cpu", "help": "(default %(default)s)"}),
+}
+
+
+def parser(description: str, *shared: str) -> argparse.ArgumentParser:
+    """A parser with these arguments of SHARED; "file" and "folder" are both --output."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in shared:
+        flags, settings = SHARED[name]
+        made.add_argument(*flags, **settings)
+    return made
