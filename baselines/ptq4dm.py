@@ -74,7 +74,7 @@ def quantize(
     softmax_bits: int = 8,
     activation_ranges: str = "mse-zero-point",  # see q_diffusion.activation_ranges_of
     ndtc_bug: bool = False,  # label samples as the released code does, see `ndtc`
-    granularity: str = "tensor",  # or "released": QuEST's at 4 bits, see quest.quantization.granularity
+    granularity: str = "tensor",  # or "released": QuEST's at 4 bits, see `scale_axes`
     time_groups: int = 1,  # QuEST's: stretches of timesteps with activation scales of their own; here one for all
     rows: int = 1024,  # of the calibration set
     samples: int | None = None,  # rows (of each time group) that set the ranges; default: static_rows

@@ -11,11 +11,10 @@ from quest.learning.calibrate import calibrate, calibrating, running, static_row
 from quest.learning.reconstruction import reconstruct_activations
 from quest.quantization import ranges
 from quest.quantization.checkpoint import load_weights
-from quest.quantization.granularity import scale_axes
 from quest.quantization.layer_names import Keep
 from quest.quantization.layers import input_quantizers
 from quest.quantization.splitting import split_layers
-from quest.quantization.swapping import swap
+from quest.quantization.swapping import scale_axes, swap
 from quest.quantization.timegroups import TimeGroups, grouped
 
 RUNNING = ("ema", "ema-symmetric")
@@ -41,7 +40,7 @@ def quantize(
     split: bool = False,  # quantize the two parts of a decoder shortcut's input apart, as published for SD and CIFAR-10
     activation_ranges: str = "mse-zero-point",  # of RANGES; see `activation_ranges_of`
     stored_order: bool = False,  # calibrate noisiest rows first, as the released code does, not shuffled
-    granularity: str = "tensor",  # or "released": QuEST's at 4 bits, see quest.quantization.granularity
+    granularity: str = "tensor",  # or "released": QuEST's at 4 bits, see `scale_axes`
     time_groups: int = 1,  # QuEST's: stretches of timesteps with activation scales of their own; here one for all
     rows: int = 1024,  # of the calibration set
     samples: int | None = None,  # rows (of each time group) that set the ranges of the first two; default: static_rows

@@ -36,10 +36,9 @@ from quest.learning.calibrate import calibrate
 from quest.quantization import cost
 from quest.quantization import ranges as choosers
 from quest.quantization.checkpoint import freeze, load_weights, read_header
-from quest.quantization.granularity import scale_axes
 from quest.quantization.layer_names import KEEP, Keep
 from quest.quantization.layers import QuantLayer, input_quantizers, quant_layers
-from quest.quantization.swapping import swap
+from quest.quantization.swapping import scale_axes, swap
 from quest.quantization.timegroups import TimeGroups, grouped
 from quest.runtime.resume import part
 
@@ -125,7 +124,7 @@ def quantize(
     time_groups: int | None = None,  # TAQuant's number of groups, 1 for a single set; default: one for each timestep
     keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
     softmax_bits: int = 8,
-    granularity: str = "tensor",  # or "released": at 4 bits one scale per channel or token, see granularity.py
+    granularity: str = "tensor",  # or "released": at 4 bits one scale per channel or token, see `scale_axes`
     levels: str = "asymmetric",  # "asymmetric", "symmetric" or "wide" (33 levels at "4 bit"); "released": the model's
     ranges: str = "mse-zero-point",  # of RANGES ("running": averages); "released": the model's
     samples: int = 32,  # random calibration rows per time group that set the activation ranges

@@ -18,7 +18,7 @@ import torch
 from quest.benchmark.machine import busy_elsewhere, free_memory, instruction_set, made_with, peaks, processor_time
 from quest.benchmark.shapes import FIRST, ZOO, Layer, layers
 from quest.benchmark.single_layers import ATTENTION_KERNELS, LAYER_KERNELS, absent, bits_of, contenders, failed
-from quest.benchmark.stopwatch import interleaved, shares, timed
+from quest.benchmark.stopwatch import seconds_in_rounds, shares, timed
 from quest.benchmark.whole_steps import FLOAT_STEPS, forget, full_precision, loaded, own, own_denoisers, rival, spared
 from quest.diffusion import published
 from quest.diffusion.models import MODELS, Model
@@ -135,7 +135,7 @@ _best: dict[tuple[int, str], float] = {}  # by threads and peak: a busy machine 
 
 def _measure_layer(point):
     made = contenders(point.layer, point.batch, point.names())
-    seconds = interleaved({name: call for name, call in made.items() if callable(call)}, 0.4, (3, 25))
+    seconds = seconds_in_rounds({name: call for name, call in made.items() if callable(call)}, 0.4, (3, 25))
     rows = []
     for name, call in made.items():
         if not callable(call):
@@ -165,7 +165,7 @@ def _measure_step(point):
             calls = {point.kernel: rival(point.model, point.kernel, given)}
         except Exception as error:  # of another project's converter or compiler
             return unmeasured(point, failed(error))
-    seconds = interleaved({"fp32": partial(full_precision(point.model), **given)} | calls, 10.0, (3, 25))
+    seconds = seconds_in_rounds({"fp32": partial(full_precision(point.model), **given)} | calls, 10.0, (3, 25))
     rows = []
     for name in point.names():
         if name not in seconds:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from quest.kernels.cpu.core import core
 
 
-def interleaved(calls: dict[str, Callable], seconds: float, rounds: tuple[int, int]) -> dict[str, list[float]]:
+def seconds_in_rounds(calls: dict[str, Callable], seconds: float, rounds: tuple[int, int]) -> dict[str, list[float]]:
     """Seconds of every call in each of some rounds, {name: [rounds]}.
 
     Each runs once before (twice if it is short). Short ones are repeated until they take two milliseconds, of which the

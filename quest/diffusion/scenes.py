@@ -10,14 +10,14 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-KINDS = ("circle", "square", "triangle", "star", "ring", "cross")
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "pink", "white")
 SIZES = ("small", "large")
 TEXTURES = ("plain", "striped", "dotted")
 BACKGROUNDS = ("night", "grey", "sky", "sand")
 POSITIONS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 RELATIONS = ("left of", "right of", "above", "below")
-CLASSES = tuple(f"{colour} {kind}" for kind in KINDS for colour in COLOURS)
+CLASSES = tuple(f"{colour} {kind}" for kind in SHAPES for colour in COLOURS)
 
 SIZE = 64
 CHUNK = 256
@@ -53,7 +53,7 @@ _WORDS = "a at the on background left right of above below top bottom center".sp
 
 def vocabulary():
     """Every word a caption can hold, in a fixed order."""
-    return _WORDS + [*SIZES, *COLOURS, *KINDS, *TEXTURES[1:], *BACKGROUNDS]
+    return _WORDS + [*SIZES, *COLOURS, *SHAPES, *TEXTURES[1:], *BACKGROUNDS]
 
 
 @dataclass
@@ -88,9 +88,9 @@ class Scenes:
         words = ["a", SIZES[self.size[i]]]
         if self.texture[i]:
             words.append(TEXTURES[self.texture[i]])
-        words += [COLOURS[self.colour[i, 0]], KINDS[self.kind[i, 0]]]
+        words += [COLOURS[self.colour[i, 0]], SHAPES[self.kind[i, 0]]]
         if self.pair[i]:
-            words += [RELATIONS[self.relation[i]], "a", "small", COLOURS[self.colour[i, 1]], KINDS[self.kind[i, 1]]]
+            words += [RELATIONS[self.relation[i]], "a", "small", COLOURS[self.colour[i, 1]], SHAPES[self.kind[i, 1]]]
         else:
             words += ["at the", POSITIONS[self.position[i]]]
         return " ".join([*words, "on a", BACKGROUNDS[self.background[i]], "background"])
@@ -126,7 +126,7 @@ def _chunk(split, chunk):
     # What a caption does not mention is set to zero, so that equal captions are equal rows.
     scenes = Scenes(
         pair=pair,
-        kind=rng.integers(0, len(KINDS), (m, 2)),
+        kind=rng.integers(0, len(SHAPES), (m, 2)),
         colour=rng.integers(0, len(COLOURS), (m, 2)),
         size=size,
         texture=texture,
@@ -156,7 +156,7 @@ def _bucket(scenes):
 def _distance(kind, x, y, r):
     """Signed distance to the outline, negative inside.  kind [n], x and y [n, H, W], r [n, 1, 1]."""
     out = np.empty_like(x)
-    for k, name in enumerate(KINDS):
+    for k, name in enumerate(SHAPES):
         rows = kind == k
         if not rows.any():
             continue

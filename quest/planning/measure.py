@@ -305,7 +305,7 @@ def _least(step: Callable, repeats: int, device: str) -> float:
     return min(_seconds(step, device) for _ in range(repeats))
 
 
-def interleaved(steps: dict[str, Callable], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+def seconds_in_turns(steps: dict[str, Callable], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of each step, taken in turns: what else the machine does meets them all alike. One turn to warm up."""
     found: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 1):

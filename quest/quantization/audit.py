@@ -5,13 +5,6 @@ from pathlib import Path
 
 from quest.quantization import checkpoint, cost
 
-KINDS = {  # kind of quest.quantization.cost -> what a reader calls it
-    "codes": "codes of weights",
-    "weight scales": "scales and zero points of weights",
-    "activation scales": "scales and zero points of activations",
-    "float": "float32",
-}
-
 
 def account(path) -> dict:
     """What a checkpoint holds, fit for JSON; every tensor is read and checked against its hash.
@@ -20,7 +13,7 @@ def account(path) -> dict:
     of the denoiser, and `header`, the checkpoint's own. Raises ValueError for a file that is no checkpoint.
     """
     header, tensors = checkpoint.read(path)
-    found: dict[str, dict[str, int]] = {kind: {} for kind in KINDS}
+    found: dict[str, dict[str, int]] = {kind: {} for kind in cost.KINDS}
     scheduler = parameters = 0
     for name, value in tensors.items():
         size = value.numel() * value.element_size()
@@ -49,7 +42,7 @@ def report(path) -> str:
     if header["time_groups"]:
         lines.append(f"time groups start at {', '.join(map(str, header['time_groups']))}")
     lines += [f"commit {header['provenance']['commit']}, {header['provenance']['date']}", ""]
-    rows = [(KINDS[kind], size) for kind, size in kinds.items()]
+    rows = [(cost.KINDS[kind], size) for kind, size in kinds.items()]
     rows += [(f"  {place}", size) for place, size in sorted(found["bytes"]["float"].items(), key=lambda row: -row[1])]
     rows += [("denoiser", denoiser), ("corrections of the sampler", found["scheduler"])]
     rows += [("header", found["file"] - denoiser - found["scheduler"]), ("file", found["file"])]

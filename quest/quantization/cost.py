@@ -102,7 +102,12 @@ def stored(denoiser: nn.Module) -> dict[str, dict[str, int]]:
     return found
 
 
-KINDS = ("codes", "weight scales", "activation scales", "float")
+KINDS = {  # of a checkpoint's tensors -> what a reader calls them
+    "codes": "codes of weights",
+    "weight scales": "scales and zero points of weights",
+    "activation scales": "scales and zero points of activations",
+    "float": "float32",
+}
 
 
 def kind(name: str) -> str:

@@ -171,11 +171,11 @@ def concept_weights(concepts):
     return weights / weights.sum()
 
 
-KINDS = {"photos": photographs, "emoji": emoji}
+LOADERS = {"photos": photographs, "emoji": emoji}
 
 
 def load(kind, path):
     """The pictures of a kind from its data file. Raises ValueError for an unknown kind."""
-    if kind not in KINDS:
-        raise ValueError(f"no pictures {kind!r}; there are {', '.join(KINDS)}")
-    return KINDS[kind](Path(path))
+    if kind not in LOADERS:
+        raise ValueError(f"no pictures {kind!r}; there are {', '.join(LOADERS)}")
+    return LOADERS[kind](Path(path))

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-KINDS = ("chirp", "pulses", "tones", "steps")
+WAVEFORMS = ("chirp", "pulses", "tones", "steps")
 PACES = ("slow", "fast")
-CLASSES = tuple(f"{pace} {kind}" for kind in KINDS for pace in PACES)
+CLASSES = tuple(f"{pace} {kind}" for kind in WAVEFORMS for pace in PACES)
 LENGTH = 64
 SPLITS = ("train", "validation", "calibration", "evaluation")
 
@@ -33,7 +33,7 @@ def draw(split: str, n: int, start: int = 0) -> Signals:
 
 def _signal(label, rng):
     t = np.arange(LENGTH) / LENGTH
-    kind, fast = KINDS[label // len(PACES)], label % len(PACES)
+    kind, fast = WAVEFORMS[label // len(PACES)], label % len(PACES)
     phase, size = rng.uniform(0, 2 * np.pi), rng.uniform(0.8, 1.2)
     if kind == "chirp":
         low = rng.uniform(4, 5) if fast else rng.uniform(1, 2)

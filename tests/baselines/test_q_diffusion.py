@@ -10,10 +10,9 @@ import quest
 from baselines import METHODS, adaround, q_diffusion
 from quest.affine import QuantSpec
 from quest.quantization import ranges
-from quest.quantization.granularity import released_axes
 from quest.quantization.layers import QuantConv2d, input_quantizers, quant_layers, quantized
 from quest.quantization.splitting import SplitConv2d, shortcut_splits, split, split_layers
-from quest.quantization.swapping import swap
+from quest.quantization.swapping import released_axes, swap
 
 FEW = dict(weight_iterations=3, activation_iterations=3, batch=4, samples=8)
 

@@ -10,9 +10,8 @@ from baselines.quest import start_from
 from baselines.selection import SELECTIONS, TEMPORAL, matches, qkv, tuned_layers
 from quest.diffusion.sampling import arguments
 from quest.metrics.noise_prediction import eps_error
-from quest.quantization.granularity import released_axes
 from quest.quantization.layers import input_quantizers, quant_layers
-from quest.quantization.swapping import swap
+from quest.quantization.swapping import released_axes, swap
 
 FAST = dict(time_groups=3, batch=4, samples=8)
 

@@ -76,14 +76,14 @@ def test_rounds_are_interleaved(monkeypatch):
 
         return run
 
-    found = stopwatch.interleaved({"a": call("a", 4e-3), "b": call("b", 8e-3)}, 0.04, (2, 3))
+    found = stopwatch.seconds_in_rounds({"a": call("a", 4e-3), "b": call("b", 8e-3)}, 0.04, (2, 3))
     assert "".join(order) == "aabb" + "abbaab"  # twice to warm up, then three rounds
     rows = stopwatch.timed(found["b"], found["a"])
     assert rows["rounds"] == 3 and rows["ms"] == pytest.approx(8 * 1.07, rel=0.03)
     assert rows["speedup"] == pytest.approx(0.5, rel=0.02)
     assert rows["speedup_low"] < rows["speedup"] < rows["speedup_high"]
     order.clear()
-    stopwatch.interleaved({"a": call("a", 1.0), "b": call("b", 1e-3)}, 0.04, (2, 3))
+    stopwatch.seconds_in_rounds({"a": call("a", 1.0), "b": call("b", 1e-3)}, 0.04, (2, 3))
     assert "".join(order) == "abb" + "abb" + "bba"  # one second needs no second try, one millisecond is taken twice
 
 

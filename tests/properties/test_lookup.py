@@ -4,7 +4,7 @@ from functools import partial
 import torch
 
 import quest
-from quest.planning.measure import interleaved
+from quest.planning.measure import seconds_in_turns
 from quest.properties.lookup import look_up, single
 from quest.quantization.layers import input_quantizers
 from quest.quantization.placement import place
@@ -12,7 +12,7 @@ from quest.quantization.placement import place
 
 def test_steps_take_turns_after_one_to_warm_up():
     order: list[str] = []
-    seconds = interleaved({name: partial(order.append, name) for name in "ab"}, repeats=2)
+    seconds = seconds_in_turns({name: partial(order.append, name) for name in "ab"}, repeats=2)
     assert order == ["a", "b"] * 3
     assert {name: len(found) for name, found in seconds.items()} == {"a": 2, "b": 2}
 

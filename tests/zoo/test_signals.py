@@ -25,7 +25,7 @@ def test_classes_differ_in_what_their_names_say():
     assert abs(drawn.values.mean()) < 0.15 and 0.8 < drawn.values.std() < 1.2
     crossings = (np.diff(np.sign(drawn.values - drawn.values.mean(1, keepdims=True))) != 0).sum(1)
     of_class = {name: crossings[drawn.labels == i].mean() for i, name in enumerate(signals.CLASSES)}
-    assert all(of_class[f"fast {kind}"] > 1.5 * of_class[f"slow {kind}"] for kind in signals.KINDS)
+    assert all(of_class[f"fast {kind}"] > 1.5 * of_class[f"slow {kind}"] for kind in signals.WAVEFORMS)
 
 
 def test_a_trained_denoiser_is_quantized_like_any_other(tmp_path):

@@ -23,7 +23,7 @@ def main() -> None:
     from quest import kernels
     from quest.diffusion.calibration_set import CalibrationSet
     from quest.diffusion.models import MODELS
-    from quest.planning.measure import interleaved
+    from quest.planning.measure import seconds_in_turns
     from quest.properties.lookup import look_up, single
     from quest.quantization.cost import stored
     from quest.runtime.provenance import write_json
@@ -48,7 +48,7 @@ def main() -> None:
                     "lookup": partial(look_up, many, given["timestep"]),
                 }
                 repeats = arguments.repeats * (4 if batch == 1 else 1)
-                seconds = interleaved(steps, repeats)
+                seconds = seconds_in_turns(steps, repeats)
                 rows.append({"kernel": kernel, "rows": batch, "same_output": same, "seconds": seconds})
                 middle = {name: f"{1e3 * sorted(values)[len(values) // 2]:.4g} ms" for name, values in seconds.items()}
                 print(kernel, batch, middle, same, flush=True)
