@@ -2,6 +2,7 @@
 `python -m quest audit FILE`: what is in a checkpoint, to the byte. `python -m quest doctor`: what works here."""
 
 import argparse
+import sys
 from pathlib import Path
 
 
@@ -21,6 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     audit.add_argument("file", type=Path, help="model.safetensors, as quest.save writes it")
     commands.add_parser("doctor", help="which kernels, devices and weights work here, and why others do not")
     given = parser.parse_args(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a sign of the tables
     try:
         {"plan": _plan, "measure": _measure, "audit": _audit, "doctor": _doctor}[given.command](given)
     except (ValueError, FileNotFoundError) as error:

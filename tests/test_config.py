@@ -30,12 +30,12 @@ CONFIGS = sorted(Path(__file__).parents[1].glob("workflow/config/*.yaml"))
 
 @pytest.fixture
 def default():
-    return yaml.safe_load((CONFIGS[0].parent / "default.yaml").read_text())
+    return yaml.safe_load((CONFIGS[0].parent / "default.yaml").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_shipped_configs_are_valid(file):
-    validate(yaml.safe_load(file.read_text()))
+    validate(yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
 def test_default_grid(default):
@@ -263,14 +263,14 @@ def test_a_fault_is_one_line_that_names_the_key_and_what_is_valid(default, fault
 
 def test_two_configs_with_one_name(tmp_path):
     for file, name in {"a.yaml": "same", "b.yaml": "same", "c.yaml": "other"}.items():
-        (tmp_path / file).write_text(f"name: {name}\n")
+        (tmp_path / file).write_text(f"name: {name}\n", encoding="utf-8")
     check_names([tmp_path / "a.yaml", tmp_path / "c.yaml", tmp_path / "a.yaml"])
     with pytest.raises(ConfigError, match="'same'.*a.yaml.*b.yaml"):
         check_names(tmp_path.glob("*.yaml"))
 
 
 def test_a_config_that_is_no_yaml(tmp_path):
-    (tmp_path / "a.yaml").write_text("name: [")
+    (tmp_path / "a.yaml").write_text("name: [", encoding="utf-8")
     with pytest.raises(ConfigError, match="a.yaml: not YAML: .*line 1") as caught:
         check_names([tmp_path / "a.yaml"])
     assert "\n" not in str(caught.value)
@@ -282,7 +282,9 @@ def test_shipped_names_differ():
 
 def test_the_snakefile_imports_nothing_heavy():
     code = "import sys, quest.config, quest.diffusion.models; print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    modules = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
+    ).stdout.split()
     assert {"torch", "numpy", "pandas", "diffusers"} & set(modules) == set()
 
 
@@ -298,7 +300,7 @@ def test_starting_points_are_found_behind_each_other():
 def test_the_schema_knows_every_method_and_keyword():
     from baselines import METHODS
 
-    schema = yaml.safe_load(configuration.SCHEMA.read_text())
+    schema = yaml.safe_load(configuration.SCHEMA.read_text(encoding="utf-8"))
     methods = schema["properties"]["methods"]["properties"]
     assert set(methods) == set(METHODS)
     fixed = {"pipe", "calibration", "w", "a"}
@@ -337,7 +339,7 @@ def test_all_methods_has_every_method(default):
     """But for those that only others start from, each has a cell."""
     from baselines import METHODS
 
-    every = yaml.safe_load((CONFIGS[0].parent / "all-methods.yaml").read_text())
+    every = yaml.safe_load((CONFIGS[0].parent / "all-methods.yaml").read_text(encoding="utf-8"))
     assert set(every["methods"]) == set(METHODS)
     assert {run.method for run in runs(every)} == set(METHODS) - set(WEIGHTS_ONLY)
 
@@ -361,7 +363,7 @@ def test_a_method_may_be_given_its_own_defaults(default, method):
 def test_the_schema_knows_every_selection():
     from baselines.selection import SELECTIONS
 
-    schema = yaml.safe_load(configuration.SCHEMA.read_text())
+    schema = yaml.safe_load(configuration.SCHEMA.read_text(encoding="utf-8"))
     assert set(schema["$defs"]["quest"]["properties"]["selection"]["enum"]) == set(SELECTIONS)
 
 

@@ -30,8 +30,10 @@ def blocks(kind: str) -> list[tuple[str, str]]:
     """(page and line, text) of every fenced block of a kind, such as "sh" or "sh run"."""
     found = []
     for page in PAGES:
-        for match in re.finditer(rf"^```{kind}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
-            line = page.read_text()[: match.start()].count("\n") + 2
+        for match in re.finditer(
+            rf"^```{kind}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+        ):
+            line = page.read_text(encoding="utf-8")[: match.start()].count("\n") + 2
             found.append((f"{page.relative_to(ROOT)}:{line}", match[1]))
     return found
 
@@ -58,7 +60,7 @@ def test_every_block_is_understood():
     strange = [(place, words[0]) for place, words in COMMANDS if words[0] not in {*TOOLS, "snakemake", "python"}]
     assert strange == []
     for page in PAGES:  # a block of another kind would hide its commands
-        kinds = set(re.findall(r"^```(\S+.*)$", page.read_text(), re.MULTILINE))
+        kinds = set(re.findall(r"^```(\S+.*)$", page.read_text(encoding="utf-8"), re.MULTILINE))
         assert kinds <= {"sh", "sh run", "python", "yaml"}, page
 
 
@@ -91,13 +93,15 @@ def test_snakemake_accepts_its_command_lines():
     from snakemake.cli import parse_args
 
     files = [ROOT / "Snakefile", *ROOT.glob("workflow/rules/*.smk")]
-    rules = {name for file in files for name in re.findall(r"^rule (\w+):", file.read_text(), re.MULTILINE)}
+    rules = {
+        name for file in files for name in re.findall(r"^rule (\w+):", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
     for line, place in SNAKEMAKE.items():
         _, given = parse_args(list(line))
         for target in given.targets:
             assert target in rules or target.startswith("results/"), f"{place}: {target}"
         for config in given.configfile or []:
-            validate(yaml.safe_load((ROOT / config).read_text()))
+            validate(yaml.safe_load((ROOT / config).read_text(encoding="utf-8")))
 
 
 # One process for all: each alone would import Snakemake anew.
@@ -132,6 +136,7 @@ def test_snakemake_plans_its_command_lines(tmp_path):
         env=os.environ | {"PYTHONPATH": str(project)},
         capture_output=True,
         text=True,
+        encoding="utf-8",
     )
     assert "FAILED []" in run.stdout, run.stdout[-5000:] + run.stderr
 
@@ -145,13 +150,13 @@ def test_python_blocks_are_python():
 
 def test_what_pages_link_to_is_there():
     for page in PAGES:
-        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
         for address in re.findall(r"\]\(([^)\s]+)\)", text):
             if not address.startswith("https://"):
                 file, _, anchor = address.partition("#")
                 target = page.parent / file if file else page
                 assert target.exists(), f"{page.name}: {address}"
-                heads = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
+                heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
                 slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
                 assert not anchor or anchor in slugs, f"{page.name}: {address}"
 
@@ -168,7 +173,7 @@ def test_files_that_pages_name_in_commands_are_there():
 @pytest.mark.parametrize("place, words", commands("sh run"), ids=[place for place, _ in commands("sh run")])
 def test_commands_that_run_anywhere_run(place, words):
     words = [sys.executable, *words[1:]] if words[0] == "python" else [sys.executable, "-m", *words]
-    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert run.returncode == 0, run.stdout + run.stderr
 
 

@@ -14,7 +14,7 @@ def findings():
 
 def test_what_works_here_is_said(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("QUEST_WEIGHTS", str(tmp_path))
-    (tmp_path / weights.WEIGHTS["ViT-B-16"].file).write_text("not CLIP")
+    (tmp_path / weights.WEIGHTS["ViT-B-16"].file).write_text("not CLIP", encoding="utf-8")
     main(["doctor"])  # no exit: the reference works
     said = capsys.readouterr().out
     for line in ("ok  kernel reference", "ok  model scenes-text", "--  weights inception", "FAILED  weights ViT-B-16"):

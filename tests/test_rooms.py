@@ -132,7 +132,7 @@ def faults(texts: dict[str, str]) -> list[str]:
 
 
 def test_imports_go_one_way():
-    assert faults({module: file.read_text() for module, file in sources(ROOT).items()}) == []
+    assert faults({module: file.read_text(encoding="utf-8") for module, file in sources(ROOT).items()}) == []
 
 
 def test_the_table_itself_goes_one_way_and_has_no_room_that_is_gone():
@@ -167,7 +167,9 @@ def test_methods_are_known_by_the_registry():
     modules = sources(ROOT)
     found: dict[str, set[str]] = {}
     for module, file in modules.items():
-        named = {n for n in imports(module, file.read_text(), set(modules)) if n.startswith("baselines.")}
+        named = {
+            n for n in imports(module, file.read_text(encoding="utf-8"), set(modules)) if n.startswith("baselines.")
+        }
         if named and room_of(module) != "baselines":
             found[module] = named
     assert found == METHODS_BY_NAME
@@ -176,6 +178,8 @@ def test_methods_are_known_by_the_registry():
 def test_quantization_loads_without_methods_and_pipelines():
     modules = [module for module in sources(ROOT) if room_of(module) == "quest.quantization"]
     code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8"
+    ).stdout
     unwanted = ("baselines", "quest.diffusion.pipelines", "quest.learning", "diffusers.pipelines.stable_diffusion")
     assert [name for name in loaded.split() if name.startswith(unwanted)] == []

@@ -31,7 +31,7 @@ def missing(*packages: str) -> str | None:
 def has_bf16() -> bool:
     """Whether the processor has instructions for bfloat16; without them torch converts back and forth."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bf16" in text
@@ -61,7 +61,7 @@ def peaks(threads: int) -> dict[str, float]:
 def free_memory() -> int | None:
     """Bytes of memory that are free; None where the system does not say."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -70,7 +70,7 @@ def free_memory() -> int | None:
 def processor_time() -> tuple[float, float, float] | None:
     """(wall time, seconds that all processors were busy, seconds of this process); None where the system is mute."""
     try:
-        ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        ticks = [int(word) for word in Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:9]]
     except OSError:
         return None
     user, nice, system, _idle, _iowait, irq, softirq, steal = ticks

@@ -7,7 +7,6 @@ once without.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quest.runtime.files import atomic
+from quest.runtime.files import atomic, dumps, loads
 from quest.runtime.hashing import opened, tensor_hash
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ class CalibrationSet:
         tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
         header = (metadata or {}) | {"hashes": {k: tensor_hash(v) for k, v in tensors.items()}}
         with atomic(path) as tmp:
-            save_file(tensors, tmp, {"quest": json.dumps(header)})
+            save_file(tensors, tmp, {"quest": dumps(header)})
 
     @classmethod
     def load(cls, path) -> CalibrationSet:
@@ -92,7 +91,7 @@ class CalibrationSet:
         Sets of an earlier version have no hashes; they are taken as they are.
         """
         with opened(path) as f:
-            hashes = json.loads((f.metadata() or {}).get("quest", "{}")).get("hashes", {})
+            hashes = loads((f.metadata() or {}).get("quest", "{}"), path).get("hashes", {})
             tensors = {k: f.get_tensor(k) for k in f.keys()}
         changed = [k for k in hashes if k not in tensors or tensor_hash(tensors[k]) != hashes[k]]
         if changed:

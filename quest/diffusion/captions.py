@@ -1,9 +1,10 @@
 """Captions that images are drawn for, from a file: one per line, or COCO's own annotations. No torch."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
+
+from quest.runtime.files import read_json, read_lines
 
 
 def load(path: str | Path) -> list[str]:
@@ -18,9 +19,7 @@ def load(path: str | Path) -> list[str]:
         raise FileNotFoundError(f"{path}: no such file; put captions there, one per line, or COCO's captions_*.json")
     if path.suffix == ".json":
         return _coco(path)
-    captions = path.read_text(encoding="utf-8").split("\n")
-    if captions[-1] == "":  # the end of the last line
-        captions.pop()
+    captions = read_lines(path)
     for number, caption in enumerate(captions, start=1):
         if not caption.strip():
             raise ValueError(f"{path}: line {number} is empty; every line is one caption")
@@ -30,7 +29,7 @@ def load(path: str | Path) -> list[str]:
 def _coco(path):
     first: dict[int, tuple[int, str]] = {}
     try:
-        for row in json.loads(path.read_text(encoding="utf-8"))["annotations"]:
+        for row in read_json(path)["annotations"]:
             known = first.get(row["image_id"])
             if known is None or row["id"] < known[0]:
                 first[row["image_id"]] = (row["id"], " ".join(row["caption"].split()))

@@ -12,6 +12,8 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quest.runtime.files import read_lines
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
@@ -171,7 +173,7 @@ CAPTION_LINES = {"evaluation": (0, 10_000), "calibration": (10_000, 11_000)}
 def _captions(name: str, split: str, start: int, stop: int) -> Sequence[str]:
     """Captions of images start .. stop - 1 of a split: lines of the file that was prepared with the model."""
     first, end = CAPTION_LINES.get(split, (0, 0))
-    lines = (PREPARED / name / "captions.txt").read_text(encoding="utf-8").splitlines()
+    lines = read_lines(PREPARED / name / "captions.txt")
     return lines[min(first + start, end) : min(first + stop, end)]
 
 

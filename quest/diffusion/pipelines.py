@@ -6,7 +6,6 @@ condition.
 """
 
 import importlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
+
+from quest.runtime.files import dumps, read_json
 
 # Where the classes are defined that saved pipelines name beside those of diffusers.
 CLASSES = {
@@ -185,6 +186,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
 def forget_origin(path: Path) -> None:
     """Take the folder a component was loaded from out of its config: it means nothing on another machine."""
-    settings = json.loads(path.read_text())
+    settings = read_json(path)
     settings.pop("_name_or_path", None)
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+    path.write_text(dumps(settings, indent=2) + "\n", encoding="utf-8")

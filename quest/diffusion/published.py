@@ -3,7 +3,6 @@
 Done once per model, so that a checkpoint is read, checked and hashed once and every job starts from safetensors.
 """
 
-import json
 from pathlib import Path
 
 from quest.diffusion import captions as caption_files
@@ -13,7 +12,7 @@ from quest.diffusion.pipelines import LatentDiffusionPipeline, forget_origin
 from quest.diffusion.random_checkpoints import COMPVIS
 from quest.diffusion.samplers import QuadraticDDIMScheduler
 from quest.runtime.download import sha256_of
-from quest.runtime.files import atomic_folder
+from quest.runtime.files import atomic_folder, dumps, read_json, write_lines
 from quest.runtime.provenance import provenance
 
 # DDPM's U-Net for CIFAR-10, the only model in diffusers layout.
@@ -57,7 +56,7 @@ def prepare(model: Model, checkpoint, out, *, tokenizer=None, captions=None) -> 
         for config in folder.glob("*/config.json"):
             forget_origin(config)
         if lines is not None:
-            (folder / "captions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            write_lines(folder / "captions.txt", lines)
         origin = {
             "model": model.name,
             "checkpoint": checkpoint.name,
@@ -65,7 +64,7 @@ def prepare(model: Model, checkpoint, out, *, tokenizer=None, captions=None) -> 
             "captions": None if lines is None else {"file": Path(captions).name, "sha256": caption_files.sha256(lines)},
             "provenance": provenance(),
         }
-        (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
+        (folder / "origin.json").write_text(dumps(origin, indent=2) + "\n", encoding="utf-8")
 
 
 def denoiser(model: Model, device="meta"):
@@ -76,7 +75,7 @@ def denoiser(model: Model, device="meta"):
     from quest.diffusion.compvis import networks
 
     if model.origin is None:
-        config = json.loads((ZOO / model.name / "unet" / "config.json").read_text())
+        config = read_json(ZOO / model.name / "unet" / "config.json")
         kind = getattr(diffusers, config["_class_name"])
         with torch.device(device):
             return kind.from_config(config).eval()

@@ -4,11 +4,10 @@ Weights are drawn in the order listed in `resources/compvis/<model>.json` (name,
 frozen legacy generator and rounded to float16, so the files are the same everywhere.
 """
 
-import json
 from pathlib import Path
 
 from quest.runtime import command_line
-from quest.runtime.files import atomic
+from quest.runtime.files import atomic, read_json
 
 COMPVIS = Path(__file__).resolve().parents[2] / "resources" / "compvis"
 MODELS = ("tiny-bedrooms", "tiny-churches", "tiny-imagenet", "tiny-sd")
@@ -24,7 +23,7 @@ def state_dict(model: str, text: bool = True) -> dict:
 
     if model not in MODELS:
         raise ValueError(f"model: {model!r} is not one of {', '.join(MODELS)}")
-    listed = json.loads((COMPVIS / f"{model}.json").read_text())
+    listed = read_json(COMPVIS / f"{model}.json")
     draw = np.random.RandomState(listed["seed"])
     state = {}
     for name, shape, scale, shift in listed["tensors"] + (listed["text"] if text else []):

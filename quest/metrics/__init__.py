@@ -6,7 +6,6 @@ the same images (see intervals.py), so `compare` needs those numbers only: the s
 paired interval. Needs no torch.
 """
 
-import json
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from quest.metrics.comparison import Comparison, has_diverged
 from quest.metrics.frechet import Reference, Statistics, fid_infinity, frechet_distance
 from quest.metrics.inception_score import inception_score, partition, resampled_inception_scores
 from quest.metrics.per_image import NEIGHBOURS, clip_scores, inside, latent_mse, psnr
+from quest.runtime.files import loads
 
 FEATURES = ("pool", "spatial", "logits", "clip_image", "clip_text")
 # How the protocols of Inception bring an image to 299x299, as rows say it.
@@ -54,6 +54,7 @@ class Cell:
         drawn = _join(samples, sample_shards, kept)
         if not np.array_equal(joined["index"], drawn["index"]):
             raise ValueError(f"{samples[0]} and {features[0]}: samples and features are of different images")
+        metadata = [_metadata(shard, path) for shard, path in zip(sample_shards, samples, strict=True)]
         errors = next((shard for shard in feature_shards if "eps_error" in shard and "timesteps" in shard), {})
         eps_error, timesteps = errors.get("eps_error"), errors.get("timesteps")
         if eps_error is not None and (eps_error.ndim != 2 or timesteps.shape != eps_error.shape[1:]):
@@ -68,8 +69,8 @@ class Cell:
             latents=drawn.get("latents"),
             eps_error=eps_error,
             timesteps=timesteps,
-            sampled=tuple(_metadata(shard).get("provenance", {}) for shard in sample_shards if "metadata" in shard),
-            footprint=_metadata(sample_shards[0]).get("footprint", {}),
+            sampled=tuple(told.get("provenance", {}) for told in metadata if told),
+            footprint=metadata[0].get("footprint", {}),
         )
 
 
@@ -88,8 +89,8 @@ def _read(path: str | Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _metadata(shard):
-    return json.loads(str(shard.get("metadata", "{}")))
+def _metadata(shard, path):
+    return loads(str(shard.get("metadata", "{}")), path)
 
 
 def _join(paths: Sequence, shards: list[dict], names: list[str]) -> dict[str, np.ndarray]:

@@ -7,13 +7,14 @@ Inception's covariances span 12 orders of magnitude, and the square roots of the
 reference is kept with its statistics, however many distances are taken to it.
 """
 
-import json
 import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+
+from quest.runtime.files import dumps, loads
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +150,7 @@ def save_reference(
         spatial_mean=spatial.mean,
         spatial_cov=spatial.cov,
         n=pool.n,
-        metadata=json.dumps(metadata),
+        metadata=dumps(metadata),
         **more,
     )
 
@@ -171,6 +172,6 @@ def load_reference(path: str | Path) -> Reference:
     return Reference(
         pool=Statistics(arrays["pool_mean"], arrays["pool_cov"], n),
         spatial=Statistics(arrays["spatial_mean"], arrays["spatial_cov"], n),
-        metadata=json.loads(str(arrays["metadata"])),
+        metadata=loads(str(arrays["metadata"]), path),
         features=arrays.get("features"),
     )

@@ -5,7 +5,6 @@ adds to it. Seconds on a CPU are those of the processor with one thread, so that
 """
 
 import csv
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from quest.diffusion.models import ZOO
+from quest.runtime.files import read_json
 
 COSTS = Path(__file__).parents[2] / "resources" / "costs.csv"
 COLUMNS = ["model", "machine", "what", "value", "unit", "batch", "weights", "date"]
@@ -45,7 +45,7 @@ WHAT = {
 
 def read(path: Path = COSTS) -> list[dict]:
     """Rows of the measured costs. Raises ValueError, naming file and line, for one that is malformed."""
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != COLUMNS:
             raise ValueError(f"{path}: columns are {reader.fieldnames}; needed: {', '.join(COLUMNS)}")
@@ -66,7 +66,7 @@ def record(rows: list[dict], path: Path = COSTS) -> None:
 
     new = {key(row) for row in rows}
     kept = [row for row in read(path) if key(row) not in new] if path.is_file() else []
-    with atomic(path) as temporary, temporary.open("w", newline="") as file:
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept + rows)
@@ -167,7 +167,7 @@ def tokens(model, pipe=None) -> int:
     encoder, key = {"class": ("class_embedder", "tokens"), "text": ("text_encoder", "max_position_embeddings")}[
         model.conditioning
     ]
-    return json.loads((ZOO / model.name / encoder / "config.json").read_text())[key]
+    return read_json(ZOO / model.name / encoder / "config.json")[key]
 
 
 def _calibration(given):

@@ -7,7 +7,6 @@ not say: what it starts from keeps the weights themselves, in float32 (`floats=T
 """
 
 import hashlib
-import json
 from dataclasses import asdict
 
 import torch
@@ -17,16 +16,19 @@ from quest.affine import FLOAT, QTensor, QuantSpec, quantize
 from quest.diffusion import samplers
 from quest.quantization import cost, packing
 from quest.quantization.attention import QuantAttention
+from quest.quantization.header import check
 from quest.quantization.layers import attentions, is_quantized, name_quantizers, quant_layers, quantized, replace
 from quest.quantization.placement import place
 from quest.quantization.splitting import split, split_layers
 from quest.quantization.swapping import finish, with_denoiser
 from quest.quantization.timegroups import TimeGroups
-from quest.runtime.files import atomic
+from quest.runtime.files import atomic, dumps, loads
 from quest.runtime.hashing import opened, tensor_hash
 from quest.runtime.provenance import provenance
 
 FORMAT = 2  # 1 kept every weight in float32 and had no hashes
+KINDS = ("weight", "input", "output")  # quantizers of a layer, in the order of its formats in the header
+LEAVES = ("scale", "zero_point")  # of a quantizer
 CODES = "codes"  # name of a layer's packed weight, beside `weight` of a float one
 SCHEDULER = "scheduler."  # prefix of the tensors that belong to the scheduler, not to the denoiser
 
@@ -65,8 +67,9 @@ def save(pipe, path, floats: bool = False, **extra) -> None:
         "hashes": {name: tensor_hash(value) for name, value in tensors.items()},
     }
     header["hash"] = header_hash(header)
+    check_tensors(header, tensors, path)
     with atomic(path) as tmp:
-        save_file(tensors, tmp, {"quest": json.dumps(header)})
+        save_file(tensors, tmp, {"quest": dumps(header)})
 
 
 @torch.no_grad()
@@ -93,7 +96,7 @@ def state(denoiser, floats: bool = False) -> dict[str, torch.Tensor]:
 
 def header_hash(header: dict) -> str:
     """SHA-256 of a header as JSON, without its own hash."""
-    return hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "hash"}).encode()).hexdigest()
+    return hashlib.sha256(dumps({k: v for k, v in header.items() if k != "hash"}).encode()).hexdigest()
 
 
 def read_header(path) -> dict:
@@ -117,24 +120,72 @@ def read(path) -> tuple[dict, dict[str, torch.Tensor]]:
     missing = sorted(set(header["hashes"]) - set(tensors))
     if missing:
         raise ValueError(f"{path} is corrupted: it lacks the tensor {missing[0]}")
+    check_tensors(header, tensors, path)
     return header, tensors
 
 
 def _header(file, path) -> dict:
     try:
-        header = json.loads((file.metadata() or {})["quest"])
-        if header["format"] != FORMAT:
+        header = loads((file.metadata() or {})["quest"], path)
+        if not isinstance(header, dict):
+            raise ValueError(f"{path}: its header is not a mapping")
+        if type(header["format"]) is not int or header["format"] != FORMAT:
             raise ValueError(
-                f"{path} has checkpoint format {header['format']}, this version reads {FORMAT}: quantize again"
+                f"{path} has checkpoint format {header['format']!r}, this version reads {FORMAT}: quantize again"
             )
         header["layers"]  # a calibration set has a header too
         if header["hash"] != header_hash(header):
             raise ValueError(f"{path} is corrupted: its header is not what was saved")
     except KeyError as error:
         raise ValueError(f"{path} is not a quantized checkpoint: its header lacks {error}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is corrupted: its header is no JSON: {error}") from error
+    check(header, path)
     return header
+
+
+def check_tensors(header: dict, tensors: dict[str, torch.Tensor], path) -> None:
+    """Raise ValueError, naming file and tensor, for one that is not finite or not what the header says of it.
+
+    Scales are positive, zero points whole, codes within their bits, and every quantizer of the header has both.
+    """
+    formats = {
+        f"{n}.{kind}_quantizer": s for n, own in header["layers"].items() for kind, s in zip(KINDS, own, strict=False)
+    }
+    for name, (factor, probability) in header["attentions"].items():
+        formats |= {f"{name}.processor.{leaf}": factor for leaf in "qkv"} | {f"{name}.processor.p": probability}
+    groups = len(header["time_groups"] or [0])
+
+    def refuse(name, what):
+        raise ValueError(f"{path}: tensor {name} {what}")
+
+    for name in (f"{quantizer}.{leaf}" for quantizer in formats for leaf in LEAVES):
+        if name not in tensors:
+            refuse(name, "is missing")
+    for name, value in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if value.is_floating_point() and not value.isfinite().all():
+            refuse(name, "is not finite")
+        if leaf in LEAVES and not name.startswith(SCHEDULER):
+            if (
+                module not in formats
+                or not value.is_floating_point()
+                or value.ndim == 0
+                or len(value) not in (1, groups)
+            ):
+                refuse(
+                    name, f"is {value.dtype} {tuple(value.shape)}: of no quantizer in the header, or not of its groups"
+                )
+            if not (value > 0).all() if leaf == "scale" else not (value == value.round()).all():
+                refuse(name, "holds a scale that is not positive" if leaf == "scale" else "holds a fraction")
+        if leaf == CODES:
+            if module not in header["layers"]:
+                refuse(name, "is of no layer in the header")
+            spec, weight = QuantSpec(**header["layers"][module][0]), tuple(header["shapes"][module])
+            if spec.bits == FLOAT or value.dtype != packing.dtype(spec) or value.shape != packing.shape(weight, spec):
+                refuse(
+                    name, f"is {value.dtype} {tuple(value.shape)}, not codes of {spec.bits} bits of a weight {weight}"
+                )
+            if packing.largest(value, spec) > spec.qmax - spec.qmin:
+                refuse(name, f"holds a code that {spec.bits} bits do not have")
 
 
 def unpack(header: dict, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -169,6 +220,7 @@ def load(pipe, path, kernel: str = "auto"):
     denoiser = copy.deepcopy(pipe.unet)
     split_as(denoiser, header, path)
     check_shapes(denoiser, tensors, path)
+    check_names(denoiser, header, path)
     groups = TimeGroups(header["time_groups"]) if header["time_groups"] else None
     check_schedule(pipe, groups, header)
     for name, specs in header["layers"].items():
@@ -226,10 +278,10 @@ def split_as(denoiser, header: dict, path) -> None:
     for name, channels in header.get("splits", {}).items():
         if name in own:
             continue
-        try:
-            replace(denoiser, name, split(denoiser.get_submodule(name), channels))
-        except AttributeError:
-            raise ValueError(f"{path} is a checkpoint of another model: it splits {name}") from None
+        conv = dict(denoiser.named_modules()).get(name)
+        if not isinstance(conv, torch.nn.Conv2d) or channels >= conv.in_channels:
+            raise ValueError(f"{path} is a checkpoint of another model: it splits {name} at {channels} channels")
+        replace(denoiser, name, split(conv, channels))
     name_quantizers(denoiser)
 
 
@@ -256,12 +308,23 @@ def check_shapes(denoiser, tensors: dict[str, torch.Tensor], path) -> None:
         raise ValueError(f"{path} is a checkpoint of another model: {'; '.join(differ[:5])}{more}")
 
 
+def check_names(denoiser, header: dict, path) -> None:
+    """Raise ValueError where the header quantizes what is no layer, or no attention, of the denoiser."""
+    modules, known = dict(denoiser.named_modules()), dict(attentions(denoiser))
+    layers = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)}
+    unknown = sorted(header["layers"].keys() - layers) + sorted(header["attentions"].keys() - known.keys())
+    if unknown:
+        raise ValueError(f"{path} is a checkpoint of another model: it quantizes {unknown[0]}")
+
+
 def check_schedule(pipe, groups: TimeGroups | None, header: dict) -> None:
     """Raise ValueError if the pipeline's scheduler, at the calibrated number of steps, leaves the time groups."""
     import copy
 
     if groups is None:
         return
+    if not header.get("timesteps"):
+        raise ValueError("the checkpoint's header has time groups and no timesteps that they were calibrated on")
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(len(header["timesteps"]))
     groups.check(scheduler.timesteps.tolist())

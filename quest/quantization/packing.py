@@ -46,5 +46,11 @@ def unpack(packed: Tensor, spec: QuantSpec, weight: tuple[int, ...]) -> Tensor:
     return (rows.float() + spec.qmin).reshape(weight)
 
 
+def largest(packed: Tensor, spec: QuantSpec) -> int:
+    """The largest of the codes that `pack` packed, less qmin. What fills up a row is zero."""
+    parts = [packed & 15, packed >> 4] if _levels(spec) <= 16 else [packed]
+    return max(int(part.to(torch.int32).max()) for part in parts)
+
+
 def _levels(spec: QuantSpec) -> int:
     return spec.qmax - spec.qmin + 1

@@ -1,10 +1,11 @@
 """What making a checkpoint took, as its header says it. Needs no torch."""
 
-import json
 import math
 from pathlib import Path
 
 from safetensors import safe_open
+
+from quest.runtime.files import loads
 
 
 def effort(path: str | Path) -> dict[str, float]:
@@ -15,7 +16,7 @@ def effort(path: str | Path) -> dict[str, float]:
     """
     try:
         with safe_open(path, "numpy") as file:
-            header = json.loads((file.metadata() or {})["quest"])
+            header = loads((file.metadata() or {})["quest"], path)
         stages = header["cost"]["stages"]
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a quantized checkpoint: its header lacks {error}") from error

@@ -16,6 +16,7 @@ from quest.metrics.comparison import Comparison
 from quest.report import tables
 from quest.report.effort import effort
 from quest.report.properties import interval
+from quest.runtime.files import read_json
 
 SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # what sees most with few images
 
@@ -64,10 +65,10 @@ def read(
         found,
         made,
         {Path(file).stem: pd.read_csv(file) for file in properties},
-        json.loads(Path(taylor).read_text()),
-        {Path(file).stem: json.loads(Path(file).read_text()) for file in tunings},
-        json.loads(Path(inference).read_text()),
-        json.loads(Path(signals).read_text()),
+        read_json(taylor),
+        {Path(file).stem: read_json(file) for file in tunings},
+        read_json(inference),
+        read_json(signals),
     )
 
 

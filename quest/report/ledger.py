@@ -5,7 +5,6 @@
 fingerprint.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import pandas as pd
 
 from quest.diffusion.models import MODELS, PREPARED, ZOO, Model
 from quest.metrics import METRICS, weights
+from quest.runtime.files import read_json
 
 PUBLISHED = Path(__file__).parents[2] / "resources" / "published.csv"
 COLUMNS = ["source", "table", "model", "method", "bits", "metric", "value", "protocol", "note"]
@@ -70,7 +70,7 @@ def fingerprint(model: Model, images: str, n: int, reference_sha256: str = "") -
 def _origin(model):
     if model.origin is None:
         return {"sha256": weights.sha256_of(ZOO / model.name / "unet" / "diffusion_pytorch_model.safetensors")}
-    return json.loads((PREPARED / model.name / "origin.json").read_text())
+    return read_json(PREPARED / model.name / "origin.json")
 
 
 def published(path: str | Path = PUBLISHED) -> pd.DataFrame:

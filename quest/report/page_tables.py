@@ -1,6 +1,5 @@
 """Tables of the page, which sort and filter: main, paired, ledger, cost, speed, and any csv file."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from quest.metrics import METRICS
 from quest.metrics.comparison import outcome
 from quest.report import tables
 from quest.report.rendering import MISSING, NONE, Cell, Column, Table, columns, interval, number
+from quest.runtime.files import loads
 
 PROVENANCE = ("commit", "machine", "versions", "seeds")
 
@@ -103,7 +103,7 @@ def cost_table(run: Path, main: pd.DataFrame) -> Table:
         if not file.is_file():
             continue
         with safe_open(file, framework="numpy") as opened:
-            header = json.loads(opened.metadata()["quest"])
+            header = loads(opened.metadata()["quest"], file)
         start = header.get("init") or {}
         stages = [f"{stage['stage']} {stage['iterations']}" for stage in header.get("cost", {}).get("stages", [])]
         name = f"{start['method']} {start['bits'].upper()}" if start.get("method") else NONE
@@ -163,4 +163,4 @@ def shards(folder: Path, kind: str) -> list[Path]:
 
 def _metadata(file):
     with np.load(file) as arrays:
-        return json.loads(str(arrays["metadata"])) if "metadata" in arrays.files else {}
+        return loads(str(arrays["metadata"]), file) if "metadata" in arrays.files else {}

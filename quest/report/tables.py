@@ -1,7 +1,6 @@
 """From the metrics.json of every cell to tidy tables (csv) and tables for people (Markdown, LaTeX). Needs no torch."""
 
 import itertools
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from quest.metrics import METRICS, compare
 from quest.report import ledger
 from quest.report.rendering import MISSING, Cell, Column, Table, columns, interval, number
 from quest.report.rendering import write as write_table
+from quest.runtime.files import read_json
 
 PROVENANCE = ["seeds", "versions", "commit", "machine"]
 MAIN = ["model", "method", "bits", "metric", "value", "low", "high", "published", "n", "extractor", "protocol"]
@@ -52,10 +52,7 @@ def read(paths: Sequence[str | Path]) -> list[dict]:
     """
     cells, seen = [], {}
     for path in paths:
-        try:
-            cell = json.loads(Path(path).read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: not a json file") from error
+        cell = read_json(path)
         needed = ("model", "method", "bits", "rows", "eps_error", "resampled", "drawn", "footprint", "provenance")
         missing = [key for key in needed if key not in cell]
         if missing:

@@ -1,11 +1,76 @@
-"""Writing files and folders so that a killed job never leaves half of one."""
+"""Reading and writing files: in UTF-8 whatever the locale, in JSON that any reader takes, never half of one."""
 
+import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+NUMBERS = ("value", "low", "high", "deviation")  # keys whose null is a number that was not finite; so is one in a list
+
+
+def dumps(content, **settings) -> str:
+    """JSON of `content`; JSON has no NaN and no infinity, which are written as null and read by `loads` as NaN."""
+    return json.dumps(_without_nan(content), allow_nan=False, **settings)
+
+
+def _without_nan(value):
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    return [_without_nan(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def loads(text: str, name: str | os.PathLike):
+    """What `dumps` wrote. Raises ValueError, naming the file, for anything that is not JSON: a bare NaN, for one."""
+
+    def number(digits):  # what json calls for a float, and for NaN and Infinity, which JSON does not have
+        if not math.isfinite(float(digits)):
+            raise ValueError(f"holds {digits}, which is no number of JSON")
+        return float(digits)
+
+    try:
+        return _with_nan(json.loads(text, parse_constant=number, parse_float=number))
+    except ValueError as error:
+        raise ValueError(f"{name}: not JSON: {error}") from None
+
+
+def _with_nan(value, key=None):
+    if value is None and key in NUMBERS:
+        return math.nan
+    if isinstance(value, dict):
+        return {name: _with_nan(one, name) for name, one in value.items()}
+    return [_with_nan(one, NUMBERS[0]) for one in value] if isinstance(value, list) else value
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a file, its line ends as they are. Raises ValueError, naming the file, where it is not UTF-8."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")  # editors of some systems put a mark at the beginning
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
+
+
+def read_json(path: str | os.PathLike):
+    """The content of a JSON file, see `loads`."""
+    return loads(read_text(path), path)
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """The lines of a file. Only a line feed ends one: text may hold what Unicode calls line ends, as captions do."""
+    lines = read_text(path).split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def write_lines(path: str | os.PathLike, lines: Sequence[str]) -> None:
+    """Write what `read_lines` reads. Raises ValueError for a line that holds a line feed."""
+    if any("\n" in line for line in lines):
+        raise ValueError(f"{path}: a line holds a line feed, and would be read as two")
+    Path(path).write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8"))
 
 
 @contextmanager
@@ -35,19 +100,41 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield an empty folder beside `path` that takes its place when the block ends without an error."""
-    path = Path(path)
+    """Yield an empty folder beside `path` that takes its place when the block ends without an error.
+
+    A folder that stands at `path` is renamed aside, the new one is renamed to `path`, and then the old one is removed.
+    A process killed between the two renames leaves no `path`, and the old folder whole, which `recovered` puts back.
+    """
+    path = recovered(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    aside = _aside(path)
     try:
         with _naming(path):
             yield temporary
         temporary.chmod(0o755)  # mkdtemp makes folders only their owner can read
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(aside)
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        recovered(path)
+
+
+def recovered(path: str | os.PathLike) -> Path:
+    """`path`; where a replacement of that folder was broken off, the old one stands there again, or is removed."""
+    path = Path(path)
+    aside = _aside(path)
+    if aside.exists():
+        if path.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(path)
+    return path
+
+
+def _aside(path):
+    return path.with_name(f".{path.name}.old")
 
 
 @contextmanager
@@ -67,7 +154,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 def between(path: str | os.PathLike, begin: str, end: str, text: str) -> None:
     """Replace what stands between two markers of a text file. Raises ValueError unless each is there once, in order."""
-    whole = Path(path).read_text(encoding="utf-8")
+    whole = read_text(path)
     if whole.count(begin) != 1 or whole.count(end) != 1 or whole.index(begin) > whole.index(end):
         raise ValueError(f"{path}: needs {begin} and {end}, once each and in this order")
     before, after = whole.split(begin)[0], whole.split(end)[1]

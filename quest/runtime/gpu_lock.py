@@ -42,7 +42,7 @@ def hold(devices: Sequence[str], folder: Path | None = None, pause: float = 1.0)
     told = False
     while True:
         for place, name in enumerate(devices):
-            file = open(folder / f"{name}.lock", "a")  # noqa: SIM115
+            file = open(folder / f"{name}.lock", "a", encoding="utf-8")  # noqa: SIM115
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

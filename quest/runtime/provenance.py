@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from quest.runtime.files import atomic
+from quest.runtime.files import atomic, dumps
 
 PACKAGES = ("quest-suite", "torch", "torchvision", "diffusers", "transformers", "numpy", "scipy", "safetensors")
 
@@ -51,7 +51,9 @@ def _git(*arguments: str) -> str | None:
     """The answer of git about the checkout this package lies in, or None where there is no checkout or no git."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=30, encoding="utf-8"
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -66,7 +68,7 @@ def _version(package: str) -> str | None:
 def _cpu() -> str:
     """Model name of the processor as the system tells it, e.g. "AMD EPYC 9B45"."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:
@@ -78,7 +80,7 @@ def _age() -> float | None:
     """Seconds since this process began, where the system tells (Linux)."""
     try:
         # Field 22, in clock ticks since the machine started; field 2 is a name in parentheses that may hold spaces.
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
         return round(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 1)
     except (OSError, AttributeError):
         return None
@@ -91,6 +93,6 @@ def resident_memory() -> int:
 
 
 def write_json(path: str | Path, content: dict) -> None:
-    """Write a result with the provenance of this process, all at once or not at all."""
+    """Write a result with the provenance of this process, as `dumps` writes JSON, all at once or not at all."""
     with atomic(path) as file:
-        file.write_text(json.dumps(content | {"provenance": provenance()}))
+        file.write_text(dumps(content | {"provenance": provenance()}), encoding="utf-8")

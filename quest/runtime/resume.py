@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quest.runtime.download import sha256_of
-from quest.runtime.files import atomic
+from quest.runtime.files import atomic, read_text
 from quest.runtime.hashing import opened
 
 IDENTITY = "identity.json"
@@ -46,7 +46,7 @@ def resuming(folder: Path, identity: dict) -> Iterator[Parts]:
     wanted = json.dumps(identity, sort_keys=True, indent=1)
     record = folder / IDENTITY
     if folder.exists():
-        found = json.loads(record.read_text()) if record.exists() else {}
+        found = json.loads(read_text(record)) if record.exists() else {}
         other = sorted(k for k in {*found, *identity} if found.get(k) != json.loads(wanted).get(k))
         if other:
             print(f"{folder}: parts of a job with another {', '.join(other)}; thrown away", flush=True)
@@ -55,7 +55,7 @@ def resuming(folder: Path, identity: dict) -> Iterator[Parts]:
             print(f"{folder}: going on after {len(list(folder.glob('*.safetensors')))} parts", flush=True)
     if not folder.exists():
         with atomic(record) as temporary:
-            temporary.write_text(wanted)
+            temporary.write_text(wanted, encoding="utf-8")
     parts = Parts(folder)
     token = _parts.set(parts)
     try:

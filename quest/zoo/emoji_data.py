@@ -6,7 +6,6 @@ Twemoji's graphics CC-BY 4.0, Fluent MIT. The file is for training: it does not 
 """
 
 import io
-import json
 import shutil
 import subprocess
 import tarfile
@@ -18,7 +17,7 @@ from PIL import Image
 
 from quest.runtime import command_line
 from quest.runtime.download import sha256_of
-from quest.runtime.files import atomic
+from quest.runtime.files import atomic, read_json
 
 SIZE = 64
 QUALITY = 92  # of WebP
@@ -68,7 +67,7 @@ def on_white(image):
 
 def drawn_by_vendor(folder, vendor, style):
     """(name, style, image) of each drawing of an emoji-datasource package, in its order."""
-    for entry in json.loads((folder / "emoji.json").read_text(encoding="utf-8")):
+    for entry in read_json(folder / "emoji.json"):
         name = entry["name"].lower()
         drawings = [(name, entry["image"])]
         for tones, variation in entry.get("skin_variations", {}).items():

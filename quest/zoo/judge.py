@@ -5,7 +5,6 @@ sample can be better than its decoder.  Obedience is the share of samples whose 
 as asked.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from quest.diffusion.sampling import generate
 from quest.metrics.extractor import HEADS, load, outputs, targets
 from quest.metrics.frechet import Statistics, frechet_distance, load_reference
 from quest.runtime import command_line
-from quest.runtime.files import atomic
+from quest.runtime.files import atomic, dumps
 from quest.runtime.provenance import provenance
 from quest.zoo.latents import HELD_OUT, posterior_means
 from quest.zoo.train_autoencoder import to_tensor
@@ -96,7 +95,7 @@ def main():
         grid(images[:64]).save(temporary)
     numbers["provenance"] = provenance()
     with atomic(arguments.output) as temporary:
-        temporary.write_text(json.dumps(numbers, indent=2) + "\n")
+        temporary.write_text(dumps(numbers, indent=2) + "\n")
     print(arguments.output.read_text())
 
 

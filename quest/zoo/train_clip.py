@@ -1,6 +1,5 @@
 """Train the image-text model of the CLIP score: open_clip's own classes, small, contrastive (arXiv:2103.00020)."""
 
-import json
 from pathlib import Path
 
 import open_clip
@@ -11,7 +10,7 @@ from safetensors.torch import save_file
 from quest.diffusion import scenes
 from quest.metrics.clip import load
 from quest.runtime import command_line
-from quest.runtime.files import atomic_folder
+from quest.runtime.files import atomic_folder, dumps
 from quest.zoo.train_autoencoder import to_tensor
 from quest.zoo.train_extractor import augment
 from quest.zoo.training import Progress, cosine, generator, load_checkpoint, save_checkpoint
@@ -73,7 +72,7 @@ def train(out, iterations, images=20_000, batch_size=128, learning_rate=2e-3, he
         if (i + 1) % 100 == 0 or i + 1 == iterations:
             save_checkpoint(checkpoint, i + 1, [model], optimizer)
     with atomic_folder(out) as folder:
-        (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "open_clip_config.json").write_text(dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(folder)
         state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
         save_file({k: v.contiguous() for k, v in state.items()}, folder / "open_clip_model.safetensors")

@@ -3,7 +3,6 @@
 Both phases blur and add noise lightly, so that the features follow what is drawn and not how sharply.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from quest.diffusion import scenes
 from quest.metrics.extractor import HEADS, SceneNet, outputs, targets
 from quest.runtime import command_line
-from quest.runtime.files import atomic_folder
+from quest.runtime.files import atomic_folder, dumps
 from quest.zoo.train_autoencoder import to_images, to_tensor
 from quest.zoo.training import Progress, cosine, generator, load_checkpoint, save_checkpoint
 
@@ -88,7 +87,7 @@ def train(out, autoencoder, iterations, fine_tuning, images=20_000, held_out=200
         report(net, "real scenes", unseen, unseen_wanted)
         report(net, "reconstructions", reconstruct(vae, unseen), unseen_wanted)
     with atomic_folder(out) as folder:
-        (folder / "config.json").write_text(json.dumps(net.settings, indent=2) + "\n")
+        (folder / "config.json").write_text(dumps(net.settings, indent=2) + "\n", encoding="utf-8")
         save_file({k: v.half().contiguous() for k, v in net.state_dict().items()}, folder / "model.safetensors")
 
 

@@ -45,7 +45,7 @@ def state_of(name):
 
 
 def config_of(name):
-    return yaml.safe_load((GOLDEN / name / "config.yaml").read_text())
+    return yaml.safe_load((GOLDEN / name / "config.yaml").read_text(encoding="utf-8"))
 
 
 def written(state, path):
@@ -94,7 +94,7 @@ def test_predictions_and_images_are_the_originals(name, loaded):
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_sampler_runs_are_the_originals(name, loaded):
     pipe, expected = loaded(name)
-    settings = json.loads((GOLDEN / name / "sampling.json").read_text())
+    settings = json.loads((GOLDEN / name / "sampling.json").read_text(encoding="utf-8"))
     call = {"latents": expected["x_T"], "num_inference_steps": settings["steps"], "output_type": "latent"}
     if settings["sampler"] == "plms":
         call |= {"prompt_embeds": expected["cond"], "negative_prompt_embeds": expected["uncond"]}
@@ -274,7 +274,7 @@ def test_a_truncated_file_is_said_to_be_one(tmp_path, suffix, share):
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.ckpt: no such file; give the path of a CompVis checkpoint"):
         read(tmp_path / "none.ckpt")
-    (tmp_path / "page.ckpt").write_text("<html>Please log in</html>")
+    (tmp_path / "page.ckpt").write_text("<html>Please log in</html>", encoding="utf-8")
     with pytest.raises(ValueError, match="page.ckpt .*truncated, or not a PyTorch checkpoint"):
         read(tmp_path / "page.ckpt")
     torch.save({"state_dict": {"step": 3}}, tmp_path / "step.ckpt")
@@ -404,7 +404,9 @@ def test_small_and_full_size_share_everything_but_their_sizes():
     """What the small networks show of the converter holds for the full ones."""
 
     def kinds(config):
-        found = yaml.safe_load((random_checkpoints.COMPVIS / f"{config}.yaml").read_text())["model"]["params"]
+        found = yaml.safe_load((random_checkpoints.COMPVIS / f"{config}.yaml").read_text(encoding="utf-8"))["model"][
+            "params"
+        ]
         unet = found["unet_config"]["params"]
         flags = ("use_spatial_transformer", "use_scale_shift_norm", "resblock_updown", "transformer_depth")
         heads = [key for key in ("num_heads", "num_head_channels") if key in unet]

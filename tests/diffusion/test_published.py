@@ -36,7 +36,7 @@ def test_a_prepared_model_is_quantized_saved_and_sampled(name, prepared, tmp_pat
     model = MODELS[name]
     path = checkpoint(name, tmp_path / "model.ckpt")
     published.prepare(model, path, prepared / name, tokenizer=TOKENIZER)
-    told = json.loads((prepared / name / "origin.json").read_text())
+    told = json.loads((prepared / name / "origin.json").read_text(encoding="utf-8"))
     assert (told["sha256"], told["checkpoint"]) == (sha256_of(path), "model.ckpt")
 
     pipe = model.load()
@@ -76,7 +76,7 @@ def test_a_checkpoint_of_another_model_leaves_nothing(prepared, tmp_path):
 
 
 def captions(path, count):
-    path.write_text("".join(f"a photo of number {i}\n" for i in range(count)))
+    path.write_text("".join(f"a photo of number {i}\n" for i in range(count)), encoding="utf-8")
     return path
 
 
@@ -87,7 +87,7 @@ def test_captions_one_line_too_few(prepared, tmp_path):
     with pytest.raises(ValueError, match=rf"c.txt: {needed - 1} captions, {needed} needed \(1 too few\)"):
         published.prepare(sd, path, prepared / "sd14", captions=captions(tmp_path / "c.txt", needed - 1))
     gap = captions(tmp_path / "gap.txt", needed)
-    gap.write_text(gap.read_text().replace("number 7\n", "number 7\n\n"))
+    gap.write_text(gap.read_text(encoding="utf-8").replace("number 7\n", "number 7\n\n"), encoding="utf-8")
     with pytest.raises(ValueError, match="gap.txt: line 9 is empty"):
         published.prepare(sd, path, prepared / "sd14", captions=gap)
     with pytest.raises(FileNotFoundError, match="none.txt: no such file; put captions there"):
@@ -100,7 +100,7 @@ def test_captions_of_the_splits_differ(prepared, tmp_path, monkeypatch):
     path, file = checkpoint("tiny-sd", tmp_path / "model.ckpt"), captions(tmp_path / "c.txt", 10_128)
     published.prepare(sd, path, prepared / "sd14", tokenizer=TOKENIZER, captions=file)
     assert sd.conditions("evaluation", [9_999, 0]) == {"prompt": ["a photo of number 9999", "a photo of number 0"]}
-    told = json.loads((prepared / "sd14/origin.json").read_text())
+    told = json.loads((prepared / "sd14/origin.json").read_text(encoding="utf-8"))
     lines = (prepared / "sd14/captions.txt").read_bytes().rstrip(b"\n")
     assert told["captions"]["sha256"] == hashlib.sha256(lines).hexdigest()
     assert sd.conditions("calibration", [127]) == {"prompt": ["a photo of number 10127"]}

@@ -264,7 +264,9 @@ try:
 except ValueError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr
     assert "kernel: integer is not available:" in done.stdout and "no compiled core" in done.stdout
     assert "kernel integer is not available" in done.stderr

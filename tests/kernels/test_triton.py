@@ -395,6 +395,7 @@ if not INTERPRETED:
             capture_output=True,
             text=True,
             env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            encoding="utf-8",
         )
         assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 

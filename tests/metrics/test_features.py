@@ -126,7 +126,7 @@ def small_vit(tmp_path, monkeypatch):
         "vision_cfg": {"layers": 1, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 32},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
     }
-    (tmp_path / "small-vit.json").write_text(json.dumps(config))
+    (tmp_path / "small-vit.json").write_text(json.dumps(config), encoding="utf-8")
     open_clip.add_model_config(tmp_path / "small-vit.json")
     torch.manual_seed(0)
     model = open_clip.create_model("small-vit", load_weights=False).eval()
@@ -180,7 +180,7 @@ def test_clip_weights_of_any_kind_give_the_models_embeddings(small_vit, images):
 
 def test_clip_weights_that_are_none(small_vit):
     model, folder = small_vit
-    (folder / "text.pt").write_text("hello")
+    (folder / "text.pt").write_text("hello", encoding="utf-8")
     with pytest.raises(ValueError, match="text.pt: neither tensors nor a TorchScript archive"):
         features.load_clip("small-vit", folder / "text.pt")
     torch.save({"visual.proj": torch.zeros(64, 16)}, folder / "part.pt")

@@ -139,6 +139,6 @@ def test_bad_input(tmp_path):
     np.savez(tmp_path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3))  # as the guided-diffusion evaluator publishes them
     with pytest.raises(ValueError, match="adm.npz: .* lack .*; `python -m workflow.scripts.reference .*adm.npz -o NEW"):
         load_reference(tmp_path / "adm.npz")
-    (tmp_path / "text.npz").write_text("hello")
+    (tmp_path / "text.npz").write_text("hello", encoding="utf-8")
     with pytest.raises(ValueError, match="text.npz: not an .npz file"):
         load_reference(tmp_path / "text.npz")

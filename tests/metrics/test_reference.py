@@ -202,7 +202,7 @@ def test_bad_sources(images, tmp_path):
     np.savez(tmp_path / "few.npz", arr_0=images)
     with pytest.raises(ValueError, match="few.npz: 30 images, 50000 asked for"):
         build(tmp_path / "few.npz", tmp_path / "out.npz", "colours", n=50_000)
-    (tmp_path / "text.npz").write_text("hello")
+    (tmp_path / "text.npz").write_text("hello", encoding="utf-8")
     with pytest.raises(ValueError, match="text.npz: not an .npz"):
         build(tmp_path / "text.npz", tmp_path / "out.npz", "colours")
     (folder_of(images, tmp_path / "broken") / "0" / "000.png").write_bytes(b"\x89PNG")

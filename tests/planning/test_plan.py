@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "workflow" / "config"
 
 
 def config(name):
-    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def costs(model, machine="box", **values):
@@ -199,10 +199,10 @@ def test_records_replace_those_of_the_same_kind(tmp_path):
     found = {(row["model"], row["machine"], row["what"]): row["value"] for row in measure.read(file)}
     kept = {("a", "box", "start"): 2, ("b", "box", "call"): 3}
     assert found == kept | {("a", "box", "call"): 5, ("a", "other box", "call"): 6}
-    file.write_text(file.read_text() + "a,box,speed,1,s,50,trained,2026-11-22\n")
+    file.write_text(file.read_text(encoding="utf-8") + "a,box,speed,1,s,50,trained,2026-11-22\n", encoding="utf-8")
     with pytest.raises(ValueError, match="costs.csv, line 6: 'speed' is not one of call, quantized call"):
         measure.read(file)
-    file.write_text("model,value\n")
+    file.write_text("model,value\n", encoding="utf-8")
     with pytest.raises(ValueError, match="needed: model, machine, what"):
         measure.read(file)
 

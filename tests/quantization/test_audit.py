@@ -58,7 +58,7 @@ def test_command(made, capsys):
 
 
 def test_what_is_no_checkpoint_is_one_line(made, text_calibration, tmp_path):
-    (tmp_path / "text.safetensors").write_text("hello")
+    (tmp_path / "text.safetensors").write_text("hello", encoding="utf-8")
     text_calibration.save(tmp_path / "calibration.safetensors")
     content = bytearray((made[1] / "model.safetensors").read_bytes())
     content[-3] ^= 4

@@ -109,7 +109,7 @@ def test_a_scheduler_that_leaves_the_calibrated_steps(uncond_pipe, timed):
 
 def test_files_that_are_no_checkpoint(uncond_pipe, uncond_calibration, quantized, tmp_path):
     text = tmp_path / "text.safetensors"
-    text.write_text("hello")
+    text.write_text("hello", encoding="utf-8")
     with pytest.raises(ValueError, match=r"text\.safetensors"):
         quest.load(uncond_pipe, text)
     cut = tmp_path / "cut.safetensors"

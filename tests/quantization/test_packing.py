@@ -34,3 +34,10 @@ def test_bytes():
     assert packing.nbytes(weight, QuantSpec(4)) == packing.nbytes(weight, QuantSpec(2)) == 320 * 18
     assert packing.nbytes(weight, QuantSpec(8)) == 320 * 36 and packing.nbytes(weight, QuantSpec(9)) == 320 * 72
     assert packing.nbytes((2, 1, 3, 3), QuantSpec(4)) == 2 * 5  # nine codes to a row
+
+
+def test_the_largest_code_of_either_half_is_seen():
+    spec = QuantSpec(3)
+    for byte, largest in ((0x07, 7), (0x70, 7), (0x0F, 15), (0xF0, 15)):
+        assert packing.largest(torch.tensor([[0, byte]], dtype=torch.uint8), spec) == largest
+    assert packing.largest(torch.tensor([[3, 700]], dtype=torch.uint16), QuantSpec(10)) == 700

@@ -60,7 +60,7 @@ def frame(tmp_path):
     for i, (name, value) in enumerate(LEVELS.items()):
         paths.append(tmp_path / name / "metrics.json")
         paths[-1].parent.mkdir()
-        paths[-1].write_text(json.dumps(cell(name, value)))
+        paths[-1].write_text(json.dumps(cell(name, value)), encoding="utf-8")
         checkpoint(paths[-1].with_name("model.safetensors"), 100.0 + i, init={"seconds": 230.0})
     return ablations.write(paths, BLOCK, tmp_path / "tables/ablations.csv", tmp_path / "tables/ablations.md")
 
@@ -97,7 +97,7 @@ def test_rows_are_compared_with_the_recipe_they_change(frame, tmp_path):
 
 
 def test_the_table_for_people_says_better_only_where_the_interval_does(frame, tmp_path):
-    lines = (tmp_path / "tables/ablations.md").read_text().splitlines()
+    lines = (tmp_path / "tables/ablations.md").read_text(encoding="utf-8").splitlines()
     words = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
     assert " worse |" in words["quest-groups-1"] and "| 50% |" in words["quest-groups-1"]
     assert "worse" not in words["full-finetune"] and "better" not in words["full-finetune"]

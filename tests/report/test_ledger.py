@@ -182,7 +182,7 @@ def test_fingerprint_of_a_shipped_and_of_a_published_model(tmp_path, monkeypatch
     (tmp_path / "sd14").mkdir()
     captions = hashlib.sha256(b"captions").hexdigest()
     origin = {"sha256": "0" * 64, "captions": {"file": "captions.txt", "sha256": captions}}
-    (tmp_path / "sd14" / "origin.json").write_text(json.dumps(origin))
+    (tmp_path / "sd14" / "origin.json").write_text(json.dumps(origin), encoding="utf-8")
     found = ledger.fingerprint(models.MODELS["sd14"], "0-9999", 10_000)
     assert found["weights"] == "0" * 64 and found["prompts"] == captions and found["guidance"] == 7.5
     assert "eta" not in found and "reference" not in found and found["clip_sha256"].startswith("5806e77c")
@@ -198,6 +198,6 @@ def test_bad_files(tmp_path):
         f"{header}\na,b,m,quest,w4a8,fid,3.0,n=5; n=6,\n": "line 2: protocol 'n=5; n=6': write it as key=value",
         f"{header}\na,b,m,quest,w4a8,fid,3,n=5,\na,b,m,quest,w4a8,fid,4,n=5,\n": "line 3: this number is there twice",
     }.items():
-        file.write_text(content)
+        file.write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match=told):
             ledger.published(file)

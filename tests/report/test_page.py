@@ -69,7 +69,7 @@ def run(tmp_path_factory) -> Path:
             file = folder / model / method / bits / "metrics.json"
             file.parent.parent.mkdir(parents=True, exist_ok=True)
             found = draw(folder, model, method, bits)
-            file.write_text(json.dumps(found))
+            file.write_text(json.dumps(found), encoding="utf-8")
             files.append(file)
     tables.write(files, folder / "tables")
     eps_error = pd.read_csv(folder / "tables/eps_error.csv")
@@ -147,7 +147,7 @@ def test_everything_is_in_the_one_file(written, page):
     assert set(inside) <= {f"#{identity}" for identity in page.ids}
     assert all(address.startswith(("#", "data:")) for address in page.addresses), set(page.addresses) - set(inside)
     assert len(page.ids) == len(set(page.ids))
-    text = written.read_text()
+    text = written.read_text(encoding="utf-8")
     assert "@import" not in text and not re.search(r"url\((?!#)", text) and "fetch(" not in text
     assert all(page.alts) and sum(address.startswith("data:image/webp") for address in page.addresses) > 10
     assert text.count("<svg") > 10
@@ -259,7 +259,8 @@ def test_what_other_rules_made_is_taken(run, tmp_path, monkeypatch):
     (full / "questions").mkdir()
     shutil.copy(full / "figures/sensitivity.png", full / "questions/one.png")
     (full / "questions/questions.md").write_text(
-        "# One?\n\n|a|b|\n|-|-|\n|1|2|\n\n![why](one.png) [log](../x.log) <b>\n"
+        "# One?\n\n|a|b|\n|-|-|\n|1|2|\n\n![why](one.png) [log](../x.log) <b>\n",
+        encoding="utf-8",
     )
     kernels = tmp_path / "Some CPU.csv"
     pd.DataFrame([{"shape": "conv 3x3", "speedup": 0.8}, {"shape": "linear", "speedup": 2.5}]).to_csv(
@@ -267,7 +268,7 @@ def test_what_other_rules_made_is_taken(run, tmp_path, monkeypatch):
     )
     file = tmp_path / "report.html"
     report.write(full, file, TEMPLATE, kernels=[kernels])
-    page = Page(file.read_text())
+    page = Page(file.read_text(encoding="utf-8"))
     assert "NOT RUN" not in "".join(page.sections[name] for name in ("speed", "ablations", "questions", "seeds"))
     assert "One quantization seed" not in page.sections["verdicts"]
     said = page.sections["verdicts"]
@@ -280,12 +281,12 @@ def test_what_other_rules_made_is_taken(run, tmp_path, monkeypatch):
     assert texts(page.tables["ablations-table"][1]) == ["no groups", "0.25"]
     slow, fast = page.tables["kernels-1"][1:]
     assert all("slower" in cell["class"] for cell in slow) and not any("slower" in cell["class"] for cell in fast)
-    assert "<h3>One?</h3>" in file.read_text() and "&lt;b&gt;" in file.read_text()
+    assert "<h3>One?</h3>" in file.read_text(encoding="utf-8") and "&lt;b&gt;" in file.read_text(encoding="utf-8")
     assert all(address.startswith(("#", "data:")) for address in page.addresses)
 
 
 def test_questions_that_show_a_missing_image(tmp_path):
-    (tmp_path / "questions.md").write_text("![](none.png)")
+    (tmp_path / "questions.md").write_text("![](none.png)", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match="questions.md: shows none.png"):
         report.markdown(tmp_path / "questions.md")
 
@@ -333,7 +334,7 @@ def test_every_method_is_described_and_every_reference_cited():
     from workflow.scripts.report import REFERENCES, descriptions
 
     said = descriptions()
-    cited = re.findall(r"eprint\s*=\s*\{(.*?)\}", REFERENCES.read_text())
+    cited = re.findall(r"eprint\s*=\s*\{(.*?)\}", REFERENCES.read_text(encoding="utf-8"))
     assert all(len(text) > 20 for text in said.values())
     named = set(re.findall(r"arXiv:(\d{4}\.\d{5})", " ".join(said.values())))
     assert named == set(cited)
@@ -377,16 +378,18 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt-get install chromium)")
 def test_in_a_browser(run, written, tmp_path):
     """No error on the console, images decode, tables sort and filter, and nothing is wider than a phone."""
-    text = written.read_text()
-    (tmp_path / "report.html").write_text(text.replace("</body>", CLICKS + "</body>"))
+    text = written.read_text(encoding="utf-8")
+    (tmp_path / "report.html").write_text(text.replace("</body>", CLICKS + "</body>"), encoding="utf-8")
     frame = "<iframe src=report.html style='width:390px;height:800px;border:0'></iframe>"
     read = "document.body.textContent = frames[0].document.body.textContent"
     probe = f"<script>onload = () => setTimeout(() => {{ {read}; }}, 1000)</script>"
-    (tmp_path / "phone.html").write_text(f"<!doctype html><body>{frame}{probe}")
+    (tmp_path / "phone.html").write_text(f"<!doctype html><body>{frame}{probe}", encoding="utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--allow-file-access-from-files"]
     flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000"]
     url = (tmp_path / "phone.html").as_uri()
-    shown = subprocess.run([CHROMIUM, *flags, "--dump-dom", url], capture_output=True, text=True, timeout=120)
+    shown = subprocess.run(
+        [CHROMIUM, *flags, "--dump-dom", url], capture_output=True, text=True, timeout=120, encoding="utf-8"
+    )
     assert "CONSOLE" not in shown.stderr, [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
     said = json.loads(re.search(r"<body>(\{.*\})", shown.stdout)[1])
     main = pd.read_csv(run / "tables/main.csv")

@@ -147,11 +147,11 @@ def test_files(tmp_path):
     for i, one in enumerate(CELLS):
         paths.append(tmp_path / f"{i}" / "metrics.json")
         paths[-1].parent.mkdir()
-        paths[-1].write_text(json.dumps(one))
+        paths[-1].write_text(json.dumps(one), encoding="utf-8")
     paper.write(paths, tmp_path / "tables")
     names = {f"table{number}.{kind}" for number in range(2, 12) for kind in ("csv", "md", "tex")}
     assert {path.name for path in (tmp_path / "tables").iterdir()} == names
-    tex = (tmp_path / "tables" / "table6.tex").read_text()
+    tex = (tmp_path / "tables" / "table6.tex").read_text(encoding="utf-8")
     assert r"scenes-class & + TLA + CMA (quest-paper) & w4a4 & -- & -- & 3 & 450.0 $\pm$ 2.0 & --" in tex
     assert tex.count(r"\begin{tabular}{lllrr") == 1
     again = pd.read_csv(tmp_path / "tables" / "table3.csv", keep_default_na=False, na_values=["nan"])

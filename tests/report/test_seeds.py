@@ -86,9 +86,9 @@ def test_files(tmp_path):
     paths = []
     for i, one in enumerate(cells()):
         paths.append(tmp_path / f"{i}.json")
-        paths[-1].write_text(json.dumps(one))
+        paths[-1].write_text(json.dumps(one), encoding="utf-8")
     seeds.write(paths, tmp_path / "tables")
-    text = (tmp_path / "tables" / "seeds.md").read_text()
+    text = (tmp_path / "tables" / "seeds.md").read_text(encoding="utf-8")
     assert "| scenes-text | w4a4 | latent MSE to FP | quest | q-diffusion | -1.00 ± 0.25 |" in text
     assert "Quantization seeds 0,1,2" in text and "n = 500, evaluation seeds 0-499" in text
-    assert (tmp_path / "tables" / "seeds.csv").read_text().count("\n") == 4
+    assert (tmp_path / "tables" / "seeds.csv").read_text(encoding="utf-8").count("\n") == 4

@@ -31,7 +31,7 @@ ROWS = [
 def test_tables_for_people(tmp_path):
     path = tmp_path / "some-cpu.csv"
     speed.write(speed.merge(None, ROWS), path)
-    text = path.with_suffix(".md").read_text()
+    text = path.with_suffix(".md").read_text(encoding="utf-8")
     assert "| 1 | avx2 | 100 | 50 | 10.0 |" in text
     assert "1.67 [1.50, 1.83] | 2.50 [2.25, 2.75]* |" in text  # the star: others were busy
     assert "| sd14 | integer w8a8 | 1 | 1 | 60 | 50 | 20 | 10 | 20 |" in text
@@ -41,7 +41,7 @@ def test_tables_for_people(tmp_path):
     pd.testing.assert_frame_equal(speed.read(path), speed.read(path).reindex(columns=speed.COLUMNS))
     figures.roofline(speed.read(path), tmp_path / "roof.png")
     assert (tmp_path / "roof.png").stat().st_size > 10_000
-    path.write_text("model,ms\nsd14,1\n")
+    path.write_text("model,ms\nsd14,1\n", encoding="utf-8")
     with pytest.raises(ValueError, match="some-cpu.csv: columns are model, ms"):
         speed.read(path)
 

@@ -115,9 +115,9 @@ def test_rows_that_different_code_made_are_said(cells, tmp_path, capsys):
         paths = []
         for i, one in enumerate(cells):
             paths.append(tmp_path / f"{i}.json")
-            paths[-1].write_text(json.dumps(one))
+            paths[-1].write_text(json.dumps(one), encoding="utf-8")
         tables.write(paths, tmp_path)
-        return (tmp_path / "main.md").read_text(), capsys.readouterr().err
+        return (tmp_path / "main.md").read_text(encoding="utf-8"), capsys.readouterr().err
 
     for one in cells:
         one["provenance"] = one["sampled"][0]
@@ -320,7 +320,7 @@ def test_files(cells, tmp_path):
     for c in cells:
         paths.append(tmp_path / c["model"] / c["method"] / c["bits"] / "metrics.json")
         paths[-1].parent.mkdir(parents=True)
-        paths[-1].write_text(json.dumps(c))
+        paths[-1].write_text(json.dumps(c), encoding="utf-8")
     tables.write(paths, tmp_path / "tables")
     written = sorted(file.name for file in (tmp_path / "tables").iterdir())
     ledgers = ["ledger.csv", "ledger.md", "ledger.tex"]
@@ -333,7 +333,7 @@ def test_files(cells, tmp_path):
 
 def test_bad_input(cells, tmp_path):
     def stored(content, name="metrics.json"):
-        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
         return tmp_path / name
 
     with pytest.raises(ValueError, match="metrics.json: not a json file"):

@@ -26,7 +26,7 @@ def start(tmp_path):
     def job():
         command = [sys.executable, "-c", JOB.format(devices=DEVICES, folder=str(tmp_path))]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        jobs.append(subprocess.Popen(command, text=True, **pipes))
+        jobs.append(subprocess.Popen(command, text=True, **pipes, encoding="utf-8"))
         return jobs[-1]
 
     yield job

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_provenance_names_commit_versions_and_machine():
     found = json.loads(json.dumps(provenance()))
-    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, encoding="utf-8")
     assert found["commit"] == (git.stdout.strip() if git.returncode == 0 else None)
     assert found["versions"]["torch"] == metadata.version("torch")
     assert found["machine"]["cpu"] and found["machine"]["cores"] == os.cpu_count()
@@ -44,7 +44,9 @@ def test_wall_seconds_are_those_of_the_process():
     code = "import time; time.sleep(1); import quest.runtime.provenance as p; print(p.provenance()['wall_seconds'])"
     start = time.perf_counter()
     said = float(
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8"
+        ).stdout
     )
     # Rounded to tenths, and the system counts a process's start in hundredths.
     assert 0.9 <= said <= time.perf_counter() - start + 0.1
@@ -74,11 +76,11 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     path = tmp_path / "new folder" / "metrics.json"
     with atomic(path) as file:
         assert (file.parent, file.suffix) == (path.parent, ".json")
-        file.write_text("whole")
+        file.write_text("whole", encoding="utf-8")
     with pytest.raises(RuntimeError), atomic(path) as file:
-        file.write_text("ha")
+        file.write_text("ha", encoding="utf-8")
         raise RuntimeError
-    assert path.read_text() == "whole"
+    assert path.read_text(encoding="utf-8") == "whole"
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -97,7 +99,7 @@ def full_disk():
 
 
 def _text(path):
-    path.write_text("x" * 100_000)
+    path.write_text("x" * 100_000, encoding="utf-8")
 
 
 def _npz(path):
@@ -113,11 +115,11 @@ def _safetensors(path):
 @pytest.mark.parametrize("write", [_text, _npz, _safetensors])
 def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_nothing(tmp_path, write):
     path = tmp_path / "features-0.npz"
-    path.write_text("whole")
+    path.write_text("whole", encoding="utf-8")
     with full_disk(), pytest.raises(OSError) as error, atomic(path) as file:
         write(file)
     assert f"{path} was not written: {os.strerror(errno.EFBIG)}" in str(error.value) and "\n" not in str(error.value)
-    assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]
+    assert path.read_text(encoding="utf-8") == "whole" and list(tmp_path.iterdir()) == [path]
     said = pytest.raises(OSError, match="pipeline was not written: ")
     with full_disk(), said, atomic_folder(tmp_path / "pipeline") as folder:
         write(folder / "weights.npz")
@@ -126,7 +128,7 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_nothing(tmp_path
 
 def test_a_written_file_has_ordinary_permissions(tmp_path):
     plain, path = tmp_path / "plain", tmp_path / "atomic"
-    plain.write_text("")
+    plain.write_text("", encoding="utf-8")
     with atomic(path) as file:
-        file.write_text("")
+        file.write_text("", encoding="utf-8")
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)

@@ -96,7 +96,7 @@ def test_parts_of_another_job_are_thrown_away(tmp_path, capsys):
 def test_a_damaged_part_is_named(tmp_path):
     folder = tmp_path / "parts"
     folder.mkdir()
-    (folder / resume.IDENTITY).write_text(json.dumps({}))
+    (folder / resume.IDENTITY).write_text(json.dumps({}), encoding="utf-8")
     (folder / "unit.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"unit\.safetensors is corrupted, .* remove it"), resuming(folder, {}):
         resume.part("unit", dict, lambda: None, torch.Generator())
@@ -104,9 +104,9 @@ def test_a_damaged_part_is_named(tmp_path):
 
 def test_the_digest_follows_contents(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
-    one.write_text("1")
-    other.write_text("2")
+    one.write_text("1", encoding="utf-8")
+    other.write_text("2", encoding="utf-8")
     first = digest(one, other)
     assert first == digest(other, one)
-    other.write_text("3")
+    other.write_text("3", encoding="utf-8")
     assert digest(one, other) != first

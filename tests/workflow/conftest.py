@@ -63,10 +63,10 @@ class Project:
     def write(self, name: str, text: str) -> None:
         file = self.folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
 
     def config(self, name: str = "default") -> dict:
-        return yaml.safe_load((self.folder / f"workflow/config/{name}.yaml").read_text())
+        return yaml.safe_load((self.folder / f"workflow/config/{name}.yaml").read_text(encoding="utf-8"))
 
     def configure(self, config: dict) -> None:
         self.write("workflow/config/default.yaml", yaml.safe_dump(config, sort_keys=False))
@@ -84,7 +84,12 @@ class Project:
     def snakemake(self, *arguments: str, timeout: int = 300) -> subprocess.CompletedProcess:
         """Run Snakemake; what it says is in `stdout`."""
         return subprocess.run(
-            **self.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+            **self.command(*arguments),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            encoding="utf-8",
         )
 
     def planned(self, *arguments: str) -> list[str]:
@@ -101,7 +106,7 @@ class Project:
                 frame = pd.read_csv(file, dtype=str)
                 tables[file.name] = frame.drop(columns=["commit", "latency_ms"], errors="ignore").to_csv()
             elif file.suffix != ".log":
-                tables[file.name] = file.read_text()
+                tables[file.name] = file.read_text(encoding="utf-8")
         return tables
 
 

@@ -38,7 +38,7 @@ def jobs() -> pd.DataFrame:
     """Every job that Slurm was given so far: id, state, memory, log of its rule and wildcards."""
     form = "%i|%T|%m|%k"  # the comment is where Snakemake's plugin says what a job is
     command = ["squeue", "--states=all", "--noheader", "--sort=i", f"--format={form}"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8").stdout
     return pd.DataFrame([line.split("|") for line in listed.splitlines()], columns=["id", "state", "memory", "job"])
 
 
@@ -51,12 +51,12 @@ def running(log: Path, job: str) -> str:
 def test_the_smoke_config_on_slurm_survives_a_killed_job(cluster, project, unbroken):
     command = project.command(*PROFILE, *SMOKE, *HERE)
     log = project.folder / "snakemake.log"
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         run = subprocess.Popen(**command, stdout=file, stderr=file, start_new_session=True)
     try:
         sampled = project.folder / "results/smoke/scenes-class/fp/w32a32/sample-0.log"
         while not (killed := running(sampled, "fp_w32a32_0")):
-            assert run.poll() is None, log.read_text()
+            assert run.poll() is None, log.read_text(encoding="utf-8")
             time.sleep(1)
         time.sleep(3)
         subprocess.run(["scancel", killed], check=True)
@@ -65,7 +65,7 @@ def test_the_smoke_config_on_slurm_survives_a_killed_job(cluster, project, unbro
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGTERM)
             run.wait()
-    said = log.read_text()
+    said = log.read_text(encoding="utf-8")
     assert run.returncode == 0, said
     submitted = jobs()
     print(submitted.to_string())

@@ -45,7 +45,7 @@ class Killed:
         self.runs += 1
         log = self.project.folder / f"run-{self.runs}.log"
         options = [option for option in asked if option != "--unlock"]
-        with log.open("w") as file:
+        with log.open("w", encoding="utf-8") as file:
             command = self.project.command(*SMOKE, *options)
             run = subprocess.Popen(**command, stdout=file, stderr=file, start_new_session=True)
         try:
@@ -53,9 +53,9 @@ class Killed:
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, signal.SIGKILL)  # Snakemake and its jobs at once, as when a machine goes down
             run.wait()
-        started, finished = jobs(log.read_text())
+        started, finished = jobs(log.read_text(encoding="utf-8"))
         self.finished.update(finished)
-        assert run.returncode in (0, -signal.SIGKILL), log.read_text()
+        assert run.returncode in (0, -signal.SIGKILL), log.read_text(encoding="utf-8")
         cut = [output.removeprefix("results/smoke/") for output in started if output not in finished]
         return {"asked": asked, "finished": len(finished), "cut off": cut, "complete": run.returncode == 0}
 

@@ -1,6 +1,7 @@
 """The scripts that see arrays only, from made-up arrays to the README, as the rules call them."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ TORCH_FREE = (
 def script(name: str, *arguments: object) -> subprocess.CompletedProcess:
     """Run one script in a process of its own, which fails if torch was imported."""
     command = [sys.executable, "-c", TORCH_FREE, f"workflow.scripts.{name}", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
 
 
 def succeed(*arguments: object) -> None:
@@ -76,7 +77,9 @@ def run(tmp_path_factory) -> Path:
         rest = [*full, "--reference", reference, "-o", model / cell / "metrics.json"]
         succeed("metrics", "scenes-class", *cell.split("/"), *arguments, *rest)
     succeed("tables", *[model / cell / "metrics.json" for cell in cells], "-o", folder / "tables")
-    (model / "ranges.csv").write_text("layer_class,timestep,low,high\nattention,801,-1,2\nattention,1,-2,3\n")
+    (model / "ranges.csv").write_text(
+        "layer_class,timestep,low,high\nattention,801,-1,2\nattention,1,-2,3\n", encoding="utf-8"
+    )
     figures = [folder / f"figures/{name}.png" for name in ("fid_vs_bits", "eps_error_vs_timestep")]
     figures += [folder / "figures/activation_ranges_vs_timestep.png"]
     tables = ["--main", folder / "tables/main.csv", "--eps-error", folder / "tables/eps_error.csv"]
@@ -84,6 +87,17 @@ def run(tmp_path_factory) -> Path:
     rows = [model / cell / "samples-0.npz" for cell in cells]
     succeed("grid", *rows, "-n", 4, "-o", folder / "figures/samples-scenes-class-w4a4.png")
     return folder
+
+
+def test_tables_are_the_same_bytes_in_a_locale_without_their_signs(run, tmp_path):
+    metrics = [run / "scenes-class" / cell / "metrics.json" for cell in ("fp/w32a32", "rtn/w4a4", "quest/w4a4")]
+    plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    command = [sys.executable, "-m", "workflow.scripts.tables", *map(str, metrics), "-o", str(tmp_path / "tables")]
+    made = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True)
+    assert made.returncode == 0, made.stderr.decode("ascii", "replace")
+    assert b"\\xb1" in made.stdout  # the sign before half an interval
+    for file in (run / "tables").iterdir():
+        assert (tmp_path / "tables" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_cells_become_tables_and_figures(run):
@@ -94,7 +108,7 @@ def test_cells_become_tables_and_figures(run):
     assert set(main["n"].drop("eps_error", level="metric")) == {N}
     assert set(main["protocol"].str.partition(";")[0]) == {"ddim 20, eta 0, guidance 3"}
     assert set(main["size_mb"]) == {1.5} and set(main["bops"]) == {2e9} and set(main["effective_bits"]) == {4.2}
-    assert "| fp | w32a32 | 1.5 | 0.002 |" in (run / "tables/main.md").read_text()
+    assert "| fp | w32a32 | 1.5 | 0.002 |" in (run / "tables/main.md").read_text(encoding="utf-8")
     paired = pd.read_csv(run / "tables/paired.csv").set_index(["method", "versus", "metric"])
     assert paired.loc[("quest", "rtn", "latent_mse"), "better"] == "quest"
     for figure in (
@@ -119,12 +133,12 @@ def test_cells_become_ablations_and_the_papers_tables(run, tmp_path):
     succeed("ablations", *metrics, "--ablations", json.dumps(block), *files)
     rows = pd.read_csv(tmp_path / "ablations.csv").set_index(["row", "metric"])
     assert rows.loc[("quest", "latent_mse"), "better"] == "quest" and set(rows["seconds"]) == {90.0}
-    assert "method=quest; time_groups=1" in (tmp_path / "ablations.markdown").read_text()
+    assert "method=quest; time_groups=1" in (tmp_path / "ablations.markdown").read_text(encoding="utf-8")
     assert (tmp_path / "ablations.png").stat().st_size > 1000
     refused = script("ablations", *metrics, "--ablations", "{}", *files)
     assert refused.returncode == 2 and "the config has no ablations" in refused.stderr
     succeed("paper_tables", *metrics, "-o", tmp_path)
-    assert "| scenes-class | quest | w4a4 | 1.43 |" in (tmp_path / "table4.md").read_text()
+    assert "| scenes-class | quest | w4a4 | 1.43 |" in (tmp_path / "table4.md").read_text(encoding="utf-8")
 
 
 MARKED = "before\n<!-- results: begin -->\nstale\n<!-- results: end -->\nafter\n"
@@ -184,7 +198,7 @@ def test_a_readme_without_markers_is_left_alone(run, pages):
     readme.write_text("no markers")
     said = put_into(readme, run)
     assert said.returncode != 0 and "<!-- results: begin -->" in said.stderr
-    assert readme.read_text() == "no markers"
+    assert readme.read_text(encoding="utf-8") == "no markers"
 
 
 def test_the_readme_has_the_markers_and_the_two_commands():
@@ -197,13 +211,13 @@ def test_the_readme_has_the_markers_and_the_two_commands():
 
 def test_findings_go_between_the_markers_of_their_document(tmp_path):
     findings, document = tmp_path / "findings.md", tmp_path / "document.md"
-    findings.write_text("### A question\n\n- an answer\n")
-    document.write_text("before\n<!-- findings: begin -->\nstale\n<!-- findings: end -->\nafter\n")
+    findings.write_text("### A question\n\n- an answer\n", encoding="utf-8")
+    document.write_text("before\n<!-- findings: begin -->\nstale\n<!-- findings: end -->\nafter\n", encoding="utf-8")
     succeed("findings", findings, "--document", document)
-    assert document.read_text() == (
+    assert document.read_text(encoding="utf-8") == (
         "before\n<!-- findings: begin -->\n\n### A question\n\n- an answer\n\n<!-- findings: end -->\nafter\n"
     )
-    document.write_text("<!-- findings: end --><!-- findings: begin -->")
+    document.write_text("<!-- findings: end --><!-- findings: begin -->", encoding="utf-8")
     said = script("findings", findings, "--document", document)
     assert said.returncode != 0 and "once each and in this order" in said.stderr
-    assert "<!-- findings: begin -->" in (ROOT / "docs" / "findings.md").read_text()
+    assert "<!-- findings: begin -->" in (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")

@@ -85,8 +85,8 @@ def test_nothing_runs_twice_and_a_comment_reruns_nothing(finished):
     assert finished.planned() == []
     file = finished.folder / "workflow/config/default.yaml"
     reordered = yaml.safe_dump(finished.config(), sort_keys=True)
-    assert reordered != file.read_text()
-    file.write_text("# A comment, and the same settings in another order.\n" + reordered)
+    assert reordered != file.read_text(encoding="utf-8")
+    file.write_text("# A comment, and the same settings in another order.\n" + reordered, encoding="utf-8")
     assert finished.planned() == []
 
 
@@ -119,7 +119,10 @@ def test_a_retrained_model_reruns_its_cells(finished):
 
 
 def test_editing_a_script_reruns_its_rule(finished):
-    finished.write("workflow/scripts/metrics.py", (finished.folder / "workflow/scripts/metrics.py").read_text() + "#\n")
+    finished.write(
+        "workflow/scripts/metrics.py",
+        (finished.folder / "workflow/scripts/metrics.py").read_text(encoding="utf-8") + "#\n",
+    )
     commands = finished.planned()
     assert methods(commands, "metrics") == ALL_METHODS
     assert of(commands, "sample") == []
@@ -203,7 +206,9 @@ def test_another_quantization_seed_has_its_own_calibration_and_start(stubbed):
 def test_the_report_takes_what_is_there_and_starts_nothing_else(finished):
     run = finished.snakemake("report")
     assert run.returncode == 0, run.stdout
-    assert "results/default --kernels -o" in (finished.folder / "results/default/report.html").read_text()
+    assert "results/default --kernels -o" in (finished.folder / "results/default/report.html").read_text(
+        encoding="utf-8"
+    )
     # A table that `snakemake seeds` made, and measured kernels: the report is made again, the seeds are not.
     finished.write("results/default/tables/seeds.csv", "")
     finished.write("results/kernels/cpu.csv", "")
@@ -340,7 +345,7 @@ def test_a_failed_job_tells_where_its_log_is(stubbed):
     run = stubbed.snakemake("results/default/scenes-class/calibration.safetensors")
     log = "results/default/scenes-class/trajectories.log"
     assert run.returncode != 0 and f"log: {log}" in run.stdout
-    assert (stubbed.folder / log).read_text() == "layer conv_in: the input is constant\n"
+    assert (stubbed.folder / log).read_text(encoding="utf-8") == "layer conv_in: the input is constant\n"
 
 
 SLOW_WRITER = """
@@ -360,12 +365,14 @@ def test_a_run_killed_in_mid_write_resumes(stubbed):
     stubbed.write("workflow/scripts/quantize.py", SLOW_WRITER)
     cell = stubbed.folder / "results/default/scenes-class/rtn/w4a4"
     target = str((cell / "model.safetensors").relative_to(stubbed.folder))
-    with (stubbed.folder / "killed.log").open("w") as log:
+    with (stubbed.folder / "killed.log").open("w", encoding="utf-8") as log:
         run = subprocess.Popen(**stubbed.command(target), stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + 120
         while not (stubbed.folder / "writing").exists():
-            assert time.monotonic() < deadline and run.poll() is None, (stubbed.folder / "killed.log").read_text()
+            assert time.monotonic() < deadline and run.poll() is None, (stubbed.folder / "killed.log").read_text(
+                encoding="utf-8"
+            )
             time.sleep(0.1)
     finally:
         if run.poll() is None:
@@ -379,7 +386,7 @@ def test_a_run_killed_in_mid_write_resumes(stubbed):
     stubbed.snakemake("--unlock")
     again = stubbed.snakemake("--rerun-incomplete", target)
     assert again.returncode == 0, again.stdout
-    assert (stubbed.folder / target).read_text() == "first half, second half"
+    assert (stubbed.folder / target).read_text(encoding="utf-8") == "first half, second half"
     assert calibration.stat().st_mtime_ns == made  # what was whole is not made again
 
 
@@ -387,5 +394,5 @@ def test_a_run_killed_in_mid_write_resumes(stubbed):
 def test_the_smoke_config_runs_from_beginning_to_end(project):
     run = project.snakemake("--configfile", "workflow/config/smoke.yaml", timeout=900)
     assert run.returncode == 0, run.stdout
-    main = (project.folder / "results/smoke/tables/main.csv").read_text()
+    main = (project.folder / "results/smoke/tables/main.csv").read_text(encoding="utf-8")
     assert all(f"scenes-class,{cell}," in main for cell in ("fp,w32a32", "rtn,w4a4", "quest,w4a4"))

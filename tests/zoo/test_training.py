@@ -67,7 +67,7 @@ def test_denoiser_learns_and_is_written_in_half_precision(autoencoder, latent_fi
     assert end < 0.95 * start
     assert all(x.dtype == torch.float16 for file in weights(out).values() for x in file.values())
     assert LatentDiffusionPipeline.from_pretrained(out).class_embedder is None
-    assert not any(str(tmp_path.parent) in file.read_text() for file in out.rglob("*.json"))
+    assert not any(str(tmp_path.parent) in file.read_text(encoding="utf-8") for file in out.rglob("*.json"))
 
 
 def test_text_model_is_a_stock_pipeline(autoencoder, latent_file, tmp_path):

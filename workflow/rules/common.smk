@@ -57,10 +57,11 @@ SHOWN += [figure for figure in CURVES if figure.startswith(("latent_mse_vs_bits"
 # People read logs, also while the job runs: progress bars write to them every five seconds, not ten times a second.
 # glibc gives large arrays back to the system when they are freed, and each new one is paid for in page faults: a fifth
 # of the time of a quantized denoiser. These settings let a process keep them, in large pages; other C libraries ignore
-# them. What a job writes says with which config it was made.
+# them. Text is UTF-8 whatever the locale, in what other packages read and write as well. What a job writes says with
+# which config it was made.
 shell.prefix(
     f"export {CONFIG}={config_hash(config)}"
-    " TQDM_MININTERVAL=5 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_TOP_PAD_=67108864"
+    " PYTHONUTF8=1 TQDM_MININTERVAL=5 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_TOP_PAD_=67108864"
     " MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824; "
 )
 

@@ -21,7 +21,7 @@ def main() -> None:
 
     frame = ablations.write(arguments.metrics, arguments.ablations, arguments.csv, arguments.markdown)
     figures.paired_differences(frame, arguments.ablations["against"], "latent_mse", arguments.figure)
-    print(arguments.markdown.read_text())
+    print(arguments.markdown.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def main() -> None:
 
     from quest.runtime.files import between
 
-    between(arguments.document, BEGIN, END, arguments.findings.read_text().strip())
+    between(arguments.document, BEGIN, END, arguments.findings.read_text(encoding="utf-8").strip())
     print(arguments.document)
 
 

@@ -42,7 +42,7 @@ def main() -> None:
     frame = speed.merge(frame, left_out)
     speed.write(frame, path)
     figures.roofline(frame, path.with_suffix(".png"))
-    print(path.with_suffix(".md").read_text())
+    print(path.with_suffix(".md").read_text(encoding="utf-8"))
 
 
 def describe(row: dict) -> str:

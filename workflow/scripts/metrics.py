@@ -1,6 +1,5 @@
 """Measure one cell from its arrays. Imports no torch."""
 
-import json
 from pathlib import Path
 
 from quest.runtime import command_line
@@ -20,8 +19,7 @@ def main() -> None:
     from quest.metrics.frechet import load_reference
     from quest.report.ledger import fingerprint
     from quest.runtime.download import sha256_of
-    from quest.runtime.files import atomic
-    from quest.runtime.provenance import provenance
+    from quest.runtime.provenance import write_json
 
     model = MODELS[arguments.model]
     cell = Cell.load(arguments.features, arguments.samples)
@@ -41,8 +39,7 @@ def main() -> None:
     )
     run = {"model": arguments.model, "method": arguments.method, "bits": arguments.bits}
     measured["fingerprint"] = fingerprint(model, measured["drawn"]["images"], len(cell.index), reference_sha256)
-    with atomic(arguments.output) as file:
-        file.write_text(json.dumps(run | measured | {"provenance": provenance()}))
+    write_json(arguments.output, run | measured)
     for row in measured["rows"]:
         print(f"{row['metric']:>10} {row['value']:10.4g}  [{row['low']:.4g}, {row['high']:.4g}]  {row['note']}")
 

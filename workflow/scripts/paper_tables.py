@@ -10,7 +10,7 @@ def main() -> None:
 
     paper.write(arguments.metrics, arguments.output)
     for number in paper.TABLES:
-        print((arguments.output / f"table{number}.md").read_text())
+        print((arguments.output / f"table{number}.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

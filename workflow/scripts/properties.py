@@ -1,6 +1,5 @@
 """Tables and figures of the three properties, from what was measured on each model. Imports no torch."""
 
-import json
 from pathlib import Path
 
 from quest.runtime import command_line
@@ -14,9 +13,10 @@ def main() -> None:
 
     from quest.report import properties, property_figures
     from quest.report.rendering import write
+    from quest.runtime.files import read_json
 
     activations, temporal, sensitivity = (
-        [json.loads(file.read_text()) for file in files]
+        [read_json(file) for file in files]
         for files in (arguments.activations, arguments.temporal, arguments.sensitivity)
     )
     frames = {

@@ -1,6 +1,5 @@
 """Images of one cell, their features and, if quantized, noise-prediction errors on held-out trajectories."""
 
-import json
 import statistics
 import time
 from pathlib import Path
@@ -30,7 +29,7 @@ def main() -> None:
     from quest.metrics.noise_prediction import eps_error
     from quest.quantization import cost, placement
     from quest.runtime import gpu_lock
-    from quest.runtime.files import atomic
+    from quest.runtime.files import atomic, dumps
     from quest.runtime.provenance import provenance
 
     torch.set_num_threads(arguments.threads)
@@ -67,7 +66,7 @@ def main() -> None:
     footprint |= {"latency_ms": 1e3 * statistics.median(calls), "batch": rows, "threads": arguments.threads}
     seeds = {"split": "evaluation", "first": SEEDS["evaluation"], "n": arguments.n, "shard": arguments.shard}
     metadata = {"seeds": seeds, "seconds": seconds, "footprint": footprint, "kernel": kernel}
-    metadata = json.dumps(metadata | {"provenance": provenance()})
+    metadata = dumps(metadata | {"provenance": provenance()})
     with atomic(arguments.samples) as file:
         kept = {"latents": latents} if arguments.drop_images else {"images": images, "latents": latents}
         np.savez(file, index=index, **kept, metadata=metadata)

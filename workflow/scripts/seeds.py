@@ -9,7 +9,7 @@ def main() -> None:
     from quest.report.seeds import write
 
     write(arguments.metrics, arguments.output)
-    print((arguments.output / "seeds.md").read_text())
+    print((arguments.output / "seeds.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

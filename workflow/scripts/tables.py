@@ -9,7 +9,7 @@ def main() -> None:
     from quest.report.tables import write
 
     write(arguments.metrics, arguments.output)
-    print((arguments.output / "main.md").read_text())
+    print((arguments.output / "main.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

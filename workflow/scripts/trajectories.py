@@ -49,7 +49,7 @@ def main() -> None:
         write("evaluation", arguments.e, 0, arguments.evaluation)
     if arguments.ranges:
         rows = activation_ranges(pipe, calibration.to(arguments.device))
-        with atomic(arguments.ranges) as file, file.open("w", newline="") as stream:
+        with atomic(arguments.ranges) as file, file.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
