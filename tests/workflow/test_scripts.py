@@ -156,18 +156,18 @@ def pages(tmp_path) -> tuple[Path, Path]:
     readme, results = tmp_path / "README.md", tmp_path / "docs" / "results.md"
     results.parent.mkdir()
     for page in (readme, results):
-        page.write_text(MARKED)
+        page.write_text(MARKED, encoding="utf-8")
     return readme, results
 
 
 def test_results_go_between_the_markers_of_the_readme_and_of_their_page(run, pages, tmp_path):
     readme, results = pages
     assert put_into(readme, run).returncode == 0
-    once, whole = readme.read_text(), results.read_text()
+    once, whole = readme.read_text(encoding="utf-8"), results.read_text(encoding="utf-8")
     for text in (once, whole):
         assert text.startswith("before\n<!-- results: begin -->\n") and text.endswith("<!-- results: end -->\nafter\n")
         assert "stale" not in text and "commit abc" in text
-    main = (run / "tables/main.md").read_text().strip()
+    main = (run / "tables/main.md").read_text(encoding="utf-8").strip()
     assert main in whole and main not in once
     assert "| scenes-class | w4a4 | quest | rtn |" in whole and "| latent MSE to FP | FID to FP |" in whole
     assert "In latent MSE to FP, PSNR to FP and FID to FP, quest's checkpoint is better than rtn's on" in once
@@ -177,7 +177,7 @@ def test_results_go_between_the_markers_of_the_readme_and_of_their_page(run, pag
         assert (tmp_path / "docs/assets" / link).is_file()
     assert "(assets/fid_vs_bits.png)" in whole and "fid_vs_bits" not in once
     assert put_into(readme, run).returncode == 0
-    assert (readme.read_text(), results.read_text()) == (once, whole)
+    assert (readme.read_text(encoding="utf-8"), results.read_text(encoding="utf-8")) == (once, whole)
 
 
 def test_verdicts_of_the_readme_speak_of_methods_over_seeds_only(run, pages, tmp_path):
@@ -186,7 +186,7 @@ def test_verdicts_of_the_readme_speak_of_methods_over_seeds_only(run, pages, tmp
     row = {"model": "scenes-class", "bits": "w4a4", "metric": "psnr", "method": "quest", "versus": "rtn"}
     pd.DataFrame([row | {"better": "neither", "seeds": "0,1,2", "n": 40}]).to_csv(seeds, index=False)
     assert put_into(pages[0], run, "--seeds", seeds).returncode == 0
-    text = pages[0].read_text()
+    text = pages[0].read_text(encoding="utf-8")
     assert "At W4A4, over quantization seeds 0,1,2, the methods as configured here (n = 40):" in text
     assert "In PSNR to FP, quest is not told apart from rtn on scenes-class." in text
     assert "checkpoint is better than rtn" not in text
@@ -195,15 +195,15 @@ def test_verdicts_of_the_readme_speak_of_methods_over_seeds_only(run, pages, tmp
 
 def test_a_readme_without_markers_is_left_alone(run, pages):
     readme, _ = pages
-    readme.write_text("no markers")
+    readme.write_text("no markers", encoding="utf-8")
     said = put_into(readme, run)
     assert said.returncode != 0 and "<!-- results: begin -->" in said.stderr
     assert readme.read_text(encoding="utf-8") == "no markers"
 
 
 def test_the_readme_has_the_markers_and_the_two_commands():
-    text = (ROOT / "README.md").read_text()
-    for page in (text, (ROOT / "docs" / "results.md").read_text()):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page in (text, (ROOT / "docs" / "results.md").read_text(encoding="utf-8")):
         assert page.count("<!-- results: begin -->") == page.count("<!-- results: end -->") == 1
     assert "\n    pip install -e . && snakemake --cores all\n" in text
     assert "\n    pip install -e '.[test]' && pytest\n" in text

@@ -44,7 +44,7 @@ def main() -> None:
         "## Checkpoint against checkpoint",
         paired_table(arguments.paired),
         "## Every bit width and metric",
-        arguments.table.read_text().strip(),
+        arguments.table.read_text(encoding="utf-8").strip(),
         "## Samples and figures",
         *samples,
         *others,
