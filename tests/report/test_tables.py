@@ -320,7 +320,7 @@ def test_files(cells, tmp_path):
     for c in cells:
         paths.append(tmp_path / c["model"] / c["method"] / c["bits"] / "metrics.json")
         paths[-1].parent.mkdir(parents=True)
-        paths[-1].write_text(json.dumps(c), encoding="utf-8")
+        paths[-1].write_text(dumps(c), encoding="utf-8")
     tables.write(paths, tmp_path / "tables")
     written = sorted(file.name for file in (tmp_path / "tables").iterdir())
     ledgers = ["ledger.csv", "ledger.md", "ledger.tex"]
@@ -336,7 +336,7 @@ def test_bad_input(cells, tmp_path):
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
         return tmp_path / name
 
-    with pytest.raises(ValueError, match="metrics.json: not a json file"):
+    with pytest.raises(ValueError, match="metrics.json: not JSON: "):
         tables.read([stored("{")])
     with pytest.raises(ValueError, match="metrics.json: lacks resampled, provenance"):
         tables.read([stored({k: v for k, v in cells[0].items() if k not in ("resampled", "provenance")})])
