@@ -47,7 +47,11 @@ RECIPES = Path(__file__).parents[1] / "workflow" / "config" / "all-methods.yaml"
 # Every method on every kind of pipeline. On the first it starts from the checkpoint that its recipe names.
 KINDS = {"uncond": "w4a4", "class": "w4a8", "text": "w4a4"}
 FROM_STARTS = "uncond"
-STARTS = {m: recipe["init"] for m, recipe in yaml.safe_load(RECIPES.read_text())["methods"].items() if "init" in recipe}
+STARTS = {
+    m: recipe["init"]
+    for m, recipe in yaml.safe_load(RECIPES.read_text(encoding="utf-8"))["methods"].items()
+    if "init" in recipe
+}
 # What the models' protocols say of the three kinds, on the tiny ones too.
 PROTOCOLS = {"uncond": dict(activation_ranges="ema-symmetric"), "class": {}, "text": dict(split=True)}
 QUICK = dict(  # a few steps, at the learning rates of the presets
@@ -91,7 +95,7 @@ def platform() -> str:
 def processor() -> str:
     """Vendor, family and model as numbers: a virtual machine may hide the name."""
     try:
-        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
     except OSError:
         return uname().processor
     fields = dict(map(str.strip, line.split(":", 1)) for line in first.splitlines() if ":" in line)
@@ -106,7 +110,7 @@ class Pins:
 
     def __init__(self, write: bool):
         self.write, self.platform, self.compared = write, platform(), Counter()
-        self.content = json.loads(PINS.read_text()) if PINS.exists() else {"hashes": {}, "samples": {}}
+        self.content = json.loads(PINS.read_text(encoding="utf-8")) if PINS.exists() else {"hashes": {}, "samples": {}}
         self.hashes = self.content["hashes"].get(self.platform, {})
 
     def check(self, name: str, parts: dict[str, dict[str, numpy.ndarray]]) -> None:
@@ -134,7 +138,7 @@ class Pins:
     def save(self) -> None:
         """Write the file, one part of one pin to a line."""
         self.content["hashes"][self.platform] = self.hashes
-        PINS.write_text(laid_out(self.content, 3) + "\n")
+        PINS.write_text(laid_out(self.content, 3) + "\n", encoding="utf-8")
 
 
 def laid_out(value, levels: int) -> str:

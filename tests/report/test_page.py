@@ -17,6 +17,7 @@ from quest.metrics import METRICS, Cell, measure
 from quest.metrics.frechet import Reference, Statistics
 from quest.report import figures, page_images, page_tables, rendering, tables, verdicts
 from quest.report import page as report
+from quest.runtime.files import dumps
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "workflow/report/report.html.j2"
@@ -40,7 +41,7 @@ def draw(folder: Path, model: str, method: str, bits: str) -> dict:
     cell.mkdir(parents=True)
     for shard, index in enumerate((np.arange(N // 2, N), np.arange(N // 2))):
         kept = {"seeds": {"n": len(index)}, "seconds": seconds, "footprint": footprint, "kernel": placed}
-        metadata = json.dumps(kept | {"provenance": MADE})
+        metadata = dumps(kept | {"provenance": MADE})
         features = {name: arrays[name][index] for name in ("pool", "spatial", "logits")}
         if noise and shard == 0:
             features |= {"eps_error": noise * own.random((4, CALLS)), "timesteps": np.array([801, 401, 1])}
@@ -49,7 +50,7 @@ def draw(folder: Path, model: str, method: str, bits: str) -> dict:
         np.savez(cell / f"samples-{shard}.npz", index=index, **samples, metadata=metadata)
     if method != "fp":
         header = {"seconds": 12.3, "peak_memory": 456, "init": {"method": "adaround", "bits": "w4a32", "seconds": 65.4}}
-        save_file({"none": torch.zeros(1)}, cell / "model.safetensors", {"quest": json.dumps(header)})
+        save_file({"none": torch.zeros(1)}, cell / "model.safetensors", {"quest": dumps(header)})
     files = [sorted(cell.glob(f"{kind}-*.npz")) for kind in ("features", "samples")]
     full = folder / model / "fp/w32a32"
     fp = None if method == "fp" else Cell.load(sorted(full.glob("features-*")), sorted(full.glob("samples-*")))
@@ -69,7 +70,7 @@ def run(tmp_path_factory) -> Path:
             file = folder / model / method / bits / "metrics.json"
             file.parent.parent.mkdir(parents=True, exist_ok=True)
             found = draw(folder, model, method, bits)
-            file.write_text(json.dumps(found), encoding="utf-8")
+            file.write_text(dumps(found), encoding="utf-8")
             files.append(file)
     tables.write(files, folder / "tables")
     eps_error = pd.read_csv(folder / "tables/eps_error.csv")
@@ -193,14 +194,14 @@ def test_what_diverged_has_a_mark_of_its_own(run, tmp_path, monkeypatch):
     full = shutil.copytree(run, tmp_path / "tiny")
     for method, model in (("rtn", "scenes-uncond"), ("quest", "scenes-class")):
         file = full / model / method / "w4a4" / "metrics.json"
-        cell = json.loads(file.read_text())
+        cell = json.loads(file.read_text(encoding="utf-8"))
         for row in cell["rows"]:
             row["value"] = float("nan") if row["metric"] == "latent_mse" else row["value"]
-        file.write_text(json.dumps(cell))
+        file.write_text(dumps(cell), encoding="utf-8")
     files = sorted(full.glob("*/*/*/metrics.json"), key=lambda file: list(NOISE).index(file.parts[-3]))
     tables.write(files, full / "tables")
     report.write(full, tmp_path / "report.html", TEMPLATE)
-    page = Page((tmp_path / "report.html").read_text())
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "one of the two diverged" in page.sections["verdicts"]
     marks = texts(next(row for matrix in page.matrices for row in matrix if texts(row)[0] in ("rtn", "quest")))
     assert set(marks[1:]) == {"✕✕"}  # on each of the two models, in every metric

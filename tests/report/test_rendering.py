@@ -72,6 +72,6 @@ def test_html(table):
 
 def test_a_file_has_the_form_of_its_suffix(tmp_path, table):
     rendering.write(tmp_path / "a.md", table, "And a text.")
-    assert (tmp_path / "a.md").read_text() == f"{table.markdown()}\n\nAnd a text.\n"
+    assert (tmp_path / "a.md").read_text(encoding="utf-8") == f"{table.markdown()}\n\nAnd a text.\n"
     rendering.write(tmp_path / "a.txt", table, form="csv")
-    assert (tmp_path / "a.txt").read_text() == f"{table.csv()}\n"
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == f"{table.csv()}\n"

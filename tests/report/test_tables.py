@@ -7,6 +7,7 @@ import pytest
 
 from quest.metrics import METRICS, compare, intervals
 from quest.report import ledger, rendering, tables
+from quest.runtime.files import dumps
 
 MODELS = {"scenes-text": ["fid", "clip", "latent_mse", "eps_error"], "scenes-uncond": ["fid", "latent_mse"]}
 # Mean of each method's metrics at 4 bits; full precision is at 1.
@@ -236,17 +237,21 @@ def test_a_cell_that_diverged_is_named_everywhere_and_never_bold(cells, tmp_path
     paths = []
     for i, one in enumerate(cells):
         paths.append(tmp_path / f"{i}.json")
-        paths[-1].write_text(json.dumps(one))
+        paths[-1].write_text(json.dumps(one), encoding="utf-8")
     tables.write(paths, tmp_path)
     paired = pd.read_csv(tmp_path / "paired.csv")
     chosen = (paired.model == "scenes-text") & (paired.bits == "w4a4")
     broken = paired[chosen & ((paired.method == "rtn") | (paired.versus == "rtn"))]
     assert len(broken) == 2 * 4 + 2 and set(broken.better) == {"rtn diverged"}
     assert set(paired[chosen & (paired.method == "quest") & (paired.versus == "rtn-mse")].better) == {"quest"}
-    line = next(x for x in (tmp_path / "main.md").read_text().splitlines() if x.startswith("| rtn | w4a4"))
+    line = next(
+        x for x in (tmp_path / "main.md").read_text(encoding="utf-8").splitlines() if x.startswith("| rtn | w4a4")
+    )
     assert "| diverged |" in line and "nan" not in line and "**" not in line
-    assert "& diverged &" in (tmp_path / "main.tex").read_text()
-    best = next(x for x in (tmp_path / "main.md").read_text().splitlines() if x.startswith("| quest | w4a4"))
+    assert "& diverged &" in (tmp_path / "main.tex").read_text(encoding="utf-8")
+    best = next(
+        x for x in (tmp_path / "main.md").read_text(encoding="utf-8").splitlines() if x.startswith("| quest | w4a4")
+    )
     assert best.count("**") == 8  # the four metrics, against rtn-mse
 
 
