@@ -95,8 +95,8 @@ def main():
         grid(images[:64]).save(temporary)
     numbers["provenance"] = provenance()
     with atomic(arguments.output) as temporary:
-        temporary.write_text(dumps(numbers, indent=2) + "\n")
-    print(arguments.output.read_text())
+        temporary.write_text(dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    print(arguments.output.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

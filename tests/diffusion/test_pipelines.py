@@ -234,7 +234,7 @@ for folder in sys.argv[1:]:
     print(*(type(c).__name__ for c in LatentDiffusionPipeline.from_pretrained(folder).components.values()))
 """
     folders = [str(tmp_path / f"{when}-{number}") for when in ("now", "earlier") for number in range(3)]
-    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == expected * 2
 

@@ -264,20 +264,22 @@ for isa in core.instruction_sets():  # each with a thread of its own, whose memo
     for threads in "12":
         # One heap that grows as the system allows; others reserve more than they use.
         environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
-        done = subprocess.run([sys.executable, "-c", code, threads], capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            [sys.executable, "-c", code, threads], capture_output=True, text=True, env=environment, encoding="utf-8"
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("linear: there is not enough memory") == len(core.instruction_sets()), done.stdout
 
 
 def test_a_core_of_other_declarations_is_an_error(monkeypatch, tmp_path):
     """The hash knows every declaration, and no comment."""
-    text, before = abi.HEADER.read_text(), abi.digest()
+    text, before = abi.HEADER.read_text(encoding="utf-8"), abi.digest()
     monkeypatch.setattr(abi, "HEADER", tmp_path / "abi.h")
-    abi.HEADER.write_text("// more\n" + text.replace("\n\n", "\n"))
+    abi.HEADER.write_text("// more\n" + text.replace("\n\n", "\n"), encoding="utf-8")
     assert abi.digest() == before
     for old, new in (("int64_t rows, int64_t channels", "int64_t channels, int64_t rows"), ("float eps;\n", "")):
         assert old in text
-        abi.HEADER.write_text(text.replace(old, new, 1))
+        abi.HEADER.write_text(text.replace(old, new, 1), encoding="utf-8")
         assert abi.digest() != before
         with pytest.raises(RuntimeError, match="is older than its source: `pip install -e .` builds it anew"):
             core.core.__wrapped__()

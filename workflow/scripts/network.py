@@ -1,6 +1,5 @@
 """A network of the metrics that does not ship: its weights found or fetched, and checked; writes where they lie."""
 
-
 from quest.runtime import command_line
 
 
