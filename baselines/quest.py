@@ -35,7 +35,8 @@ from quest.learning.alignment import Stage, Visit, align, joint, layer_outputs
 from quest.learning.calibrate import calibrate
 from quest.quantization import cost
 from quest.quantization import ranges as choosers
-from quest.quantization.checkpoint import freeze, load_weights, read_header
+from quest.quantization.checkpoint import freeze, load_weights
+from quest.quantization.header import read as read_header
 from quest.quantization.layer_names import KEEP, Keep
 from quest.quantization.layers import QuantLayer, input_quantizers, quant_layers
 from quest.quantization.swapping import scale_axes, swap

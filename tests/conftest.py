@@ -4,6 +4,7 @@ Built once per session: copy a pipeline before changing it (`model.load()` gives
 """
 
 import copy
+import json
 
 import pytest
 import torch
@@ -15,13 +16,27 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from quest.diffusion.models import Model
 from quest.diffusion.pipelines import ClassEmbedder, LatentDiffusionPipeline
+from quest.quantization import header as headers
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def write_checkpoint():
+    """A function that writes a checkpoint of no layers whose header says so and what it is told."""
+    empty = dict.fromkeys(("splits", "layers", "shapes", "attentions", "granularity", "hashes"), {})
+    empty |= {"weights": "codes", "denoiser": "UNet2DModel", "time_groups": None}
+
+    def write(path, **told):
+        save_file({"x": torch.zeros(1)}, path, {"quest": json.dumps(headers.sealed(empty | told))})
+
+    return write
 
 
 def pytest_addoption(parser):

@@ -20,11 +20,18 @@ ROOMS = {
     "quest.affine": {"quest.kernels.cpu.core"},  # the arithmetic that kernels compute and quantizers choose
     "quest.kernels": {"quest.kernels.cpu.core", "quest.affine"},
     "quest.diffusion": {"quest.runtime"},
-    "quest.quantization": {"quest.runtime", "quest.affine", "quest.kernels", "quest.diffusion"},
+    "quest.quantization.header": {"quest.runtime"},  # of checkpoints, which reports read without torch
+    "quest.quantization": {
+        "quest.quantization.header",
+        "quest.runtime",
+        "quest.affine",
+        "quest.kernels",
+        "quest.diffusion",
+    },
     "quest.learning": {"quest.runtime", "quest.affine", "quest.diffusion", "quest.quantization"},
     "quest.metrics": {"quest.runtime", "quest.diffusion"},
     "quest.config": {"quest.diffusion"},
-    "quest.report": {"quest.runtime", "quest.diffusion", "quest.metrics"},
+    "quest.report": {"quest.quantization.header", "quest.runtime", "quest.diffusion", "quest.metrics"},
     "quest.properties": {
         "quest.affine",
         "quest.diffusion",
@@ -33,7 +40,14 @@ ROOMS = {
         "quest.metrics",
     },
     "quest.zoo": {"quest.runtime", "quest.diffusion", "quest.metrics"},
-    "baselines": {"quest.runtime", "quest.affine", "quest.diffusion", "quest.quantization", "quest.learning"},
+    "baselines": {
+        "quest.quantization.header",
+        "quest.runtime",
+        "quest.affine",
+        "quest.diffusion",
+        "quest.quantization",
+        "quest.learning",
+    },
     "quest": {"quest.config", "quest.quantization", "baselines"},  # quest/__init__.py: quantize, save, load
     "quest.planning": {
         "quest.runtime",

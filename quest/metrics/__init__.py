@@ -322,8 +322,7 @@ def compare(a: dict, b: dict) -> dict[str, Comparison]:
             if left != right:
                 raise ValueError(f"{name}: only cells of equal {key} are compared, got {left} and {right}")
         n, difference = of_a[name]["n"], of_a[name]["value"] - of_b[name]["value"]
-        resampled = [np.array(cell["resampled"][name], np.float64) for cell in (a, b)]  # null becomes NaN
-        low, high = _interval(METRICS[name], difference, np.subtract(*resampled), n)
+        low, high = _interval(METRICS[name], difference, np.subtract(a["resampled"][name], b["resampled"][name]), n)
         compared[name] = Comparison(difference, low, high, n, METRICS[name].better, diverged)
     return compared
 

@@ -6,7 +6,6 @@ needs. A method that starts from another's weights learns from where each of the
 not say: what it starts from keeps the weights themselves, in float32 (`floats=True`), and the header says so.
 """
 
-import hashlib
 from dataclasses import asdict
 
 import torch
@@ -15,18 +14,17 @@ from safetensors.torch import save_file
 from quest.affine import FLOAT, QTensor, QuantSpec, quantize
 from quest.diffusion import samplers
 from quest.quantization import cost, packing
+from quest.quantization import header as headers
 from quest.quantization.attention import QuantAttention
-from quest.quantization.header import check
 from quest.quantization.layers import attentions, is_quantized, name_quantizers, quant_layers, quantized, replace
 from quest.quantization.placement import place
 from quest.quantization.splitting import split, split_layers
 from quest.quantization.swapping import finish, with_denoiser
 from quest.quantization.timegroups import TimeGroups
-from quest.runtime.files import atomic, dumps, loads
+from quest.runtime.files import atomic, dumps
 from quest.runtime.hashing import opened, tensor_hash
 from quest.runtime.provenance import provenance
 
-FORMAT = 2  # 1 kept every weight in float32 and had no hashes
 KINDS = ("weight", "input", "output")  # quantizers of a layer, in the order of its formats in the header
 LEAVES = ("scale", "zero_point")  # of a quantizer
 CODES = "codes"  # name of a layer's packed weight, beside `weight` of a float one
@@ -49,7 +47,6 @@ def save(pipe, path, floats: bool = False, **extra) -> None:
     tensors = {k: v.detach().cpu().contiguous() for k, v in state(denoiser, floats).items()}
     tensors |= {f"{SCHEDULER}{k}": v.cpu().contiguous() for k, v in samplers.state(pipe.scheduler).items()}
     header = {
-        "format": FORMAT,
         "weights": "float" if floats else CODES,
         "denoiser": type(denoiser).__name__,
         "splits": split_layers(denoiser),
@@ -66,7 +63,7 @@ def save(pipe, path, floats: bool = False, **extra) -> None:
         **extra,
         "hashes": {name: tensor_hash(value) for name, value in tensors.items()},
     }
-    header["hash"] = header_hash(header)
+    header = headers.sealed(header)
     check_tensors(header, tensors, path)
     with atomic(path) as tmp:
         save_file(tensors, tmp, {"quest": dumps(header)})
@@ -94,24 +91,13 @@ def state(denoiser, floats: bool = False) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def header_hash(header: dict) -> str:
-    """SHA-256 of a header as JSON, without its own hash."""
-    return hashlib.sha256(dumps({k: v for k, v in header.items() if k != "hash"}).encode()).hexdigest()
-
-
-def read_header(path) -> dict:
-    """Header of a checkpoint. Raises ValueError for a file that `save` did not write, or an older version did."""
-    with opened(path) as file:
-        return _header(file, path)
-
-
 def read(path) -> tuple[dict, dict[str, torch.Tensor]]:
     """Header and tensors of a checkpoint.
 
     Raises ValueError for a file that `save` did not write, an older version did, or whose bytes have changed since.
     """
     with opened(path) as file:
-        header = _header(file, path)
+        header = headers.of(file, path)
         tensors = {}
         for name in file.keys():
             tensors[name] = file.get_tensor(name)
@@ -122,24 +108,6 @@ def read(path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise ValueError(f"{path} is corrupted: it lacks the tensor {missing[0]}")
     check_tensors(header, tensors, path)
     return header, tensors
-
-
-def _header(file, path) -> dict:
-    try:
-        header = loads((file.metadata() or {})["quest"], path)
-        if not isinstance(header, dict):
-            raise ValueError(f"{path}: its header is not a mapping")
-        if type(header["format"]) is not int or header["format"] != FORMAT:
-            raise ValueError(
-                f"{path} has checkpoint format {header['format']!r}, this version reads {FORMAT}: quantize again"
-            )
-        header["layers"]  # a calibration set has a header too
-        if header["hash"] != header_hash(header):
-            raise ValueError(f"{path} is corrupted: its header is not what was saved")
-    except KeyError as error:
-        raise ValueError(f"{path} is not a quantized checkpoint: its header lacks {error}") from error
-    check(header, path)
-    return header
 
 
 def check_tensors(header: dict, tensors: dict[str, torch.Tensor], path) -> None:

@@ -1,14 +1,84 @@
-"""Whether the header of a checkpoint, and the tensors beside it, are what `checkpoint.save` writes. Loads no torch.
+"""The header of a checkpoint: read and checked here alone, without torch, which reports do not load.
 
-A hash says that a file is as it was written, not that it was written well: every field that loading uses has its type
-and its range checked here, so that a wrong one is named and does not fail, or compute, somewhere else.
+A hash says that a file is as it was written, not that it was written well: every field that is used has its type and
+its range checked here, so that a wrong one is named and does not fail, or compute, somewhere else.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypedDict
 
+from quest.runtime.files import dumps, loads
+from quest.runtime.hashing import opened
+
+FORMAT = 2  # 1 kept every weight in float32 and had no hashes
 FLOAT = 32  # as in quest.affine, which loads torch
+
+
+class Effort(TypedDict):
+    """What making a checkpoint took: seconds and peak memory (1e6 bytes) of the quantize job, and of the one before it
+    (0 where it started from full precision), iterations of all stages; NaN where the header says nothing."""
+
+    seconds: float
+    seconds_before: float
+    peak_memory: float
+    peak_memory_before: float
+    iterations: int
+
+
+def effort(path: str | Path) -> Effort:
+    """The effort that a checkpoint's header tells. Raises ValueError as `read`, and where it says nothing of stages."""
+    header = read(path)
+    stages = header.get("cost", {}).get("stages")
+    if stages is None:
+        raise ValueError(f"{path}: header field cost.stages is None; valid: {OPTIONAL['cost'][1]}; it is missing")
+    started = header.get("init") or {"seconds": 0.0, "peak_memory": 0}
+    return {
+        "seconds": header.get("seconds", math.nan),
+        "seconds_before": started.get("seconds", math.nan),
+        "peak_memory": header.get("peak_memory", math.nan),
+        "peak_memory_before": started.get("peak_memory", math.nan),
+        "iterations": sum(stage["iterations"] for stage in stages),
+    }
+
+
+def read(path: str | Path) -> dict:
+    """The header of a checkpoint. Raises ValueError for a file that `checkpoint.save` of this version did not write."""
+    with opened(path, "numpy") as file:
+        return of(file, path)
+
+
+def of(file, path) -> dict:
+    """The header of an open file, see `read`."""
+    try:
+        header = loads((file.metadata() or {})["quest"], path)
+        if not isinstance(header, dict):
+            raise ValueError(f"{path}: its header is not a mapping")
+        if type(header["format"]) is not int or header["format"] != FORMAT:
+            raise ValueError(
+                f"{path} has checkpoint format {header['format']!r}, this version reads {FORMAT}: quantize again"
+            )
+        header["layers"]  # a calibration set has a header too
+        if header["hash"] != header_hash(header):
+            raise ValueError(f"{path} is corrupted: its header is not what was saved")
+    except KeyError as error:
+        raise ValueError(f"{path} is not a quantized checkpoint: its header lacks {error}") from error
+    check(header, path)
+    return header
+
+
+def sealed(fields: dict) -> dict:
+    """A header of these fields, with its format and hash."""
+    header = {"format": FORMAT} | fields
+    return header | {"hash": header_hash(header)}
+
+
+def header_hash(header: dict) -> str:
+    """SHA-256 of a header as JSON, without its own hash."""
+    return hashlib.sha256(dumps({k: v for k, v in header.items() if k != "hash"}).encode()).hexdigest()
 
 
 def check(header, path) -> None:
@@ -82,6 +152,23 @@ def _steps(value) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(map(_whole, value)) and len(set(value)) == len(value)
 
 
+def _amount(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def _init(value) -> bool:
+    """What a checkpoint started from; what its own header lacked is null."""
+    kinds = {"method": _text, "bits": _text, "seconds": _amount, "peak_memory": _amount}
+    return isinstance(value, dict) and all(value.get(k) is None or holds(value[k]) for k, holds in kinds.items())
+
+
+def _cost(value) -> bool:
+    stages = value.get("stages", []) if isinstance(value, dict) else None
+    return isinstance(stages, list) and all(
+        isinstance(stage, dict) and _text(stage.get("stage")) and _whole(stage.get("iterations")) for stage in stages
+    )
+
+
 def _hash(value) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
@@ -109,10 +196,9 @@ OPTIONAL: dict[str, tuple[Callable, str]] = {
     "bits": (lambda value: _text(value) and re.fullmatch(r"w\d+a\d+", value) is not None, "such as w4a8"),
     "recipe": (_ANY, "keyword arguments"),
     "timesteps": (_steps, "the calibrated timesteps, each once"),
-    "cost": (_ANY, "a mapping"),
+    "cost": (_cost, "a mapping whose stages have a stage and iterations"),
     "provenance": (_ANY, "a mapping"),
-    "seconds": (
-        lambda value: type(value) in (int, float) and math.isfinite(value) and value >= 0,
-        "a number from 0 on",
-    ),
+    "seconds": (_amount, "a number from 0 on"),
+    "peak_memory": (_amount, "a number from 0 on"),
+    "init": (_init, "a mapping of method, bits, seconds and peak_memory"),
 }

@@ -12,8 +12,8 @@ import pandas as pd
 
 from quest.metrics import METRICS
 from quest.metrics.comparison import outcome
+from quest.quantization.header import effort
 from quest.report import rendering
-from quest.report.effort import effort
 from quest.report.rendering import MISSING, NONE, Cell, Table, columns, interval, number
 from quest.report.tables import footprint_of, paired_rows, provenance_of, read
 

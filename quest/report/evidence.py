@@ -13,8 +13,8 @@ import pandas as pd
 
 from quest.metrics import compare
 from quest.metrics.comparison import Comparison
+from quest.quantization.header import effort
 from quest.report import tables
-from quest.report.effort import effort
 from quest.report.properties import interval
 from quest.runtime.files import read_json
 
@@ -25,7 +25,7 @@ SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # what sees most with few imag
 class Evidence:
     """What a run has found.
 
-    cells: metrics.json of the rows of one model and bits, by row. made: what making each took, see quest.report.effort.
+    cells: metrics.json of the rows of one model and bits, by row. made: what making each took, see `Effort`.
     properties: frames of quest.properties by name. tunings: by variant.
     """
 

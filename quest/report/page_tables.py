@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from safetensors import safe_open
 
 from quest.metrics import METRICS
 from quest.metrics.comparison import outcome
+from quest.quantization.header import read as read_header
 from quest.report import tables
 from quest.report.rendering import MISSING, NONE, Cell, Column, Table, columns, interval, number
 from quest.runtime.files import loads
@@ -102,8 +102,7 @@ def cost_table(run: Path, main: pd.DataFrame) -> Table:
         file = run / model / method / bits / "model.safetensors"
         if not file.is_file():
             continue
-        with safe_open(file, framework="numpy") as opened:
-            header = loads(opened.metadata()["quest"], file)
+        header = read_header(file)
         start = header.get("init") or {}
         stages = [f"{stage['stage']} {stage['iterations']}" for stage in header.get("cost", {}).get("stages", [])]
         name = f"{start['method']} {start['bits'].upper()}" if start.get("method") else NONE

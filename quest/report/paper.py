@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 
 from quest.metrics import METRICS
+from quest.quantization.header import effort
 from quest.report import ledger, rendering
-from quest.report.effort import effort
 from quest.report.rendering import columns, plus_minus
 from quest.report.tables import paired_rows, provenance_of, read
 

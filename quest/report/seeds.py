@@ -93,7 +93,7 @@ def _of(cells, name):
     """Values [seeds], resampled values [seeds, R] and n of one metric."""
     found = [next(row for row in cell["rows"] if row["metric"] == name) for cell in cells]
     values = np.array([row["value"] for row in found])
-    return values, np.array([cell["resampled"][name] for cell in cells], np.float64), found[0]["n"]
+    return values, np.array([cell["resampled"][name] for cell in cells]), found[0]["n"]
 
 
 def seeds_table(frame: pd.DataFrame) -> Table:

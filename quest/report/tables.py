@@ -57,8 +57,6 @@ def read(paths: Sequence[str | Path]) -> list[dict]:
         missing = [key for key in needed if key not in cell]
         if missing:
             raise ValueError(f"{path}: lacks {', '.join(missing)}")
-        for row in cell["rows"]:  # JSON has no NaN: a number that is not finite is null
-            row |= {key: math.nan for key in ("value", "low", "high") if row.get(key) is None}
         unknown = [row["metric"] for row in cell["rows"] if row["metric"] not in METRICS]
         if unknown:
             raise ValueError(f"{path}: metric {unknown[0]!r} is not one of {', '.join(METRICS)}")

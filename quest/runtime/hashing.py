@@ -4,25 +4,26 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from safetensors import safe_open
 
 
-def tensor_hash(value: torch.Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and bytes, on the CPU and contiguous."""
+def tensor_hash(value) -> str:
+    """SHA-256 of the dtype, shape and bytes of a torch tensor, on the CPU and contiguous."""
+    import torch  # reports read headers without it
+
     found = hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode())
     found.update(value.view(-1).view(torch.uint8).numpy() if value.numel() else b"")
     return found.hexdigest()
 
 
 @contextmanager
-def opened(path) -> Iterator:
-    """A safetensors file to read, as `safe_open` gives it.
+def opened(path, framework: str = "pt") -> Iterator:
+    """A safetensors file to read, as `safe_open` gives it; framework: "pt" for torch tensors, or "numpy".
 
     Raises ValueError, naming the file, for one that is corrupted or cannot be read.
     """
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, framework) as file:
             yield file
     except FileNotFoundError:
         raise

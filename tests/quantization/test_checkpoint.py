@@ -7,6 +7,7 @@ from safetensors import safe_open
 
 import quest
 from quest.quantization import checkpoint
+from quest.quantization.header import read as read_header
 from quest.quantization.layers import quant_layers
 from quest.quantization.swapping import swap
 
@@ -70,7 +71,7 @@ def test_codes_are_saved_and_saved_again_they_are_the_same(uncond_pipe, timed, t
 def test_float_weights_are_kept_where_asked(uncond_pipe, quantized, tmp_path):
     q, _ = quantized
     quest.save(q, tmp_path / "start.safetensors", floats=True)
-    assert checkpoint.read_header(tmp_path / "start.safetensors")["weights"] == "float"
+    assert read_header(tmp_path / "start.safetensors")["weights"] == "float"
     loaded = quest.load(uncond_pipe, tmp_path / "start.safetensors")
     own, theirs = loaded.unet.state_dict(), q.unet.state_dict()
     assert own.keys() == theirs.keys() and all(torch.equal(own[k], v) for k, v in theirs.items())

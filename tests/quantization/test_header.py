@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import quest
-from quest.quantization import checkpoint
+from quest.quantization import header as headers
 from quest.runtime.hashing import tensor_hash
 
 
@@ -31,7 +31,7 @@ def forged(saved, folder, change):
     change(header, tensors)
     if header.get("hashes") == saved[0]["hashes"]:
         header["hashes"] = {name: tensor_hash(value) for name, value in tensors.items()}
-    header["hash"] = checkpoint.header_hash(header)
+    header["hash"] = headers.header_hash(header)
     path = folder / "forged.safetensors"
     save_file(tensors, path, {"quest": json.dumps(header)})
     return path
@@ -81,6 +81,11 @@ PLACES = {
     ("bits",): [],
     ("recipe",): [{}, {"x": None}],
     ("cost",): [{}, {"x": None}],
+    ("cost", "stages"): [[]],
+    ("cost", "stages", 0, "iterations"): [],
+    ("seconds",): [4.0, 2**40],
+    ("peak_memory",): [4.0, 2**40],
+    ("init",): [{}, {"x": None}],
     ("provenance",): [{}, {"x": None}],
 }
 

@@ -7,8 +7,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from quest.metrics import intervals
+from quest.quantization.header import effort
 from quest.report import ablations, figures
-from quest.report.effort import effort
 
 N = 500
 BLOCK = {
@@ -48,20 +48,19 @@ def cell(method, value, images="0-499"):
     }
 
 
-def checkpoint(path, seconds, **more):
-    stages = [{"stage": s, "parameters": 9, "iterations": 100, "batch": 16} for s in ("first", "second")]
-    header = {"seconds": seconds, "peak_memory": 1200, "cost": {"stages": stages}} | more
-    save_file({"x": np.zeros(1, np.float32)}, path, {"quest": json.dumps(header)})
+STAGES = [{"stage": s, "parameters": 9, "iterations": 100, "batch": 16} for s in ("first", "second")]
+TOOK = {"peak_memory": 1200, "cost": {"stages": STAGES}}
 
 
 @pytest.fixture
-def frame(tmp_path):
+def frame(tmp_path, write_checkpoint):
     paths = []
     for i, (name, value) in enumerate(LEVELS.items()):
         paths.append(tmp_path / name / "metrics.json")
         paths[-1].parent.mkdir()
         paths[-1].write_text(json.dumps(cell(name, value)), encoding="utf-8")
-        checkpoint(paths[-1].with_name("model.safetensors"), 100.0 + i, init={"seconds": 230.0})
+        file = paths[-1].with_name("model.safetensors")
+        write_checkpoint(file, seconds=100.0 + i, init={"seconds": 230.0}, **TOOK)
     return ablations.write(paths, BLOCK, tmp_path / "tables/ablations.csv", tmp_path / "tables/ablations.md")
 
 
@@ -129,8 +128,23 @@ def test_what_cannot_be_compared_is_an_error(tmp_path):
         effort(tmp_path / "a.safetensors")
 
 
-def test_effort_of_a_checkpoint_that_starts_from_nothing(tmp_path):
-    checkpoint(tmp_path / "a.safetensors", 7.0)
+@pytest.mark.parametrize("init", [{}, {"init": {}}])
+def test_effort_of_a_checkpoint_that_starts_from_nothing(tmp_path, write_checkpoint, init):
+    write_checkpoint(tmp_path / "a.safetensors", seconds=7.0, **TOOK, **init)
     assert effort(tmp_path / "a.safetensors")["seconds_before"] == 0.0
-    checkpoint(tmp_path / "b.safetensors", 7.0, init={})
-    assert effort(tmp_path / "b.safetensors")["seconds_before"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "told, field",
+    [
+        ({}, "cost.stages"),
+        ({"cost": {"stages": [{"stage": "first"}]}}, "cost"),
+        (TOOK | {"seconds": "7"}, "seconds"),
+        (TOOK | {"peak_memory": -1}, "peak_memory"),
+        (TOOK | {"init": {"seconds": "7"}}, "init"),
+    ],
+)
+def test_a_header_that_does_not_tell_the_effort_is_refused_by_file_and_field(tmp_path, write_checkpoint, told, field):
+    write_checkpoint(tmp_path / "a.safetensors", **told)
+    with pytest.raises(ValueError, match=rf"a\.safetensors: header field {field} is .*; valid: "):
+        effort(tmp_path / "a.safetensors")

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from quest.metrics import METRICS, Cell, measure
 from quest.metrics.frechet import Reference, Statistics
@@ -27,7 +25,7 @@ METHODS = {"fp": "No quantization.", "rtn": "Nearest codes <here>.", "quest": "Q
 MADE = {"commit": "abc", "dirty": False, "versions": {"python": "3.12"}, "machine": {"cpu": "Some CPU"}}
 
 
-def draw(folder: Path, model: str, method: str, bits: str) -> dict:
+def draw(folder: Path, model: str, method: str, bits: str, write_checkpoint) -> dict:
     """Write the arrays of a cell in two shards, and return its metrics."""
     common, own = np.random.default_rng(0), np.random.default_rng(len(method) + len(bits))
     noise = NOISE[method] * (1 if bits == "w4a4" else 0.1)
@@ -50,7 +48,7 @@ def draw(folder: Path, model: str, method: str, bits: str) -> dict:
         np.savez(cell / f"samples-{shard}.npz", index=index, **samples, metadata=metadata)
     if method != "fp":
         header = {"seconds": 12.3, "peak_memory": 456, "init": {"method": "adaround", "bits": "w4a32", "seconds": 65.4}}
-        save_file({"none": torch.zeros(1)}, cell / "model.safetensors", {"quest": dumps(header)})
+        write_checkpoint(cell / "model.safetensors", **header)
     files = [sorted(cell.glob(f"{kind}-*.npz")) for kind in ("features", "samples")]
     full = folder / model / "fp/w32a32"
     fp = None if method == "fp" else Cell.load(sorted(full.glob("features-*")), sorted(full.glob("samples-*")))
@@ -61,7 +59,7 @@ def draw(folder: Path, model: str, method: str, bits: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def run(tmp_path_factory, write_checkpoint) -> Path:
     folder = tmp_path_factory.mktemp("report") / "tiny"
     cells = [("fp", "w32a32"), *((method, bits) for bits in ("w8a8", "w4a4") for method in ("rtn", "quest"))]
     files = []
@@ -69,7 +67,7 @@ def run(tmp_path_factory) -> Path:
         for method, bits in cells:
             file = folder / model / method / bits / "metrics.json"
             file.parent.parent.mkdir(parents=True, exist_ok=True)
-            found = draw(folder, model, method, bits)
+            found = draw(folder, model, method, bits, write_checkpoint)
             file.write_text(dumps(found), encoding="utf-8")
             files.append(file)
     tables.write(files, folder / "tables")

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from safetensors.numpy import save_file
 
 from quest.metrics.frechet import Statistics
 
@@ -120,11 +119,10 @@ def test_cells_become_tables_and_figures(run):
         assert (run / f"figures/{figure}.png").stat().st_size > 1000
 
 
-def test_cells_become_ablations_and_the_papers_tables(run, tmp_path):
+def test_cells_become_ablations_and_the_papers_tables(run, tmp_path, write_checkpoint):
     cells = [shutil.copytree(run / "scenes-class" / name, tmp_path / name) for name in ("rtn/w4a4", "quest/w4a4")]
-    header = {"seconds": 90.0, "peak_memory": 2000, "cost": {"stages": []}}
     for cell in cells:
-        save_file({"x": np.zeros(1)}, cell / "model.safetensors", {"quest": json.dumps(header)})
+        write_checkpoint(cell / "model.safetensors", seconds=90.0, peak_memory=2000, cost={"stages": []})
     metrics = [cell / "metrics.json" for cell in cells]
     block = {"against": "rtn", "rows": {"quest": {"method": "quest", "time_groups": 1}}}
     outputs = {f"--{kind}": tmp_path / f"ablations.{kind}" for kind in ("csv", "markdown", "figure")}

@@ -22,8 +22,8 @@ def main() -> None:
     from quest.config import parse_bits
     from quest.diffusion.calibration_set import CalibrationSet
     from quest.diffusion.models import MODELS
-    from quest.quantization.checkpoint import read_header
     from quest.quantization.cost import peak_memory
+    from quest.quantization.header import read as read_header
     from quest.runtime import gpu_lock
     from quest.runtime.resume import digest, resuming
 
