@@ -6,7 +6,10 @@ step. Both are distilled along the full-precision model's own trajectories, step
 the (guided) prediction alone. In the end the updates are merged: what is saved is a plain quantized denoiser.
 """
 
+from collections import Counter
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
+from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Step, one_of, takes
 from quest.diffusion.calibration_set import CalibrationSet, guide
 from quest.learning.alignment import ScaleAdam
 from quest.learning.calibrate import calibrate
@@ -24,8 +28,18 @@ from quest.quantization.layers import QuantLayer, input_quantizers, quant_layers
 from quest.quantization.swapping import swap
 from quest.quantization.timegroups import TimeGroups
 
+
+@dataclass(frozen=True)
+class Preset:
+    """Iterations, trajectories of an iteration, and what the learning rates are multiplied with."""
+
+    iterations: int
+    batch: int
+    lr_multiplier: float
+
+
 # The paper's 160 epochs of 100 steps; or a sixteenth of them, with learning rates that are sixteen times as high.
-PRESETS = {"full": dict(iterations=16_000, batch=2, faster=1), "short": dict(iterations=1000, batch=8, faster=16)}
+PRESETS = {"full": Preset(16_000, 2, 1), "short": Preset(1000, 8, 16)}
 
 # What the released code keeps: shortcuts, downsampling convolutions and attention products in float; the first three
 # layers of its order and the last one at 8 bits.
@@ -67,29 +81,35 @@ def merge(layer: QuantLayer) -> None:
     layer.weight.requires_grad_(False)
 
 
-def quantize(
-    pipe,
-    calibration: CalibrationSet,
-    w: int,
-    a: int,
-    *,
-    init: str | None = None,  # checkpoint whose weights to start from; default: nearest codes of the whole range
-    preset: str = "short",  # iterations and batch: "full" is the paper's
-    guidance: float | None = None,  # the sampler's; None for one that does not guide
-    keep: Keep | None = None,  # layer glob -> bits kept at least, without an update; default: first and last layer at 8
-    softmax_bits: int = 8,
-    samples: int = 32,  # random calibration rows per step that set the activation ranges
-    rank: int = 32,
-    iterations: int | None = None,  # default: the preset's
-    batch: int | None = None,  # trajectories per iteration; default: the preset's
-    lr_update: float = 1 / 2500,  # of B and A, in units of the layer's mean weight scale
-    lr_weight_scale: float = 5e-5,  # of the logarithm of the weight scales
-    lr_scale: float = 5e-4,  # of the logarithm of the activation scales
-    seed: int = 0,
-):
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The learning rates are those of the full preset; the short one multiplies them. All fall linearly to zero."""
+
+    init: str | None = None  # checkpoint whose weights to start from; default: nearest codes of the whole range
+    preset: Annotated[str, one_of(PRESETS)] = "short"  # iterations and batch: "full" is the paper's
+    guidance: float | None = None  # the sampler's; None for one that does not guide
+    keep: Keep | None = None  # layer glob -> bits kept at least, without an update; default: first and last layer at 8
+    softmax_bits: Bits = 8
+    samples: Count = 32  # random calibration rows per step that set the activation ranges
+    rank: Count = 32
+    iterations: Iterations | None = None  # default: the preset's
+    batch: Count | None = None  # trajectories per iteration; default: the preset's
+    lr_update: Positive = 1 / 2500  # of B and A, in units of the layer's mean weight scale
+    lr_weight_scale: Positive = 5e-5  # of the logarithm of the weight scales
+    lr_scale: Positive = 5e-4  # of the logarithm of the activation scales
+    seed: int = 0
+
+
+def sized(recipe) -> tuple[int, int]:
+    """Iterations and batch: the recipe's own, or else its preset's."""
+    preset = PRESETS[recipe.preset]
+    return preset.iterations if recipe.iterations is None else recipe.iterations, recipe.batch or preset.batch
+
+
+@takes(Recipe)
+def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     """Quantize by EfficientDM. Returns a new pipeline.
 
-    The learning rates are those of the full preset; the short one multiplies them. All fall linearly to zero.
     Departures from the paper: the time steps are the sampler's own instead of 100 of which a sampler picks some;
     trajectories come from the calibration set instead of being rolled out anew; the search for activation ranges takes
     zero points in, as in all methods here (ranges.mse_zero_point); scales are tuned through their
@@ -100,97 +120,107 @@ def quantize(
     the whole range, as here, while QuEST starts from AdaRound. The rates have not been searched.
     Raises FloatingPointError where the loss is not finite.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
-    size = PRESETS[preset]
-    iterations = size["iterations"] if iterations is None else iterations
-    batch = size["batch"] if batch is None else batch
-    keep = KEEP if keep is None else keep
+    keep = KEEP if recipe.keep is None else recipe.keep
     groups = TimeGroups(calibration.timesteps)
-    student = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits, groups=groups)
+    student = swap(pipe, w, a, keep=keep, softmax_bits=recipe.softmax_bits, groups=groups)
     denoiser = student.unet
     layers = dict(quant_layers(denoiser))
-    if init is None:
+    if recipe.init is None:
         for layer in layers.values():
             layer.choose_weight_range(ranges.minmax)
     else:
-        load_weights(denoiser, init)
+        load_weights(denoiser, recipe.init)
     for layer in layers.values():
         layer.freeze()
         layer.weight.data.copy_(layer.packed)
-    calibrate(denoiser, calibration, ranges.mse_zero_point, samples=samples, seed=seed)
+    calibrate(denoiser, calibration, ranges.mse_zero_point, samples=recipe.samples, seed=recipe.seed)
 
     tuned = {n: layer for n, layer in layers.items() if not any(fnmatch(n, glob) for glob in keep)}
-    generator = torch.Generator().manual_seed(seed)
-    distil(
-        denoiser,
-        calibration,
-        tuned,
-        guidance=guidance,
-        rank=rank,
-        iterations=iterations,
-        batch=batch,
-        lr_update=lr_update * size["faster"],
-        lr_weight_scale=lr_weight_scale * size["faster"],
-        lr_scale=lr_scale * size["faster"],
-        generator=generator,
-    )
+    iterations, batch = sized(recipe)
+    multiplier = PRESETS[recipe.preset].lr_multiplier
+    rates = {name: multiplier * getattr(recipe, name) for name in ("lr_update", "lr_weight_scale", "lr_scale")}
+    distil(denoiser, calibration, tuned, replace(recipe, iterations=iterations, batch=batch, **rates))
     return student
 
 
-def distil(
-    denoiser: nn.Module,
-    calibration: CalibrationSet,
-    tuned: dict[str, QuantLayer],
-    *,
-    guidance: float | None,
-    rank: int,
-    iterations: int,
-    batch: int,
-    lr_update: float,
-    lr_weight_scale: float,
-    lr_scale: float,
-    generator: torch.Generator,
-) -> None:
+def distil(denoiser: nn.Module, calibration: CalibrationSet, tuned: dict[str, QuantLayer], recipe: Recipe) -> None:
     """Train the updates and weight scales of the tuned layers and every activation scale, then merge the updates.
 
-    The loss is the mean squared error of the guided prediction. One iteration is one sampler call of `batch`
-    trajectories; the calls follow each other as in sampling, and new trajectories are drawn at the first.
+    The loss is the mean squared error of the guided prediction. One iteration is one sampler call of `recipe.batch`
+    trajectories; the calls follow each other as in sampling, and new trajectories are drawn at the first. The recipe's
+    learning rates are used as they are.
     """
+    generator, iterations = torch.Generator().manual_seed(recipe.seed), recipe.iterations
     calls = calibration.calls().unflatten(0, (int(calibration.call.max()) + 1, -1))  # [calls, trajectories, halves]
     for layer in tuned.values():
         layer.thaw()
-    updates = {n: add_low_rank(layer, rank, generator) for n, layer in tuned.items()}
+    updates = {n: add_low_rank(layer, recipe.rank, generator) for n, layer in tuned.items()}
     scales = ScaleAdam(list(input_quantizers(denoiser).values()))
     weight_scales = ScaleAdam([layer.weight_quantizer for layer in tuned.values()])
     for scale in (*scales.scales, *weight_scales.scales):
         scale.requires_grad_()
     steps = {n: layer.weight_quantizer.scale.detach().mean().item() for n, layer in tuned.items()}
     learned = [p for u in updates.values() for p in u.parameters()] + scales.scales + weight_scales.scales
-    cost.record(denoiser, "distillation", learned, iterations, batch)
+    cost.record(denoiser, "distillation", learned, iterations, recipe.batch)
     adam = torch.optim.AdamW(
-        [{"params": list(updates[n].parameters()), "lr": lr_update * step} for n, step in steps.items()], fused=True
+        [{"params": list(updates[n].parameters()), "lr": recipe.lr_update * step} for n, step in steps.items()],
+        fused=True,
     )
     decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda i: 1 - i / max(iterations, 1))
     try:
         with tqdm(range(iterations), desc="distillation", mininterval=5) as bar:
             for i in bar:
                 if i % len(calls) == 0:
-                    chosen = torch.randperm(calls.shape[1], generator=generator)[:batch]
+                    chosen = torch.randperm(calls.shape[1], generator=generator)[: recipe.batch]
                 rows = calls[i % len(calls), chosen]  # [batch, halves]
                 prediction = denoiser(**calibration.inputs(rows.flatten())).sample.unflatten(0, rows.shape)
-                loss = F.mse_loss(guide(prediction, guidance), guide(calibration.target[rows], guidance))
+                target = guide(calibration.target[rows], recipe.guidance)
+                loss = F.mse_loss(guide(prediction, recipe.guidance), target)
                 if not loss.isfinite():
                     raise FloatingPointError(f"distillation, iteration {i}: the loss is {loss.item()}; lower lr_scale")
                 for optimizer in (adam, scales, weight_scales):
                     optimizer.zero_grad()
                 loss.backward()
                 adam.step()
-                scales.step(denoiser.time_groups.current.item(), lr_scale * (1 - i / iterations))
-                weight_scales.step(0, lr_weight_scale * (1 - i / iterations))
+                scales.step(denoiser.time_groups.current.item(), recipe.lr_scale * (1 - i / iterations))
+                weight_scales.step(0, recipe.lr_weight_scale * (1 - i / iterations))
                 decay.step()
                 bar.set_postfix(loss=f"{loss.item():.2e}", refresh=False)
     finally:
         for layer in tuned.values():
             merge(layer)
         denoiser.requires_grad_(False)
+
+
+def work(recipe, w: int, model, trajectories: int) -> Counter:
+    iterations, batch = sized(recipe)
+    rows = iterations * batch * model.halves
+    return Counter({"ranges": model.steps, "distillation": iterations, "distillation row": rows})
+
+
+def distil_all(student, pipe, calibration: CalibrationSet, model, iterations: int, batch: int) -> None:
+    """Distillation, to be measured."""
+    still = dict(lr_update=0.0, lr_weight_scale=0.0, lr_scale=0.0)
+    distil(student, calibration, dict(quant_layers(student)), Recipe(iterations=iterations, batch=batch, **still))
+
+
+METHOD = Method(
+    "efficient-dm",
+    quantize,
+    about="EfficientDM: low-rank updates and a scale for each step, distilled; zero points are not learned",
+    work=work,
+    steps={"distillation": Step(distil_all, ("distillation",))},
+    paper=Paper(
+        "he2024efficientdm",
+        "2310.03270",
+        "{EfficientDM}: Efficient Quantization-Aware Fine-Tuning of Low-Bit Diffusion Models",
+        "He, Yefei and Liu, Jing and Wu, Weijia and Zhou, Hong and Zhuang, Bohan",
+        "ICLR",
+        2024,
+    ),
+    variants={
+        "efficient-dm-as-released": dict(
+            about="EfficientDM with what its released code keeps at other bits", fixed={"keep": RELEASED}
+        )
+    },
+)

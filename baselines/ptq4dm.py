@@ -4,11 +4,15 @@ Two rows. `quantize` is what later papers rerun under this name, as far as their
 and reconstruction on PTQ4DM's timesteps, without its split shortcuts. `released` is the paper's own code.
 """
 
+from collections import Counter
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from baselines.adaround import round_weights_only, settings
-from baselines.q_diffusion import common_stack, groups_of
+from baselines.adaround import RoundingRecipe, rounding_work, weights_only
+from baselines.method import Count, Method, Paper, takes
+from baselines.q_diffusion import ReconstructionRecipe, common_stack, stack_work
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.quantization import ranges
@@ -58,86 +62,32 @@ def ndtc(calibration: CalibrationSet, rows: int, seed: int, bug: bool = False) -
     return drawn
 
 
-def quantize(
-    pipe,
-    calibration: CalibrationSet,
-    w: int,
-    a: int,
-    *,
-    init: str | None = None,  # checkpoint of `round_weights`; default: round the weights here
-    preset: str = "short",  # "short" or "full", see adaround.PRESETS
-    weight_iterations: int | None = None,  # of every unit, without init; default: the preset's
-    activation_iterations: int | None = None,  # of every unit; default: the preset's
-    activation_lr: float | None = None,  # of the activation steps; default: the preset's
-    batch: int | None = None,  # default: the preset's
-    keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
-    softmax_bits: int = 8,
-    activation_ranges: str = "mse-zero-point",  # see q_diffusion.activation_ranges_of
-    ndtc_bug: bool = False,  # label samples as the released code does, see `ndtc`
-    granularity: str = "tensor",  # or "released": QuEST's at 4 bits, see `scale_axes`
-    time_groups: int = 1,  # QuEST's: stretches of timesteps with activation scales of their own; here one for all
-    rows: int = 1024,  # of the calibration set
-    samples: int | None = None,  # rows (of each time group) that set the ranges; default: static_rows
-    seed: int = 0,  # of the calibration rows, their order and the mini-batches
-):
-    """Quantize by Q-Diffusion's quantizers and reconstruction on PTQ4DM's timesteps, without split shortcuts.
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ReconstructionRecipe):
+    ndtc_bug: bool = False  # label samples as the released code does, see `ndtc`
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsRecipe(RoundingRecipe):
+    ndtc_bug: bool = False  # label samples as the released code does, see `ndtc`
+
+
+@takes(Recipe)
+def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
+    """Quantize by Q-Diffusion's quantizers and reconstruction on PTQ4DM's timesteps.
 
     Departure from the paper, which rounds to nearest and quantizes neither attention nor below 8 bits: see `released`.
     Raises ValueError for a time group of which no row was drawn.
     """
-    return common_stack(
-        pipe,
-        ndtc(calibration, rows, seed, ndtc_bug),
-        w,
-        a,
-        init=init,
-        keep=keep,
-        softmax_bits=softmax_bits,
-        split=False,
-        activation_ranges=activation_ranges,
-        stored_order=False,
-        granularity=granularity,
-        groups=groups_of(calibration, time_groups),
-        samples=samples,
-        settings=settings(
-            preset,
-            weight_iterations=weight_iterations,
-            activation_iterations=activation_iterations,
-            activation_lr=activation_lr,
-            batch=batch,
-        ),
-        seed=seed,
-    )
+    drawn = ndtc(calibration, recipe.rows, recipe.seed, recipe.ndtc_bug)
+    return common_stack(pipe, calibration, drawn, w, a, recipe)
 
 
-def round_weights(
-    pipe,
-    calibration: CalibrationSet,
-    w: int,
-    a: int = FLOAT,
-    *,
-    init: str | None = None,  # nothing to start from: must stay None
-    preset: str = "short",  # "short" or "full", see adaround.PRESETS
-    weight_iterations: int | None = None,  # of every unit; default: the preset's
-    batch: int | None = None,  # default: the preset's
-    keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
-    ndtc_bug: bool = False,  # label samples as the released code does, see `ndtc`
-    rows: int = 1024,  # of the calibration set
-    seed: int = 0,  # of the calibration rows and the mini-batches
-):
+@takes(WeightsRecipe)
+def round_weights(pipe, calibration: CalibrationSet, w: int, a: int, recipe: WeightsRecipe):
     """AdaRound on PTQ4DM's timesteps, weights only: the timesteps are all that the method changes, so its weights see
     them too, and cannot be shared with methods that calibrate uniformly."""
-    return round_weights_only(
-        pipe,
-        ndtc(calibration, rows, seed, ndtc_bug),
-        w,
-        a,
-        init=init,
-        keep=keep,
-        split=False,
-        settings=settings(preset, weight_iterations=weight_iterations, batch=batch),
-        seed=seed,
-    )
+    return weights_only(pipe, ndtc(calibration, recipe.rows, recipe.seed, recipe.ndtc_bug), w, a, recipe)
 
 
 @torch.no_grad()
@@ -147,10 +97,9 @@ def released(
     w: int,
     a: int,
     *,
-    init: str | None = None,  # nothing to start from: must stay None
     keep: Keep | None = None,  # layer glob -> bits kept at least; default: RELEASED
     ndtc_bug: bool = True,  # label samples as the released code does, see `ndtc`
-    rows: int = 1024,  # of the calibration set
+    rows: Count = 1024,  # of the calibration set
     seed: int = 0,  # of the calibration rows and their order
 ):
     """Quantize as the released command does, which the paper reports at 8 bits.
@@ -159,8 +108,6 @@ def released(
     that the next layer multiplies floats; attention in float (RELEASED). Ranges by `thresholds`, those of activations
     averaged over batches with everything else quantized.
     """
-    if init is not None:
-        raise ValueError("init: the released PTQ4DM rounds the full-precision weights to nearest")
     keep = RELEASED if keep is None else keep
     student = swap(pipe, w, FLOAT, keep=keep)
     denoiser = student.unet
@@ -196,3 +143,46 @@ def thresholds(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     scale, zero_point = ranges.affine(low, high, spec)
     best = ranges.least_error(rows, scale, zero_point.round(), spec)
     return low.gather(0, best)[0], high.gather(0, best)[0]
+
+
+def normal_rows(recipe, model) -> int:
+    """How many rows `ndtc` draws."""
+    return model.halves * max(1, recipe.rows // model.halves)
+
+
+METHOD = Method(
+    "ptq4dm",
+    quantize,
+    about="PTQ4DM: its calibration timesteps on Q-Diffusion's stack, as later papers run it",
+    work=lambda recipe, w, model, trajectories: stack_work(recipe, w, normal_rows(recipe, model)),
+    fixed={"time_groups": 1, "split": False},
+    recipe={"init": "adaround-ndtc"},
+    paper=Paper(
+        "shang2023ptq4dm",
+        "2211.15736",
+        "Post-training Quantization on Diffusion Models",
+        "Shang, Yuzhang and Yuan, Zhihang and Xie, Bin and Wu, Bingzhe and Yan, Yan",
+        "CVPR",
+        2023,
+    ),
+    variants={
+        "adaround-ndtc": dict(
+            function=round_weights,
+            about="learned rounding of the weights on PTQ4DM's calibration timesteps, where `ptq4dm` starts",
+            work=lambda recipe, w, model, trajectories: rounding_work(recipe, w, normal_rows(recipe, model)),
+            fixed={},
+            weights_only=True,
+            recipe={},
+        ),
+        "ptq4dm-as-released": dict(
+            function=released,
+            about="PTQ4DM as its released code runs it: nearest weights, attention in float",
+            work=lambda recipe, w, model, trajectories: Counter(
+                {"threshold search": 1, "threshold search row": normal_rows(recipe, model)}
+            ),
+            fixed={"keep": RELEASED},
+            recipe={},
+            bits=("w8a8",),  # all that the paper reports
+        ),
+    },
+)

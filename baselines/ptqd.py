@@ -9,11 +9,16 @@ so theirs are the corrections of mean and correlation only. The paper's mixed pr
 row of a table has one pair of bits.
 """
 
+from collections import Counter
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
 from torch import Tensor, nn
 
-from baselines.adaround import settings, uniform
-from baselines.q_diffusion import common_stack
+from baselines.adaround import uniform, uniform_rows
+from baselines.method import Method, Paper, one_of, takes
+from baselines.q_diffusion import ReconstructionRecipe, common_stack, stack_work
 from quest.diffusion.calibration_set import CalibrationSet, guide
 from quest.diffusion.samplers import Correction, correct
 from quest.quantization.checkpoint import freeze
@@ -32,29 +37,16 @@ RELEASED: Keep = {
 }
 
 
-def quantize(
-    pipe,
-    calibration: CalibrationSet,
-    w: int,
-    a: int,
-    *,
-    init: str | None = None,  # AdaRound's checkpoint; default: round the weights here
-    preset: str = "short",  # "short" or "full", see adaround.PRESETS
-    weight_iterations: int | None = None,  # of every unit, without init; default: the preset's
-    activation_iterations: int | None = None,  # of every unit; default: the preset's
-    activation_lr: float | None = None,  # of the activation steps; default: the preset's
-    batch: int | None = None,  # default: the preset's
-    guidance: float | None = None,  # the sampler's; None for one that does not guide
-    bias_of: str = "residual",  # of BIASES, see `statistics`
-    weight_axis: int | None = 0,  # None for one weight scale per tensor, as released
-    keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
-    softmax_bits: int = 8,
-    split: bool = False,  # quantize the two parts of a decoder shortcut's input apart
-    activation_ranges: str = "mse-zero-point",  # see q_diffusion.activation_ranges_of
-    rows: int = 1024,  # of the calibration set, for reconstruction; the statistics take all of it
-    samples: int | None = None,  # rows that set the activation ranges; default: static_rows
-    seed: int = 0,  # of the calibration rows, their order and the mini-batches
-):
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ReconstructionRecipe):
+    """Rows are those of reconstruction; the statistics take the whole calibration set."""
+
+    guidance: float | None = None  # the sampler's; None for one that does not guide
+    bias_of: Annotated[str, one_of(BIASES)] = "residual"  # see `statistics`
+
+
+@takes(Recipe)
+def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     """Quantize by Q-Diffusion's stack, then correct the sampler by PTQD. Returns a new pipeline with its own scheduler.
 
     The statistics hold for the sampler, the number of steps and the guidance scale of the calibration trajectories.
@@ -64,30 +56,9 @@ def quantize(
     Prints the fit's R^2: where it is low, the correlation explains little of the error.
     Raises ValueError for a sampler that is neither DDIM nor PLMS.
     """
-    student = common_stack(
-        pipe,
-        uniform(calibration, rows, seed),
-        w,
-        a,
-        init=init,
-        keep=keep,
-        softmax_bits=softmax_bits,
-        split=split,
-        activation_ranges=activation_ranges,
-        stored_order=False,
-        samples=samples,
-        settings=settings(
-            preset,
-            weight_iterations=weight_iterations,
-            activation_iterations=activation_iterations,
-            activation_lr=activation_lr,
-            batch=batch,
-        ),
-        seed=seed,
-        weight_axis=weight_axis,
-    )
+    student = common_stack(pipe, calibration, uniform(calibration, recipe.rows, recipe.seed), w, a, recipe)
     freeze(student.unet)
-    correction = statistics(student.unet, calibration, guidance, bias_of)
+    correction = statistics(student.unet, calibration, recipe.guidance, recipe.bias_of)
     r_squared = correction.r_squared
     print(
         f"error explained by the prediction, R^2: median {r_squared.median():.3f}, "
@@ -140,3 +111,40 @@ def fit(exact: Tensor, found: Tensor, bias_of: str = "residual") -> tuple[Tensor
     std = residual.flatten(1).std(1).mean()
     spread = (error - error.mean()).square().mean()
     return slope, bias, std, 1 - (residual - residual.mean()).square().mean() / spread.clamp(min=1e-20)
+
+
+def work(recipe, w: int, model, trajectories: int) -> Counter:
+    statistics = Counter({"quantized call": trajectories * model.calls * model.halves})
+    return stack_work(recipe, w, uniform_rows(recipe, model, trajectories)) + statistics
+
+
+METHOD = Method(
+    "ptqd",
+    quantize,
+    about="PTQD: corrects the quantization error while sampling",
+    work=work,
+    fixed={"time_groups": 1},
+    recipe={"init": "adaround"},
+    paper=Paper(
+        "he2023ptqd",
+        "2305.10657",
+        "{PTQD}: Accurate Post-Training Quantization for Diffusion Models",
+        "He, Yefei and Liu, Luping and Liu, Jing and Wu, Weijia and Zhou, Hong and Zhuang, Bohan",
+        "NeurIPS",
+        2023,
+    ),
+    variants={
+        "ptqd-as-released": dict(
+            about="PTQD as its released code runs it",
+            fixed={
+                "keep": RELEASED,
+                "weight_axis": None,
+                "bias_of": "error",
+                "split": False,
+                "activation_ranges": "mse",
+                "time_groups": 1,
+            },
+            recipe={},
+        )
+    },
+)

@@ -1,20 +1,22 @@
 """Q-Diffusion: calibration along the sampler, block reconstruction, split shortcuts (Li et al., arXiv:2302.04304)."""
 
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 
-from baselines.adaround import Preset, round_weights, settings, splits, uniform
+from baselines.adaround import RoundingRecipe, preset_of, round_weights, rounding_work, splits, uniform, uniform_rows
+from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Valid, one_of, takes
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.learning.calibrate import calibrate, calibrating, running, static_rows
-from quest.learning.reconstruction import reconstruct_activations
+from quest.learning.reconstruction import CHECK, reconstruct_activations
 from quest.quantization import ranges
 from quest.quantization.checkpoint import load_weights
-from quest.quantization.layer_names import Keep
 from quest.quantization.layers import input_quantizers
 from quest.quantization.splitting import split_layers
-from quest.quantization.swapping import scale_axes, swap
+from quest.quantization.swapping import GRANULARITIES, scale_axes, swap
 from quest.quantization.timegroups import TimeGroups, grouped
 
 RUNNING = ("ema", "ema-symmetric")
@@ -23,29 +25,27 @@ MOMENTUM = 0.95  # of the running ranges
 BATCH = 64  # rows of one update of them
 
 
-def quantize(
-    pipe,
-    calibration: CalibrationSet,
-    w: int,
-    a: int,
-    *,
-    init: str | None = None,  # AdaRound's checkpoint; default: round the weights here
-    preset: str = "short",  # "short" or "full", see adaround.PRESETS
-    weight_iterations: int | None = None,  # of every unit, without init; default: the preset's
-    activation_iterations: int | None = None,  # of every unit; default: the preset's
-    activation_lr: float | None = None,  # of the activation steps; default: the preset's
-    batch: int | None = None,  # default: the preset's
-    keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
-    softmax_bits: int = 8,  # published: 16 for Stable Diffusion
-    split: bool = False,  # quantize the two parts of a decoder shortcut's input apart, as published for SD and CIFAR-10
-    activation_ranges: str = "mse-zero-point",  # of RANGES; see `activation_ranges_of`
-    stored_order: bool = False,  # calibrate noisiest rows first, as the released code does, not shuffled
-    granularity: str = "tensor",  # or "released": QuEST's at 4 bits, see `scale_axes`
-    time_groups: int = 1,  # QuEST's: stretches of timesteps with activation scales of their own; here one for all
-    rows: int = 1024,  # of the calibration set
-    samples: int | None = None,  # rows (of each time group) that set the ranges of the first two; default: static_rows
-    seed: int = 0,  # of the calibration rows, their order and the mini-batches
-):
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionRecipe(RoundingRecipe):
+    """Q-Diffusion's stack, with which later papers rerun their rivals."""
+
+    init: str | None = None  # AdaRound's checkpoint; default: round the weights here
+    activation_iterations: Iterations | None = None  # of every unit; default: the preset's
+    activation_lr: Positive | None = None  # of the activation steps; default: the preset's
+    softmax_bits: Bits = 8  # published: 16 for Stable Diffusion
+    split: bool = False  # quantize the two parts of a decoder shortcut's input apart, as published for SD and CIFAR-10
+    weight_axis: Annotated[
+        int | None, one_of((0, None)), Valid(description="0: a weight scale per output channel; null: one per tensor")
+    ] = 0  # None as in PTQD's released code
+    activation_ranges: Annotated[str, one_of(RANGES)] = "mse-zero-point"  # see `activation_ranges_of`
+    stored_order: bool = False  # calibrate noisiest rows first, as the released code does, not shuffled
+    granularity: Annotated[str, one_of(GRANULARITIES)] = "tensor"  # "released" is QuEST's at 4 bits
+    time_groups: Count = 1  # QuEST's: stretches of timesteps with activation scales of their own; here one for all
+    samples: Count | None = None  # rows (of each time group) that set the searched ranges; default: static_rows
+
+
+@takes(ReconstructionRecipe)
+def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: ReconstructionRecipe):
     """Quantize by Q-Diffusion: AdaRound of the weights, static activation ranges, learned activation steps.
 
     Departures from the released code: both halves of a split layer are regularised, calibration rows are shuffled
@@ -55,81 +55,50 @@ def quantize(
     `split`); there is no released command for a class-conditional model.
     Raises ValueError where init and split disagree, and for time groups with ranges that hold at all timesteps.
     """
-    return common_stack(
-        pipe,
-        uniform(calibration, rows, seed),
-        w,
-        a,
-        init=init,
-        keep=keep,
-        softmax_bits=softmax_bits,
-        split=split,
-        activation_ranges=activation_ranges,
-        stored_order=stored_order,
-        granularity=granularity,
-        groups=groups_of(calibration, time_groups),
-        samples=samples,
-        settings=settings(
-            preset,
-            weight_iterations=weight_iterations,
-            activation_iterations=activation_iterations,
-            activation_lr=activation_lr,
-            batch=batch,
-        ),
-        seed=seed,
-    )
+    return common_stack(pipe, calibration, uniform(calibration, recipe.rows, recipe.seed), w, a, recipe)
 
 
 def common_stack(
-    pipe,
-    drawn: CalibrationSet,
-    w: int,
-    a: int,
-    *,
-    init: str | None,
-    keep: Keep | None,
-    softmax_bits: int,
-    split: bool,
-    activation_ranges: str,
-    stored_order: bool,
-    samples: int | None,
-    settings: Preset,
-    seed: int,
-    weight_axis: int | None = 0,  # None for one weight scale per tensor (PTQD's released code)
-    granularity: str = "tensor",
-    groups: TimeGroups | None = None,
+    pipe, calibration: CalibrationSet, drawn: CalibrationSet, w: int, a: int, recipe: ReconstructionRecipe
 ):
-    """Q-Diffusion on calibration rows already drawn: what later papers rerun their rivals with."""
-    if activation_ranges not in RANGES:
-        raise ValueError(f"activation_ranges: {activation_ranges!r} is not one of {', '.join(RANGES)}")
-    if groups is not None and (activation_ranges in RUNNING or stored_order):
+    """Q-Diffusion on rows already drawn from the calibration set."""
+    groups = groups_of(calibration, recipe.time_groups)
+    if groups is not None and (recipe.activation_ranges in RUNNING or recipe.stored_order):
         valid = f"{' or '.join(ranges.SEARCHED)}, shuffled"
         raise ValueError(f"time_groups: running ranges and the stored order hold at all timesteps; valid: {valid}")
-    parts = splits(pipe, drawn) if split else {}
-    if init is None:
-        axis = dict(weight_axis=weight_axis)
-        student = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits, groups=groups, splits=parts, **axis)
-        round_weights(student, pipe, drawn, settings, seed)
+    parts = splits(pipe, drawn) if recipe.split else {}
+    quantizers = dict(keep=recipe.keep, softmax_bits=recipe.softmax_bits, groups=groups)
+    if recipe.init is None:
+        student = swap(pipe, w, a, **quantizers, splits=parts, weight_axis=recipe.weight_axis)
+        round_weights(student, pipe, drawn, recipe)
     else:
-        student = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits, groups=groups)
-        load_weights(student.unet, init)
+        student = swap(pipe, w, a, **quantizers)
+        load_weights(student.unet, recipe.init)
         if split_layers(student.unet) != parts:
-            raise ValueError(f"split: {split}, but {init} has {len(split_layers(student.unet))} split layers")
-    axes = scale_axes(student.unet, granularity, a)
+            found = len(split_layers(student.unet))
+            raise ValueError(f"split: {recipe.split}, but {recipe.init} has {found} split layers")
+    axes = scale_axes(student.unet, recipe.granularity, a)
     for name, q in input_quantizers(student.unet).items():
         q.spec = replace(q.spec, axis=axes.get(name))
-    samples = samples or static_rows(a)
-    activation_ranges_of(student.unet, drawn, activation_ranges, samples=samples, stored_order=stored_order, seed=seed)
-    if settings.activation_iterations:
+    activation_ranges_of(
+        student.unet,
+        drawn,
+        recipe.activation_ranges,
+        samples=recipe.samples or static_rows(a),
+        stored_order=recipe.stored_order,
+        seed=recipe.seed,
+    )
+    preset = preset_of(recipe)
+    if preset.activation_iterations:
         reconstruct_activations(
             student.unet,
             pipe.unet,
             drawn,
             torch.arange(len(drawn)),
-            iterations=settings.activation_iterations,
-            batch=settings.batch,
-            lr=settings.activation_lr,
-            generator=torch.Generator().manual_seed(seed),
+            iterations=preset.activation_iterations,
+            batch=preset.batch,
+            lr=preset.activation_lr,
+            generator=torch.Generator().manual_seed(recipe.seed),
         )
     return student
 
@@ -182,3 +151,36 @@ def activation_ranges_of(
     finally:
         for q in quantizers.values():
             q.choose = None
+
+
+def stack_work(recipe, w: int, rows: int) -> Counter:
+    """What `common_stack` takes on `rows` rows."""
+    preset = preset_of(recipe)
+    work = rounding_work(recipe, w, rows) + Counter({"ranges": 1})
+    if recipe.activation_ranges in RUNNING:  # over all rows
+        work["quantized call"] += rows
+    if preset.activation_iterations:
+        work += Counter({"call": rows, "quantized call": 2 * min(CHECK, rows)})
+        work["step learning"] = preset.activation_iterations
+        work["step learning row"] = preset.activation_iterations * preset.batch
+    return work
+
+
+METHOD = Method(
+    "q-diffusion",
+    quantize,
+    about="Q-Diffusion: block reconstruction, learned activation steps; shortcuts are split only where its released"
+    " command splits them (scenes-text, Stable Diffusion, CIFAR-10)",
+    work=lambda recipe, w, model, trajectories: stack_work(recipe, w, uniform_rows(recipe, model, trajectories)),
+    fixed={"time_groups": 1},  # ranges hold at all timesteps
+    recipe={"init": "adaround"},
+    paper=Paper(
+        "li2023qdiffusion",
+        "2302.04304",
+        "{Q-Diffusion}: Quantizing Diffusion Models",
+        "Li, Xiuyu and Liu, Yijiang and Lian, Long and Yang, Huanrui and Dong, Zhen and Kang, Daniel"
+        " and Zhang, Shanghang and Keutzer, Kurt",
+        "ICCV",
+        2023,
+    ),
+)

@@ -9,17 +9,19 @@ Three steps, data-free, supervised by the full-precision model:
 All other parameters stay frozen. Weight scales and every zero point stay fixed.
 
 The sixth version of the paper and the released code differ from each other, and from what works best on small models.
-Every such place is a keyword of `quantize`; PAPER and OFFICIAL are the keywords that make the two.
+Every such place is a keyword, a field of `FinetuneRecipe`; PAPER and OFFICIAL are the keywords that make the two.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import nn
 
+from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Valid, one_of, takes
 from baselines.selection import (
     SELECTIONS,
     default_selection,
@@ -39,7 +41,7 @@ from quest.quantization.checkpoint import freeze, load_weights
 from quest.quantization.header import read as read_header
 from quest.quantization.layer_names import KEEP, Keep
 from quest.quantization.layers import QuantLayer, input_quantizers, quant_layers
-from quest.quantization.swapping import scale_axes, swap
+from quest.quantization.swapping import GRANULARITIES, scale_axes, swap
 from quest.quantization.timegroups import TimeGroups, grouped
 from quest.runtime.resume import part
 
@@ -50,7 +52,7 @@ class Preset(NamedTuple):
 
     iterations: float | tuple[int, int]
     batch: tuple[int, int]
-    faster: float
+    lr_multiplier: float
 
 
 PRESETS = {
@@ -78,7 +80,7 @@ RANGES = {
 }
 MOMENTUM = 0.95  # of the running ranges
 
-
+STAGES = ("temporal layer alignment", "critical module alignment")
 # Of the two stages. None: one iteration of a time group after another, in random order. With visits, groups follow each
 # other from the noisiest to the cleanest, and every visit has a new Adam for the scales.
 SCHEDULES = {
@@ -113,45 +115,82 @@ OFFICIAL = dict(
 )
 
 
-def quantize(
-    pipe,
-    calibration: CalibrationSet,
-    w: int,
-    a: int,
-    *,
-    init: str | None = None,  # checkpoint whose weights to start from; default: nearest codes of the mse range
-    preset: str = "short",  # iterations, batch and learning rates: "short", "tenth" or "full", see PRESETS
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe:
+    """QuEST, and what differs from it in one place or another."""
+
+    init: str | None = None  # checkpoint whose weights to start from; default: nearest codes of the mse range
+    preset: Annotated[str, one_of(PRESETS), Valid(description="iterations, batch and learning rates")] = "short"
     # The activation quantizers.
-    time_groups: int | None = None,  # TAQuant's number of groups, 1 for a single set; default: one for each timestep
-    keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
-    softmax_bits: int = 8,
-    granularity: str = "tensor",  # or "released": at 4 bits one scale per channel or token, see `scale_axes`
-    levels: str = "asymmetric",  # "asymmetric", "symmetric" or "wide" (33 levels at "4 bit"); "released": the model's
-    ranges: str = "mse-zero-point",  # of RANGES ("running": averages); "released": the model's
-    samples: int = 32,  # random calibration rows per time group that set the activation ranges
-    # What is tuned.
-    selection: str | None = None,  # layers of the critical stage, of SELECTIONS; default: by the kind of pipeline
-    time_embedding: str = "scales",  # its two layers: "scales" in the critical stage, "tuned" with TLA, or "frozen"
-    qkv_as_one: bool = False,  # to_q, to_k, to_v of an unconditional attention: one layer with one input, as in CompVis
-    control: bool = False,  # the first stage on as many weights of other layers: does it matter that they are temporal?
+    time_groups: Count | None = None  # TAQuant's number of groups, 1 for a single set; default: one for each timestep
+    keep: Keep | None = None  # layer glob -> bits kept at least; default: the first and last layer at 8
+    softmax_bits: Bits = 8
+    # "released": at 4 bits one scale per channel or token, see `scale_axes`.
+    granularity: Annotated[str, one_of(GRANULARITIES)] = "tensor"
+    # "wide" has 33 levels at "4 bit"; "released": the model's.
+    levels: Annotated[str, one_of((*LEVELS, "released"))] = "asymmetric"
+    # "running": averages; "released": the model's.
+    ranges: Annotated[str, one_of((*RANGES, "released"))] = "mse-zero-point"
+    samples: Count = 32  # random calibration rows per time group that set the activation ranges
+    # What is tuned. Of the critical stage these layers; default: by the kind of pipeline.
+    selection: Annotated[str, one_of(SELECTIONS)] | None = None
+    # The two layers of the time embedding: "scales" in the critical stage, "tuned" with TLA, or "frozen".
+    time_embedding: Annotated[str, one_of(("scales", "tuned", "frozen"))] = "scales"
+    qkv_as_one: bool = False  # to_q, to_k, to_v of an unconditional attention: one layer with one input, as in CompVis
+    control: bool = False  # the first stage on as many weights of other layers: does it matter that they are temporal?
     # The losses.
-    local_tla: bool = True,
-    local_cma: bool | str = True,  # or "released": for Stable Diffusion only
-    global_weight: float | None = None,  # of L_G; default: the number of tuned layers, as in the released code
-    # The stages.
-    order: str = "tla-cma",  # or "cma-tla", or "joint": one stage with both losses and 2 L_G (equation 7)
-    schedule: str = "interleaved",  # of timesteps: "interleaved", "sequential" or "released", see SCHEDULES
-    tla_iterations: int | None = None,  # default: the preset's
-    cma_iterations: int | None = None,  # default: the preset's
-    batch: int | None = None,  # rows per iteration, all of one time group; default: the preset's
+    local_tla: bool = True
+    local_cma: Annotated[bool | str, one_of((True, False, "released"))] = True  # "released": for Stable Diffusion only
+    # Of L_G; default: the number of tuned layers, as in the released code.
+    global_weight: Annotated[float, Valid(minimum=0)] | None = None
+    # The stages. "joint": one stage with both losses and 2 L_G (equation 7).
+    order: Annotated[str, one_of(("tla-cma", "cma-tla", "joint"))] = "tla-cma"
+    schedule: Annotated[str, one_of(SCHEDULES)] = "interleaved"  # of timesteps
+    tla_iterations: Iterations | None = None  # default: the preset's
+    cma_iterations: Iterations | None = None  # default: the preset's
+    batch: Count | None = None  # rows per iteration, all of one time group; default: the preset's
     # The optimizer.
-    lr_weight: float = 1e-5,  # published; the preset multiplies it
-    lr_scale: float = 1e-4,  # published; the preset multiplies it
-    lr_temporal_scale: float | None = None,  # of the temporal stage; default: lr_scale
-    log_scales: bool = True,  # tune the logarithm of a scale, so that a step is relative to it
-    cosine: bool = True,  # learning rates fall to zero over a stage
-    seed: int = 0,
-):
+    lr_weight: Positive = 1e-5  # published; the preset multiplies it
+    lr_scale: Positive = 1e-4  # published; the preset multiplies it
+    lr_temporal_scale: Positive | None = None  # of the temporal stage; default: lr_scale
+    log_scales: bool = True  # tune the logarithm of a scale, so that a step is relative to it
+    cosine: bool = True  # learning rates fall to zero over a stage
+    seed: int = 0
+
+
+def settled(recipe: FinetuneRecipe, pipe, a: int) -> FinetuneRecipe:
+    """The recipe as it is carried out: values of this model in place of "released" and None, the preset's numbers in
+    place of None, learning rates multiplied. `batch` is a pair, of both stages."""
+    selection = recipe.selection or default_selection(pipe)
+    released, (iterations, batch) = RELEASED[selection], sized(recipe, selection)
+    multiplier, temporal = PRESETS[recipe.preset].lr_multiplier, recipe.lr_temporal_scale
+    return replace(
+        recipe,
+        selection=selection,
+        levels=released["levels"] if recipe.levels == "released" else recipe.levels,
+        ranges=released["ranges_a4" if a == 4 else "ranges"] if recipe.ranges == "released" else recipe.ranges,
+        local_cma=released["local_cma"] if recipe.local_cma == "released" else recipe.local_cma,
+        tla_iterations=iterations[0],
+        cma_iterations=iterations[1],
+        batch=batch,
+        lr_weight=recipe.lr_weight * multiplier,
+        lr_scale=recipe.lr_scale * multiplier,
+        lr_temporal_scale=(recipe.lr_scale if temporal is None else temporal) * multiplier,
+    )
+
+
+def sized(recipe, selection: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Iterations and rows of an iteration of both stages: the recipe's own, or else its preset's."""
+    preset = PRESETS[recipe.preset]
+    share = preset.iterations
+    of_preset = share if isinstance(share, tuple) else [round(share * n) for n in PUBLISHED[selection]]
+    own = (recipe.tla_iterations, recipe.cma_iterations)
+    first, second = (b if a is None else a for a, b in zip(own, of_preset, strict=True))
+    return (first, second), (recipe.batch, recipe.batch) if recipe.batch else preset.batch
+
+
+@takes(FinetuneRecipe)
+def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: FinetuneRecipe):
     """Quantize by QuEST. Returns a new pipeline.
 
     Departures of the defaults from the paper, which names no batch or schedule: TAQuant (of the first version; the
@@ -170,75 +209,7 @@ def quantize(
 
     Raises ValueError that names a keyword and what would be valid, FloatingPointError where a loss is not finite.
     """
-    if a == FLOAT:
-        raise ValueError(f"bits w{w}a32: QuEST tunes the scales of activations; give them 2 to 8 bits")
-    selection = _one_of("selection", selection or default_selection(pipe), SELECTIONS)
-    released = RELEASED[selection]
-    size = sized(preset, selection)
-    if _one_of("levels", levels, (*LEVELS, "released")) == "released":
-        levels = released["levels"]
-    if _one_of("ranges", ranges, (*RANGES, "released")) == "released":
-        ranges = released["ranges_a4" if a == 4 else "ranges"]
-    _one_of("time_embedding", time_embedding, ("scales", "tuned", "frozen"))
-    if _one_of("local_cma", local_cma, (True, False, "released")) == "released":
-        local_cma = released["local_cma"]
-    _one_of("order", order, ("tla-cma", "cma-tla", "joint"))
-    _one_of("schedule", schedule, SCHEDULES)
-
-    timesteps = calibration.timesteps
-    groups = TimeGroups(grouped(timesteps, time_groups or len(timesteps)))
-    if schedule == "released":
-        # All steps of a group share the scale of its noisiest, the only one that is calibrated and tuned on.
-        calibration = calibration.subset(torch.isin(calibration.timestep, groups.starts).nonzero().flatten())
-    student = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits, groups=groups)
-    denoiser = student.unet
-    if init is None:
-        for _, layer in quant_layers(denoiser):
-            layer.choose_weight_range(choosers.mse)
-    else:
-        start_from(denoiser, init, KEEP if keep is None else keep)
-    freeze(denoiser)
-    axes = scale_axes(denoiser, granularity, a)
-    for name, q in input_quantizers(denoiser).items():
-        # Probabilities are unsigned whatever the other codes are.
-        kind = {} if name.endswith("processor.p") else LEVELS[levels]
-        q.spec = replace(q.spec, axis=axes.get(name), **kind)
-    momentum = MOMENTUM if ranges == "running" else None
-    calibrate(denoiser, calibration, RANGES[ranges], samples=samples, seed=seed, momentum=momentum)
-
-    finetune(
-        denoiser,
-        pipe.unet,
-        calibration,
-        selection,
-        time_embedding=time_embedding,
-        qkv_as_one=qkv_as_one,
-        control=control,
-        local_tla=local_tla,
-        local_cma=local_cma,
-        global_weight=global_weight,
-        order=order,
-        schedule=schedule,
-        tla_iterations=size.iterations[0] if tla_iterations is None else tla_iterations,
-        cma_iterations=size.iterations[1] if cma_iterations is None else cma_iterations,
-        batch=batch or size.batch,
-        lr_weight=lr_weight * size.faster,
-        lr_scale=lr_scale * size.faster,
-        lr_temporal_scale=None if lr_temporal_scale is None else lr_temporal_scale * size.faster,
-        log_scales=log_scales,
-        cosine=cosine,
-        seed=seed,
-    )
-    return student
-
-
-def sized(preset: str, selection: str) -> Preset:
-    """The preset with the numbers of iterations of a kind of model. Raises ValueError for an unknown one."""
-    size = PRESETS[_one_of("preset", preset, PRESETS)]
-    if isinstance(size.iterations, tuple):
-        return size
-    first, second = (round(size.iterations * n) for n in PUBLISHED[selection])
-    return size._replace(iterations=(first, second))
+    return finetuned(pipe, calibration, w, a, recipe, weights_and_biases)
 
 
 def weights_and_biases(denoiser: nn.Module, tuned: dict[str, QuantLayer]) -> dict[str, list[nn.Parameter]]:
@@ -246,73 +217,84 @@ def weights_and_biases(denoiser: nn.Module, tuned: dict[str, QuantLayer]) -> dic
     return {n: [p for p in (layer.weight, layer.bias) if p is not None] for n, layer in tuned.items()}
 
 
-def finetune(
-    denoiser: nn.Module,
-    teacher: nn.Module,
-    calibration: CalibrationSet,
-    selection: str,
-    *,
-    tla_iterations: int,
-    cma_iterations: int,
-    batch: int | tuple[int, int],
-    lr_weight: float,
-    lr_scale: float,
-    global_weight: float | None,
-    seed: int,
-    learn: Callable = weights_and_biases,
-    lr_temporal_scale: float | None = None,
-    time_embedding: str = "scales",
-    qkv_as_one: bool = False,
-    control: bool = False,
-    local_tla: bool = True,
-    local_cma: bool = True,
-    order: str = "tla-cma",
-    schedule: str = "interleaved",
-    log_scales: bool = True,
-    cosine: bool = True,
-) -> None:
-    """Both stages on a calibrated denoiser. Keywords are those of `quantize`, learning rates as they are used.
+def finetuned(pipe, calibration: CalibrationSet, w: int, a: int, recipe: FinetuneRecipe, learn: Callable):
+    """QuEST, in which `learn(denoiser, tuned)` says what a stage learns: parameters by layer."""
+    if a == FLOAT:
+        raise ValueError(f"bits w{w}a32: QuEST tunes the scales of activations; give them 2 to 8 bits")
+    recipe, timesteps = settled(recipe, pipe, a), calibration.timesteps
+    groups = TimeGroups(grouped(timesteps, recipe.time_groups or len(timesteps)))
+    if recipe.schedule == "released":
+        # All steps of a group share the scale of its noisiest, the only one that is calibrated and tuned on.
+        calibration = calibration.subset(torch.isin(calibration.timestep, groups.starts).nonzero().flatten())
+    student = swap(pipe, w, a, keep=recipe.keep, softmax_bits=recipe.softmax_bits, groups=groups)
+    denoiser = student.unet
+    if recipe.init is None:
+        for _, layer in quant_layers(denoiser):
+            layer.choose_weight_range(choosers.mse)
+    else:
+        start_from(denoiser, recipe.init, KEEP if recipe.keep is None else recipe.keep)
+    freeze(denoiser)
+    axes = scale_axes(denoiser, recipe.granularity, a)
+    for name, q in input_quantizers(denoiser).items():
+        # Probabilities are unsigned whatever the other codes are.
+        kind = {} if name.endswith("processor.p") else LEVELS[recipe.levels]
+        q.spec = replace(q.spec, axis=axes.get(name), **kind)
+    momentum = MOMENTUM if recipe.ranges == "running" else None
+    choose = RANGES[recipe.ranges]
+    calibrate(denoiser, calibration, choose, samples=recipe.samples, seed=recipe.seed, momentum=momentum)
 
-    batch: of both stages or of each. learn(denoiser, tuned): the parameters that a stage learns, by layer.
-    """
-    if qkv_as_one:
+    finetune(denoiser, pipe.unet, calibration, recipe, learn)
+    return student
+
+
+def finetune(
+    denoiser: nn.Module, teacher: nn.Module, calibration: CalibrationSet, recipe: FinetuneRecipe, learn: Callable
+) -> None:
+    """Both stages on a calibrated denoiser, by a recipe that is `settled`."""
+    if recipe.qkv_as_one:
         share_inputs(denoiser)
+    control = recipe.seed if recipe.control else None
     (temporal, temporal_scales), (critical, critical_scales) = selected(
-        denoiser, selection, time_embedding, seed if control else None
+        denoiser, recipe.selection, recipe.time_embedding, control
     )
-    batches = (batch, batch) if isinstance(batch, int) else batch
+
+    def global_weight(tuned):
+        return (
+            tuned_layers(denoiser, tuned, recipe.qkv_as_one) if recipe.global_weight is None else recipe.global_weight
+        )
+
     tla = Stage(
-        "temporal layer alignment",
+        STAGES[0],
         temporal,
         temporal_scales,
-        local=tuple(temporal) if local_tla else (),
-        global_weight=tuned_layers(denoiser, temporal, qkv_as_one) if global_weight is None else global_weight,
-        iterations=tla_iterations,
-        batch=batches[0],
-        visit=SCHEDULES[schedule][0],
-        lr_weight=lr_weight,
-        lr_scale=lr_scale if lr_temporal_scale is None else lr_temporal_scale,
+        local=tuple(temporal) if recipe.local_tla else (),
+        global_weight=global_weight(temporal),
+        iterations=recipe.tla_iterations,
+        batch=recipe.batch[0],
+        visit=SCHEDULES[recipe.schedule][0],
+        lr_weight=recipe.lr_weight,
+        lr_scale=recipe.lr_temporal_scale,
     )
     cma = Stage(
-        "critical module alignment",
+        STAGES[1],
         critical,
         critical_scales,
-        local=tuple(critical) if local_cma else (),
-        global_weight=tuned_layers(denoiser, critical, qkv_as_one) if global_weight is None else global_weight,
-        iterations=cma_iterations,
-        batch=batches[1],
-        visit=SCHEDULES[schedule][1],
-        lr_weight=lr_weight,
-        lr_scale=lr_scale,
+        local=tuple(critical) if recipe.local_cma else (),
+        global_weight=global_weight(critical),
+        iterations=recipe.cma_iterations,
+        batch=recipe.batch[1],
+        visit=SCHEDULES[recipe.schedule][1],
+        lr_weight=recipe.lr_weight,
+        lr_scale=recipe.lr_scale,
     )
-    stages = {"tla-cma": (tla, cma), "cma-tla": (cma, tla), "joint": (joint(tla, cma),)}[order]
+    stages = {"tla-cma": (tla, cma), "cma-tla": (cma, tla), "joint": (joint(tla, cma),)}[recipe.order]
     stages = [stage for stage in stages if stage.iterations]
     targets = layer_outputs(teacher, list(dict.fromkeys(n for s in stages for n in s.local)), calibration)
     for stage in stages:
         learned = learn(denoiser, stage.layers)
         tuned = {f"{n}.{i}": p for n, parameters in learned.items() for i, p in enumerate(parameters)}
         tuned |= {f"scales.{i}": q.scale for i, q in enumerate(stage.scales)}
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(recipe.seed)
         training = partial(
             align,
             denoiser,
@@ -320,67 +302,16 @@ def finetune(
             learned,
             targets,
             calibration,
-            log_scales=log_scales,
-            cosine=cosine,
+            log_scales=recipe.log_scales,
+            cosine=recipe.cosine,
             generator=generator,
         )
         part(stage.name.replace(" ", "-"), lambda tuned=tuned: tuned, training, generator)
         for name in learned:
             denoiser.get_submodule(name).freeze()
         cost.record(denoiser, stage.name, tuned.values(), stage.iterations, stage.batch)
-    if qkv_as_one:
+    if recipe.qkv_as_one:
         unshare_inputs(denoiser)
-
-
-def learning(
-    learn: Callable,
-    pipe,
-    calibration: CalibrationSet,
-    w: int,
-    a: int,
-    *,
-    preset: str,
-    selection: str | None,
-    tla_iterations: int | None,
-    cma_iterations: int | None,
-    batch: int | None,
-    lr_weight: float,
-    lr_scale: float,
-    global_weight: float | None,
-    seed: int,
-    **quantizers,
-):
-    """QuEST's default quantizers and stages, in which `learn` says what is learned; keywords are those of `quantize`.
-
-    `finetune` says what `learn` is.
-    """
-    selection = selection or default_selection(pipe)
-    untuned = dict(selection=selection, tla_iterations=0, cma_iterations=0, seed=seed)
-    student = quantize(pipe, calibration, w, a, **quantizers, **untuned)
-    size = sized(preset, selection)
-    finetune(
-        student.unet,
-        pipe.unet,
-        calibration,
-        selection,
-        tla_iterations=size.iterations[0] if tla_iterations is None else tla_iterations,
-        cma_iterations=size.iterations[1] if cma_iterations is None else cma_iterations,
-        batch=batch or size.batch,
-        lr_weight=lr_weight * size.faster,
-        lr_scale=lr_scale * size.faster,
-        global_weight=global_weight,
-        seed=seed,
-        learn=learn,
-    )
-    return student
-
-
-def _one_of(keyword: str, value, valid: Iterable):
-    """The value, if it is valid; else ValueError with what is."""
-    valid = list(valid)
-    if value not in valid:
-        raise ValueError(f"{keyword}: {value!r} is not one of {', '.join(map(str, valid))}")
-    return value
 
 
 def start_from(denoiser: nn.Module, init: str, keep: Keep) -> None:
@@ -396,3 +327,43 @@ def start_from(denoiser: nn.Module, init: str, keep: Keep) -> None:
     for name, spec in coarser.items():
         layers[name].weight_quantizer.spec = spec
         layers[name].choose_weight_range(choosers.mse)
+
+
+def work_of(row: str, step: str | None = None) -> Callable:
+    """What QuEST takes: `row` for each row of an iteration, and `step` for each iteration."""
+
+    def work(recipe, w: int, model, trajectories: int) -> Counter:
+        iterations, batch = sized(recipe, recipe.selection)
+        # Full precision sees the whole calibration set first, for the targets of both stages.
+        counted = Counter({"call": trajectories * model.calls * model.halves})
+        counted["ranges"] = recipe.time_groups or model.steps
+        if not recipe.init:
+            counted["weight ranges"] = 1
+        counted[row] = sum(n * rows for n, rows in zip(iterations, batch, strict=True))
+        return counted if step is None else counted + Counter({step: sum(iterations)})
+
+    return work
+
+
+METHOD = Method(
+    "quest",
+    quantize,
+    about="this project's recipe for QuEST with TAQuant (one set of activation scales for each time group)",
+    work=work_of("training step"),
+    recipe={"init": "adaround"},
+    paper=Paper(
+        "wang2025quest",
+        "2402.03666",
+        "{QuEST}: Low-bit Diffusion Model Quantization via Efficient Selective Finetuning",
+        "Wang, Haoxuan and Shang, Yuzhang and Yuan, Zhihang and Wu, Junyi and Yan, Junchi and Yan, Yan",
+        "ICCV",
+        2025,
+    ),
+    variants={
+        "quest-paper": dict(about="QuEST as in the sixth version of its text", fixed=PAPER),
+        "quest-official": dict(
+            about="QuEST as in its released code; the docstring of `quest` says where they differ",
+            fixed=OFFICIAL,
+        ),
+    },
+)

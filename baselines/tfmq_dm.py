@@ -5,10 +5,15 @@ temporal information block. It meets only as many inputs as the sampler has time
 as one unit on that finite set, apart from the images, and its activation ranges are taken at each timestep.
 """
 
+from collections import Counter
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
 from torch import Tensor, nn
 
-from baselines.adaround import TRAVEL, Preset, settings, uniform
+from baselines.adaround import TRAVEL, Preset, RoundingRecipe, preset_of, rounding_work, uniform, uniform_rows
+from baselines.method import Bits, Count, Method, Paper, Step, one_of, takes
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.learning.calibrate import calibrate, calibrating, static_rows
@@ -56,64 +61,57 @@ class TemporalInformationBlock(nn.Module):
         return torch.cat([projection(activation(embedding)) for activation, projection in pairs], 1)
 
 
-def quantize(
-    pipe,
-    calibration: CalibrationSet,
-    w: int,
-    a: int,
-    *,
-    init: str | None = None,  # AdaRound's checkpoint for all layers but the block's; default: round the weights here
-    preset: str = "short",  # "short" or "full", see adaround.PRESETS
-    weight_iterations: int | None = None,  # of every unit; default: the preset's
-    batch: int | None = None,  # default: the preset's
-    fsc_scope: str = "tib",  # activation ranges for each timestep: "tib", in the block only, or "all" (as released)
-    keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
-    softmax_bits: int = 8,
-    rows: int = 1024,  # of the calibration set, for reconstruction
-    samples: int | None = None,  # random rows that set the ranges; default: static_rows, of each step 64 under "all"
-    seed: int = 0,  # of the calibration rows and the mini-batches
-):
+@dataclass(frozen=True, kw_only=True)
+class Recipe(RoundingRecipe):
+    init: str | None = None  # AdaRound's checkpoint for all layers but the block's; default: round the weights here
+    # Activation ranges for each timestep: "tib", in the block only, or "all" (as released).
+    fsc_scope: Annotated[str, one_of(SCOPES)] = "tib"
+    softmax_bits: Bits = 8
+    samples: Count | None = None  # random rows that set the ranges; default: static_rows, of each step 64 under "all"
+
+
+@takes(Recipe)
+def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     """Quantize by TFMQ-DM. Returns a new pipeline.
 
     Activation steps are not learned. Departures from the released code: ranges outside the block come from one MSE
     search, of zero points too, instead of a running average, and reconstruction has 1,024 rows. Started from AdaRound,
     the other layers of a residual block were reconstructed together with AdaRound's projection, not with the block's.
-    Raises ValueError for an unknown scope.
     """
-    if fsc_scope not in SCOPES:
-        raise ValueError(f"fsc_scope: {fsc_scope!r} is not one of {', '.join(SCOPES)}")
-    own = settings(preset, weight_iterations=weight_iterations, batch=batch)
+    preset = preset_of(recipe)
     groups = TimeGroups(calibration.timesteps)
-    student = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits, groups=groups if fsc_scope == "all" else None)
+    everywhere = recipe.fsc_scope == "all"
+    swapped = dict(keep=recipe.keep, softmax_bits=recipe.softmax_bits, groups=groups if everywhere else None)
+    student = swap(pipe, w, a, **swapped)
     denoiser = student.unet
-    if init is not None:
-        load_weights(denoiser, init)
+    if recipe.init is not None:
+        load_weights(denoiser, recipe.init)
     block, exact = TemporalInformationBlock(denoiser), TemporalInformationBlock(pipe.unet)
     for name, layer in block.layers.items():
         layer.weight.data.copy_(pipe.unet.get_submodule(name).weight)
     for name, layer in quant_layers(denoiser):
-        if init is None or name in block.layers:
+        if recipe.init is None or name in block.layers:
             layer.choose_weight_range(ranges.mse)
-    generator = torch.Generator().manual_seed(seed)
-    coarse = [n for n, m in quant_layers(denoiser) if m.weight_quantizer.spec.bits < own.nearest_from]
-    reconstruct(denoiser, block, exact, calibration.timesteps, coarse, own, generator)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    coarse = [n for n, m in quant_layers(denoiser) if m.weight_quantizer.spec.bits < preset.nearest_from]
+    reconstruct(denoiser, block, exact, calibration.timesteps, coarse, preset, generator)
     others = [n for n in coarse if n not in block.layers]
-    if init is None and others and own.weight_iterations:
-        drawn = uniform(calibration, rows, seed)
+    if recipe.init is None and others and preset.weight_iterations:
+        drawn = uniform(calibration, recipe.rows, recipe.seed)
         reconstruct_weights(
             denoiser,
             pipe.unet,
             drawn,
             torch.arange(len(drawn)),
-            iterations=own.weight_iterations,
-            batch=own.batch,
-            lr=TRAVEL / own.weight_iterations,
+            iterations=preset.weight_iterations,
+            batch=preset.batch,
+            lr=TRAVEL / preset.weight_iterations,
             exclude=[n for n, _ in quant_layers(denoiser) if n not in others],
             generator=generator,
         )
     freeze(denoiser)
-    samples = samples or (64 if fsc_scope == "all" else static_rows(a))
-    calibrate(denoiser, calibration, ranges.mse_zero_point, samples=samples, seed=seed)
+    samples = recipe.samples or (64 if everywhere else static_rows(a))
+    calibrate(denoiser, calibration, ranges.mse_zero_point, samples=samples, seed=recipe.seed)
     finite_set(denoiser, block, groups)
     return student
 
@@ -125,7 +123,7 @@ def reconstruct(
     exact: TemporalInformationBlock,
     timesteps: list[int],
     coarse: list[str],
-    settings: Preset,
+    preset: Preset,
     generator: torch.Generator,
 ) -> None:
     """AdaRound of the block as one unit (arXiv:2311.16503: temporal information aware reconstruction).
@@ -134,7 +132,7 @@ def reconstruct(
     others keep their nearest codes.
     """
     layers = {n: m for n, m in block.layers.items() if n in coarse and m.weight_quantizer.spec.bits < FLOAT}
-    if not layers or not settings.weight_iterations:
+    if not layers or not preset.weight_iterations:
         return
     t = torch.tensor(timesteps, device=next(block.parameters()).device)
     target = exact(t)
@@ -144,13 +142,13 @@ def reconstruct(
             layers,
             lambda rows: block(t[rows]),
             target,
-            iterations=settings.weight_iterations,
-            batch=settings.batch,
-            lr=TRAVEL / settings.weight_iterations,
+            iterations=preset.weight_iterations,
+            batch=preset.batch,
+            lr=TRAVEL / preset.weight_iterations,
             generator=generator,
         )
     learned = [layer.weight for layer in layers.values()]
-    cost.record(denoiser, "temporal information block", learned, settings.weight_iterations, settings.batch)
+    cost.record(denoiser, "temporal information block", learned, preset.weight_iterations, preset.batch)
 
 
 @torch.no_grad()
@@ -168,3 +166,42 @@ def finite_set(denoiser: nn.Module, block: TemporalInformationBlock, groups: Tim
         for t in groups.starts.tolist():
             groups.enter(t)
             block(torch.tensor([t], device=next(block.parameters()).device))
+
+
+def work(recipe, w: int, model, trajectories: int) -> Counter:
+    preset = preset_of(recipe)
+    counted = rounding_work(recipe, w, uniform_rows(recipe, model, trajectories))
+    counted["ranges"] += model.steps if recipe.fsc_scope == "all" else 1
+    if w < preset.nearest_from:
+        counted["temporal rounding"] += preset.weight_iterations
+    return counted
+
+
+def round_block(student, pipe, calibration: CalibrationSet, model, iterations: int, batch: int) -> None:
+    """AdaRound of the block, to be measured."""
+    block, exact = (TemporalInformationBlock(unet) for unet in (student, pipe.unet))
+    timesteps, generator = list(range(1, 1 + batch)), torch.Generator().manual_seed(0)
+    reconstruct(student, block, exact, timesteps, list(block.layers), Preset(iterations, 0, batch), generator)
+
+
+METHOD = Method(
+    "tfmq-dm",
+    quantize,
+    about="TFMQ-DM: the time embedding reconstructed as one unit",
+    work=work,
+    steps={"temporal rounding": Step(round_block, ("temporal information block",), rows=16)},
+    recipe={"init": "adaround"},
+    paper=Paper(
+        "huang2024tfmqdm",
+        "2311.16503",
+        "{TFMQ-DM}: Temporal Feature Maintenance Quantization for Diffusion Models",
+        "Huang, Yushi and Gong, Ruihao and Liu, Jing and Chen, Tianlong and Liu, Xianglong",
+        "CVPR",
+        2024,
+    ),
+    variants={
+        "tfmq-dm-as-released": dict(
+            about="TFMQ-DM as its released code runs it", fixed={"keep": RELEASED, "fsc_scope": "all"}, recipe={}
+        )
+    },
+)

@@ -12,26 +12,29 @@ def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration, **recipe)
         recipe: the method's hyperparameters, by keyword; see its `quantize`.
 
     Raises:
-        ValueError: unknown method, malformed bits, a pipeline that is quantized already or in half precision.
+        ValueError: unknown method, malformed bits, a hyperparameter out of its bounds, a pipeline that is quantized
+            already or in half precision.
         TypeError: a hyperparameter the method does not have.
     """
     import inspect
 
     from baselines import METHODS
+    from baselines.method import check
     from quest.config import parse_bits
     from quest.quantization import cost
     from quest.quantization.checkpoint import freeze
 
     if not callable(method) and method not in METHODS:
         raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
-    function = method if callable(method) else METHODS[method]
+    function = method if callable(method) else METHODS[method].quantize
     w, a = parse_bits(bits)
+    check(function, recipe)
     new = function(pipe, calibration, w, a, **recipe)
     if new is not pipe:
         freeze(new.unet)
         settings = {n: p.default for n, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
         new.unet.quantization = {
-            "method": method if isinstance(method, str) else f"{method.__module__}.{method.__qualname__}",
+            "method": method if isinstance(method, str) else _named(getattr(method, "func", method)),
             "bits": bits,
             "recipe": {
                 k: v if isinstance(v, (int, float, bool, dict, list, type(None))) else str(v)
@@ -41,6 +44,10 @@ def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration, **recipe)
             "cost": cost.summary(new.unet, w, a, calibration),
         }
     return new
+
+
+def _named(function) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 def save(pipe, path, floats: bool = False, **extra) -> None:

@@ -9,7 +9,6 @@ from itertools import product
 from pathlib import Path
 
 FULL_PRECISION = ("fp", "w32a32")
-WEIGHTS_ONLY = ("adaround", "adaround-ndtc")  # methods whose bits are w4a32: what others start from
 NAME = "[a-z0-9][a-z0-9-]*"  # of a row: a folder
 SHARED = ("zoo", "models", "checkpoints", "references", "networks")  # in results/, beside the folders of configs
 FILES = ("checkpoint", "tokenizer", "captions", "reference")  # keys of a model that name a file or folder
@@ -84,7 +83,7 @@ def start_of(config: dict, run: Run) -> Run | None:
     registered, _ = recipe_of(config, recipe["init"])
     _, at, seed = run.method.partition("@")
     weight, _ = parse_bits(run.bits)
-    return Run(run.model, recipe["init"] + at + seed, f"w{weight}a32" if registered in WEIGHTS_ONLY else run.bits)
+    return Run(run.model, recipe["init"] + at + seed, f"w{weight}a32" if registered in weights_only() else run.bits)
 
 
 def starting_points(config: dict, cells: list[Run]) -> list[Run]:
@@ -198,7 +197,7 @@ def _check_cells(key: str, block: dict, config: dict) -> None:
     for method, bits in product(block["method"], block["bits"]):
         if (method == FULL_PRECISION[0]) != (bits == FULL_PRECISION[1]):
             raise ConfigError(f"{key}: {method} at {bits}; w32a32 goes with fp and with nothing else")
-        if recipe_of(config, method)[0] in WEIGHTS_ONLY and parse_bits(bits)[1] != 32:
+        if recipe_of(config, method)[0] in weights_only() and parse_bits(bits)[1] != 32:
             raise ConfigError(f"{key}: {method} at {bits}; it quantizes weights only, e.g. at w4a32")
 
 
@@ -317,10 +316,20 @@ def _check_schema(config: dict) -> None:
 
 
 @functools.cache
+def _schema() -> dict:
+    return read(SCHEMA)
+
+
+def weights_only() -> list[str]:
+    """The methods whose bits are w4a32, which others start from. From the schema, since methods need torch."""
+    return _schema()["$defs"]["weights-only"]["enum"]
+
+
+@functools.cache
 def _recipes():
     """(validator of a whole config, or with the name of a method of its recipe; names of all methods)."""
-    schema = read(SCHEMA)
-    methods = schema["properties"]["methods"]["properties"]
+    schema = _schema()
+    methods = schema["$defs"]["methods"]["properties"]
     kind = _strict()
 
     def validator(method: str | None = None):

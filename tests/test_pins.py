@@ -36,7 +36,7 @@ from safetensors import safe_open
 
 import quest
 from baselines import METHODS
-from quest.config import WEIGHTS_ONLY, parse_bits
+from quest.config import parse_bits
 from quest.diffusion import models
 from quest.diffusion.calibration_set import collect
 from quest.kernels.cpu import core
@@ -240,9 +240,11 @@ def quantized(request, tmp_path_factory):
     @cache
     def make(kind, method):
         pipe, model, calibration = tiny(kind)
-        bits = "w32a32" if method == "fp" else "w4a32" if method in WEIGHTS_ONLY else KINDS[kind]
-        recipe = model.recipe(METHODS[method], parse_bits(bits)[1])
-        recipe |= {name: value for name, value in QUICK.items() if name in signature(METHODS[method]).parameters}
+        bits = "w32a32" if method == "fp" else "w4a32" if METHODS[method].weights_only else KINDS[kind]
+        recipe = model.recipe(METHODS[method].quantize, parse_bits(bits)[1])
+        recipe |= {
+            name: value for name, value in QUICK.items() if name in signature(METHODS[method].quantize).parameters
+        }
         if kind == FROM_STARTS and method in STARTS:
             recipe["init"] = str(starts / f"{method}.safetensors")
             quest.save(make(kind, STARTS[method]), recipe["init"], floats=True)
@@ -271,7 +273,8 @@ def shipped(request, tmp_path_factory):
     calibration = collect(pipe, model, "calibration", 2)
     folder = tmp_path_factory.mktemp(model.name)
     for bits in BITS:
-        new = quest.quantize(pipe, "rtn", bits, calibration=calibration, **model.recipe(METHODS["rtn"], int(bits[3])))
+        recipe = model.recipe(METHODS["rtn"].quantize, int(bits[3]))
+        new = quest.quantize(pipe, "rtn", bits, calibration=calibration, **recipe)
         quest.save(new, folder / bits)
     inputs = calibration.inputs(calibration.calls()[:2].flatten())
     return SimpleNamespace(name=model.name, pipe=pipe, inputs=inputs, folder=folder)

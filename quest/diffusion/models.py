@@ -66,6 +66,16 @@ class Model:
     origin: Origin | None = None  # of a model that does not ship
 
     @property
+    def calls(self) -> int:
+        """Denoiser calls of a trajectory."""
+        return self.steps + (self.sampler == "plms")
+
+    @property
+    def halves(self) -> int:
+        """Samples in a denoiser call of one image: with and without the condition, where the sampler is guided."""
+        return 2 if self.guidance > 1 else 1
+
+    @property
     def protocol(self) -> str:
         """How images are made, in one line."""
         eta = "" if self.sampler == "plms" else f", eta {self.eta:g}"

@@ -12,10 +12,14 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from baselines import METHODS
+from baselines.method import Step
 from quest.diffusion.models import ZOO
 from quest.runtime.files import read_json
 
 COSTS = Path(__file__).parents[2] / "resources" / "costs.csv"
+# Steps that only some methods take.
+STEPS = {what: step for method in METHODS.values() for what, step in method.steps.items()}
 COLUMNS = ["model", "machine", "what", "value", "unit", "batch", "weights", "date"]
 # What is measured, and in which unit.
 WHAT = {
@@ -31,11 +35,8 @@ WHAT = {
     "rounding row": "seconds",
     "step learning": "seconds of one iteration in every unit that learns activation steps",
     "step learning row": "seconds",
-    "temporal rounding": "seconds of one AdaRound iteration of TFMQ-DM's block, 16 rows",
-    "distillation": "seconds of one iteration of EfficientDM",
-    "distillation row": "seconds",
-    "full finetuning": "seconds of one iteration that learns all weights",
-    "full finetuning row": "seconds",
+    **{what: "seconds of one iteration" for what in STEPS},
+    **{f"{what} row": "seconds" for what, step in STEPS.items() if step.rows is None},
     "decode": "seconds per image",
     "features": "seconds per image",
     "start": "seconds until a process has imported and loaded what it needs",
@@ -206,9 +207,6 @@ def _quantizing(pipe, model, given, repeats, device):
     import torch
 
     import quest
-    from baselines import efficient_dm, full_finetune, tfmq_dm
-    from baselines import quest as finetune
-    from baselines.adaround import Preset
     from quest.learning.calibrate import calibrate
     from quest.learning.reconstruction import reconstruct_activations, reconstruct_weights
     from quest.quantization import ranges
@@ -235,29 +233,16 @@ def _quantizing(pipe, model, given, repeats, device):
     def step_learning(iterations, batch):
         reconstruct_activations(student, pipe.unet, calibration, rows, iterations=iterations, batch=batch, **common)
 
-    def temporal_rounding(iterations, batch):
-        block, exact = (tfmq_dm.TemporalInformationBlock(unet) for unet in (student, pipe.unet))
-        settings = Preset(iterations, 0, batch)
-        timesteps = list(range(1, 1 + batch))
-        tfmq_dm.reconstruct(student, block, exact, timesteps, list(block.layers), settings, common["generator"])
-
-    def distillation(iterations, batch):
-        efficient_dm.distil(
-            timed, calibration, dict(quant_layers(timed)), guidance=None, rank=32, iterations=iterations, batch=batch,
-            lr_update=0.0, lr_weight_scale=0.0, lr_scale=0.0, generator=common["generator"],
-        )  # fmt: skip
-
-    def full_finetuning(iterations, batch):
-        finetune.finetune(
-            timed, pipe.unet, calibration, model.selection, tla_iterations=0, cma_iterations=iterations, batch=batch,
-            lr_weight=0.0, lr_scale=0.0, global_weight=None, seed=0, learn=full_finetune.everything,
-        )  # fmt: skip
-
+    learned = {"rounding": Step(rounding, ("AdaRound",)), "step learning": Step(step_learning, ("activation steps",))}
+    for what, step in STEPS.items():
+        learned[what] = step._replace(learn=partial(step.learn, timed, pipe, calibration, model))
     small = max(1, n // 4)
-    for learn in (rounding, step_learning, full_finetuning, distillation):
-        seconds = [_iteration(learn, batch, repeats, device) for batch in (small, n)]
-        costs |= _fixed_and_row(learn.__name__.replace("_", " "), small, n, *seconds)
-    costs["temporal rounding"] = _iteration(temporal_rounding, 16, repeats, device)
+    for what, step in learned.items():
+        if step.rows is None:
+            seconds = [_iteration(step.learn, batch, repeats, device) for batch in (small, n)]
+            costs |= _fixed_and_row(what, small, n, *seconds)
+        else:
+            costs[what] = _iteration(step.learn, step.rows, repeats, device)
     return costs
 
 

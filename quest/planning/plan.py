@@ -7,10 +7,13 @@ import functools
 import math
 from collections import Counter
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+from baselines import METHODS
+from baselines.method import keywords
 from quest.config import FULL_PRECISION, Run, parse_bits, recipe_of, runs, starting_points
 from quest.diffusion.models import MODELS, Model
-from quest.planning import measure, method_costs
+from quest.planning import measure
 
 FLOAT = 4  # bytes of a float32
 INCEPTION_VALUES = 2048 + 2023 + 1008
@@ -126,8 +129,6 @@ def footprint(name: str, bits: str) -> dict:
     and one per activation tensor. A method with time groups or split shortcuts stores 8 bytes more for each further
     scale.
     """
-    from types import SimpleNamespace
-
     from quest.quantization import cost
     from quest.quantization.swapping import swap
 
@@ -146,7 +147,7 @@ def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
     for name, settings in config["models"].items():
         model, sizes = MODELS[name], shape(MODELS[name])
         known = {row["what"]: row["value"] for row in costs if (row["model"], row["machine"]) == (name, machine)}
-        images, calls = settings["images"], math.prod(method_costs.calls(model))  # denoiser samples per image
+        images, calls = settings["images"], model.calls * model.halves  # denoiser samples per image
         trajectories = settings.get("trajectories", model.trajectories)
         rows = trajectories + settings.get("evaluation", 16)
         row_bytes = FLOAT * (2 * sizes.latent + sizes.context)
@@ -158,7 +159,7 @@ def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
         )
         needed, unknown = Counter(), []
         for run in checkpoints:
-            counted = method_costs.quantizing(*recipe_of(config, run.method), run.bits, model, trajectories)
+            counted = quantizing(*recipe_of(config, run.method), run.bits, model, trajectories)
             needed.update(counted or {})
             unknown += [] if counted is not None else [f"what {run.method} does"]
         hours, missing = _hours(known, len(checkpoints), needed)
@@ -178,6 +179,21 @@ def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
             kept = _image_bytes(model, sizes, settings.get("keep_images", True))
             found.append(Part(name, own, count, hours, kept * made_images, missing))
     return [part for part in found if part.jobs]
+
+
+def quantizing(method: str, recipe: dict, bits: str, model: Model, trajectories: int) -> Counter | None:
+    """What a checkpoint takes, {what of `measure`: how often}; None for a method that does not say it.
+
+    method: a name in baselines.METHODS. recipe: its keyword arguments. trajectories: in the calibration set.
+    """
+    if method not in METHODS or METHODS[method].work is None:
+        return None
+    w, a = parse_bits(bits)
+    quantize = METHODS[method].quantize
+    # As the quantize script: the model's protocol, what the row fixes, and the recipe, which has the last word.
+    defaults = {name: parameter.default for name, parameter in keywords(quantize).items()}
+    recipe = defaults | model.recipe(quantize, a) | METHODS[method].fixed | recipe
+    return METHODS[method].work(SimpleNamespace(**recipe), w, model, trajectories)
 
 
 def _trajectories(name, model, known, rows, calls, row_bytes):

@@ -189,6 +189,6 @@ def _bibtex(references, methods, shown):
     """Entries whose eprint a method of this run names, in the order of the file."""
     if references is None:
         return ""
-    entries = re.split(r"\n(?=@)", Path(references).read_text(encoding="utf-8").strip())
+    entries = re.findall(r"^@.*?^}", Path(references).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     named = " ".join(methods.get(method, "") for method in shown)
-    return "\n\n".join(entry.strip() for entry in entries if re.search(r"eprint\s*=\s*\{(.*?)\}", entry)[1] in named)
+    return "\n\n".join(entry for entry in entries if re.search(r"eprint\s*=\s*\{(.*?)\}", entry)[1] in named)

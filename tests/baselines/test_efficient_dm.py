@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import quest
 from baselines import efficient_dm
 from baselines.efficient_dm import add_low_rank, merge
 from quest.affine import QuantSpec
@@ -91,4 +92,4 @@ def test_divergence_names_stage_and_iteration(uncond_pipe, uncond_calibration):
 
 def test_unknown_preset(uncond_pipe, uncond_calibration):
     with pytest.raises(ValueError, match="preset.*full, short"):
-        efficient_dm.quantize(uncond_pipe, uncond_calibration, 4, 4, preset="medium")
+        quest.quantize(uncond_pipe, "efficient-dm", "w4a4", calibration=uncond_calibration, preset="medium")

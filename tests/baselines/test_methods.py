@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import quest
-from baselines import KEPT, METHODS
+from baselines import METHODS
+from baselines.method import keywords
 from quest.affine import FLOAT, quantize
-from quest.config import WEIGHTS_ONLY
 from quest.diffusion.calibration_set import collect
 from quest.diffusion.sampling import arguments, timesteps
 from quest.kernels import reference
 from quest.metrics.noise_prediction import eps_error
-from quest.planning import method_costs
+from quest.planning import measure, plan
 from quest.quantization import checkpoint, cost
 from quest.quantization.layer_names import KEEP
 from quest.quantization.layers import input_quantizers, is_quantized, quant_layers
@@ -40,15 +40,14 @@ FAST = dict(
     lr_scale=1e-7,
 )
 ELSEWHERE = {"rtn": "class", "efficient-dm": "class", "ptqd": "text", "ptqd-as-released": "class"}
-QUANTIZING = [m for m in METHODS if m not in ("fp", *WEIGHTS_ONLY)]
+QUANTIZING = [m for m in METHODS if m != "fp" and not METHODS[m].weights_only]
 CELLS = [(method, ELSEWHERE.get(method, "uncond")) for method in QUANTIZING]
 
 
 def fast(method, model) -> dict:
-    known = inspect.signature(METHODS[method]).parameters
-    fixed = getattr(METHODS[method], "keywords", {})
+    known = keywords(METHODS[method].function).keys() - METHODS[method].fixed.keys()
     recipe = FAST | {"guidance": model.guidance}
-    return {name: value for name, value in recipe.items() if name in known and name not in fixed}
+    return {name: value for name, value in recipe.items() if name in known}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +104,7 @@ def test_the_given_pipeline_is_as_it_was(cell):
 @pytest.mark.parametrize("bits", ["w4a8", "w8a8"])
 def test_everything_is_quantized_but_what_is_declared(cell, bits):
     w, a = int(bits[1]), int(bits[3])
-    assert cost.undeclared(cell.made[bits].unet, w, a, KEPT.get(cell.method, KEEP)) == []
+    assert cost.undeclared(cell.made[bits].unet, w, a, METHODS[cell.method].keeps) == []
 
 
 def test_size_is_that_of_the_file(cell):
@@ -144,18 +143,16 @@ def test_effective_bits(cell, monkeypatch):
 
 STAGES = {  # of the steps of quest.planning.measure
     "rounding": ("AdaRound",),
-    "temporal rounding": ("temporal information block",),
     "step learning": ("activation steps",),
-    "distillation": ("distillation",),
-    "full finetuning": ("temporal layer alignment", "critical module alignment"),
     "training step": ("temporal layer alignment", "critical module alignment"),
+    **{what: step.stages for what, step in measure.STEPS.items()},
 }
 
 
 def test_the_plan_counts_what_was_learned(cell):
     """Iterations and rows of every stage, as the denoiser noted them, against those that a plan reckons with."""
     recipe = fast(cell.method, cell.model)
-    planned = method_costs.quantizing(cell.method, recipe, "w4a8", cell.model, 2)
+    planned = plan.quantizing(cell.method, recipe, "w4a8", cell.model, 2)
     stages = cell.made["w4a8"].unet.quantization["cost"]["stages"]
     halves = 2 if cell.method.startswith("efficient-dm") and cell.model.guidance > 1 else 1
     for what, names in STAGES.items():
@@ -230,14 +227,15 @@ def test_half_precision_pipelines_are_refused(method, tiny):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_hyperparameters_have_defaults_and_typos_are_errors(method, uncond_pipe, uncond_calibration):
-    parameters = list(inspect.signature(METHODS[method]).parameters.values())
+    parameters = list(inspect.signature(METHODS[method].quantize).parameters.values())
     assert all(p.kind == p.KEYWORD_ONLY and p.default is not p.empty for p in parameters[4:])
     with pytest.raises(TypeError, match="epoch"):
         quest.quantize(uncond_pipe, method, "w4a8", calibration=uncond_calibration, epoch=3)
 
 
 def test_what_is_declared_belongs_to_a_row_as_released():
-    assert set(KEPT) <= set(METHODS) and all(n.endswith(("-as-released", "-official")) for n in KEPT)
+    kept = [name for name, method in METHODS.items() if method.keeps != KEEP]
+    assert len(kept) == 5 and all(name.endswith(("-as-released", "-official")) for name in kept)
 
 
 def test_a_layer_left_in_float_is_found(tiny):
@@ -262,7 +260,7 @@ def test_unknown_method_lists_the_known(uncond_pipe, uncond_calibration):
 
 def test_a_callable_is_a_method(tiny):
     pipe, _, calibration = tiny("uncond")
-    q = quest.quantize(pipe, METHODS["rtn"], "w8a8", calibration=calibration, ranges="mse-zero-point")
+    q = quest.quantize(pipe, METHODS["rtn"].quantize, "w8a8", calibration=calibration, ranges="mse-zero-point")
     named = quest.quantize(pipe, "rtn-mse", "w8a8", calibration=calibration)
     assert same(q, named)
 
@@ -283,3 +281,19 @@ def test_keep_names_layers(tiny):
     assert kept and all(n.endswith("conv_shortcut") and bits == 32 for n, bits in kept.items())
     with pytest.raises(ValueError, match="conv_inn"):
         quest.quantize(pipe, "rtn", "w4a4", calibration=calibration, keep={"conv_inn": 8})
+
+
+@pytest.mark.parametrize(
+    "method, recipe",
+    [
+        ("full-finetune", dict(order="joint", levels="symmetric", schedule="released")),
+        ("qalora", dict(time_embedding="tuned", local_cma=False, ranges="percentile")),
+        ("ptq4dm", dict(stored_order=True, activation_ranges="ema")),
+        ("ptqd", dict(time_groups=2, granularity="released", weight_axis=None)),
+    ],
+)
+def test_a_method_takes_the_keywords_of_its_family(method, recipe, tiny):
+    pipe, model, calibration = tiny("uncond")
+    q = quest.quantize(pipe, method, "w4a4", calibration=calibration, **(fast(method, model) | recipe))
+    assert recipe.items() <= q.unet.quantization["recipe"].items()
+    assert eps_error(q, calibration)[0].isfinite().all()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import quest
-from baselines import METHODS, adaround, q_diffusion
+from baselines import adaround, q_diffusion
 from quest.affine import QuantSpec
 from quest.quantization import ranges
 from quest.quantization.layers import QuantConv2d, input_quantizers, quant_layers, quantized
@@ -190,7 +190,7 @@ def test_a_single_time_group_is_none_at_all(uncond_pipe, uncond_calibration):
 
 
 def test_the_two_presets():
-    full, short = (adaround.settings(p) for p in ("full", "short"))
+    full, short = (adaround.PRESETS[p] for p in ("full", "short"))
     assert (full.weight_iterations, full.activation_iterations, full.batch) == (20000, 5000, 32)
     assert (short.weight_iterations, short.activation_iterations, short.batch) == (1000, 250, 16)
     assert adaround.TRAVEL / full.weight_iterations == 1e-3 and full.activation_lr == 4e-4
@@ -211,4 +211,4 @@ def test_the_two_presets():
 )
 def test_wrong_names(wrong, said, uncond_pipe, uncond_calibration):
     with pytest.raises(ValueError, match=said):
-        METHODS["q-diffusion"](uncond_pipe, uncond_calibration, 4, 8, **wrong)
+        quest.quantize(uncond_pipe, "q-diffusion", "w4a8", calibration=uncond_calibration, **wrong)

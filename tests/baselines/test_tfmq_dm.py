@@ -94,4 +94,4 @@ def test_started_from_adaround_only_the_block_is_learned(runs, class_pipe, class
 
 def test_unknown_scope(class_pipe, class_calibration):
     with pytest.raises(ValueError, match="fsc_scope.*tib, all"):
-        tfmq_dm.quantize(class_pipe, class_calibration, 4, 8, fsc_scope="some")
+        quest.quantize(class_pipe, "tfmq-dm", "w4a8", calibration=class_calibration, fsc_scope="some")

@@ -12,7 +12,7 @@ from baselines import METHODS
 from quest.__main__ import main
 from quest.diffusion.models import MODELS
 from quest.metrics import features
-from quest.planning import measure, method_costs, plan
+from quest.planning import measure, plan
 from quest.quantization import checkpoint, cost
 from quest.quantization.layers import quant_layers
 from quest.quantization.swapping import swap
@@ -116,7 +116,7 @@ def test_work_of_the_rivals():
     uncond, clas = MODELS["scenes-uncond"], MODELS["scenes-class"]
 
     def count(method, bits, model=uncond, **recipe):
-        return dict(method_costs.quantizing(method, recipe, bits, model, 50))
+        return dict(plan.quantizing(method, recipe, bits, model, 50))
 
     assert count("rtn", "w4a4") == {"quantized call": 256}
     assert count("rtn-mse", "w4a4") == {"weight ranges": 1, "ranges": 1, "quantized call": 64}
@@ -153,7 +153,7 @@ def test_every_method_s_work_is_counted():
     made = plan.cells(grid)[1]
     assert {run.method for run in made} == set(METHODS) - {"fp"}
     for run in made:
-        counted = method_costs.quantizing(run.method, grid["methods"][run.method], run.bits, MODELS[run.model], 50)
+        counted = plan.quantizing(run.method, grid["methods"][run.method], run.bits, MODELS[run.model], 50)
         assert set(counted) <= set(measure.WHAT), run.method
 
 

@@ -23,7 +23,7 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     model = MODELS[arguments.model]
-    recipe = model.recipe(METHODS["quest"], parse_bits(arguments.bits)[1]) | {"init": str(arguments.init)}
+    recipe = model.recipe(METHODS["quest"].quantize, parse_bits(arguments.bits)[1]) | {"init": str(arguments.init)}
     recipe |= {"tla_iterations": 0, "cma_iterations": 0}
     pipe = model.load()
     calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))

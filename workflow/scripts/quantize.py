@@ -31,7 +31,7 @@ def main() -> None:
     gpu_lock.take(arguments.device)
     torch.manual_seed(0)
     model = MODELS[arguments.model]
-    recipe = model.recipe(METHODS[arguments.method], parse_bits(arguments.bits)[1]) | arguments.recipe
+    recipe = model.recipe(METHODS[arguments.method].quantize, parse_bits(arguments.bits)[1]) | arguments.recipe
     started = {}
     if arguments.init:
         recipe["init"] = str(arguments.init)

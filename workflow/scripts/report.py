@@ -29,24 +29,10 @@ def main() -> None:
 
 
 def descriptions() -> dict[str, str]:
-    """What each row of METHODS is: the first line of its module, what its function adds, and the keywords it fixes."""
-    import inspect
-    import sys
-
+    """What each row of METHODS is, the paper it comes from, and the keywords it fixes."""
     from baselines import METHODS
 
-    found = {}
-    for name, method in METHODS.items():
-        function, fixed = getattr(method, "func", method), getattr(method, "keywords", {})
-        module = inspect.getdoc(sys.modules[function.__module__])
-        said = [
-            module.split("\n\n")[0].replace("\n", " "),
-            inspect.getdoc(function).split("\n\n")[0].replace("\n", " "),
-        ]
-        settings = [f"{key} = {value!r}" for key, value in fixed.items() if key != "keep"]
-        said += [f"Here: {', '.join(settings)}."] if settings else []
-        found[name] = " ".join(said)
-    return found
+    return {name: method.description for name, method in METHODS.items()}
 
 
 if __name__ == "__main__":

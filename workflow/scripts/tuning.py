@@ -34,7 +34,7 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     model = MODELS[arguments.model]
-    recipe = model.recipe(METHODS["quest"], parse_bits(arguments.bits)[1]) | {"init": str(arguments.init)}
+    recipe = model.recipe(METHODS["quest"].quantize, parse_bits(arguments.bits)[1]) | {"init": str(arguments.init)}
     recipe |= arguments.recipe
     pipe = model.load()
     calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))

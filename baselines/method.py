@@ -1,0 +1,180 @@
+"""What a method says of itself: each file in baselines/ exports one `METHOD`.
+
+Whatever else names a method is made from it: the registry, what a plan counts, and what
+`python -m workflow.scripts.generate` writes, which is the schema of configs, workflow/config/all-methods.yaml, the
+table in docs/protocols.md and the bibliography.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial, wraps
+from inspect import Parameter, Signature, signature
+from types import NoneType
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
+
+from quest.quantization.layer_names import KEEP, Keep
+
+
+@dataclass(frozen=True)
+class Valid:
+    """Bounds of a keyword, by their names in JSON Schema: `Annotated[int, Valid(minimum=1)]`."""
+
+    enum: tuple | None = None
+    minimum: float | None = None
+    exclusiveMinimum: float | None = None  # noqa: N815
+    maximum: float | None = None
+    description: str | None = None
+
+    def fault(self, value) -> str | None:
+        """Why a value is not valid; None for one that is."""
+        if self.enum is not None and value not in self.enum:
+            return f"{value!r} is not one of {', '.join(map(str, self.enum))}"
+        bounds = (self.minimum, self.exclusiveMinimum, self.maximum)
+        if bounds != (None, None, None) and not isinstance(value, (int, float)):
+            return f"{value!r} is not a number"
+        if self.exclusiveMinimum is not None and not value > self.exclusiveMinimum:
+            return f"{value!r} is out of bounds; valid: above {self.exclusiveMinimum}"
+        if self.minimum is not None and not self.minimum <= value <= (self.maximum or math.inf):
+            most = "or more" if self.maximum is None else f"to {self.maximum}"
+            return f"{value!r} is out of bounds; valid: {self.minimum} {most}"
+        return None
+
+
+def one_of(names: Iterable) -> Valid:
+    return Valid(enum=tuple(names))
+
+
+TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}  # names in JSON Schema
+Count = Annotated[int, Valid(minimum=1)]
+Iterations = Annotated[int, Valid(minimum=0, description="0 leaves the stage out")]
+Bits = Annotated[int, Valid(minimum=2, maximum=16)]
+Positive = Annotated[float, Valid(exclusiveMinimum=0)]
+
+
+class Paper(NamedTuple):
+    """An entry of resources/references.bib."""
+
+    key: str
+    arxiv: str
+    title: str
+    authors: str
+    venue: str
+    year: int
+
+    @property
+    def bibtex(self) -> str:
+        fields = {"title": self.title, "author": self.authors, "booktitle": self.venue, "year": self.year}
+        fields |= {"eprint": self.arxiv, "archivePrefix": "arXiv"}
+        lines = [f"  {name} = {{{value}}}," for name, value in fields.items()]
+        return "\n".join([f"@inproceedings{{{self.key},", *lines, "}\n"])
+
+
+class Step(NamedTuple):
+    """A step of training whose seconds `python -m quest measure` takes.
+
+    learn(student, pipe, calibration, model, iterations, batch): takes that many steps of `batch` rows, at learning
+    rates of zero. student: the quantized denoiser, with activation ranges for each timestep.
+    """
+
+    learn: Callable
+    stages: tuple[str, ...]  # by which names the denoiser notes it, see quest.quantization.cost.record
+    rows: int | None = None  # the number of rows, where it is always the same; else a row has a cost of its own
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the tables, or several: `variants`.
+
+    `function` is quantize(pipe, calibration, w, a, *, <keywords>): it maps a full-precision pipeline to a quantized one
+    and leaves the one it was given as it was. The annotations of its keywords say what is valid (`Valid`).
+
+    work(recipe, w, model, trajectories) counts what a checkpoint takes: {step that `quest.planning.measure` measures:
+    how often}. recipe: all keywords by name, as attributes; trajectories: in the calibration set.
+    """
+
+    name: str
+    function: Callable
+    about: str  # one line of Markdown: what the row is
+    work: Callable[[Any, int, Any, int], Counter] | None = None  # None: not written down, a plan says so
+    fixed: dict = field(default_factory=dict)  # keywords that make the row, whatever a model's protocol says
+    variants: dict[str, dict] = field(default_factory=dict)  # name of a further row -> the fields in which it differs
+    paper: Paper | None = None
+    weights_only: bool = False  # activations stay in float: what others start from
+    recipe: dict = field(default_factory=dict)  # in workflow/config/all-methods.yaml
+    bits: tuple[str, ...] = ("w8a8", "w4a8", "w4a4")  # there
+    steps: dict[str, Step] = field(default_factory=dict)  # what `work` counts and no other method does
+
+    @property
+    def quantize(self) -> Callable:
+        """The function with the keywords of the row."""
+        return partial(self.function, **self.fixed)
+
+    @property
+    def description(self) -> str:
+        """`about` as a sentence, with the paper and what the row fixes."""
+        cited = f" (arXiv:{self.paper.arxiv})" if self.paper else ""
+        settings = ", ".join(f"{name} = {value!r}" for name, value in self.fixed.items() if name != "keep")
+        return f"{self.about[0].upper()}{self.about[1:]}{cited}." + (f" Here: {settings}." if settings else "")
+
+    @property
+    def keeps(self) -> Keep:
+        """Layers that have other bits than the row: glob over names -> bits."""
+        return self.fixed.get("keep", KEEP)
+
+    def rows(self) -> list["Method"]:
+        """The method and its variants."""
+        others = [replace(self, name=name, variants={}, **fields) for name, fields in self.variants.items()]
+        return [replace(self, variants={}), *others]
+
+
+def takes(kind: type) -> Callable:
+    """Decorator of quantize(pipe, calibration, w, a, recipe): its keywords are the fields of a frozen dataclass."""
+
+    def decorate(function):
+        @wraps(function)
+        def quantize(pipe, calibration, w, a, **keywords):
+            return function(pipe, calibration, w, a, kind(**keywords))
+
+        positional = list(signature(function).parameters.values())[:4]
+        quantize.__signature__ = Signature([*positional, *signature(kind).parameters.values()])
+        return quantize
+
+    return decorate
+
+
+def keywords(function: Callable) -> dict[str, Parameter]:
+    """The keyword arguments of a method."""
+    return {n: p for n, p in signature(function).parameters.items() if p.kind == p.KEYWORD_ONLY}
+
+
+def check(function: Callable, given: dict) -> None:
+    """Raise ValueError for a given keyword that is out of the bounds that its annotation says."""
+    for name, parameter in keywords(function).items():
+        if given.get(name) is None:
+            continue
+        for valid in _plain(parameter.annotation)[1:]:
+            if fault := valid.fault(given[name]):
+                raise ValueError(f"{name}: {fault}")
+
+
+def schema(keyword: Parameter) -> dict:
+    """JSON Schema of a keyword. Raises TypeError for an annotation that has none."""
+    kind, *bounds = _plain(keyword.annotation)
+    if kind == Keep:
+        return {"$ref": "#/$defs/keep"}
+    said = {name: value for valid in bounds for name, value in asdict(valid).items() if value is not None}
+    if "enum" in said:
+        return said | {"enum": list(said["enum"])}
+    if kind not in TYPES:
+        raise TypeError(f"{keyword}: annotate it as bool, int, float, str, Keep or Annotated[one of them, Valid(...)]")
+    return {"type": TYPES[kind]} | said
+
+
+def _plain(annotation) -> list:
+    """[type, bounds ...] of an annotation; None among the types says only that the keyword has a default."""
+    kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+    if get_origin(annotation) is Annotated:
+        return [get_args(annotation)[0], *annotation.__metadata__]
+    return _plain(kinds[0]) if NoneType in get_args(annotation) else [annotation]

@@ -1,0 +1,147 @@
+"""What methods say of themselves, and what is made from it."""
+
+import re
+import textwrap
+from dataclasses import dataclass
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+
+import quest
+from baselines import METHODS, MODULES
+from baselines.method import Bits, Count, Method, Paper, Positive, Valid, check, keywords, one_of, schema, takes
+from quest.config import weights_only
+from quest.quantization import cost
+from quest.quantization.layer_names import KEEP, Keep
+from workflow.scripts import generate
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    strength: Positive = 0.5
+    kind: Annotated[str, one_of(("soft", "hard")), Valid(description="how")] = "soft"
+    axis: Annotated[int | None, one_of((0, None))] = 0
+    rows: Count | None = None
+    bits: Bits = 8
+    keep: Keep | None = None
+    init: str | None = None
+    exact: bool = False
+
+
+@takes(Recipe)
+def quantize(pipe, calibration, w: int, a: int, recipe: Recipe):
+    """Return what came in."""
+    return pipe, w, a, recipe
+
+
+def test_every_file_generated_is_as_its_methods_say():
+    stale = [
+        str(path.relative_to(ROOT))
+        for path, text in generate.texts().items()
+        if path.read_text(encoding="utf-8") != text
+    ]
+    assert stale == [], f"regenerate: {generate.COMMAND}"
+
+
+def test_every_method_is_in_the_registry():
+    files = {
+        path.stem
+        for path in ROOT.glob("baselines/*.py")
+        if re.search(r"^METHOD = ", path.read_text(encoding="utf-8"), re.M)
+    }
+    assert files == set(MODULES)
+    assert weights_only() == [name for name, method in METHODS.items() if method.weights_only]
+
+
+def test_names_are_given_once():
+    """METHODS would hold the last of two rows of one name."""
+    from importlib import import_module
+
+    rows = [row.name for module in MODULES for row in import_module(f"baselines.{module}").METHOD.rows()]
+    assert sorted(rows) == sorted(METHODS)
+
+
+def test_the_fields_of_a_recipe_are_keywords():
+    assert quantize("pipe", None, 4, 8, rows=3) == ("pipe", 4, 8, Recipe(rows=3))
+    assert list(keywords(quantize)) == ["strength", "kind", "axis", "rows", "bits", "keep", "init", "exact"]
+    assert quantize.__doc__ == "Return what came in." and keywords(quantize)["strength"].default == 0.5
+    with pytest.raises(TypeError, match="strenght"):
+        quantize("pipe", None, 4, 8, strenght=1)
+
+
+def test_schemas_of_annotations():
+    assert {name: schema(p) for name, p in keywords(quantize).items()} == {
+        "strength": {"type": "number", "exclusiveMinimum": 0},
+        "kind": {"enum": ["soft", "hard"], "description": "how"},
+        "axis": {"enum": [0, None]},
+        "rows": {"type": "integer", "minimum": 1},
+        "bits": {"type": "integer", "minimum": 2, "maximum": 16},
+        "keep": {"$ref": "#/$defs/keep"},
+        "init": {"type": "string"},
+        "exact": {"type": "boolean"},
+    }
+    number = keywords(quantize)["rows"].replace(annotation=Annotated[int, Valid(minimum=0, description="x")] | None)
+    assert schema(number) == {"type": "integer", "minimum": 0, "description": "x"}
+    for unknown in (list, "int", Parameter.empty):
+        with pytest.raises(TypeError, match="rows.*annotate it as bool"):
+            schema(number.replace(annotation=unknown))
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"strength": 0}, "strength: 0 is out of bounds; valid: above 0"),
+        ({"strength": float("nan")}, "strength: nan is out of bounds"),
+        ({"kind": "solid"}, "kind: 'solid' is not one of soft, hard"),
+        ({"rows": "64"}, "rows: '64' is not a number"),
+        ({"rows": 0}, "rows: 0 is out of bounds; valid: 1 or more"),
+        ({"bits": 17}, "bits: 17 is out of bounds; valid: 2 to 16"),
+        ({"exact": True, "bits": 1}, "bits: 1 is out of bounds; valid: 2 to 16"),
+    ],
+)
+def test_keywords_out_of_bounds(given, said):
+    with pytest.raises(ValueError, match=said):
+        check(quantize, given)
+
+
+def test_keywords_within_bounds_and_of_functions_without_any():
+    check(quantize, {"strength": 1e-9, "kind": "hard", "axis": None, "rows": None, "bits": 16, "unknown": 0})
+    check(lambda pipe, calibration, w, a, *, rows=1: pipe, {"rows": 0})
+
+
+def test_variants_are_rows_that_differ_in_some_fields():
+    kept = {"conv_in": 32}
+    method = Method("foo", quantize, "a method", variants={"foo-as-released": dict(fixed={"keep": kept, "rows": 5})})
+    foo, released = method.rows()
+    assert (foo.name, released.name, released.about) == ("foo", "foo-as-released", "a method")
+    assert foo.keeps == KEEP and released.keeps == kept
+    assert released.quantize("pipe", None, 4, 8)[3] == Recipe(keep=kept, rows=5)
+    assert released.description == "A method. Here: rows = 5."
+
+
+def test_the_example_of_contributing_is_a_method(uncond_pipe, uncond_calibration):
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    namespace = {"__name__": "foo"}
+    exec(textwrap.dedent(re.search(r"```python\n(.*?)```", text, re.S)[1]), namespace)
+    foo = namespace["METHOD"]
+    assert foo.name == "foo" and schema(keywords(foo.function)["power"])["maximum"] == 8
+    q = quest.quantize(uncond_pipe, foo.quantize, "w4a8", calibration=uncond_calibration, samples=4, power=3.0)
+    assert q.unet.quantization["method"] == "foo.quantize" and q.unet.quantization["recipe"]["power"] == 3
+    assert cost.undeclared(q.unet, 4, 8, foo.keeps) == []
+    with pytest.raises(ValueError, match="power: 9 is out of bounds; valid: 1 to 8"):
+        quest.quantize(uncond_pipe, foo.quantize, "w4a8", calibration=uncond_calibration, power=9)
+
+
+def test_entries_of_the_bibliography():
+    paper = Paper("who2024foo", "2401.00001", "{Foo}: A Method", "Who, Anna", "ICML", 2024)
+    assert paper.bibtex.startswith("@inproceedings{who2024foo,\n  title = {{Foo}: A Method},")
+    assert "  eprint = {2401.00001},\n" in paper.bibtex and paper.bibtex.endswith("}\n")
+
+
+def test_only_what_stands_between_the_marks_is_replaced():
+    text = "a\n# begin: written by `x`\nold\nolder\n# end: written by it\nb\n"
+    assert generate.replaced(text, "new\n") == "a\n# begin: written by `x`\nnew\n# end: written by it\nb\n"

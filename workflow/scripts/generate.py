@@ -1,0 +1,106 @@
+"""Write what is made from the METHOD of each file in baselines/: the schema of recipes, the config of all methods, the
+table of rows in docs/protocols.md, and the bibliography. It stands between two lines that say so.
+"""
+
+import textwrap
+from pathlib import Path
+
+from quest.runtime import command_line
+
+ROOT = Path(__file__).parents[2]
+COMMAND = "python -m workflow.scripts.generate"
+MODELS = "[scenes-uncond, scenes-class, scenes-text]"  # of the config of all methods
+
+
+def main() -> None:
+    command_line.parser(__doc__).parse_args()
+    for path, text in texts().items():
+        if path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            print(f"{path.relative_to(ROOT)}: written")
+
+
+def texts() -> dict[Path, str]:
+    """Each file with a generated part, and what should stand in it."""
+    from baselines import METHODS
+
+    methods = list(METHODS.values())
+    parts = {
+        "workflow/schemas/config.schema.yaml": schema(methods),
+        "workflow/config/all-methods.yaml": grid(methods),
+        "docs/protocols.md": table(methods),
+        "resources/references.bib": "\n".join(dict.fromkeys(m.paper.bibtex for m in methods if m.paper)),
+    }
+    return {ROOT / name: replaced((ROOT / name).read_text(encoding="utf-8"), part) for name, part in parts.items()}
+
+
+def schema(methods) -> str:
+    """$defs of the schema: which methods quantize weights only, and the keywords of each."""
+    from baselines import method
+
+    weights_only = [row.name for row in methods if row.weights_only]
+    lines = [f"  weights-only: {_flow({'enum': weights_only})}", "  methods:", "    type: object"]
+    lines += ["    additionalProperties: false", "    properties:"]
+    known: dict[str, str] = {}
+    for row in methods:
+        found = {n: method.schema(p) for n, p in method.keywords(row.function).items()}
+        keywords = _wrapped([f"{name}: {_flow(value)}" for name, value in found.items()], " " * 8)
+        if keywords in known:
+            lines.append(f'      {row.name}: {{$ref: "#/$defs/methods/properties/{known[keywords]}"}}')
+            continue
+        known[keywords] = row.name
+        lines.append(f"      {row.name}: {{type: object, additionalProperties: false, properties: {{")
+        lines += [keywords + "}}"] if keywords else []
+        lines[-1] += "" if keywords else "}}"
+    return "\n".join([*lines, ""])
+
+
+def grid(methods) -> str:
+    """Cells and recipes of the config of all methods: first those whose layers all have the bits of the row."""
+    from quest.quantization.layer_names import KEEP
+
+    cells: dict[tuple, list[str]] = {}
+    for row in methods:
+        if not row.weights_only:
+            cells.setdefault((row.keeps != KEEP, row.bits), []).append(row.name)
+    lines = ["grid:"]
+    for (_, bits), names in sorted(cells.items(), key=lambda cell: cell[0][0]):
+        lines += [f"  - model: {MODELS}", f"    bits: {_flow(list(bits))}", "    method: ["]
+        lines[-1] += _wrapped(names, " " * 6).strip() + "]"
+    lines += ["methods:", *(f"  {row.name}: {_flow(row.recipe)}" for row in methods)]
+    return "\n".join([*lines, ""])
+
+
+def table(methods) -> str:
+    """The rows of the tables, in Markdown."""
+    lines = ["| row | what it is |", "|---|---|"]
+    for row in methods:
+        paper = f" ([arXiv:{row.paper.arxiv}](https://arxiv.org/abs/{row.paper.arxiv}))" if row.paper else ""
+        lines.append(f"| `{row.name}` | {row.about}{paper} |")
+    return "\n".join([*lines, ""])
+
+
+def replaced(text: str, part: str) -> str:
+    """A text with `part` in place of what stands between its lines "begin: written by ..." and "end: ..."."""
+    lines = text.splitlines(keepends=True)
+    begin, end = (next(i for i, line in enumerate(lines) if f"{mark}: written by" in line) for mark in ("begin", "end"))
+    return "".join([*lines[: begin + 1], part, *lines[end:]])
+
+
+def _flow(value) -> str:
+    """YAML in one line."""
+    import yaml
+
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip()
+
+
+def _wrapped(items: list[str], indent: str) -> str:
+    """The items of a YAML list or mapping, broken into lines between items only."""
+    text = ", ".join(item.replace(" ", "\0") for item in items)
+    return textwrap.fill(
+        text, 110, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    ).replace("\0", " ")
+
+
+if __name__ == "__main__":
+    main()
