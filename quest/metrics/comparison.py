@@ -33,8 +33,9 @@ class Comparison:
         return cls(mean, low, high, len(first), direction, (first_diverged, second_diverged))
 
     @property
-    def half(self) -> float:
-        return (self.high - self.low) / 2
+    def columns(self) -> dict[str, float]:
+        """As tables have it."""
+        return {"difference": self.estimate, "low": self.low, "high": self.high}
 
     @property
     def verdict(self) -> str:

@@ -97,9 +97,8 @@ def inference_rows(evidence: Evidence) -> list[dict]:
     for row in evidence.inference["rows"]:
         medians = {name: float(np.median(values)) for name, values in row["seconds"].items()}
         found = Comparison.of_pairs(row["seconds"]["time groups"], row["seconds"]["one group"])
-        spread = {"difference": found.estimate, "low": found.low, "high": found.high}
         names = {"model": evidence.inference["model"], "groups": evidence.inference["groups"]}
-        rows.append(names | {key: row[key] for key in ("kernel", "rows", "same_output")} | medians | spread)
+        rows.append(names | {key: row[key] for key in ("kernel", "rows", "same_output")} | medians | found.columns)
     return rows
 
 
@@ -108,13 +107,8 @@ def comparisons_rows(evidence: Evidence) -> list[dict]:
     rows = []
     for row in (name for name in evidence.cells if name != "quest" and "quest" in evidence.cells):
         for metric, found in differences(evidence, row, "quest").items():
-            values = {
-                "difference": found.estimate,
-                "low": found.low,
-                "high": found.high,
-                "verdict": found.told("quest"),
-            }
-            rows.append({"row": row, "against": "quest", "metric": metric} | values)
+            names = {"row": row, "against": "quest", "metric": metric}
+            rows.append(names | found.columns | {"verdict": found.told("quest")})
     return rows
 
 

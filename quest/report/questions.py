@@ -4,6 +4,7 @@ Every number and every verdict is read from results, see `quest.report.evidence`
 Needs no torch.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,10 @@ class Answer:
     tables: list[Table | str] = field(default_factory=list)
     figures: list[str] = field(default_factory=list)
 
+    def table(self, heads: Sequence[str], rows: Sequence[Sequence[str]], *notes: str) -> None:
+        """Add a table whose first column is text."""
+        self.tables.append(Table(columns(*heads, texts=1), rows, notes=notes))
+
     def markdown(self) -> str:
         images = [f"![{name}](figures/{name}.png)" for name in self.figures]
         text = "\n".join(f"- {line}" for line in self.lines)
@@ -45,9 +50,7 @@ def against(evidence: Evidence, row: str, versus: str) -> str:
 
 def told(found: dict[str, Comparison], versus: str) -> str:
     """The verdict in every metric."""
-    return ", ".join(
-        _with_number(one, f"{one.told(versus)} in {METRICS[metric].label}") for metric, one in found.items()
-    )
+    return ", ".join(_with_number(one, f"{one.told(versus)} in {METRICS[m].label}") for m, one in found.items())
 
 
 def _with_number(one: Comparison, text: str, form: str = "{1} ({0})") -> str:
@@ -63,15 +66,13 @@ def comparisons(evidence: Evidence, rows: Sequence[str], versus: str) -> Table |
         return f"{NOT_RUN}: {', '.join(missing)}."
     lines = []
     for row in (row for row in (versus, *rows) if row not in missing):
-        size = f"{evidence.cells[row]['footprint'].get('bytes', float('nan')) / 1e6:.3f}"
-        cost = [size, seconds(evidence, row)]
-        if row == versus:
-            lines.append([row, *(value(evidence.cells[row], m) for m in SHOWN), *cost])
-            continue
-        found = differences(evidence, row, versus)
-        texts = {m: _with_number(one, one.told(versus), "{0} ({1})") for m, one in found.items()}
-        cells = [texts.get(m, NONE) for m in SHOWN]
-        lines.append([row, *cells, *cost])
+        size = evidence.cells[row]["footprint"].get("bytes", math.nan) / 1e6
+        cost = [f"{size:.3f}", seconds(evidence, row)]
+        texts = {m: value(evidence.cells[row], m) for m in SHOWN}
+        if row != versus:
+            found = differences(evidence, row, versus)
+            texts = {m: _with_number(one, one.told(versus), "{0} ({1})") for m, one in found.items()}
+        lines.append([row, *(texts.get(m, NONE) for m in SHOWN), *cost])
     below = f"The first row is {versus} itself, with its own values; the others are differences."
     if missing:
         below += f" {NOT_RUN}: {', '.join(missing)}."
@@ -85,8 +86,7 @@ def value(cell: dict, metric: str) -> str:
 
 def seconds(evidence: Evidence, row: str) -> str:
     """Of making a row, and of what it starts from."""
-    made = evidence.made.get(row)
-    if made is None:
+    if (made := evidence.made.get(row)) is None:
         return NONE
     return f"{made['seconds']:.0f}" + (f" + {made['seconds_before']:.0f}" if made["seconds_before"] > 0 else "")
 
@@ -175,7 +175,7 @@ def _theorem(e: Evidence) -> Answer:
     names_of = {"learned-scales": "scales learned", "learned-weights": "weights learned", "quest": "both (QuEST)"}
     answer.lines += _tuned(e, [("learned-weights", "learned-scales"), ("quest", "learned-weights")])
     rows = [[str(b), *(shown(b, w) for w in names)] for b in bits]
-    answer.tables.append(Table(columns("bits", *names.values(), texts=1), rows))
+    answer.table(["bits", *names.values()], rows)
     answer.tables.append(_tuning_table(e, {"untuned": "scales searched, nothing learned"} | names_of))
     answer.figures.append("taylor")
     return answer
@@ -244,13 +244,8 @@ def _order(e: Evidence) -> Answer:
         against(e, "quest-cma-tla", "quest"),
         against(e, "quest-joint", "quest"),
     ]
-    rows = [
-        "quest-cma-tla",
-        "quest-joint",
-        "quest-cma-only",
-        "quest-time-embedding-tuned",
-        "quest-time-embedding-frozen",
-    ]
+    rows = ["quest-cma-tla", "quest-joint", "quest-cma-only"]
+    rows += ["quest-time-embedding-tuned", "quest-time-embedding-frozen"]
     answer.tables.append(comparisons(e, rows, "quest"))
     answer.figures.append("temporal")
     return answer
@@ -318,16 +313,14 @@ def _inference(e: Evidence) -> Answer:
     below = (
         "Medians, processor time of one thread, calls in turns; the difference is a mean with its paired 95 % interval."
     )
-    answer.tables.append(Table(columns(*heads, texts=1), rows, notes=[below]))
+    answer.table(heads, rows, below)
     return answer
 
 
 def _qat(e: Evidence) -> Answer:
     answer = Answer("9. PTQ, QAT, and QuEST between them")
     rows = ["rtn-mse", "q-diffusion", "q-diffusion-groups", "efficient-dm", "qalora", "full-finetune"]
-    answer.lines += [
-        against(e, "quest", row) for row in rows if row in ("q-diffusion", "efficient-dm", "full-finetune")
-    ]
+    answer.lines += [against(e, "quest", row) for row in ("q-diffusion", "efficient-dm", "full-finetune")]
     lines = []
     for row in ["quest", *rows]:
         made = e.made.get(row)
@@ -337,8 +330,7 @@ def _qat(e: Evidence) -> Answer:
         quality = [value(e.cells[row], m) for m in SHOWN]
         lines.append([row, *quality, f"{made['iterations']:,}", seconds(e, row), f"{made['peak_memory']:.0f}"])
     heads = ["row", *(METRICS[m].label for m in SHOWN), "iterations", "seconds", "peak memory [MB]"]
-    below = "Seconds + those of the checkpoint it starts from; one thread."
-    answer.tables.append(Table(columns(*heads, texts=1), lines, notes=[below]))
+    answer.table(heads, lines, "Seconds + those of the checkpoint it starts from; one thread.")
     return answer
 
 
@@ -357,8 +349,7 @@ def _signals(e: Evidence) -> Answer:
     for other in (name for name in methods if name != "quest"):
         found = {m: Comparison.of_pairs(methods["quest"][m], methods[other][m]) for m in ("latent_mse", "eps_error")}
         answer.lines.append(f"quest against {other}: {told(found, other)}.")
-    heads = ["method", "MSE to FP", "noise-prediction error", "seconds"]
-    answer.tables.append(Table(columns(*heads, texts=1), rows))
+    answer.table(["method", "MSE to FP", "noise-prediction error", "seconds"], rows)
     answer.figures.append("signals")
     return answer
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from quest.report import rendering
 from quest.report.rendering import NONE, Table, columns
 from quest.runtime.files import atomic
 from quest.runtime.provenance import provenance
@@ -81,8 +82,7 @@ def write(frame: pd.DataFrame, path: str | Path) -> None:
     path = Path(path)
     with atomic(path) as file:
         frame.to_csv(file, index=False, na_rep="nan", float_format="%.5g")
-    with atomic(path.with_suffix(".md")) as file:
-        file.write_text(markdown(frame), encoding="utf-8")
+    rendering.write(path.with_suffix(".md"), markdown(frame))
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -107,7 +107,7 @@ def markdown(frame: pd.DataFrame) -> str:
     ):
         if block:
             blocks += [f"## {title}", block]
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join(blocks)
 
 
 def _peaks(measured):

@@ -114,8 +114,7 @@ def paired_rows(a: dict, b: dict) -> list[dict]:
     except ValueError as error:
         raise ValueError(f"{a['model']} {a['bits']}: {method} against {versus}: {error}") from None
     return [
-        {"metric": metric, "difference": one.estimate, "low": one.low, "high": one.high, "n": one.n}
-        | {"better": one.better(method, versus)}
+        {"metric": metric} | one.columns | {"n": one.n, "better": one.better(method, versus)}
         for metric, one in compared.items()
     ]
 
