@@ -46,14 +46,14 @@ def arguments(model: Model, split: str, indices: list[int]) -> dict:
 def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> np.ndarray:
     """Decode latents [B, C, h, w] to images, uint8 [B, H, W, 3], as `pipe(...)` does for PIL images.
 
-    A pipeline without `vae` samples pixels; they are rounded only.
+    A pipeline without `vae` samples pixels; they are rounded only. What is not a number becomes 0.
     """
     pixels = latents  # [B, 3, H, W] in [-1, 1]
     if pipe.vae is not None:
         with torch.no_grad():
             pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
     pixels = pipe.image_processor.postprocess(pixels, output_type="np")  # [B, H, W, 3] in [0, 1]
-    return (pixels * 255).round().astype(np.uint8)
+    return (np.nan_to_num(pixels) * 255).round().astype(np.uint8)
 
 
 def generate(

@@ -6,6 +6,7 @@ the same images (see intervals.py), so `compare` needs those numbers only: the s
 paired interval. Needs no torch.
 """
 
+import math
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import numpy as np
 from quest.metrics import intervals
 from quest.metrics.comparison import Comparison, has_diverged
 from quest.metrics.frechet import Reference, Statistics, fid_infinity, frechet_distance
-from quest.metrics.inception_score import inception_score, partition, resampled_inception_scores
+from quest.metrics.inception_score import inception_score, partition, resampled_inception_scores, splits_note
 from quest.metrics.per_image import NEIGHBOURS, clip_scores, inside, latent_mse, psnr
 from quest.runtime.files import loads
 
@@ -140,7 +141,7 @@ def _fid_infinity(cell, fp, reference, counts, extractor):
 
 
 def _precision(cell, fp, reference, counts, extractor):
-    if reference.features is None:
+    if reference.features is None or len(reference.features) <= NEIGHBOURS:
         return None
     samples = inside(cell.features["pool"], reference.features)
     protocol = f"k = {NEIGHBOURS}, {len(reference.features)} real images"
@@ -176,7 +177,8 @@ def _inception_score(cell, fp, reference, counts, extractor):
     shuffled = " of shuffled images" if extractor == "torch-fidelity" else ""
     protocol = f"{len(splits)} split{'s' if len(splits) > 1 else ''}{shuffled}"
     protocol = "; ".join(filter(None, [_resized(extractor), protocol]))
-    return Estimate(inception_score(logits, splits), resampled, len(logits), protocol=protocol)
+    note = splits_note(len(logits), extractor)
+    return Estimate(inception_score(logits, splits), resampled, len(logits), protocol=protocol, note=note)
 
 
 def _clip(cell, fp, reference, counts, extractor):
@@ -257,8 +259,13 @@ def measure(
     two cells must share to be compared: images, trajectories, timesteps; "sampled", the provenance of each shard; and
     "footprint", size and work of the denoiser.
 
-    Raises ValueError where cell and full precision are of different images, or the cell has no eps_error to measure.
+    A row without an interval says why in its note: "diverged", or how many draws there would have to be.
+
+    Raises ValueError where cell and full precision are of different images, the cell has no eps_error to measure, or
+    a single image.
     """
+    if len(cell.index) < 2:
+        raise ValueError(f"{len(cell.index)} image: metrics have an interval, which needs 2 or more")
     if fp is not None and not np.array_equal(cell.index, fp.index):
         ours, theirs = index_ranges(cell.index), index_ranges(fp.index)
         raise ValueError(f"only the same images are compared: the cell has {ours}, full precision {theirs}")
@@ -288,7 +295,7 @@ def measure(
                 "extractor": {"extractor": extractor, "clip": clip, None: ""}[metric.network],
                 "protocol": "; ".join(filter(None, [protocol, estimate.protocol])),
                 "reference": reference_sha256[:12] if metric.real else "",
-                "note": estimate.note,
+                "note": _note(estimate, low, high),
             }
         )
     return {
@@ -331,6 +338,14 @@ def index_ranges(index: np.ndarray) -> str:
     """Sorted image indices as a person writes them: "0-499", "0-3,7"."""
     breaks = np.flatnonzero(np.diff(index) != 1) + 1
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in np.split(index, breaks))
+
+
+def _note(estimate, low, high):
+    if not math.isfinite(estimate.value):
+        return "; ".join(filter(None, ["diverged", estimate.note]))
+    if not math.isfinite(high - low):
+        return "; ".join(filter(None, [f"n = {estimate.n}: no interval, 2 would do", estimate.note]))
+    return estimate.note
 
 
 def _interval(metric, value, resampled, n):

@@ -7,6 +7,7 @@ form on another scale. Like the Fréchet distance it depends on n, so only equal
 import numpy as np
 from scipy.special import log_softmax
 
+FEW = 10  # images of a split, below which its score says nothing
 SPLIT = 5000  # images of a split in the guided-diffusion evaluator
 
 
@@ -31,6 +32,16 @@ def partition(n: int, extractor: str) -> list[np.ndarray]:
     return np.array_split(order, default_splits(n))
 
 
+def splits_note(n: int, extractor: str) -> str:
+    """What is to be said of n images: of a split of few the score is near 1, whatever the images; else nothing."""
+    smallest = min(map(len, partition(n, extractor)))
+    if smallest >= FEW:
+        return ""
+    enough = -(-n // SPLIT) * SPLIT if n > SPLIT else 10 * FEW
+    of = "1 image" if smallest == 1 else f"{smallest} images"
+    return f"a split of {of}, whose score is near 1 whatever is in it; n = {enough} would do"
+
+
 def inception_score(logits: np.ndarray, splits: int | list[np.ndarray] | None = None) -> float:
     """Mean over splits of exp(mean_i KL(p_i || mean p)); logits [N, K].
 
@@ -42,7 +53,10 @@ def inception_score(logits: np.ndarray, splits: int | list[np.ndarray] | None = 
 def resampled_inception_scores(
     logits: np.ndarray, counts: np.ndarray, splits: int | list[np.ndarray] | None = None
 ) -> np.ndarray:
-    """Scores [R] of resamples in which image i occurs counts[r, i] times (within its own split); counts [R, N]."""
+    """Scores [R] of resamples in which image i occurs counts[r, i] times (within its own split); counts [R, N].
+
+    A split that has no image in a resample is left out of its mean.
+    """
     logits = np.asarray(logits, np.float64)
     if logits.ndim != 2:
         raise ValueError(f"logits must be [N, K], got shape {logits.shape}")
@@ -54,12 +68,14 @@ def resampled_inception_scores(
     log_p = log_softmax(logits, axis=1)
     p = np.exp(log_p)
     negative_entropy = (p * log_p).sum(axis=1)  # [N]
-    scores = []
+    scores, present = [], []
     for part in splits:
         weight = counts[:, part]
-        weight = weight / weight.sum(axis=1, keepdims=True)
+        total = weight.sum(axis=1, keepdims=True)
+        weight = weight / np.maximum(total, 1)
         mean_p = weight @ p[part]  # [R, K]
         # mean_i sum_k p_ik (log p_ik - log mean_k) = mean_i sum_k p_ik log p_ik - sum_k mean_k log mean_k
         cross = (mean_p * np.log(mean_p.clip(np.finfo(np.float64).tiny))).sum(axis=1)
         scores.append(np.exp(weight @ negative_entropy[part] - cross))
-    return np.mean(scores, axis=0)
+        present.append(total[:, 0] > 0)
+    return np.average(scores, axis=0, weights=present)

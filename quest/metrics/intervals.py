@@ -30,18 +30,30 @@ def resample_counts(n: int, resamples: int = RESAMPLES, seed: int = 0) -> np.nda
 
 
 def interval(value: float, resampled: np.ndarray) -> tuple[float, float]:
-    """`value` ± 1.96 standard deviations of `resampled` [R]."""
-    half = 1.96 * np.std(resampled, ddof=1)
+    """`value` ± 1.96 standard deviations of `resampled` [R], those left out that are not finite."""
+    half = 1.96 * spread(resampled)
     return value - half, value + half
+
+
+def spread(resampled: np.ndarray) -> np.ndarray:
+    """Standard deviation over the finite ones of resampled values [R] or [R, S]; NaN where there are fewer than two."""
+    resampled = np.asarray(resampled, np.float64)
+    finite = np.isfinite(resampled)
+    if finite.all():
+        return np.std(resampled, axis=0, ddof=1)
+    count, kept = finite.sum(axis=0), np.where(finite, resampled, 0.0)
+    enough = count > 1
+    centred = np.where(finite, kept - kept.sum(axis=0) / np.maximum(count, 1), 0.0)
+    return np.where(enough, np.sqrt((centred**2).sum(axis=0) / np.where(enough, count - 1, 1)), np.nan)
 
 
 def mean_interval(value, resampled: np.ndarray, n: int) -> tuple:
     """Interval of a mean over n values (or of S means, resampled [R, S]): as `interval`, for small n as well.
 
     Where n is a few dozen, a mean takes Student's factor instead of 1.96, and the bootstrap's variance, (n - 1) / n of
-    the unbiased one, is corrected.
+    the unbiased one, is corrected. One value has no interval: NaN.
     """
-    half = stdtrit(n - 1, 0.975) * np.sqrt(n / (n - 1)) * np.std(resampled, axis=0, ddof=1)
+    half = stdtrit(n - 1, 0.975) * np.sqrt(n / (n - 1)) * spread(resampled) if n > 1 else np.full_like(value, np.nan)
     return value - half, value + half
 
 

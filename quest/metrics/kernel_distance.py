@@ -39,10 +39,14 @@ def resampled_kernel_distances(
 
 
 def _pairs(matrix, counts):
-    """Weighted means [R] of a kernel matrix [N, N] without its diagonal; counts are [R, N]."""
+    """Weighted means [R] of a kernel matrix [N, N] without its diagonal; counts are [R, N].
+
+    NaN for a resample of one image only, which has no pair; intervals leave it out.
+    """
     matrix = matrix - np.diag(np.diag(matrix))
     sums = np.einsum("rn,rn->r", counts @ matrix, counts)
-    return sums / (counts.sum(axis=1) ** 2 - (counts**2).sum(axis=1))
+    pairs = counts.sum(axis=1) ** 2 - (counts**2).sum(axis=1)
+    return np.divide(sums, pairs, out=np.full(len(sums), np.nan), where=pairs > 0)
 
 
 def _checked(a, b):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from quest.metrics import weights
 from quest.metrics.features import extract
 from quest.metrics.frechet import Reference, Statistics, load_reference, save_reference
+from quest.metrics.per_image import NEIGHBOURS
 from quest.runtime.download import sha256_of
 from quest.runtime.files import atomic
 from quest.runtime.provenance import provenance
@@ -68,6 +69,8 @@ def build(
             of.add(got[name])
         features.append(got["pool"][: max(0, keep - count)])
         count += len(chunk)
+    if count <= NEIGHBOURS:
+        raise ValueError(f"{source}: {count} images; at least {NEIGHBOURS + 1} are needed, and far more say something")
     pool, spatial = (moments[name].statistics() for name in ("pool", "spatial"))
     metadata = {"data": f"{count} {what}", "source_sha256": digest} | made
     with atomic(output) as temporary:

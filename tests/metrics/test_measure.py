@@ -2,12 +2,16 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from quest.metrics import METRICS, Cell, compare, index_ranges, measure
 from quest.metrics.frechet import Reference, Statistics, frechet_distance
+from quest.metrics.inception_score import splits_note
+from quest.metrics.intervals import interval, mean_interval
+from quest.metrics.kernel_distance import resampled_kernel_distances
 
 HASH = "0123456789abcdef"
 SAID = {"extractor": "scenes", "clip": "scenes-clip", "protocol": "DDIM 5", "reference_sha256": HASH}
@@ -154,6 +158,56 @@ def test_clip_only_where_there_are_captions(reference):
     assert [row["metric"] for row in rows] == ["fid", "sfid", "is"]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("extractor", ["scenes", "adm", "torch-fidelity", "clean"])
+@pytest.mark.parametrize("n", [2, 3, 8, 9, 10, 11, 50, 99])
+def test_few_images_give_finite_intervals_and_are_said(reference, extractor, n):
+    cell = draw_cell(0.2, seed=1, n=n)
+    measured = measure(cell, reference, draw_cell(n=n), extractor=extractor, clip="scenes-clip")
+    json.dumps(measured, allow_nan=False)
+    rows = by_metric(measured["rows"])
+    assert "singular covariance" in rows["fid"]["note"] or n > 12
+    if extractor == "clean":
+        return
+    note = rows["is"]["note"]
+    if extractor == "torch-fidelity":
+        # 10 splits: of one image below 20 images, of less than 10 below 100.
+        of = "1 image" if n < 20 else f"{n // 10} images"
+        assert note == f"a split of {of}, whose score is near 1 whatever is in it; n = 100 would do"
+    else:
+        assert (note == "") == (n >= 10) and (n >= 10 or f"a split of {n} images" in note)
+
+
+def test_a_last_split_of_few_is_said():
+    assert splits_note(50_000, "adm") == "" == splits_note(100, "torch-fidelity")
+    assert splits_note(50_001, "adm").endswith("n = 55000 would do")
+
+
+def test_one_draw_has_no_interval_and_says_so(reference):
+    cell, fp = draw_cell(0.2, seed=1, n=50), draw_cell(n=50)
+    one = replace(cell, eps_error=cell.eps_error[:1])
+    row = by_metric(measure(one, reference, fp, extractor="scenes")["rows"])["eps_error"]
+    assert math.isfinite(row["value"]) and math.isnan(row["low"])
+    assert row["note"] == "n = 1: no interval, 2 would do"
+    with pytest.raises(ValueError, match="1 image: metrics have an interval, which needs 2 or more"):
+        measure(draw_cell(n=1), reference, None, extractor="scenes")
+
+
+def test_resamples_without_a_value_are_left_out_of_an_interval():
+    drawn = np.random.default_rng(0).normal(size=50)
+    assert interval(0.0, np.append(drawn, np.nan)) == pytest.approx(interval(0.0, drawn), rel=1e-12)
+    assert all(np.isnan(interval(0.0, np.full(5, np.nan))))
+    many = np.stack([np.append(drawn, np.nan), np.append(drawn, 1.0)], 1)
+    assert mean_interval(np.zeros(2), many, 9)[1][0] == pytest.approx(mean_interval(0.0, drawn, 9)[1])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_resample_without_a_pair_has_no_kernel_distance():
+    features = np.random.default_rng(0).normal(size=(2, 4))
+    found = resampled_kernel_distances(features, features + 1, np.array([[1.0, 1.0], [2.0, 0.0]]))
+    assert math.isfinite(found[0]) and math.isnan(found[1])
+
+
 def test_small_n_is_said_in_the_row(reference):
     rows = by_metric(measure(draw_cell(n=10), reference, None, extractor="scenes")["rows"])
     assert rows["fid"]["note"] == "n = 10 <= 12 dimensions: singular covariance" and rows["is"]["note"] == ""
@@ -165,7 +219,9 @@ def test_identical_images_and_broken_latents_are_said_in_the_row(reference):
     cell.latents[3, 0, 0, 0] = np.nan
     rows = by_metric(measure(cell, reference, fp, extractor="scenes")["rows"])
     assert "2 of 50 images identical" in rows["psnr"]["note"] and math.isfinite(rows["psnr"]["value"])
-    assert rows["latent_mse"]["note"] == "1 of 50 latents not finite" and math.isnan(rows["latent_mse"]["value"])
+    assert rows["latent_mse"]["note"] == "diverged; 1 of 50 latents not finite" and math.isnan(
+        rows["latent_mse"]["value"]
+    )
 
 
 def test_only_equal_seeds_and_n_are_compared(measured, reference):
