@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quest.runtime.files import read_lines
+from quest.runtime.sums import check_sums
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -135,12 +136,16 @@ def _load_prepared(name: str, device="cpu") -> DiffusionPipeline:
 
 
 def load_pipeline(folder: Path, device="cpu") -> DiffusionPipeline:
-    """A pipeline in diffusers layout, in float32 and eval mode. Raises ValueError for a pipeline of another kind."""
+    """A pipeline in diffusers layout, in float32 and eval mode.
+
+    Raises ValueError for a pipeline of another kind, and for a file that its SHA256SUMS does not know.
+    """
     import torch
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
     from quest.diffusion.pipelines import LatentDiffusionPipeline
 
+    check_sums(folder)
     kinds = {kind.__name__: kind for kind in (LatentDiffusionPipeline, StableDiffusionPipeline)}
     found = DiffusionPipeline.load_config(folder)["_class_name"]
     if found not in kinds:

@@ -6,6 +6,8 @@ condition.
 """
 
 import importlib
+import math
+import numbers
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -116,6 +118,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """
         if class_labels is not None and batch_size == 1:
             batch_size = len(class_labels)
+        counts = {"num_inference_steps": num_inference_steps, "batch_size": batch_size}
+        for name, count in counts.items():
+            if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
+                raise ValueError(f"{name}: {count!r} is not a whole number from 1 on")
         self._check(batch_size, class_labels, eta, guidance_scale, generator, output_type)
         device = self._execution_device
         guided = guidance_scale > 1
@@ -172,8 +178,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             raise ValueError("class_labels: this pipeline is class-conditional; give one label per image")
         elif guidance_scale != 1:
             raise ValueError(f"guidance_scale: {guidance_scale} needs class_labels; an unconditional model takes 1")
-        if guidance_scale < 1:
-            raise ValueError(f"guidance_scale: {guidance_scale} is below 1 (no guidance)")
+        if not 1 <= guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale: {guidance_scale} is below 1 (no guidance), or not finite")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta: {eta} is outside [0, 1]")
         if isinstance(generator, list) and len(generator) != batch_size:

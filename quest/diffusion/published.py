@@ -3,6 +3,7 @@
 Done once per model, so that a checkpoint is read, checked and hashed once and every job starts from safetensors.
 """
 
+import hashlib
 from pathlib import Path
 
 from quest.diffusion import captions as caption_files
@@ -14,7 +15,9 @@ from quest.diffusion.samplers import QuadraticDDIMScheduler
 from quest.runtime.download import sha256_of
 from quest.runtime.files import atomic_folder, dumps, read_json, write_lines
 from quest.runtime.provenance import provenance
+from quest.runtime.sums import write_sums
 
+NAMES = "diffusion_pytorch_model.safetensors"
 # DDPM's U-Net for CIFAR-10, the only model in diffusers layout.
 ARCHITECTURE = {
     "sample_size": 32,
@@ -65,6 +68,7 @@ def prepare(model: Model, checkpoint, out, *, tokenizer=None, captions=None) -> 
             "provenance": provenance(),
         }
         (folder / "origin.json").write_text(dumps(origin, indent=2) + "\n", encoding="utf-8")
+        write_sums(folder)
 
 
 def denoiser(model: Model, device="meta"):
@@ -99,16 +103,30 @@ def convert(model: Model, checkpoint: Path, tokenizer=None):
 
 
 def weights_hash(checkpoint) -> str:
-    """SHA-256 of a checkpoint file, or of its denoiser's file in a folder in diffusers layout."""
+    """SHA-256 of a checkpoint file, or of its denoiser's in a folder in diffusers layout.
+
+    Of weights in several files it is the one over theirs, in the order of their names. Raises ValueError where there
+    are none.
+    """
     checkpoint = Path(checkpoint)
     if checkpoint.is_file():
         return sha256_of(checkpoint)
-    return sha256_of(next(p for p in _weights(checkpoint) if p.is_file()))
+    files = _weights(checkpoint)
+    if not files:
+        raise ValueError(f"{checkpoint}: no weights of a denoiser in it or in its unet/; valid: {NAMES}")
+    if len(files) == 1:
+        return sha256_of(files[0])
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
 
 
 def _weights(folder: Path) -> list[Path]:
-    names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-    return [place / name for place in (folder / "unet", folder) for name in names]
+    """The files that diffusers takes a denoiser's weights from: one, or several parts of it."""
+    for place in (folder / "unet", folder):
+        for kind in ("safetensors", "bin"):
+            for name in (f"diffusion_pytorch_model.{kind}", f"diffusion_pytorch_model-?????-of-?????.{kind}"):
+                if found := sorted(place.glob(name)):
+                    return found
+    return []
 
 
 def _pixels(folder: Path) -> LatentDiffusionPipeline:
@@ -116,9 +134,9 @@ def _pixels(folder: Path) -> LatentDiffusionPipeline:
     from diffusers import UNet2DModel
 
     place = folder / "unet" if (folder / "unet").is_dir() else folder
-    if not (place / "config.json").is_file() or not any(path.is_file() for path in _weights(folder)):
+    if not (place / "config.json").is_file() or not _weights(folder):
         raise ValueError(
-            f"{folder}: no config.json with diffusion_pytorch_model.safetensors in it or in its unet/; valid: a U-Net "
+            f"{folder}: no config.json with {NAMES} in it or in its unet/; valid: a U-Net "
             "in diffusers layout, such as google/ddpm-cifar10-32"
         )
     unet = UNet2DModel.from_pretrained(place).float().eval()

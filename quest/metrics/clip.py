@@ -5,10 +5,12 @@ import logging
 import open_clip
 
 from quest.diffusion.models import ZOO
+from quest.runtime.sums import check_sums
 
 
 def load(folder=ZOO / "scenes-clip"):
     """(model, preprocess, tokenizer): float32 and eval mode; preprocess takes a PIL image, tokenizer a list of str."""
+    check_sums(folder)
     name = f"local-dir:{folder}"
     logger = logging.getLogger()
     level = logger.level

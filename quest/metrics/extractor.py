@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from quest.diffusion import scenes
 from quest.diffusion.models import ZOO
 from quest.runtime.files import read_json
+from quest.runtime.sums import check_sums
 
 SPATIAL_CHANNELS = 7  # of a 4x4 map: 112 numbers, as sFID takes the first 7 channels of one of Inception's maps
 
@@ -80,6 +81,7 @@ class SceneNet(nn.Module):
 def load(folder=ZOO / "scenes-extractor"):
     """The trained network in float32, ready to call."""
     folder = Path(folder)
+    check_sums(folder)
     net = SceneNet(**read_json(folder / "config.json"))
     net.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
     return net.eval().requires_grad_(False)

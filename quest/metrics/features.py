@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from quest.runtime.sums import check_archive
+
 BATCH = 250  # images per pass of a network
 
 
@@ -61,6 +63,9 @@ def _tensors(path):
     import torch
     from safetensors.torch import load_file
 
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    check_archive(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

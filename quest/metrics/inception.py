@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from quest.runtime.sums import check_archive
+
 SIZE = 299
 SPATIAL_CHANNELS = 7
 BATCH = 50  # activations of the first layers are large: 5.5 MB per image each
@@ -78,6 +80,7 @@ class Inception(nn.Module):
 
 def _check(weights):
     """torch-fidelity would run whatever a pickle says; this reads tensors only, and fails on anything else."""
+    check_archive(weights)
     try:
         state = torch.load(weights, weights_only=True)
     except FileNotFoundError:

@@ -55,8 +55,10 @@ def fetch(url: str, path: str | os.PathLike, sha256: str | None = None) -> Path:
         return checked(path, sha256, f"remove it to fetch it again from {url}")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    _transfer(url, part, path, sha256)
-    found = sha256_of(part)
+    found = sha256_of(part) if sha256 and part.exists() else ""
+    if not (found and found.startswith(sha256)):  # else a transfer that ended just before the file got its name
+        _transfer(url, part, path, sha256)
+        found = sha256_of(part)
     if sha256 is None:
         print(f"{path}: SHA-256 {found}", file=sys.stderr)
     elif not found.startswith(sha256):
@@ -78,8 +80,10 @@ def _transfer(url, part, path, sha256):
                 return
             reason = "the connection broke off"
         except urllib.error.HTTPError as error:
-            if error.code == 416 and have:  # Longer than the file: what is there belongs to something else.
-                part.unlink()
+            if error.code == 416 and have:  # "bytes */1000": there is nothing behind what is there
+                if error.headers.get("Content-Range", "").rpartition("/")[2] == str(have):
+                    return
+                part.unlink()  # longer than the file: what is there belongs to something else
             reason = f"HTTP status {error.code} {error.reason}"
             if error.code in (401, 403, 404, 410):
                 failures = ATTEMPTS

@@ -6,6 +6,7 @@ nothing of this and is not disturbed by it: a device is known by its UUID, not b
 
 import fcntl
 import os
+import stat
 import sys
 import tempfile
 import time
@@ -38,11 +39,13 @@ def hold(devices: Sequence[str], folder: Path | None = None, pause: float = 1.0)
     if not devices:
         raise ValueError("device: cuda was asked for, and there is no GPU here; valid: cpu")
     folder = folder or Path(tempfile.gettempdir(), f"quest-gpus-{os.getuid()}")
-    folder.mkdir(parents=True, exist_ok=True)
+    _own(folder)
     told = False
     while True:
         for place, name in enumerate(devices):
-            file = open(folder / f"{name}.lock", "a", encoding="utf-8")  # noqa: SIM115
+            # Opened without following a link: others may write where temporary files lie.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            file = os.fdopen(os.open(folder / f"{name}.lock", flags, 0o600), "a", encoding="utf-8")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -54,3 +57,14 @@ def hold(devices: Sequence[str], folder: Path | None = None, pause: float = 1.0)
             print(f"all {len(devices)} GPUs are taken (locks in {folder}); waiting", file=sys.stderr, flush=True)
             told = True
         time.sleep(pause)
+
+
+def _own(folder: Path) -> None:
+    """Make the folder, for this user alone. Raises ValueError for a link, or one that others own or may write to."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ValueError(
+            f"{folder}: locks of GPUs lie here, and it is no folder that only this user can write to; remove it, or "
+            "set TMPDIR to a folder of yours"
+        )

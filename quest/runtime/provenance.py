@@ -21,20 +21,23 @@ CONFIG = "QUEST_CONFIG_SHA256"  # environment variable by which the workflow tel
 
 
 def provenance() -> dict:
-    """Return {commit, dirty, versions, machine, date, config, wall_seconds, peak_memory_mb}, all of it fit for JSON.
+    """Return {commit, dirty, versions, machine, core, date, config, wall_seconds, peak_memory_mb}, all fit for JSON.
 
     `commit` and `dirty` are None outside a checkout of this project. `dirty` tells of changes to tracked files only.
+    `core` is the compiled core with its hash and instruction set, and None where this process has not loaded it.
     `config` is None outside the workflow. `wall_seconds` and `peak_memory_mb` (1e6 bytes, resident) are those of this
     process until now: close to those of the job, where a script asks last.
     """
     # An installed copy may lie inside another project's checkout, whose commit says nothing of this code.
     ours = _git("rev-parse", "--show-prefix") == "quest/runtime/"
     status = _git("status", "--porcelain", "--untracked-files=no") if ours else None
+    core = sys.modules.get("quest.kernels.cpu.core")  # not imported here: it needs torch
     return {
         "commit": _git("rev-parse", "HEAD") if ours else None,
         "dirty": None if status is None else bool(status),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
+        "core": core and core.identity(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": os.environ.get(CONFIG),
         "wall_seconds": _age(),

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from quest.runtime.files import atomic
+from quest.runtime.sums import check_archive
 
 
 def generator(seed, iteration):
@@ -66,9 +67,10 @@ def save_checkpoint(path, iteration, modules, optimizer, average=None):
 
 
 def load_checkpoint(path, modules, optimizer, average=None):
-    """The iteration to go on from: 0 where there is no checkpoint."""
+    """The iteration to go on from: 0 where there is no checkpoint. Raises ValueError for one that is damaged."""
     if not Path(path).exists():
         return 0
+    check_archive(path)
     state = torch.load(path, weights_only=True)
     for module, values in zip(modules, state["modules"], strict=True):
         module.load_state_dict(values)

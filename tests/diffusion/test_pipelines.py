@@ -262,8 +262,15 @@ def test_class_embedder_has_a_last_row_for_no_class():
         ("class", {"class_labels": [-1]}, "class_labels: -1 is not a class"),
         ("class", {"class_labels": [1, 2], "batch_size": 3}, "class_labels: 2 given for batch_size 3"),
         ("class", {"class_labels": [1], "guidance_scale": 0.5}, "guidance_scale: 0.5 is below 1"),
+        ("class", {"class_labels": [1], "guidance_scale": float("nan")}, "guidance_scale: nan is below 1"),
+        ("uncond", {"num_inference_steps": -5}, "num_inference_steps: -5 is not a whole number from 1 on"),
+        ("uncond", {"num_inference_steps": 0}, "num_inference_steps: 0 is not"),
+        ("uncond", {"num_inference_steps": 2.5}, "num_inference_steps: 2.5 is not"),
+        ("uncond", {"num_inference_steps": True}, "num_inference_steps: True is not"),
+        ("uncond", {"batch_size": -1}, "batch_size: -1 is not"),
+        ("uncond", {"batch_size": 0}, "batch_size: 0 is not"),
     ],
 )
 def test_bad_input_names_the_argument(pipe, arguments, message, request):
     with pytest.raises(ValueError, match=message):
-        request.getfixturevalue(f"{pipe}_pipe")(num_inference_steps=1, **arguments)
+        request.getfixturevalue(f"{pipe}_pipe")(**{"num_inference_steps": 1} | arguments)

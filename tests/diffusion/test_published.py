@@ -152,3 +152,31 @@ def test_cifar10_is_read_from_diffusers_layout(prepared, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no config.json with diffusion_pytorch_model.safetensors"):
         published.convert(cifar, tmp_path / "empty")
+
+
+def test_weights_in_several_files_are_hashed_together_and_none_are_named(tmp_path):
+    folder = tmp_path / "sharded"
+    (folder / "unet").mkdir(parents=True)
+    with pytest.raises(ValueError, match="sharded: no weights of a denoiser"):
+        published.weights_hash(folder)
+    parts = [folder / f"unet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for number, part in enumerate(parts):
+        part.write_bytes(bytes([number]) * 9)
+    both = published.weights_hash(folder)
+    assert len(both) == 64
+    parts[1].write_bytes(b"other")
+    assert published.weights_hash(folder) != both
+    (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"whole")
+    assert published.weights_hash(folder) == hashlib.sha256(b"whole").hexdigest()
+
+
+def test_a_prepared_model_whose_bytes_have_changed_is_refused(prepared, tmp_path):
+    model = MODELS["tiny-bedrooms"]
+    published.prepare(model, checkpoint(model.name, tmp_path / "model.ckpt"), prepared / model.name)
+    model.load()
+    file = next((prepared / model.name / "unet").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="safetensors: SHA-256 is .*the file has changed"):
+        model.load()

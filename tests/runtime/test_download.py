@@ -33,7 +33,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/weights.bin":
             return self.send_error(404)
         if start >= len(DATA):
-            return self.send_error(416)
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(DATA)}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         self.send_response(206 if asked and self.server.ranges else 200)
         if asked and self.server.ranges:
             self.send_header("Content-Range", f"bytes {start}-{len(DATA) - 1}/{len(DATA)}")
@@ -121,3 +124,22 @@ def test_checked(tmp_path):
     assert checked(tmp_path / "model.ckpt", SHA256) == checked(tmp_path / "model.ckpt")
     with pytest.raises(ValueError, match="truncated or another file"):
         checked(tmp_path / "model.ckpt", "0" * 64)
+
+
+def test_a_complete_part_is_taken_and_not_fetched_again(server, tmp_path):
+    """What a kill leaves between the last byte and the rename."""
+    part = tmp_path / "weights.bin.part"
+    part.write_bytes(DATA)
+    assert fetch(server.url, tmp_path / "weights.bin", SHA256).read_bytes() == DATA
+    assert server.asked == [] and not part.exists()
+    part.write_bytes(DATA)
+    assert fetch(server.url, tmp_path / "unknown.bin").read_bytes() == DATA  # no hash is known, and no part there
+    (tmp_path / "other.bin.part").write_bytes(DATA)
+    server.asked.clear()
+    assert fetch(server.url, tmp_path / "other.bin").read_bytes() == DATA
+    assert server.asked == [f"bytes={len(DATA)}-"], "the server said that nothing follows"
+
+
+def test_a_part_that_is_longer_than_the_file_is_fetched_again(server, tmp_path):
+    (tmp_path / "weights.bin.part").write_bytes(DATA + b"more")
+    assert fetch(server.url, tmp_path / "weights.bin", SHA256).read_bytes() == DATA

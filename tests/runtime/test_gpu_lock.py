@@ -66,3 +66,24 @@ def test_a_cpu_and_a_named_device_need_no_lease(monkeypatch):
 def test_no_gpu(tmp_path):
     with pytest.raises(ValueError, match="there is no GPU here; valid: cpu"):
         gpu_lock.hold([], tmp_path)
+
+
+def test_a_lock_follows_no_link_and_lies_in_a_folder_of_this_user(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine", encoding="utf-8")
+    before = precious.stat()
+    own = tmp_path / "own"
+    own.mkdir(mode=0o700)
+    (own / "GPU-a.lock").symlink_to(precious)
+    with pytest.raises(OSError):
+        gpu_lock.hold(["GPU-a"], own)
+    (tmp_path / "link").symlink_to(own)
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    for folder in (tmp_path / "link", open_to_all):
+        with pytest.raises(ValueError, match=f"{folder.name}: locks of GPUs lie here"):
+            gpu_lock.hold(["GPU-a"], folder)
+    assert precious.stat().st_mtime_ns == before.st_mtime_ns
+    assert gpu_lock.hold(["GPU-a"], tmp_path / "new") == 0
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700

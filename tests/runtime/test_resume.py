@@ -1,15 +1,26 @@
 """A killed quantization goes on where it was, and ends at the same bits."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import quest
 from baselines import quest as finetune
+from quest.kernels.cpu import core
 from quest.learning import reconstruction
 from quest.runtime import resume
+from quest.runtime.hashing import tensor_hash
+from quest.runtime.provenance import provenance
 from quest.runtime.resume import digest, resuming
+
+ROOT = Path(__file__).parents[2]
 
 RECIPES = {
     "q-diffusion": dict(weight_iterations=3, activation_iterations=3, batch=4, rows=16, samples=4),
@@ -93,6 +104,89 @@ def test_parts_of_another_job_are_thrown_away(tmp_path, capsys):
     assert "another recipe; thrown away" in capsys.readouterr().out
 
 
+def run_one(folder, identity, kill=False, learned=1.0, size=3):
+    """A job of one part; with `kill` it stops behind it. Returns the part's numbers."""
+    values = torch.zeros(size)
+
+    def learn():
+        values.add_(learned)
+        return (values.sum().item(),)
+
+    with resuming(folder, identity):
+        numbers = resume.part("unit", lambda: {"values": values}, learn, torch.Generator())
+        if kill:
+            raise Killed
+    return numbers
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """(folder, tensors, header) of the part that a killed job left."""
+    with pytest.raises(Killed):
+        run_one(tmp_path / "parts", {"job": 1}, kill=True)
+    with safe_open(tmp_path / "parts/unit.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return tmp_path / "parts", tensors, json.loads(file.metadata()["quest"])
+
+
+def written(folder, tensors, header, rehash=True):
+    if rehash:
+        header = header | {"hashes": {name: tensor_hash(value) for name, value in tensors.items()}}
+    save_file(tensors, folder / "unit.safetensors", {"quest": json.dumps(header)})
+
+
+FORGED = {
+    "a value that is not finite": lambda tensors: tensors["values"].fill_(torch.nan),
+    "another shape": lambda tensors: tensors.update(values=torch.zeros(2)),
+    "another type": lambda tensors: tensors.update(values=torch.zeros(3, dtype=torch.float64)),
+    "no numbers": lambda tensors: tensors.pop("numbers"),
+    "no values": lambda tensors: tensors.pop("values"),
+    "another generator": lambda tensors: tensors.update(generator=torch.zeros(3, dtype=torch.uint8)),
+}
+
+
+@pytest.mark.parametrize("change", FORGED)
+def test_a_part_that_is_not_what_the_job_would_have_written_is_refused(kept, change):
+    folder, tensors, header = kept
+    FORGED[change](tensors)
+    written(folder, tensors, header)
+    with pytest.raises(ValueError, match=r"unit\.safetensors.*remove it to compute that part again"):
+        run_one(folder, {"job": 1})
+
+
+def test_a_part_whose_bytes_have_changed_or_that_has_no_hashes_is_refused(kept):
+    folder, tensors, header = kept
+    written(folder, tensors | {"values": tensors["values"] + 1}, header, rehash=False)
+    with pytest.raises(ValueError, match="its tensor values is not what was written"):
+        run_one(folder, {"job": 1})
+    for told in ({}, {"identity": header["identity"]}, {"identity": "other"}):
+        save_file(tensors, folder / "unit.safetensors", {"quest": json.dumps(told)})
+        with pytest.raises(ValueError, match="of another job|lacks tensors, or their hashes"):
+            run_one(folder, {"job": 1})
+
+
+def test_a_part_of_another_job_that_was_put_there_is_refused(kept, tmp_path):
+    folder, tensors, header = kept
+    with pytest.raises(Killed):
+        run_one(tmp_path / "other", {"job": 2}, kill=True)
+    written(tmp_path / "other", tensors, header)
+    with pytest.raises(ValueError, match=r"unit\.safetensors is a part of another job"):
+        run_one(tmp_path / "other", {"job": 2})
+
+
+def test_a_part_that_diverged_is_computed_again_and_not_kept(tmp_path):
+    with pytest.raises(Killed):
+        run_one(tmp_path / "parts", {"job": 1}, kill=True, learned=torch.inf)
+    assert not list((tmp_path / "parts").glob("*.safetensors"))
+
+
+def test_a_record_that_cannot_be_read_throws_its_parts_away(kept, capsys):
+    folder, _, _ = kept
+    (folder / resume.IDENTITY).write_text("{", encoding="utf-8")
+    assert run_one(folder, {"job": 1}) == (3,)
+    assert "thrown away" in capsys.readouterr().out
+
+
 def test_a_damaged_part_is_named(tmp_path):
     folder = tmp_path / "parts"
     folder.mkdir()
@@ -100,6 +194,24 @@ def test_a_damaged_part_is_named(tmp_path):
     (folder / "unit.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"unit\.safetensors is corrupted, .* remove it"), resuming(folder, {}):
         resume.part("unit", dict, lambda: None, torch.Generator())
+
+
+def test_what_computes_is_part_of_a_job(monkeypatch):
+    """Another build of the core, another instruction set of it, or another one of torch."""
+    own = core.identity()
+    assert own["torch"] == torch.backends.cpu.get_cpu_capability()
+    if not core.available():
+        assert own["sha256"] is own["isa"] is None
+        return
+    assert len(own["sha256"]) == 64 and own["abi"] and own["isa"] == core.best()
+    code = "from quest.kernels.cpu import core; print(core.identity()['isa'])"
+    for isa in core.instruction_sets():
+        told = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"QUEST_ISA": isa}, capture_output=True, encoding="utf-8"
+        )
+        assert told.stdout.strip() == isa, told.stderr
+    assert provenance()["core"] == own
+    assert "identity()" in (ROOT / "workflow/scripts/quantize.py").read_text(encoding="utf-8")
 
 
 def test_the_digest_follows_contents(tmp_path):

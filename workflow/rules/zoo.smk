@@ -261,5 +261,7 @@ rule zoo_accept:
         runtime=5,
     params:
         folders=expand("results/zoo/{part}", part=[*ZOO_DENOISERS, "scenes-extractor", "scenes-clip"]),
+        accepted=expand("resources/zoo/{part}", part=[*ZOO_DENOISERS, "scenes-extractor", "scenes-clip"]),
     shell:
-        "{{ cp -rv {params.folders:q} -t resources/zoo && cp -v results/zoo/scenes.npz resources/reference; }} > {log:q} 2>&1"
+        "{{ cp -rv {params.folders:q} -t resources/zoo && cp -v results/zoo/scenes.npz resources/reference"
+        " && python -m quest.runtime.sums {params.accepted:q}; }} > {log:q} 2>&1"

@@ -22,6 +22,7 @@ def main() -> None:
     from quest.config import parse_bits
     from quest.diffusion.calibration_set import CalibrationSet
     from quest.diffusion.models import MODELS
+    from quest.kernels.cpu.core import identity
     from quest.quantization.cost import peak_memory
     from quest.quantization.header import read as read_header
     from quest.runtime import gpu_lock
@@ -41,14 +42,15 @@ def main() -> None:
 
     calibration = CalibrationSet.load(arguments.calibration).to(arguments.device)
     files = [arguments.calibration, *([arguments.init] if arguments.init else [])]
-    identity = {
+    job = {
         "job": [arguments.model, arguments.method, arguments.bits, arguments.device, arguments.threads],
         "recipe": recipe,
         "inputs": digest(*files),
         "code": digest(*(f for package in (quest, baselines) for f in Path(package.__file__).parent.rglob("*.py"))),
         "torch": torch.__version__,
+        "machine": identity() | {"gpu": torch.cuda.get_device_name() if arguments.device != "cpu" else None},
     }
-    with resuming(arguments.output.with_suffix(".parts"), identity) as earlier:
+    with resuming(arguments.output.with_suffix(".parts"), job) as earlier:
         start = time.perf_counter()
         pipe = quest.quantize(
             model.load(device=arguments.device),

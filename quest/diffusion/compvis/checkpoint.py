@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quest.runtime.sums import check_archive
+
 
 class ModelCheckpoint:
     """Stands in for the callback class that PyTorch Lightning of 2022 names in its checkpoints; holds nothing."""
@@ -33,6 +35,7 @@ def read(checkpoint) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} ({size}): truncated, or not a safetensors file: {error}") from None
+    check_archive(path)
     try:
         with torch.serialization.safe_globals(LIGHTNING):
             found = torch.load(path, map_location="cpu", weights_only=True)

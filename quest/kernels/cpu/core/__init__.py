@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import hashlib
 import os
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -64,6 +65,22 @@ def instruction_sets(library: ctypes.CDLL | None = None) -> list[str]:
 def best() -> str:
     """The instruction set that computes: the best of this machine, unless another one was asked for."""
     return core().quest_isa().decode()
+
+
+@cache
+def _sha256(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def identity() -> dict:
+    """What computes in this process: {sha256, abi and isa of the core, all None where there is none; torch}.
+
+    isa and torch are the instruction sets that the core and torch chose; with others, sums of floats have other bits.
+    """
+    torchs = torch.backends.cpu.get_cpu_capability()
+    if not available():
+        return {"sha256": None, "abi": None, "isa": None, "torch": torchs}
+    return {"sha256": _sha256(core()._name), "abi": abi.digest(), "isa": best(), "torch": torchs}
 
 
 def check(status: int, name: str, **inputs: torch.Tensor | None) -> None:
