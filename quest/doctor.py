@@ -85,7 +85,7 @@ def _kernel(name, device):
     try:
         found = deviation(name, device)
     except (RuntimeError, OSError) as error:
-        return what, "FAILED", str(error).splitlines()[0]
+        return what, "FAILED", (str(error) or type(error).__name__).splitlines()[0]
     if found is None:
         return what, "FAILED", "a layer's output is not finite"
     words = f"a layer is {found:.1g} of its largest output from the exact sums"

@@ -86,7 +86,8 @@ def _check(weights):
     except FileNotFoundError:
         raise
     except Exception as error:  # a pickle of other things, a truncated archive, a text file: each its own type
-        raise ValueError(f"{weights}: not a file of tensors ({str(error).splitlines()[0]})") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{weights}: not a file of tensors ({reason})") from error
     missing = [name for name in ("Mixed_6d.branch1x1.conv.weight", "fc.weight") if name not in state]
     if missing:
         raise ValueError(f"{weights}: not the weights of torch-fidelity's Inception, lacks {', '.join(missing)}")

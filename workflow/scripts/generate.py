@@ -2,6 +2,7 @@
 table of rows in docs/protocols.md, and the bibliography. It stands between two lines that say so.
 """
 
+import re
 import textwrap
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def table(methods) -> str:
 
 def replaced(text: str, part: str) -> str:
     """A text with `part` in place of what stands between its lines "begin: written by ..." and "end: ..."."""
-    lines = text.splitlines(keepends=True)
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
     begin, end = (next(i for i, line in enumerate(lines) if f"{mark}: written by" in line) for mark in ("begin", "end"))
     return "".join([*lines[: begin + 1], part, *lines[end:]])
 
