@@ -164,8 +164,8 @@ def finite_set(denoiser: nn.Module, block: TemporalInformationBlock, groups: Tim
     name_quantizers(denoiser)
     with calibrating(block, ranges.minmax):
         for t in groups.starts.tolist():
-            groups.enter(t)
-            block(torch.tensor([t], device=next(block.parameters()).device))
+            with groups.inside(t):
+                block(torch.tensor([t], device=next(block.parameters()).device))
 
 
 def work(recipe, w: int, model, trajectories: int) -> Counter:

@@ -112,7 +112,7 @@ def align(
                 adam_scales.zero_grad()
                 loss.backward()
                 decay = 0.5 * (1 + math.cos(math.pi * i / stage.iterations)) if cosine else 1.0
-                group = groups.current.item()
+                group = groups.index(calibration.timestep[rows[:1]]).item()
                 if new_visit:
                     adam_scales.restart(group)
                 adam.param_groups[0]["lr"] = stage.lr_weight * decay

@@ -9,7 +9,7 @@ only the tensors that the pass itself keeps alive (its skip connections) are in 
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
 from functools import partial
 
@@ -144,8 +144,6 @@ def reconstruct_activations(
             target = unit.lay(together(outputs), n)
             found = []
             for g, (own, share) in enumerate(zip(parts, shares, strict=True)):
-                if groups is not None:
-                    groups.enter(groups.starts[g])
                 learning_steps = partial(
                     learn_steps,
                     unit.name,
@@ -159,7 +157,8 @@ def reconstruct_activations(
                 )
                 scales = {name: q.scale for name, q in quantizers.items()}
                 kept = f"activation-steps-{unit.name}" + (f"-{g}" if groups is not None else "")
-                found.append(part(kept, lambda scales=scales: scales, learning_steps, generator))
+                with nullcontext() if groups is None else groups.inside(groups.starts[g]):
+                    found.append(part(kept, lambda scales=scales: scales, learning_steps, generator))
             errors[unit.name] = tuple(sum(values) / len(found) for values in zip(*found, strict=True))
             learned.extend(q.scale for q in quantizers.values())
         return outputs[0]

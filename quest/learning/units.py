@@ -63,7 +63,7 @@ def units(denoiser: nn.Module, inputs: dict[str, Tensor]) -> list[Unit]:
     order: list[str] = []
     handles = [m.register_forward_pre_hook(lambda *_, n=n: order.append(n)) for n, m in found.items()]
     try:
-        denoiser.forward(**inputs)
+        denoiser(**inputs)
     finally:
         for h in handles:
             h.remove()

@@ -10,9 +10,9 @@ from quest.quantization.placement import place
 @torch.no_grad()
 def look_up(denoiser: nn.Module, timestep: Tensor) -> None:
     """All that a call does because of time groups, and nothing else."""
-    denoiser.time_groups.enter(timestep)
-    for quantizer in input_quantizers(denoiser).values():
-        _ = quantizer.qparams
+    with denoiser.time_groups.inside(timestep):
+        for quantizer in input_quantizers(denoiser).values():
+            _ = quantizer.qparams
 
 
 @torch.no_grad()

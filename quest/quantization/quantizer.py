@@ -38,10 +38,10 @@ class Quantizer(nn.Module):
 
     @property
     def qparams(self) -> QParams:
-        """Scale and zero point of the current time group."""
+        """Scale and zero point of the current time group. Raises RuntimeError outside of a forward pass."""
         if self.frozen is not None and not torch.compiler.is_compiling():
             return QParams(*self.frozen[0 if self.groups is None else self.groups.number], self.spec)
-        if self.groups is None:
+        if self.groups is None or self.spec.bits == FLOAT:  # a float tensor has no range, at any timestep
             return QParams(self.scale[0], self.zero_point[0], self.spec)
         group = self.groups.current
         return QParams(self.scale[group].squeeze(0), self.zero_point[group].squeeze(0), self.spec)

@@ -1,10 +1,16 @@
 import copy
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+import quest
 from quest.affine import QuantSpec, fake_quantize
+from quest.kernels.cpu import integer
 from quest.quantization.layers import input_quantizers
+from quest.quantization.placement import place
 from quest.quantization.quantizer import Quantizer
 from quest.quantization.ranges import minmax
 from quest.quantization.swapping import swap
@@ -61,13 +67,13 @@ def test_the_group_follows_the_timestep_of_every_call(uncond_pipe, class_pipe, t
         x = torch.zeros(1, c.in_channels, c.sample_size, c.sample_size)
         kwargs = {"encoder_hidden_states": torch.zeros(1, 3, c.cross_attention_dim)} if context else {}
         seen = []
+        denoiser.conv_out.register_forward_hook(lambda *_, d=denoiser, s=seen: s.append(d.time_groups.number))
         for call in (
             lambda t, d=denoiser, x=x, k=kwargs: d(x, t, **k),
             lambda t, d=denoiser, x=x, k=kwargs: d(sample=x, timestep=torch.tensor([t]), **k),
         ):
             for t in (900, 500, 499, 3):
                 call(t)
-                seen.append(denoiser.time_groups.current.item())
         assert seen == [0, 1, 1, 2] * 2
 
 
@@ -78,8 +84,11 @@ def test_copies_keep_their_own_groups(uncond_pipe):
     assert all(q.groups is b.time_groups for q in input_quantizers(b).values())
     for q in [*input_quantizers(a).values(), *input_quantizers(b).values()]:
         q.scale.data.fill_(1.0), q.zero_point.fill_(0.0)
+    a.time_groups.enter(900)
     b(torch.zeros(1, b.config.in_channels, 8, 8), 10)
-    assert a.time_groups.current.item() == 0 and b.time_groups.current.item() == 1
+    assert a.time_groups.current.item() == 0
+    with pytest.raises(RuntimeError, match="no forward pass is in progress"):
+        _ = b.time_groups.current
 
 
 def test_only_the_current_group_gets_a_gradient():
@@ -109,3 +118,108 @@ def test_one_compiled_graph_serves_all_groups():
             groups.enter(t)
             compiled(torch.ones(4, 8))
     assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+KERNELS = ["reference"] + ["integer"] * (integer.unavailable(torch.device("cpu")) is None)
+
+
+@pytest.fixture(scope="module")
+def grouped_denoiser(text_pipe, text_calibration):
+    recipe = dict(time_groups=3, tla_iterations=0, cma_iterations=0, samples=8)
+    return quest.quantize(text_pipe, "quest", "w4a8", calibration=text_calibration, **recipe).unet
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_threads_share_a_denoiser(kernel, grouped_denoiser, text_calibration):
+    """Each of 8 threads gets at each timestep what it gets alone, whatever the others are at."""
+    denoiser = copy.deepcopy(grouped_denoiser)
+    place(denoiser, kernel)
+    times = text_calibration.timesteps
+    inputs = {t: text_calibration.inputs((text_calibration.timestep == t).nonzero().flatten()[:2]) for t in times}
+    alone = {t: denoiser(**inputs[t]).sample for t in times}
+    assert len({denoiser.time_groups.index(t).item() for t in times}) == 3
+    wrong, together = [], threading.Barrier(8)
+
+    def sample(first: int) -> None:
+        with torch.no_grad():
+            for turn in range(12):
+                together.wait()  # all of them in a pass at the same time
+                t = times[(first + turn) % len(times)]
+                if not torch.equal(denoiser(**inputs[t]).sample, alone[t]):
+                    wrong.append((first, t))
+
+    threads = [threading.Thread(target=sample, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_call_within_a_call(kernel, grouped_denoiser, text_calibration):
+    """A hook that calls the same denoiser at another timestep changes nothing in the call around it."""
+    denoiser = copy.deepcopy(grouped_denoiser)
+    place(denoiser, kernel)
+    first, *_, last = times = text_calibration.timesteps
+    inputs = {t: text_calibration.inputs((text_calibration.timestep == t).nonzero().flatten()[:2]) for t in times}
+    expected = denoiser(**inputs[first]).sample
+    inner = []
+
+    def call(*_) -> None:
+        handle.remove()
+        inner.append(denoiser(**inputs[last]).sample)
+
+    handle = denoiser.mid_block.register_forward_hook(call)
+    assert torch.equal(denoiser(**inputs[first]).sample, expected)
+    assert torch.equal(inner[0], denoiser(**inputs[last]).sample)
+
+
+@torch.no_grad()
+def test_an_error_leaves_no_group_behind(grouped_denoiser, text_calibration):
+    denoiser = copy.deepcopy(grouped_denoiser)
+    inputs = text_calibration.inputs(torch.arange(2))
+    expected = denoiser(**inputs).sample
+
+    def fail(*_):
+        raise KeyError("from a hook")
+
+    handle = denoiser.mid_block.register_forward_hook(fail)
+    with pytest.raises(KeyError):
+        denoiser(**inputs)
+    handle.remove()
+    with pytest.raises(ValueError, match="above the calibrated range"):
+        denoiser(**inputs | {"timestep": 5000})
+    with pytest.raises(RuntimeError, match="no forward pass is in progress"):
+        denoiser.mid_block.resnets[0].conv1(torch.zeros(1, 64, 4, 4))
+    assert torch.equal(denoiser(**inputs).sample, expected)
+
+
+def test_a_pickled_copy_is_in_no_forward_pass(grouped_denoiser):
+    groups = grouped_denoiser.time_groups
+    with groups.inside(0):
+        copied = pickle.loads(pickle.dumps(groups))
+    assert copied.starts.tolist() == groups.starts.tolist() and copied.position == groups.position
+    with pytest.raises(RuntimeError, match="no forward pass is in progress"):
+        _ = copied.current
+
+
+@torch.no_grad()
+def test_a_compiled_denoiser_in_threads(grouped_denoiser, text_calibration):
+    denoiser = copy.deepcopy(grouped_denoiser)
+    torch._dynamo.reset()
+    compiled = torch.compile(denoiser, backend="eager")
+    times = text_calibration.timesteps
+    inputs = {t: text_calibration.inputs((text_calibration.timestep == t).nonzero().flatten()[:2]) for t in times}
+    alone = {t: denoiser(**inputs[t]).sample for t in times}
+    with ThreadPoolExecutor(4) as pool:
+
+        def same(t: int) -> bool:
+            with torch.no_grad():
+                return torch.equal(compiled(**inputs[t]).sample, alone[t])
+
+        assert all(same(t) for t in times) and all(pool.map(same, times * 2))
+    with pytest.raises(RuntimeError, match="no forward pass is in progress"):
+        _ = denoiser.time_groups.current
