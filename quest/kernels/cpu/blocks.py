@@ -10,6 +10,7 @@ always did.
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from quest.kernels.cpu import fused
 from quest.kernels.cpu.core import calls
-from quest.kernels.cpu.integer import computes, fuses, on_integers, plus
+from quest.kernels.cpu.integer import bare, computes, fuses, on_integers, plus
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm, silu: bool, **more: Tensor | None) -> Tensor:
@@ -55,9 +56,10 @@ class FusedTransformerBlock(BasicTransformerBlock):
         *args,
         **kwargs,
     ) -> Tensor:
-        said = (attention_mask, *args, *(v for k, v in kwargs.items() if k not in ("timestep", "class_labels")))
-        inputs = [t for t in (hidden_states, encoder_hidden_states) if t is not None]
-        plain = all(map(computes, inputs)) and all(a is None for a in said)
+        said = {k for k, v in kwargs.items() if v is not None} - {"timestep", "class_labels"} if kwargs else ()
+        plain = not said and attention_mask is None and not any(a is not None for a in args)
+        plain = plain and computes(hidden_states)
+        plain = plain and (encoder_hidden_states is None or computes(encoder_hidden_states))
         struct = fused.struct_of(self, transformer_block) if plain else None
         if struct is None:
             return super().forward(hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
@@ -72,9 +74,11 @@ def transformer_block(block: FusedTransformerBlock) -> fused.Block | None:
         and block.pos_embed is None
         and block._chunk_size is None
         and not hasattr(block, "fuser")
-        and all(isinstance(a.processor, tuple(fused.PROCESSORS)) and not a.residual_connection for a in modules)
-        and [type(m) for m in block.ff.net[:2]] == [FusedGEGLU, nn.Dropout]
+        and all(isinstance(a, Attention) and not a.residual_connection for a in modules)
         and len(block.ff.net) == 3
+        and type(block.ff.net[0]) is FusedGEGLU
+        and fused.idle(block.ff.net[1])
+        and all(type(norm) is FusedLayerNorm for norm in (block.norm1, block.norm2, block.norm3) if norm is not None)
     )
     attentions = [fused.attention(a) for a in modules] if plain else [None]
     if None in attentions or not on_integers(block.ff.net[0].proj, block.ff.net[2]):
@@ -91,23 +95,20 @@ def transformer_block(block: FusedTransformerBlock) -> fused.Block | None:
             *map(fused.layer, layers),
         )
 
-    return fused.Block(
-        struct, (*norms, *modules, *(p for a in attentions for p in a.parts), block.ff, *block.ff.net, layers[0])
-    )
+    inside = [part for a in attentions for part in a.parts]
+    return fused.Block(struct, (block, *norms, *inside, block.ff, block.ff.net, *block.ff.net, layers[0]))
 
 
 class FusedResnetBlock(ResnetBlock2D):
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
-        modulated = self.time_embedding_norm == "scale_shift"
-        known = modulated or self.time_embedding_norm == "default"
         # diffusers adds the embedding of one sample to all.
-        each = temb is None or (computes(temb) and len(temb) == len(input_tensor))
-        if not computes(input_tensor) or not each or not known or type(self.nonlinearity) is not nn.SiLU:
+        plain = computes(input_tensor) and (temb is None or (computes(temb) and len(temb) == len(input_tensor)))
+        struct = fused.struct_of(self, resnet_block) if plain else None
+        if struct is None and not (plain and self.known()):
             return super().forward(input_tensor, temb, *args, **kwargs)
         embedding = None
         if self.time_emb_proj is not None and temb is not None:
             embedding = (temb if self.skip_time_act else F.silu(temb)).contiguous()
-        struct = fused.struct_of(self, resnet_block)
         if struct is not None:
             input_tensor = input_tensor.contiguous(memory_format=torch.channels_last)
             residual = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
@@ -119,19 +120,32 @@ class FusedResnetBlock(ResnetBlock2D):
         hidden = self.conv1(hidden)
         if embedding is not None:
             embedding = self.time_emb_proj(embedding).contiguous()
-        hidden = group_norm(hidden, self.norm2, True, **{"modulation" if modulated else "shift": embedding})
+        added = "modulation" if self.time_embedding_norm == "scale_shift" else "shift"
+        hidden = group_norm(hidden, self.norm2, True, **{added: embedding})
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
         output = plus(self.conv2, hidden, input_tensor)
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
 
+    def known(self) -> bool:
+        """Whether norms, activation and dropout are those that are computed here, and nobody listens to them."""
+        return (
+            self.time_embedding_norm in ("default", "scale_shift")
+            and type(self.norm1) is type(self.norm2) is FusedGroupNorm
+            and type(self.nonlinearity) is nn.SiLU
+            and fused.idle(self.dropout)
+            and bare(self.norm1, self.norm2, self.nonlinearity, self.dropout)
+        )
+
 
 def resnet_block(block: FusedResnetBlock) -> fused.Block | None:
     """What the core needs to compute it; None where it cannot."""
     layers = [block.conv1, block.conv2] + ([] if block.time_emb_proj is None else [block.time_emb_proj])
+    if not block.known() or not on_integers(*layers):
+        return None
     same = [(c.kernel_size, c.stride, c.padding, c.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1)) for c in layers[:2]]
     resampled = block.upsample is not None or block.downsample is not None
-    if resampled or block.output_scale_factor != 1 or not all(same) or not on_integers(*layers):
+    if resampled or block.output_scale_factor != 1 or not all(same):
         return None
 
     def struct():
@@ -142,7 +156,7 @@ def resnet_block(block: FusedResnetBlock) -> fused.Block | None:
             block.time_embedding_norm == "scale_shift",
         )
 
-    return fused.Block(struct, (block.norm1, block.norm2, *layers))
+    return fused.Block(struct, (block, block.norm1, block.norm2, block.nonlinearity, block.dropout, *layers))
 
 
 class FusedUpsample(Upsample2D):

@@ -1,13 +1,18 @@
 """Whole blocks that the compiled core computes in one call (`csrc/blocks.cpp`): C structs of what it must know of them.
 
-A struct holds addresses and the ranges of one time group. It is made when the group is first met and kept until
-`forget`, which whoever packs layers anew calls (`blocks.fuse`, `blocks.unfuse`).
+A struct holds addresses and the ranges of one time group. It is made when the group is first met and kept until what
+it was made of changes (`Block`), or until `forget`, which whoever packs layers anew calls (`blocks.fuse`, `.unfuse`).
 """
 
 import ctypes
 from collections.abc import Callable, Iterable
 
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from quest.kernels.cpu.core import calls
 from quest.kernels.cpu.integer import computes, on_integers
@@ -16,31 +21,97 @@ from quest.kernels.cpu.integer import computes, on_integers
 PROCESSORS: list[type] = []
 
 
-class Block:
-    """A block of which all layers run on integers.
+# What of a module a struct copies, or decides whether there is one.
+READ = {
+    nn.GroupNorm: ("eps", "num_groups"),
+    nn.LayerNorm: ("eps",),
+    nn.Dropout: ("p", "training"),
+    nn.Conv2d: ("kernel_size", "stride", "padding", "dilation"),
+    Attention: ("heads", "scale", "rescale_output_factor", "residual_connection"),
+    BasicTransformerBlock: ("norm_type", "pos_embed", "_chunk_size", "only_cross_attention"),
+    ResnetBlock2D: ("time_embedding_norm", "output_scale_factor", "upsample", "downsample"),
+}
+UNREAD = ("weight", "codes", "origin")  # of a layer, beside what its kernel packed
+# Hooks of every module there is.
+everywhere = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
 
-    struct: makes its struct for the current time group. parts: every module in it; where one has hooks, which the core
-    would not call, there is no struct.
+
+class Block:
+    """A block of which all layers run on integers, and all that its structs were made of.
+
+    make: makes its struct for the current time group. parts: it itself, then every module in it.
+
+    Nothing stops anybody from changing a module between two calls: an adapter is put around a layer, a weight gets
+    other memory, a scale another value. So each call compares, before it believes a struct, children, tensors and their
+    addresses, attributes (READ), and the values of ranges with what they were. Tensors are kept: what a struct points
+    to stays, whatever becomes of the modules, and no other tensor can come to lie at its address.
     """
 
-    def __init__(self, struct: Callable[[], ctypes.Structure], parts: Iterable[nn.Module]):
-        self.make, self.parts = struct, tuple(parts)
-        quantizers = [m for part in self.parts for m in part.modules() if hasattr(m, "frozen")]
-        self.groups = next((q.groups for q in quantizers if q.groups is not None), None)
-        # What structs point to stays, whatever becomes of the modules.
-        self.tensors = [t for part in self.parts for t in (*part.parameters(), *part.buffers())]
+    def __init__(self, make: Callable[[], ctypes.Structure], parts: Iterable[nn.Module]):
+        self.parts = parts = tuple(dict.fromkeys(parts))
+        quantizers = [q for part in parts for q in part.children() if is_range(q)]
+        quantizers = [q for q in quantizers if q.spec.axis is None]  # those of weights are packed with them
+        self.make = make
+        groups = list({id(q.groups): q.groups for q in quantizers if q.groups is not None}.values())
+        self.groups, self.divided = groups[0] if groups else None, len(groups) > 1
         self.structs: dict[int, ctypes.Structure] = {}
+        states = [vars(module) for module in (*parts, *quantizers)]
+        self.inner = [vars(part) for part in parts[1:]]
+        self.hooks = [state[kind] for state in states[1:] for kind in ("_forward_hooks", "_forward_pre_hooks")]
+        self.hooks += everywhere
+        self.children = [(state["_modules"], dict(state["_modules"])) for state in states if state["_modules"]]
+        self.entries = [
+            (state[kind], name, value)
+            for state in states
+            for kind in ("_parameters", "_buffers")
+            for name, value in state[kind].items()
+            if not ("kernel_name" in state and name in UNREAD)
+        ]
+        tensors = [value for *_, value in self.entries if value is not None]
+        self.kept, self.learned = [t.detach() for t in tensors], [t for t in tensors if isinstance(t, nn.Parameter)]
+        self.pointed, self.addresses = tensors, [t.data_ptr() for t in tensors]
+        for part in parts:
+            read = [name for kind, names in READ.items() if isinstance(part, kind) for name in names]
+            self.entries += [(vars(part), n, vars(part)[n]) for n in (*read, "kernel_name") if n in vars(part)]
+        self.entries += [(vars(q), name, vars(q)[name]) for q in quantizers for name in ("spec", "groups")]
+        self.ranges = [memoryview(t.detach().numpy()) for q in quantizers for t in (q.scale, q.zero_point)]
+        self.known = b"".join(self.ranges)
 
     def __reduce__(self):
         return type(None), ()  # a copy of the module asks anew: addresses are not copied
 
+    def unchanged(self) -> bool:
+        """Whether modules, tensors, addresses and attributes are those that structs were made of."""
+        try:
+            for state, name, value in self.entries:
+                if state[name] is not value:
+                    return False
+        except KeyError:
+            return False
+        for now, then in self.children:
+            if now != then:
+                return False
+        return list(map(Tensor.data_ptr, self.pointed)) == self.addresses and b"".join(self.ranges) == self.known
+
     def struct(self) -> ctypes.Structure | None:
-        if any(part._forward_hooks or part._forward_pre_hooks for part in self.parts):
+        """For the current time group; None where the core would pass over a hook, another forward, or a gradient."""
+        if any(self.hooks) or self.divided:
+            return None
+        for state in self.inner:
+            if "forward" in state:
+                return None
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.learned):
             return None
         number = 0 if self.groups is None else self.groups.number
         if number not in self.structs:
-            self.structs[number] = self.make()
+            struct = self.structs[number] = self.make()
+            struct.kept = self.kept  # also while another thread replaces this block
         return self.structs[number]
+
+
+def is_range(module: nn.Module) -> bool:
+    """Whether a module holds the scales and zero points of a tensor; kernels do not know its class."""
+    return "zero_point" in module._buffers
 
 
 def forget(denoiser: nn.Module) -> None:
@@ -53,6 +124,10 @@ def struct_of(module: nn.Module, look: Callable[[nn.Module], Block | None]) -> c
     block = vars(module).get("one_call")
     if block is None:
         block = module.one_call = look(module) or False
+    elif block and not block.unchanged():
+        block = look(module)
+        if block is not None:  # else what is known stays known as changed, and the next call looks again
+            module.one_call = block
     return block.struct() if block else None
 
 
@@ -69,16 +144,20 @@ def norm(module: nn.Module) -> ctypes.Structure:
 
 def attention(module: nn.Module) -> Block | None:
     """Of an `Attention` of diffusers whose processor is one of PROCESSORS."""
-    processor, layers = module.processor, (module.to_q, module.to_k, module.to_v, module.to_out[0])
-    same = module.to_out[0].out_features == module.to_q.in_features and module.rescale_output_factor == 1
-    if processor.kernel_name != "integer" or not on_integers(*layers) or not same:
+    processor, out = module.processor, module.to_out
+    layers = (module.to_q, module.to_k, module.to_v, out[0])
+    if type(processor) not in PROCESSORS or processor.kernel_name != "integer" or not on_integers(*layers):
+        return None
+    if len(out) != 2 or not idle(out[1]) or out[0].out_features != layers[0].in_features:
+        return None
+    if module.rescale_output_factor != 1:
         return None
 
     def struct():
         ranges = tuple(_range(q) for q in (processor.q, processor.k, processor.v, processor.p))
         return calls.AttentionBlock(*map(layer, layers), ranges, module.scale, module.heads)
 
-    return Block(struct, (*layers, processor))
+    return Block(struct, (module, *layers, processor, out, out[1]))
 
 
 def attended(module: nn.Module, x: Tensor, context: Tensor, residual: Tensor | None) -> Tensor | None:
@@ -90,6 +169,12 @@ def attended(module: nn.Module, x: Tensor, context: Tensor, residual: Tensor | N
     return None if block is None else calls.attention_block(block, x, context, residual)
 
 
+def idle(dropout: nn.Module) -> bool:
+    """Whether a dropout passes on what it gets."""
+    return type(dropout) is nn.Dropout and not (dropout.training and dropout.p)
+
+
 def _range(quantizer: nn.Module) -> tuple[float, float, float]:
-    scale, zero_point, spec = quantizer.qparams
-    return float(scale), spec.qmin - float(zero_point), spec.qmax - float(zero_point)
+    number, spec = 0 if quantizer.groups is None else quantizer.groups.number, quantizer.spec
+    scale, zero_point = quantizer.scale[number].item(), quantizer.zero_point[number].item()
+    return scale, spec.qmin - zero_point, spec.qmax - zero_point

@@ -177,13 +177,21 @@ def computes(x: Tensor) -> bool:
 
 
 def on_integers(*layers: nn.Module) -> bool:
-    """Whether all these layers run on this kernel, to their last number."""
-    return all(getattr(m, "kernel_name", None) == "integer" and m.output_quantizer is None for m in layers)
+    """Whether all these layers run on this kernel, and nothing quantizes their outputs."""
+    # Of the class: what is put around a layer may pass on its attributes.
+    return all(
+        hasattr(type(m), "kernel_name") and m.kernel_name == "integer" and m.output_quantizer is None for m in layers
+    )
+
+
+def bare(*modules: nn.Module) -> bool:
+    """Whether calling these modules is their forward and nothing else: no hook, and no function in its place."""
+    return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
 
 
 def fuses(layer: nn.Module, x: Tensor) -> bool:
     """Whether a layer computes on x what else this kernel does in the same pass: `gated`, `residual`."""
-    return on_integers(layer) and computes(x)
+    return on_integers(layer) and bare(layer) and computes(x)
 
 
 def plus(layer: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
