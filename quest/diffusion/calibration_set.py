@@ -99,6 +99,17 @@ class CalibrationSet:
         missing = {f.name for f in fields(cls)} - {"conditioning"} - set(tensors)
         if missing:
             raise ValueError(f"{path} is not a calibration set: it lacks {', '.join(sorted(missing))}")
+        n = tensors["sample"].shape[:1]
+        for name, value in tensors.items():
+            whole = name in ("timestep", "trajectory", "call")
+            if value.shape[:1] != n or whole and (value.dtype != torch.int64 or value.ndim != 1 or (value < 0).any()):
+                raise ValueError(
+                    f"{path}: its tensor {name} is {value.dtype} {tuple(value.shape)}, not one of {n[0]} rows"
+                )
+            if not value.isfinite().all():
+                raise ValueError(f"{path}: its tensor {name} is not finite: full precision diverged")
+        if tensors["target"].shape != tensors["sample"].shape or not n[0]:
+            raise ValueError(f"{path}: predictions {tuple(tensors['target'].shape)} are not of the shape of the inputs")
         prefix = "conditioning."
         conditioning = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
         return cls(**tensors, conditioning=conditioning)

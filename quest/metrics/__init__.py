@@ -84,6 +84,9 @@ def _read(path: str | Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
     missing = [name for name in needed if name not in arrays]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}")
+    index = arrays["index"]
+    if index.ndim != 1 or index.dtype.kind not in "iu" or not len(index):
+        raise ValueError(f"{path}: index is {index.dtype} {index.shape}, not whole numbers [N]")
     for name in set(arrays) - {"eps_error", "timesteps", "metadata"}:
         if len(arrays[name]) != len(arrays["index"]):
             raise ValueError(f"{path}: {name} has {len(arrays[name])} rows for {len(arrays['index'])} images")

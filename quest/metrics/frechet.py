@@ -131,6 +131,14 @@ class Reference:
                 f"{name}: statistics of {made or 'an unnamed extractor'}, the cell has features of {extractor}; make "
                 f"them with `python -m workflow.scripts.reference IMAGES --extractor {extractor} -o {name}`"
             )
+        from quest.metrics import weights
+
+        known, own = self.metadata.get("extractor_sha256"), weights.sha256(extractor)
+        if known and own and known != own:
+            raise ValueError(
+                f"{name}: statistics of other weights of {extractor} (SHA-256 {known[:12]}..., here {own[:12]}...); "
+                "make them again"
+            )
 
 
 def save_reference(

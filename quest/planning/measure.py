@@ -5,6 +5,7 @@ adds to it. Seconds on a CPU are those of the processor with one thread, so that
 """
 
 import csv
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -54,7 +55,15 @@ def read(path: Path = COSTS) -> list[dict]:
     for line, row in enumerate(rows, start=2):
         if row["what"] not in WHAT:
             raise ValueError(f"{path}, line {line}: {row['what']!r} is not one of {', '.join(WHAT)}")
-        row["value"] = float(row["value"])
+        empty = [column for column in COLUMNS if not row[column]]
+        if empty or None in row:
+            raise ValueError(f"{path}, line {line}: {f'{empty[0]} is missing' if empty else 'more columns than names'}")
+        try:
+            row["value"], _ = float(row["value"]), int(row["batch"])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: {error}") from None
+        if not 0 <= row["value"] < math.inf:
+            raise ValueError(f"{path}, line {line}: value {row['value']}; needed: a finite number from 0 on")
     return rows
 
 

@@ -6,6 +6,7 @@ fingerprint.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,7 +71,16 @@ def fingerprint(model: Model, images: str, n: int, reference_sha256: str = "") -
 def _origin(model):
     if model.origin is None:
         return {"sha256": weights.sha256_of(ZOO / model.name / "unet" / "diffusion_pytorch_model.safetensors")}
-    return read_json(PREPARED / model.name / "origin.json")
+    path = PREPARED / model.name / "origin.json"
+    found = read_json(path)
+    hashes = [found.get("sha256"), (found.get("captions") or {}).get("sha256", "0" * 64)] if _mapping(found) else [None]
+    if not all(isinstance(one, str) and re.fullmatch("[0-9a-f]{64}", one) for one in hashes):
+        raise ValueError(f"{path}: sha256 of the weights, and of captions where there are any, must be 64 digits each")
+    return found
+
+
+def _mapping(found):
+    return isinstance(found, dict) and isinstance(found.get("captions") or {}, dict)
 
 
 def published(path: str | Path = PUBLISHED) -> pd.DataFrame:
@@ -84,7 +94,8 @@ def published(path: str | Path = PUBLISHED) -> pd.DataFrame:
         raise ValueError(f"{path}: columns are {', '.join(frame.columns)}; needed: {', '.join(COLUMNS)}")
     for line, row in enumerate(frame.itertuples(), start=2):
         try:
-            float(row.value or "nan")
+            if row.value and not math.isfinite(float(row.value)):
+                raise ValueError(f"value {row.value}; needed: a finite number, or nothing")
             protocol_says(row.protocol)
         except ValueError as error:
             raise ValueError(f"{path}, line {line}: {error}") from None

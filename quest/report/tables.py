@@ -57,6 +57,7 @@ def read(paths: Sequence[str | Path]) -> list[dict]:
         missing = [key for key in needed if key not in cell]
         if missing:
             raise ValueError(f"{path}: lacks {', '.join(missing)}")
+        _check_rows(cell, path)
         unknown = [row["metric"] for row in cell["rows"] if row["metric"] not in METRICS]
         if unknown:
             raise ValueError(f"{path}: metric {unknown[0]!r} is not one of {', '.join(METRICS)}")
@@ -66,6 +67,20 @@ def read(paths: Sequence[str | Path]) -> list[dict]:
         seen[key] = path
         cells.append(cell)
     return cells
+
+
+def _check_rows(cell, path):
+    """Raise ValueError, naming the file and the field, unless numbers are numbers and lists are lists."""
+    number, text = lambda v: type(v) in (int, float), lambda v: isinstance(v, str)
+    kinds = {"metric": text, "value": number, "low": number, "high": number, "n": lambda v: type(v) is int and v > 0}
+    kinds |= {"extractor": text, "protocol": text, "note": text}
+    for i, row in enumerate(cell["rows"] if isinstance(cell["rows"], list) else [None]):
+        for key, holds in kinds.items():
+            if not isinstance(row, dict) or not holds(row.get(key)):
+                raise ValueError(f"{path}: rows[{i}].{key} is {row.get(key) if isinstance(row, dict) else row!r}")
+        resampled = cell["resampled"].get(row["metric"]) if isinstance(cell["resampled"], dict) else None
+        if row["metric"] in METRICS and not (isinstance(resampled, list) and all(map(number, resampled))):
+            raise ValueError(f"{path}: resampled.{row['metric']} is no list of numbers")
 
 
 def main_frame(cells: list[dict]) -> pd.DataFrame:

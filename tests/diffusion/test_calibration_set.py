@@ -63,3 +63,23 @@ def test_a_calibration_set_that_changed_is_refused(uncond_calibration, tmp_path)
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"calibration\.safetensors is corrupted, or no safetensors file"):
         CalibrationSet.load(path)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda kept: kept["sample"].reshape(-1)[:1].fill_(torch.nan), "sample is not finite"),
+        (lambda kept: kept.update(timestep=kept["timestep"].float()), "timestep is torch.float32"),
+        (lambda kept: kept.update(call=kept["call"] - 99), "call is torch.int64"),
+        (lambda kept: kept.update(trajectory=kept["trajectory"][1:]), "trajectory is"),
+        (lambda kept: kept.update(target=kept["target"][:, 1:].contiguous()), "predictions"),
+    ],
+)
+def test_a_set_that_is_none_is_refused_whatever_its_hashes(uncond_calibration, tmp_path, change, words):
+    path = tmp_path / "forged.safetensors"
+    names = ("sample", "timestep", "target", "trajectory", "call")
+    kept = {name: getattr(uncond_calibration, name).clone() for name in names}
+    change(kept)
+    CalibrationSet(**kept).save(path)
+    with pytest.raises(ValueError, match=rf"forged\.safetensors: .*{words}"):
+        CalibrationSet.load(path)

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from quest.metrics.frechet import Statistics, fid_infinity, frechet_distance, load_reference, save_reference
+from quest.diffusion.models import SCENES
+from quest.metrics.frechet import Reference, Statistics, fid_infinity, frechet_distance, load_reference, save_reference
 
 
 def features(n, d, seed=0, shift=0.0):
@@ -142,3 +143,11 @@ def test_bad_input(tmp_path):
     (tmp_path / "text.npz").write_text("hello", encoding="utf-8")
     with pytest.raises(ValueError, match="text.npz: not an .npz file"):
         load_reference(tmp_path / "text.npz")
+
+
+def test_statistics_of_other_weights_of_a_network_are_refused():
+    shipped = load_reference(SCENES)
+    shipped.check("scenes")
+    other = Reference(shipped.pool, shipped.spatial, shipped.metadata | {"extractor_sha256": "0" * 64})
+    with pytest.raises(ValueError, match="scenes.npz: statistics of other weights of scenes"):
+        other.check("scenes", "scenes.npz")

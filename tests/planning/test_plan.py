@@ -262,3 +262,23 @@ def test_measured_costs_without_weights_are_of_the_denoiser():
     model = replace(MODELS["tiny-imagenet"], load=absent)
     rows = measure.measure(model, "cpu", batch=2, repeats=1)
     assert {row["what"] for row in rows} == {"start", "call", "memory"} and rows[0]["weights"] == "untrained"
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ("m,x,call,nan,s,1,trained,2026-01-01", "line 2: value nan"),
+        ("m,x,call,-1,s,1,trained,2026-01-01", "line 2: value -1"),
+        ("m,x,call,inf,s,1,trained,2026-01-01", "line 2: value inf"),
+        ("m,x,call,fast,s,1,trained,2026-01-01", "line 2: could not convert"),
+        ("m,x,call,1,s,1.5,trained,2026-01-01", "line 2: invalid literal"),
+        ("m,x,call,1,s,1,trained", "line 2: date is missing"),
+        (",x,call,1,s,1,trained,2026-01-01", "line 2: model is missing"),
+        ("m,x,call,1,s,1,trained,2026-01-01,more", "line 2: more columns"),
+    ],
+)
+def test_a_cost_that_is_no_number_is_named(tmp_path, row, words):
+    file = tmp_path / "costs.csv"
+    file.write_text(f"{','.join(measure.COLUMNS)}\n{row}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"costs.csv, {words}"):
+        measure.read(file)

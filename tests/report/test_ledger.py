@@ -201,3 +201,21 @@ def test_bad_files(tmp_path):
         file.write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match=told):
             ledger.published(file)
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "many"])
+def test_a_published_number_is_finite(tmp_path, value):
+    row = ["paper", "1", "sd14", "quest", "w4a4", "fid", value, "", ""]
+    file = tmp_path / "published.csv"
+    file.write_text(f"{','.join(ledger.COLUMNS)}\n{','.join(row)}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="published.csv, line 2"):
+        ledger.published(file)
+
+
+@pytest.mark.parametrize("told", ["[]", "{}", '{"sha256": "abc"}', '{"sha256": 4}', '{"captions": 3}', "{", "NaN"])
+def test_an_origin_without_a_hash_is_named(tmp_path, monkeypatch, told):
+    monkeypatch.setattr(ledger, "PREPARED", tmp_path)
+    (tmp_path / "sd14").mkdir()
+    (tmp_path / "sd14/origin.json").write_text(told, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"sd14/origin\.json: "):
+        ledger._origin(MODELS["sd14"])

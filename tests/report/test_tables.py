@@ -367,3 +367,23 @@ def test_a_value_beyond_full_precision_is_not_the_best(name, beyond, short_of):
 
     assert best(short_of) == {("quest", "w4a4", name)}
     assert best(beyond) == set()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda cell: cell["rows"][0].update(value="4"), r"rows\[0\].value is '4'"),
+        (lambda cell: cell["rows"][0].update(low=True), r"rows\[0\].low is True"),
+        (lambda cell: cell["rows"][0].update(n=1.5), r"rows\[0\].n is 1.5"),
+        (lambda cell: cell["rows"][0].pop("note"), r"rows\[0\].note is None"),
+        (lambda cell: cell.update(rows={}), r"rows\[0\]"),
+        (lambda cell: cell["rows"].append("fid"), "'fid'"),
+        (lambda cell: cell["resampled"].clear(), "resampled.* is no list of numbers"),
+        (lambda cell: cell.update(resampled=[1.0]), "resampled.* is no list of numbers"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(cells, tmp_path, change, words):
+    change(cells[0])
+    (tmp_path / "metrics.json").write_text(dumps(cells[0]), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"metrics.json: .*{words}"):
+        tables.read([tmp_path / "metrics.json"])
