@@ -61,7 +61,7 @@ def test_every_block_is_understood():
     assert strange == []
     for page in PAGES:  # a block of another kind would hide its commands
         kinds = set(re.findall(r"^```(\S+.*)$", page.read_text(encoding="utf-8"), re.MULTILINE))
-        assert kinds <= {"sh", "sh run", "python", "yaml"}, page
+        assert kinds <= {"sh", "sh run", "python", "yaml", "mermaid"}, page
 
 
 class Parsed(Exception):

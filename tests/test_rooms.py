@@ -5,6 +5,7 @@ all rooms and may import any of them.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -136,6 +137,25 @@ def test_the_table_itself_goes_one_way_and_has_no_room_that_is_gone():
     for place, (room, allowed) in enumerate(ROOMS.items()):
         assert allowed <= set(list(ROOMS)[:place]), room
     assert {room_of(module) for module in sources(ROOT)} == set(ROOMS)
+
+
+def reachable(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Room -> the rooms that it imports, directly or through other rooms."""
+
+    def below(room: str) -> set[str]:
+        return set(arrows[room]).union(*map(below, arrows[room]))
+
+    return {room: below(room) for room in arrows}
+
+
+def test_the_diagram_of_contributing_shows_the_table():
+    """The diagram leaves out arrows that follow from others, so both must reach the same rooms."""
+    diagram = re.search(r"```mermaid\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = re.findall(r"^ +(\S+) --> (.+)$", diagram[1], re.MULTILINE)
+    arrows = {room: set(imported.split(" & ")) for room, imported in lines}
+    arrows |= {room: set() for room in set().union(*arrows.values()) - set(arrows)}
+    names = {room: room.removeprefix("quest.") for room in ROOMS}
+    assert reachable(arrows) == reachable({names[r]: {names[a] for a in allowed} for r, allowed in ROOMS.items()})
 
 
 @pytest.mark.parametrize(
