@@ -208,7 +208,8 @@ int quest_resnet_block(const ResnetBlock* block, const float* x, int64_t samples
   return guarded([&] {
     check_sizes(threads, samples, height, width);
     check(*block, channels, embedding_channels, outputs);
-    return resnet_block(*block, x, samples, height, width, embedding, residual, out, threads);
+    return resnet_block(*block, x, samples, height, width, embedding_channels ? embedding : nullptr, residual, out,
+                        threads);
   });
 }
 

@@ -26,8 +26,10 @@ Weight layout(int64_t outputs, int64_t channels, int64_t height, int64_t width, 
 }
 
 const Weight& weight_of(const void* packed, int64_t bytes) {
+  const char* const none = "this is no packed weight";
+  require(packed && bytes >= static_cast<int64_t>(sizeof(Weight)), none);
   const Weight& w = *static_cast<const Weight*>(packed);
-  require(packed && bytes >= static_cast<int64_t>(sizeof(Weight)) && w.magic == MAGIC, "this is no packed weight");
+  require(w.magic == MAGIC, none);
   const Weight same = layout(w.outputs, w.channels, w.height, w.width, w.bits);
   require(w.bytes == same.bytes && w.codes == same.codes && w.scales == same.scales && w.zero_points == same.zero_points &&
               w.bytes <= bytes,

@@ -1,0 +1,137 @@
+// Packed weights, linear layers, convolutions, norms and fake quantization, through the functions of the ABI.
+#include "packed.h"
+
+namespace test {
+namespace {
+
+using namespace quest;
+
+void pack() {
+  for (int i = 0; i < 60; i++) {
+    const Packed w(integer(1, 40), integer(1, 40), integer(1, 3), integer(1, 3), chance(.5) ? 4 : 8, 1);
+    Exactly<uint8_t> codes(w.codes.size);
+    CHECK(!quest_unpack(w.memory, w.memory.size, w.outputs, w.channels, w.height, w.width, codes));
+    for (int64_t j = 0; j < codes.size; j++) CHECK(codes[j] == w.codes[j]);
+  }
+}
+
+void linear() {
+  for (int i = 0; i < 250; i++) {
+    const int64_t rows = chance(.05) ? 0 : chance(.1) ? integer(200, 400) : integer(1, 60);
+    const int64_t channels = integer(1, 150), outputs = chance(.3) ? 32 * integer(1, 3) : integer(1, 70);
+    const bool gated = chance(.3) && outputs % 2 == 0, biased = chance(.5), more = !gated && chance(.5);
+    const Packed w(outputs, channels, 1, 1, chance(.5) ? 4 : 8, gated ? 0 : 1.f);
+    const Range r = range(gated ? .05f : 1.f);
+    const int64_t stride = channels + (chance(.5) ? 0 : integer(1, 9)), width = gated ? outputs / 2 : outputs;
+    const Exactly<float> x(rows ? (rows - 1) * stride + channels : 0, [&] { return input(r); });
+    const Exactly<float> bias(outputs, [] { return integer(-9, 9); }), residual(rows * width, [] { return integer(-9, 9); });
+    Exactly<float> out(rows * width, [] { return NAN; });
+    CHECK(!quest_linear(x, rows, channels, stride, w.memory, w.memory.size, bias.when(biased), r.scale, r.low, r.high,
+                        gated, residual.when(more), out, width, static_cast<int>(integer(1, 3))));
+    for (int64_t row = 0; row < rows; row++) {
+      Exactly<double> y(outputs);
+      for (int64_t o = 0; o < outputs; o++) {
+        int64_t sum = 0;
+        for (int64_t c = 0; c < channels; c++) sum += code(x[row * stride + c], r) * w.value(o, c);
+        y[o] = static_cast<double>(static_cast<float>(sum)) * w.scale[o] * r.scale + (biased ? bias[o] : 0);
+      }
+      for (int64_t o = 0; o < width; o++) {
+        const float found = out[row * width + o];
+        if (gated)
+          CHECK(close(found, y[o] * gelu(y[width + o]), 1e-5 * (1 + std::fabs(y[o] * y[width + o]))));
+        else
+          CHECK(found == static_cast<float>(y[o]) + (more ? residual[row * width + o] : 0));
+      }
+    }
+  }
+}
+
+void conv2d() {
+  for (int i = 0; i < 400; i++) {
+    const bool plain = chance(.4);  // of stride 1 and 3x3, as Winograd's algorithm computes
+    const int64_t kh = plain ? 3 : integer(1, 5), kw = plain ? 3 : integer(1, 5);
+    const bool near = plain || chance(.5);  // a block of stride 1, whose pixels lie in memory as they are
+    const int64_t sy = near ? 1 : integer(1, 4), sx = near ? 1 : integer(1, 4);
+    const int64_t top = plain ? 1 : integer(0, 6), left = plain ? 1 : integer(0, 6);
+    const int64_t dy = near || chance(.5) ? 1 : integer(1, 3), dx = near || chance(.5) ? 1 : integer(1, 3);
+    const int64_t samples = chance(.05) ? 0 : integer(1, 3), height = integer(1, 12), width = integer(1, 12);
+    const int64_t channels = integer(1, 40), outputs = integer(1, 40), pixel = channels + (chance(.6) ? 0 : integer(1, 9));
+    if (height + 2 * top < dy * (kh - 1) + 1 || width + 2 * left < dx * (kw - 1) + 1) continue;
+    const int64_t oh = (height + 2 * top - dy * (kh - 1) - 1) / sy + 1, ow = (width + 2 * left - dx * (kw - 1) - 1) / sx + 1;
+    const Packed w(outputs, channels, kh, kw, chance(.5) ? 4 : 8, 1);
+    const Range r = range();
+    const int64_t row = width * pixel, sample = height * row;
+    const Exactly<float> x(samples ? samples * sample - pixel + channels : 0, [&] { return input(r); });
+    const bool biased = chance(.5), more = chance(.5);
+    const Exactly<float> bias(outputs, [] { return integer(-9, 9); });
+    const Exactly<float> residual(samples * oh * ow * outputs, [] { return integer(-9, 9); });
+    Exactly<float> out(samples * oh * ow * outputs, [] { return NAN; });
+    CHECK(!quest_conv2d(x, samples, channels, height, width, sample, row, pixel, w.memory, w.memory.size,
+                        bias.when(biased), 1, r.low, r.high, sy, sx, top, left, dy, dx, residual.when(more), out,
+                        outputs, oh, ow, static_cast<int>(integer(1, 3))));
+    Exactly<int> codes(x.size);
+    for (int64_t j = 0; j < x.size; j++) codes[j] = code(x[j], r);
+    for (int64_t at = 0; at < out.size; at++) {
+      const int64_t o = at % outputs, ox = at / outputs % ow, oy = at / outputs / ow % oh, s = at / outputs / ow / oh;
+      int64_t sum = 0;
+      for (int64_t ky = 0; ky < kh; ky++)
+        for (int64_t kx = 0; kx < kw; kx++) {
+          const int64_t iy = oy * sy - top + ky * dy, ix = ox * sx - left + kx * dx;
+          if (iy < 0 || iy >= height || ix < 0 || ix >= width) continue;
+          const int* from = codes + s * sample + iy * row + ix * pixel;
+          for (int64_t c = 0; c < channels; c++) sum += from[c] * w.value(o, c, ky, kx);
+        }
+      CHECK(out[at] == static_cast<float>(sum) + (biased ? bias[o] : 0) + (more ? residual[at] : 0));
+    }
+  }
+}
+
+// The drivers of float passes: every row and group as the function of one computes it.
+void passes() {
+  for (int i = 0; i < 40; i++) {
+    const int64_t samples = integer(0, 3), pixels = integer(1, 30), groups = integer(1, 4), channels = groups * integer(1, 20);
+    const int64_t pixel = channels + integer(0, 3), sample = pixels * pixel, size = samples * pixels * channels;
+    const int threads = static_cast<int>(integer(1, 3));
+    const Exactly<float> x(samples * sample, [] { return number(); }), weight(channels, [] { return number(); });
+    const Exactly<float> shift(samples * channels, [] { return number(); });
+    const Exactly<float> modulation(2 * samples * channels, [] { return number(); });
+    Exactly<float> y(size), one(size), work(4 * round_up(channels, 16));
+    CHECK(!quest_group_norm(x, sample, pixel, samples, pixels, channels, groups, 1e-5f, weight, nullptr, shift, modulation, 1,
+                            y, threads));
+    for (int64_t s = 0; s < samples; s++) {
+      const float* factor = modulation + 2 * s * channels;
+      isa->group_norm({pixels, channels, groups, pixel, channels, 1e-5f, weight, nullptr, shift + s * channels, factor,
+                       factor + channels, true},
+                      x + s * sample, one + s * pixels * channels, work);
+    }
+    for (int64_t j = 0; j < size; j++) CHECK(close(y[j], one[j], 1e-5));
+    const Exactly<float> rows(size, [] { return number(); });
+    CHECK(!quest_layer_norm(rows, samples * pixels, channels, 1e-5f, weight, nullptr, y, threads));
+    for (int64_t r = 0; r < samples * pixels; r++)
+      isa->layer_norm(rows + r * channels, channels, 1e-5f, weight, nullptr, one + r * channels);
+    for (int64_t j = 0; j < size; j++) CHECK(y[j] == one[j]);
+  }
+  for (int64_t n : {0, 1, 100, 1 << 14, 40000}) {
+    const Exactly<float> x(n, [] { return number(5); }), grad(n, [] { return number(); });
+    Exactly<float> y(n), one(n);
+    const Range r{.5f, -7, 8};
+    double of_scale = NAN;
+    CHECK(!quest_fake_quantize(x, n, r.scale, r.low, r.high, y, 2));
+    isa->fake_quantize(x, n, r, one);
+    for (int64_t j = 0; j < n; j++) CHECK(y[j] == one[j]);
+    CHECK(!quest_fake_quantize_backward(x, grad, n, r.scale, r.low, r.high, y, &of_scale, 2));
+    CHECK(close(of_scale, isa->fake_quantize_backward(x, grad, n, r, one), 1e-4 * static_cast<double>(n + 1)));
+    for (int64_t j = 0; j < n; j++) CHECK(y[j] == one[j]);
+  }
+}
+
+}  // namespace
+
+void test_layers() {
+  pack();
+  linear();
+  conv2d();
+  passes();
+}
+
+}  // namespace test
