@@ -144,7 +144,7 @@ def layer_outputs(
 
     handles = [teacher.get_submodule(n).register_forward_hook(lambda _m, _args, out, n=n: keep(n, out)) for n in names]
     try:
-        for rows in torch.arange(len(calibration)).split(batch):
+        for rows in torch.arange(len(calibration), device="cpu").split(batch):
             teacher(**calibration.inputs(rows))
     finally:
         for h in handles:
@@ -163,12 +163,12 @@ def scheduled(
     rows = groups.rows(calibration.timestep)
 
     def draw(rows: Tensor, n: int | None) -> Tensor:
-        return rows[torch.randperm(len(rows), generator=generator)[:n]]
+        return rows[torch.randperm(len(rows), generator=generator, device="cpu")[:n]]
 
     if stage.visit is None:
         order: list[int] = []
         for _ in range(stage.iterations):
-            order = order or torch.randperm(len(groups), generator=generator).tolist()
+            order = order or torch.randperm(len(groups), generator=generator, device="cpu").tolist()
             yield draw(rows[order.pop(0)], stage.batch), False
         return
     each = stage.visit.iterations
@@ -195,7 +195,9 @@ class ScaleAdam:
         # The scales of a group side by side: one vector to move, whatever the number and the shapes of the quantizers.
         self.sizes = [s[0].numel() for s in self.scales]
         self.steps = [0] * len(self.scales[0])
-        self.mean, self.square = torch.zeros(2, len(self.steps), sum(self.sizes), device=self.scales[0].device)
+        self.mean, self.square = torch.zeros(
+            2, len(self.steps), sum(self.sizes), dtype=torch.float32, device=self.scales[0].device
+        )
         self.betas, self.log = betas, log
         self.eps = 1e-12 if log else 1e-8  # a relative gradient is small; 1e-8 is Adam's own
 

@@ -59,11 +59,11 @@ def calibrate(
     start at the first batch, which is met again (the released QuEST's running statistics, momentum 0.95).
     """
     groups = getattr(denoiser, "time_groups", None)
-    groups_rows = groups.rows(calibration.timestep) if groups else [torch.arange(len(calibration))]
+    groups_rows = groups.rows(calibration.timestep) if groups else [torch.arange(len(calibration), device="cpu")]
     generator = torch.Generator().manual_seed(seed)
     with calibrating(denoiser, choose):
         for rows in groups_rows:
-            rows = rows[torch.randperm(len(rows), generator=generator)]
+            rows = rows[torch.randperm(len(rows), generator=generator, device="cpu")]
             if momentum is None:
                 denoiser(**calibration.inputs(rows[:samples]))
                 continue

@@ -63,7 +63,7 @@ def reconstruct_weights(
     def visit(unit: Unit, forwards: dict[str, Callable], name: str, *args, **kwargs) -> Tensor:
         call = partial(call_modules, args=args, kwargs=kwargs, n=2 * n)
         if not unit.layers:
-            return chunked(partial(call, [forwards[name]]), torch.arange(2 * n))
+            return chunked(partial(call, [forwards[name]]), torch.arange(2 * n, device="cpu"))
         layers = {
             name: layer
             for name, layer in unit.layers.items()
@@ -71,7 +71,7 @@ def reconstruct_weights(
         }
         learning = bool(layers) and unit.name not in errors
         full = [teacher.get_submodule(m) for m in (unit.modules if learning else [name])]
-        outputs = [chunked(partial(call, [forward]), torch.arange(n)) for forward in full]
+        outputs = [chunked(partial(call, [forward]), torch.arange(n, device="cpu")) for forward in full]
         if learning:
             errors[unit.name] = part(
                 f"AdaRound-{unit.name}",
@@ -92,7 +92,7 @@ def reconstruct_weights(
                 layer.freeze()
             learned.extend(layer.weight for layer in layers.values())
         # The first of a unit's modules to be called is the one that learns.
-        return torch.cat([outputs[0], chunked(partial(call, [forwards[name]]), torch.arange(n, 2 * n))])
+        return torch.cat([outputs[0], chunked(partial(call, [forwards[name]]), torch.arange(n, 2 * n, device="cpu"))])
 
     # The first half of the rows runs through the units of full precision, the second through the quantized ones.
     doubled = {k: torch.cat([v, v]) for k, v in inputs.items()}
@@ -125,7 +125,7 @@ def reconstruct_activations(
     n = len(rows)
     inputs = _inputs(student, calibration, rows)
     groups = getattr(student, "time_groups", None)
-    parts = [torch.arange(n)] if groups is None else groups.rows(calibration.timestep[rows])
+    parts = [torch.arange(n, device="cpu")] if groups is None else groups.rows(calibration.timestep[rows])
     shares = [iterations * (g + 1) // len(parts) - iterations * g // len(parts) for g in range(len(parts))]
     errors: dict[str, tuple[float, float]] = {}
     learned: list[Tensor] = []
@@ -139,7 +139,7 @@ def reconstruct_activations(
             full = [
                 teacher.get_submodule(m) if unit.layers else forwards[m] for m in (unit.modules if learning else [name])
             ]
-            outputs = [chunked(partial(call, [forward]), torch.arange(n)) for forward in full]
+            outputs = [chunked(partial(call, [forward]), torch.arange(n, device="cpu")) for forward in full]
         if learning:
             target = unit.lay(together(outputs), n)
             found = []
@@ -195,7 +195,7 @@ def learn_rounding(
         for i in range(iterations):
             for layer, weight in zip(layers.values(), rounding.soft(beta(i, iterations)), strict=True):
                 layer.packed = weight
-            rows = torch.randperm(len(target), generator=generator)[:batch]
+            rows = torch.randperm(len(target), generator=generator, device="cpu")[:batch]
             loss = error(run(rows), target[rows], 2)
             _finite(loss, "AdaRound", name, i)
             adam.zero_grad()
@@ -236,7 +236,7 @@ def learn_steps(
     adam = torch.optim.Adam([s.requires_grad_() for s in scales], lr=lr, fused=True)
     with torch.enable_grad():
         for i in range(iterations):
-            rows = torch.randperm(len(target), generator=generator)[:batch]
+            rows = torch.randperm(len(target), generator=generator, device="cpu")[:batch]
             loss = error(run(rows), target[rows], ACTIVATION_POWER)
             _finite(loss, "activation steps", name, i)
             adam.zero_grad()
@@ -314,7 +314,7 @@ def _inputs(denoiser: nn.Module, calibration: CalibrationSet, rows: Tensor) -> d
 
 
 def _check(target: Tensor) -> Tensor:
-    return torch.arange(0, len(target), max(1, len(target) // CHECK))
+    return torch.arange(0, len(target), max(1, len(target) // CHECK), device="cpu")
 
 
 @torch.no_grad()

@@ -204,7 +204,7 @@ def summary(denoiser: nn.Module, w: int, a: int, calibration: CalibrationSet) ->
     parts of a concatenated input apart. calibration: rows, trajectories, timesteps, halves of a call (2 under
     guidance). stages: what was optimised, see `record`. footprint: size and work, see there.
     """
-    work = macs(denoiser, calibration.inputs(torch.tensor([0])))
+    work = macs(denoiser, calibration.inputs(torch.tensor([0], dtype=torch.long, device="cpu")))
     all_work, all_parameters = sum(work.values()), parameters(denoiser)
     kept: dict[str, dict] = {}
     for name, layer in quant_layers(denoiser):

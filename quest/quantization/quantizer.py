@@ -23,7 +23,9 @@ class Quantizer(nn.Module):
         self.name = ""  # in its denoiser, for error messages
         # NaN until calibrated: an uncalibrated quantizer cannot pass for a calibrated one. Float needs no calibration.
         scale, zero_point = (1.0, 0.0) if spec.bits == FLOAT else (torch.nan, torch.nan)
-        self.scale = nn.Parameter(torch.full((len(groups) if groups else 1, *shape), scale), requires_grad=False)
+        shape = (len(groups) if groups else 1, *shape)
+        start = torch.full(shape, scale, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+        self.scale = nn.Parameter(start, requires_grad=False)
         self.register_buffer("zero_point", torch.full_like(self.scale.data, zero_point))
         self.choose: Callable | None = None  # a range chooser while calibrating, see calibration.calibrating
         self.frozen: list[tuple[float, float]] | None = None  # scale and zero point of every group, see `freeze`

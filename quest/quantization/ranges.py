@@ -112,7 +112,7 @@ def least_error(rows: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec
 def _histogram(rows: Tensor, low: Tensor, high: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     """Bin centres and counts of each row, both [channels, bins]; of a single row, without its empty bins."""
     width = ((high - low) / bins).clamp(min=EPS)[:, None]
-    centres = low[:, None] + (torch.arange(bins, device=rows.device) + 0.5) * width
+    centres = low[:, None] + (torch.arange(bins, dtype=rows.dtype, device=rows.device) + 0.5) * width
     if len(rows) == 1:
         counts = rows.histc(bins, low.item(), high.item())
         found = counts > 0  # wide tails leave many bins empty

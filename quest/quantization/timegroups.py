@@ -41,7 +41,7 @@ class TimeGroups:
         """starts: the noisiest timestep of every group, any order, no repetition."""
         if not starts or len(set(starts)) != len(starts):
             raise ValueError(f"time groups need distinct starts, got {list(starts)}")
-        self.starts = torch.tensor(sorted(starts, reverse=True))
+        self.starts = torch.tensor(sorted(starts, reverse=True), dtype=torch.long, device="cpu")
         self._passes = _Passes()
         self.position: int | None = None  # of `timestep` among the arguments of the denoiser
         self._on_gpu: Tensor | None = None  # the starts, where the timesteps are
@@ -78,7 +78,7 @@ class TimeGroups:
 
     def index(self, timestep: Tensor | float) -> Tensor:
         """Group of each timestep, [N]; -1 for one above the first start."""
-        t = torch.as_tensor(timestep).reshape(-1, 1)
+        t = _tensor(timestep).reshape(-1, 1)
         starts = self._starts_on(t.device) if t.is_cuda and type(t) is Tensor else self.starts.to(t.device)
         return (starts >= t).sum(1) - 1
 
@@ -112,7 +112,7 @@ class TimeGroups:
         if group.is_cuda:
             torch._assert_async((group >= 0).all() & (group == group[0]).all())
         elif (group < 0).any():
-            high = torch.as_tensor(timestep).max().item()
+            high = _tensor(timestep).max().item()
             raise ValueError(f"timestep {high} is above the calibrated range 0..{self.starts[0].item()}")
         elif (group != group[0]).any():
             raise ValueError(
@@ -163,6 +163,13 @@ class TimeGroups:
 
     def _leave_after_call(self, _denoiser, _args, _output) -> None:
         self._end()
+
+
+def _tensor(timestep: Tensor | float) -> Tensor:
+    """A number with all its digits: torch's default dtype may have fewer."""
+    if isinstance(timestep, Tensor):
+        return timestep
+    return torch.tensor(timestep, dtype=torch.float64 if isinstance(timestep, float) else None, device="cpu")
 
 
 def grouped(timesteps: list[int], groups: int) -> list[int]:
