@@ -77,7 +77,7 @@ def uniform(calibration: CalibrationSet, rows: int, seed: int) -> CalibrationSet
     calls = calls.view(-1, trajectories, calls.shape[1])  # [calls, trajectories, halves]
     kept = calls[:: max(1, len(calls) // STEPS)]
     n = max(1, rows // (len(kept) * kept.shape[2]))
-    drawn = torch.randperm(trajectories, generator=torch.Generator().manual_seed(seed))[:n].sort().values
+    drawn = torch.randperm(trajectories, generator=torch.Generator().manual_seed(seed), device="cpu")[:n].sort().values
     return calibration.subset(kept[:, drawn].flatten())
 
 
@@ -103,7 +103,7 @@ def weights_only(pipe, drawn: CalibrationSet, w: int, a: int, recipe: RoundingRe
 
 def splits(pipe, calibration: CalibrationSet) -> dict[str, int]:
     """Where the decoder's shortcuts are split. Raises ValueError for a denoiser without any."""
-    found = shortcut_splits(pipe.unet, calibration.inputs(torch.arange(1)))
+    found = shortcut_splits(pipe.unet, calibration.inputs(torch.arange(1, device="cpu")))
     if not found:
         raise ValueError("split: the denoiser has no shortcut convolution over a concatenation")
     return found
@@ -126,7 +126,7 @@ def round_weights(student, pipe, drawn: CalibrationSet, recipe: RoundingRecipe) 
         student.unet,
         pipe.unet,
         drawn,
-        torch.arange(len(drawn)),
+        torch.arange(len(drawn), device="cpu"),
         iterations=preset.weight_iterations,
         batch=preset.batch,
         lr=TRAVEL / preset.weight_iterations,

@@ -60,7 +60,9 @@ class LowRank(nn.Module):
         super().__init__()
         rows, columns = weight.flatten(1).shape  # of a convolution: [C_out, C_in * kh * kw]
         rank = min(rank, rows, columns)
-        start = (2 * torch.rand(rank, columns, generator=generator) - 1) / columns**0.5  # as LoRA (arXiv:2106.09685)
+        start = (
+            2 * torch.rand(rank, columns, generator=generator, dtype=torch.float32, device="cpu") - 1
+        ) / columns**0.5  # as LoRA (arXiv:2106.09685)
         self.a = nn.Parameter(start.to(weight))
         self.b = nn.Parameter(weight.new_zeros(rows, rank))
 
@@ -171,7 +173,7 @@ def distil(denoiser: nn.Module, calibration: CalibrationSet, tuned: dict[str, Qu
         with tqdm(range(iterations), desc="distillation", mininterval=5) as bar:
             for i in bar:
                 if i % len(calls) == 0:
-                    chosen = torch.randperm(calls.shape[1], generator=generator)[: recipe.batch]
+                    chosen = torch.randperm(calls.shape[1], generator=generator, device="cpu")[: recipe.batch]
                 rows = calls[i % len(calls), chosen]  # [batch, halves]
                 prediction = denoiser(**calibration.inputs(rows.flatten())).sample.unflatten(0, rows.shape)
                 target = guide(calibration.target[rows], recipe.guidance)

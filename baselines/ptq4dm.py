@@ -50,10 +50,17 @@ def ndtc(calibration: CalibrationSet, rows: int, seed: int, bug: bool = False) -
     calls = calls.view(-1, trajectories, calls.shape[1])  # noisiest first
     steps, n = len(calls), max(1, rows // calls.shape[2])
     generator = torch.Generator().manual_seed(seed)
-    step = (MEAN * steps + DEVIATION * steps * torch.randn(n, generator=generator)).floor().clamp(0, steps - 1).long()
+    step = (
+        (MEAN * steps + DEVIATION * steps * torch.randn(n, generator=generator, dtype=torch.float32, device="cpu"))
+        .floor()
+        .clamp(0, steps - 1)
+        .long()
+    )
     call = (steps - 1 - step).sort().values
     # Neighbours are of different trajectories, so a call repeats one only after all.
-    trajectory = torch.randperm(trajectories, generator=generator)[torch.arange(n) % trajectories]
+    trajectory = torch.randperm(trajectories, generator=generator, device="cpu")[
+        torch.arange(n, device="cpu") % trajectories
+    ]
     drawn = calibration.subset(calls[call, trajectory].flatten())
     if bug:
         labels = drawn.timestep
@@ -124,7 +131,9 @@ def released(
     try:
         for q in quantizers:
             q.choose = ranges.Running(MOMENTUM, thresholds)
-        for batch in torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed)).split(BATCH):
+        for batch in torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed), device="cpu").split(
+            BATCH
+        ):
             denoiser(**drawn.inputs(batch))
     finally:
         for q in quantizers:
@@ -138,7 +147,7 @@ def thresholds(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     It is [-t, t], or [0, t] and [-t, 0] for a channel of one sign: asymmetric codes on a symmetric range.
     """
     rows = x.reshape(1, -1) if spec.axis is None else x.movedim(spec.axis, 0).flatten(1)
-    t = torch.arange(1, CANDIDATES + 1, device=x.device)[:, None] / CANDIDATES * rows.abs().amax(1)
+    t = torch.arange(1, CANDIDATES + 1, dtype=x.dtype, device=x.device)[:, None] / CANDIDATES * rows.abs().amax(1)
     low, high = -t * (rows.amin(1) < 0), t * (rows.amax(1) > 0)
     scale, zero_point = ranges.affine(low, high, spec)
     best = ranges.least_error(rows, scale, zero_point.round(), spec)

@@ -96,7 +96,10 @@ def statistics(
         measured.append(fit(torch.cat(exact), torch.cat(found), bias_of))
         if not all(v.isfinite().all() for v in measured[-1]):
             raise FloatingPointError(f"statistics of timestep {t}: the quantized denoiser's error is not finite")
-    return Correction(torch.tensor(calibration.timesteps), *(torch.stack(v) for v in zip(*measured, strict=True)))
+    return Correction(
+        torch.tensor(calibration.timesteps, dtype=torch.long, device="cpu"),
+        *(torch.stack(v) for v in zip(*measured, strict=True)),
+    )
 
 
 def fit(exact: Tensor, found: Tensor, bias_of: str = "residual") -> tuple[Tensor, Tensor, Tensor, Tensor]:

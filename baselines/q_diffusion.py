@@ -94,7 +94,7 @@ def common_stack(
             student.unet,
             pipe.unet,
             drawn,
-            torch.arange(len(drawn)),
+            torch.arange(len(drawn), device="cpu"),
             iterations=preset.activation_iterations,
             batch=preset.batch,
             lr=preset.activation_lr,
@@ -135,7 +135,7 @@ def activation_ranges_of(
         calibrate(denoiser, first, ranges.SEARCHED[kind], samples=samples, seed=seed)
         return
     if order is None:
-        order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed), device="cpu")
     blocks = tuple(f"{n}." for n, m in denoiser.named_modules() if isinstance(m, BasicTransformerBlock))
     batches = order.split(BATCH)
     with calibrating(denoiser, ranges.minmax if kind == "ema-symmetric" else ranges.mse):

@@ -69,7 +69,7 @@ def equal_size(layers: dict[str, QuantLayer], like: dict[str, QuantLayer], witho
     left = sum(layer.weight.numel() for layer in like.values())
     others = [n for n in layers if n not in like and n not in without]
     taken = set()
-    for i in torch.randperm(len(others), generator=torch.Generator().manual_seed(seed)).tolist():
+    for i in torch.randperm(len(others), generator=torch.Generator().manual_seed(seed), device="cpu").tolist():
         if (size := layers[others[i]].weight.numel()) <= left:
             taken.add(others[i])
             left -= size

@@ -102,7 +102,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
             denoiser,
             pipe.unet,
             drawn,
-            torch.arange(len(drawn)),
+            torch.arange(len(drawn), device="cpu"),
             iterations=preset.weight_iterations,
             batch=preset.batch,
             lr=TRAVEL / preset.weight_iterations,
@@ -134,7 +134,7 @@ def reconstruct(
     layers = {n: m for n, m in block.layers.items() if n in coarse and m.weight_quantizer.spec.bits < FLOAT}
     if not layers or not preset.weight_iterations:
         return
-    t = torch.tensor(timesteps, device=next(block.parameters()).device)
+    t = torch.tensor(timesteps, dtype=torch.long, device=next(block.parameters()).device)
     target = exact(t)
     with float_activations(input_quantizers(denoiser).values()):
         learn_rounding(
@@ -165,7 +165,7 @@ def finite_set(denoiser: nn.Module, block: TemporalInformationBlock, groups: Tim
     with calibrating(block, ranges.minmax):
         for t in groups.starts.tolist():
             with groups.inside(t):
-                block(torch.tensor([t], device=next(block.parameters()).device))
+                block(torch.tensor([t], dtype=torch.long, device=next(block.parameters()).device))
 
 
 def work(recipe, w: int, model, trajectories: int) -> Counter:

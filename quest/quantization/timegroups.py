@@ -109,6 +109,8 @@ class TimeGroups:
         asynchronous asserts, so that sampling never waits for the device.
         """
         group = self.index(timestep)
+        if not len(group):  # a batch without rows, of which nothing depends on the group
+            group = group.new_zeros(1)
         if group.is_cuda:
             torch._assert_async((group >= 0).all() & (group == group[0]).all())
         elif (group < 0).any():
@@ -166,7 +168,7 @@ class TimeGroups:
 
 
 def _tensor(timestep: Tensor | float) -> Tensor:
-    """A number with all its digits: torch's default dtype may have fewer."""
+    """A number with all its digits, which torch's default dtype may not have."""
     if isinstance(timestep, Tensor):
         return timestep
     return torch.tensor(timestep, dtype=torch.float64 if isinstance(timestep, float) else None, device="cpu")

@@ -13,7 +13,7 @@ from quest.quantization.timegroups import TimeGroups
 ROOT = Path(__file__).parents[2]
 CODE = sorted(
     file
-    for where in ("quest/kernels", "quest/quantization", "quest/learning", "quest/affine.py")
+    for where in ("quest/kernels", "quest/quantization", "quest/learning", "baselines", "quest/affine.py")
     for file in ([ROOT / where] if where.endswith(".py") else (ROOT / where).rglob("*.py"))
 )
 INTEGERS = ("arange", "randperm")  # of integers, whatever the default dtype
@@ -72,5 +72,7 @@ def test_a_timestep_keeps_its_digits():
     torch.set_default_dtype(torch.bfloat16)
     try:
         assert groups.index(801.0).tolist() == [0] and groups.index(800.0).tolist() == [1]
+        with pytest.raises(ValueError, match="timestep 802 is above"):
+            groups.enter(802)
     finally:
         torch.set_default_dtype(torch.float32)
