@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from quest.runtime.files import one_line
+from quest.runtime.yaml_files import read_yaml
+
 FULL_PRECISION = ("fp", "w32a32")
 NAME = "[a-z0-9][a-z0-9-]*"  # of a row: a folder
 SHARED = ("zoo", "models", "checkpoints", "references", "networks")  # in results/, beside the folders of configs
@@ -18,7 +21,10 @@ SCHEMA = Path(__file__).parents[1] / "workflow" / "schemas" / "config.schema.yam
 
 
 class ConfigError(ValueError):
-    """One line that names the key at fault and what would be valid."""
+    """One line that names the key at fault and what would be valid, whatever stands in the config."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True)
@@ -121,28 +127,11 @@ def ablation_runs(config: dict) -> list[Run]:
 
 
 def read(file: str | Path) -> dict:
-    """The config in a file. Raises ConfigError where it is not YAML in UTF-8, holds no keys, or names a key twice."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            lines: dict = {}
-            for key, _ in node.value:
-                if key.tag == "tag:yaml.org,2002:merge":
-                    continue
-                name, line = self.construct_object(key, deep=True), key.start_mark.line + 1
-                if not isinstance(name, str):
-                    raise ConfigError(f"{file}, line {line}: key {name!r} is not text; write it in quotes")
-                if name in lines:  # YAML would take the last of the two and say nothing
-                    raise ConfigError(f"{file}, line {line}: key {name!r} stands twice, first in line {lines[name]}")
-                lines[name] = line
-            return super().construct_mapping(node, deep)
-
+    """The config in a file. Raises ConfigError where it is not YAML (see `read_yaml`), or holds no keys."""
     try:
-        content = yaml.load(Path(file).read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "YAML"
-        raise ConfigError(f"{file}: not {kind}: {' '.join(str(error).split())}") from None
+        content = read_yaml(file)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: no keys with values; needed: name, models, grid, methods")
     return content

@@ -31,7 +31,7 @@ ROOMS = {
     },
     "quest.learning": {"quest.runtime", "quest.affine", "quest.diffusion", "quest.quantization"},
     "quest.metrics": {"quest.runtime", "quest.diffusion"},
-    "quest.config": {"quest.diffusion"},
+    "quest.config": {"quest.runtime", "quest.diffusion"},
     "quest.report": {"quest.quantization.header", "quest.runtime", "quest.diffusion", "quest.metrics"},
     "quest.properties": {
         "quest.affine",

@@ -30,8 +30,11 @@ def _coco(path):
     first: dict[int, tuple[int, str]] = {}
     try:
         for row in read_json(path)["annotations"]:
+            if not type(row["image_id"]) is type(row["id"]) is int:
+                raise TypeError("ids are whole numbers")
             known = first.get(row["image_id"])
             if known is None or row["id"] < known[0]:
+                row["caption"].encode()  # half of a character cannot be written
                 first[row["image_id"]] = (row["id"], " ".join(row["caption"].split()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not COCO's caption annotations (image_id, id and caption of each)") from error

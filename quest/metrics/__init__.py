@@ -7,7 +7,6 @@ paired interval. Needs no torch.
 """
 
 import math
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from quest.metrics.comparison import Comparison, has_diverged
 from quest.metrics.frechet import Reference, Statistics, fid_infinity, frechet_distance
 from quest.metrics.inception_score import inception_score, partition, resampled_inception_scores, splits_note
 from quest.metrics.per_image import NEIGHBOURS, clip_scores, inside, latent_mse, psnr
-from quest.runtime.files import loads
+from quest.runtime.files import loads, read_arrays
 
 FEATURES = ("pool", "spatial", "logits", "clip_image", "clip_text")
 # How the protocols of Inception bring an image to 299x299, as rows say it.
@@ -76,11 +75,7 @@ class Cell:
 
 
 def _read(path: str | Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not an .npz file of arrays, or corrupted: {error}") from error
+    arrays = read_arrays(path)
     missing = [name for name in needed if name not in arrays]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}")

@@ -7,14 +7,13 @@ Inception's covariances span 12 orders of magnitude, and the square roots of the
 reference is kept with its statistics, however many distances are taken to it.
 """
 
-import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from quest.runtime.files import dumps, loads
+from quest.runtime.files import dumps, loads, read_arrays
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,21 +164,32 @@ def save_reference(
 
 def load_reference(path: str | Path) -> Reference:
     """Read what `save_reference` wrote; ValueError naming the file where it is something else."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not an .npz file of reference statistics, or corrupted: {error}") from error
+    arrays = read_arrays(path)
     missing = {"pool_mean", "pool_cov", "spatial_mean", "spatial_cov", "n", "metadata"} - set(arrays)
     if missing:
         hint = ""
         if {"mu", "sigma"} <= set(arrays) or "arr_0" in arrays:
             hint = f"; `python -m workflow.scripts.reference {path} -o NEW.npz` makes them of it"
         raise ValueError(f"{path}: reference statistics lack {', '.join(sorted(missing))}{hint}")
-    n = int(arrays["n"])
-    return Reference(
-        pool=Statistics(arrays["pool_mean"], arrays["pool_cov"], n),
-        spatial=Statistics(arrays["spatial_mean"], arrays["spatial_cov"], n),
-        metadata=loads(str(arrays["metadata"]), path),
-        features=arrays.get("features"),
+    pool, spatial = (
+        statistics_of(path, arrays[f"{part}_mean"], arrays[f"{part}_cov"], arrays["n"]) for part in ("pool", "spatial")
     )
+    metadata, features = loads(str(arrays["metadata"]), path), arrays.get("features")
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path}: metadata is no mapping")
+    if features is not None and (features.dtype.kind != "f" or features.shape[1:] != pool.mean.shape):
+        raise ValueError(
+            f"{path}: features are {features.dtype} {features.shape}; needed: [M, {pool.mean.size}] floats"
+        )
+    return Reference(pool, spatial, metadata, features)
+
+
+def statistics_of(path: str | Path, mean: np.ndarray, cov: np.ndarray, n) -> Statistics:
+    """Statistics that a file holds. Raises ValueError, naming it, where they are not finite, or of no such shapes."""
+    try:
+        found = Statistics(mean, cov, n)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not (np.isfinite(found.mean).all() and np.isfinite(found.cov).all() and found.n >= 0):
+        raise ValueError(f"{path}: statistics that are not finite, or of {found.n} images")
+    return found

@@ -7,7 +7,6 @@ that has no single reading as 8-bit RGB (transparent, animated, 16 bits of colou
 
 import hashlib
 import shutil
-import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +16,10 @@ from tqdm import tqdm
 
 from quest.metrics import weights
 from quest.metrics.features import extract
-from quest.metrics.frechet import Reference, Statistics, load_reference, save_reference
+from quest.metrics.frechet import Reference, Statistics, load_reference, save_reference, statistics_of
 from quest.metrics.per_image import NEIGHBOURS
 from quest.runtime.download import sha256_of
-from quest.runtime.files import atomic
+from quest.runtime.files import array_names, atomic, one_line, read_arrays
 from quest.runtime.provenance import provenance
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -102,19 +101,15 @@ class _Moments:
 
 
 def _arrays(path):
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            # Images are gigabytes: only what is asked for is read.
-            names = [name for name in ("mu", "sigma", "mu_s", "sigma_s", "arr_0") if name in file.files]
-            if {"mu", "sigma", "mu_s", "sigma_s"} <= set(names):
-                return {name: file[name] for name in names if name != "arr_0"}
-            if "arr_0" in names:
-                return {"arr_0": file["arr_0"]}
-            if "pool_mean" in file.files:
-                return {}
-            found = ", ".join(file.files) or "nothing"
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not an .npz file of arrays") from error
+    statistics, names = ("mu", "sigma", "mu_s", "sigma_s"), array_names(path)
+    # Images are gigabytes: only what is asked for is read.
+    if set(statistics) <= set(names):
+        return read_arrays(path, statistics)
+    if "arr_0" in names:
+        return read_arrays(path, ["arr_0"])
+    if "pool_mean" in names:
+        return {}
+    found = one_line(", ".join(names) or "nothing")
     raise ValueError(f"{path}: holds {found}; needed: images arr_0, or statistics mu, sigma, mu_s, sigma_s")
 
 
@@ -129,7 +124,7 @@ def _copied(source, output, extractor):
 def _published(source, arrays, output, made):
     if made["extractor"] != "adm":
         raise ValueError(f"{source}: statistics of the guided-diffusion evaluator are for adm, not {made['extractor']}")
-    pool, spatial = (Statistics(arrays[f"mu{s}"], arrays[f"sigma{s}"], 0) for s in ("", "_s"))
+    pool, spatial = (statistics_of(source, arrays[f"mu{s}"], arrays[f"sigma{s}"], 0) for s in ("", "_s"))
     metadata = {"data": f"statistics in {source.name}, number of images not said", "source_sha256": sha256_of(source)}
     with atomic(output) as temporary:
         save_reference(temporary, pool, spatial, metadata | made)

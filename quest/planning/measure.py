@@ -16,7 +16,7 @@ from pathlib import Path
 from baselines import METHODS
 from baselines.method import Step
 from quest.diffusion.models import ZOO
-from quest.runtime.files import read_json
+from quest.runtime.files import one_line, read_json, read_rows
 
 COSTS = Path(__file__).parents[2] / "resources" / "costs.csv"
 # Steps that only some methods take.
@@ -47,21 +47,16 @@ WHAT = {
 
 def read(path: Path = COSTS) -> list[dict]:
     """Rows of the measured costs. Raises ValueError, naming file and line, for one that is malformed."""
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
-            raise ValueError(f"{path}: columns are {reader.fieldnames}; needed: {', '.join(COLUMNS)}")
-        rows = list(reader)
+    rows = read_rows(path, COLUMNS)
     for line, row in enumerate(rows, start=2):
         if row["what"] not in WHAT:
-            raise ValueError(f"{path}, line {line}: {row['what']!r} is not one of {', '.join(WHAT)}")
-        empty = [column for column in COLUMNS if not row[column]]
-        if empty or None in row:
-            raise ValueError(f"{path}, line {line}: {f'{empty[0]} is missing' if empty else 'more columns than names'}")
+            raise ValueError(f"{path}, line {line}: {one_line(repr(row['what']))} is not one of {', '.join(WHAT)}")
+        if empty := [column for column in COLUMNS if not row[column]]:
+            raise ValueError(f"{path}, line {line}: {empty[0]} is missing")
         try:
             row["value"], _ = float(row["value"]), int(row["batch"])
         except ValueError as error:
-            raise ValueError(f"{path}, line {line}: {error}") from None
+            raise ValueError(f"{path}, line {line}: {one_line(error)}") from None
         if not 0 <= row["value"] < math.inf:
             raise ValueError(f"{path}, line {line}: value {row['value']}; needed: a finite number from 0 on")
     return rows

@@ -14,7 +14,7 @@ import pandas as pd
 
 from quest.diffusion.models import MODELS, PREPARED, ZOO, Model
 from quest.metrics import METRICS, weights
-from quest.runtime.files import read_json
+from quest.runtime.files import one_line, read_json, read_rows
 
 PUBLISHED = Path(__file__).parents[2] / "resources" / "published.csv"
 COLUMNS = ["source", "table", "model", "method", "bits", "metric", "value", "protocol", "note"]
@@ -89,16 +89,14 @@ def published(path: str | Path = PUBLISHED) -> pd.DataFrame:
     Raises ValueError, naming file and row, for missing columns, a value that is no number, or a number that is there
     twice.
     """
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if list(frame.columns) != COLUMNS:
-        raise ValueError(f"{path}: columns are {', '.join(frame.columns)}; needed: {', '.join(COLUMNS)}")
+    frame = pd.DataFrame(read_rows(path, COLUMNS), columns=COLUMNS, dtype=str)
     for line, row in enumerate(frame.itertuples(), start=2):
         try:
             if row.value and not math.isfinite(float(row.value)):
                 raise ValueError(f"value {row.value}; needed: a finite number, or nothing")
             protocol_says(row.protocol)
         except ValueError as error:
-            raise ValueError(f"{path}, line {line}: {error}") from None
+            raise ValueError(f"{path}, line {line}: {one_line(error)}") from None
     keys = [column for column in COLUMNS if column not in ("value", "note")]
     if (repeated := frame.duplicated(keys)).any():
         raise ValueError(f"{path}, line {repeated.idxmax() + 2}: this number is there twice")

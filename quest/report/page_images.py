@@ -12,6 +12,7 @@ from PIL import Image
 
 from quest.metrics import Cell
 from quest.report.page_tables import shards
+from quest.runtime.files import array_names
 
 SIDE = 128  # pixels, above which images are shown smaller
 COLUMNS, PAIRS = 8, 6  # images in a row of a sample grid, and of the pairs that are farthest apart
@@ -31,8 +32,7 @@ def illustrated(run: Path, of_model: pd.DataFrame, bits: list[str]) -> dict[tupl
 
 
 def _has_images(file):
-    with np.load(file) as arrays:
-        return "images" in arrays.files
+    return "images" in array_names(file)
 
 
 def grids(model: str, cells: dict[tuple[str, str], Cell], bits: list[str]) -> Iterator[dict]:

@@ -4,7 +4,6 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from quest.metrics import METRICS
@@ -12,7 +11,7 @@ from quest.metrics.comparison import outcome
 from quest.quantization.header import read as read_header
 from quest.report import tables
 from quest.report.rendering import MISSING, NONE, Cell, Column, Table, columns, interval, number
-from quest.runtime.files import loads
+from quest.runtime.files import loads, read_arrays
 
 PROVENANCE = ("commit", "machine", "versions", "seeds")
 
@@ -161,5 +160,4 @@ def shards(folder: Path, kind: str) -> list[Path]:
 
 
 def _metadata(file):
-    with np.load(file) as arrays:
-        return loads(str(arrays["metadata"]), file) if "metadata" in arrays.files else {}
+    return loads(str(read_arrays(file, ["metadata"]).get("metadata", "{}")), file)

@@ -1,15 +1,25 @@
 """Reading and writing files: in UTF-8 whatever the locale, in JSON that any reader takes, never half of one."""
 
+import csv
+import io
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+LINE = 1000  # signs of a message
 NUMBERS = ("value", "low", "high", "deviation")  # keys whose null is a number that was not finite; so is one in a list
+
+
+def one_line(message: object) -> str:
+    """A message that quotes what a file holds, in one line of about LINE signs; what does not print is escaped."""
+    line = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in str(message))
+    return line if len(line) <= LINE else f"{line[: LINE // 2]} ... {line[-LINE // 2 :]}"
 
 
 def dumps(content, **settings) -> str:
@@ -35,8 +45,8 @@ def loads(text: str, name: str | os.PathLike):
 
     try:
         return _with_nan(json.loads(text, parse_constant=number, parse_float=number))
-    except ValueError as error:
-        raise ValueError(f"{name}: not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not JSON: {one_line(error)}") from None
 
 
 def _with_nan(value, key=None):
@@ -71,6 +81,51 @@ def write_lines(path: str | os.PathLike, lines: Sequence[str]) -> None:
     if any("\n" in line for line in lines):
         raise ValueError(f"{path}: a line holds a line feed, and would be read as two")
     Path(path).write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8"))
+
+
+def read_rows(path: str | os.PathLike, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file that has these columns, as texts.
+
+    Raises ValueError, naming file and line, for other columns, and for a row with more values or fewer.
+    """
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    rows: list[dict[str, str]] = []
+    try:
+        if (found := next(reader, [])) != list(columns):
+            raise ValueError(f"{path}: columns are {one_line(', '.join(found))}; needed: {', '.join(columns)}")
+        for row in reader:
+            if len(row) not in (0, len(columns)):
+                raise ValueError(f"{path}, line {reader.line_num}: {len(row)} values for {len(columns)} columns")
+            rows += [dict(zip(columns, row, strict=True))] if row else []
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    return rows
+
+
+def array_names(path: str | os.PathLike) -> list[str]:
+    """Names of the arrays in an .npz. Raises ValueError, naming the file, for anything else."""
+    return _npz(path, lambda file: list(file.files))
+
+
+def read_arrays(path: str | os.PathLike, names: Iterable[str] | None = None) -> dict:
+    """The arrays of an .npz: all, or those of `names` that it has. Raises ValueError, naming the file, see `_npz`."""
+    return _npz(path, lambda file: {name: file[name] for name in file.files if names is None or name in names})
+
+
+def _npz(path, read):
+    """What `read` finds in an .npz. A damaged file fails in as many ways as there are parts in it."""
+    import numpy as np
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path):  # numpy takes other files too
+            pass
+        with np.load(path, allow_pickle=False) as file:
+            return read(file)
+    except Exception as error:
+        said = "arrays larger than memory" if isinstance(error, MemoryError) else one_line(error)
+        raise ValueError(f"{path}: not an .npz file of arrays, or corrupted: {said}") from error
 
 
 @contextmanager

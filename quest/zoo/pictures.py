@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from quest.runtime.files import read_arrays
+
 SPLITS = ("train", "reference", "evaluation")
 REFERENCE, EVALUATION = 5000, 1000  # held-out photographs for statistics, and those that floors are measured on
 TONES = ("medium light", "medium dark", "light", "medium", "dark")
@@ -50,12 +52,11 @@ def decode(path, *columns):
 
     Raises ValueError for a file that lacks one of them, and for pictures of different sizes.
     """
-    with np.load(path, allow_pickle=False) as file:
-        missing = [name for name in ("data", "offsets", *columns) if name not in file]
-        if missing:
-            raise ValueError(f"{path}: has {', '.join(file)}; a data file of pictures also has {', '.join(missing)}")
-        data, offsets = file["data"].tobytes(), file["offsets"]
-        more = [file[name] for name in columns]
+    arrays = read_arrays(path)
+    missing = [name for name in ("data", "offsets", *columns) if name not in arrays]
+    if missing:
+        raise ValueError(f"{path}: has {', '.join(arrays)}; a data file of pictures also has {', '.join(missing)}")
+    data, offsets, more = arrays["data"].tobytes(), arrays["offsets"], [arrays[name] for name in columns]
     cuts = zip(offsets[:-1], offsets[1:], strict=True)
     images = [np.asarray(Image.open(io.BytesIO(data[a:b])).convert("RGB")) for a, b in cuts]
     if len({image.shape for image in images}) != 1:

@@ -34,7 +34,12 @@ def test_bad_files(tmp_path):
     (tmp_path / "captions.txt").write_text("a cat\n\ntwo dogs\n", encoding="utf-8")
     with pytest.raises(ValueError, match="captions.txt: line 2 is empty"):
         load(tmp_path / "captions.txt")
-    for content in ("{", "[]", '{"annotations": [{"id": 1}]}', '{"annotations": [3]}'):
+    rows = ('{"image_id": "7", "id": 1, "caption": "a"}', '{"image_id": 7, "id": 1, "caption": "\\ud800"}', "3")
+    for content in (
+        "{",
+        "[]",
+        *(f'{{"annotations": [{row}, {{"image_id": 1, "id": 2, "caption": "b"}}]}}' for row in rows),
+    ):
         (tmp_path / "other.json").write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match="other.json: not COCO's caption annotations"):
             load(tmp_path / "other.json")

@@ -272,9 +272,9 @@ def test_measured_costs_without_weights_are_of_the_denoiser():
         ("m,x,call,inf,s,1,trained,2026-01-01", "line 2: value inf"),
         ("m,x,call,fast,s,1,trained,2026-01-01", "line 2: could not convert"),
         ("m,x,call,1,s,1.5,trained,2026-01-01", "line 2: invalid literal"),
-        ("m,x,call,1,s,1,trained", "line 2: date is missing"),
+        ("m,x,call,1,s,1,trained", "line 2: 7 values for 8 columns"),
         (",x,call,1,s,1,trained,2026-01-01", "line 2: model is missing"),
-        ("m,x,call,1,s,1,trained,2026-01-01,more", "line 2: more columns"),
+        ("m,x,call,1,s,1,trained,2026-01-01,more", "line 2: 9 values for 8 columns"),
     ],
 )
 def test_a_cost_that_is_no_number_is_named(tmp_path, row, words):

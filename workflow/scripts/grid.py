@@ -11,16 +11,14 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=8, help="columns")
     arguments = parser.parse_args()
 
-    import numpy as np
-
     from quest.report.figures import sample_grid
+    from quest.runtime.files import read_arrays
 
     rows = []
     for file in arguments.samples:
         model, method, bits = file.parts[-4:-1]
-        with np.load(file) as arrays:
-            label = "full precision" if method == "fp" else f"{method}\n{bits.upper()}"
-            rows.append((label, arrays["images"][: arguments.n]))
+        label = "full precision" if method == "fp" else f"{method}\n{bits.upper()}"
+        rows.append((label, read_arrays(file, ["images"])["images"][: arguments.n]))
     sample_grid(rows, arguments.output, title=f"{model}, the same seed in every row")
 
 

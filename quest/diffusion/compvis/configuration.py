@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import yaml
+from quest.runtime.yaml_files import read_yaml
 
 UNCONDITIONAL = "__is_unconditional__"
 
@@ -64,7 +64,7 @@ def parameters(config) -> dict:
         path = Path(config)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; give the YAML configuration of the checkpoint")
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = read_yaml(path)
     model = config.get("model") if isinstance(config, dict) else None
     if not isinstance(model, dict) or "target" not in model or not isinstance(model.get("params"), dict):
         raise ValueError("config: no model.target and model.params in it, as CompVis configurations have")
