@@ -67,6 +67,7 @@ def jobs(config: dict) -> Counter:
             "tiny_checkpoint": sum(settings[n].get("checkpoint", "").startswith("results/") for n in prepared),
             "reference": sum(_has_reference(name, settings[name]) for name in drawn),
             "trajectories": len(settings),
+            "evaluation": len(drawn),
             "quantize": len(made),
             "sample": sum(settings[run.model].get("shards", 1) for run in sampled),
             "metrics": len(grid),
@@ -149,7 +150,9 @@ def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
         known = {row["what"]: row["value"] for row in costs if (row["model"], row["machine"]) == (name, machine)}
         images, calls = settings["images"], model.calls * model.halves  # denoiser samples per image
         trajectories = settings.get("trajectories", model.trajectories)
-        rows = trajectories + settings.get("evaluation", 16)
+        rows = [trajectories]
+        if any(run.model == name for run in sampled):
+            rows.append(settings.get("evaluation", 16))
         row_bytes = FLOAT * (2 * sizes.latent + sizes.context)
         found.append(_trajectories(name, model, known, rows, calls, row_bytes))
         checkpoints = [run for run in made if run.model == name]
@@ -197,9 +200,10 @@ def quantizing(method: str, recipe: dict, bits: str, model: Model, trajectories:
 
 
 def _trajectories(name, model, known, rows, calls, row_bytes):
-    padded = -(-rows // model.batch_size) * model.batch_size
-    hours, missing = _hours(known, 1, {"call": padded * calls + RANGES_SAMPLES * model.steps})
-    return Part(name, "trajectories", 1, hours, rows * calls * row_bytes, missing)
+    """rows: trajectories of each set, which is a job of its own and has whole batches."""
+    padded = sum(-(-count // model.batch_size) * model.batch_size for count in rows)
+    hours, missing = _hours(known, len(rows), {"call": padded * calls + RANGES_SAMPLES * model.steps})
+    return Part(name, "trajectories", len(rows), hours, sum(rows) * calls * row_bytes, missing)
 
 
 def _image_bytes(model, sizes, keep):

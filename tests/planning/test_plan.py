@@ -35,7 +35,8 @@ def costs(model, machine="box", **values):
 def test_jobs_of_the_smoke_config():
     # One model in two shards; full precision and two methods at one bit width.
     assert plan.jobs(config("smoke")) == {
-        "trajectories": 1, "quantize": 2, "sample": 6, "metrics": 3, "tables": 1, "curves": 1, "grid": 1, "all": 1
+        "trajectories": 1, "evaluation": 1, "quantize": 2, "sample": 6, "metrics": 3, "tables": 1, "curves": 1, "grid": 1,
+        "all": 1,
     }  # fmt: skip
 
 
@@ -103,7 +104,7 @@ def test_hours_are_the_costs_times_the_work():
     drawn = 120 * 20 * 2
     assert found["sample, full precision"].hours * 3600 == pytest.approx(drawn * 0.002 + 120 * 0.3 + 2 * 10)
     assert found["sample, quantized"].hours * 3600 == pytest.approx(2 * (drawn * 0.003 + 120 * 0.3) + 4 * 10)
-    assert found["trajectories"].hours * 3600 == pytest.approx((50 * 40 + 32 * 20) * 0.002 + 10)
+    assert found["trajectories"].hours * 3600 == pytest.approx((2 * 50 * 40 + 32 * 20) * 0.002 + 2 * 10)
     calibration = 8 * 40
     quest = (5 + 5) * 16 * 0.01 + calibration * 0.002 + 20 * 0.5  # the ranges of 20 time groups
     rtn = 256 * 0.003
@@ -182,7 +183,7 @@ def test_command(tmp_path, capsys):
     measure.record(costs("scenes-class", call=0.002, start=10), file)
     main(["plan", str(CONFIGS / "smoke.yaml"), "--machine", "box", "--costs", str(file)])
     told = capsys.readouterr().out
-    assert "## Plan of `smoke` on box" in told and "| in all | 16 |" in told
+    assert "## Plan of `smoke` on box" in told and "| in all | 17 |" in told
     for arguments, error in {
         ("plan", "nowhere.yaml"): "plan: nowhere.yaml: no such file; valid: a config",
         ("plan", str(CONFIGS / "smoke.yaml"), "--machine", "H100", "--costs", str(file)): "on 'H100'; valid: box",

@@ -70,6 +70,7 @@ def test_every_config_runs_its_own_recipes(stubbed, name):
         "curves",
         "grid",
     }
+    planned["trajectories"] += planned["evaluation"]  # of one script
     assert {script: len(of(commands, script)) for script in scripts} == {script: planned[script] for script in scripts}
     (curves,) = of(commands, "curves")
     drawn = {Path(word).stem.removesuffix("_vs_bits") for word in curves if word.endswith("_vs_bits.png")}
@@ -159,8 +160,34 @@ def test_more_images_of_a_model_that_does_not_ship_are_sampled_and_nothing_else(
     assert stubbed.planned() == []
     config["models"]["sd14"]["images"] = 16
     stubbed.configure(config)
-    scripts = {re.search(r"scripts\.(\w+)", command)[1] for command in stubbed.planned()}
-    assert scripts == {"sample", "metrics", "tables", "curves", "grid"}
+    assert scripts_of(stubbed.planned()) == {"sample", "metrics", "tables", "curves", "grid"}
+
+
+def scripts_of(commands):
+    return {re.search(r"scripts\.(\w+)", command)[1] for command in commands}
+
+
+# What a key of a model says is sampled, measured or drawn with, and what is made again where it has another value.
+@pytest.mark.parametrize(
+    "changed, again",
+    [
+        ({"images": 1000}, {"sample"}),
+        ({"shards": 2}, {"sample"}),
+        ({"keep_images": False}, {"sample"}),
+        ({"evaluation": 4}, {"trajectories", "sample"}),
+        ({"trajectories": 4}, {"trajectories", "quantize", "sample"}),
+    ],
+)
+def test_a_setting_of_a_model_reruns_what_depends_on_it(finished, changed, again):
+    config = finished.config()
+    config["models"]["scenes-class"] |= changed
+    finished.configure(config)
+    commands = finished.planned()
+    assert scripts_of(commands) - {"metrics", "tables", "curves", "grid"} == again
+    assert {"metrics", "tables"} <= scripts_of(commands)
+    if "evaluation" in changed:
+        (held_out,) = of(commands, "trajectories")
+        assert "--calibration" not in held_out and held_out[held_out.index("-e") + 1] == "4"
 
 
 def test_a_file_that_is_not_there_stops_a_run_before_its_first_job(stubbed):

@@ -4,7 +4,6 @@ rule trajectories:
         weights=weights,
     output:
         calibration=ensure("results/{name}/{model}/calibration.safetensors", non_empty=True),
-        evaluation=ensure("results/{name}/{model}/evaluation.safetensors", non_empty=True),
         ranges=ensure("results/{name}/{model}/ranges.csv", non_empty=True),
     log:
         "results/{name}/{model}/trajectories.log",
@@ -19,10 +18,33 @@ rule trajectories:
     params:
         device=DEVICE,
         calibration=lambda wc: config["models"][wc.model].get("trajectories", MODELS[wc.model].trajectories),
-        evaluation=lambda wc: config["models"][wc.model].get("evaluation", 16),
     shell:
         "python -m workflow.scripts.trajectories {wildcards.model:q} -n {params.calibration:q} --calibration {output.calibration:q}"
-        " --evaluation {output.evaluation:q} -e {params.evaluation:q} --ranges {output.ranges:q}"
+        " --ranges {output.ranges:q} --threads {threads:q} --device {params.device:q} > {log:q} 2>&1"
+
+
+# Apart from the calibration set, so that another number of held-out trajectories quantizes nothing again.
+rule evaluation:
+    input:
+        script="workflow/scripts/trajectories.py",
+        weights=weights,
+    output:
+        ensure("results/{name}/{model}/evaluation.safetensors", non_empty=True),
+    log:
+        "results/{name}/{model}/evaluation.log",
+    priority: 1  # others wait for it
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=growing(2000, 64000),
+        runtime=growing(30, 720),
+        gpu=at_size(0, 1),
+    params:
+        device=DEVICE,
+        evaluation=lambda wc: config["models"][wc.model].get("evaluation", 16),
+    shell:
+        "python -m workflow.scripts.trajectories {wildcards.model:q} --evaluation {output:q} -e {params.evaluation:q}"
         " --threads {threads:q} --device {params.device:q} > {log:q} 2>&1"
 
 

@@ -1,4 +1,4 @@
-"""Full-precision trajectories of one model: a calibration set; a held-out set and activation ranges over time."""
+"""Full-precision trajectories of one model: a calibration set with activation ranges over time, or a held-out set."""
 
 import csv
 import time
@@ -9,13 +9,17 @@ from quest.runtime import command_line
 
 def main() -> None:
     parser = command_line.parser(__doc__, "model", "threads", "device")
-    parser.add_argument("-n", type=int, required=True, help="trajectories of the calibration set")
+    parser.add_argument("-n", type=int, help="trajectories of the calibration set")
     parser.add_argument("--draw", type=int, default=0, help="which ones: another number, other seeds")
-    parser.add_argument("--calibration", type=Path, required=True, help="file to write, seeds of the calibration split")
+    parser.add_argument("--calibration", type=Path, help="file to write, seeds of the calibration split")
     parser.add_argument("-e", type=int, default=16, help="trajectories of the held-out set")
     parser.add_argument("--evaluation", type=Path, help="file to write, seeds of the evaluation split")
     parser.add_argument("--ranges", type=Path, help="CSV to write: layer_class, timestep, low, high of the calibration")
     arguments = parser.parse_args()
+    if (arguments.n is None) != (arguments.calibration is None):
+        parser.error("-n and --calibration: give both, or neither")
+    if not (arguments.calibration or arguments.evaluation) or arguments.ranges and not arguments.calibration:
+        parser.error("--calibration or --evaluation: name a file to write; --ranges are those of a calibration set")
 
     import torch
 
@@ -44,7 +48,8 @@ def main() -> None:
         print(f"{split}: {n} trajectories, {len(trajectories)} denoiser inputs, {metadata['seconds']} s", flush=True)
         return trajectories
 
-    calibration = write("calibration", arguments.n, arguments.draw, arguments.calibration)
+    if arguments.calibration:
+        calibration = write("calibration", arguments.n, arguments.draw, arguments.calibration)
     if arguments.evaluation:
         write("evaluation", arguments.e, 0, arguments.evaluation)
     if arguments.ranges:
