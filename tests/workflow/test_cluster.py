@@ -76,8 +76,8 @@ def test_the_smoke_config_on_slurm_survives_a_killed_job(cluster, project, unbro
     assert again["memory"].tolist() == ["3000M", "6000M"]
     others = submitted.drop(again.index)
     assert set(others["state"]) == {"COMPLETED"}
-    # Two sets of trajectories, two quantize and the other five samples; the three metrics are one group. What is light enough
-    # for the login node does not get there.
+    # Two sets of trajectories, two quantize and the other five samples; the three metrics are one group. What is light
+    # enough for the login node does not get there.
     assert len(others) == 10
     assert not others["job"].str.contains("tables|curves|grid").any()
 
