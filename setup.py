@@ -1,7 +1,7 @@
-"""The compiled core of the integer kernels; all else stands in pyproject.toml.
+"""Builds the compiled core of the integer kernels; everything else is in pyproject.toml.
 
-It is no Python module but a plain C library (see quest/kernels/cpu/integer.py). Where it does not compile, the
-installation goes on without it and quantized layers run on the reference kernel.
+The core is a plain C library, not a Python module (see quest/kernels/cpu/integer.py). Where it does not compile, the
+installation continues without it, and quantized layers run on the reference kernel.
 """
 
 from glob import glob

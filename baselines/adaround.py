@@ -1,7 +1,18 @@
-"""AdaRound, weights only: what Q-Diffusion (arXiv:2302.04304) and all that build on it share below the activations.
+"""AdaRound, weights only: learned rounding as in Q-Diffusion (arXiv:2302.04304), on which most methods here build.
 
-The weight pass sees no quantized activation, so its result, one file for each model and weight bits, is where methods
-with any activation bits start from (`init: adaround`).
+Rounding every weight to its nearest code is not best for a layer's output. AdaRound (arXiv:2004.10568) decides for each
+weight whether to round up or down:
+
+1. Choose a scale s for each output channel by the least error of the weights.
+2. Make the rounding soft: w~ = s (floor(w / s) + h), with h = clip(1.2 sigmoid(alpha) - 0.1, 0, 1) (equations 22, 23).
+   One alpha per weight starts where w~ = w.
+3. For each unit, such as a residual block, learn alpha with Adam. The loss is the squared error of the unit's output
+   against full precision, on inputs from the network whose weights are quantized (equation 25), plus a regulariser that
+   pushes every h to 0 or 1 (equation 24).
+4. Round h to 0 or 1. The weights are codes now.
+
+No activation is quantized meanwhile. So one result for each model and number of weight bits is the starting point of
+methods at all activation bits (`init: adaround`).
 """
 
 from collections import Counter
@@ -20,32 +31,31 @@ from quest.quantization.layers import quant_layers
 from quest.quantization.splitting import shortcut_splits
 from quest.quantization.swapping import swap
 
-TRAVEL = 20  # lr of alpha times iterations, as published: 1e-3 * 20,000
-STEPS = 20  # sampler calls of a calibration set, as published for DDIM
+TRAVEL = 20  # learning rate of alpha times iterations, as published: 1e-3 * 20,000
+STEPS = 20  # sampler calls from which calibration rows are drawn, as published for DDIM
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Iterations of every unit in the two passes, mini-batch, learning rate of the activation steps, and the weight
-    bits from which rounding is nearest."""
+    """Length of the two passes over all units: rounding of weights, then activation steps."""
 
-    weight_iterations: int
-    activation_iterations: int
-    batch: int
+    weight_iterations: int  # of every unit
+    activation_iterations: int  # of every unit
+    batch: int  # rows of a mini-batch
     activation_lr: float = 4e-4
-    nearest_from: int = FLOAT
+    nearest_from: int = FLOAT  # layers with at least so many weight bits are rounded to nearest
 
 
 PRESETS = {
     "full": Preset(20000, 5000, 32),  # as published
-    # Rates times iterations are the published ones in both passes.
+    # In both passes, the learning rate times the iterations is as published.
     "short": Preset(1000, 250, 16, activation_lr=8e-3, nearest_from=8),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundingRecipe:
-    """How weights are rounded: what all methods that reconstruct units have in common."""
+    """How weights are rounded: the keywords of all methods that reconstruct units."""
 
     preset: Annotated[str, one_of(PRESETS)] = "short"
     weight_iterations: Iterations | None = None  # of every unit, without init; default: the preset's
@@ -61,24 +71,24 @@ class Recipe(RoundingRecipe):
 
 
 def preset_of(recipe) -> Preset:
-    """A recipe's preset, with the recipe's own numbers in place where it has them."""
-    own = {field.name: getattr(recipe, field.name, None) for field in fields(Preset)}
-    return replace(PRESETS[recipe.preset], **{name: value for name, value in own.items() if value is not None})
+    """The preset of a recipe. Numbers that the recipe sets override it."""
+    numbers = {field.name: getattr(recipe, field.name, None) for field in fields(Preset)}
+    return replace(PRESETS[recipe.preset], **{name: value for name, value in numbers.items() if value is not None})
 
 
 def uniform(calibration: CalibrationSet, rows: int, seed: int) -> CalibrationSet:
-    """About `rows` rows from every k-th sampler call, both halves of a guided one (arXiv:2302.04304, section 4.1).
+    """About `rows` rows, evenly from about 20 sampler calls (arXiv:2302.04304, section 4.1).
 
-    About 20 calls are kept, and the same number of trajectories from each; the released code takes the first ones, here
-    the seed draws them. Rows lie in the order of the calls, noisiest first.
+    Every k-th call is used, with the same trajectories and both halves of a guided call. The seed draws the
+    trajectories; the released code takes the first ones. Rows lie in the order of the calls, noisiest first.
     """
     calls = calibration.calls()
     trajectories = len(calibration.trajectory.unique())
     calls = calls.view(-1, trajectories, calls.shape[1])  # [calls, trajectories, halves]
-    kept = calls[:: max(1, len(calls) // STEPS)]
-    n = max(1, rows // (len(kept) * kept.shape[2]))
-    drawn = torch.randperm(trajectories, generator=torch.Generator().manual_seed(seed), device="cpu")[:n].sort().values
-    return calibration.subset(kept[:, drawn].flatten())
+    calls = calls[:: max(1, len(calls) // STEPS)]
+    n = max(1, rows // (len(calls) * calls.shape[2]))
+    chosen = torch.randperm(trajectories, generator=torch.Generator().manual_seed(seed), device="cpu")[:n].sort().values
+    return calibration.subset(calls[:, chosen].flatten())
 
 
 @takes(Recipe)
@@ -93,7 +103,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
 
 
 def weights_only(pipe, drawn: CalibrationSet, w: int, a: int, recipe: RoundingRecipe, split: bool = False):
-    """`quantize` on calibration rows already drawn."""
+    """`quantize` on `drawn`, the rows that a method chose from its calibration set."""
     if a != FLOAT:
         raise ValueError(f"AdaRound quantizes weights only: its bits are w{w}a32, not w{w}a{a}")
     student = swap(pipe, w, a, keep=recipe.keep, splits=splits(pipe, drawn) if split else None)
@@ -102,25 +112,25 @@ def weights_only(pipe, drawn: CalibrationSet, w: int, a: int, recipe: RoundingRe
 
 
 def splits(pipe, calibration: CalibrationSet) -> dict[str, int]:
-    """Where the decoder's shortcuts are split. Raises ValueError for a denoiser without any."""
-    found = shortcut_splits(pipe.unet, calibration.inputs(torch.arange(1, device="cpu")))
-    if not found:
+    """Shortcut of the decoder -> channel at which it is split. Raises ValueError for a denoiser without any."""
+    channels = shortcut_splits(pipe.unet, calibration.inputs(torch.arange(1, device="cpu")))
+    if not channels:
         raise ValueError("split: the denoiser has no shortcut convolution over a concatenation")
-    return found
+    return channels
 
 
 def round_weights(student, pipe, drawn: CalibrationSet, recipe: RoundingRecipe) -> None:
-    """MSE ranges for each output channel, then AdaRound of a swapped pipeline's weights, supervised by `pipe`.
+    """Choose weight ranges of least error for each output channel, then learn the rounding with `pipe` as the target.
 
-    Layers with as many bits as the preset's `nearest_from`, or more, keep their nearest codes.
+    student: a pipeline after `swap`; it is changed. Layers with `nearest_from` bits or more keep their nearest codes.
     """
     preset = preset_of(recipe)
-    coarse = []
+    learned_layers = []
     for name, layer in quant_layers(student.unet):
         layer.choose_weight_range(ranges.mse)
         if layer.weight_quantizer.spec.bits < preset.nearest_from:
-            coarse.append(name)
-    if not coarse or not preset.weight_iterations:
+            learned_layers.append(name)
+    if not learned_layers or not preset.weight_iterations:
         return
     reconstruct_weights(
         student.unet,
@@ -130,25 +140,25 @@ def round_weights(student, pipe, drawn: CalibrationSet, recipe: RoundingRecipe) 
         iterations=preset.weight_iterations,
         batch=preset.batch,
         lr=TRAVEL / preset.weight_iterations,
-        exclude=[name for name, _ in quant_layers(student.unet) if name not in coarse],
+        exclude=[name for name, _ in quant_layers(student.unet) if name not in learned_layers],
         generator=torch.Generator().manual_seed(recipe.seed),
     )
 
 
 def uniform_rows(recipe, model, trajectories: int) -> int:
     """How many rows `uniform` draws."""
-    kept = len(range(0, model.calls, max(1, model.calls // STEPS)))
-    return kept * model.halves * min(trajectories, max(1, recipe.rows // (kept * model.halves)))
+    calls = len(range(0, model.calls, max(1, model.calls // STEPS)))
+    return calls * model.halves * min(trajectories, max(1, recipe.rows // (calls * model.halves)))
 
 
 def rounding_work(recipe, w: int, rows: int) -> Counter:
-    """What AdaRound of all weights takes on `rows` rows, where there is no checkpoint to start from."""
+    """The `work` of AdaRound on `rows` rows. It is empty where a checkpoint has the weights already (`init`)."""
     preset = preset_of(recipe)
     if getattr(recipe, "init", None):
         return Counter()
     work = Counter({"weight ranges": 1})
     if w < preset.nearest_from and preset.weight_iterations:
-        # Both networks see the rows once, and every unit some of them before and after.
+        # Both networks process all rows once, and CHECK rows judge every unit before and after.
         work["call"] = 2 * rows + 2 * min(CHECK, rows)
         work["rounding"], work["rounding row"] = preset.weight_iterations, preset.weight_iterations * preset.batch
     return work

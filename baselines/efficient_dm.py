@@ -1,9 +1,13 @@
 """EfficientDM: low-rank updates merged into quantized weights, one activation scale per step (arXiv:2310.03270).
 
-QALoRA: the weight of a layer is Q(W0 + B A), where W0 are the dequantized codes of the full-precision weight, B A an
-update of rank 32, and the scale of Q is learned. TALSQ: every activation quantizer learns a scale for each sampling
-step. Both are distilled along the full-precision model's own trajectories, step after step from noise to image, from
-the (guided) prediction alone. In the end the updates are merged: what is saved is a plain quantized denoiser.
+1. Round the full-precision weights to nearest codes. W0 are these codes, dequantized and fixed.
+2. QALoRA: each layer's weight becomes Q(W0 + B A), with B [C_out, 32] and A [32, inputs] learned from B = 0. The scale
+   of the quantizer Q is learned too. The learning rate of B and A is proportional to the layer's mean weight scale,
+   since an update matters only where it reaches another code.
+3. TALSQ: every activation quantizer learns one scale per sampling step.
+4. Distil: follow full-precision trajectories step by step, from noise to image, and minimize the squared error of the
+   (guided) predicted noise. No other target and no training image is used.
+5. Merge: Q(W0 + B A) becomes the weight, so the checkpoint is a plain quantized denoiser.
 """
 
 from collections import Counter
@@ -31,18 +35,18 @@ from quest.quantization.timegroups import TimeGroups
 
 @dataclass(frozen=True)
 class Preset:
-    """Iterations, trajectories of an iteration, and what the learning rates are multiplied with."""
+    """Length of the training, and its learning rates."""
 
     iterations: int
-    batch: int
-    lr_multiplier: float
+    batch: int  # trajectories per iteration
+    lr_multiplier: float  # of the recipe's learning rates
 
 
-# The paper's 160 epochs of 100 steps; or a sixteenth of them, with learning rates that are sixteen times as high.
+# The paper's 160 epochs of 100 steps, or a sixteenth of them at sixteen times the learning rates.
 PRESETS = {"full": Preset(16_000, 2, 1), "short": Preset(1000, 8, 16)}
 
-# What the released code keeps: shortcuts, downsampling convolutions and attention products in float; the first three
-# layers of its order and the last one at 8 bits.
+# Exceptions of the released code: shortcuts, downsampling convolutions and attention products in float; the first three
+# layers in its order and the last one at 8 bits.
 RELEASED: Keep = {
     "*.conv_shortcut": 32,
     "*.downsamplers.*.conv": 32,
@@ -54,7 +58,7 @@ RELEASED: Keep = {
 
 
 class LowRank(nn.Module):
-    """A parametrization of a weight: the weight plus b @ a. b starts at zero, so training starts from the weight."""
+    """Parametrization of a weight W as W + B A. B starts at zero, so training starts from W."""
 
     def __init__(self, weight: Tensor, rank: int, generator: torch.Generator):
         super().__init__()
@@ -71,26 +75,26 @@ class LowRank(nn.Module):
 
 
 def add_low_rank(layer: QuantLayer, rank: int, generator: torch.Generator) -> LowRank:
-    """Give the layer's weight a low-rank update; until `merge`, the weight itself stays fixed."""
+    """Add a low-rank update to the layer's weight, which itself stays fixed until `merge`."""
     update = LowRank(layer.weight, rank, generator)
     parametrize.register_parametrization(layer, "weight", update)
     return update
 
 
 def merge(layer: QuantLayer) -> None:
-    """Make weight plus update the layer's plain weight."""
+    """Replace the layer's weight by weight plus update."""
     parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     layer.weight.requires_grad_(False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The learning rates are those of the full preset; the short one multiplies them. All fall linearly to zero."""
+    """The learning rates are those of the preset `full`; `short` multiplies them. All fall linearly to zero."""
 
     init: str | None = None  # checkpoint whose weights to start from; default: nearest codes of the whole range
     preset: Annotated[str, one_of(PRESETS)] = "short"  # iterations and batch: "full" is the paper's
-    guidance: float | None = None  # the sampler's; None for one that does not guide
-    keep: Keep | None = None  # layer glob -> bits kept at least, without an update; default: first and last layer at 8
+    guidance: float | None = None  # guidance scale of the sampler; None without guidance
+    keep: Keep | None = None  # layer glob -> bits; these layers get no update; default: first and last layer at 8
     softmax_bits: Bits = 8
     samples: Count = 32  # random calibration rows per step that set the activation ranges
     rank: Count = 32
@@ -102,8 +106,8 @@ class Recipe:
     seed: int = 0
 
 
-def sized(recipe) -> tuple[int, int]:
-    """Iterations and batch: the recipe's own, or else its preset's."""
+def sizes(recipe) -> tuple[int, int]:
+    """(iterations, batch). The recipe's numbers override those of its preset."""
     preset = PRESETS[recipe.preset]
     return preset.iterations if recipe.iterations is None else recipe.iterations, recipe.batch or preset.batch
 
@@ -112,14 +116,16 @@ def sized(recipe) -> tuple[int, int]:
 def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     """Quantize by EfficientDM. Returns a new pipeline.
 
-    Departures from the paper: the time steps are the sampler's own instead of 100 of which a sampler picks some;
-    trajectories come from the calibration set instead of being rolled out anew; the search for activation ranges takes
-    zero points in, as in all methods here (ranges.mse_zero_point); scales are tuned through their
-    logarithm, with moments of their own for every step, so that they stay positive (the published rate of weight
-    scales, 1e-6, is 5e-5 of a scale of 0.02).
-    Departures from the released code: it also learns a zero point for each step, which stays fixed here; its AdamW
-    keeps its moments over the steps, so that a visit moves a scale further than here. It starts from nearest codes of
-    the whole range, as here, while QuEST starts from AdaRound. The rates have not been searched.
+    Departures from the paper:
+    - The time steps are those of the sampler, not 100 of which a sampler uses some.
+    - Trajectories come from the calibration set and are not sampled anew.
+    - The search for activation ranges includes zero points, as in all methods here (ranges.mse_zero_point).
+    - The logarithms of scales are learned, so that scales stay positive, with Adam's moments for every step. (The
+      published rate of weight scales, 1e-6, is 5e-5 relative to a scale of 0.02.)
+
+    Departures from the released code: it also learns a zero point for each step, which is fixed here. Its AdamW keeps
+    moments across the steps, so that one visit moves a scale further. As there, training starts from nearest codes of
+    the whole range (QuEST: from AdaRound). The learning rates have not been searched.
     Raises FloatingPointError where the loss is not finite.
     """
     keep = KEEP if recipe.keep is None else recipe.keep
@@ -138,7 +144,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     calibrate(denoiser, calibration, ranges.mse_zero_point, samples=recipe.samples, seed=recipe.seed)
 
     tuned = {n: layer for n, layer in layers.items() if not any(fnmatch(n, glob) for glob in keep)}
-    iterations, batch = sized(recipe)
+    iterations, batch = sizes(recipe)
     multiplier = PRESETS[recipe.preset].lr_multiplier
     rates = {name: multiplier * getattr(recipe, name) for name in ("lr_update", "lr_weight_scale", "lr_scale")}
     distil(denoiser, calibration, tuned, replace(recipe, iterations=iterations, batch=batch, **rates))
@@ -149,8 +155,8 @@ def distil(denoiser: nn.Module, calibration: CalibrationSet, tuned: dict[str, Qu
     """Train the updates and weight scales of the tuned layers and every activation scale, then merge the updates.
 
     The loss is the mean squared error of the guided prediction. One iteration is one sampler call of `recipe.batch`
-    trajectories; the calls follow each other as in sampling, and new trajectories are drawn at the first. The recipe's
-    learning rates are used as they are.
+    trajectories. Calls follow each other as in sampling, and the first call draws new trajectories. The learning rates
+    of the recipe are not multiplied here.
     """
     generator, iterations = torch.Generator().manual_seed(recipe.seed), recipe.iterations
     calls = calibration.calls().unflatten(0, (int(calibration.call.max()) + 1, -1))  # [calls, trajectories, halves]
@@ -196,15 +202,15 @@ def distil(denoiser: nn.Module, calibration: CalibrationSet, tuned: dict[str, Qu
 
 
 def work(recipe, w: int, model, trajectories: int) -> Counter:
-    iterations, batch = sized(recipe)
+    iterations, batch = sizes(recipe)
     rows = iterations * batch * model.halves
     return Counter({"ranges": model.steps, "distillation": iterations, "distillation row": rows})
 
 
 def distil_all(student, pipe, calibration: CalibrationSet, model, iterations: int, batch: int) -> None:
-    """Distillation, to be measured."""
-    still = dict(lr_update=0.0, lr_weight_scale=0.0, lr_scale=0.0)
-    distil(student, calibration, dict(quant_layers(student)), Recipe(iterations=iterations, batch=batch, **still))
+    """The step of distillation that is measured."""
+    no_learning = dict(lr_update=0.0, lr_weight_scale=0.0, lr_scale=0.0)
+    distil(student, calibration, dict(quant_layers(student)), Recipe(iterations=iterations, batch=batch, **no_learning))
 
 
 METHOD = Method(
@@ -223,7 +229,8 @@ METHOD = Method(
     ),
     variants={
         "efficient-dm-as-released": dict(
-            about="EfficientDM with what its released code keeps at other bits", fixed={"keep": RELEASED}
+            about="EfficientDM with the layers that its released code keeps at other bits",
+            fixed={"keep": RELEASED},
         )
     },
 )

@@ -1,10 +1,10 @@
-"""No quantization: the row every other one is compared with."""
+"""No quantization: all other rows are compared with this one."""
 
 from baselines.method import Method
 
 
 def quantize(pipe, calibration, w: int, a: int):
-    """The pipeline as it is. Raises ValueError for bits other than w32a32."""
+    """Return the pipeline unchanged. Raises ValueError for bits other than w32a32."""
     if (w, a) != (32, 32):
         raise ValueError(f"method fp is full precision: its bits are w32a32, not w{w}a{a}")
     return pipe

@@ -1,8 +1,7 @@
-"""What a method says of itself: each file in baselines/ exports one `METHOD`.
+"""How a method describes itself: each file in baselines/ exports one `METHOD`.
 
-Whatever else names a method is made from it: the registry, what a plan counts, and what
-`python -m workflow.scripts.generate` writes, which is the schema of configs, workflow/config/all-methods.yaml, the
-table in docs/protocols.md and the bibliography.
+The registry and the plans read it. `python -m workflow.scripts.generate` writes the schema of configs,
+workflow/config/all-methods.yaml, the table in docs/protocols.md and the bibliography from it.
 """
 
 import math
@@ -19,7 +18,7 @@ from quest.quantization.layer_names import KEEP, Keep
 
 @dataclass(frozen=True)
 class Valid:
-    """Bounds of a keyword, by their names in JSON Schema: `Annotated[int, Valid(minimum=1)]`."""
+    """Valid values of a keyword: `Annotated[int, Valid(minimum=1)]`. The fields have their names in JSON Schema."""
 
     enum: tuple | None = None
     minimum: float | None = None
@@ -28,7 +27,7 @@ class Valid:
     description: str | None = None
 
     def fault(self, value) -> str | None:
-        """Why a value is not valid; None for one that is."""
+        """Explain why a value is not valid. Returns None for a valid value."""
         if self.enum is not None and value not in self.enum:
             return f"{value!r} is not one of {', '.join(map(str, self.enum))}"
         bounds = (self.minimum, self.exclusiveMinimum, self.maximum)
@@ -43,6 +42,7 @@ class Valid:
 
 
 def one_of(names: Iterable) -> Valid:
+    """The keyword must equal one of `names`."""
     return Valid(enum=tuple(names))
 
 
@@ -72,55 +72,56 @@ class Paper(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A step of training whose seconds `python -m quest measure` takes.
+    """A training step that `python -m quest measure` times.
 
-    learn(student, pipe, calibration, model, iterations, batch): takes that many steps of `batch` rows, at learning
+    learn(student, pipe, calibration, model, iterations, batch) runs that many iterations of `batch` rows, at learning
     rates of zero. student: the quantized denoiser, with activation ranges for each timestep.
     """
 
     learn: Callable
-    stages: tuple[str, ...]  # by which names the denoiser notes it, see quest.quantization.cost.record
-    rows: int | None = None  # the number of rows, where it is always the same; else a row has a cost of its own
+    stages: tuple[str, ...]  # their names in the records of `quest.quantization.cost.record`
+    rows: int | None = None  # the fixed number of rows; None: the cost depends on the rows, and both parts are measured
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the tables, or several: `variants`.
+    """One row of the tables, and further rows in `variants`.
 
-    `function` is quantize(pipe, calibration, w, a, *, <keywords>): it maps a full-precision pipeline to a quantized one
-    and leaves the one it was given as it was. The annotations of its keywords say what is valid (`Valid`).
+    `function` is quantize(pipe, calibration, w, a, *, <keywords>): it returns a quantized pipeline and does not change
+    the full-precision `pipe`. The annotations of its keywords define the valid values (`Valid`).
 
-    work(recipe, w, model, trajectories) counts what a checkpoint takes: {step that `quest.planning.measure` measures:
-    how often}. recipe: all keywords by name, as attributes; trajectories: in the calibration set.
+    work(recipe, w, model, trajectories) counts how often making a checkpoint takes each step that
+    `quest.planning.measure` measures: {step: count}. recipe: all keywords, as attributes. trajectories: their number in
+    the calibration set.
     """
 
     name: str
     function: Callable
-    about: str  # one line of Markdown: what the row is
-    work: Callable[[Any, int, Any, int], Counter] | None = None  # None: not written down, a plan says so
-    fixed: dict = field(default_factory=dict)  # keywords that make the row, whatever a model's protocol says
-    variants: dict[str, dict] = field(default_factory=dict)  # name of a further row -> the fields in which it differs
+    about: str  # one line of Markdown that describes the row
+    work: Callable[[Any, int, Any, int], Counter] | None = None  # None: unknown, and a plan says so
+    fixed: dict = field(default_factory=dict)  # keywords that define the row; they override a model's protocol
+    variants: dict[str, dict] = field(default_factory=dict)  # name of another row -> the fields in which it differs
     paper: Paper | None = None
-    weights_only: bool = False  # activations stay in float: what others start from
-    recipe: dict = field(default_factory=dict)  # in workflow/config/all-methods.yaml
-    bits: tuple[str, ...] = ("w8a8", "w4a8", "w4a4")  # there
-    steps: dict[str, Step] = field(default_factory=dict)  # what `work` counts and no other method does
+    weights_only: bool = False  # activations stay in float; other methods start from it
+    recipe: dict = field(default_factory=dict)  # its recipe in workflow/config/all-methods.yaml
+    bits: tuple[str, ...] = ("w8a8", "w4a8", "w4a4")  # its bits in that file
+    steps: dict[str, Step] = field(default_factory=dict)  # steps in `work` that no other method takes
 
     @property
     def quantize(self) -> Callable:
-        """The function with the keywords of the row."""
+        """`function` with the keywords that the row fixes."""
         return partial(self.function, **self.fixed)
 
     @property
     def description(self) -> str:
-        """`about` as a sentence, with the paper and what the row fixes."""
+        """`about` as a sentence, with the paper and the fixed keywords."""
         cited = f" (arXiv:{self.paper.arxiv})" if self.paper else ""
         settings = ", ".join(f"{name} = {value!r}" for name, value in self.fixed.items() if name != "keep")
         return f"{self.about[0].upper()}{self.about[1:]}{cited}." + (f" Here: {settings}." if settings else "")
 
     @property
     def keeps(self) -> Keep:
-        """Layers that have other bits than the row: glob over names -> bits."""
+        """Glob over layer names -> bits, of the layers whose bits differ from those of the row."""
         return self.fixed.get("keep", KEEP)
 
     def rows(self) -> list["Method"]:
@@ -130,7 +131,7 @@ class Method:
 
 
 def takes(kind: type) -> Callable:
-    """Decorator of quantize(pipe, calibration, w, a, recipe): its keywords are the fields of a frozen dataclass."""
+    """Decorator of quantize(pipe, calibration, w, a, recipe): the fields of dataclass `kind` become its keywords."""
 
     def decorate(function):
         @wraps(function)
@@ -149,13 +150,13 @@ def keywords(function: Callable) -> dict[str, Parameter]:
     return {n: p for n, p in signature(function).parameters.items() if p.kind == p.KEYWORD_ONLY}
 
 
-def check(function: Callable, given: dict) -> None:
-    """Raise ValueError for a given keyword that is out of the bounds that its annotation says."""
+def check(function: Callable, arguments: dict) -> None:
+    """Raise ValueError for the first keyword argument that its annotation does not allow."""
     for name, parameter in keywords(function).items():
-        if given.get(name) is None:
+        if arguments.get(name) is None:
             continue
         for valid in _plain(parameter.annotation)[1:]:
-            if fault := valid.fault(given[name]):
+            if fault := valid.fault(arguments[name]):
                 raise ValueError(f"{name}: {fault}")
 
 
@@ -164,16 +165,16 @@ def schema(keyword: Parameter) -> dict:
     kind, *bounds = _plain(keyword.annotation)
     if kind == Keep:
         return {"$ref": "#/$defs/keep"}
-    said = {name: value for valid in bounds for name, value in asdict(valid).items() if value is not None}
-    if "enum" in said:
-        return said | {"enum": list(said["enum"])}
+    limits = {name: value for valid in bounds for name, value in asdict(valid).items() if value is not None}
+    if "enum" in limits:
+        return limits | {"enum": list(limits["enum"])}
     if kind not in TYPES:
         raise TypeError(f"{keyword}: annotate it as bool, int, float, str, Keep or Annotated[one of them, Valid(...)]")
-    return {"type": TYPES[kind]} | said
+    return {"type": TYPES[kind]} | limits
 
 
 def _plain(annotation) -> list:
-    """[type, bounds ...] of an annotation; None among the types says only that the keyword has a default."""
+    """[type, bounds ...] of an annotation. A None among its types is left out: it only marks a default."""
     kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
     if get_origin(annotation) is Annotated:
         return [get_args(annotation)[0], *annotation.__metadata__]

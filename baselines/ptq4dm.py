@@ -1,7 +1,7 @@
 """PTQ4DM: calibration at normally distributed timesteps of the sampler (Shang et al., arXiv:2211.15736).
 
-Two rows. `quantize` is what later papers rerun under this name, as far as their tables tell: Q-Diffusion's quantizers
-and reconstruction on PTQ4DM's timesteps, without its split shortcuts. `released` is the paper's own code.
+There are two rows. `quantize` is what later papers seem to run under this name: Q-Diffusion's quantizers and
+reconstruction on PTQ4DM's timesteps, without split shortcuts. `released` is the paper's code.
 """
 
 from collections import Counter
@@ -21,14 +21,14 @@ from quest.quantization.layers import input_quantizers, name_quantizers, quant_l
 from quest.quantization.quantizer import Quantizer
 from quest.quantization.swapping import swap
 
-MEAN = DEVIATION = 0.4  # of the sampling step over their number (the released script; the paper says at most T / 2)
+MEAN = DEVIATION = 0.4  # of the drawn step, as a share of all steps (released script; the paper says at most T / 2)
 CANDIDATES = 100  # thresholds of the released search
-MOMENTUM = 0.9  # of its ranges, over
-BATCH = 256  # calibration rows
+MOMENTUM = 0.9  # of its running averages of ranges
+BATCH = 256  # calibration rows per update of these averages
 
-# What the released code keeps. Attention: its projections are 1-d convolutions, which are not wrapped, its products and
-# softmax plain functions. 8 bits: the weights of the time embedding's first linear, which comes first in its list of
-# layers, and of the last convolution. The output of the last convolution is not quantized.
+# Exceptions of the released code. Attention stays in float: its projections are 1-d convolutions, which it does not
+# wrap; its products and softmax are plain functions. 8 bits: the weights of the last convolution and of the time
+# embedding's first linear, the first in its list of layers. The output of the last convolution is not quantized.
 RELEASED: Keep = {
     "*.attentions.?.to_*": 32,
     "*.processor": 32,
@@ -40,10 +40,11 @@ RELEASED: Keep = {
 def ndtc(calibration: CalibrationSet, rows: int, seed: int, bug: bool = False) -> CalibrationSet:
     """About `rows` rows at normally distributed sampling steps ("normally distributed timestep calibration", NDTC).
 
-    Step s of S (0 is the cleanest) is the floor of a draw from N(0.4 S, 0.4 S), clamped to 0..S - 1; a row is what the
-    sampler fed the denoiser at that step, both halves of a guided call. Rows lie in the order of the calls.
-    bug: as in the released code, which stops the sampler after s steps, at noise level S - 1 - s, and labels that
-    sample with the timestep of step s. Departure from it: the row is the state before the step, there the one after it.
+    Step s of S (0 is the cleanest) is the floor of a draw from a normal distribution with mean and standard deviation
+    0.4 S, clamped to 0..S - 1. A row is the denoiser's input at that step, both halves of a guided call. Rows lie in
+    the order of the calls.
+    bug: reproduces the released code, which stops the sampler after s steps, at noise level S - 1 - s, and labels that
+    sample with the timestep of step s. One departure: here the row is the state before the step, there the state after.
     """
     calls = calibration.calls()
     trajectories = len(calibration.trajectory.unique())
@@ -57,7 +58,7 @@ def ndtc(calibration: CalibrationSet, rows: int, seed: int, bug: bool = False) -
         .long()
     )
     call = (steps - 1 - step).sort().values
-    # Neighbours are of different trajectories, so a call repeats one only after all.
+    # Neighbouring rows have different trajectories; a trajectory repeats only after all others.
     trajectory = torch.randperm(trajectories, generator=generator, device="cpu")[
         torch.arange(n, device="cpu") % trajectories
     ]
@@ -83,8 +84,8 @@ class WeightsRecipe(RoundingRecipe):
 def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     """Quantize by Q-Diffusion's quantizers and reconstruction on PTQ4DM's timesteps.
 
-    Departure from the paper, which rounds to nearest and quantizes neither attention nor below 8 bits: see `released`.
-    Raises ValueError for a time group of which no row was drawn.
+    Departure from the paper, which rounds to nearest, has no bits below 8 and keeps attention in float: see `released`.
+    Returns a new pipeline. Raises ValueError for a time group of which no row was drawn.
     """
     drawn = ndtc(calibration, recipe.rows, recipe.seed, recipe.ndtc_bug)
     return common_stack(pipe, calibration, drawn, w, a, recipe)
@@ -92,8 +93,11 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
 
 @takes(WeightsRecipe)
 def round_weights(pipe, calibration: CalibrationSet, w: int, a: int, recipe: WeightsRecipe):
-    """AdaRound on PTQ4DM's timesteps, weights only: the timesteps are all that the method changes, so its weights see
-    them too, and cannot be shared with methods that calibrate uniformly."""
+    """AdaRound on PTQ4DM's timesteps, weights only. Returns a new pipeline.
+
+    The timesteps are the method's only change, so its weights are rounded on them too and not shared with methods that
+    calibrate uniformly.
+    """
     return weights_only(pipe, ndtc(calibration, recipe.rows, recipe.seed, recipe.ndtc_bug), w, a, recipe)
 
 
@@ -109,11 +113,11 @@ def released(
     rows: Count = 1024,  # of the calibration set
     seed: int = 0,  # of the calibration rows and their order
 ):
-    """Quantize as the released command does, which the paper reports at 8 bits.
+    """Quantize as the released command does; the paper reports it at 8 bits. Returns a new pipeline.
 
-    Weights to the nearest code; activations where a layer has computed them, in front of normalisation and SiLU, so
-    that the next layer multiplies floats; attention in float (RELEASED). Ranges by `thresholds`, those of activations
-    averaged over batches with everything else quantized.
+    Weights are rounded to nearest. Activations are quantized at the output of a layer, before normalisation and SiLU,
+    so the next layer multiplies floats. Attention stays in float (RELEASED). Ranges come from `thresholds`; those of
+    activations are averaged over batches while everything else is quantized.
     """
     keep = RELEASED if keep is None else keep
     student = swap(pipe, w, FLOAT, keep=keep)
@@ -142,9 +146,10 @@ def released(
 
 
 def thresholds(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """The range of least mean |x - x~|^2.4 among thresholds t = i / 100 max |x|, [channels] each end.
+    """(low, high) of the range with the least mean |x - x~|^2.4, each [channels].
 
-    It is [-t, t], or [0, t] and [-t, 0] for a channel of one sign: asymmetric codes on a symmetric range.
+    Candidates have t = i / 100 max |x|, i from 1 to 100. The range is [-t, t]; for a channel of one sign it is [0, t]
+    or [-t, 0]. Codes are asymmetric.
     """
     rows = x.reshape(1, -1) if spec.axis is None else x.movedim(spec.axis, 0).flatten(1)
     t = torch.arange(1, CANDIDATES + 1, dtype=x.dtype, device=x.device)[:, None] / CANDIDATES * rows.abs().amax(1)

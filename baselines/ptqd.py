@@ -1,12 +1,13 @@
-"""PTQD: a quantized denoiser's error, measured once, taken out again while sampling (He et al., arXiv:2305.10657).
+"""PTQD: corrects the error of a quantized denoiser while sampling (He et al., arXiv:2305.10657).
 
-Along full-precision trajectories the guided prediction e~ of the quantized denoiser is compared with e of full
-precision, timestep by timestep: e~ - e = k e + bias + noise. The scheduler then samples with (e~ - bias) / (1 + k) and
-injects that much less noise as the quantized denoiser brings along (`quest.diffusion.samplers`).
+1. Feed full-precision trajectories to both denoisers and compare the guided predictions e (full precision) and e~
+   (quantized), timestep by timestep.
+2. Fit e~ - e = k e + bias + noise: a correlated part, a mean per channel, and noise of standard deviation sigma.
+3. Sample with (e~ - bias) / (1 + k), and inject less noise, by the noise that the quantized denoiser adds already
+   (`quest.diffusion.samplers`).
 
-What applies to which sampler: DDIM with eta > 0 has all three corrections. DDIM with eta = 0 and PLMS inject no noise,
-so theirs are the corrections of mean and correlation only. The paper's mixed precision over the steps is left out: a
-row of a table has one pair of bits.
+DDIM with eta > 0 gets all three corrections. DDIM with eta = 0 and PLMS inject no noise, so they only get those of mean
+and correlation. The paper's mixed precision over the steps is left out: a row has one pair of bits.
 """
 
 from collections import Counter
@@ -25,8 +26,8 @@ from quest.quantization.checkpoint import freeze
 from quest.quantization.layer_names import Keep
 
 BIASES = ("residual", "error")
-# What the released code keeps: shortcuts, downsampling convolutions and attention products in float; the first linear
-# of the time embedding and the first and last convolution at 8 bits.
+# Exceptions of the released code: shortcuts, downsampling convolutions and attention products in float; the first
+# linear of the time embedding and the first and last convolution at 8 bits.
 RELEASED: Keep = {
     "*.conv_shortcut": 32,
     "*.downsamplers.*.conv": 32,
@@ -39,9 +40,9 @@ RELEASED: Keep = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(ReconstructionRecipe):
-    """Rows are those of reconstruction; the statistics take the whole calibration set."""
+    """`rows` counts the rows of reconstruction; the statistics use the whole calibration set."""
 
-    guidance: float | None = None  # the sampler's; None for one that does not guide
+    guidance: float | None = None  # guidance scale of the sampler; None without guidance
     bias_of: Annotated[str, one_of(BIASES)] = "residual"  # see `statistics`
 
 
@@ -51,9 +52,9 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
 
     The statistics hold for the sampler, the number of steps and the guidance scale of the calibration trajectories.
     Departures from the released code: the statistics come from the calibration trajectories, not from 1,024 new
-    samples; with eta > 0 only the injected noise shrinks, as in the paper, while the released code also recomputes the
-    direction to x_t with the smaller sigma. Those of Q-Diffusion's stack apply, too (baselines.q_diffusion).
-    Prints the fit's R^2: where it is low, the correlation explains little of the error.
+    samples. With eta > 0 only the injected noise shrinks, as in the paper; the released code also recomputes the
+    direction to x_t with the smaller sigma. The departures of Q-Diffusion's stack apply too (baselines.q_diffusion).
+    Prints R^2 of the fit: a low one means that the correlation explains little of the error.
     Raises ValueError for a sampler that is neither DDIM nor PLMS.
     """
     student = common_stack(pipe, calibration, uniform(calibration, recipe.rows, recipe.seed), w, a, recipe)
@@ -73,11 +74,11 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
 def statistics(
     denoiser: nn.Module, calibration: CalibrationSet, guidance: float | None, bias_of: str = "residual", batch: int = 64
 ) -> Correction:
-    """The statistics of arXiv:2305.10657 of a quantized denoiser on full-precision trajectories.
+    """Error statistics of a quantized denoiser on full-precision trajectories, for every timestep (arXiv:2305.10657).
 
-    guidance: the scale with which the sampler combines the two halves of a call (None: it has one).
-    bias_of: "residual", the mean of what the correlation leaves (the paper's: it takes the whole mean error out), or
-    "error", the mean of e~ - e itself (the released code's: it counts k times the mean of e twice).
+    guidance: the scale that combines the two halves of a call; None where a call has no halves.
+    bias_of: "residual" is the mean of e~ - e - k e, as in the paper, which removes the whole mean error. "error" is the
+    mean of e~ - e, as in the released code, which counts k times the mean of e twice.
     batch: denoiser rows per forward pass. Timesteps that a sampler visits twice (PLMS) share their statistics.
     Raises FloatingPointError where the quantized denoiser predicts NaN or infinite values.
     """
@@ -88,12 +89,12 @@ def statistics(
     measured = []
     for t in calibration.timesteps:
         rows = calls[timestep == t]  # [n, halves]
-        exact, found = [], []
+        exact, quantized = [], []
         for part in rows.split(max(1, batch // rows.shape[1])):
             prediction = denoiser(**calibration.inputs(part.flatten())).sample
-            found.append(guide(prediction.unflatten(0, part.shape), guidance))
+            quantized.append(guide(prediction.unflatten(0, part.shape), guidance))
             exact.append(guide(calibration.target[part], guidance))
-        measured.append(fit(torch.cat(exact), torch.cat(found), bias_of))
+        measured.append(fit(torch.cat(exact), torch.cat(quantized), bias_of))
         if not all(v.isfinite().all() for v in measured[-1]):
             raise FloatingPointError(f"statistics of timestep {t}: the quantized denoiser's error is not finite")
     return Correction(
@@ -102,9 +103,9 @@ def statistics(
     )
 
 
-def fit(exact: Tensor, found: Tensor, bias_of: str = "residual") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Slope [] (at least 0), bias [C], standard deviation [] and R^2 [] of the error of `found`, both [n, C, h, w]."""
-    error = found - exact
+def fit(exact: Tensor, quantized: Tensor, bias_of: str = "residual") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Slope k [] (at least 0), bias [C], standard deviation [] and R^2 [] of the error, from [n, C, h, w]."""
+    error = quantized - exact
     centred = exact - exact.mean()
     variance = centred.square().mean()
     covariance = (centred * error).mean()

@@ -1,4 +1,13 @@
-"""Q-Diffusion: calibration along the sampler, block reconstruction, split shortcuts (Li et al., arXiv:2302.04304)."""
+"""Q-Diffusion: reconstruction of blocks on sampler inputs, and split shortcuts (Li et al., arXiv:2302.04304).
+
+1. Calibration: activations drift along the trajectory, so rows are drawn evenly from the sampling steps of the
+   full-precision model (`adaround.uniform`).
+2. Shortcut split: a decoder shortcut gets the concatenation [h, skip], whose two parts have different ranges. Each part
+   has quantizers of its own for inputs and weights (`split`).
+3. Weights: AdaRound, unit by unit (`baselines.adaround`).
+4. Activations: one range per tensor, the same at all timesteps (`activation_ranges_of`). Then the scales ("steps") are
+   learned unit by unit with Adam: the loss is |error|^2.4 of the unit's output, on full-precision inputs.
+"""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -21,26 +30,26 @@ from quest.quantization.timegroups import TimeGroups, grouped
 
 RUNNING = ("ema", "ema-symmetric")
 RANGES = (*ranges.SEARCHED, *RUNNING)
-MOMENTUM = 0.95  # of the running ranges
-BATCH = 64  # rows of one update of them
+MOMENTUM = 0.95  # of running averages of ranges
+BATCH = 64  # rows per update of a running average
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionRecipe(RoundingRecipe):
-    """Q-Diffusion's stack, with which later papers rerun their rivals."""
+    """Keywords of Q-Diffusion's stack, on which later papers rerun their rivals."""
 
     init: str | None = None  # AdaRound's checkpoint; default: round the weights here
     activation_iterations: Iterations | None = None  # of every unit; default: the preset's
     activation_lr: Positive | None = None  # of the activation steps; default: the preset's
     softmax_bits: Bits = 8  # published: 16 for Stable Diffusion
-    split: bool = False  # quantize the two parts of a decoder shortcut's input apart, as published for SD and CIFAR-10
+    split: bool = False  # split the decoder's shortcuts, as published for Stable Diffusion and CIFAR-10
     weight_axis: Annotated[
         int | None, one_of((0, None)), Valid(description="0: a weight scale per output channel; null: one per tensor")
-    ] = 0  # None as in PTQD's released code
+    ] = 0  # None: PTQD's released code
     activation_ranges: Annotated[str, one_of(RANGES)] = "mse-zero-point"  # see `activation_ranges_of`
-    stored_order: bool = False  # calibrate noisiest rows first, as the released code does, not shuffled
-    granularity: Annotated[str, one_of(GRANULARITIES)] = "tensor"  # "released" is QuEST's at 4 bits
-    time_groups: Count = 1  # QuEST's: stretches of timesteps with activation scales of their own; here one for all
+    stored_order: bool = False  # calibrate with the noisiest rows first, as the released code does; default: shuffled
+    granularity: Annotated[str, one_of(GRANULARITIES)] = "tensor"  # "released": as QuEST's code at 4 bits
+    time_groups: Count = 1  # QuEST's time groups; 1: one set of activation scales for all timesteps
     samples: Count | None = None  # rows (of each time group) that set the searched ranges; default: static_rows
 
 
@@ -48,12 +57,14 @@ class ReconstructionRecipe(RoundingRecipe):
 def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: ReconstructionRecipe):
     """Quantize by Q-Diffusion: AdaRound of the weights, static activation ranges, learned activation steps.
 
-    Departures from the released code: both halves of a split layer are regularised, calibration rows are shuffled
-    (`stored_order` undoes that), the first and last layer keep 8 bits as in every row of the common stack, and there
-    are 1,024 rows instead of 5,120 (6,400 for Stable Diffusion). Split shortcuts are part of the method, but its
-    released commands set them for CIFAR-10 and Stable Diffusion only, and so do the models here (diffusion.models,
-    `split`); there is no released command for a class-conditional model.
-    Raises ValueError where init and split disagree, and for time groups with ranges that hold at all timesteps.
+    Departures from the released code:
+    - Both parts of a split layer are regularised. Calibration rows are shuffled (`stored_order` undoes that).
+    - The first and last layer keep 8 bits, as in every row of the common stack.
+    - There are 1,024 rows instead of 5,120 (6,400 for Stable Diffusion).
+
+    Split shortcuts are part of the method, but its released commands set them only for CIFAR-10 and Stable Diffusion,
+    and so do the models here (`split` in quest.diffusion.models). No command was released for class-conditional models.
+    Returns a new pipeline. Raises ValueError where init and split disagree, and for time groups with running ranges.
     """
     return common_stack(pipe, calibration, uniform(calibration, recipe.rows, recipe.seed), w, a, recipe)
 
@@ -61,7 +72,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Reconstr
 def common_stack(
     pipe, calibration: CalibrationSet, drawn: CalibrationSet, w: int, a: int, recipe: ReconstructionRecipe
 ):
-    """Q-Diffusion on rows already drawn from the calibration set."""
+    """Q-Diffusion on `drawn`, the rows that a method chose from its calibration set."""
     groups = groups_of(calibration, recipe.time_groups)
     if groups is not None and (recipe.activation_ranges in RUNNING or recipe.stored_order):
         valid = f"{' or '.join(ranges.SEARCHED)}, shuffled"
@@ -75,8 +86,8 @@ def common_stack(
         student = swap(pipe, w, a, **quantizers)
         load_weights(student.unet, recipe.init)
         if split_layers(student.unet) != parts:
-            found = len(split_layers(student.unet))
-            raise ValueError(f"split: {recipe.split}, but {recipe.init} has {found} split layers")
+            count = len(split_layers(student.unet))
+            raise ValueError(f"split: {recipe.split}, but {recipe.init} has {count} split layers")
     axes = scale_axes(student.unet, recipe.granularity, a)
     for name, q in input_quantizers(student.unet).items():
         q.spec = replace(q.spec, axis=axes.get(name))
@@ -104,9 +115,9 @@ def common_stack(
 
 
 def groups_of(calibration: CalibrationSet, time_groups: int) -> TimeGroups | None:
-    """Equal stretches of the sampler's timesteps; None for a single one, which needs no bookkeeping.
+    """Equal time groups of the sampler's timesteps; None for a single group.
 
-    Raises ValueError where their number does not divide that of the timesteps.
+    Raises ValueError where `time_groups` does not divide the number of timesteps.
     """
     starts = grouped(calibration.timesteps, time_groups)
     return None if time_groups == 1 else TimeGroups(starts)
@@ -116,18 +127,22 @@ def groups_of(calibration: CalibrationSet, time_groups: int) -> TimeGroups | Non
 def activation_ranges_of(
     denoiser, drawn: CalibrationSet, kind: str, *, samples: int, stored_order: bool, seed: int
 ) -> None:
-    """Set the activation ranges, but for "mse-zero-point" as the released commands do for one of the models.
+    """Set the activation ranges on the rows `drawn`.
 
-    "mse" (Churches): the asymmetric range of least |x - x~|^2.4 on `samples` rows. "mse-zero-point": the same with the
-    zero point searched too, as QuEST's ranges are here (ranges.mse_zero_point). "ema-symmetric" (Bedrooms, CIFAR-10)
-    and "ema" (Stable Diffusion): running averages of minimum and maximum over batches of 64 rows, momentum 0.95, from
-    which the absolute maximum or the asymmetric range is taken; they overwrite what the MSE search found first. The
-    products of attention outside a transformer block keep the range of their first batch.
+    kind, with the models for which the released commands use it:
+    - "mse" (Churches): the asymmetric range of least |x - x~|^2.4 on `samples` rows.
+    - "mse-zero-point" (none): the same, with a search of the zero point (ranges.mse_zero_point).
+    - "ema-symmetric" (Bedrooms, CIFAR-10): the absolute maximum from running averages of minimum and maximum, over
+      batches of 64 rows with momentum 0.95.
+    - "ema" (Stable Diffusion): the asymmetric range from the same averages.
+
+    Running averages replace the range of the first batch, except for the products of attention outside a transformer
+    block, which keep it.
     """
     quantizers = input_quantizers(denoiser)
     if kind == "ema-symmetric":
         for name, q in quantizers.items():
-            if not name.endswith("processor.p"):  # probabilities are unsigned
+            if not name.endswith("processor.p"):  # attention probabilities are unsigned
                 q.spec = replace(q.spec, symmetric=True)
     order = drawn.call.argsort(stable=True) if stored_order else None
     if kind in ranges.SEARCHED:
@@ -154,7 +169,7 @@ def activation_ranges_of(
 
 
 def stack_work(recipe, w: int, rows: int) -> Counter:
-    """What `common_stack` takes on `rows` rows."""
+    """The `work` of `common_stack` on `rows` rows."""
     preset = preset_of(recipe)
     work = rounding_work(recipe, w, rows) + Counter({"ranges": 1})
     if recipe.activation_ranges in RUNNING:  # over all rows
@@ -172,7 +187,7 @@ METHOD = Method(
     about="Q-Diffusion: block reconstruction, learned activation steps; shortcuts are split only where its released"
     " command splits them (scenes-text, Stable Diffusion, CIFAR-10)",
     work=lambda recipe, w, model, trajectories: stack_work(recipe, w, uniform_rows(recipe, model, trajectories)),
-    fixed={"time_groups": 1},  # ranges hold at all timesteps
+    fixed={"time_groups": 1},  # one set of ranges for all timesteps
     recipe={"init": "adaround"},
     paper=Paper(
         "li2023qdiffusion",

@@ -1,4 +1,4 @@
-"""QALoRA in QuEST's place: the same layers learn low-rank updates, not their weights (arXiv:2402.03666)."""
+"""QuEST with QALoRA: the selected layers learn low-rank updates and not their weights (arXiv:2402.03666)."""
 
 from dataclasses import dataclass
 
@@ -14,17 +14,17 @@ from quest.quantization.layers import QuantLayer
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(quest.FinetuneRecipe):
-    """lr_weight is that of both factors of an update."""
+    """QuEST's keywords. lr_weight is the rate of both factors of an update."""
 
     rank: Count = 32
 
 
 @takes(Recipe)
 def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
-    """Quantize and finetune by QuEST's two stages with updates of rank 32 (QALoRA, arXiv:2310.03270). A new pipeline.
+    """Quantize and finetune in QuEST's two stages by low-rank updates (QALoRA, arXiv:2310.03270).
 
-    Losses, stages, layers, activation scales and schedules are QuEST's; only what a stage learns of its layers differs.
-    As there, biases learn and weight scales stay; EfficientDM, where QALoRA comes from, learns weight scales too.
+    Losses, stages, layers, activation scales and schedules are QuEST's. Biases are learned and weight scales are fixed,
+    as in QuEST; EfficientDM, where QALoRA comes from, learns weight scales too. Returns a new pipeline.
     """
     updates: dict[str, tuple[QuantLayer, LowRank]] = {}
 
@@ -36,7 +36,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
             for n, layer in tuned.items()
         }
 
-    student = quest.finetuned(pipe, calibration, w, a, recipe, low_rank)
+    student = quest.quantize_and_finetune(pipe, calibration, w, a, recipe, low_rank)
     for layer, _ in updates.values():
         merge(layer)
     return student

@@ -1,15 +1,21 @@
 """QuEST: efficient selective finetuning of a quantized denoiser (Wang et al., arXiv:2402.03666).
 
-Three steps, data-free, supervised by the full-precision model:
-1. TAQuant: every activation quantizer gets one scale and zero point per time group.
-2. Temporal layer alignment (L_TLA + L_G, equations 4 and 6): the projections of the time embedding, their weights and
-   their activation scales.
-3. Critical module alignment (L_CMA + L_G, equations 5 and 6): the attention-related weights and all remaining
-   activation scales.
-All other parameters stay frozen. Weight scales and every zero point stay fixed.
+No training data is needed: the inputs are those that the full-precision model met in its own sampling runs, and its
+outputs are the targets. Equations are those of the sixth version of the paper.
 
-The sixth version of the paper and the released code differ from each other, and from what works best on small models.
-Every such place is a keyword, a field of `FinetuneRecipe`; PAPER and OFFICIAL are the keywords that make the two.
+1. Start from a denoiser with rounded weights, as AdaRound leaves them.
+2. TAQuant gives every activation quantizer one scale and one zero point per time group (a stretch of timesteps):
+   x~ = s (clamp(round(x / s) + z) - z) (equations 2 and 3), with s and z of the group that the call's timestep is in.
+3. Temporal layer alignment minimizes L_TLA + L_G: the squared error of the output of each time-embedding projection
+   (equation 4) plus that of the predicted noise (equation 6). It tunes the projections' weights and activation scales.
+4. Critical module alignment minimizes L_CMA + L_G: the same for the attention-related layers, each with the quantized
+   input that it really meets (equation 5). It tunes their weights and all remaining activation scales.
+
+Everything else is frozen: other weights, the scales of all weights, and every zero point. Each iteration rounds a tuned
+weight anew, and its gradient passes the rounding unchanged (straight-through estimator).
+
+The paper's sixth version, its released code and what works best on small models differ in many places. Each of them is
+a keyword, a field of `FinetuneRecipe`. PAPER and OFFICIAL are the keywords that reproduce the first two.
 """
 
 from collections import Counter
@@ -47,12 +53,11 @@ from quest.runtime.resume import part
 
 
 class Preset(NamedTuple):
-    """Iterations of the two stages, as numbers or as a share of those published; rows of an iteration; and what the
-    published learning rates are multiplied with."""
+    """Length of the two stages, and their learning rates."""
 
-    iterations: float | tuple[int, int]
-    batch: tuple[int, int]
-    lr_multiplier: float
+    iterations: float | tuple[int, int]  # of each stage, or the share of the published iterations
+    batch: tuple[int, int]  # rows per iteration
+    lr_multiplier: float  # of the published learning rates
 
 
 PRESETS = {
@@ -60,11 +65,12 @@ PRESETS = {
     "tenth": Preset(0.1, (2, 4), 10),  # the 2,200 iterations of the paper's table 8
     "full": Preset(1.0, (2, 4), 1),
 }
-# Iterations of the released code; those of Stable Diffusion differ from timestep to timestep, here all have their mean.
+# Iterations of the released code. For Stable Diffusion they differ between timesteps; here each has their mean.
 PUBLISHED = {"lsun": (16_000, 6_400), "imagenet": (24_000, 6_400), "sd": (3_850, 8_000)}
 
-# What the released commands set by model: LSUN-Bedrooms and ImageNet take whole symmetric ranges, as running averages
-# but for 4-bit activations. (The running average of its Stable Diffusion reaches one timestep only and is left out.)
+# What the released commands set for each kind of model. LSUN-Bedrooms and ImageNet take whole symmetric ranges, as
+# running averages except for 4-bit activations. (For Stable Diffusion the released running average reaches only one
+# timestep, so it is left out.)
 RELEASED = {
     "lsun": dict(levels="symmetric", ranges="running", ranges_a4="minmax", local_cma=False),
     "imagenet": dict(levels="symmetric", ranges="running", ranges_a4="minmax", local_cma=False),
@@ -78,11 +84,11 @@ RANGES = {
     "percentile": choosers.percentile,
     "running": choosers.minmax,
 }
-MOMENTUM = 0.95  # of the running ranges
+MOMENTUM = 0.95  # of running averages of ranges
 
 STAGES = ("temporal layer alignment", "critical module alignment")
-# Of the two stages. None: one iteration of a time group after another, in random order. With visits, groups follow each
-# other from the noisiest to the cleanest, and every visit has a new Adam for the scales.
+# How each of the two stages goes through the time groups. None: every iteration takes another group, in random order.
+# Visit: groups follow each other from the noisiest to the cleanest, and every visit has a new Adam for the scales.
 SCHEDULES = {
     "interleaved": (None, None),
     "sequential": (Visit(), Visit()),
@@ -117,7 +123,7 @@ OFFICIAL = dict(
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneRecipe:
-    """QuEST, and what differs from it in one place or another."""
+    """All choices of QuEST and of the methods that replace one part of it."""
 
     init: str | None = None  # checkpoint whose weights to start from; default: nearest codes of the mse range
     preset: Annotated[str, one_of(PRESETS), Valid(description="iterations, batch and learning rates")] = "short"
@@ -132,16 +138,16 @@ class FinetuneRecipe:
     # "running": averages; "released": the model's.
     ranges: Annotated[str, one_of((*RANGES, "released"))] = "mse-zero-point"
     samples: Count = 32  # random calibration rows per time group that set the activation ranges
-    # What is tuned. Of the critical stage these layers; default: by the kind of pipeline.
+    # What is tuned. The layers of the critical stage; default: those of the kind of pipeline.
     selection: Annotated[str, one_of(SELECTIONS)] | None = None
-    # The two layers of the time embedding: "scales" in the critical stage, "tuned" with TLA, or "frozen".
+    # The time embedding: "scales" tuned in the critical stage, all "tuned" in the temporal stage, or "frozen".
     time_embedding: Annotated[str, one_of(("scales", "tuned", "frozen"))] = "scales"
-    qkv_as_one: bool = False  # to_q, to_k, to_v of an unconditional attention: one layer with one input, as in CompVis
-    control: bool = False  # the first stage on as many weights of other layers: does it matter that they are temporal?
+    qkv_as_one: bool = False  # to_q, to_k and to_v of unconditional attention share one input quantizer, as in CompVis
+    control: bool = False  # the temporal stage tunes as many weights of random other layers: a control experiment
     # The losses.
     local_tla: bool = True
     local_cma: Annotated[bool | str, one_of((True, False, "released"))] = True  # "released": for Stable Diffusion only
-    # Of L_G; default: the number of tuned layers, as in the released code.
+    # Weight of L_G; default: the number of tuned layers, as in the released code.
     global_weight: Annotated[float, Valid(minimum=0)] | None = None
     # The stages. "joint": one stage with both losses and 2 L_G (equation 7).
     order: Annotated[str, one_of(("tla-cma", "cma-tla", "joint"))] = "tla-cma"
@@ -158,11 +164,14 @@ class FinetuneRecipe:
     seed: int = 0
 
 
-def settled(recipe: FinetuneRecipe, pipe, a: int) -> FinetuneRecipe:
-    """The recipe as it is carried out: values of this model in place of "released" and None, the preset's numbers in
-    place of None, learning rates multiplied. `batch` is a pair, of both stages."""
+def resolve(recipe: FinetuneRecipe, pipe, a: int) -> FinetuneRecipe:
+    """The recipe with every value decided for one pipeline and `a` activation bits.
+
+    "released" and None become the values of this kind of model and of the preset, `batch` becomes a pair (both stages),
+    and the learning rates are multiplied.
+    """
     selection = recipe.selection or default_selection(pipe)
-    released, (iterations, batch) = RELEASED[selection], sized(recipe, selection)
+    released, (iterations, batch) = RELEASED[selection], sizes(recipe, selection)
     multiplier, temporal = PRESETS[recipe.preset].lr_multiplier, recipe.lr_temporal_scale
     return replace(
         recipe,
@@ -179,13 +188,13 @@ def settled(recipe: FinetuneRecipe, pipe, a: int) -> FinetuneRecipe:
     )
 
 
-def sized(recipe, selection: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Iterations and rows of an iteration of both stages: the recipe's own, or else its preset's."""
+def sizes(recipe, selection: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(iterations, rows per iteration) of both stages. The recipe's numbers override those of its preset."""
     preset = PRESETS[recipe.preset]
     share = preset.iterations
     of_preset = share if isinstance(share, tuple) else [round(share * n) for n in PUBLISHED[selection]]
-    own = (recipe.tla_iterations, recipe.cma_iterations)
-    first, second = (b if a is None else a for a, b in zip(own, of_preset, strict=True))
+    of_recipe = (recipe.tla_iterations, recipe.cma_iterations)
+    first, second = (b if a is None else a for a, b in zip(of_recipe, of_preset, strict=True))
     return (first, second), (recipe.batch, recipe.batch) if recipe.batch else preset.batch
 
 
@@ -193,38 +202,43 @@ def sized(recipe, selection: str) -> tuple[tuple[int, int], tuple[int, int]]:
 def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: FinetuneRecipe):
     """Quantize by QuEST. Returns a new pipeline.
 
-    Departures of the defaults from the paper, which names no batch or schedule: TAQuant (of the first version; the
-    sixth has a single set of scales); both learning rates fall to zero as a cosine; scales are tuned through their
-    logarithm, by an Adam with a state of its own for every time group, so that they stay positive and idle groups do
-    not move; timesteps are interleaved, one group per iteration; L_G is weighted as in the released code; the search
-    for activation ranges, which the text leaves open, takes zero points in (ranges.mse_zero_point); the preset `short`
-    runs 300 of 22,400 iterations at 100 times the published learning rates.
+    The defaults depart from the paper, which names no batch or schedule, in these places:
+    - TAQuant's scales per time group, as in the first version; the sixth has a single set.
+    - Both learning rates fall to zero as a cosine.
+    - The logarithm of a scale is tuned, so that it stays positive. Adam has a state for every time group, so that the
+      scales of other groups do not move.
+    - Every iteration takes another time group. L_G is weighted as in the released code.
+    - The search for activation ranges, which the text leaves open, includes zero points (ranges.mse_zero_point).
+    - The preset `short` runs 300 of 22,400 iterations at 100 times the published learning rates.
 
     PAPER departs from the paper in its preset `tenth`: a tenth of the iterations at ten times the learning rates.
-    OFFICIAL has the same preset and departs from the released code in these places. Stable Diffusion: 64 rows of each
-    timestep set its ranges (released: 8 rows of mixed timesteps, copied to all), and 8 rows train a timestep in the
-    first stage (released: 2). Symmetric levels: the ends have 8 bits (released: 256 levels on each side of 0, which is
-    9 bits), and attention probabilities are unsigned (released for ImageNet: signed). 4-bit weights of the ends are
-    rounded to nearest (released: AdaRound).
 
-    Raises ValueError that names a keyword and what would be valid, FloatingPointError where a loss is not finite.
+    OFFICIAL has the same preset and departs from the released code in these places:
+    - Stable Diffusion: 64 rows of each timestep set its ranges (released: 8 rows of mixed timesteps, copied to all),
+      and 8 rows train a timestep in the first stage (released: 2).
+    - Symmetric levels: the first and last layer have 8 bits (released: 256 levels on each side of 0, which is 9 bits),
+      and attention probabilities are unsigned (released for ImageNet: signed).
+    - 4-bit weights of the first and last layer are rounded to nearest (released: AdaRound).
+
+    calibration: rows of the pipeline's own sampling runs, `quest.diffusion.calibration_set.collect`. w, a: bits.
+    Raises ValueError that names a keyword and the valid values, and FloatingPointError where a loss is not finite.
     """
-    return finetuned(pipe, calibration, w, a, recipe, weights_and_biases)
+    return quantize_and_finetune(pipe, calibration, w, a, recipe, weights_and_biases)
 
 
 def weights_and_biases(denoiser: nn.Module, tuned: dict[str, QuantLayer]) -> dict[str, list[nn.Parameter]]:
-    """What a stage learns beside scales: the parameters of its tuned layers, by layer."""
+    """Layer name -> weight and bias: the parameters of the tuned layers, which a stage learns beside the scales."""
     return {n: [p for p in (layer.weight, layer.bias) if p is not None] for n, layer in tuned.items()}
 
 
-def finetuned(pipe, calibration: CalibrationSet, w: int, a: int, recipe: FinetuneRecipe, learn: Callable):
-    """QuEST, in which `learn(denoiser, tuned)` says what a stage learns: parameters by layer."""
+def quantize_and_finetune(pipe, calibration: CalibrationSet, w: int, a: int, recipe: FinetuneRecipe, learn: Callable):
+    """QuEST with `learn(denoiser, tuned)` in place of `weights_and_biases`: it returns the parameters to learn."""
     if a == FLOAT:
         raise ValueError(f"bits w{w}a32: QuEST tunes the scales of activations; give them 2 to 8 bits")
-    recipe, timesteps = settled(recipe, pipe, a), calibration.timesteps
+    recipe, timesteps = resolve(recipe, pipe, a), calibration.timesteps
     groups = TimeGroups(grouped(timesteps, recipe.time_groups or len(timesteps)))
     if recipe.schedule == "released":
-        # All steps of a group share the scale of its noisiest, the only one that is calibrated and tuned on.
+        # All steps of a group share the scale of its noisiest step, which alone is calibrated and trained.
         calibration = calibration.subset(torch.isin(calibration.timestep, groups.starts).nonzero().flatten())
     student = swap(pipe, w, a, keep=recipe.keep, softmax_bits=recipe.softmax_bits, groups=groups)
     denoiser = student.unet
@@ -236,7 +250,7 @@ def finetuned(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Finetun
     freeze(denoiser)
     axes = scale_axes(denoiser, recipe.granularity, a)
     for name, q in input_quantizers(denoiser).items():
-        # Probabilities are unsigned whatever the other codes are.
+        # Attention probabilities are never negative, so their codes are always unsigned.
         kind = {} if name.endswith("processor.p") else LEVELS[recipe.levels]
         q.spec = replace(q.spec, axis=axes.get(name), **kind)
     momentum = MOMENTUM if recipe.ranges == "running" else None
@@ -250,7 +264,7 @@ def finetuned(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Finetun
 def finetune(
     denoiser: nn.Module, teacher: nn.Module, calibration: CalibrationSet, recipe: FinetuneRecipe, learn: Callable
 ) -> None:
-    """Both stages on a calibrated denoiser, by a recipe that is `settled`."""
+    """Run both stages on a calibrated denoiser. recipe: what `resolve` returns."""
     if recipe.qkv_as_one:
         share_inputs(denoiser)
     control = recipe.seed if recipe.control else None
@@ -315,14 +329,17 @@ def finetune(
 
 
 def start_from(denoiser: nn.Module, init: str, keep: Keep) -> None:
-    """Take the weights of a checkpoint. A layer of `keep`, or one at the ends, that has more bits there than asked for
-    here is rounded to the nearest codes of its own bits: the ends of the released QuEST, whose weights have fewer."""
-    found = {n: specs[0]["bits"] for n, specs in read_header(init)["layers"].items()}
+    """Load the weights of a checkpoint.
+
+    The released QuEST has fewer weight bits in the first and last layer than AdaRound's checkpoint has there. So layers
+    of `keep` and of KEEP whose checkpoint has more bits are loaded with those and then rounded to nearest.
+    """
+    bits = {n: specs[0]["bits"] for n, specs in read_header(init)["layers"].items()}
     layers = dict(quant_layers(denoiser))
     specs = {n: layer.weight_quantizer.spec for n, layer in layers.items() if matches(n, (*KEEP, *keep))}
-    coarser = {n: spec for n, spec in specs.items() if spec.bits < found.get(n, 0)}
+    coarser = {n: spec for n, spec in specs.items() if spec.bits < bits.get(n, 0)}
     for name, spec in coarser.items():
-        layers[name].weight_quantizer.spec = replace(spec, bits=found[name])
+        layers[name].weight_quantizer.spec = replace(spec, bits=bits[name])
     load_weights(denoiser, init)
     for name, spec in coarser.items():
         layers[name].weight_quantizer.spec = spec
@@ -330,17 +347,17 @@ def start_from(denoiser: nn.Module, init: str, keep: Keep) -> None:
 
 
 def work_of(row: str, step: str | None = None) -> Callable:
-    """What QuEST takes: `row` for each row of an iteration, and `step` for each iteration."""
+    """The `work` of QuEST: step `row` for each row of an iteration, and `step` for each iteration."""
 
     def work(recipe, w: int, model, trajectories: int) -> Counter:
-        iterations, batch = sized(recipe, recipe.selection)
-        # Full precision sees the whole calibration set first, for the targets of both stages.
-        counted = Counter({"call": trajectories * model.calls * model.halves})
-        counted["ranges"] = recipe.time_groups or model.steps
+        iterations, batch = sizes(recipe, recipe.selection)
+        # The targets of both stages: full precision on the whole calibration set.
+        steps = Counter({"call": trajectories * model.calls * model.halves})
+        steps["ranges"] = recipe.time_groups or model.steps
         if not recipe.init:
-            counted["weight ranges"] = 1
-        counted[row] = sum(n * rows for n, rows in zip(iterations, batch, strict=True))
-        return counted if step is None else counted + Counter({step: sum(iterations)})
+            steps["weight ranges"] = 1
+        steps[row] = sum(n * rows for n, rows in zip(iterations, batch, strict=True))
+        return steps if step is None else steps + Counter({step: sum(iterations)})
 
     return work
 

@@ -11,7 +11,7 @@ from quest.quantization.layer_names import Keep
 from quest.quantization.layers import quant_layers
 from quest.quantization.swapping import swap
 
-WHOLE = 256  # rows that stand for the whole calibration set
+WHOLE = 256  # rows that represent the whole calibration set
 RANGES = {  # of weights (per output channel) and of activations (per tensor)
     "minmax": (choosers.minmax, choosers.minmax),
     **{name: (choosers.mse, search) for name, search in choosers.SEARCHED.items()},
@@ -27,28 +27,28 @@ def quantize(
     ranges: Annotated[str, one_of(RANGES)] = "minmax",
     keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
     softmax_bits: Bits = 8,
-    # Random rows of all timesteps that set the ranges; default: WHOLE, of ranges that are searched static_rows.
+    # Random rows of all timesteps that set the ranges; default: WHOLE for "minmax", static_rows for searched ranges.
     samples: Count | None = None,
     seed: int = 0,
 ):
     """Quantize weights and activations to the nearest code of static ranges.
 
-    "minmax" takes whole ranges; "mse" the shrunk range of least |x - x~|^2.4 (Q-Diffusion, arXiv:2302.04304), and
-    "mse-zero-point" searches the zero points of activations too. Static: one activation range per tensor for all
-    timesteps.
+    ranges: "minmax" is the whole range; "mse" shrinks it to the least |x - x~|^2.4 (Q-Diffusion, arXiv:2302.04304);
+    "mse-zero-point" also searches the zero points of activations. Each activation tensor has one range for all
+    timesteps. Returns a new pipeline.
     """
-    of_weights, of_activations = RANGES[ranges]
+    choose_weights, choose_activations = RANGES[ranges]
     pipe = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits)
     for _, layer in quant_layers(pipe.unet):
-        layer.choose_weight_range(of_weights)
+        layer.choose_weight_range(choose_weights)
     samples = samples or (WHOLE if ranges == "minmax" else static_rows(a))
-    calibrate(pipe.unet, calibration, of_activations, samples=samples, seed=seed)
+    calibrate(pipe.unet, calibration, choose_activations, samples=samples, seed=seed)
     return pipe
 
 
 def work(recipe, w: int, model, trajectories: int) -> Counter:
     searched = recipe.ranges != "minmax"
-    rows = recipe.samples or (static_rows(8) if searched else WHOLE)  # of 8-bit activations; at 4 bits fewer
+    rows = recipe.samples or (static_rows(8) if searched else WHOLE)  # at 4 bits fewer
     return Counter({"weight ranges": 1, "ranges": 1} if searched else {}) + Counter({"quantized call": rows})
 
 

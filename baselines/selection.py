@@ -11,7 +11,8 @@ from quest.quantization.layer_names import KEEP
 from quest.quantization.layers import QuantLayer, attentions, input_quantizers, name_quantizers, quant_layers
 from quest.quantization.quantizer import Quantizer
 
-# The released code's choices, by diffusers' names. `emb_layers` of CompVis is time_emb_proj, `time_embed` the other.
+# The released code's choices, under diffusers' names: CompVis's `emb_layers` is time_emb_proj, and its `time_embed` is
+# time_embedding.
 TEMPORAL = ("*.time_emb_proj",)
 TIME_EMBEDDING = ("time_embedding.*",)
 SELECTIONS = {
@@ -22,7 +23,7 @@ SELECTIONS = {
 
 
 def default_selection(pipe) -> str:
-    """The set that the released code uses for this kind of model."""
+    """The key of SELECTIONS that the released code uses for this kind of pipeline."""
     if getattr(pipe, "text_encoder", None) is not None:
         return "sd"
     return "imagenet" if getattr(pipe, "class_embedder", None) is not None else "lsun"
@@ -35,11 +36,14 @@ def matches(name: str, globs: Iterable[str]) -> bool:
 def selected(
     denoiser: nn.Module, selection: str, time_embedding: str, control: int | None = None
 ) -> tuple[tuple[dict[str, QuantLayer], list[Quantizer]], tuple[dict[str, QuantLayer], list[Quantizer]]]:
-    """Layers whose weights are tuned, and activation quantizers whose scales are, of the temporal and critical stage.
+    """What each stage tunes: (layers, activation quantizers) of the temporal stage, and the same of the critical stage.
 
-    time_embedding: the two layers before all projections. The released code never touches them ("frozen"), the paper
-    tunes all remaining activation scales in the critical stage ("scales"), and its text can be read as tuning them with
-    the projections ("tuned"). control: a seed for other layers in place of the temporal ones, see `equal_size`.
+    Weights of the layers and scales of the quantizers are tuned.
+    time_embedding: what happens to the two layers before all projections. The released code never tunes them
+    ("frozen"). The paper tunes all remaining activation scales in the critical stage ("scales"); its text can also be
+    read as tuning both layers with the projections ("tuned").
+    control: a seed that draws other layers in place of the temporal ones, see `equal_size`.
+    Raises ValueError where the denoiser has no layers of the selection.
     """
     layers = dict(quant_layers(denoiser))
     temporal_globs = TEMPORAL + (TIME_EMBEDDING if time_embedding == "tuned" else ())
@@ -49,11 +53,11 @@ def selected(
         raise ValueError(f"selection {selection!r}: the denoiser has no such layers, or no time embedding projections")
     if control is not None:
         temporal = equal_size(layers, temporal, {*critical, *KEEP}, control)
-    taken = {id(m.input_quantizer) for m in temporal.values()}
+    excluded = {id(m.input_quantizer) for m in temporal.values()}
     if time_embedding == "frozen":
-        taken |= {id(m.input_quantizer) for n, m in layers.items() if matches(n, TIME_EMBEDDING)}
+        excluded |= {id(m.input_quantizer) for n, m in layers.items() if matches(n, TIME_EMBEDDING)}
     temporal_scales = [m.input_quantizer for m in temporal.values()]
-    critical_scales = [q for q in input_quantizers(denoiser).values() if id(q) not in taken]
+    critical_scales = [q for q in input_quantizers(denoiser).values() if id(q) not in excluded]
     return tuple(
         (tuned, [q for q in scales if q.spec.bits != FLOAT])
         for tuned, scales in ((temporal, temporal_scales), (critical, critical_scales))
@@ -61,33 +65,34 @@ def selected(
 
 
 def equal_size(layers: dict[str, QuantLayer], like: dict[str, QuantLayer], without: set[str], seed: int):
-    """Layers that are in neither `like` nor `without` and have about as many weights as those of `like`, by name.
+    """Random layers, outside `like` and `without`, with about as many weights in all as `like`: name -> layer.
 
-    They are taken in random order, each that still fits, in the denoiser's order in the end. Raises ValueError where
-    none fits.
+    Layers are drawn in random order, and each that still fits is kept. The result is in the denoiser's order. Raises
+    ValueError where none fits.
     """
-    left = sum(layer.weight.numel() for layer in like.values())
+    remaining = sum(layer.weight.numel() for layer in like.values())
     others = [n for n in layers if n not in like and n not in without]
-    taken = set()
+    chosen = set()
     for i in torch.randperm(len(others), generator=torch.Generator().manual_seed(seed), device="cpu").tolist():
-        if (size := layers[others[i]].weight.numel()) <= left:
-            taken.add(others[i])
-            left -= size
-    if not taken:
+        if (size := layers[others[i]].weight.numel()) <= remaining:
+            chosen.add(others[i])
+            remaining -= size
+    if not chosen:
         raise ValueError("control: the denoiser has no other layer as small as its time embedding projections together")
-    return {n: layers[n] for n in others if n in taken}
+    return {n: layers[n] for n in others if n in chosen}
 
 
 def qkv(denoiser: nn.Module) -> dict[str, str]:
-    """to_k and to_v of every unconditional attention -> its to_q: in CompVis the three are one convolution.
+    """to_k or to_v of every unconditional attention -> its to_q, by name: in CompVis the three are one convolution.
 
-    Such an attention adds its input; one of a transformer leaves that to the block around it.
+    An unconditional attention adds its own input to its output (`residual_connection`). Attention in a transformer
+    block does not; the block does.
     """
     return {f"{n}.to_{x}": f"{n}.to_q" for n, m in attentions(denoiser) if m.residual_connection for x in "kv"}
 
 
 def tuned_layers(denoiser: nn.Module, tuned: dict[str, QuantLayer], qkv_as_one: bool) -> int:
-    """How many layers are tuned, which is the weight of L_G in the released code."""
+    """Number of tuned layers, the weight of L_G in the released code. `qkv_as_one`: q, k and v count as one."""
     one = qkv(denoiser) if qkv_as_one else {}
     return len({one.get(name, name) for name in tuned})
 
@@ -99,10 +104,10 @@ def share_inputs(denoiser: nn.Module) -> None:
 
 
 def unshare_inputs(denoiser: nn.Module) -> None:
-    """Undo `share_inputs` without changing a value: a checkpoint holds every quantizer once."""
+    """Give each layer a copy of the shared quantizer again, because a checkpoint stores every quantizer once."""
     for name, first in qkv(denoiser).items():
         shared = denoiser.get_submodule(first).input_quantizer
-        own = Quantizer(shared.spec, groups=shared.groups)
-        own.scale.data, own.zero_point = shared.scale.detach().clone(), shared.zero_point.clone()
-        denoiser.get_submodule(name).input_quantizer = own
+        copy = Quantizer(shared.spec, groups=shared.groups)
+        copy.scale.data, copy.zero_point = shared.scale.detach().clone(), shared.zero_point.clone()
+        denoiser.get_submodule(name).input_quantizer = copy
     name_quantizers(denoiser)

@@ -1,8 +1,8 @@
-"""TFMQ-DM: the time embedding as one unit, with activation ranges of its own for every step (arXiv:2311.16503).
+"""TFMQ-DM: the time embedding as one unit, with activation ranges for every step (Huang et al., arXiv:2311.16503).
 
-Everything that depends on the timestep alone - the embedding's MLP and each residual block's projection of it - is the
-temporal information block. It meets only as many inputs as the sampler has timesteps. So its rounding is reconstructed
-as one unit on that finite set, apart from the images, and its activation ranges are taken at each timestep.
+The temporal information block is everything that depends on the timestep alone: the embedding's MLP and each residual
+block's projection of it. Its only inputs are the timesteps of the sampler, a finite set. So AdaRound reconstructs it as
+one unit on that set, apart from the images, and each of its activations has one range per timestep.
 """
 
 from collections import Counter
@@ -27,8 +27,8 @@ from quest.quantization.swapping import swap
 from quest.quantization.timegroups import TimeGroups
 
 SCOPES = ("tib", "all")
-# What the released code keeps: shortcuts and downsampling convolutions in float, the weights of the first linear and of
-# the first and last convolution too; no activation quantizer there, nor at the second linear and the first block.
+# Exceptions of the released code. Entirely in float: shortcuts, downsampling convolutions, the time embedding's first
+# linear, the first and last convolution. Inputs in float: its second linear and the first block's first convolution.
 RELEASED: Keep = {
     "*.conv_shortcut": 32,
     "*.downsamplers.*.conv": 32,
@@ -41,21 +41,21 @@ RELEASED: Keep = {
 
 
 class TemporalInformationBlock(nn.Module):
-    """The parts of a denoiser, float or quantized, that depend on the timestep alone; they stay the denoiser's own."""
+    """The modules of a denoiser, float or quantized, that depend on the timestep alone. They are not copies."""
 
     def __init__(self, denoiser: nn.Module):
         super().__init__()
         self.positions, self.embedding = denoiser.time_proj, denoiser.time_embedding
-        found = [(n, m) for n, m in denoiser.named_modules() if getattr(m, "time_emb_proj", None) is not None]
-        self.activations = nn.ModuleList(m.nonlinearity for _, m in found)
-        self.projections = nn.ModuleList(m.time_emb_proj for _, m in found)
-        names = ["time_embedding.linear_1", "time_embedding.linear_2", *(f"{n}.time_emb_proj" for n, _ in found)]
+        blocks = [(n, m) for n, m in denoiser.named_modules() if getattr(m, "time_emb_proj", None) is not None]
+        self.activations = nn.ModuleList(m.nonlinearity for _, m in blocks)
+        self.projections = nn.ModuleList(m.time_emb_proj for _, m in blocks)
+        names = ["time_embedding.linear_1", "time_embedding.linear_2", *(f"{n}.time_emb_proj" for n, _ in blocks)]
         self.layers: dict[str, QuantLayer] = {
             n: m for n in names if isinstance(m := denoiser.get_submodule(n), QuantLayer)
         }
 
     def forward(self, timestep: Tensor) -> Tensor:
-        """timestep [B] -> the embeddings of all residual blocks side by side, [B, sum of their channels]."""
+        """Map timestep [B] to the concatenated embeddings of all residual blocks, [B, sum of their channels]."""
         embedding = self.embedding(self.positions(timestep))
         pairs = zip(self.activations, self.projections, strict=True)
         return torch.cat([projection(activation(embedding)) for activation, projection in pairs], 1)
@@ -63,11 +63,11 @@ class TemporalInformationBlock(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(RoundingRecipe):
-    init: str | None = None  # AdaRound's checkpoint for all layers but the block's; default: round the weights here
+    init: str | None = None  # AdaRound's checkpoint, for layers outside the block; default: round the weights here
     # Activation ranges for each timestep: "tib", in the block only, or "all" (as released).
     fsc_scope: Annotated[str, one_of(SCOPES)] = "tib"
     softmax_bits: Bits = 8
-    samples: Count | None = None  # random rows that set the ranges; default: static_rows, of each step 64 under "all"
+    samples: Count | None = None  # random rows that set the ranges; default: static_rows, or 64 per step with "all"
 
 
 @takes(Recipe)
@@ -75,14 +75,14 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     """Quantize by TFMQ-DM. Returns a new pipeline.
 
     Activation steps are not learned. Departures from the released code: ranges outside the block come from one MSE
-    search, of zero points too, instead of a running average, and reconstruction has 1,024 rows. Started from AdaRound,
-    the other layers of a residual block were reconstructed together with AdaRound's projection, not with the block's.
+    search that includes zero points, not from a running average, and reconstruction has 1,024 rows. With `init`, the
+    other layers of a residual block were reconstructed with AdaRound's projection, which the block then replaces.
     """
     preset = preset_of(recipe)
     groups = TimeGroups(calibration.timesteps)
     everywhere = recipe.fsc_scope == "all"
-    swapped = dict(keep=recipe.keep, softmax_bits=recipe.softmax_bits, groups=groups if everywhere else None)
-    student = swap(pipe, w, a, **swapped)
+    quantizers = dict(keep=recipe.keep, softmax_bits=recipe.softmax_bits, groups=groups if everywhere else None)
+    student = swap(pipe, w, a, **quantizers)
     denoiser = student.unet
     if recipe.init is not None:
         load_weights(denoiser, recipe.init)
@@ -93,9 +93,9 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
         if recipe.init is None or name in block.layers:
             layer.choose_weight_range(ranges.mse)
     generator = torch.Generator().manual_seed(recipe.seed)
-    coarse = [n for n, m in quant_layers(denoiser) if m.weight_quantizer.spec.bits < preset.nearest_from]
-    reconstruct(denoiser, block, exact, calibration.timesteps, coarse, preset, generator)
-    others = [n for n in coarse if n not in block.layers]
+    learned_layers = [n for n, m in quant_layers(denoiser) if m.weight_quantizer.spec.bits < preset.nearest_from]
+    reconstruct(denoiser, block, exact, calibration.timesteps, learned_layers, preset, generator)
+    others = [n for n in learned_layers if n not in block.layers]
     if recipe.init is None and others and preset.weight_iterations:
         drawn = uniform(calibration, recipe.rows, recipe.seed)
         reconstruct_weights(
@@ -122,16 +122,16 @@ def reconstruct(
     block: TemporalInformationBlock,
     exact: TemporalInformationBlock,
     timesteps: list[int],
-    coarse: list[str],
+    learned_layers: list[str],
     preset: Preset,
     generator: torch.Generator,
 ) -> None:
     """AdaRound of the block as one unit (arXiv:2311.16503: temporal information aware reconstruction).
 
-    The error is that of all residual blocks' embeddings, summed over them. coarse: names of the layers to round; the
-    others keep their nearest codes.
+    The error is that of all residual blocks' embeddings, summed over them. learned_layers: names of the layers to
+    round; the others keep their nearest codes.
     """
-    layers = {n: m for n, m in block.layers.items() if n in coarse and m.weight_quantizer.spec.bits < FLOAT}
+    layers = {n: m for n, m in block.layers.items() if n in learned_layers and m.weight_quantizer.spec.bits < FLOAT}
     if not layers or not preset.weight_iterations:
         return
     t = torch.tensor(timesteps, dtype=torch.long, device=next(block.parameters()).device)
@@ -153,9 +153,9 @@ def reconstruct(
 
 @torch.no_grad()
 def finite_set(denoiser: nn.Module, block: TemporalInformationBlock, groups: TimeGroups) -> None:
-    """The whole range of each of the block's activations at each timestep (arXiv:2311.16503: finite set calibration).
+    """Set the whole range of each activation of the block at each timestep (arXiv:2311.16503: finite set calibration).
 
-    The block's quantizers get the time groups, which the denoiser follows from here on.
+    The block's quantizers get the time groups, and the denoiser follows them from here on.
     """
     for layer in block.layers.values():
         layer.input_quantizer = Quantizer(layer.input_quantizer.spec, groups=groups).to(layer.weight.device)
@@ -170,15 +170,15 @@ def finite_set(denoiser: nn.Module, block: TemporalInformationBlock, groups: Tim
 
 def work(recipe, w: int, model, trajectories: int) -> Counter:
     preset = preset_of(recipe)
-    counted = rounding_work(recipe, w, uniform_rows(recipe, model, trajectories))
-    counted["ranges"] += model.steps if recipe.fsc_scope == "all" else 1
+    steps = rounding_work(recipe, w, uniform_rows(recipe, model, trajectories))
+    steps["ranges"] += model.steps if recipe.fsc_scope == "all" else 1
     if w < preset.nearest_from:
-        counted["temporal rounding"] += preset.weight_iterations
-    return counted
+        steps["temporal rounding"] += preset.weight_iterations
+    return steps
 
 
 def round_block(student, pipe, calibration: CalibrationSet, model, iterations: int, batch: int) -> None:
-    """AdaRound of the block, to be measured."""
+    """The step of the block's AdaRound that is measured."""
     block, exact = (TemporalInformationBlock(unet) for unet in (student, pipe.unet))
     timesteps, generator = list(range(1, 1 + batch)), torch.Generator().manual_seed(0)
     reconstruct(student, block, exact, timesteps, list(block.layers), Preset(iterations, 0, batch), generator)

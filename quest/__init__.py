@@ -1,20 +1,20 @@
-"""QuEST (arXiv:2402.03666) and its rivals: quantize, save and load diffusers pipelines. Imports nothing heavy."""
+"""Quantize, save and load diffusers pipelines by QuEST (arXiv:2402.03666) and its rivals. Imports nothing heavy."""
 
 
 def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration, **recipe):
-    """Quantize the denoiser of a diffusers pipeline; returns a new pipeline and leaves the given one as it was.
+    """Quantize the denoiser of a diffusers pipeline. Returns a new pipeline and does not change `pipe`.
 
     Args:
         pipe: a full-precision pipeline with a `unet`, in float32.
-        method: a name in `baselines.METHODS`, or a callable of the same form.
+        method: a name in `baselines.METHODS`, or a function quantize(pipe, calibration, w, a, **recipe).
         bits: weight and activation bits, such as "w4a8".
         calibration: a `CalibrationSet` of this pipeline (`quest.diffusion.calibration_set.collect`).
-        recipe: the method's hyperparameters, by keyword; see its `quantize`.
+        recipe: the method's hyperparameters, by keyword; see its file in baselines/.
 
     Raises:
-        ValueError: unknown method, malformed bits, a hyperparameter out of its bounds, a pipeline that is quantized
-            already or in half precision.
-        TypeError: a hyperparameter the method does not have.
+        ValueError: the method is unknown, the bits are malformed, a hyperparameter is out of bounds, or the pipeline is
+            already quantized or in half precision.
+        TypeError: the method does not have a hyperparameter.
     """
     import inspect
 
@@ -53,7 +53,7 @@ def _named(function) -> str:
 def save(pipe, path, floats: bool = False, **extra) -> None:
     """Write a quantized pipeline's denoiser to one .safetensors file; see `quest.quantization.checkpoint.save`.
 
-    floats: keep float weights, not codes: what another method is to start from (`init`).
+    floats: keep float weights in place of codes, so that another method can start from them (`init`).
     """
     from quest.quantization import checkpoint
 
@@ -61,7 +61,7 @@ def save(pipe, path, floats: bool = False, **extra) -> None:
 
 
 def load(pipe, path, kernel: str = "auto"):
-    """A quantized pipeline from the full-precision one and a saved file; see `quest.quantization.checkpoint.load`."""
+    """Make a quantized pipeline of a full-precision one and a saved file; see `quest.quantization.checkpoint.load`."""
     from quest.quantization import checkpoint
 
     return checkpoint.load(pipe, path, kernel)

@@ -1,5 +1,5 @@
-"""`python -m quest plan CONFIG`: what a config costs. `python -m quest measure MODEL`: what its steps cost here.
-`python -m quest audit FILE`: what is in a checkpoint, to the byte. `python -m quest doctor`: what works here."""
+"""Commands beside the workflow. `plan CONFIG`: what a config costs. `measure MODEL`: what its steps cost here.
+`audit FILE`: what a checkpoint contains, to the byte. `doctor`: what works on this machine."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ def main(arguments: list[str] | None = None) -> None:
     plan.add_argument("config", type=Path, help="workflow/config/*.yaml")
     plan.add_argument("--machine", help="a machine of resources/costs.csv; default: this one's processor or GPU")
     plan.add_argument("--costs", type=Path, help="measured costs (default resources/costs.csv)")
-    measure = commands.add_parser("measure", help="add to the measured costs")
+    measure = commands.add_parser("measure", help="measure what a model's steps cost here, and add it to the costs")
     measure.add_argument("model", help="a name in quest.diffusion.models.MODELS")
     measure.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     measure.add_argument("--batch", type=int, help="samples per call; default: those of a sampling batch")
@@ -21,52 +21,52 @@ def main(arguments: list[str] | None = None) -> None:
     audit = commands.add_parser("audit", help="bytes, bits per parameter and bit operations of a checkpoint")
     audit.add_argument("file", type=Path, help="model.safetensors, as quest.save writes it")
     commands.add_parser("doctor", help="which kernels, devices and weights work here, and why others do not")
-    given = parser.parse_args(arguments)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a sign of the tables
+    options = parser.parse_args(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a character of the tables
     try:
-        {"plan": _plan, "measure": _measure, "audit": _audit, "doctor": _doctor}[given.command](given)
+        {"plan": _plan, "measure": _measure, "audit": _audit, "doctor": _doctor}[options.command](options)
     except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"{given.command}: {error}") from None
+        raise SystemExit(f"{options.command}: {error}") from None
 
 
-def _plan(given):
+def _plan(options):
     from quest.config import read, validate
     from quest.planning import measure, plan
 
-    if not given.config.is_file():
-        raise FileNotFoundError(f"{given.config}: no such file; valid: a config such as workflow/config/paper.yaml")
-    config = read(given.config)
+    if not options.config.is_file():
+        raise FileNotFoundError(f"{options.config}: no such file; valid: a config such as workflow/config/paper.yaml")
+    config = read(options.config)
     validate(config)
-    costs = measure.read(given.costs or measure.COSTS)
+    costs = measure.read(options.costs or measure.COSTS)
     machines = sorted({row["machine"] for row in costs})
-    machine = given.machine or measure.machine("cuda" if _has_gpu() else "cpu")
-    if given.machine and given.machine not in machines:
-        raise ValueError(f"--machine: nothing was measured on {given.machine!r}; valid: {', '.join(machines)}")
+    machine = options.machine or measure.machine("cuda" if _has_gpu() else "cpu")
+    if options.machine and options.machine not in machines:
+        raise ValueError(f"--machine: nothing was measured on {options.machine!r}; valid: {', '.join(machines)}")
     print(plan.report(config, costs, machine), end="")
 
 
-def _measure(given):
+def _measure(options):
     import torch
 
     from quest.diffusion.models import get
     from quest.planning import measure
 
     torch.set_num_threads(1)
-    rows = measure.measure(get(given.model), given.device, given.batch)
-    measure.record(rows, given.costs or measure.COSTS)
+    rows = measure.measure(get(options.model), options.device, options.batch)
+    measure.record(rows, options.costs or measure.COSTS)
     for row in rows:
         print(f"{row['model']} on {row['machine']}: {row['what']} {row['value']} {row['unit']}")
 
 
-def _audit(given):
+def _audit(options):
     from quest.quantization import audit
 
-    if not given.file.is_file():
-        raise FileNotFoundError(f"{given.file}: no such file; valid: a checkpoint, model.safetensors of a cell")
-    print(audit.report(given.file), end="")
+    if not options.file.is_file():
+        raise FileNotFoundError(f"{options.file}: no such file; valid: a checkpoint, model.safetensors of a cell")
+    print(audit.report(options.file), end="")
 
 
-def _doctor(_given):
+def _doctor(_options):
     from quest import doctor
 
     findings, sound = doctor.report()

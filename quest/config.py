@@ -1,4 +1,4 @@
-"""The experiment grid, read from YAML. Imports nothing heavy: the Snakefile uses it to list runs."""
+"""Reads and checks a config and lists its runs. The Snakefile uses it, so it imports nothing heavy."""
 
 import difflib
 import functools
@@ -12,16 +12,16 @@ from quest.runtime.files import one_line
 from quest.runtime.yaml_files import read_yaml
 
 FULL_PRECISION = ("fp", "w32a32")
-NAME = "[a-z0-9][a-z0-9-]*"  # of a row: a folder
-SHARED = ("zoo", "models", "checkpoints", "references", "networks")  # in results/, beside the folders of configs
+NAME = "[a-z0-9][a-z0-9-]*"  # name of a row, which is also a folder
+SHARED = ("zoo", "models", "checkpoints", "references", "networks")  # folders in results/ that all configs share
 FILES = ("checkpoint", "tokenizer", "captions", "reference")  # keys of a model that name a file or folder
-LARGEST = 2**31
-MADE = "results/checkpoints/tiny-"  # begins the paths of checkpoints that a rule makes
+LARGEST = 2**31  # numbers in a config are smaller
+MADE = "results/checkpoints/tiny-"  # start of the paths of checkpoints that a rule makes
 SCHEMA = Path(__file__).parents[1] / "workflow" / "schemas" / "config.schema.yaml"
 
 
 class ConfigError(ValueError):
-    """One line that names the key at fault and what would be valid, whatever stands in the config."""
+    """An invalid config. The message is one line that names the key and the valid values."""
 
     def __init__(self, message: str):
         super().__init__(one_line(message))
@@ -60,11 +60,11 @@ def parse_bits(bits: str) -> tuple[int, int]:
 
 
 def recipe_of(config: dict, method: str) -> tuple[str, dict]:
-    """(name in baselines.METHODS, keyword arguments) of a name under `methods`, e.g. "quest", or "quest@1" for seed 1.
+    """(name in baselines.METHODS, keyword arguments) of a row, e.g. "quest", or "quest@1" for seed 1.
 
-    A recipe may say under `method` which one it is a recipe of, so that one method can stand in several rows. The name
-    of a row under `ablations` is known too: what it changes, over the recipe it is compared with, over that of the
-    method it is `of`, or over nothing if it says its `method`.
+    A recipe under `methods` may name its method under `method`, so that one method can have several rows. A row under
+    `ablations` changes keywords of the recipe that it is compared with, or of the recipe that it names under `of`; if
+    it has a `method`, it is that method's whole recipe.
     """
     name, _, seed = method.partition("@")
     rows = config.get("ablations", {}).get("rows", {})
@@ -82,7 +82,7 @@ def recipe_of(config: dict, method: str) -> tuple[str, dict]:
 
 
 def start_of(config: dict, run: Run) -> Run | None:
-    """The run whose checkpoint a run starts from, if its recipe names one: of its seed, at its bits or weight bits."""
+    """The run from whose checkpoint a run starts (`init`), or None: of the same seed, at its bits or weight bits."""
     _, recipe = recipe_of(config, run.method)
     if "init" not in recipe:
         return None
@@ -93,13 +93,13 @@ def start_of(config: dict, run: Run) -> Run | None:
 
 
 def starting_points(config: dict, cells: list[Run]) -> list[Run]:
-    """The runs whose checkpoints these start from, each once. One of them may start from another."""
-    found, waiting = [], list(cells)
+    """The runs from whose checkpoints `cells` start, directly or through other starting points, each once."""
+    starts, waiting = [], list(cells)
     for run in waiting:  # grows while it is read
-        if (start := start_of(config, run)) and start not in found:
-            found.append(start)
+        if (start := start_of(config, run)) and start not in starts:
+            starts.append(start)
             waiting.append(start)
-    return found
+    return starts
 
 
 def runs(config: dict) -> list[Run]:
@@ -118,7 +118,7 @@ def seed_runs(config: dict) -> list[Run]:
 
 
 def ablation_runs(config: dict) -> list[Run]:
-    """What `config["ablations"]` compares: the cell that rows are compared with, others they are of, and the rows."""
+    """The cells of `config["ablations"]`: the one to compare with, those that rows name under `of`, and the rows."""
     if "ablations" not in config:
         return []
     block = config["ablations"]
@@ -127,7 +127,7 @@ def ablation_runs(config: dict) -> list[Run]:
 
 
 def read(file: str | Path) -> dict:
-    """The config in a file. Raises ConfigError where it is not YAML (see `read_yaml`), or holds no keys."""
+    """Read a config file. Raises ConfigError where it is not YAML (see `read_yaml`) or has no keys."""
     try:
         content = read_yaml(file)
     except ValueError as error:
@@ -138,7 +138,7 @@ def read(file: str | Path) -> dict:
 
 
 def validate(config: dict) -> None:
-    """Raise ConfigError for the first thing in `config` that could not run."""
+    """Raise ConfigError for the first key in `config` that could not run."""
     from quest.diffusion.models import MODELS
 
     _check_schema(config)
@@ -158,8 +158,8 @@ def validate(config: dict) -> None:
     if "seeds" in config:
         blocks["seeds"] = {"model": list(config["models"])} | config["seeds"]
     if "questions" in config:
-        asked = config["questions"]
-        blocks["questions"] = {"model": [asked["model"]], "method": ["quest"], "bits": [asked["bits"]]}
+        question = config["questions"]
+        blocks["questions"] = {"model": [question["model"]], "method": ["quest"], "bits": [question["bits"]]}
     for key, block in blocks.items():
         _check_cells(key, block, config)
     for method in config["methods"]:
@@ -173,7 +173,7 @@ def validate(config: dict) -> None:
 
 
 def _check_cells(key: str, block: dict, config: dict) -> None:
-    """Raise ConfigError unless every model, method and bits of a block of cells exists and goes with the others."""
+    """Raise ConfigError unless the models, methods and bits of a block exist and fit each other."""
     for model in block["model"]:
         _one_of(model, config["models"], f"{key}.model: {model!r} is not under models")
     for method in block["method"]:
@@ -191,7 +191,7 @@ def _check_cells(key: str, block: dict, config: dict) -> None:
 
 
 def _check_ablations(config: dict) -> None:
-    """Raise ConfigError unless every row of `ablations` is a recipe of a method, under a name of its own."""
+    """Raise ConfigError unless every row of `ablations` is a valid recipe under a new name."""
     block, methods = config["ablations"], config["methods"]
     valid = [name for name in methods if name != FULL_PRECISION[0]]
     _one_of(block["against"], valid, f"ablations.against: {block['against']!r} is not under methods")
@@ -214,51 +214,51 @@ def _check_ablations(config: dict) -> None:
         _check_against(validator(registered), recipe, key)
         if "init" in recipe:
             _one_of(recipe["init"], valid, f"{key}.init: {recipe['init']!r} is no starting point")
-        # As a cell: bits that its method cannot have.
+        # Check that its method can have these bits.
         _check_cells(key, cell | {"method": [name]}, config | {"methods": methods | {name: {"method": registered}}})
 
 
 def _check_sources(model, settings: dict) -> None:
-    """Raise ConfigError unless the config names what a model does not ship with, and nothing that it does."""
+    """Raise ConfigError unless a model's settings name the files that do not ship with it, and no others."""
     origin = model.origin
-    of: dict[str, str] = {}  # key: what a path is needed of
+    needs: dict[str, str] = {}  # key -> what its path leads to
     if origin is not None:
-        of["checkpoint"] = origin.what
+        needs["checkpoint"] = origin.what
         if origin.captions:
-            of["captions"] = "a text file, one caption per line, or COCO's annotations"
+            needs["captions"] = "a text file, one caption per line, or COCO's annotations"
         if origin.compvis and model.conditioning == "text":
-            of["tokenizer"] = "the folder of the CLIP tokenizer"
+            needs["tokenizer"] = "the folder of the CLIP tokenizer"
         if model.extractor != "scenes":
-            of["reference"] = of["resize"] = "a folder of real images, or an npz of them"
+            needs["reference"] = needs["resize"] = "a folder of real images, or an npz of them"
     # A folder in diffusers layout has its tokenizer inside.
     layout = Path(settings.get("checkpoint", "fetched.ckpt")).suffix not in (".ckpt", ".safetensors")
     optional = {"checkpoint": bool(origin and origin.url), "tokenizer": layout, "resize": True}
-    for key, what in of.items():
+    for key, what in needs.items():
         if key not in settings and not optional.get(key):
             raise ConfigError(f"models.{model.name}.{key}: missing; name the path of {what}")
     for key in FILES + ("resize",):
-        if key in settings and key not in of:
+        if key in settings and key not in needs:
             why = "ships with its own" if origin is None else "takes none"
             raise ConfigError(f"models.{model.name}.{key}: this model {why}; leave it out")
 
 
 def missing_files(config: dict, model: str, keys: Iterable[str]) -> list[str]:
-    """A line for each path that the settings of a model name and that neither is there nor is made by a rule."""
-    named = {key: config["models"][model].get(key) for key in keys}
+    """One line for each path in the settings of a model that does not exist and that no rule makes."""
+    paths = {key: config["models"][model].get(key) for key in keys}
     return [
         f"models.{model}.{key}: no {path}; name a file or folder that is there"
-        for key, path in named.items()
+        for key, path in paths.items()
         if path and not (path.startswith(MADE) or (key, path) == ("reference", "none") or Path(path).exists())
     ]
 
 
 def _check_captions(model, settings: dict, config: dict) -> None:
-    """Raise ConfigError where a model is asked for more images than its file of captions may have lines for."""
+    """Raise ConfigError where a model needs more captions than its file may have lines for."""
     from quest.diffusion.models import CAPTION_LINES
 
     if model.origin is None or not model.origin.captions:
         return
-    # Every draw of a seed begins at a whole batch, and the last batch is filled up.
+    # The draw of every seed starts with a whole batch, and its last batch is filled up.
     draws = 1 + max(config.get("seeds", {}).get("seed", [0]))
     batches = -(-settings.get("trajectories", model.trajectories) // model.batch_size)
     counts = {
@@ -276,7 +276,7 @@ def _check_captions(model, settings: dict, config: dict) -> None:
 
 
 def check_names(files: Iterable[Path]) -> None:
-    """Raise ConfigError where two config files have one name, hence one folder of results, or `read` refuses one."""
+    """Raise ConfigError where two configs have the same name, hence the same folder of results, or cannot be read."""
     seen: dict[str, Path] = {}
     for file in sorted({Path(file).resolve() for file in files}):
         name = str(read(file).get("name"))
@@ -286,22 +286,22 @@ def check_names(files: Iterable[Path]) -> None:
 
 
 def _check_schema(config: dict) -> None:
-    """Check a config as it stands, then each recipe that names its method as one of that method."""
+    """Check a config against the schema, and each recipe that names its `method` against the schema of that method."""
     validator, known = _recipes()
     methods = config.get("methods") if isinstance(config, dict) else None
-    named = {}
+    with_method = {}
     if isinstance(methods, dict):
-        named = {n: r for n, r in methods.items() if isinstance(r, dict) and "method" in r}
-        config = config | {"methods": {n: r for n, r in methods.items() if n not in named}}
+        with_method = {n: r for n, r in methods.items() if isinstance(r, dict) and "method" in r}
+        config = config | {"methods": {n: r for n, r in methods.items() if n not in with_method}}
     _check_against(validator(), config)
-    for name, recipe in named.items():
+    for name, recipe in with_method.items():
         if not re.fullmatch(NAME, str(name)) or name in known:
             raise ConfigError(
                 f"methods.{name}: a row of its own needs a name of its own: small letters, digits, hyphens"
             )
         _one_of(recipe["method"], known, f"methods.{name}.method: unknown method {recipe['method']!r}")
-        own = {k: v for k, v in recipe.items() if k != "method"}
-        _check_against(validator(recipe["method"]), own, f"methods.{name}")
+        keywords = {k: v for k, v in recipe.items() if k != "method"}
+        _check_against(validator(recipe["method"]), keywords, f"methods.{name}")
 
 
 @functools.cache
@@ -310,13 +310,13 @@ def _schema() -> dict:
 
 
 def weights_only() -> list[str]:
-    """The methods whose bits are w4a32, which others start from. From the schema, since methods need torch."""
+    """Names of the methods that quantize weights only. Read from the schema, because baselines need torch."""
     return _schema()["$defs"]["weights-only"]["enum"]
 
 
 @functools.cache
 def _recipes():
-    """(validator of a whole config, or with the name of a method of its recipe; names of all methods)."""
+    """(validator, names of all methods). validator() is for a whole config, validator(method) for a recipe."""
     schema = _schema()
     methods = schema["$defs"]["methods"]["properties"]
     kind = _strict()
@@ -328,7 +328,7 @@ def _recipes():
 
 
 def _strict():
-    """JSON Schema as people read it: 120.0 is no integer, true is not 1, and a number is finite and of usual size."""
+    """A stricter validator: 120.0 is not an integer, true is not 1, and numbers are finite and below LARGEST."""
     from jsonschema import Draft202012Validator, ValidationError, validators
 
     def integer(_checker, value):
@@ -346,7 +346,7 @@ def _strict():
 
 
 def _check_against(validator, config, where: str = "") -> None:
-    """Raise ConfigError for the first fault by the schema; `where` is what stands in front of its keys."""
+    """Raise ConfigError for the first violation of the schema. where: the prefix of its keys in the message."""
     error = min(validator.iter_errors(config), key=lambda e: list(map(str, e.absolute_path)), default=None)
     if error is None:
         return
@@ -374,7 +374,7 @@ def _check_against(validator, config, where: str = "") -> None:
 
 
 def _one_of(name, valid: Iterable[str], complaint: str) -> None:
-    """Raise ConfigError with `complaint`, the valid names and the nearest of them unless `name` is among `valid`."""
+    """Unless `name` is in `valid`, raise ConfigError with `complaint`, the nearest valid name and all valid names."""
     valid = list(valid)
     if name in valid:
         return

@@ -1,7 +1,7 @@
-"""What the steps of a run cost on a machine, measured: seconds of a denoiser call, of decoding, of features; memory.
+"""Measures what the steps of a run cost on this machine: seconds of denoiser calls, training and decoding, and memory.
 
-`resources/costs.csv` keeps what was measured where; `python -m quest plan` multiplies it out, `python -m quest measure`
-adds to it. Seconds on a CPU are those of the processor with one thread, so that a shared machine says the same.
+`python -m quest measure` adds rows to `resources/costs.csv`; `python -m quest plan` multiplies them by how often a
+config takes each step. On a CPU, seconds are processor time of one thread, which other processes hardly change.
 """
 
 import csv
@@ -29,7 +29,7 @@ WHAT = {
     "training step": "seconds per sample of one forward and backward pass of the quantized denoiser",
     "weight ranges": "seconds of the MSE search of every weight's range",
     "ranges": "seconds of the MSE search of every activation's range, of one time group",
-    # What it takes whatever the number of rows, and "... row", for each row of the calibration set or mini-batch.
+    # A fixed cost, and "... row": the cost per row of the calibration set or mini-batch.
     "threshold search": "seconds of the released PTQ4DM",
     "threshold search row": "seconds",
     "rounding": "seconds of one AdaRound iteration in every unit",
@@ -63,7 +63,7 @@ def read(path: Path = COSTS) -> list[dict]:
 
 
 def record(rows: list[dict], path: Path = COSTS) -> None:
-    """Add rows to the measured costs, in place of those of the same model, machine and kind."""
+    """Add rows to the measured costs. They replace rows of the same model, machine and kind."""
     from quest.runtime.files import atomic
 
     def key(row):
@@ -78,7 +78,7 @@ def record(rows: list[dict], path: Path = COSTS) -> None:
 
 
 def machine(device: str) -> str:
-    """The GPU's name, or the processor's; jobs on a CPU have one thread."""
+    """Name of the GPU or processor, as in `resources/costs.csv`. Jobs on a CPU have one thread."""
     import torch
 
     from quest.runtime.provenance import provenance
@@ -89,11 +89,12 @@ def machine(device: str) -> str:
 
 
 def measure(model, device: str, batch: int | None = None, repeats: int = 3) -> list[dict]:
-    """Costs of a model's steps on this machine, rows of COLUMNS.
+    """Measure a model's steps on this machine. Returns rows with COLUMNS.
 
-    Without its weights, those of the denoiser alone, untrained: a call takes as long. batch: samples per call, by
-    default a sampling batch (twice as many under guidance). Each is the least of `repeats` after one to warm up; where
-    it is a difference of two times, the median.
+    Without the model's weights, only a call of its untrained denoiser is measured, which takes as long.
+    batch: samples per call; default: a sampling batch, twice as many under guidance. A value is the minimum of
+    `repeats` runs after a warm-up, or the median where it is a difference of two times.
+    Raises FileNotFoundError where weights are missing and there is no configuration to build the denoiser from.
     """
     import torch
 
@@ -104,17 +105,17 @@ def measure(model, device: str, batch: int | None = None, repeats: int = 3) -> l
             raise
         pipe = None
     denoiser = untrained(model, device) if pipe is None else pipe.unet
-    costs = {"start": time.process_time()}  # since the process began: imports and loading
+    costs = {"start": time.process_time()}  # from the start of the process: imports and loading
     batch = batch or model.batch_size * (2 if model.guidance > 1 else 1)
-    given = inputs(denoiser, model, batch, device, pipe)
+    arguments = inputs(denoiser, model, batch, device, pipe)
     with torch.no_grad():
-        costs["call"] = _least(lambda: denoiser(**given), repeats, device) / batch
+        costs["call"] = _least(lambda: denoiser(**arguments), repeats, device) / batch
     if pipe is not None:
-        quantized = _quantized(pipe, model, given)
+        quantized = _quantized(pipe, model, arguments)
         with torch.no_grad():
-            costs["quantized call"] = _least(lambda: quantized(**given), repeats, device) / batch
+            costs["quantized call"] = _least(lambda: quantized(**arguments), repeats, device) / batch
         quantized.requires_grad_(True)
-        # Mini-batches of training: 16 rows, or 4 where a graph of the whole denoiser takes gigabytes for each.
+        # A mini-batch has 16 rows, or 4 where the graph of the denoiser takes gigabytes per row.
         most = 16 if sum(p.numel() for p in denoiser.parameters()) < 1e8 else 4
         few = inputs(denoiser, model, min(max(batch, 2), most), device, pipe)
         costs["training step"] = _least(lambda: quantized(**few).sample.sum().backward(), repeats, device) / len(
@@ -134,7 +135,7 @@ def measure(model, device: str, batch: int | None = None, repeats: int = 3) -> l
 
 
 def untrained(model, device: str):
-    """A model's denoiser from its configuration, every parameter at a small constant: no time goes into drawing any."""
+    """A denoiser from its configuration. All parameters are a small constant, since drawing them would take time."""
     import torch
 
     from quest.diffusion import published
@@ -151,18 +152,18 @@ def inputs(denoiser, model, batch: int, device: str, pipe=None) -> dict:
     import torch
 
     size, config = denoiser.config.sample_size, denoiser.config
-    given = {
+    arguments = {
         "sample": torch.randn(batch, config.in_channels, size, size, device=device),
         "timestep": torch.full((batch,), 500, device=device),
     }
     if model.conditioning != "none":
         count = tokens(model, pipe)
-        given["encoder_hidden_states"] = torch.randn(batch, count, config.cross_attention_dim, device=device)
-    return given
+        arguments["encoder_hidden_states"] = torch.randn(batch, count, config.cross_attention_dim, device=device)
+    return arguments
 
 
 def tokens(model, pipe=None) -> int:
-    """Tokens of the condition of a sample: those of the pipeline where there is one, else of the model as published."""
+    """Number of tokens in the condition of a sample, of the pipeline or else of the model as shipped or published."""
     if model.conditioning == "none":
         return 0
     if pipe is not None:
@@ -175,27 +176,27 @@ def tokens(model, pipe=None) -> int:
     return read_json(ZOO / model.name / encoder / "config.json")[key]
 
 
-def _calibration(given):
-    """One denoiser call of each of some trajectories: the arguments `given`, and noise of zeros as the prediction."""
+def _calibration(arguments):
+    """A calibration set of one denoiser call: one row per sample, with zeros as the predicted noise."""
     import torch
 
     from quest.diffusion.calibration_set import CalibrationSet
 
-    given = dict(given)
-    sample, timestep = given.pop("sample"), given.pop("timestep")
+    arguments = dict(arguments)
+    sample, timestep = arguments.pop("sample"), arguments.pop("timestep")
     order = torch.arange(len(sample), device=sample.device)
-    return CalibrationSet(sample, timestep, torch.zeros_like(sample), order, torch.zeros_like(order), given)
+    return CalibrationSet(sample, timestep, torch.zeros_like(sample), order, torch.zeros_like(order), arguments)
 
 
-def _quantized(pipe, model, given):
+def _quantized(pipe, model, arguments):
     import quest
 
-    few = _calibration({key: value[:4] for key, value in given.items()})
+    few = _calibration({key: value[:4] for key, value in arguments.items()})
     return quest.quantize(pipe, "rtn", "w8a8", calibration=few, samples=4).unet
 
 
 def _threshold_search(pipe, calibration, rows, repeats, device):
-    """The released PTQ4DM, whose rows may be more than those of the calibration set."""
+    """Costs of the released PTQ4DM. It may draw more rows than the calibration set has."""
     import quest
 
     def search(count):
@@ -206,8 +207,8 @@ def _threshold_search(pipe, calibration, rows, repeats, device):
     return _fixed_and_row("threshold search", small, rows, *seconds)
 
 
-def _quantizing(pipe, model, given, repeats, device):
-    """Costs of what methods do at W4A8. Learning rates are zero, so that one measurement leaves nothing to the next."""
+def _quantizing(pipe, model, arguments, repeats, device):
+    """Costs of the steps of methods at W4A8. Learning rates are zero, so no measurement changes the next one."""
     import torch
 
     import quest
@@ -216,7 +217,7 @@ def _quantizing(pipe, model, given, repeats, device):
     from quest.quantization import ranges
     from quest.quantization.layers import quant_layers
 
-    calibration, bits = _calibration(given), {"keep": model.keep, "softmax_bits": model.softmax_bits}
+    calibration, bits = _calibration(arguments), {"keep": model.keep, "softmax_bits": model.softmax_bits}
     n = len(calibration)
     rows = torch.arange(n, device=calibration.sample.device)
     student = quest.quantize(pipe, "rtn", "w4a8", calibration=calibration, samples=n, **bits).unet
@@ -237,11 +238,14 @@ def _quantizing(pipe, model, given, repeats, device):
     def step_learning(iterations, batch):
         reconstruct_activations(student, pipe.unet, calibration, rows, iterations=iterations, batch=batch, **common)
 
-    learned = {"rounding": Step(rounding, ("AdaRound",)), "step learning": Step(step_learning, ("activation steps",))}
+    all_steps = {
+        "rounding": Step(rounding, ("AdaRound",)),
+        "step learning": Step(step_learning, ("activation steps",)),
+    }
     for what, step in STEPS.items():
-        learned[what] = step._replace(learn=partial(step.learn, timed, pipe, calibration, model))
+        all_steps[what] = step._replace(learn=partial(step.learn, timed, pipe, calibration, model))
     small = max(1, n // 4)
-    for what, step in learned.items():
+    for what, step in all_steps.items():
         if step.rows is None:
             seconds = [_iteration(step.learn, batch, repeats, device) for batch in (small, n)]
             costs |= _fixed_and_row(what, small, n, *seconds)
@@ -251,15 +255,16 @@ def _quantizing(pipe, model, given, repeats, device):
 
 
 def _fixed_and_row(name, small, large, few, many):
-    """What takes `few` seconds with `small` rows and `many` with `large`, as a part for each row and the rest."""
+    """Fixed and per-row seconds of a step that takes `few` seconds with `small` rows and `many` with `large` rows."""
     row = max(0.0, many - few) / (large - small)
     return {name: max(0.0, many - large * row), f"{name} row": row}
 
 
 def _iteration(learn: Callable, batch: int, repeats: int, device: str) -> float:
-    """Seconds of one iteration: what four more of them add, the median of several differences.
+    """Seconds of one iteration: the median difference between five iterations and one, divided by four.
 
-    A machine that is shared is as busy during the one as during the other, which is not so of their two minima.
+    Both times of a difference are taken together, so that other load affects them alike; it would not affect their two
+    minima alike.
     """
     learn(1, batch)  # to warm up
     differences = []
@@ -280,7 +285,7 @@ def _images(pipe, model, batch, repeats, device):
     costs = {"decode": _least(lambda: decode(pipe, latents), repeats, device) / batch}
     try:
         network = EXTRACTORS[model.extractor]()
-    except OSError:  # Inception's weights are neither there nor to be fetched
+    except OSError:  # Inception's weights are missing and cannot be fetched
         return costs
     network = network.to(device) if hasattr(network, "to") else network
     images = torch.from_numpy(decode(pipe, latents)).permute(0, 3, 1, 2).to(device)
@@ -295,14 +300,14 @@ def _least(step: Callable, repeats: int, device: str) -> float:
 
 
 def seconds_in_turns(steps: dict[str, Callable], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each step, taken in turns: what else the machine does meets them all alike. One turn to warm up."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    """Seconds of each step, run in turns so that other load affects all alike. One more turn warms up."""
+    measured: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 1):
         for name, step in steps.items():
             seconds = _seconds(step, device)
             if turn:
-                found[name].append(seconds)
-    return found
+                measured[name].append(seconds)
+    return measured
 
 
 def _seconds(step: Callable, device: str) -> float:

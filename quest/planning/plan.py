@@ -1,6 +1,6 @@
-"""What a config will cost before anything starts: jobs, hours, disk and memory, from measured costs of single steps.
+"""Estimates what a config will cost: jobs, hours, disk and memory, from measured costs of single steps.
 
-What was not measured on a machine is said to be unknown, and no total contains a guess.
+Costs that were not measured on a machine are reported as unknown. No total contains a guess.
 """
 
 import functools
@@ -20,12 +20,12 @@ INCEPTION_VALUES = 2048 + 2023 + 1008
 FEATURE_VALUES = {"scenes": 64 + 112 + 48, "adm": INCEPTION_VALUES}
 FEATURE_VALUES |= {"torch-fidelity": INCEPTION_VALUES, "clean": INCEPTION_VALUES}
 CLIP_VALUES = {None: 0, "scenes-clip": 2 * 64, "ViT-B-16": 2 * 512}
-RANGES_SAMPLES = 32  # per timestep, of the ranges that the figures show
+RANGES_SAMPLES = 32  # samples per timestep, for the figure of activation ranges
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model: denoiser parameters, values of a latent and of an image, values of the context of a sample."""
+    """Number of denoiser parameters, and number of values in a latent, an image and the context of a sample."""
 
     parameters: int
     latent: int
@@ -35,7 +35,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Part:
-    """Jobs of one kind of one model: hours is NaN where a cost was not measured."""
+    """All jobs of one kind for one model. hours is NaN where a cost was not measured; `missing` names these costs."""
 
     model: str
     kind: str
@@ -46,7 +46,7 @@ class Part:
 
 
 def cells(config: dict) -> tuple[list[Run], list[Run]]:
-    """(cells that are sampled, checkpoints that are made): full precision and starting points included."""
+    """(cells to sample, with full precision; checkpoints to make, with starting points)."""
     grid = runs(config)
     sampled = list(dict.fromkeys([Run(run.model, *FULL_PRECISION) for run in grid] + grid))
     made = [run for run in grid if run.method != FULL_PRECISION[0]]
@@ -54,18 +54,18 @@ def cells(config: dict) -> tuple[list[Run], list[Run]]:
 
 
 def jobs(config: dict) -> Counter:
-    """Jobs of each rule, as `snakemake -n` counts them where nothing is there yet."""
+    """Number of jobs of each rule, as `snakemake -n` counts them in a fresh clone."""
     grid, (sampled, made) = runs(config), cells(config)
     settings = config["models"]
-    drawn = dict.fromkeys(run.model for run in sampled)
+    models = dict.fromkeys(run.model for run in sampled)
     prepared = [name for name in settings if MODELS[name].origin]
     pairs = {(run.model, run.bits) for run in grid if run.method != FULL_PRECISION[0]}
     count = Counter(
         {
             "model": len(prepared),
-            "network": len({net for name in drawn for net in _networks(MODELS[name])}),
+            "network": len({net for name in models for net in _networks(MODELS[name])}),
             "tiny_checkpoint": sum(settings[n].get("checkpoint", "").startswith("results/") for n in prepared),
-            "reference": sum(_has_reference(name, settings[name]) for name in drawn),
+            "reference": sum(_has_reference(name, settings[name]) for name in models),
             "trajectories": len(settings),
             "evaluation": len(drawn),
             "quantize": len(made),
@@ -81,7 +81,7 @@ def jobs(config: dict) -> Counter:
 
 
 def _networks(model):
-    """The networks of a model's metrics that do not ship."""
+    """Networks for a model's metrics that do not ship and are fetched."""
     return ({"inception"} if model.extractor != "scenes" else set()) | ({model.clip} - {None, "scenes-clip"})
 
 
@@ -90,7 +90,7 @@ def _has_reference(name, settings):
 
 
 def shape(model: Model) -> Shape:
-    """Sizes of a model, exact without its weights."""
+    """The Shape of a model. It is exact and needs no weights."""
     unet = _denoiser(model.name)
     config, width = unet.config, measure.tokens(model)
     if model.origin is None:
@@ -124,11 +124,10 @@ def _work(name):
 
 @functools.cache
 def footprint(name: str, bits: str) -> dict:
-    """`quest.quantization.cost.footprint` of a model at some bits, exact without weights.
+    """`quest.quantization.cost.footprint` of a model at some bits. It is exact and needs no weights.
 
-    Of the common stack: every layer quantized, with the model's exceptions, one scale per output channel of a weight
-    and one per activation tensor. A method with time groups or split shortcuts stores 8 bytes more for each further
-    scale.
+    It assumes the common stack: every layer is quantized, with the model's exceptions, one scale per output channel of
+    a weight and one per activation tensor. Each further scale, of time groups or split shortcuts, takes 8 bytes.
     """
     from quest.quantization import cost
     from quest.quantization.swapping import swap
@@ -141,10 +140,10 @@ def footprint(name: str, bits: str) -> dict:
 
 
 def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
-    """What each kind of job of each model needs in all, from what was measured on `machine`."""
+    """What all jobs of each kind need, for each model, from the costs measured on `machine`."""
     sampled, made = cells(config)
     starts = starting_points(config, runs(config))
-    found = []
+    all_parts = []
     for name, settings in config["models"].items():
         model, sizes = MODELS[name], shape(MODELS[name])
         known = {row["what"]: row["value"] for row in costs if (row["model"], row["machine"]) == (name, machine)}
@@ -154,22 +153,22 @@ def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
         if any(run.model == name for run in sampled):
             rows.append(settings.get("evaluation", 16))
         row_bytes = FLOAT * (2 * sizes.latent + sizes.context)
-        found.append(_trajectories(name, model, known, rows, calls, row_bytes))
+        all_parts.append(_trajectories(name, model, known, rows, calls, row_bytes))
         checkpoints = [run for run in made if run.model == name]
-        # What others start from keeps float weights.
+        # Checkpoints from which other methods start keep float weights.
         size = sum(
             FLOAT * sizes.parameters if run in starts else footprint(name, run.bits)["bytes"] for run in checkpoints
         )
-        needed, unknown = Counter(), []
+        steps_in_all, unknown = Counter(), []
         for run in checkpoints:
-            counted = quantizing(*recipe_of(config, run.method), run.bits, model, trajectories)
-            needed.update(counted or {})
-            unknown += [] if counted is not None else [f"what {run.method} does"]
-        hours, missing = _hours(known, len(checkpoints), needed)
+            steps = quantizing(*recipe_of(config, run.method), run.bits, model, trajectories)
+            steps_in_all.update(steps or {})
+            unknown += [] if steps is not None else [f"what {run.method} does"]
+        hours, missing = _hours(known, len(checkpoints), steps_in_all)
         if unknown:
             hours, missing = math.nan, (*missing, *dict.fromkeys(unknown))
-        found.append(Part(name, "quantize", len(checkpoints), hours, size, missing))
-        for kind, own, call in (
+        all_parts.append(Part(name, "quantize", len(checkpoints), hours, size, missing))
+        for kind, label, call in (
             ("fp", "sample, full precision", "call"),
             (None, "sample, quantized", "quantized call"),
         ):
@@ -179,21 +178,21 @@ def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
             hours, missing = _hours(
                 known, count, {call: made_images * calls, "decode": made_images, "features": made_images}
             )
-            kept = _image_bytes(model, sizes, settings.get("keep_images", True))
-            found.append(Part(name, own, count, hours, kept * made_images, missing))
-    return [part for part in found if part.jobs]
+            image_bytes = _image_bytes(model, sizes, settings.get("keep_images", True))
+            all_parts.append(Part(name, label, count, hours, image_bytes * made_images, missing))
+    return [part for part in all_parts if part.jobs]
 
 
 def quantizing(method: str, recipe: dict, bits: str, model: Model, trajectories: int) -> Counter | None:
-    """What a checkpoint takes, {what of `measure`: how often}; None for a method that does not say it.
+    """How often making a checkpoint takes each step of `measure.WHAT`; None where a method has no `work`.
 
-    method: a name in baselines.METHODS. recipe: its keyword arguments. trajectories: in the calibration set.
+    method: a name in baselines.METHODS. recipe: its keyword arguments. trajectories: number in the calibration set.
     """
     if method not in METHODS or METHODS[method].work is None:
         return None
     w, a = parse_bits(bits)
     quantize = METHODS[method].quantize
-    # As the quantize script: the model's protocol, what the row fixes, and the recipe, which has the last word.
+    # As in the quantize script, the recipe overrides what the row fixes, which overrides the model's protocol.
     defaults = {name: parameter.default for name, parameter in keywords(quantize).items()}
     recipe = defaults | model.recipe(quantize, a) | METHODS[method].fixed | recipe
     return METHODS[method].work(SimpleNamespace(**recipe), w, model, trajectories)
@@ -211,36 +210,36 @@ def _image_bytes(model, sizes, keep):
     return FLOAT * values + (sizes.image if keep else 0)
 
 
-def _hours(known, jobs, counted):
-    """Hours of {what: how often} in `jobs` processes, and what of it was not measured."""
-    needed = {what: often for what, often in counted.items() if often} | {"start": jobs}
-    missing = tuple(what for what in needed if what not in known)
-    seconds = sum(known.get(what, math.nan) * often for what, often in needed.items())
+def _hours(known, jobs, steps):
+    """Hours of {step: count} in `jobs` processes, and the steps without a measured cost."""
+    counts = {step: count for step, count in steps.items() if count} | {"start": jobs}
+    missing = tuple(step for step in counts if step not in known)
+    seconds = sum(known.get(step, math.nan) * count for step, count in counts.items())
     return seconds / 3600, missing
 
 
 def report(config: dict, costs: list[dict], machine: str) -> str:
     """The plan as Markdown: jobs by rule, work by model, disk, memory, and where each cost was measured."""
-    of_rule, found = jobs(config), parts(config, costs, machine)
+    of_rule, all_parts = jobs(config), parts(config, costs, machine)
     lines = [f"## Plan of `{config['name']}` on {machine}", "", "| rule | jobs |", "|---|---:|"]
     lines += [f"| {rule} | {count} |" for rule, count in of_rule.items()]
     lines += [f"| in all | {sum(of_rule.values())} |", ""]
     lines += ["| model | jobs | number | hours | disk [GB] |", "|---|---|---:|---:|---:|"]
-    for part in found:
+    for part in all_parts:
         hours = f"{part.hours:.2f}" if math.isfinite(part.hours) else f"not measured: {', '.join(part.missing)}"
         lines.append(f"| {part.model} | {part.kind} | {part.jobs} | {hours} | {part.bytes / 1e9:.2f} |")
-    lines += ["", *_totals(found), "", *_sizes(config), "", *_measured(config, costs, machine)]
+    lines += ["", *_totals(all_parts), "", *_sizes(config), "", *_measured(config, costs, machine)]
     return "\n".join(lines) + "\n"
 
 
-def _totals(found):
-    hours = [part.hours for part in found if math.isfinite(part.hours)]
-    size = sum(part.bytes for part in found)
-    unknown = sum(not math.isfinite(part.hours) for part in found)
-    told = f"Hours of one device, of what was measured: {sum(hours):.1f}"
+def _totals(all_parts):
+    hours = [part.hours for part in all_parts if math.isfinite(part.hours)]
+    size = sum(part.bytes for part in all_parts)
+    unknown = sum(not math.isfinite(part.hours) for part in all_parts)
+    sentence = f"Hours of one device, of what was measured: {sum(hours):.1f}"
     if unknown:
-        told += f"; {unknown} of {len(found)} lines were not, so this is no total"
-    return [f"{told}.", "", f"Disk: {size / 1e9:.1f} GB. Metrics, tables and figures are left out of both."]
+        sentence += f"; {unknown} of {len(all_parts)} lines were not, so this is no total"
+    return [f"{sentence}.", "", f"Disk: {size / 1e9:.1f} GB. Metrics, tables and figures are left out of both."]
 
 
 def _sizes(config):
@@ -248,11 +247,11 @@ def _sizes(config):
     for name in config["models"]:
         quantized = [run.bits for run in runs(config) if run.model == name]
         for bits in dict.fromkeys([FULL_PRECISION[1], *quantized]):
-            found = footprint(name, bits)
-            times = found["macs"] * 32**2 / found["bops"]
+            size = footprint(name, bits)
+            times = size["macs"] * 32**2 / size["bops"]
             lines.append(
-                f"| {name} | {bits} | {found['bytes'] / 1e6:.1f} | {found['effective_bits']:.3f} "
-                f"| {found['bops'] / 1e12:.4g} | {times:.1f} |"
+                f"| {name} | {bits} | {size['bytes'] / 1e6:.1f} | {size['effective_bits']:.3f} "
+                f"| {size['bops'] / 1e12:.4g} | {times:.1f} |"
             )
     return [*lines, "", "Sizes are of packed denoisers, scales included; bit operations of one call on one sample."]
 
@@ -265,12 +264,12 @@ def _measured(config, costs, machine):
         memory = next((row["value"] for row in here if row["what"] == "memory"), None)
         if here:
             kinds = ", ".join(row["what"] for row in here)
-            one = here[0]
-            told = f"measured on {one['date']}, batch {one['batch']}, {one['weights']} weights: {kinds}"
-            told += f"; at most {memory:.0f} MB" if memory is not None else "; memory not measured"
+            row = here[0]
+            sentence = f"measured on {row['date']}, batch {row['batch']}, {row['weights']} weights: {kinds}"
+            sentence += f"; at most {memory:.0f} MB" if memory is not None else "; memory not measured"
         else:
             others = sorted({row["machine"] for row in rows})
-            told = f"nothing measured here; `python -m quest measure {name} --device DEVICE` does, in a minute"
-            told += f" (measured on {'; '.join(others)})" if others else ""
-        lines.append(f"- {name}: {told}.")
+            sentence = f"nothing measured here; `python -m quest measure {name} --device DEVICE` does, in a minute"
+            sentence += f" (measured on {'; '.join(others)})" if others else ""
+        lines.append(f"- {name}: {sentence}.")
     return lines
