@@ -60,7 +60,7 @@ class RoundingRecipe:
     preset: Annotated[str, one_of(PRESETS)] = "short"
     weight_iterations: Iterations | None = None  # of every unit, without init; default: the preset's
     batch: Count | None = None  # default: the preset's
-    keep: Keep | None = None  # layer glob -> bits kept at least; default: the first and last layer at 8
+    keep: Keep | None = None  # layer glob -> minimum bits; default: the first and last layer at 8
     rows: Count = 1024  # of the calibration set, for reconstruction
     seed: int = 0  # of the calibration rows, their order and the mini-batches
 

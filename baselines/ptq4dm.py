@@ -108,7 +108,7 @@ def released(
     w: int,
     a: int,
     *,
-    keep: Keep | None = None,  # layer glob -> bits kept at least; default: RELEASED
+    keep: Keep | None = None,  # layer glob -> minimum bits; default: RELEASED
     ndtc_bug: bool = True,  # label samples as the released code does, see `ndtc`
     rows: Count = 1024,  # of the calibration set
     seed: int = 0,  # of the calibration rows and their order

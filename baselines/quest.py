@@ -129,7 +129,7 @@ class FinetuneRecipe:
     preset: Annotated[str, one_of(PRESETS), Valid(description="iterations, batch and learning rates")] = "short"
     # The activation quantizers.
     time_groups: Count | None = None  # TAQuant's number of groups, 1 for a single set; default: one for each timestep
-    keep: Keep | None = None  # layer glob -> bits kept at least; default: the first and last layer at 8
+    keep: Keep | None = None  # layer glob -> minimum bits; default: the first and last layer at 8
     softmax_bits: Bits = 8
     # "released": at 4 bits one scale per channel or token, see `scale_axes`.
     granularity: Annotated[str, one_of(GRANULARITIES)] = "tensor"

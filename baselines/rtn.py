@@ -25,7 +25,7 @@ def quantize(
     a: int,
     *,
     ranges: Annotated[str, one_of(RANGES)] = "minmax",
-    keep: Keep | None = None,  # layer glob -> bits kept at least; default: the first and last layer at 8
+    keep: Keep | None = None,  # layer glob -> minimum bits; default: the first and last layer at 8
     softmax_bits: Bits = 8,
     # Random rows of all timesteps that set the ranges; default: WHOLE for "minmax", static_rows for searched ranges.
     samples: Count | None = None,
