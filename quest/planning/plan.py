@@ -67,7 +67,7 @@ def jobs(config: dict) -> Counter:
             "tiny_checkpoint": sum(settings[n].get("checkpoint", "").startswith("results/") for n in prepared),
             "reference": sum(_has_reference(name, settings[name]) for name in models),
             "trajectories": len(settings),
-            "evaluation": len(drawn),
+            "evaluation": len(models),
             "quantize": len(made),
             "sample": sum(settings[run.model].get("shards", 1) for run in sampled),
             "metrics": len(grid),
