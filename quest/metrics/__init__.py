@@ -1,14 +1,16 @@
-"""Measuring one cell (model, method, bits), and comparing two.
+"""`measure` computes every metric of one cell (model, method, bits); `compare` compares two measured cells.
 
-A cell is what one denoiser drew: images, latents and features on the evaluation seeds, and noise-prediction errors.
-`measure` turns it into rows with intervals and keeps every metric's resampled values beside them. All cells resample
-the same images (see intervals.py), so `compare` needs those numbers only: the spread of their differences is the
-paired interval. Needs no torch.
+A cell holds what one denoiser produced on the evaluation seeds: images, latents, features and noise-prediction errors.
+`measure` returns one row per metric with its interval, and the values of the metric on R resamples of the images. All
+cells resample the same images (see intervals.py), so `compare` needs these values only. For example, with FID 9.0 and
+8.0, and resampled values [9.1, 8.8, ...] and [8.1, 7.9, ...], the difference is 1.0, and the standard deviation of
+[1.0, 0.9, ...] gives its paired interval. This module needs no torch.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,40 +23,41 @@ from quest.metrics.per_image import NEIGHBOURS, clip_scores, inside, latent_mse,
 from quest.runtime.files import loads, read_arrays
 
 FEATURES = ("pool", "spatial", "logits", "clip_image", "clip_text")
-# How the protocols of Inception bring an image to 299x299, as rows say it.
+# How each protocol of Inception resizes an image to 299x299; the column `protocol` shows this text.
 RESIZE = {"adm": "TensorFlow bilinear", "torch-fidelity": "TensorFlow bilinear", "clean": "Pillow bicubic"}
-INCEPTION_RESAMPLES = 100  # each takes the eigenvalues of a 2048x2048 matrix: seconds
+INCEPTION_RESAMPLES = 100  # each resample takes seconds for the eigenvalues of a 2048x2048 matrix
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """Outputs of one denoiser, sorted by image index."""
+    """The outputs of one denoiser, sorted by image index."""
 
-    index: np.ndarray  # [N], image i has the i-th evaluation seed
+    index: np.ndarray  # [N]; image i has the i-th evaluation seed
     features: dict[str, np.ndarray]  # each [N, D]
-    images: np.ndarray | None  # uint8 [N, H, W, 3]; a run that keeps features only has none
+    images: np.ndarray | None  # uint8 [N, H, W, 3]; None if the run keeps features only
     latents: np.ndarray | None  # [N, ...]
     eps_error: np.ndarray | None = None  # [trajectories, calls], relative squared error of each noise prediction
     timesteps: np.ndarray | None = None  # [calls], timestep of each denoiser call; a multistep sampler may repeat one
-    sampled: tuple[dict, ...] = ()  # provenance of each shard: where and with what it was drawn
+    sampled: tuple[dict, ...] = ()  # provenance of each shard: machine, commit and package versions
     footprint: dict = field(default_factory=dict)  # size and work of the denoiser, see quest.quantization.cost
 
     @classmethod
     def load(cls, features: Sequence[str | Path], samples: Sequence[str | Path]) -> "Cell":
-        """Join the shards of a cell, given in any order.
+        """Join the shards of a cell; their order does not matter.
 
-        Raises ValueError, naming the file, for an array that is missing, an image that occurs twice, or features and
-        samples of different images.
+        Raises ValueError, which names the file, if an array is missing, an image occurs twice, or features and samples
+        belong to different images.
         """
         feature_shards = [_read(path, ("index", "pool", "spatial", "logits")) for path in features]
         sample_shards = [_read(path, ("index",)) for path in samples]
         names = [name for name in FEATURES if all(name in shard for shard in feature_shards)]
         joined = _join(features, feature_shards, names)
-        kept = [name for name in ("images", "latents") if all(name in shard for shard in sample_shards)]
-        drawn = _join(samples, sample_shards, kept)
-        if not np.array_equal(joined["index"], drawn["index"]):
+        outputs = [name for name in ("images", "latents") if all(name in shard for shard in sample_shards)]
+        joined_samples = _join(samples, sample_shards, outputs)
+        if not np.array_equal(joined["index"], joined_samples["index"]):
             raise ValueError(f"{samples[0]} and {features[0]}: samples and features are of different images")
-        metadata = [_metadata(shard, path) for shard, path in zip(sample_shards, samples, strict=True)]
+        files = zip(sample_shards, samples, strict=True)
+        metadata = [loads(str(shard.get("metadata", "{}")), file) for shard, file in files]
         errors = next((shard for shard in feature_shards if "eps_error" in shard and "timesteps" in shard), {})
         eps_error, timesteps = errors.get("eps_error"), errors.get("timesteps")
         if eps_error is not None and (eps_error.ndim != 2 or timesteps.shape != eps_error.shape[1:]):
@@ -65,11 +68,11 @@ class Cell:
         return cls(
             index=joined["index"],
             features={name: joined[name] for name in names},
-            images=drawn.get("images"),
-            latents=drawn.get("latents"),
+            images=joined_samples.get("images"),
+            latents=joined_samples.get("latents"),
             eps_error=eps_error,
             timesteps=timesteps,
-            sampled=tuple(told.get("provenance", {}) for told in metadata if told),
+            sampled=tuple(shard.get("provenance", {}) for shard in metadata if shard),
             footprint=metadata[0].get("footprint", {}),
         )
 
@@ -88,10 +91,6 @@ def _read(path: str | Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _metadata(shard, path):
-    return loads(str(shard.get("metadata", "{}")), path)
-
-
 def _join(paths: Sequence, shards: list[dict], names: list[str]) -> dict[str, np.ndarray]:
     index = np.concatenate([shard["index"] for shard in shards])
     order = np.argsort(index, kind="stable")
@@ -103,38 +102,34 @@ def _join(paths: Sequence, shards: list[dict], names: list[str]) -> dict[str, np
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A metric's value, its values on the resamples [R], and the number of independent draws behind it."""
+    """The value of a metric, its values on the resamples [R], and the number n of independent draws that it uses."""
 
     value: float
     resampled: np.ndarray
     n: int
-    protocol: str = ""  # what the metric itself chose, added to the model's protocol
+    protocol: str = ""  # choices of the metric itself; rows show them after the model's protocol
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One row of METRICS: what tables call it, which way is better, and how it is estimated."""
+    """One row of METRICS: the label in tables, the better direction, and the function that estimates the metric."""
 
     label: str
     better: str  # "lower" or "higher"
-    # (cell, full-precision cell, reference, counts [R, N], extractor) -> Estimate, or None where the cell lacks what
-    # it needs
+    # (cell, full-precision cell, reference, counts [R, N], extractor) -> Estimate, or None if the cell lacks an input
     estimate: Callable[[Cell, Cell | None, Reference | None, np.ndarray, str], Estimate | None]
-    is_mean: bool = False  # a mean over n draws, whose interval takes Student's factor
-    paired: bool = False  # measured against full precision, which has no such row itself
-    network: str | None = None  # the network that is named beside it: "extractor", "clip" or None
-    real: bool = False  # measured against real images, whose file is named in the row
-
-
-def _fid(cell, fp, reference, counts, extractor):
-    return _frechet(cell.features["pool"], reference.pool, counts, extractor)
+    is_mean: bool = False  # the metric is a mean over n draws, so its interval uses Student's factor
+    paired: bool = False  # it compares with full precision, so full precision itself has no such row
+    network: str | None = None  # the network that its label names: "extractor", "clip" or None
+    real: bool = False  # it compares with real images; the row names their file
 
 
 def _fid_infinity(cell, fp, reference, counts, extractor):
     if extractor not in RESIZE or len(cell.index) < 10_000:
         return None
     value = fid_infinity(cell.features["pool"], reference.pool)
+    # `measure` fills in the resampled values: those of FID, shifted.
     return Estimate(value, np.array([]), len(cell.index), _resized(extractor), "interval: that of FID, moved")
 
 
@@ -143,22 +138,23 @@ def _precision(cell, fp, reference, counts, extractor):
         return None
     samples = inside(cell.features["pool"], reference.features)
     protocol = f"k = {NEIGHBOURS}, {len(reference.features)} real images"
-    return _mean(samples, counts, protocol="; ".join(filter(None, [_resized(extractor), protocol])))
+    return _mean(samples, counts, protocol=_joined(_resized(extractor), protocol))
 
 
-def _sfid(cell, fp, reference, counts, extractor):
-    return _frechet(cell.features["spatial"], reference.spatial, counts, extractor)
-
-
-def _frechet(features, reference, counts, extractor):
-    drawn = Statistics.from_features(features)
-    resampled = intervals.resampled_frechet(features, reference, counts)
-    value = frechet_distance(drawn, reference)
-    return Estimate(value, resampled, drawn.n, protocol=_resized(extractor), note=_rank_note(drawn))
+def _frechet(kind, cell, fp, reference, counts, extractor):
+    features, target = cell.features[kind], getattr(reference, kind)
+    statistics = Statistics.from_features(features)
+    resampled = intervals.resampled_frechet(features, target, counts)
+    value = frechet_distance(statistics, target)
+    return Estimate(value, resampled, statistics.n, protocol=_resized(extractor), note=_rank_note(statistics))
 
 
 def _resized(extractor):
     return f"resize {RESIZE[extractor]}" if extractor in RESIZE else ""
+
+
+def _joined(*parts):
+    return "; ".join(filter(None, parts))
 
 
 def _rank_note(statistics):
@@ -167,14 +163,13 @@ def _rank_note(statistics):
 
 
 def _inception_score(cell, fp, reference, counts, extractor):
-    if extractor == "clean":  # defines none
+    if extractor == "clean":  # clean-fid defines no Inception score
         return None
     logits = cell.features["logits"]
     splits = partition(len(logits), extractor)
     resampled = resampled_inception_scores(logits, counts, splits)
     shuffled = " of shuffled images" if extractor == "torch-fidelity" else ""
-    protocol = f"{len(splits)} split{'s' if len(splits) > 1 else ''}{shuffled}"
-    protocol = "; ".join(filter(None, [_resized(extractor), protocol]))
+    protocol = _joined(_resized(extractor), f"{len(splits)} split{'s' if len(splits) > 1 else ''}{shuffled}")
     note = splits_note(len(logits), extractor)
     return Estimate(inception_score(logits, splits), resampled, len(logits), protocol=protocol, note=note)
 
@@ -210,22 +205,22 @@ def _broken_note(values, what):
 
 
 def _fid_to_fp(cell, fp, reference, counts, extractor):
-    drawn, target = cell.features["pool"], fp.features["pool"]
-    statistics = Statistics.from_features(drawn)
+    features, target = cell.features["pool"], fp.features["pool"]
+    statistics = Statistics.from_features(features)
     value = frechet_distance(statistics, Statistics.from_features(target))
-    resampled = intervals.resampled_frechet_between(drawn, target, counts)
+    resampled = intervals.resampled_frechet_between(features, target, counts)
     return Estimate(value, resampled, statistics.n, note=_rank_note(statistics))
 
 
 def _eps_error(cell, fp, reference, counts, extractor):
-    # Trajectories are what is resampled: the calls of one trajectory are not independent.
+    # The bootstrap resamples whole trajectories, because the calls of one trajectory are not independent.
     counts = intervals.resample_counts(len(cell.eps_error), len(counts))
     return _mean(cell.eps_error.mean(axis=1, dtype=np.float64), counts, _broken_note(cell.eps_error, "trajectories"))
 
 
 METRICS = {
-    "fid": Metric("FID", "lower", _fid, network="extractor", real=True),
-    "sfid": Metric("sFID", "lower", _sfid, network="extractor", real=True),
+    "fid": Metric("FID", "lower", partial(_frechet, "pool"), network="extractor", real=True),
+    "sfid": Metric("sFID", "lower", partial(_frechet, "spatial"), network="extractor", real=True),
     "is": Metric("IS", "higher", _inception_score, network="extractor"),
     "precision": Metric("precision", "higher", _precision, is_mean=True, network="extractor", real=True),
     "fid_infinity": Metric("FID at infinity", "lower", _fid_infinity, network="extractor", real=True),
@@ -247,20 +242,22 @@ def measure(
     protocol: str = "",
     reference_sha256: str = "",
 ) -> dict:
-    """Every metric of a cell; `fp` is the full-precision cell of the same seeds, or None for that cell itself.
+    """Compute every metric of a cell.
 
-    Without `reference`, none that is measured against real images.
+    fp: the full-precision cell of the same seeds; None if `cell` is that cell. reference: statistics of real images;
+    without it, metrics against real images are left out.
 
-    Returns, fit for JSON: "rows" [{metric, value, low, high, n, extractor, protocol, reference, note}], where
-    `reference` is the beginning of the hash of the file of real images' statistics, if the metric has one; "eps_error",
-    one row per denoiser call [{call, timestep, value, low, high, n}]; "resampled" {metric: [R values]}; "drawn", what
-    two cells must share to be compared: images, trajectories, timesteps; "sampled", the provenance of each shard; and
-    "footprint", size and work of the denoiser.
+    The result can be written as JSON. It holds
+    - "rows": [{metric, value, low, high, n, extractor, protocol, reference, note}], where `reference` is the beginning
+      of the hash of the reference file. A row without an interval says why in its note: the value "diverged", or how
+      many draws an interval needs.
+    - "eps_error": one row per denoiser call, [{call, timestep, value, low, high, n}].
+    - "resampled": {metric: [R values]}.
+    - "drawn": images, trajectories and timesteps, which two cells must share to be compared.
+    - "sampled": the provenance of each shard. "footprint": size and work of the denoiser.
 
-    A row without an interval says why in its note: "diverged", or how many draws there would have to be.
-
-    Raises ValueError where cell and full precision are of different images, the cell has no eps_error to measure, or
-    a single image.
+    Raises ValueError if cell and full precision hold different images, or if the cell has no eps_error or only one
+    image.
     """
     if len(cell.index) < 2:
         raise ValueError(f"{len(cell.index)} image: metrics have an interval, which needs 2 or more")
@@ -279,19 +276,19 @@ def measure(
             continue
         draws = estimate.resampled
         if name == "fid_infinity":
-            # The bias taken off is one number for all resamples, and its own spread is left out.
+            # All resamples are shifted by the same estimated bias; the spread of that estimate is left out.
             draws = np.array(resampled["fid"]) + (estimate.value - values["fid"])
         values[name], resampled[name] = estimate.value, draws.tolist()
-        low, high = _interval(metric, estimate.value, draws, estimate.n)
+        low, high = intervals.interval(estimate.value, draws, estimate.n if metric.is_mean else None)
         rows.append(
             {
                 "metric": name,
                 "value": estimate.value,
-                "low": low,
-                "high": high,
+                "low": float(low),
+                "high": float(high),
                 "n": estimate.n,
                 "extractor": {"extractor": extractor, "clip": clip, None: ""}[metric.network],
-                "protocol": "; ".join(filter(None, [protocol, estimate.protocol])),
+                "protocol": _joined(protocol, estimate.protocol),
                 "reference": reference_sha256[:12] if metric.real else "",
                 "note": _note(estimate, low, high),
             }
@@ -311,10 +308,10 @@ def measure(
 
 
 def compare(a: dict, b: dict) -> dict[str, Comparison]:
-    """Paired comparison, a minus b, of two cells as `measure` returned them, by every metric that both have.
+    """Compare two cells that `measure` returned: the difference "a minus b" in every metric that both have.
 
-    Raises ValueError where the two are not of the same images, networks and protocol, or their noise-prediction errors
-    not of the same trajectories.
+    Raises ValueError if the two differ in images, networks or protocol, or if their noise-prediction errors were
+    measured on different trajectories.
     """
     of_a, of_b = ({row["metric"]: row for row in cell["rows"]} for cell in (a, b))
     diverged = has_diverged(a), has_diverged(b)
@@ -326,36 +323,31 @@ def compare(a: dict, b: dict) -> dict[str, Comparison]:
         ]:
             if left != right:
                 raise ValueError(f"{name}: only cells of equal {key} are compared, got {left} and {right}")
-        n, difference = of_a[name]["n"], of_a[name]["value"] - of_b[name]["value"]
-        low, high = _interval(METRICS[name], difference, np.subtract(a["resampled"][name], b["resampled"][name]), n)
-        compared[name] = Comparison(difference, low, high, n, METRICS[name].better, diverged)
+        metric, n, difference = METRICS[name], of_a[name]["n"], of_a[name]["value"] - of_b[name]["value"]
+        resampled = np.subtract(a["resampled"][name], b["resampled"][name])
+        low, high = intervals.interval(difference, resampled, n if metric.is_mean else None)
+        compared[name] = Comparison(difference, float(low), float(high), n, metric.better, diverged)
     return compared
 
 
 def index_ranges(index: np.ndarray) -> str:
-    """Sorted image indices as a person writes them: "0-499", "0-3,7"."""
+    """Write sorted image indices [N] as ranges: "0-499", "0-3,7"."""
     breaks = np.flatnonzero(np.diff(index) != 1) + 1
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in np.split(index, breaks))
 
 
 def _note(estimate, low, high):
     if not math.isfinite(estimate.value):
-        return "; ".join(filter(None, ["diverged", estimate.note]))
-    if not math.isfinite(high - low):
-        return "; ".join(filter(None, [f"n = {estimate.n}: no interval, 2 would do", estimate.note]))
-    return estimate.note
-
-
-def _interval(metric, value, resampled, n):
-    low, high = intervals.mean_interval(value, resampled, n) if metric.is_mean else intervals.interval(value, resampled)
-    return float(low), float(high)
+        return _joined("diverged", estimate.note)
+    no_interval = "" if math.isfinite(high - low) else f"n = {estimate.n}: no interval, 2 would do"
+    return _joined(no_interval, estimate.note)
 
 
 def _eps_error_by_call(cell):
     trajectories = len(cell.eps_error)
     values = cell.eps_error.mean(axis=0, dtype=np.float64)  # [calls]
     resampled = intervals.resampled_means(cell.eps_error, intervals.resample_counts(trajectories))  # [R, calls]
-    low, high = intervals.mean_interval(values, resampled, trajectories)
+    low, high = intervals.interval(values, resampled, trajectories)
     columns = zip(cell.timesteps.tolist(), values.tolist(), low.tolist(), high.tolist(), strict=True)
     return [
         {"call": call, "timestep": timestep, "value": value, "low": lower, "high": upper, "n": trajectories}

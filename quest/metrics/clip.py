@@ -1,4 +1,4 @@
-"""The image-text model behind the CLIP score of the zoo, loaded as open_clip loads any model from a local folder."""
+"""The image-text model that computes the CLIP score for the zoo; open_clip loads it from a local folder."""
 
 import logging
 
@@ -9,7 +9,10 @@ from quest.runtime.sums import check_sums
 
 
 def load(folder=ZOO / "scenes-clip"):
-    """(model, preprocess, tokenizer): float32 and eval mode; preprocess takes a PIL image, tokenizer a list of str."""
+    """Return (model, preprocess, tokenizer), the model in float32 and eval mode.
+
+    preprocess takes a PIL image, tokenizer a list of str. Raises ValueError if a file differs from its known hash.
+    """
     check_sums(folder)
     name = f"local-dir:{folder}"
     logger = logging.getLogger()

@@ -1,6 +1,9 @@
-"""Two methods compared in one metric: a difference, its interval, and the one verdict that every table and text shows.
+"""The comparison of two methods in one metric. Every table and every text takes its verdict from here. No torch.
 
-Needs no torch.
+>>> Comparison(estimate=-1.2, low=-2.0, high=-0.4, direction="lower").verdict  # the whole interval is below 0
+'better'
+>>> Comparison(estimate=-1.2, low=-2.9, high=0.5, direction="lower").verdict  # the interval holds 0
+'neither'
 """
 
 import math
@@ -14,8 +17,10 @@ from quest.metrics.intervals import student
 class Comparison:
     """The difference "first minus second" with its paired 95 % interval.
 
-    n: draws behind it. direction: "lower" or "higher" is better. diverged: whether the first and the second method
-    produced values that are not finite; with these there is no difference to speak of, and the method has lost.
+    The interval is paired: both methods were measured on the same images or trajectories, so the variation that they
+    share cancels in the difference. n: number of pairs. direction: which values are better, "lower" or "higher".
+    diverged: whether the first and the second method produced values that are not finite. A method that diverged loses,
+    whatever the estimate is.
     """
 
     estimate: float
@@ -27,20 +32,23 @@ class Comparison:
 
     @classmethod
     def of_pairs(cls, first: Sequence[float], second: Sequence[float], direction: str = "lower") -> "Comparison":
-        """Of values measured in pairs, by Student's t. Raises ValueError for fewer than two pairs."""
+        """Compare values measured in pairs, [n] each, by Student's t. Raises ValueError for fewer than two pairs."""
         mean, low, high = student([a - b for a, b in zip(first, second, strict=True)])
         first_diverged, second_diverged = (not all(map(math.isfinite, values)) for values in (first, second))
         return cls(mean, low, high, len(first), direction, (first_diverged, second_diverged))
 
     @property
     def columns(self) -> dict[str, float]:
-        """As tables have it."""
+        """The estimate and its interval under the names of table columns."""
         return {"difference": self.estimate, "low": self.low, "high": self.high}
 
     @property
     def verdict(self) -> str:
-        """Of the first method: "better" or "worse" where the interval excludes 0, else "neither"; "diverged" where one
-        of the two has diverged. Where both have, "neither"."""
+        """What the interval says about the first method.
+
+        "better" or "worse" if the interval excludes 0, otherwise "neither". "diverged" if one of the two diverged;
+        "neither" if both did.
+        """
         first, second = self.diverged
         if first != second or not (first or math.isfinite(self.estimate)):
             return "diverged"
@@ -49,20 +57,20 @@ class Comparison:
         return "better" if (self.high < 0) == (self.direction == "lower") else "worse"
 
     def better(self, first: str, second: str) -> str:
-        """Column `better` of a table: the better one's name, "neither", or "NAME diverged"; `outcome` reads it."""
+        """Return the entry of a column `better`: the better name, "neither" or "NAME diverged". See `outcome`."""
         diverged = f"{second if self.diverged[1] else first} diverged"
         neither = "neither (both diverged)" if all(self.diverged) else "neither"
         return {"better": first, "worse": second, "diverged": diverged, "neither": neither}[self.verdict]
 
-    def told(self, second: str) -> str:
-        """The verdict in a sentence about the first method."""
+    def in_words(self, second: str) -> str:
+        """Return the verdict for a sentence about the first method."""
         if self.verdict == "neither":
             return "not told apart" + (" (both diverged)" if all(self.diverged) else "")
         return f"{second} diverged" if self.diverged == (False, True) else self.verdict
 
 
 def outcome(better: str, first: str) -> str:
-    """What a column `better` says of the first method: a verdict, or "rival diverged" where the second has diverged."""
+    """Return the verdict on the first method from a column `better`; "rival diverged" if the second one diverged."""
     name = better.removesuffix(" diverged")
     if better.startswith("neither"):
         return "neither"
@@ -72,9 +80,9 @@ def outcome(better: str, first: str) -> str:
 
 
 def has_diverged(cell: dict) -> bool:
-    """Whether a cell, as `quest.metrics.measure` returns it, has a metric that is not finite.
+    """Return whether a metric of the cell (see `quest.metrics.measure`) is not finite.
 
-    It then counts as diverged in all its metrics: images are clipped to finite values, and what FID says of those is no
-    property of the method.
+    Such a cell counts as diverged in all its metrics: its images were clipped to finite values, so a finite FID of them
+    says nothing about the method.
     """
     return not all(math.isfinite(row["value"]) for row in cell["rows"])

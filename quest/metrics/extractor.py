@@ -1,4 +1,4 @@
-"""The network behind the image metrics of the zoo: a classifier of scenes, in Inception's place."""
+"""The network that extracts features for the zoo's image metrics: a classifier of scenes, used instead of Inception."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from quest.runtime.sums import check_sums
 
 SPATIAL_CHANNELS = 7  # of a 4x4 map: 112 numbers, as sFID takes the first 7 channels of one of Inception's maps
 
-# Softmax heads: name -> number of classes.  `logits` is kind x colour of the main object.
+# Softmax heads: name -> number of classes. `logits` has a class for each kind and colour of the main object.
 HEADS = {
     "logits": len(scenes.CLASSES),
-    "companion": len(scenes.CLASSES) + 1,  # the last: none
+    "companion": len(scenes.CLASSES) + 1,  # the last class: no companion
     "place": len(scenes.POSITIONS) + len(scenes.RELATIONS),
     "size": len(scenes.SIZES),
     "texture": len(scenes.TEXTURES),
@@ -26,7 +26,7 @@ HEADS = {
 
 
 def targets(s):
-    """Class of every head for Scenes s: name -> int64 [n]."""
+    """Return the class of every head for n Scenes `s`, as name -> int64 [n]."""
     values = {
         "logits": s.labels(),
         "companion": (s.kind[:, 1] * len(scenes.COLOURS) + s.colour[:, 1]) * s.pair + len(scenes.CLASSES) * ~s.pair,
@@ -39,7 +39,7 @@ def targets(s):
 
 
 class Block(nn.Module):
-    """Convolution, GroupNorm, SiLU; around it a shortcut where the shape stays."""
+    """A convolution, GroupNorm and SiLU, with a shortcut around them if input and output have the same shape."""
 
     def __init__(self, inner, outer, stride):
         super().__init__()
@@ -53,7 +53,7 @@ class Block(nn.Module):
 
 
 class SceneNet(nn.Module):
-    """Convolutions down to a 4x4 map, 64 features from all of it, and a linear head per attribute on those."""
+    """Convolutions reduce an image to a 4x4 map; the map gives 64 features, and each attribute has a linear head."""
 
     def __init__(self, channels=(24, 48, 96, 128), features=64):
         super().__init__()
@@ -69,7 +69,10 @@ class SceneNet(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(features, n) for name, n in HEADS.items()})
 
     def forward(self, x):
-        """x [N, 3, 64, 64] in [-1, 1] to pool [N, 64], spatial [N, 112], logits [N, 48] and the attribute heads."""
+        """Map x [N, 3, 64, 64] in [-1, 1] to pool [N, 64], spatial [N, 112], logits [N, 48] and the other heads.
+
+        Raises ValueError for another shape.
+        """
         if x.shape[1:] != (3, scenes.SIZE, scenes.SIZE):
             raise ValueError(f"SceneNet takes [N, 3, {scenes.SIZE}, {scenes.SIZE}], got {list(x.shape)}")
         grid = self.blocks(x)  # [N, C, 4, 4]
@@ -79,7 +82,7 @@ class SceneNet(nn.Module):
 
 
 def load(folder=ZOO / "scenes-extractor"):
-    """The trained network in float32, ready to call."""
+    """Return the trained network in float32. Raises ValueError if a file differs from its known hash."""
     folder = Path(folder)
     check_sums(folder)
     net = SceneNet(**read_json(folder / "config.json"))
@@ -89,6 +92,6 @@ def load(folder=ZOO / "scenes-extractor"):
 
 @torch.no_grad()
 def outputs(net, x, batch_size=250):
-    """Everything the network says of x [N, 3, 64, 64], batch by batch."""
+    """Return all outputs of the network for x [N, 3, 64, 64], computed batch by batch."""
     parts = [net(part) for part in x.split(batch_size)]
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}

@@ -1,4 +1,4 @@
-"""Images to the features the metrics are made of. The only part of the metrics that needs torch."""
+"""Extract from images the features that the metrics use."""
 
 from functools import partial
 from pathlib import Path
@@ -41,10 +41,10 @@ def _clip(architecture, name):
 
 
 def load_clip(architecture: str, weights: str | Path) -> tuple:
-    """(model, preprocess, tokenizer) of open_clip's `architecture` with weights from a file, in float32.
+    """Return (model, preprocess, tokenizer) of open_clip's `architecture` in float32, with the weights of a file.
 
     The file is a TorchScript archive, as OpenAI published its models, or tensors (.safetensors or a state dict). Raises
-    ValueError, naming the file, for anything else or tensors of another architecture.
+    ValueError, which names the file, for anything else and for tensors of another architecture.
     """
     import open_clip
 
@@ -70,25 +70,25 @@ def _tensors(path):
         if path.suffix == ".safetensors":
             return load_file(path)
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)  # runs nothing that is in the file
-        except RuntimeError:  # a TorchScript archive, which torch.load refuses to read in this way
+            return torch.load(path, map_location="cpu", weights_only=True)  # executes no code from the file
+        except RuntimeError:  # torch.load refuses a TorchScript archive with weights_only
             return torch.jit.load(path, map_location="cpu").state_dict()
     except FileNotFoundError:
         raise
-    except Exception as error:  # a file of something else fails in as many ways as there are files
+    except Exception as error:  # each kind of wrong file raises another type
         raise ValueError(f"{path}: neither tensors nor a TorchScript archive") from error
 
 
-# Name -> loader of a function or module: uint8 images [B, 3, H, W] -> dict with pool [B, D], spatial [B, E] and
-# logits [B, K]. Inception's names are its protocols, see inception.py.
+# Name -> loader of a function or module that maps uint8 images [B, 3, H, W] to a dict with pool [B, D], spatial [B, E]
+# and logits [B, K]. The names for Inception are its protocols, see inception.py.
 EXTRACTORS = {
     "scenes": _scenes,
     "adm": partial(_inception, "adm"),
     "torch-fidelity": partial(_inception, "torch-fidelity"),
     "clean": partial(_inception, "clean"),
 }
-# Name -> loader of (model, preprocess, tokenizer) as open_clip has them.
-# OpenAI's models have the activation that open_clip calls quickgelu.
+# Name -> loader of open_clip's (model, preprocess, tokenizer). OpenAI's models use the activation that open_clip calls
+# quickgelu.
 CLIPS = {"scenes-clip": _scenes_clip, "ViT-B-16": partial(_clip, "ViT-B-16-quickgelu", "ViT-B-16")}
 
 
@@ -100,24 +100,24 @@ def extract(
     device: str = "cpu",
     batch: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Features of images, uint8 [N, H, W, 3], all of one pass: float32 arrays pool, spatial and logits.
+    """Return features of images, uint8 [N, H, W, 3], as float32 arrays: pool [N, D], spatial [N, E] and logits [N, K].
 
-    With `clip`, also clip_image and clip_text, the normalised embeddings of images and of the captions they were drawn
-    for (one each, in order).
+    With `clip`, the result also holds clip_image and clip_text, the normalized embeddings [N, D] of the images and of
+    the N captions.
 
-    batch: images per pass of a network, the last pass filled up. The bytes of a row may depend on the size of its pass
-    and its place in it; with the batch size that the images were sampled with, they do not depend on the shard. Without
-    it, passes of BATCH images and a shorter one.
+    batch: number of images per pass of a network; the last pass is padded to it. The last bits of a row may depend on
+    the size of its pass and its position in the pass. With the batch size of sampling, they do not depend on the shard.
+    Without it, a pass has BATCH images, and the last one may be shorter.
 
-    Raises ValueError for an unknown network, images of another dtype or shape, or captions that are not one per image.
+    Raises ValueError for an unknown network, images of another dtype or shape, or another number of captions.
     """
     if extractor not in EXTRACTORS:
         raise ValueError(f"extractor: {extractor!r} is not one of {', '.join(EXTRACTORS)}")
     if clip is not None and clip not in CLIPS:
         raise ValueError(f"clip: {clip!r} is not one of {', '.join(CLIPS)}")
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        got = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
-        raise ValueError(f"images must be a uint8 array [N, H, W, 3], got {got}")
+        actual = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
+        raise ValueError(f"images must be a uint8 array [N, H, W, 3], got {actual}")
     if clip is not None and len(captions or []) != len(images):
         raise ValueError(f"clip needs one caption per image: {len(captions or [])} captions for {len(images)} images")
 
@@ -133,12 +133,12 @@ def _on(network, device):
 
 
 def _passes(n, batch):
-    """The images of each pass of a network, and how many of its rows count."""
+    """Yield the image indices of each pass of a network, and how many rows of the pass are not padding."""
     size = batch or BATCH
     for start in range(0, n, size):
-        kept = min(size, n - start)
-        filled = size if batch else kept
-        yield (start + np.arange(filled)).clip(max=n - 1), kept
+        count = min(size, n - start)
+        padded = size if batch else count
+        yield (start + np.arange(padded)).clip(max=n - 1), count
 
 
 def _image_features(images, network, device, batch):
@@ -146,10 +146,10 @@ def _image_features(images, network, device, batch):
 
     parts = []
     with torch.no_grad():
-        for rows, kept in _passes(len(images), batch):
+        for rows, count in _passes(len(images), batch):
             inputs = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).to(device)  # [B, 3, H, W]
             outputs = network(inputs)
-            parts.append({name: outputs[name][:kept].float().cpu().numpy() for name in ("pool", "spatial", "logits")})
+            parts.append({name: outputs[name][:count].float().cpu().numpy() for name in ("pool", "spatial", "logits")})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -159,9 +159,9 @@ def _clip_features(images, captions, model, preprocess, tokenizer, device, batch
 
     image_parts, text_parts = [], []
     with torch.no_grad():
-        for rows, kept in _passes(len(images), batch):
+        for rows, count in _passes(len(images), batch):
             inputs = torch.stack([preprocess(Image.fromarray(images[row])) for row in rows])
-            image_parts.append(model.encode_image(inputs.to(device), normalize=True)[:kept].float().cpu().numpy())
+            image_parts.append(model.encode_image(inputs.to(device), normalize=True)[:count].float().cpu().numpy())
             tokens = tokenizer([captions[row] for row in rows])
-            text_parts.append(model.encode_text(tokens.to(device), normalize=True)[:kept].float().cpu().numpy())
+            text_parts.append(model.encode_text(tokens.to(device), normalize=True)[:count].float().cpu().numpy())
     return {"clip_image": np.concatenate(image_parts), "clip_text": np.concatenate(text_parts)}

@@ -1,10 +1,10 @@
 """Fréchet distance between Gaussians fitted to features: FID (arXiv:1706.08500, Eq. 6) and, on spatial features, sFID.
 
-Equal to the usual sqrtm implementations on the same features. With any roots C = R R^T of the two covariances,
-Tr (C_a C_b)^1/2 is the sum of the singular values of R_a^T R_b: no complex parts, no offset for singular covariances.
-Singular values are exact to rounding of the largest one, where eigenvalues of the product are squares: those of
-Inception's covariances span 12 orders of magnitude, and the square roots of their rounding add up. The root of a fixed
-reference is kept with its statistics, however many distances are taken to it.
+The result equals that of the usual sqrtm implementations, but the computation avoids the matrix square root. If R is a
+root of the covariance C, so that C = R R^T, then Tr (C_a C_b)^1/2 is the sum of the singular values of R_a^T R_b. There
+are no complex parts, and a singular covariance needs no offset. It is also more accurate than the square roots of the
+eigenvalues of C_a C_b: for Inception those span 12 orders of magnitude, and the rounding errors of the small ones add
+up. The root of the reference is computed once and stored with its statistics.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Statistics:
 
     @classmethod
     def from_features(cls, features: np.ndarray) -> "Statistics":
-        """Statistics of features [N, D]; ValueError for another shape, N < 2, or values that are not finite."""
+        """Compute statistics of features [N, D]. Raises ValueError for another shape, N < 2 or non-finite values."""
         features = np.asarray(features)
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"features must be [N, D] with N >= 2, got shape {features.shape}")
@@ -47,18 +47,18 @@ class Statistics:
 
     @property
     def singular(self) -> bool:
-        """True where n <= D: the covariance has no full rank, and the distance depends on n more than on anything.
+        """True if n <= D: the covariance has no full rank, and n determines the distance more than anything else.
 
-        n is 0 where it is not known, as with published statistics.
+        It is False for n = 0, which means an unknown n, as for published statistics.
         """
         return 0 < self.n <= self.mean.size
 
     @cached_property
     def root(self) -> np.ndarray:
-        """R with R R^T = covariance, [D, D]; computed once.
+        """R [D, D] with R R^T = covariance; it is computed once.
 
-        The Cholesky factor: at 2048 dimensions a thirtieth of the work of an eigendecomposition. A singular covariance
-        has none, and takes the symmetric square root.
+        It is the Cholesky factor, which at 2048 dimensions takes a thirtieth of the work of an eigendecomposition. A
+        singular covariance has no such factor, so its root is the symmetric square root.
         """
         if not self.singular:
             try:
@@ -70,21 +70,21 @@ class Statistics:
 
 
 def _floor(values: np.ndarray) -> float:
-    """Below it, ascending eigenvalues of a positive semi-definite matrix are zeros with rounding noise.
+    """Return the bound below which eigenvalues (ascending) of a positive semi-definite matrix are rounding noise.
 
-    Noise of about eps times the largest, whose square root would not be small.
+    The noise is about eps times the largest eigenvalue, and its square root would not be small.
     """
     return values[-1] * len(values) * np.finfo(np.float64).eps
 
 
 def trace_sqrt(matrix: np.ndarray) -> float:
-    """Trace of the square root of a symmetric positive semi-definite matrix [D, D]."""
+    """Return the trace of the square root of a symmetric positive semi-definite matrix [D, D]."""
     values = np.linalg.eigvalsh(matrix)
     return float(np.sqrt(values[values > _floor(values)]).sum())
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """|m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^1/2). Pass the fixed reference as `b`: its root is kept."""
+    """Return |m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^1/2). Raises ValueError if the dimensions differ."""
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"cannot compare statistics of {a.mean.size} and {b.mean.size} dimensions")
     difference = a.mean - b.mean
@@ -93,10 +93,10 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def fid_infinity(features: np.ndarray, reference: Statistics, points: int = 15, seed: int = 2020) -> float:
-    """Distance that infinitely many samples would have: FID_n is a line in 1/n, taken to 1/n = 0 (arXiv:1911.07023).
+    """Extrapolate the distance to infinitely many samples: FID_n is linear in 1/n (arXiv:1911.07023, section 3).
 
-    Fitted to `points` random subsets of features [N, D] of evenly spaced sizes from 5000 to N, as there; the subsets
-    are drawn by `seed`. Raises ValueError below 10,000 images, where the line has no length to be fitted on.
+    As in the paper, the line is fitted to `points` random subsets of features [N, D] with evenly spaced sizes from 5000
+    to N; `seed` chooses the subsets. Raises ValueError for N < 10,000, where the sizes are too close to fit a line.
     """
     n = len(features)
     if n < 10_000:
@@ -112,9 +112,9 @@ def fid_infinity(features: np.ndarray, reference: Statistics, points: int = 15, 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Statistics of n real images, for FID (`pool`) and sFID (`spatial`), and where they come from.
+    """Statistics of n real images for FID (`pool`) and sFID (`spatial`), with their provenance in `metadata`.
 
-    `features` [M, D], pooled features of some of the images, is there where precision is to be measured.
+    features: pooled features [M, D] of some of the images; precision needs them.
     """
 
     pool: Statistics
@@ -123,19 +123,19 @@ class Reference:
     features: np.ndarray | None = None
 
     def check(self, extractor: str, name: str = "reference") -> None:
-        """Raise ValueError where the statistics are of another network or protocol than `extractor`."""
-        made = self.metadata.get("extractor")
-        if made != extractor:
+        """Raise ValueError if the statistics belong to another network or protocol than `extractor`."""
+        source = self.metadata.get("extractor")
+        if source != extractor:
             raise ValueError(
-                f"{name}: statistics of {made or 'an unnamed extractor'}, the cell has features of {extractor}; make "
+                f"{name}: statistics of {source or 'an unnamed extractor'}, the cell has features of {extractor}; make "
                 f"them with `python -m workflow.scripts.reference IMAGES --extractor {extractor} -o {name}`"
             )
         from quest.metrics import weights
 
-        known, own = self.metadata.get("extractor_sha256"), weights.sha256(extractor)
-        if known and own and known != own:
+        known, here = self.metadata.get("extractor_sha256"), weights.sha256(extractor)
+        if known and here and known != here:
             raise ValueError(
-                f"{name}: statistics of other weights of {extractor} (SHA-256 {known[:12]}..., here {own[:12]}...); "
+                f"{name}: statistics of other weights of {extractor} (SHA-256 {known[:12]}..., here {here[:12]}...); "
                 "make them again"
             )
 
@@ -145,11 +145,12 @@ def save_reference(
 ) -> None:
     """Write reference statistics as .npz: pool_mean, pool_cov, spatial_mean, spatial_cov, n, metadata (json).
 
-    `features` [M, D] is written as well if it is given. n is 0 where the source does not say of how many images it is.
+    features: [M, D], optional. n is 0 if the source does not state the number of images. Raises ValueError if pool and
+    spatial statistics have different n.
     """
     if pool.n != spatial.n:
         raise ValueError(f"pool and spatial statistics are of {pool.n} and {spatial.n} images")
-    more = {} if features is None else {"features": np.asarray(features, np.float32)}
+    optional = {} if features is None else {"features": np.asarray(features, np.float32)}
     np.savez(
         path,
         pool_mean=pool.mean,
@@ -158,12 +159,12 @@ def save_reference(
         spatial_cov=spatial.cov,
         n=pool.n,
         metadata=dumps(metadata),
-        **more,
+        **optional,
     )
 
 
 def load_reference(path: str | Path) -> Reference:
-    """Read what `save_reference` wrote; ValueError naming the file where it is something else."""
+    """Read a file of `save_reference`. Raises ValueError, which names the file, if it is anything else."""
     arrays = read_arrays(path)
     missing = {"pool_mean", "pool_cov", "spatial_mean", "spatial_cov", "n", "metadata"} - set(arrays)
     if missing:

@@ -1,15 +1,15 @@
-"""Inception features of one pass: pooled, spatial and logits, as the evaluators that papers report with see images.
+"""Inception computes pooled features, spatial features and logits in one pass, as the evaluators of papers do.
 
-The network is torch-fidelity's conversion of the TensorFlow graph of 2015. Protocols differ in how an image comes to
-299x299 and, for the Inception score, in how images are split:
+The network is torch-fidelity's conversion of the TensorFlow graph of 2015. The protocols differ in how they resize an
+image to 299x299 and in how they split the images for the Inception score (IS):
 
-- `adm`: TensorFlow's bilinear resize without antialiasing inside the graph; splits of 5000 consecutive images. FID,
-  sFID and IS of the guided-diffusion evaluator (arXiv:2105.05233).
-- `torch-fidelity`: the same pixels; 10 splits of images shuffled with seed 2020.
-- `clean`: Pillow's antialiased bicubic resize in float (arXiv:2104.11222), by clean-fid's own function. No IS.
+- `adm` is the guided-diffusion evaluator (arXiv:2105.05233). It resizes by TensorFlow's bilinear function without
+  antialiasing and splits into runs of 5000 consecutive images.
+- `torch-fidelity` resizes in the same way. It shuffles the images with seed 2020 and makes 10 splits.
+- `clean` is clean-fid (arXiv:2104.11222). It resizes by Pillow's antialiased bicubic filter in float and has no IS.
 
-sFID (arXiv:2103.03841) is the Fréchet distance of 7x17x17 numbers, the first 7 channels of the block `mixed_6/conv` of
-the graph, which is `Mixed_6d.branch1x1` here.
+sFID (arXiv:2103.03841) is the Fréchet distance of 7x17x17 numbers: the first 7 channels of the graph's block
+`mixed_6/conv`, which torch-fidelity calls `Mixed_6d.branch1x1`.
 """
 
 from pathlib import Path
@@ -24,8 +24,8 @@ from quest.runtime.sums import check_archive
 
 SIZE = 299
 SPATIAL_CHANNELS = 7
-BATCH = 50  # activations of the first layers are large: 5.5 MB per image each
-# The layers up to the pooled features in the order of the graph.
+BATCH = 50  # each activation of the first layers takes 5.5 MB per image
+# The layers up to the pooled features, in the order of the graph.
 LAYERS = (
     ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2"]
     + ["Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"]
@@ -49,10 +49,10 @@ RESIZE = {"adm": _tensorflow, "torch-fidelity": _tensorflow, "clean": _pillow}
 
 
 class Inception(nn.Module):
-    """uint8 images [B, 3, H, W] to pool [B, 2048], spatial [B, 2023] and logits [B, 1008] without the layer's bias."""
+    """Maps uint8 images [B, 3, H, W] to pool [B, 2048], spatial [B, 2023] and logits [B, 1008] without bias."""
 
     def __init__(self, weights: str | Path, protocol: str):
-        """Raises ValueError, naming the file, where `weights` holds anything but this network's tensors."""
+        """Load the weights. Raises ValueError, which names the file, if it does not hold this network's tensors."""
         super().__init__()
         if protocol not in RESIZE:
             raise ValueError(f"protocol: {protocol!r} is not one of {', '.join(RESIZE)}")
@@ -79,13 +79,13 @@ class Inception(nn.Module):
 
 
 def _check(weights):
-    """torch-fidelity would run whatever a pickle says; this reads tensors only, and fails on anything else."""
+    """Refuse a file that holds anything but tensors, because torch-fidelity would execute a pickle's code."""
     check_archive(weights)
     try:
         state = torch.load(weights, weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as error:  # a pickle of other things, a truncated archive, a text file: each its own type
+    except Exception as error:  # each kind of wrong file raises another type
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{weights}: not a file of tensors ({reason})") from error
     missing = [name for name in ("Mixed_6d.branch1x1.conv.weight", "fc.weight") if name not in state]

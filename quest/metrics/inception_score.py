@@ -1,26 +1,26 @@
-"""Inception score (arXiv:1606.03498): exp of the mean KL divergence of each image's class distribution from their mean.
+"""Inception score (arXiv:1606.03498): exp(mean_i KL(p_i || mean p)), where p_i is the class distribution of image i.
 
-The classes are those of the extractor's softmax head; with another network than Inception it is a score of the same
-form on another scale. Like the Fréchet distance it depends on n, so only equal n is comparable.
+The classes are those of the extractor's softmax head. With another network than Inception, the score has the same form
+but another scale. Like the Fréchet distance it depends on n, so only scores of equal n can be compared.
 """
 
 import numpy as np
 from scipy.special import log_softmax
 
-FEW = 10  # images of a split, below which its score says nothing
-SPLIT = 5000  # images of a split in the guided-diffusion evaluator
+FEW = 10  # a split of fewer images has a meaningless score
+SPLIT = 5000  # the guided-diffusion evaluator makes splits of this many images
 
 
 def default_splits(n: int) -> int:
-    """Splits of 5000 images, at most 10, as for the usual 50,000 images; fewer images are one split."""
+    """Return the number of splits of n images: one per 5000 images, at least 1 and at most 10."""
     return min(10, max(1, n // SPLIT))
 
 
 def partition(n: int, extractor: str) -> list[np.ndarray]:
-    """Which of n images make up each split under a protocol of Inception; `default_splits` even runs for any other.
+    """Return the image indices of each split of n images.
 
-    `adm`: runs of 5000, the last one shorter where 5000 does not divide n. `torch-fidelity`: 10 parts of a shuffle by
-    numpy's legacy generator with seed 2020, its defaults.
+    `adm` makes runs of 5000 images; the last one may be shorter. `torch-fidelity` shuffles by numpy's legacy generator
+    with seed 2020 and makes 10 parts. Any other extractor makes `default_splits` runs of equal length.
     """
     order = np.arange(n)
     if extractor == "adm":
@@ -33,19 +33,20 @@ def partition(n: int, extractor: str) -> list[np.ndarray]:
 
 
 def splits_note(n: int, extractor: str) -> str:
-    """What is to be said of n images: of a split of few the score is near 1, whatever the images; else nothing."""
+    """Return a note if a split has so few images that its score is near 1 for any images, otherwise ""."""
     smallest = min(map(len, partition(n, extractor)))
     if smallest >= FEW:
         return ""
     enough = -(-n // SPLIT) * SPLIT if n > SPLIT else 10 * FEW
-    of = "1 image" if smallest == 1 else f"{smallest} images"
-    return f"a split of {of}, whose score is near 1 whatever is in it; n = {enough} would do"
+    size = "1 image" if smallest == 1 else f"{smallest} images"
+    return f"a split of {size}, whose score is near 1 whatever is in it; n = {enough} would do"
 
 
 def inception_score(logits: np.ndarray, splits: int | list[np.ndarray] | None = None) -> float:
-    """Mean over splits of exp(mean_i KL(p_i || mean p)); logits [N, K].
+    """Return the mean over splits of exp(mean_i KL(p_i || mean p)) for logits [N, K].
 
-    splits: a number of even runs of consecutive images, or the images of each, see `partition`.
+    splits: the image indices of each split, see `partition`, or a number of runs of equal length. Raises ValueError for
+    another shape of logits, or a number of splits outside 1 to N.
     """
     return float(resampled_inception_scores(logits, np.ones((1, len(logits))), splits)[0])
 
@@ -53,9 +54,9 @@ def inception_score(logits: np.ndarray, splits: int | list[np.ndarray] | None = 
 def resampled_inception_scores(
     logits: np.ndarray, counts: np.ndarray, splits: int | list[np.ndarray] | None = None
 ) -> np.ndarray:
-    """Scores [R] of resamples in which image i occurs counts[r, i] times (within its own split); counts [R, N].
+    """Return the scores [R] of resamples in which image i occurs counts[r, i] times, in its own split; counts [R, N].
 
-    A split that has no image in a resample is left out of its mean.
+    If a resample has no image of some split, its mean leaves out that split. Raises ValueError as `inception_score`.
     """
     logits = np.asarray(logits, np.float64)
     if logits.ndim != 2:

@@ -1,19 +1,22 @@
 """95 % intervals by the bootstrap over images.
 
-A resample draws n of the n images with replacement and is held as counts [R, N]: a metric that weighs image i by
-counts[r, i] is a metric of resample r. Cells that use the same counts are resampled *jointly*, image by image. Since
-every method draws image i from the same seed, most of the noise is common to two methods and cancels in the difference
-of their resampled values, whose spread is the paired interval.
+A resample draws n of the n images with replacement. It is stored as counts: row r of counts [R, N] says how often each
+image occurs in resample r. For n = 4, the counts [2, 0, 1, 1] mean that image 0 was drawn twice and image 1 not at all,
+and the mean of values v in this resample is (2 v_0 + v_2 + v_3) / 4.
 
-Intervals are the point estimate ± 1.96 standard deviations of the resampled values, not their percentiles. A Fréchet
-distance of n samples lies above that of infinitely many by a bias of about c / n. A resample has that bias once more,
-so that resampled values scatter around the estimate + c / n and their percentiles may exclude the estimate itself.
-Their spread is not shifted. For a single distance it is rather too wide, the more so the nearer n comes to the feature
-dimension: at n = 500 by a tenth for 16 dimensions and by a third to two thirds for 64. Such an interval covers the
-expected distance at this n, E[FID_n], in at least 95 % of cases. For the paired difference of two sets of similar
-images the excess cancels: over 100 trials of 500 images the bootstrap's standard deviation was 0.92 to 0.98 of the true
-one, and 94 to 96 % of the intervals held the true difference. The interval says nothing of the bias, so only distances
-of equal n are comparable, and nothing of the choice of the reference images, which is common to all cells.
+All cells use the same counts, so they are resampled *jointly*. Every method draws image i from the same noise, and most
+of the variation between images is common to two methods. It cancels in the difference of their resampled values, and
+the standard deviation of these differences gives the paired interval.
+
+An interval is the estimate ± 1.96 standard deviations of the resampled values; percentiles would be wrong. A Fréchet
+distance of n samples has a bias of about c / n, and a resample adds this bias a second time. Resampled values therefore
+scatter around the estimate + c / n, and their percentiles may exclude the estimate, but their spread is not shifted.
+The interval of a single distance is too wide if n is near the number of feature dimensions: at n = 500 by a tenth for
+16 dimensions and by a third to two thirds for 64. It covers the expected distance at this n, E[FID_n], in at least 95 %
+of cases. In the paired difference of two sets of similar images the excess cancels: over 100 trials of 500 images, the
+bootstrap's standard deviation was 0.92 to 0.98 of the true one, and 94 to 96 % of the intervals covered the true
+difference. An interval contains neither the bias, so only distances of equal n can be compared, nor the choice of
+the reference images, which all cells share.
 """
 
 import numpy as np
@@ -25,18 +28,32 @@ RESAMPLES = 200
 
 
 def resample_counts(n: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each of n images is in each resample: [R, N], rows sum to n. A function of its arguments only."""
+    """Return how often each of n images occurs in each resample: counts [R, N], whose rows sum to n."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
 
 
-def interval(value: float, resampled: np.ndarray) -> tuple[float, float]:
-    """`value` ± 1.96 standard deviations of `resampled` [R], those left out that are not finite."""
-    half = 1.96 * spread(resampled)
+def half_width(resampled: np.ndarray, n: int | None = None) -> np.ndarray:
+    """Return half of the interval of a metric with resampled values [R], or of S metrics with values [R, S].
+
+    n: for a mean, the number of its values. A mean uses Student's factor instead of 1.96, which matters for a few
+    dozen values, and corrects the bootstrap's variance, which is (n - 1) / n of the unbiased one. One value has no
+    interval: NaN.
+    """
+    if n is None:
+        return 1.96 * spread(resampled)
+    if n < 2:
+        return np.full(np.shape(resampled)[1:], np.nan)
+    return stdtrit(n - 1, 0.975) * np.sqrt(n / (n - 1)) * spread(resampled)
+
+
+def interval(value, resampled: np.ndarray, n: int | None = None) -> tuple:
+    """Return (low, high), `value` minus and plus `half_width`; value is a number, or an array [S]."""
+    half = half_width(resampled, n)
     return value - half, value + half
 
 
 def spread(resampled: np.ndarray) -> np.ndarray:
-    """Standard deviation over the finite ones of resampled values [R] or [R, S]; NaN where there are fewer than two."""
+    """Return the standard deviation of the finite resampled values [R] or [R, S]; NaN if there are fewer than two."""
     resampled = np.asarray(resampled, np.float64)
     finite = np.isfinite(resampled)
     if finite.all():
@@ -47,18 +64,11 @@ def spread(resampled: np.ndarray) -> np.ndarray:
     return np.where(enough, np.sqrt((centred**2).sum(axis=0) / np.where(enough, count - 1, 1)), np.nan)
 
 
-def mean_interval(value, resampled: np.ndarray, n: int) -> tuple:
-    """Interval of a mean over n values (or of S means, resampled [R, S]): as `interval`, for small n as well.
-
-    Where n is a few dozen, a mean takes Student's factor instead of 1.96, and the bootstrap's variance, (n - 1) / n of
-    the unbiased one, is corrected. One value has no interval: NaN.
-    """
-    half = stdtrit(n - 1, 0.975) * np.sqrt(n / (n - 1)) * spread(resampled) if n > 1 else np.full_like(value, np.nan)
-    return value - half, value + half
-
-
 def student(values) -> tuple[float, float, float]:
-    """Mean of n independent values and its 95 % interval by Student's t. Raises ValueError for fewer than two."""
+    """Return the mean of independent values [n] and its 95 % interval (low, high) by Student's t.
+
+    For example, student([1.0, 2.0, 3.0]) is (2.0, -0.48, 4.48). Raises ValueError for fewer than two values.
+    """
     values = np.asarray(values, np.float64)
     if len(values) < 2:
         raise ValueError(f"an interval needs two values or more, got {len(values)}")
@@ -68,15 +78,16 @@ def student(values) -> tuple[float, float, float]:
 
 
 def resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Means [R] (or [R, S]) of resampled values [N] (or [N, S])."""
+    """Return the means [R] (or [R, S]) of values [N] (or [N, S]) on the resamples."""
     return counts @ np.asarray(values, np.float64) / counts.shape[1]
 
 
 def resampled_frechet(features: np.ndarray, reference: Statistics, counts: np.ndarray) -> np.ndarray:
-    """Fréchet distances [R] of resampled features [N, D] to fixed statistics.
+    """Return the Fréchet distances [R] of resampled features [N, D] to fixed statistics.
 
-    The features are multiplied by the root of the reference covariance once, so that each resample takes one weighted
-    covariance, of the 63 % of rows that occur in it, and its eigenvalues: with S = R R^T, R^T C R has those of S C.
+    With the root S = R R^T of the reference covariance, R^T C R has the eigenvalues of S C. The features are multiplied
+    by R once. Each resample then needs one weighted covariance of the 63 % of rows that occur in it, and its
+    eigenvalues.
     """
     n = counts.shape[1]
     centred = np.asarray(features, np.float64) - reference.mean  # [N, D]
@@ -89,21 +100,21 @@ def resampled_frechet(features: np.ndarray, reference: Statistics, counts: np.nd
 
 
 def _scatter(features: np.ndarray, weight: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Sum over rows of weight times the outer product of a row's deviation from the weighted mean, [D, D]."""
-    drawn = np.flatnonzero(weight)
-    rows = features[drawn]
-    rows *= np.sqrt(weight[drawn])[:, None]
-    return rows.T @ rows - weight.sum() * np.outer(mean, mean)  # a matrix with itself: BLAS computes one triangle
+    """Return the scatter matrix [D, D] of features [N, D] with these weights [N] and this weighted mean [D]."""
+    nonzero = np.flatnonzero(weight)
+    rows = features[nonzero]
+    rows *= np.sqrt(weight[nonzero])[:, None]
+    return rows.T @ rows - weight.sum() * np.outer(mean, mean)  # for rows.T @ rows, BLAS computes one triangle only
 
 
 def resampled_frechet_between(a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Fréchet distances [R] between two sets of features [N, D] whose rows belong together and are resampled alike."""
+    """Return the Fréchet distances [R] between features a and b [N, D]; row i of both has the same seed and weight."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return np.array([frechet_distance(_weighted(a, weight), _weighted(b, weight)) for weight in counts])
 
 
 def _weighted(features: np.ndarray, weight: np.ndarray) -> Statistics:
-    """Statistics of features [N, D] in which row i occurs weight[i] times."""
+    """Return the statistics of features [N, D] in which row i occurs weight[i] times."""
     n = len(features)
     mean = weight @ features / n
     return Statistics(mean, _scatter(features - mean, weight, np.zeros_like(mean)) / (n - 1), n)

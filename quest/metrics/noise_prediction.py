@@ -1,4 +1,4 @@
-"""How far a denoiser's noise prediction is from that of full precision."""
+"""The error of a quantized denoiser's noise prediction against full precision."""
 
 import torch
 from diffusers import DiffusionPipeline
@@ -9,9 +9,10 @@ from quest.diffusion.calibration_set import CalibrationSet
 
 @torch.no_grad()
 def eps_error(pipe: DiffusionPipeline, calibration: CalibrationSet) -> tuple[Tensor, list[int]]:
-    """Relative squared error of the noise prediction, |e~ - e|^2 / |e|^2, on full-precision trajectories.
+    """Measure the relative squared error of the noise prediction, |e~ - e|^2 / |e|^2, on full-precision trajectories.
 
-    Returns the errors, [trajectories, calls] (the two halves of a guided call are averaged), and each call's timestep.
+    Returns the errors [trajectories, calls] and the timestep of each call. A guided call has a conditional and an
+    unconditional half; their errors are averaged.
     """
     trajectories = calibration.trajectory.cpu().unique()
     calls = int(calibration.call.max()) + 1

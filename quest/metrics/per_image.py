@@ -1,8 +1,8 @@
-"""Metrics with a value for each image, whose mean is the metric of a set.
+"""Metrics that have a value for each image; the metric of a set is the mean of the values.
 
 PSNR and latent error measure the distance to the full-precision model's output for the same seed. They vary far less
-than a distance between distributions: every image has its own target, so that a few hundred show differences that FID
-needs tens of thousands for.
+than a distance between distributions, because every image has its own target. A few hundred images therefore show
+differences for which FID needs tens of thousands.
 """
 
 import numpy as np
@@ -12,10 +12,11 @@ BLOCK = 2000  # rows per block of distances: 160 MB against 10,000 real images
 
 
 def psnr(images: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of uint8 images [N, H, W, C], per image [N]; peak 255.
+    """Return the peak signal-to-noise ratio in dB (peak 255) of uint8 images [N, H, W, C], per image [N].
 
-    The ratio of identical images is infinite, and one of them would make any mean infinite. They count as if a single
-    value differed by a single level, the largest finite ratio there is: 10 log10(255^2 H W C), 89 dB for 64x64 RGB.
+    Identical images have an infinite ratio, and one such pair would make the mean infinite. They count as if one value
+    differed by one level. That is the largest finite ratio, 10 log10(255^2 H W C), 89 dB for 64x64 RGB. Raises
+    ValueError for other shapes or dtypes.
     """
     _same_shape("images", images, target)
     if images.dtype != np.uint8 or target.dtype != np.uint8:
@@ -26,9 +27,12 @@ def psnr(images: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def latent_mse(latents: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Mean squared difference of final latents [N, ...], per image [N], in squared latent units."""
+    """Return the mean squared difference of final latents [N, ...], per image [N], in squared latent units.
+
+    Raises ValueError if the shapes differ.
+    """
     _same_shape("latents", latents, target)
-    # Image by image: 50,000 latents are gigabytes, and twice that in float64.
+    # One image at a time, because 50,000 latents take gigabytes, and twice as many in float64.
     return np.array([np.mean((a.astype(np.float64) - b) ** 2) for a, b in zip(latents, target, strict=True)])
 
 
@@ -38,10 +42,11 @@ def _same_shape(what: str, a: np.ndarray, b: np.ndarray) -> None:
 
 
 def clip_scores(image: np.ndarray, text: np.ndarray) -> np.ndarray:
-    """CLIP score: 100 times the cosine of image and caption embeddings [N, D], per image [N]; they need no normalising.
+    """Return CLIP scores [N]: 100 times the cosine of image and caption embeddings [N, D], which are normalized here.
 
-    As papers on quantization report it (arXiv:2104.08718 weighs the cosine by 2.5). It is not clamped at 0 as
-    torchmetrics' is, which never matters for a mean that means anything.
+    Papers on quantization report this scale (arXiv:2104.08718 multiplies the cosine by 2.5). Unlike torchmetrics, the
+    score is not clamped at 0; that matters only if captions and images have nothing in common. Raises ValueError if the
+    shapes differ.
     """
     image, text = np.asarray(image, np.float64), np.asarray(text, np.float64)
     if image.ndim != 2 or image.shape != text.shape:
@@ -52,24 +57,24 @@ def clip_scores(image: np.ndarray, text: np.ndarray) -> np.ndarray:
 
 
 def inside(samples: np.ndarray, real: np.ndarray, k: int = NEIGHBOURS) -> np.ndarray:
-    """Which samples [N, D] lie within the manifold of real features [M, D]: bool [N]. Precision is the mean.
+    """Return which samples [N, D] lie in the manifold of real features [M, D], as bool [N]; precision is their mean.
 
-    Around each real image's features lies a ball out to its k-th nearest other real image; a sample within any ball
-    counts (arXiv:1904.06991). Reported for ImageNet because FID with strong guidance falls when quantization adds noise
-    (arXiv:2402.03666, section 4). Raises ValueError unless both have D columns and M > k.
+    The manifold is the union of balls around the real features; each ball reaches to its k-th nearest other real image
+    (arXiv:1904.06991, section 2). It is reported for ImageNet, because FID with strong guidance falls when quantization
+    adds noise (arXiv:2402.03666, section 4). Raises ValueError unless both have D columns and M > k.
     """
     samples, real = np.asarray(samples, np.float64), np.asarray(real, np.float64)
     if samples.ndim != 2 or real.ndim != 2 or samples.shape[1] != real.shape[1]:
         raise ValueError(f"samples and real features must be [N, D] and [M, D], got {samples.shape} and {real.shape}")
     if len(real) <= k:
         raise ValueError(f"{len(real)} real images have no {k}-th neighbour each; at least {k + 1} are needed")
-    # The nearest is the image itself, at distance 0.
+    # The nearest neighbour is the image itself, at distance 0, so index k is the k-th other image.
     radii = np.concatenate([np.partition(d, k, axis=1)[:, k] for d in _squared_distances(real, real)])  # [M]
     return np.concatenate([(d <= radii).any(axis=1) for d in _squared_distances(samples, real)])
 
 
 def _squared_distances(a, b):
-    """Squared distances of a [N, D] to b [M, D], in blocks of rows."""
+    """Yield the squared distances of a [N, D] to b [M, D] in blocks of rows."""
     norms = np.einsum("nd,nd->n", b, b)
     for start in range(0, len(a), BLOCK):
         rows = a[start : start + BLOCK]

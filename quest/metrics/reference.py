@@ -1,8 +1,9 @@
-"""Reference statistics from real images: LSUN Churches has no official ones, and others come as the evaluator's .npz.
+"""Reference statistics of real images, from a folder of images or from the .npz of the guided-diffusion evaluator.
 
-Images of a folder are prepared as latent diffusion's loader does for training (arXiv:2112.10752): cropped at the centre
-to a square of the shorter side, resized with Pillow's bicubic filter, 8 bits. Its random flips are left out. An image
-that has no single reading as 8-bit RGB (transparent, animated, 16 bits of colour) is refused by its name.
+A folder is needed where no official statistics exist, as for LSUN Churches. Its images are prepared as for the training
+of latent diffusion (arXiv:2112.10752): the centre square of the shorter side is cropped and resized with Pillow's
+bicubic filter to 8 bits; random flips are left out. An image with no unique 8-bit RGB form (transparent, animated, or
+with 16 bits per colour) is refused; the error names it.
 """
 
 import hashlib
@@ -23,8 +24,8 @@ from quest.runtime.files import array_names, atomic, one_line, read_arrays
 from quest.runtime.provenance import provenance
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-HIDDEN = (".", "__MACOSX")  # of .ipynb_checkpoints, .thumbnails and their like; copies of images, or parts of them
-CHUNK = 1000  # images held at once
+HIDDEN = (".", "__MACOSX")  # folders such as .ipynb_checkpoints and .thumbnails hold copies of images, or parts of them
+CHUNK = 1000  # number of images in memory at once
 
 
 def build(
@@ -37,48 +38,52 @@ def build(
     keep: int = 10_000,
     device: str = "cpu",
 ) -> Reference:
-    """Write statistics of the images in `source`, or of the first n of them, to `output` (.npz), and return them.
+    """Write statistics of the images in `source`, or of its first n images, to `output` (.npz), and return them.
 
-    Features of the first `keep` images are kept for precision. Raises ValueError, naming what is at fault, for a source
-    without images, fewer than n, an image that cannot be read, or an .npz of something else.
+    size: side in pixels to which images of a folder are resized. keep: the features of the first `keep` images are
+    stored for precision. Raises ValueError, which names the file or folder, if the source has no images or fewer than n
+    or 4, an image cannot be read, or an .npz holds something else; FileNotFoundError if the source does not exist.
     """
     source = Path(source)
-    made = {"extractor": extractor, "extractor_sha256": weights.sha256(extractor), "provenance": provenance()}
+    origin = {"extractor": extractor, "extractor_sha256": weights.sha256(extractor), "provenance": provenance()}
     if source.is_file():
         arrays = _arrays(source)
-        if not arrays:  # statistics that this project made
+        if not arrays:  # this project wrote the statistics
             return _copied(source, output, extractor)
         if "mu_s" in arrays:
-            return _published(source, arrays, output, made)
+            return _published(source, arrays, output, origin)
         images, digest, what = _array_chunks(source, arrays, n), sha256_of(source), f"images of {source.name}"
     elif source.is_dir():
         files, left_out = _files(source, n)
         digest, copies = _listing(source, files)
         images = _file_chunks(files, size)
-        told = [f"{copies} of them copies of another"] if copies else []
-        told += [f"left out: {', '.join(left_out)}"] if left_out else []
-        what = "; ".join([f"images of folder {source.name}, centre crop, bicubic to {size}", *told])
+        details = [f"{copies} of them copies of another"] if copies else []
+        details += [f"left out: {', '.join(left_out)}"] if left_out else []
+        what = "; ".join([f"images of folder {source.name}, centre crop, bicubic to {size}", *details])
     else:
         raise FileNotFoundError(f"{source}: no such file or folder; give a folder of images or an .npz")
 
     moments, features, count = {"pool": _Moments(), "spatial": _Moments()}, [], 0
     for chunk in images:
-        got = extract(chunk, extractor, device=device)
-        for name, of in moments.items():
-            of.add(got[name])
-        features.append(got["pool"][: max(0, keep - count)])
+        extracted = extract(chunk, extractor, device=device)
+        for name, moment in moments.items():
+            moment.add(extracted[name])
+        features.append(extracted["pool"][: max(0, keep - count)])
         count += len(chunk)
     if count <= NEIGHBOURS:
         raise ValueError(f"{source}: {count} images; at least {NEIGHBOURS + 1} are needed, and far more say something")
     pool, spatial = (moments[name].statistics() for name in ("pool", "spatial"))
-    metadata = {"data": f"{count} {what}", "source_sha256": digest} | made
+    metadata = {"data": f"{count} {what}", "source_sha256": digest} | origin
     with atomic(output) as temporary:
         save_reference(temporary, pool, spatial, metadata, np.concatenate(features) if keep else None)
     return load_reference(output)
 
 
 class _Moments:
-    """Sums of features and of their products, in float64, about the first chunk's mean: no cancellation later."""
+    """Sums of features and of their products in float64.
+
+    The mean of the first chunk is subtracted from all features; otherwise large sums would cancel in the covariance.
+    """
 
     def __init__(self):
         self.n, self.origin = 0, None
@@ -102,15 +107,15 @@ class _Moments:
 
 def _arrays(path):
     statistics, names = ("mu", "sigma", "mu_s", "sigma_s"), array_names(path)
-    # Images are gigabytes: only what is asked for is read.
+    # Images can take gigabytes, so only the arrays that are needed are read.
     if set(statistics) <= set(names):
         return read_arrays(path, statistics)
     if "arr_0" in names:
         return read_arrays(path, ["arr_0"])
     if "pool_mean" in names:
         return {}
-    found = one_line(", ".join(names) or "nothing")
-    raise ValueError(f"{path}: holds {found}; needed: images arr_0, or statistics mu, sigma, mu_s, sigma_s")
+    listed = one_line(", ".join(names) or "nothing")
+    raise ValueError(f"{path}: holds {listed}; needed: images arr_0, or statistics mu, sigma, mu_s, sigma_s")
 
 
 def _copied(source, output, extractor):
@@ -121,13 +126,14 @@ def _copied(source, output, extractor):
     return loaded
 
 
-def _published(source, arrays, output, made):
-    if made["extractor"] != "adm":
-        raise ValueError(f"{source}: statistics of the guided-diffusion evaluator are for adm, not {made['extractor']}")
+def _published(source, arrays, output, origin):
+    extractor = origin["extractor"]
+    if extractor != "adm":
+        raise ValueError(f"{source}: statistics of the guided-diffusion evaluator are for adm, not {extractor}")
     pool, spatial = (statistics_of(source, arrays[f"mu{s}"], arrays[f"sigma{s}"], 0) for s in ("", "_s"))
     metadata = {"data": f"statistics in {source.name}, number of images not said", "source_sha256": sha256_of(source)}
     with atomic(output) as temporary:
-        save_reference(temporary, pool, spatial, metadata | made)
+        save_reference(temporary, pool, spatial, metadata | origin)
     return load_reference(output)
 
 
@@ -141,7 +147,7 @@ def _array_chunks(path, arrays, n) -> Iterator[np.ndarray]:
 
 
 def _files(folder, n):
-    """(image files that are counted, in order; what is left out, in words). Hidden files and folders hold no images."""
+    """Return the sorted image files and a description of the files that are left out, hidden ones among them."""
     files, hidden, others = [], 0, Counter()
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         if any(part.startswith(HIDDEN) for part in file.relative_to(folder).parts):
@@ -153,25 +159,25 @@ def _files(folder, n):
     left_out = [f"{hidden} hidden files"] if hidden else []
     left_out += [f"{count} files {suffix}" for suffix, count in sorted(others.items())]
     if not files:
-        found = f"; left out: {', '.join(left_out)}" if left_out else ""
-        raise ValueError(f"{folder}: no images in it; looked for {', '.join(sorted(SUFFIXES))}{found}")
+        others = f"; left out: {', '.join(left_out)}" if left_out else ""
+        raise ValueError(f"{folder}: no images in it; looked for {', '.join(sorted(SUFFIXES))}{others}")
     _at_least(folder, len(files), n)
     if n is not None and n < len(files):
         left_out.append(f"{len(files) - n} images behind the first {n}")
     return files[:n], left_out
 
 
-def _at_least(source, found, n):
-    if n is not None and found < n:
-        raise ValueError(f"{source}: {found} images, {n} asked for")
+def _at_least(source, count, n):
+    if n is not None and count < n:
+        raise ValueError(f"{source}: {count} images, {n} asked for")
 
 
 def _listing(folder, files):
-    """(one hash of the files' names and contents, in order; how many files have the content of an earlier one)."""
+    """Return one hash of the names and contents of all files, and how many files repeat the content of another."""
     digest, hashes = hashlib.sha256(), set()
     for file in tqdm(files, desc="hashing", unit="image"):
-        hashes.add(found := sha256_of(file))
-        digest.update(f"{file.relative_to(folder).as_posix()} {found}\n".encode())
+        hashes.add(content := sha256_of(file))
+        digest.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode())
     return digest.hexdigest(), len(files) - len(hashes)
 
 
@@ -184,10 +190,10 @@ def _file_chunks(files, size) -> Iterator[np.ndarray]:
 
 
 def _rgb(image):
-    """An opened image in 8-bit RGB, turned as its EXIF data says; 16 bits of grey are rounded to 8, not cut off.
+    """Convert an opened image to 8-bit RGB and rotate it as its EXIF data says; 16-bit grey is rounded to 8 bits.
 
-    Raises ValueError where there is no one such image: several frames, transparent pixels, or a mode that Pillow
-    converts by cutting values off.
+    Raises ValueError if the result is not unique or exact: for several frames, transparent pixels, or a mode that
+    Pillow converts by clipping values.
     """
     from PIL import Image, ImageOps
 
@@ -209,13 +215,13 @@ def _rgb(image):
 
 
 def prepared(file: Path, size: int) -> np.ndarray:
-    """An image of a file, cropped to its middle square and resized, uint8 [size, size, 3]. ValueError: see `_rgb`."""
+    """Read an image, crop its centre square and resize it to uint8 [size, size, 3]. Raises ValueError, see `_rgb`."""
     from PIL import Image
 
     try:
         with Image.open(file) as opened:
             image = _rgb(opened)
-    except Exception as error:  # a damaged file fails in as many ways as there are formats
+    except Exception as error:  # each kind of damaged file raises another type
         raise ValueError(f"{file}: not an image that can be read ({error})") from error
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2

@@ -1,7 +1,7 @@
-"""Weights of the networks behind the metrics: given by path, or fetched once, and checked. No torch.
+"""The weights of the networks that the metrics use. This module needs no torch.
 
-They lie in the folder `resources/weights`, or the one that the environment variable QUEST_WEIGHTS names. What is not
-there is fetched; without a network, the error says which file to put where.
+They are in the folder `resources/weights`, or in the folder that the environment variable QUEST_WEIGHTS names. A file
+that is missing is downloaded once and checked. Without a network connection, the error says which file to put where.
 """
 
 import os
@@ -19,13 +19,13 @@ class Weights:
 
 
 WEIGHTS = {
-    # The TensorFlow graph of 2015 that FID was defined with, converted by torch-fidelity.
+    # torch-fidelity's conversion of the TensorFlow graph of 2015, which defines FID.
     "inception": Weights(
         "weights-inception-2015-12-05-6726825d.pth",
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
         "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     ),
-    # OpenAI's CLIP, from where open_clip has it; the hash stands in the address.
+    # OpenAI's CLIP, from the address that open_clip uses; the address contains the hash.
     "ViT-B-16": Weights(
         "ViT-B-16.pt",
         "https://openaipublic.azureedge.net/clip/models/"
@@ -40,18 +40,18 @@ def folder() -> Path:
 
 
 def path(name: str) -> Path:
-    """The checked file of a network in WEIGHTS, fetched if it is not there.
+    """Return the file of a network in WEIGHTS; download it if it is missing, and check its hash.
 
-    Raises OSError where it can't be fetched, ValueError where the file has another hash; both name the file.
+    Raises OSError if the download fails and ValueError if the file has another hash; both name the file.
     """
-    known = WEIGHTS[name]
-    return fetch(known.url, folder() / known.file, known.sha256)
+    network = WEIGHTS[name]
+    return fetch(network.url, folder() / network.file, network.sha256)
 
 
 def sha256(name: str) -> str | None:
-    """SHA-256 of the weights behind a metric, by the name of its extractor or CLIP; None for a name without weights.
+    """Return the SHA-256 of the weights of an extractor or CLIP, or None for a name without weights.
 
-    Shipped networks are hashed as they lie there; of the others the hash is known, and `path` has compared it.
+    Networks that ship with the project are hashed here. For the others it is the known hash, which `path` compares.
     """
     from quest.diffusion.models import ZOO
     from quest.metrics import RESIZE

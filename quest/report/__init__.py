@@ -1,1 +1,1 @@
-"""What a run shows people: tables, figures, and one page of both. Reads results, and needs no torch."""
+"""Tables and figures of a run, and one page that shows both. This room reads result files and needs no torch."""

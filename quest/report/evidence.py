@@ -1,6 +1,6 @@
-"""What a run has found that the ten questions ask of: read from its files, as tidy tables, and judged.
+"""The results of a run that answer the ten questions: read from its files, and turned into tidy rows with verdicts.
 
-Verdicts are those of `quest.metrics.comparison`. Needs no torch.
+The verdicts are those of `quest.metrics.comparison`. This module needs no torch.
 """
 
 import json
@@ -18,21 +18,20 @@ from quest.report import tables
 from quest.report.properties import interval
 from quest.runtime.files import read_json
 
-SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # what sees most with few images
-
 
 @dataclass
 class Evidence:
-    """What a run has found.
+    """The results of a run.
 
-    cells: metrics.json of the rows of one model and bits, by row. made: what making each took, see `Effort`.
-    properties: frames of quest.properties by name. tunings: by variant.
+    cells: the content of metrics.json by row, for one model and bits. efforts: what quantizing each row took, see
+    `quest.quantization.header.effort`. properties: the frames of quest.report.properties by name. tunings: the results
+    of finetuning by variant.
     """
 
     model: str
     bits: str
     cells: dict[str, dict]
-    made: dict[str, dict]
+    efforts: dict[str, dict]
     properties: dict[str, pd.DataFrame]
     taylor: dict
     tunings: dict[str, dict]
@@ -48,22 +47,19 @@ def read(
     inference: Path,
     signals: Path,
 ) -> Evidence:
-    """Evidence from the files that the rules of `snakemake questions` write; a checkpoint beside a cell tells its cost.
+    """Read the files that `snakemake questions` writes; the checkpoint in the folder of a cell tells its cost.
 
     Raises ValueError for cells of several models or bits.
     """
-    found = {cell["method"]: cell for cell in tables.read(cells)}
-    about = {(cell["model"], cell["bits"]) for cell in found.values()}
-    if len(about) != 1:
-        raise ValueError(f"cells: of one model and bits, got {sorted(about)}")
-    ((model, bits),) = about
-    checkpoints = {row: Path(path).with_name("model.safetensors") for row, path in zip(found, cells, strict=True)}
-    made = {row: effort(checkpoint) for row, checkpoint in checkpoints.items() if checkpoint.exists()}
+    cell_of = {cell["method"]: cell for cell in tables.read(cells)}
+    models = {(cell["model"], cell["bits"]) for cell in cell_of.values()}
+    if len(models) != 1:
+        raise ValueError(f"cells: of one model and bits, got {sorted(models)}")
+    checkpoints = {row: Path(path).with_name("model.safetensors") for row, path in zip(cell_of, cells, strict=True)}
     return Evidence(
-        model,
-        bits,
-        found,
-        made,
+        *models.pop(),
+        cell_of,
+        {row: effort(checkpoint) for row, checkpoint in checkpoints.items() if checkpoint.exists()},
         {Path(file).stem: pd.read_csv(file) for file in properties},
         read_json(taylor),
         {Path(file).stem: read_json(file) for file in tunings},
@@ -73,7 +69,7 @@ def read(
 
 
 def taylor_rows(evidence: Evidence) -> list[dict]:
-    """Tidy rows of taylor.json, with intervals over trajectories."""
+    """Return tidy rows of taylor.json, with intervals over trajectories."""
     return [
         {"model": evidence.taylor["model"], "bits": row["bits"], "what": row["what"]} | interval(row["values"])
         for row in evidence.taylor["rows"]
@@ -81,40 +77,43 @@ def taylor_rows(evidence: Evidence) -> list[dict]:
 
 
 def tunings_rows(evidence: Evidence) -> list[dict]:
-    """Tidy rows of every variant of finetuning: errors with intervals, seconds."""
+    """Return tidy rows of every variant of finetuning: errors with intervals, and seconds."""
     return [
-        {"model": found["model"], "bits": found["bits"], "variant": variant, "data": found["data"]}
-        | {"recipe": json.dumps(found["recipe"]), "error": error, "seconds": found["seconds"]}
-        | interval(found[error])
-        for variant, found in evidence.tunings.items()
+        {"model": tuning["model"], "bits": tuning["bits"], "variant": variant, "data": tuning["data"]}
+        | {"recipe": json.dumps(tuning["recipe"]), "error": error, "seconds": tuning["seconds"]}
+        | interval(tuning[error])
+        for variant, tuning in evidence.tunings.items()
         for error in ("to_full_precision", "to_noise")
     ]
 
 
 def inference_rows(evidence: Evidence) -> list[dict]:
-    """Median seconds of a call with all time groups, with one, and of the lookup; the paired difference of the two."""
+    """Return rows with median seconds: of a call with all time groups, of a call with one group, and of the lookup.
+
+    Each row also holds the paired difference of the two calls.
+    """
     rows = []
     for row in evidence.inference["rows"]:
         medians = {name: float(np.median(values)) for name, values in row["seconds"].items()}
-        found = Comparison.of_pairs(row["seconds"]["time groups"], row["seconds"]["one group"])
+        comparison = Comparison.of_pairs(row["seconds"]["time groups"], row["seconds"]["one group"])
         names = {"model": evidence.inference["model"], "groups": evidence.inference["groups"]}
-        rows.append(names | {key: row[key] for key in ("kernel", "rows", "same_output")} | medians | found.columns)
+        rows.append(names | {key: row[key] for key in ("kernel", "rows", "same_output")} | medians | comparison.columns)
     return rows
 
 
 def comparisons_rows(evidence: Evidence) -> list[dict]:
-    """Every row of the model and bits against the preset, with the paired interval and the verdict."""
+    """Return the comparison of every row with the row "quest", by metric: paired interval and verdict."""
     rows = []
     for row in (name for name in evidence.cells if name != "quest" and "quest" in evidence.cells):
-        for metric, found in differences(evidence, row, "quest").items():
+        for metric, comparison in differences(evidence, row, "quest").items():
             names = {"row": row, "against": "quest", "metric": metric}
-            rows.append(names | found.columns | {"verdict": found.told("quest")})
+            rows.append(names | comparison.columns | {"verdict": comparison.in_words("quest")})
     return rows
 
 
 def differences(evidence: Evidence, row: str, versus: str) -> dict[str, Comparison] | None:
-    """Row minus versus in every metric of SHOWN; None where one of the two has not run."""
+    """Return the comparison "row minus versus" for every metric of SHOWN, or None if one of the two has not run."""
     if row not in evidence.cells or versus not in evidence.cells:
         return None
     compared = compare(evidence.cells[row], evidence.cells[versus])
-    return {name: compared[name] for name in SHOWN if name in compared}
+    return {name: compared[name] for name in tables.SHOWN if name in compared}

@@ -1,8 +1,8 @@
-"""The tables of the paper (arXiv:2402.03666v6), by their numbers: what it prints, and what was measured here.
+"""The tables of the paper (arXiv:2402.03666v6), by number, with its printed values and the values measured here.
 
-A model of the zoo stands where the paper's own was not run: scenes-uncond for LSUN, scenes-class for ImageNet,
-scenes-text for Stable Diffusion. Its numbers are of another model and another feature extractor, so the paper's stand
-in columns of their own and are not to be compared with them; where the paper's own model ran, the ledger judges.
+If a model of the paper was not run, a model of the zoo replaces it: scenes-uncond replaces LSUN, scenes-class ImageNet
+and scenes-text Stable Diffusion. These are other models with another feature extractor, so their numbers cannot be
+compared with the paper's, which have columns of their own. If the paper's model was run, the ledger compares them.
 """
 
 import math
@@ -16,9 +16,10 @@ from quest.metrics import METRICS
 from quest.quantization.header import effort
 from quest.report import ledger, rendering
 from quest.report.rendering import columns, plus_minus
-from quest.report.tables import paired_rows, provenance_of, read
+from quest.report.tables import PROVENANCE, paired_rows, provenance_of, read
 
-# What may stand for a model of the paper, the first that was measured. Tables 2 and 7 do not say which model it was.
+# The models that can represent a model of the paper; the first one that was measured does. Tables 2 and 7 do not state
+# their model.
 STANDS = {
     "lsun-bedrooms": ("lsun-bedrooms", "scenes-uncond"),
     "lsun-churches": ("lsun-churches", "scenes-uncond"),
@@ -27,30 +28,33 @@ STANDS = {
     "cifar10": ("cifar10",),
     "unknown": (),
 }
-VARIANTS = ("", "-paper", "-official", "-as-released")  # of a method's name, each a row of its own where it was run
+VARIANTS = ("", "-paper", "-official", "-as-released")  # suffixes of a method's name; each one that was run has a row
 FP = "w32a32"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: what it is called, its method in published.csv ("" for none), and its cell here."""
+    """A row of a table: its label, its method in published.csv ("" for none) and its method in this project."""
 
     label: str
     paper: str
     cell: str
-    versus: str = ""  # cell that its changes are measured from
+    versus: str = ""  # the method to which columns such as "change of FID" refer
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table of the paper. spread: rows that only ablations have; models and bits that ran one of them are shown."""
+    """A table of the paper: its models, bits, rows and quantities (columns).
+
+    ablation_only: methods that only ablations run. The table also shows every model and bits that ran one of them.
+    """
 
     title: str
     models: tuple[str, ...]
     bits: tuple[str, ...]
     rows: tuple[Row, ...]
     quantities: tuple[str, ...]
-    spread: tuple[str, ...] = ()
+    ablation_only: tuple[str, ...] = ()
 
 
 def _methods(*names: str) -> tuple[Row, ...]:
@@ -58,45 +62,29 @@ def _methods(*names: str) -> tuple[Row, ...]:
 
 
 ALL = ("w8a8", "w4a8", "w4a4")
+# fmt: off
 TABLES = {
     2: PaperTable(
-        "Time embeddings: quantized, in full precision, or aligned",
-        ("unknown",),
-        ("w8a8", "w4a8"),
-        (
+        "Time embeddings: quantized, in full precision, or aligned", ("unknown",), ("w8a8", "w4a8"), (
             Row("PTQ", "time-embedding-ptq", "quest-untuned"),
             Row("full precision", "time-embedding-fp", "quest-untuned-float-time-embedding"),
             Row("L_TLA + L_G", "time-embedding-quest", "quest-tla-only"),
         ),
-        ("fid", "sfid"),
-        ("quest-untuned", "quest-untuned-float-time-embedding", "quest-tla-only"),
+        ("fid", "sfid"), ("quest-untuned", "quest-untuned-float-time-embedding", "quest-tla-only"),
     ),
     3: PaperTable(
-        "Unconditional, LSUN",
-        ("lsun-bedrooms", "lsun-churches"),
-        ALL,
-        _methods("fp", "ptq4dm", "q-diffusion", "ptqd", "efficient-dm", "quest"),
-        ("size_mib", "fid"),
+        "Unconditional, LSUN", ("lsun-bedrooms", "lsun-churches"), ALL,
+        _methods("fp", "ptq4dm", "q-diffusion", "ptqd", "efficient-dm", "quest"), ("size_mib", "fid"),
     ),
     4: PaperTable(
-        "By class, ImageNet",
-        ("imagenet",),
-        ALL,
-        _methods("fp", "q-diffusion", "ptqd", "efficient-dm", "quest"),
-        ("size_mib", "fid", "sfid", "is"),
+        "By class, ImageNet", ("imagenet",), ALL,
+        _methods("fp", "q-diffusion", "ptqd", "efficient-dm", "quest"), ("size_mib", "fid", "sfid", "is"),
     ),
     5: PaperTable(
-        "By text, Stable Diffusion v1.4",
-        ("sd14",),
-        ALL,
-        _methods("fp", "q-diffusion", "quest"),
-        ("size_mib", "clip"),
+        "By text, Stable Diffusion v1.4", ("sd14",), ALL, _methods("fp", "q-diffusion", "quest"), ("size_mib", "clip"),
     ),
     6: PaperTable(
-        "Components and their cost",
-        ("lsun-bedrooms",),
-        ("w4a8",),
-        (
+        "Components and their cost", ("lsun-bedrooms",), ("w4a8",), (
             Row("full precision", "fp", "fp"),
             Row("PTQ (Q-Diffusion)", "q-diffusion", "q-diffusion"),
             Row("baseline (AdaRound)", "adaround", "quest-untuned"),
@@ -104,14 +92,10 @@ TABLES = {
             Row("+ TLA", "quest-tla", "quest-tla-only"),
             Row("+ TLA + CMA", "quest", "quest"),
         ),
-        ("hours_in_all", "memory_in_all", "size_mib", "fid"),
-        ("quest-untuned", "quest-tla-only"),
+        ("hours_in_all", "memory_in_all", "size_mib", "fid"), ("quest-untuned", "quest-tla-only"),
     ),
     7: PaperTable(
-        "The global loss",
-        ("unknown",),
-        (),
-        (
+        "The global loss", ("unknown",), (), (
             Row("TLA without L_G", "quest-tla-without-global", "quest-tla-only-no-global", "quest-tla-only"),
             Row("TLA", "quest-tla", "quest-tla-only"),
             Row("TLA, L_G alone", "quest-tla-only-global", "quest-tla-only-no-local", "quest-tla-only"),
@@ -125,68 +109,56 @@ TABLES = {
         ("quest-tla-only-no-global", "quest-no-global", "quest-only-global"),
     ),
     8: PaperTable(
-        "Finetuning: EfficientDM, all weights, QuEST",
-        ("lsun-bedrooms",),
-        ("w4a8", "w4a4"),
-        _methods("efficient-dm", "full-finetune", "quest"),
-        ("hours", "memory", "iterations", "fid"),
+        "Finetuning: EfficientDM, all weights, QuEST", ("lsun-bedrooms",), ("w4a8", "w4a4"),
+        _methods("efficient-dm", "full-finetune", "quest"), ("hours", "memory", "iterations", "fid"),
         ("efficient-dm", "full-finetune"),
     ),
     9: PaperTable(
-        "TFMQ-DM",
-        ("lsun-bedrooms", "imagenet"),
-        ("w8a8", "w4a8"),
-        _methods("tfmq-dm", "quest"),
-        ("fid",),
+        "TFMQ-DM", ("lsun-bedrooms", "imagenet"), ("w8a8", "w4a8"), _methods("tfmq-dm", "quest"), ("fid",),
     ),
     10: PaperTable(
-        "LSUN-Bedrooms by sFID and IS",
-        ("lsun-bedrooms",),
-        ("w8a8", "w4a4"),
-        _methods("q-diffusion", "ptqd", "efficient-dm", "quest"),
-        ("sfid", "is"),
+        "LSUN-Bedrooms by sFID and IS", ("lsun-bedrooms",), ("w8a8", "w4a4"),
+        _methods("q-diffusion", "ptqd", "efficient-dm", "quest"), ("sfid", "is"),
     ),
     11: PaperTable(
-        "CIFAR-10",
-        ("cifar10",),
-        ("w8a8", "w4a4"),
-        _methods("q-diffusion", "efficient-dm", "quest"),
-        ("fid",),
+        "CIFAR-10", ("cifar10",), ("w8a8", "w4a4"), _methods("q-diffusion", "efficient-dm", "quest"), ("fid",),
     ),
 }
-BESIDE = ("latent_mse",)  # measured here in every table: on few images it tells methods apart where FID does not
-# What the source calls a quantity that is measured here in another way.
+# fmt: on
+BESIDE = ("latent_mse",)  # every table shows it, because with few images it separates methods that FID does not
+# The names in published.csv of quantities that are measured in another way here.
 PUBLISHED_AS = {"hours": "gpu_hours", "hours_in_all": "gpu_hours", "memory": "memory_mb", "memory_in_all": "memory_mb"}
 LABELS = {"hours": "hours", "hours_in_all": "hours, AdaRound included", "memory": "peak MB", "memory_in_all": "peak MB"}
 LABELS |= {"size_mib": "size [MiB]", "iterations": "iterations"}
 LABELS |= {"fid_change": "change of FID", "sfid_change": "change of sFID"}
 COLUMNS = ["table", "model", "stands_for", "row", "method", "bits", "quantity", "value", "low", "high", "n"]
 COLUMNS += ["extractor", "status", "published", "published_n", "published_extractor", "note"]
-COLUMNS += ["seeds", "versions", "commit", "machine"]
+COLUMNS += PROVENANCE
 NOT_RUN = "NOT RUN"
 
 
 def write(paths: Sequence[str | Path], folder: str | Path) -> None:
-    """Write table2 to table11 (.csv, .md, .tex) of the given metrics.json files into `folder`.
+    """Write table2 to table11 (.csv, .md, .tex) of the metrics.json files `paths` into `folder`.
 
-    What making a cell took is read from the model.safetensors beside its file.
+    The cost of quantizing a cell comes from the file model.safetensors in the same folder.
     """
     cells = {(cell["model"], cell["method"], cell["bits"]): cell for cell in read(paths)}
     checkpoints = {key: Path(path).with_name("model.safetensors") for key, path in zip(cells, paths, strict=True)}
-    spent = {key: effort(path) for key, path in checkpoints.items() if path.exists()}
+    efforts = {key: effort(path) for key, path in checkpoints.items() if path.exists()}
     numbers = ledger.published()
     for number in TABLES:
-        frame = table(number, cells, spent, numbers)
+        frame = table(number, cells, efforts, numbers)
         rendering.write(Path(folder, f"table{number}.csv"), frame)
         for kind in ("md", "tex"):
             rendering.write(Path(folder, f"table{number}.{kind}"), for_people(number, frame))
 
 
-def table(number: int, cells: dict[tuple, dict], spent: dict[tuple, dict], numbers: pd.DataFrame) -> pd.DataFrame:
-    """One line per row of the table, bits, measured or published quantity, and model of the paper; columns COLUMNS.
+def table(number: int, cells: dict[tuple, dict], efforts: dict[tuple, dict], numbers: pd.DataFrame) -> pd.DataFrame:
+    """Return one line per row of the table, bits, quantity and model of the paper, columns COLUMNS.
 
-    cells, spent: by (model, method, bits). A quantity of a cell that was not run has the status "NOT RUN"; one that a
-    cell cannot have (full precision took no time to make) has no value and no status.
+    cells, efforts: by (model, method, bits). numbers: see `ledger.published`. If a cell was not run, its quantities
+    have the status "NOT RUN". A quantity that a cell cannot have has neither value nor status; full precision, for
+    example, has no quantization time.
     """
     spec = TABLES[number]
     names = [f"Table {number}", f"text on Table {number}"]
@@ -196,33 +168,32 @@ def table(number: int, cells: dict[tuple, dict], spent: dict[tuple, dict], numbe
     for model, stands_for in _models(spec, cells):
         for row, method, bits in _cells(spec, model, cells):
             for quantity in (*spec.quantities, *BESIDE):
-                own = _measured(quantity, (model, method, bits), row, cells, spent)
+                measured = _measured(quantity, (model, method, bits), row, cells, efforts)
                 for paper_model in stands_for:
                     line = {"table": number, "model": model, "stands_for": paper_model, "row": row.label}
                     line |= {"method": method, "bits": bits, "quantity": quantity}
-                    lines.append(line | own | _published(printed, paper_model, row, bits, quantity))
+                    lines.append(line | measured | _published(printed, paper_model, row, bits, quantity))
     return pd.DataFrame(lines, columns=COLUMNS)
 
 
 def _models(spec, cells) -> list[tuple[str, list[str]]]:
-    """(measured model, the paper's models that it stands for); "–" where nothing does."""
-    measured = dict.fromkeys(model for model, _, _ in cells)
-    found: dict[str, list[str]] = {}
+    """Return (measured model, the paper's models that it represents); "–" represents those without a measured model."""
+    measured = {model for model, _, _ in cells}
+    represented: dict[str, list[str]] = {}
     for paper_model in spec.models:
-        model = next((model for model in STANDS[paper_model] if model in measured), None)
-        if model is not None:
-            found.setdefault(model, []).append(paper_model)
+        if model := next((model for model in STANDS[paper_model] if model in measured), None):
+            represented.setdefault(model, []).append(paper_model)
     for model, method, _ in cells:
-        if method in spec.spread:
-            found.setdefault(model, list(spec.models[:1]))
-    missing = [name for name in spec.models if not any(name in names for names in found.values())]
-    return [*found.items(), *([("–", missing)] if missing else [])]
+        if method in spec.ablation_only:
+            represented.setdefault(model, list(spec.models[:1]))
+    missing = [name for name in spec.models if not any(name in names for names in represented.values())]
+    return [*represented.items(), *([("–", missing)] if missing else [])]
 
 
 def _cells(spec, model, cells):
-    """(row, method of its cell, bits): of every bits all rows, full precision once; variants that were not run hide."""
-    spread = [bits for other, method, bits in cells if other == model and method in spec.spread]
-    order = list(dict.fromkeys([*spec.bits, *spread]))
+    """Yield (row, method, bits) of all rows at all bits; full precision occurs once, and variants only if they ran."""
+    ablations = [bits for other, method, bits in cells if other == model and method in spec.ablation_only]
+    order = list(dict.fromkeys([*spec.bits, *ablations]))
     for bits in [FP, *(order or ["unknown"])]:
         for row in spec.rows:
             if (row.cell == "fp") != (bits == FP):
@@ -232,64 +203,66 @@ def _cells(spec, model, cells):
                 yield row, method, bits
 
 
-def _measured(quantity, key, row, cells, spent):
-    """Value, interval, n, extractor, status and provenance of a quantity of a cell."""
-    cell, took = cells.get(key), spent.get(key)
+def _measured(quantity, key, row, cells, efforts):
+    """Return value, interval, n, extractor, status and provenance of a quantity of a cell."""
+    cell = cells.get(key)
     nothing = {"value": math.nan, "low": math.nan, "high": math.nan, "n": math.nan, "extractor": ""}
     nothing |= {"status": "" if cell else NOT_RUN}
     if cell is None:
         return nothing
     name = quantity.removesuffix("_change")
     if name in METRICS:
-        found = next((own for own in cell["rows"] if own["metric"] == name), None)
+        measured = next((one for one in cell["rows"] if one["metric"] == name), None)
         if quantity != name:
             versus = cells.get((key[0], row.versus, key[2]))
-            if found is None or versus is None:
+            if measured is None or versus is None:
                 return nothing | {"status": NOT_RUN if row.versus and versus is None else ""}
-            pair = next(own for own in paired_rows(cell, versus) if own["metric"] == name)
-            found = found | {"value": pair["difference"], "low": pair["low"], "high": pair["high"]}
-        if found is None:
+            pair = next(one for one in paired_rows(cell, versus) if one["metric"] == name)
+            measured = measured | {"value": pair["difference"], "low": pair["low"], "high": pair["high"]}
+        if measured is None:
             return nothing
-        own = {key: found[key] for key in ("value", "low", "high", "n", "extractor")}
-        return own | {"status": ""} | provenance_of(name, cell)
-    value = _of_cell(quantity, cell, took)
-    return nothing | {"value": value} | provenance_of("", cell)
+        values = {column: measured[column] for column in ("value", "low", "high", "n", "extractor")}
+        return values | {"status": ""} | provenance_of(name, cell)
+    return nothing | {"value": _cost(quantity, cell, efforts.get(key))} | provenance_of("", cell)
 
 
-def _of_cell(quantity, cell, took):
-    """Size, time, memory and iterations of a cell."""
+def _cost(quantity, cell, effort):
+    """Return the size of a cell, or the time, memory or iterations of its quantization."""
     if quantity == "size_mib":
         return cell["footprint"].get("bytes", math.nan) / 2**20
-    if took is None:
+    if effort is None:
         return math.nan
     return {
-        "hours": took["seconds"] / 3600,
-        "hours_in_all": (took["seconds"] + took["seconds_before"]) / 3600,
-        "memory": took["peak_memory"],
-        "memory_in_all": max(took["peak_memory"], took["peak_memory_before"]),
-        "iterations": took["iterations"],
+        "hours": effort["seconds"] / 3600,
+        "hours_in_all": (effort["seconds"] + effort["seconds_before"]) / 3600,
+        "memory": effort["peak_memory"],
+        "memory_in_all": max(effort["peak_memory"], effort["peak_memory_before"]),
+        "iterations": effort["iterations"],
     }[quantity]
 
 
 def _published(printed, model, row, bits, quantity):
-    """What the paper prints: its number as text, "N/A" where a generation failed there, "" where it has none."""
-    wanted = PUBLISHED_AS.get(quantity, quantity)
-    number = next((n for b in (bits, "unknown") if (n := printed.get((model, row.paper, b, wanted)))), None)
+    """Return the number that the paper prints as text; "N/A" if its generation failed, "" if it prints none."""
+    name = PUBLISHED_AS.get(quantity, quantity)
+    number = next((n for b in (bits, "unknown") if (n := printed.get((model, row.paper, b, name)))), None)
     if number is None:
-        return {"published": "", "published_n": "", "published_extractor": "", "note": ""}
-    says = ledger.protocol_says(number.protocol)
+        return dict.fromkeys(("published", "published_n", "published_extractor", "note"), "")
+    protocol = ledger.protocol_says(number.protocol)
     return {
         "published": "N/A" if math.isnan(number.value) else f"{number.value:g}",
-        "published_n": says.get("n", ""),
-        "published_extractor": says.get("extractor", says.get("clip", "")),
+        "published_n": protocol.get("n", ""),
+        "published_extractor": protocol.get("extractor", protocol.get("clip", "")),
         "note": number.note,
     }
 
 
 def for_people(number: int, frame: pd.DataFrame) -> rendering.Table:
-    """A row per model and cell; measured quantities first, then the paper's numbers."""
-    rows_of: dict[tuple, dict] = {}  # by cell: its lines by paper's model and quantity
-    networks: dict[tuple, list[str]] = {}  # of the paper's columns
+    """Return the table for readers: a row per model and cell, first the measured quantities, then the paper's numbers.
+
+    frame: that of `table`.
+    """
+    rows_of: dict[tuple, dict] = {}  # cell -> (paper's model, quantity) -> line
+    networks: dict[tuple, list[str]] = {}  # (paper's model, quantity) -> feature extractors of the paper's numbers
     for line in frame.itertuples():
         of_cell = rows_of.setdefault((line.model, line.row, line.method, line.bits), {})
         of_cell[line.stands_for, line.quantity] = line
@@ -305,8 +278,8 @@ def for_people(number: int, frame: pd.DataFrame) -> rendering.Table:
     rows, cell_of = [], {row.label: row.cell for row in TABLES[number].rows}
     for (model, label, method, bits), lines in rows_of.items():
         words = [model, label if method == cell_of[label] else f"{label} ({method})", bits]
-        own = {quantity: line for (_, quantity), line in lines.items()}  # the same for every model of the paper
-        words += [_text(own[quantity]) for quantity in quantities]
+        measured = {quantity: line for (_, quantity), line in lines.items()}  # equal for every model of the paper
+        words += [_text(measured[quantity]) for quantity in quantities]
         words += [lines[column].published or "–" if column in lines else "" for column in printed]
         rows.append(words)
     title, notes = f"Table {number}: {TABLES[number].title}", _footer(frame, printed)
@@ -330,7 +303,7 @@ def _model(paper):
 def _text(line):
     if line.status:
         return line.status
-    if line.n > 0:  # a metric
+    if line.n > 0:  # metrics have n, costs do not
         return plus_minus(line.value, line.low, line.high)
     if math.isnan(line.value):
         return "–"
@@ -356,7 +329,7 @@ def _footer(frame, printed):
 
 
 def _comparable(pairs):
-    """What measured and printed numbers have to do with each other."""
+    """Return a sentence that says whether measured and printed numbers may be compared."""
     others = [f"{model} for {paper}" for model, paper in pairs if model != paper]
     if others:
         return (
@@ -367,6 +340,6 @@ def _comparable(pairs):
 
 
 def _pairs(frame):
-    """Each measured model with the paper's that it stands for."""
+    """Return each measured model with the model of the paper that it represents."""
     pairs = dict.fromkeys(zip(frame["model"], frame["stands_for"], strict=True))
     return [(model, _model(paper)) for model, paper in pairs if model != "–"]

@@ -1,6 +1,6 @@
-"""Figures of what was measured on the denoisers themselves: sensitivity, time embeddings, distributions, Taylor steps.
+"""Figures of the properties of denoisers: sensitivity, time embeddings, distributions and Taylor steps.
 
-Drawn from the tables of quest.report.properties and quest.report.questions. Needs no torch and no display.
+They are drawn from the tables of quest.report.properties and quest.report.evidence. This module needs no torch.
 """
 
 from collections.abc import Sequence
@@ -8,81 +8,72 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
-from quest.report.style import COLOURS, DPI, INK, MARKERS, RULE, legend, log_axis, log_ticks, plain, save
+from quest.report.style import COLOURS, INK, RULE, error_bars, legend, log_axis, log_ticks, look, plain, save, subplots
 
 
 def sensitivity(frame: pd.DataFrame, path: str | Path) -> None:
-    """Noise-prediction error with one class of layers at few bits, a panel per model, beside the class's shares.
+    """Draw the noise-prediction error with one class of layers at few bits, beside the shares of that class.
 
-    `frame` has columns model, bits, layer_class, lowered, value, low, high, n, parameters, macs. Classes are in the
-    order of their mean error over models.
+    Each model has a panel. frame: columns model, bits, layer_class, lowered, value, low, high, n, parameters, macs. The
+    classes are sorted by their mean error over models.
     """
     frame = frame[frame["layer_class"] != "all"]
     models, kinds = list(dict.fromkeys(frame["model"])), list(dict.fromkeys(frame["lowered"]))
     order = np.log(frame[frame["lowered"] == "activations"].set_index("layer_class")["value"]).groupby(level=0).mean()
     classes = order.sort_values().index.tolist()
-    figure = Figure(figsize=(2.2 + 3.6 * len(models), 1.4 + 0.36 * len(classes)), dpi=DPI, layout="constrained")
-    panels = figure.subplots(1, 2 * len(models), squeeze=False, sharey=True, width_ratios=[3, 1.2] * len(models))[0]
+    size, widths = (2.2 + 3.6 * len(models), 1.4 + 0.36 * len(classes)), [3, 1.2] * len(models)
+    figure, ((*panels,),) = subplots(1, 2 * len(models), size, sharey=True, width_ratios=widths)
     for column, model in enumerate(models):
         errors, shares = panels[2 * column : 2 * column + 2]
         of_model = frame[frame["model"] == model]
         for place, kind in enumerate(kinds):
             points = of_model[of_model["lowered"] == kind].set_index("layer_class").reindex(classes)
             y = np.arange(len(classes)) + 0.2 * (place - (len(kinds) - 1) / 2)
-            low = points["low"].clip(lower=points["value"] / 10)
-            style = dict(fmt=MARKERS[place], color=COLOURS[place], ms=4, lw=0, elinewidth=1.3, label=kind)
-            errors.errorbar(points["value"], y, xerr=[points["value"] - low, points["high"] - points["value"]], **style)
+            error_bars(errors, y, points, horizontal=True, floor=True, capsize=0, label=kind, **look(place))
         errors.set_xscale("log")
         errors.set_yticks(range(len(classes)), classes)
         errors.set_title(f"{model}, {of_model['bits'].iloc[0].upper()}, n = {of_model['n'].iloc[0]}", fontsize=9)
         share = of_model.drop_duplicates("layer_class").set_index("layer_class").reindex(classes)
-        for place, (name, what) in enumerate((("parameters", "parameters"), ("macs", "multiply-accumulates"))):
+        for place, (name, label) in enumerate((("parameters", "parameters"), ("macs", "multiply-accumulates"))):
             y = np.arange(len(classes)) + 0.2 * (2 * place - 1)
-            shares.barh(y, 100 * share[name], 0.36, color=COLOURS[4 + place], label=f"share of {what}")
+            shares.barh(y, 100 * share[name], 0.36, color=COLOURS[4 + place], label=f"share of {label}")
         shares.set_title("share [%]", fontsize=9)
         for axes in (errors, shares):
             plain(axes)
             axes.grid(axis="x", color=RULE, lw=0.6)
-    figure.supxlabel(
-        "relative squared error of the noise prediction, one class quantized, the rest in float", fontsize=9
-    )
+    label = "relative squared error of the noise prediction, one class quantized, the rest in float"
+    figure.supxlabel(label, fontsize=9)
     legend(figure, panels, 2 * len(models))
     save(figure, path)
 
 
 def temporal(errors: pd.DataFrame, embeddings: pd.DataFrame, path: str | Path) -> None:
-    """What quantizing the time-embedding path does, a column per model.
+    """Draw the effect of quantizing the time-embedding path, a column per model.
 
-    Above, noise-prediction errors with their intervals (columns model, bits, quantized, ranges, value, low, high, n);
-    below, how far each timestep's embedding moves, against the distance to the next timestep's (model, ranges,
-    timestep, error, apart).
+    The upper panels show noise-prediction errors with their intervals; errors: columns model, bits, quantized, ranges,
+    value, low, high, n. The lower panels show how far the embedding of each timestep moves, and its distance to the
+    embedding of the next timestep; embeddings: columns model, ranges, timestep, error, apart.
     """
-    models = list(dict.fromkeys(errors["model"]))
-    what, kinds = list(dict.fromkeys(errors["quantized"])), list(dict.fromkeys(embeddings["ranges"]))
-    figure = Figure(figsize=(1 + 3.2 * len(models), 5.6), dpi=DPI, layout="constrained")
-    panels = figure.subplots(2, len(models), squeeze=False, sharey="row")
+    models, parts = (list(dict.fromkeys(errors[column])) for column in ("model", "quantized"))
+    figure, panels = subplots(2, len(models), (1 + 3.2 * len(models), 5.6), sharey="row")
     for column, model in enumerate(models):
         axes, of_model = panels[0, column], errors[errors["model"] == model]
         for place, kind in enumerate(dict.fromkeys(errors["ranges"])):
-            points = of_model[of_model["ranges"] == kind].set_index("quantized").reindex(what)
-            spread = [points["value"] - points["low"], points["high"] - points["value"]]
-            style = dict(fmt=MARKERS[place], color=COLOURS[place], ms=5, lw=0, elinewidth=1.4, capsize=2.5)
-            axes.errorbar(np.arange(len(what)) + 0.2 * place - 0.1, points["value"], spread, label=kind, **style)
+            points = of_model[of_model["ranges"] == kind].set_index("quantized").reindex(parts)
+            x, style = np.arange(len(parts)) + 0.2 * place - 0.1, look(place) | {"label": kind}
+            error_bars(axes, x, points, ms=5, elinewidth=1.4, capsize=2.5, **style)
         log_axis(axes, errors["value"])
-        axes.set_xticks(range(len(what)), [text.replace(" time", "\ntime") for text in what])
-        axes.set_xlim(-0.5, len(what) - 0.5)
+        axes.set_xticks(range(len(parts)), [text.replace(" time", "\ntime") for text in parts])
+        axes.set_xlim(-0.5, len(parts) - 0.5)
         axes.set_title(f"{model}, {of_model['bits'].iloc[0].upper()}, n = {of_model['n'].iloc[0]}", fontsize=9)
         axes = panels[1, column]
         of_model = embeddings[embeddings["model"] == model]
-        for place, kind in enumerate(kinds):
+        for place, kind in enumerate(dict.fromkeys(embeddings["ranges"])):
             points = of_model[of_model["ranges"] == kind]
-            style = dict(color=COLOURS[place], marker=MARKERS[place], ms=3, lw=1.2)
-            axes.plot(points["timestep"], points["error"], label=kind, **style)
-        axes.plot(
-            points["timestep"], points["apart"], color="black", lw=1.6, label="to the next timestep, full precision"
-        )
+            axes.plot(points["timestep"], points["error"], label=kind, ms=3, lw=1.2, **look(place))
+        style = dict(color="black", lw=1.6, label="to the next timestep, full precision")
+        axes.plot(points["timestep"], points["apart"], **style)
         log_axis(axes, embeddings[["error", "apart"]].stack())
         axes.set_xlim(embeddings["timestep"].max() + 15, embeddings["timestep"].min() - 15)
         axes.set_xlabel("timestep (noise to image)", fontsize=8)
@@ -98,13 +89,13 @@ DENOISERS = {"full precision": "black", "before finetuning": COLOURS[1], "after 
 
 
 def histograms(models: Sequence[dict], path: str | Path) -> None:
-    """Distributions of the layers' inputs: a row per model, a panel per class of layers, a line per denoiser.
+    """Draw distributions of the layers' inputs: a row per model, a column per class of layers, a line per denoiser.
 
-    models: contents of activations.json, {model, bits, edges, denoisers: {name: {class: {histogram, ...}}}}.
+    models: the contents of activations.json, {model, bits, edges, denoisers: {name: {class: {histogram, ...}}}}.
     """
     classes = list(dict.fromkeys(c for m in models for c in m["denoisers"]["full precision"]))
-    figure = Figure(figsize=(0.8 + 2 * len(classes), 0.8 + 1.8 * len(models)), dpi=DPI, layout="constrained")
-    panels = figure.subplots(len(models), len(classes), squeeze=False, sharex=True, sharey=True)
+    size = (0.8 + 2 * len(classes), 0.8 + 1.8 * len(models))
+    figure, panels = subplots(len(models), len(classes), size, sharex=True, sharey=True)
     for row, model in enumerate(models):
         for axes, layer_class in zip(panels[row], classes, strict=True):
             if layer_class not in model["denoisers"]["full precision"]:
@@ -118,32 +109,28 @@ def histograms(models: Sequence[dict], path: str | Path) -> None:
             axes.set_title(layer_class, fontsize=8)
             plain(axes)
         panels[row, 0].set_ylabel(f"{model['model']}\nshare of values", fontsize=8)
-    figure.supxlabel(
-        "input of a layer, in standard deviations of full precision (beyond 20: in the last bin)", fontsize=9
-    )
+    label = "input of a layer, in standard deviations of full precision (beyond 20: in the last bin)"
+    figure.supxlabel(label, fontsize=9)
     legend(figure, panels.flat)
     save(figure, path)
 
 
 def imbalance(frame: pd.DataFrame, path: str | Path) -> None:
-    """Statistics of the layers' inputs by class: a row per model, a column per statistic, a point per denoiser.
+    """Draw statistics of the layers' inputs by class: a row per model, a column per statistic, a point per denoiser.
 
-    `frame` has columns model, layer_class, denoiser, statistic, value, low, high, n.
+    frame: columns model, layer_class, denoiser, statistic, value, low, high, n.
     """
     models, names = list(dict.fromkeys(frame["model"])), list(dict.fromkeys(frame["statistic"]))
     classes = list(dict.fromkeys(frame["layer_class"]))[::-1]
     size = (2.2 + 3.1 * len(names), 0.9 + 0.3 * len(classes) * len(models))
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    panels = figure.subplots(len(models), len(names), squeeze=False, sharey=True, sharex="col")
+    figure, panels = subplots(len(models), len(names), size, sharey=True, sharex="col")
     for row, model in enumerate(models):
         for axes, name in zip(panels[row], names, strict=True):
             for place, (denoiser, colour) in enumerate(DENOISERS.items()):
                 chosen = (frame["model"] == model) & (frame["statistic"] == name) & (frame["denoiser"] == denoiser)
                 points = frame[chosen].set_index("layer_class").reindex(classes)
-                spread = [points["value"] - points["low"], points["high"] - points["value"]]
-                y = np.arange(len(classes)) - 0.2 * (place - 1)
-                style = dict(fmt=MARKERS[place], color=colour, ms=4, lw=0, elinewidth=1.2, label=denoiser)
-                axes.errorbar(points["value"], y, xerr=spread, **style)
+                y, style = np.arange(len(classes)) - 0.2 * (place - 1), look(place) | {"color": colour}
+                error_bars(axes, y, points, horizontal=True, elinewidth=1.2, capsize=0, label=denoiser, **style)
             plain(axes)
             axes.set_xscale("log")
             log_ticks(axes.xaxis, (1, 2, 5))
@@ -155,23 +142,20 @@ def imbalance(frame: pd.DataFrame, path: str | Path) -> None:
 
 
 def taylor(frame: pd.DataFrame, path: str | Path, title: str = "") -> None:
-    """What Taylor steps leave over against bits: of the output on the left, of the loss on the right.
+    """Draw the remainder of Taylor steps against bits: that of the output on the left, that of the loss on the right.
 
-    `frame` has columns bits, what (see quest.properties.taylor.remainders), value, low, high.
+    frame: columns bits, what (see quest.properties.taylor.remainders), value, low, high.
     """
     panels_of = {
         "of the output's change": {"first": "first-order step", "second": "second-order step"},
         "of the loss": {"loss, 1 step": "one second-order step", "loss, 4 steps": "four, each with its gradient"},
     }
-    figure = Figure(figsize=(7.2, 3.2), dpi=DPI, layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    figure, ((*panels,),) = subplots(1, 2, (7.2, 3.2), sharey=True)
     for axes, (whole, names) in zip(panels, panels_of.items(), strict=True):
-        for place, (what, label) in enumerate(names.items()):
-            points = frame[frame["what"] == what].sort_values("bits")
-            low = points["low"].clip(lower=points["value"] / 10)
-            spread = [points["value"] - low, points["high"] - points["value"]]
-            style = dict(marker=MARKERS[place], color=COLOURS[place], ms=4, lw=1.3, elinewidth=1.2, capsize=2)
-            axes.errorbar(points["bits"], points["value"], spread, label=label, **style)
+        for place, (remainder, label) in enumerate(names.items()):
+            points = frame[frame["what"] == remainder].sort_values("bits")
+            style = look(place) | {"lw": 1.3, "elinewidth": 1.2, "label": label}
+            error_bars(axes, points["bits"], points, floor=True, **style)
         log_axis(axes, frame["value"])
         axes.axhline(1, color=INK, lw=0.6)
         axes.invert_xaxis()
@@ -185,13 +169,13 @@ def taylor(frame: pd.DataFrame, path: str | Path, title: str = "") -> None:
 
 
 def signals(rows: dict[str, Sequence], classes: Sequence[str], path: str | Path) -> None:
-    """One-dimensional samples, {label: [signals, length]}: a row per label, a column per class.
+    """Draw one-dimensional samples, {label: [signals, length]}: a row per label, a column per class.
 
-    The first row is of data, the second of full precision, which stands thin behind the others, drawn from the same
-    noise.
+    The first row shows data and the second one full precision. In the other rows a thin line repeats full precision,
+    which started from the same noise.
     """
-    figure = Figure(figsize=(1.1 + 1.5 * len(classes), 0.5 + 0.95 * len(rows)), dpi=DPI, layout="constrained")
-    panels = figure.subplots(len(rows), len(classes), squeeze=False, sharex=True, sharey=True)
+    size = (1.1 + 1.5 * len(classes), 0.5 + 0.95 * len(rows))
+    figure, panels = subplots(len(rows), len(classes), size, sharex=True, sharey=True)
     for place, (label, values) in enumerate(rows.items()):
         for axes, value, name in zip(panels[place], values, classes, strict=True):
             axes.plot(value, color="black" if place < 2 else COLOURS[(place - 2) % len(COLOURS)], lw=1)
@@ -202,7 +186,6 @@ def signals(rows: dict[str, Sequence], classes: Sequence[str], path: str | Path)
                 axes.set_title(name, fontsize=8)
             axes.set_xticks([])
             axes.set_yticks([])
-            for side in ("top", "right", "bottom", "left"):
-                axes.spines[side].set_visible(False)
+            axes.spines[:].set_visible(False)
         panels[place, 0].set_ylabel(label, fontsize=8)
     save(figure, path)

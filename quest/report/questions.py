@@ -1,7 +1,7 @@
-"""The ten questions about QuEST (arXiv:2402.03666) and what the paper leaves open, answered from results of a run.
+"""Answers to ten questions about QuEST (arXiv:2402.03666) and to what the paper leaves open, from the results of a run.
 
-Every number and every verdict is read from results, see `quest.report.evidence`. What has no result reads NOT RUN.
-Needs no torch.
+Every number and every verdict comes from results, see `quest.report.evidence`. An answer without a result says NOT RUN.
+This module needs no torch.
 """
 
 import math
@@ -13,16 +13,17 @@ from quest.metrics import METRICS
 from quest.metrics.comparison import Comparison
 from quest.metrics.intervals import student
 from quest.report import rendering
-from quest.report.evidence import SHOWN, Evidence, differences, inference_rows
+from quest.report.evidence import Evidence, differences, inference_rows
 from quest.report.properties import RANGE_KINDS
 from quest.report.rendering import NONE, Table, columns, plus_minus
+from quest.report.tables import SHOWN
 
 NOT_RUN = "NOT RUN"
 
 
 @dataclass
 class Answer:
-    """One section: its question, sentences, tables, and names of figures."""
+    """One section: a question, and the sentences, tables and names of figures that answer it."""
 
     question: str
     lines: list[str] = field(default_factory=list)
@@ -30,7 +31,7 @@ class Answer:
     figures: list[str] = field(default_factory=list)
 
     def table(self, heads: Sequence[str], rows: Sequence[Sequence[str]], *notes: str) -> None:
-        """Add a table whose first column is text."""
+        """Add a table; its first column is text."""
         self.tables.append(Table(columns(*heads, texts=1), rows, notes=notes))
 
     def markdown(self) -> str:
@@ -40,26 +41,28 @@ class Answer:
 
 
 def against(evidence: Evidence, row: str, versus: str) -> str:
-    """One sentence: is a row better than another?"""
-    found = differences(evidence, row, versus)
-    if found is None:
-        missing = [name for name in (row, versus) if name not in evidence.cells]
-        return f"{row} against {versus}: {NOT_RUN} ({', '.join(missing)})."
-    return f"{row} against {versus}: {told(found, versus)}."
+    """Return a sentence that says whether `row` is better than `versus`."""
+    compared = differences(evidence, row, versus)
+    verdicts = _not_run((row, versus), evidence.cells) if compared is None else in_words(compared, versus)
+    return f"{row} against {versus}: {verdicts}."
 
 
-def told(found: dict[str, Comparison], versus: str) -> str:
-    """The verdict in every metric."""
-    return ", ".join(_with_number(one, f"{one.told(versus)} in {METRICS[m].label}") for m, one in found.items())
+def in_words(compared: dict[str, Comparison], versus: str) -> str:
+    """Return the verdicts and differences of all metrics."""
+    return ", ".join(_with_number(one, f"{one.in_words(versus)} in {METRICS[m].label}") for m, one in compared.items())
+
+
+def _not_run(names: Sequence[str], results: dict) -> str:
+    return f"{NOT_RUN} ({', '.join(name for name in names if name not in results)})"
 
 
 def _with_number(one: Comparison, text: str, form: str = "{1} ({0})") -> str:
-    """Text and difference; text alone where the two differ by more than a number can say."""
+    """Return the text with the difference; without it if a method diverged."""
     return text if one.verdict == "diverged" else form.format(plus_minus(one.estimate, one.low, one.high), text)
 
 
 def comparisons(evidence: Evidence, rows: Sequence[str], versus: str) -> Table | str:
-    """Rows against one of them: differences with intervals and verdicts, size and time."""
+    """Return a table that compares rows with `versus`: differences with intervals and verdicts, size and time."""
     heads = ["row", *(f"{METRICS[m].label}, minus {versus}" for m in SHOWN), "size [MB]", "seconds"]
     missing = [row for row in (versus, *rows) if row not in evidence.cells]
     if versus in missing:
@@ -70,8 +73,8 @@ def comparisons(evidence: Evidence, rows: Sequence[str], versus: str) -> Table |
         cost = [f"{size:.3f}", seconds(evidence, row)]
         texts = {m: value(evidence.cells[row], m) for m in SHOWN}
         if row != versus:
-            found = differences(evidence, row, versus)
-            texts = {m: _with_number(one, one.told(versus), "{0} ({1})") for m, one in found.items()}
+            compared = differences(evidence, row, versus)
+            texts = {m: _with_number(one, one.in_words(versus), "{0} ({1})") for m, one in compared.items()}
         lines.append([row, *(texts.get(m, NONE) for m in SHOWN), *cost])
     below = f"The first row is {versus} itself, with its own values; the others are differences."
     if missing:
@@ -80,22 +83,23 @@ def comparisons(evidence: Evidence, rows: Sequence[str], versus: str) -> Table |
 
 
 def value(cell: dict, metric: str) -> str:
+    """Return the value of a metric with its interval, or a dash."""
     row = next((r for r in cell["rows"] if r["metric"] == metric), None)
     return plus_minus(row["value"], row["low"], row["high"]) if row else NONE
 
 
 def seconds(evidence: Evidence, row: str) -> str:
-    """Of making a row, and of what it starts from."""
-    if (made := evidence.made.get(row)) is None:
+    """Return the seconds that quantizing a row took, plus those of the checkpoint it started from."""
+    if (effort := evidence.efforts.get(row)) is None:
         return NONE
-    return f"{made['seconds']:.0f}" + (f" + {made['seconds_before']:.0f}" if made["seconds_before"] > 0 else "")
+    before = effort["seconds_before"]
+    return f"{effort['seconds']:.0f}" + (f" + {before:.0f}" if before > 0 else "")
 
 
 def answers(evidence: Evidence) -> list[Answer]:
-    """The ten questions in their order."""
-    return [
-        f(evidence) for f in (_layers, _groups, _theorem, _losses, _order, _after, _real, _inference, _qat, _signals)
-    ]
+    """Answer the ten questions in their order."""
+    questions = (_layers, _groups, _theorem, _losses, _order, _after, _real, _inference, _qat, _signals)
+    return [answer(evidence) for answer in questions]
 
 
 def _layers(e: Evidence) -> Answer:
@@ -112,11 +116,8 @@ def _layers(e: Evidence) -> Answer:
             f"({least['value']:.2g}). Of {len(order)} classes, the time embedding is number {rank['time embedding']} "
             f"and attention q, k, v number {rank['attention q, k, v']}."
         )
-    answer.lines += [
-        against(e, "quest", "quest-control"),
-        against(e, "quest-tla-only", "quest-control-only"),
-        against(e, "quest", "full-finetune"),
-    ]
+    pairs = [("quest", "quest-control"), ("quest-tla-only", "quest-control-only"), ("quest", "full-finetune")]
+    answer.lines += [against(e, *pair) for pair in pairs]
     rows = ["quest-untuned", "quest-tla-only", "quest-control-only", "quest-cma-only", "quest-control"]
     answer.tables.append(comparisons(e, [*rows, "quest-lsun-set", "quest-sd-set", "full-finetune"], "quest"))
     answer.figures.append("sensitivity")
@@ -131,7 +132,7 @@ def _groups(e: Evidence) -> Answer:
         answer.lines.append(
             f"{row.model}, nothing learned, weights at their nearest codes, ends in float: noise-prediction error with "
             f"one range for each timestep (of 8 rows each), minus a static one (of 64 rows): "
-            f"{plus_minus(row.value, row.low, row.high)}, {Comparison(row.value, row.low, row.high).told('')}."
+            f"{plus_minus(row.value, row.low, row.high)}, {Comparison(row.value, row.low, row.high).in_words('')}."
         )
     size = e.inference["bytes"]
     answer.lines.append(
@@ -145,8 +146,8 @@ def _groups(e: Evidence) -> Answer:
 
 def _theorem(e: Evidence) -> Answer:
     answer = Answer("3. What does theorem 1 assume, and what does tuning weights buy over scales?")
-    found = {(r["bits"], r["what"]): student(r["values"]) for r in e.taylor["rows"]}
-    bits = list(dict.fromkeys(b for b, _ in found))
+    remainders = {(r["bits"], r["what"]): student(r["values"]) for r in e.taylor["rows"]}
+    bits = list(dict.fromkeys(b for b, _ in remainders))
     names = {
         "loss": "loss / output²",
         "first": "first-order step, output",
@@ -155,59 +156,56 @@ def _theorem(e: Evidence) -> Answer:
         "loss, 4 steps": "loss, 4 steps",
     }
 
-    def shown(b, what):
-        return plus_minus(*found[b, what])
+    def text(b, what):
+        return plus_minus(*remainders[b, what])
 
     most, least = max(bits), min(bits)
-    beyond = [b for b in bits if found[b, "second"][1] > found[b, "first"][2]]
+    worse = [b for b in bits if remainders[b, "second"][1] > remainders[b, "first"][2]]
     answer.lines += [
         f"{e.taylor['model']}, perturbation of all weights and layer inputs at once: what a first-order step misses of "
-        f"the output's change is {shown(most, 'first')} of it at {most} bits and {shown(least, 'first')} at {least}; "
-        f"a second-order step {shown(most, 'second')} and {shown(least, 'second')}.",
+        f"the output's change is {text(most, 'first')} of it at {most} bits and {text(least, 'first')} at {least}; "
+        f"a second-order step {text(most, 'second')} and {text(least, 'second')}.",
         "The loss that reconstruction minimises (a single second-order step without gradient) is off by "
-        f"{shown(most, 'loss, 1 step')} of the loss at {most} bits, {shown(4, 'loss, 1 step')} at 4 and "
-        f"{shown(least, 'loss, 1 step')} at {least}; summed in four steps with their gradients by "
-        f"{shown(4, 'loss, 4 steps')} at 4 and {shown(least, 'loss, 4 steps')} at {least}.",
+        f"{text(most, 'loss, 1 step')} of the loss at {most} bits, {text(4, 'loss, 1 step')} at 4 and "
+        f"{text(least, 'loss, 1 step')} at {least}; summed in four steps with their gradients by "
+        f"{text(4, 'loss, 4 steps')} at 4 and {text(least, 'loss, 4 steps')} at {least}.",
         "Bits at which the second-order step is worse than the first-order one, intervals apart: "
-        f"{', '.join(map(str, beyond)) or 'none'}.",
+        f"{', '.join(map(str, worse)) or 'none'}.",
         "None of this says that weights must be tuned: theorem 1 has no bound and compares nothing with scales. So:",
     ]
-    names_of = {"learned-scales": "scales learned", "learned-weights": "weights learned", "quest": "both (QuEST)"}
+    variants = {"untuned": "scales searched, nothing learned", "learned-scales": "scales learned"}
+    variants |= {"learned-weights": "weights learned", "quest": "both (QuEST)"}
     answer.lines += _tuned(e, [("learned-weights", "learned-scales"), ("quest", "learned-weights")])
-    rows = [[str(b), *(shown(b, w) for w in names)] for b in bits]
-    answer.table(["bits", *names.values()], rows)
-    answer.tables.append(_tuning_table(e, {"untuned": "scales searched, nothing learned"} | names_of))
+    answer.table(["bits", *names.values()], [[str(b), *(text(b, name) for name in names)] for b in bits])
+    answer.tables.append(_tuning_table(e, variants))
     answer.figures.append("taylor")
     return answer
 
 
 def _tuned(e: Evidence, pairs, metric: str = "to_full_precision") -> list[str]:
-    what = {"to_full_precision": "error against full precision", "to_noise": "error against the true noise"}[metric]
+    label = {"to_full_precision": "error against full precision", "to_noise": "error against the true noise"}[metric]
     lines = []
     for one, other in pairs:
-        if one not in e.tunings or other not in e.tunings:
-            missing = [name for name in (one, other) if name not in e.tunings]
-            lines.append(f"{one} against {other}, {what}: {NOT_RUN} ({', '.join(missing)}).")
-            continue
-        found = Comparison.of_pairs(e.tunings[one][metric], e.tunings[other][metric])
-        lines.append(f"{one} against {other}, {what}: {_with_number(found, found.told(other), '{0}, {1}')}.")
+        verdict = _not_run((one, other), e.tunings)
+        if {one, other} <= set(e.tunings):
+            comparison = Comparison.of_pairs(e.tunings[one][metric], e.tunings[other][metric])
+            verdict = _with_number(comparison, comparison.in_words(other), "{0}, {1}")
+        lines.append(f"{one} against {other}, {label}: {verdict}.")
     return lines
 
 
 def _tuning_table(e: Evidence, names: dict[str, str]) -> Table:
     rows = []
     for variant, name in names.items():
-        found = e.tunings.get(variant)
-        if found is None:
+        if (tuning := e.tunings.get(variant)) is None:
             rows.append([name, *[NOT_RUN] * 3])
             continue
-        errors = [plus_minus(*student(found[error])) for error in ("to_full_precision", "to_noise")]
-        rows.append([name, *errors, f"{found['seconds']:.0f}"])
-    known = next(iter(e.tunings.values()), None)
+        errors = [plus_minus(*student(tuning[error])) for error in ("to_full_precision", "to_noise")]
+        rows.append([name, *errors, f"{tuning['seconds']:.0f}"])
     sizes = ""
-    if known:
-        rows.append(["full precision", "0", plus_minus(*student(known["full_precision_to_noise"])), "–"])
-        sizes = f" n = {len(known['to_full_precision'])} trajectories, {len(known['to_noise'])} scenes."
+    if any_tuning := next(iter(e.tunings.values()), None):
+        rows.append(["full precision", "0", plus_minus(*student(any_tuning["full_precision_to_noise"])), "–"])
+        sizes = f" n = {len(any_tuning['to_full_precision'])} trajectories, {len(any_tuning['to_noise'])} scenes."
     heads = ["variant", "error against full precision", "error against the true noise", "seconds"]
     return Table(columns(*heads, texts=1), rows, notes=[f"Relative squared errors of the noise prediction.{sizes}"])
 
@@ -215,35 +213,29 @@ def _tuning_table(e: Evidence, names: dict[str, str]) -> Table:
 def _losses(e: Evidence) -> Answer:
     answer = Answer("4. Task loss against alignment losses")
     rows = ["quest-only-global", "quest-no-global", "quest-no-local-tla", "quest-no-local-cma", "quest-global-1"]
-    stages = {"quest-tla-only": ("no-local", "no-global"), "quest-cma-only": ("no-global",)}
-    answer.lines += [against(e, row, "quest") for row in rows]
-    answer.lines += [against(e, f"{stage}-{without}", stage) for stage, ways in stages.items() for without in ways]
+    pairs = [("quest-tla-only-no-local", "quest-tla-only"), ("quest-tla-only-no-global", "quest-tla-only")]
+    pairs += [("quest-cma-only-no-global", "quest-cma-only")]
+    answer.lines += [against(e, *pair) for pair in [*((row, "quest") for row in rows), *pairs]]
     answer.tables.append(comparisons(e, rows, "quest"))
     return answer
 
 
 def _order(e: Evidence) -> Answer:
     answer = Answer("5. Time embedding first, then attention: does the order matter?")
-    frame, moved = e.properties["temporal"], e.properties["embeddings"]
+    frame, embeddings = e.properties["temporal"], e.properties["embeddings"]
     for model, rows in frame.groupby("model", sort=False):
-        found = {(r.quantized, r.ranges): plus_minus(r.value, r.low, r.high) for r in rows.itertuples()}
+        errors = {(r.quantized, r.ranges): plus_minus(r.value, r.low, r.high) for r in rows.itertuples()}
         (static, timed), (path, rest) = RANGE_KINDS, list(dict.fromkeys(rows["quantized"]))[:2]
-        own = moved[moved["model"] == model]
-        kept = [
-            f"{(of_kind['nearest'] == of_kind['timestep']).sum()} of {len(of_kind)} ({ranges})"
-            for ranges, of_kind in own.groupby("ranges", sort=False)
-        ]
+        by_kind = embeddings[embeddings["model"] == model].groupby("ranges", sort=False)
+        counts = [f"{(one['nearest'] == one['timestep']).sum()} of {len(one)} ({ranges})" for ranges, one in by_kind]
         answer.lines.append(
             f"{model}, {path} alone at {rows['bits'].iloc[0].upper()}: noise-prediction error "
-            f"{found[path, static]} with static ranges, {found[path, timed]} with one for each timestep; {rest} (and "
-            f"the ends): {found[rest, static]} with static ones. "
-            f"Timesteps whose quantized embedding is nearest to their own exact one: {', '.join(kept)}."
+            f"{errors[path, static]} with static ranges, {errors[path, timed]} with one for each timestep; {rest} (and "
+            f"the ends): {errors[rest, static]} with static ones. "
+            f"Timesteps whose quantized embedding is nearest to their own exact one: {', '.join(counts)}."
         )
-    answer.lines += [
-        against(e, "quest-untuned-float-time-embedding", "quest-untuned"),
-        against(e, "quest-cma-tla", "quest"),
-        against(e, "quest-joint", "quest"),
-    ]
+    pairs = [("quest-untuned-float-time-embedding", "quest-untuned"), ("quest-cma-tla", "quest")]
+    answer.lines += [against(e, *pair) for pair in [*pairs, ("quest-joint", "quest")]]
     rows = ["quest-cma-tla", "quest-joint", "quest-cma-only"]
     rows += ["quest-time-embedding-tuned", "quest-time-embedding-frozen"]
     answer.tables.append(comparisons(e, rows, "quest"))
@@ -292,28 +284,28 @@ def _real(e: Evidence) -> Answer:
 def _inference(e: Evidence) -> Answer:
     answer = Answer("8. Does inference need special care for timesteps?")
     groups, rows = e.inference["groups"], []
-    for found, row in zip(inference_rows(e), e.inference["rows"], strict=True):
-        medians = [f"{1e3 * found[name]:.3g}" for name in ("time groups", "one group", "lookup")]
-        difference = plus_minus(*(1e3 * found[key] for key in ("difference", "low", "high")))
-        word = Comparison(found["difference"], found["low"], found["high"]).told("")
+    for timing, row in zip(inference_rows(e), e.inference["rows"], strict=True):
+        medians = [f"{1e3 * timing[name]:.3g}" for name in ("time groups", "one group", "lookup")]
+        difference = [timing[key] for key in ("difference", "low", "high")]
+        word = Comparison(*difference).in_words("")
         slower = {"worse": "slower", "better": "faster"}.get(word, word)
         name = f"{row['kernel']}, {row['rows']} row{'s' if row['rows'] > 1 else ''}"
-        rows.append([name, *medians, difference, slower, str(len(row["seconds"]["time groups"]))])
+        milliseconds = plus_minus(*(1e3 * seconds for seconds in difference))
+        rows.append([name, *medians, milliseconds, slower, str(len(row["seconds"]["time groups"]))])
     same = all(row["same_output"] for row in e.inference["rows"])
     answer.lines += [
         f"{e.inference['model']}, {groups} groups: a call first finds its group by the timestep it is given; no "
         "sampler is changed. With one group's scales alone the output of its timesteps is "
         + ("the same bit for bit." if same else "not the same."),
-        *(
-            f"{r[0]}: {groups} groups against one, {r[4]} ms a call, {r[5]}; the lookup alone takes {r[3]} ms."
-            for r in rows
-        ),
     ]
+    for r in rows:
+        text = f"{groups} groups against one, {r[4]} ms a call, {r[5]}; the lookup alone takes {r[3]} ms."
+        answer.lines.append(f"{r[0]}: {text}")
     heads = ["kernel", f"{groups} groups [ms]", "one group [ms]", "lookup [ms]", "difference [ms]", "verdict", "calls"]
-    below = (
+    note = (
         "Medians, processor time of one thread, calls in turns; the difference is a mean with its paired 95 % interval."
     )
-    answer.table(heads, rows, below)
+    answer.table(heads, rows, note)
     return answer
 
 
@@ -323,12 +315,12 @@ def _qat(e: Evidence) -> Answer:
     answer.lines += [against(e, "quest", row) for row in ("q-diffusion", "efficient-dm", "full-finetune")]
     lines = []
     for row in ["quest", *rows]:
-        made = e.made.get(row)
-        if made is None or row not in e.cells:
+        effort = e.efforts.get(row)
+        if effort is None or row not in e.cells:
             lines.append([row, *[NOT_RUN] * 6])
             continue
         quality = [value(e.cells[row], m) for m in SHOWN]
-        lines.append([row, *quality, f"{made['iterations']:,}", seconds(e, row), f"{made['peak_memory']:.0f}"])
+        lines.append([row, *quality, f"{effort['iterations']:,}", seconds(e, row), f"{effort['peak_memory']:.0f}"])
     heads = ["row", *(METRICS[m].label for m in SHOWN), "iterations", "seconds", "peak memory [MB]"]
     answer.table(heads, lines, "Seconds + those of the checkpoint it starts from; one thread.")
     return answer
@@ -336,30 +328,31 @@ def _qat(e: Evidence) -> Answer:
 
 def _signals(e: Evidence) -> Answer:
     answer = Answer("10. Beyond images")
-    methods = e.signals["methods"]
-    rows = []
-    for name, found in methods.items():
-        cells = [plus_minus(*student(found[metric])) for metric in ("latent_mse", "eps_error")]
-        rows.append([name, *cells, f"{found['seconds']:.0f}"])
+    methods, metrics = e.signals["methods"], ("latent_mse", "eps_error")
+    rows = [
+        [name, *(plus_minus(*student(result[metric])) for metric in metrics), f"{result['seconds']:.0f}"]
+        for name, result in methods.items()
+    ]
     answer.lines.append(
         f"Signals of 64 values in {len(e.signals['classes'])} classes (chirps, pulses, tones, steps), denoised by "
         f"linear layers and convolutions of height 1, {e.signals['bits'].upper()}, n = {e.signals['n']} signals from "
         "the same noise as full precision's."
     )
     for other in (name for name in methods if name != "quest"):
-        found = {m: Comparison.of_pairs(methods["quest"][m], methods[other][m]) for m in ("latent_mse", "eps_error")}
-        answer.lines.append(f"quest against {other}: {told(found, other)}.")
+        compared = {m: Comparison.of_pairs(methods["quest"][m], methods[other][m]) for m in metrics}
+        answer.lines.append(f"quest against {other}: {in_words(compared, other)}.")
     answer.table(["method", "MSE to FP", "noise-prediction error", "seconds"], rows)
     answer.figures.append("signals")
     return answer
 
 
 def document(evidence: Evidence) -> str:
-    """All ten answers."""
+    """Return the protocol and all ten answers in Markdown."""
     return "\n\n".join(["# Ten questions", protocol(evidence), *(a.markdown() for a in answers(evidence))])
 
 
 def protocol(evidence: Evidence) -> str:
+    """Return what a reader must know about all numbers: seeds, intervals and verdicts."""
     cell = evidence.cells.get("quest") or next(iter(evidence.cells.values()))
     drawn = cell["drawn"]
     return (
@@ -372,28 +365,23 @@ def protocol(evidence: Evidence) -> str:
 
 
 def findings(evidence: Evidence) -> str:
-    """What the paper, its versions and its code leave open, as far as a run of the small models settles it."""
-    e = evidence
-    parts = {
-        "Is a true 4-bit grid as good as the released 33 levels?": (["quest-wide", "quest-symmetric"], "quest"),
-        "One scale set, or one for each time group?": (["quest-groups-1", "quest-groups-5"], "quest"),
-        "The same before finetuning": (["quest-untuned-groups-1"], "quest-untuned"),
-        "The local loss of critical modules, or the global one alone?": (["quest-no-local-cma"], "quest"),
-        "4-bit activations by channel, as released, or per tensor?": (["quest-released"], "quest"),
-        "The same with one scale set": (["quest-released-groups-1"], "quest-groups-1"),
-        "The zero point of an activation range: searched, or by the published search?": (
-            ["quest-published-ranges"],
-            "quest",
-        ),
-        "The same for Q-Diffusion": (["q-diffusion-published-ranges"], "q-diffusion"),
-        "The same for PTQ4DM": (["ptq4dm-published-ranges"], "ptq4dm"),
-        "Does finetuning time-embedding layers first help?": (
-            ["quest-cma-only", "quest-control", "quest-cma-tla"],
-            "quest",
-        ),
-    }
-    blocks = [protocol(e)]
-    for question, (rows, versus) in parts.items():
-        lines = [f"- {against(e, row, versus)}" for row in rows]
-        blocks += [f"### {question}", "\n".join(lines), comparisons(e, rows, versus)]
+    """Return what a run of the small models says about questions that the paper and its code leave open."""
+    time_embedding = ["quest-cma-only", "quest-control", "quest-cma-tla"]
+    zero_point = "The zero point of an activation range: searched, or by the published search?"
+    questions = [  # question, versus, rows
+        ("Is a true 4-bit grid as good as the released 33 levels?", "quest", "quest-wide", "quest-symmetric"),
+        ("One scale set, or one for each time group?", "quest", "quest-groups-1", "quest-groups-5"),
+        ("The same before finetuning", "quest-untuned", "quest-untuned-groups-1"),
+        ("The local loss of critical modules, or the global one alone?", "quest", "quest-no-local-cma"),
+        ("4-bit activations by channel, as released, or per tensor?", "quest", "quest-released"),
+        ("The same with one scale set", "quest-groups-1", "quest-released-groups-1"),
+        (zero_point, "quest", "quest-published-ranges"),
+        ("The same for Q-Diffusion", "q-diffusion", "q-diffusion-published-ranges"),
+        ("The same for PTQ4DM", "ptq4dm", "ptq4dm-published-ranges"),
+        ("Does finetuning time-embedding layers first help?", "quest", *time_embedding),
+    ]
+    blocks = [protocol(evidence)]
+    for question, versus, *rows in questions:
+        lines = [f"- {against(evidence, row, versus)}" for row in rows]
+        blocks += [f"### {question}", "\n".join(lines), comparisons(evidence, rows, versus)]
     return rendering.document("md", *blocks)

@@ -1,6 +1,15 @@
-"""One table in four forms: Markdown, TeX and HTML for people, CSV for programs. Needs no torch.
+"""One table in four forms: Markdown, TeX and HTML for readers, CSV for programs. Needs no torch.
 
-A cell holds its value and its text; columns say what the numbers mean, and what a form needs is escaped here.
+A cell holds a value and a text: CSV files hold values, and the other forms show texts. For example:
+
+    >>> cell = interval(0.5, 0.4, 0.6, "best")
+    >>> table = Table([Column("method", "text"), Column("FID", direction="lower")], [["quest", cell]])
+    >>> print(table.markdown())
+    | method | FID ↓ |
+    | --- | ---: |
+    | quest | **0.500 ± 0.100** |
+
+Each form escapes its own special characters.
 """
 
 import csv
@@ -19,16 +28,19 @@ from quest.runtime.files import atomic
 TEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#"}
 TEX |= {"^": r"\^{}", "~": r"\~{}", "±": r"$\pm$", "–": "--", "<=": r"$\le$"}
 ARROWS = {"lower": "↓", "higher": "↑", "": ""}
-NONE = "–"  # in a cell without a value
+NONE = "–"  # the text of a cell without a value
 
 
 def plus_minus(value: float, low: float, high: float) -> str:
-    """A value and half of its interval, as `with_interval` writes them."""
+    """Write a value with half of its interval, see `with_interval`."""
     return with_interval(value, (high - low) / 2)
 
 
 def with_interval(value: float, half: float) -> str:
-    """`value` ± `half`, rounded to two digits of `half`: "12.34 ± 0.56", "(1.234 ± 0.056)e-04"; else "diverged"."""
+    """Write `value` ± `half`, rounded to two digits of `half`: "12.34 ± 0.56" or "(1.234 ± 0.056)e-04".
+
+    A value that is not finite is "diverged"; without a finite half, the value stands alone.
+    """
     if not math.isfinite(value):
         return "diverged"
     if not math.isfinite(half):
@@ -47,7 +59,10 @@ def _rounded(value, half):
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell says and is sorted by; mark: "best" is bold, each mark is a class in HTML; note: beside the text."""
+    """A table cell: its text, the value that sorts it, and a note beside the text.
+
+    mark: "best" is bold; in HTML every mark is the class of the cell.
+    """
 
     text: str
     value: object = None  # None: the text
@@ -56,13 +71,13 @@ class Cell:
 
 
 def number(value: float, form: str = ".4g", mark: str = "", note: str = "") -> Cell:
-    """A number, or a dash where there is none."""
+    """Return the cell of a number; NaN and "" become a dash."""
     missing = value == "" or isinstance(value, float) and math.isnan(value)
     return Cell(NONE, math.nan, mark, note) if missing else Cell(format(value, form), value, mark, note)
 
 
 def interval(value: float, low: float, high: float, mark: str = "", note: str = "") -> Cell:
-    """A value ± half of its interval, sorted by the value; one that is not finite has diverged."""
+    """Return the cell of a value ± half of its interval; a value that is not finite is marked as diverged."""
     return Cell(plus_minus(value, low, high), value, mark if math.isfinite(value) else "diverged", note)
 
 
@@ -71,9 +86,10 @@ MISSING = Cell(NONE, math.nan)
 
 @dataclass(frozen=True)
 class Column:
-    """kind: "text" or "number", which is aligned to the right. direction: what is better, "lower", "higher" or "".
+    """A column of a table.
 
-    choose: in HTML, a menu of its values.
+    kind: "text", or "number", which is aligned to the right. direction: which values are better, "lower", "higher" or
+    "". choose: whether the HTML table offers a menu of its values.
     """
 
     label: str
@@ -83,15 +99,15 @@ class Column:
 
 
 def columns(*labels: str, texts: int = 0, choose: bool = False) -> list[Column]:
-    """Plain columns, of which the first `texts` are text."""
+    """Return plain columns; the first `texts` of them hold text, the others numbers."""
     return [Column(label, "text" if place < texts else "number", choose=choose) for place, label in enumerate(labels)]
 
 
 @dataclass
 class Table:
-    """Rows of cells (a str is a cell of that text) under columns; title, notes: above and below it.
+    """Rows of cells under columns; a str is a cell with that text. The title is above the table, the notes below it.
 
-    caption: of the TeX table, in place of title and notes.
+    caption: the TeX table shows it instead of title and notes.
     """
 
     columns: Sequence[Column]
@@ -102,7 +118,7 @@ class Table:
 
     @classmethod
     def of_frame(cls, frame: pd.DataFrame) -> "Table":
-        """Every column of a frame; numbers in four digits, texts of few kinds with a menu."""
+        """Make a table of a frame: numbers have four digits, and text columns of up to 12 values have a menu."""
         kinds = {name: pd.api.types.is_numeric_dtype(frame[name]) for name in frame}
         heads = [
             Column(name, "number" if numeric else "text", choose=not numeric and frame[name].nunique() <= 12)
@@ -122,7 +138,7 @@ class Table:
             yield [Cell(cell) if isinstance(cell, str) else cell for cell in row]
 
     def markdown(self) -> str:
-        """Title, table and notes, a blank line between them."""
+        """Return title, table and notes in Markdown, separated by blank lines."""
         lines = [[f"{column.label} {ARROWS[column.direction]}".rstrip() for column in self.columns]]
         lines += [["---" if column.kind == "text" else "---:" for column in self.columns]]
         for cells in self._cells():
@@ -133,7 +149,7 @@ class Table:
         return "\n\n".join(filter(None, [f"### {self.title}" if self.title else "", table, "\n".join(self.notes)]))
 
     def latex(self) -> str:
-        """For papers; needs the package booktabs. What stands in parentheses after a label goes below it."""
+        """Return a TeX table for the package booktabs. Text in parentheses behind a label is put below the label."""
         heads, rows = [], []
         for column in self.columns:
             name, _, network = tex(column.label).partition(" (") if column.direction else (tex(column.label), "", "")
@@ -161,7 +177,7 @@ class Table:
         )
 
     def csv(self) -> str:
-        """Values as they are, "nan" where there is none."""
+        """Return the values as CSV; a missing one is "nan"."""
         text = io.StringIO()
         lines = csv.writer(text, lineterminator="\n")
         lines.writerow([column.label for column in self.columns])
@@ -170,13 +186,13 @@ class Table:
         return text.getvalue().removesuffix("\n")
 
     def html(self, caption: str, id: str) -> Markup:
-        """A table that the script of the page sorts and filters."""
+        """Return an HTML table that the script of the page can sort and filter."""
         heads, rows = [], []
         for column in self.columns:
-            better, label = column.direction, escape(column.label)
+            better, data = column.direction, " data-choose" if column.choose else ""
             arrow = f' <span title="{better} is better">{ARROWS[better]}</span>' if better else ""
-            data = (f' data-better="{better}"' if better else "") + (" data-choose" if column.choose else "")
-            heads.append(f'<th scope="col" data-kind="{column.kind}"{data}>{label}{arrow}</th>')
+            data = f' data-better="{better}"{data}' if better else data
+            heads.append(f'<th scope="col" data-kind="{column.kind}"{data}>{escape(column.label)}{arrow}</th>')
         for cells in self._cells():
             row = []
             for column, cell in zip(self.columns, cells, strict=True):
@@ -206,18 +222,23 @@ def _plain(value):
 
 
 def tex(text: str) -> str:
-    """Plain text as TeX."""
+    """Escape plain text for TeX."""
     return "".join(TEX.get(part, part) for part in re.split(r"(<=|.)", text, flags=re.DOTALL) if part)
 
 
 def document(form: str, *parts: Table | str) -> str:
-    """Tables and texts as "md", "tex" or "csv", which holds one table."""
+    """Join tables and texts in the form "md", "tex" or "csv"; a csv document has a single table."""
     form = {"md": "markdown", "tex": "latex", "csv": "csv"}[form]
     return "\n\n".join(part if isinstance(part, str) else getattr(part, form)() for part in parts)
 
 
+def read_csv(path: str | Path) -> pd.DataFrame:
+    """Read a csv file that `write` wrote: "nan" is NaN, and an empty cell is an empty text."""
+    return pd.read_csv(path, keep_default_na=False, na_values=["nan"])
+
+
 def write(path: str | Path, *parts: Table | str | pd.DataFrame, form: str = "") -> None:
-    """Write a `document` of this form (default: the path's suffix); a frame is a table of its columns."""
+    """Write a `document` in this form (default: the suffix of the path); a frame becomes a table of its columns."""
     parts = [Table.of_frame(part) if isinstance(part, pd.DataFrame) else part for part in parts]
     with atomic(path) as file:
         file.write_text(document(form or Path(path).suffix[1:], *parts) + "\n", encoding="utf-8")

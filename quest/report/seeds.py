@@ -1,9 +1,9 @@
-"""Does a method win, or one draw of its calibration set? Methods quantized with several seeds, side by side.
+"""Compare methods that were quantized with several seeds, to separate a method from one draw of its calibration set.
 
-A quantization seed draws the calibration trajectories, the rows taken from them and the mini-batches; the images that
-are compared keep their evaluation seeds. So a mean over quantization seeds has two spreads: over images, bootstrapped
-jointly for all seeds, and over seeds, with Student's factor for their small number. An interval here holds both: its
-half is the root of the sum of their squares.
+A quantization seed chooses the calibration trajectories, the rows taken from them and the mini-batches; the evaluation
+seeds of the images stay the same. A mean over quantization seeds therefore varies in two ways: over images, which a
+joint bootstrap of all seeds measures, and over seeds, whose small number needs Student's factor. An interval contains
+both. With half widths of 3 over images and 4 over seeds, for example, its half width is sqrt(3^2 + 4^2) = 5.
 """
 
 import itertools
@@ -17,28 +17,28 @@ from scipy.special import stdtrit
 
 from quest.metrics import METRICS, compare
 from quest.metrics.comparison import Comparison, has_diverged
+from quest.metrics.intervals import half_width
 from quest.report import rendering
 from quest.report.rendering import NONE, Column, Table, columns, interval, number
-from quest.report.tables import provenance_of, read
+from quest.report.tables import SHOWN, provenance_of, read
 
-SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # in Markdown
 COLUMNS = ["model", "bits", "metric", "method", "versus", "value", "low", "high", "over_images", "over_seeds"]
 COLUMNS += ["seeds", "better", "n", "evaluation", "versions", "commit", "machine"]
 
 
 def write(paths: Sequence[str | Path], folder: str | Path) -> None:
-    """Write seeds.csv and seeds.md of cells whose methods are named "quest", "quest@1", ... into `folder`."""
+    """Write seeds.csv and seeds.md into `folder`; the cells `paths` have methods such as "quest" and "quest@1"."""
     frame = seeds_frame(read(paths))
     rendering.write(Path(folder, "seeds.csv"), frame)
     rendering.write(Path(folder, "seeds.md"), seeds_table(frame))
 
 
 def seeds_frame(cells: list[dict]) -> pd.DataFrame:
-    """One row for each model, bits, metric and method, and for each two methods (`versus`), columns COLUMNS.
+    """Return a row for each model, bits, metric and method, and for each pair of methods, columns COLUMNS.
 
-    value: mean over seeds, of two methods that of their differences seed by seed. over_images, over_seeds: half widths
-    of the two 95 % intervals that low and high hold together. better: see `Comparison.better`.
-    Raises ValueError where a method lacks a seed that another has, or two cells are not of the same images.
+    value: the mean over seeds; for a pair (`versus` is not empty), the mean of the differences seed by seed.
+    over_images, over_seeds: half widths of the two 95 % intervals, which low and high combine. better: see
+    `Comparison.better`. Raises ValueError if methods have different seeds or only one, or if cells differ in images.
     """
     groups: dict[tuple, dict[str, dict[int, dict]]] = {}
     for cell in cells:
@@ -50,22 +50,22 @@ def seeds_frame(cells: list[dict]) -> pd.DataFrame:
         for method, of_method in methods.items():
             if sorted(of_method) != seeds or len(seeds) < 2:
                 raise ValueError(f"{model} {bits}: {method} has seeds {sorted(of_method)}; at least two, here {seeds}")
-        pairs = [(b, a) for a, b in itertools.combinations(methods, 2)]  # the later one against the earlier
+        pairs = [(b, a) for a, b in itertools.combinations(methods, 2)]  # the later method minus the earlier one
         for method, versus in [(method, "") for method in methods] + pairs:
             ours = [methods[method][seed] for seed in seeds]
             theirs = [methods[versus][seed] for seed in seeds] if versus else []
             for row in _rows(ours, theirs, method, versus):
                 names = {"model": model, "bits": bits, "method": method, "versus": versus}
-                made = provenance_of(row["metric"], *ours, *theirs)
-                drawn = {"seeds": ",".join(map(str, seeds)), "evaluation": made["seeds"].removeprefix("evaluation ")}
-                rows.append(names | row | made | drawn)
+                origin = provenance_of(row["metric"], *ours, *theirs)
+                evaluation = origin["seeds"].removeprefix("evaluation ")
+                rows.append(names | row | origin | {"seeds": ",".join(map(str, seeds)), "evaluation": evaluation})
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _rows(ours: list[dict], theirs: list[dict], method: str, versus: str) -> list[dict]:
-    """Per metric the mean over seeds, of the differences to `theirs` if given, and its two half widths."""
+    """Return the mean over seeds and its half widths for each metric; of differences, if there are cells `theirs`."""
     for a, b in zip(ours, theirs, strict=False):
-        compare(a, b)  # raises where the two are not of the same images
+        compare(a, b)  # raises ValueError if the two differ in images
     for other in ours[1:]:
         compare(other, ours[0])
     rows, diverged = [], tuple(any(map(has_diverged, cells)) for cells in (ours, theirs))
@@ -76,28 +76,27 @@ def _rows(ours: list[dict], theirs: list[dict], method: str, versus: str) -> lis
         if theirs:
             values_b, resampled_b, _ = _of(theirs, name)
             values, resampled = values - values_b, resampled - resampled_b
-        factor = stdtrit(n - 1, 0.975) * math.sqrt(n / (n - 1)) if metric.is_mean else 1.96
-        images = factor * np.std(resampled.mean(0), ddof=1)
+        images = half_width(resampled.mean(0), n if metric.is_mean else None)
         seeds = stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(len(values))
         value, half = float(values.mean()), math.hypot(images, seeds)
-        found = Comparison(value, value - half, value + half, n, metric.better, diverged)
+        comparison = Comparison(value, value - half, value + half, n, metric.better, diverged)
         rows.append(
-            {"metric": name, "value": value, "low": found.low, "high": found.high, "n": n}
+            {"metric": name, "value": value, "low": comparison.low, "high": comparison.high, "n": n}
             | {"over_images": float(images), "over_seeds": float(seeds)}
-            | {"better": found.better(method, versus) if versus else ""}
+            | {"better": comparison.better(method, versus) if versus else ""}
         )
     return rows
 
 
 def _of(cells, name):
-    """Values [seeds], resampled values [seeds, R] and n of one metric."""
-    found = [next(row for row in cell["rows"] if row["metric"] == name) for cell in cells]
-    values = np.array([row["value"] for row in found])
-    return values, np.array([cell["resampled"][name] for cell in cells]), found[0]["n"]
+    """Return values [seeds], resampled values [seeds, R] and n of one metric."""
+    rows = [next(row for row in cell["rows"] if row["metric"] == name) for cell in cells]
+    values = np.array([row["value"] for row in rows])
+    return values, np.array([cell["resampled"][name] for cell in cells]), rows[0]["n"]
 
 
 def seeds_table(frame: pd.DataFrame) -> Table:
-    """Means over seeds and differences of methods, for people: value ± both spreads, and each alone."""
+    """Return the table for readers: means over seeds and differences of methods, with their intervals."""
     seeds, n, evaluation = frame["seeds"].iloc[0], frame["n"].max(), frame["evaluation"].iloc[0]
     heads = columns("model", "bits", "metric", "method", "versus", "mean", "over images", "over seeds", texts=5)
     rows = []

@@ -1,4 +1,4 @@
-"""From the metrics.json of every cell to tidy tables (csv) and tables for people (Markdown, LaTeX). Needs no torch."""
+"""Tidy tables (csv) and tables for readers (Markdown, LaTeX), made of every cell's metrics.json. Needs no torch."""
 
 import itertools
 import math
@@ -15,11 +15,12 @@ from quest.report.rendering import MISSING, Cell, Column, Table, columns, interv
 from quest.report.rendering import write as write_table
 from quest.runtime.files import read_json
 
+SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # the metrics that need the fewest images to tell methods apart
 PROVENANCE = ["seeds", "versions", "commit", "machine"]
 MAIN = ["model", "method", "bits", "metric", "value", "low", "high", "published", "n", "extractor", "protocol"]
-# Of the denoiser: bytes of its packed file over 1e6, bit operations of one call on one sample, bits that a parameter
-# takes as stored; what exactly counts is said by `cost`. latency_ms: median wall time of one denoiser call while
-# the first shard was sampled, on whatever else the machine did; latency_at: samples in the call, threads.
+# Size and work of the denoiser, as quest.quantization.cost defines them. size_mb: bytes of the packed file over 1e6.
+# bops: bit operations of one call on one sample. effective_bits: stored bits per parameter. latency_ms: median wall
+# time of a denoiser call while the first shard was sampled, whatever else the machine did; latency_at: batch, threads.
 FOOTPRINT = ["size_mb", "bops", "effective_bits", "kernel", "realizable", "latency_ms", "latency_at"]
 MAIN += ["reference", "note", *FOOTPRINT, *PROVENANCE]
 PAIRED = ["model", "bits", "metric", "method", "versus", "difference", "low", "high", "n", "better", *PROVENANCE]
@@ -27,10 +28,10 @@ EPS_ERROR = ["model", "method", "bits", "call", "timestep", "value", "low", "hig
 
 
 def write(paths: Sequence[str | Path], folder: str | Path) -> None:
-    """Write main, ledger (.csv, .md, .tex), paired.csv and eps_error.csv of the given metrics.json files into `folder`.
+    """Write main, ledger (.csv, .md, .tex), paired.csv and eps_error.csv of metrics.json files into `folder`.
 
-    Models and methods keep the order in which the files name them. Says on stderr, and below the tables for people, if
-    the cells were not all made by one commit and one set of packages.
+    Models and methods keep the order of the files. If several commits or sets of packages produced the cells, stderr
+    and the notes below the tables say so.
     """
     cells = read(paths)
     folder, main, paired = Path(folder), main_frame(cells), paired_frame(cells)
@@ -46,9 +47,9 @@ def write(paths: Sequence[str | Path], folder: str | Path) -> None:
 
 
 def read(paths: Sequence[str | Path]) -> list[dict]:
-    """Cells as quest.metrics.measure returned them, each with model, method, bits and provenance.
+    """Read cells: the results of quest.metrics.measure, each with model, method, bits and provenance.
 
-    Raises ValueError, naming the file, for one that lacks something or repeats another's cell.
+    Raises ValueError, which names the file, if a key is missing, a metric is unknown, or two files hold the same cell.
     """
     cells, seen = [], {}
     for path in paths:
@@ -84,7 +85,7 @@ def _check_rows(cell, path):
 
 
 def main_frame(cells: list[dict]) -> pd.DataFrame:
-    """One row per cell and metric, columns MAIN; `published` is the paper's own number, which ledger.csv judges."""
+    """Return one row per cell and metric, columns MAIN; `published` is the paper's number, which ledger.csv judges."""
     numbers = ledger.beside(ledger.published())
     rows = [
         _name(cell)
@@ -99,29 +100,31 @@ def main_frame(cells: list[dict]) -> pd.DataFrame:
 
 
 def paired_frame(cells: list[dict]) -> pd.DataFrame:
-    """Difference "method minus versus", columns PAIRED.
+    """Return the differences "method minus versus", columns PAIRED.
 
-    Of every two methods of one model and bits, and of every method and full precision (`bits` are the method's).
-    `better` names the better of the two where the interval excludes 0, else it says "neither", or which has diverged.
-    Raises ValueError where two cells are not of the same images and protocol.
+    They compare every two methods of the same model and bits, and every method with full precision (`bits` are those of
+    the method). `better` is the entry of `Comparison.better`. Raises ValueError if two cells differ in images or
+    protocol.
     """
     rows = []
-    for model, of_model in _groups(cells, "model").items():
-        full_precision = [cell for cell in of_model if cell["method"] == "fp"]
-        for bits, of_bits in _groups([cell for cell in of_model if cell["method"] != "fp"], "bits").items():
-            # The later of two methods in the configuration is the one that is held against the earlier.
+    full_precision = {cell["model"]: cell for cell in cells if cell["method"] == "fp"}
+    for model in dict.fromkeys(cell["model"] for cell in cells):
+        quantized = [cell for cell in cells if cell["model"] == model and cell["method"] != "fp"]
+        for bits in dict.fromkeys(cell["bits"] for cell in quantized):
+            of_bits = [cell for cell in quantized if cell["bits"] == bits]
+            # `method` is the later one in the configuration, `versus` the earlier one.
             pairs = [(b, a) for a, b in itertools.combinations(of_bits, 2)]
-            for a, b in pairs + list(itertools.product(of_bits, full_precision)):
-                names = {"method": a["method"], "versus": b["method"]}
-                for row in paired_rows(a, b):
-                    rows.append({"model": model, "bits": bits} | names | row | provenance_of(row["metric"], a, b))
+            pairs += [(cell, full_precision[model]) for cell in of_bits if model in full_precision]
+            for a, b in pairs:
+                names = {"model": model, "bits": bits, "method": a["method"], "versus": b["method"]}
+                rows += [names | row | provenance_of(row["metric"], a, b) for row in paired_rows(a, b)]
     return pd.DataFrame(rows, columns=PAIRED)
 
 
 def paired_rows(a: dict, b: dict) -> list[dict]:
-    """Differences "a minus b", one row per metric; `better` as `Comparison.better` names it.
+    """Return the differences "a minus b", one row per metric; `better` is the entry of `Comparison.better`.
 
-    Raises ValueError, naming both cells, where they are not of the same images and protocol.
+    Raises ValueError, which names both cells, if they differ in images or protocol.
     """
     method, versus = a["method"], b["method"]
     try:
@@ -135,37 +138,30 @@ def paired_rows(a: dict, b: dict) -> list[dict]:
 
 
 def eps_error_frame(cells: list[dict]) -> pd.DataFrame:
-    """Noise-prediction error by denoiser call, columns EPS_ERROR."""
+    """Return the noise-prediction error of every denoiser call, columns EPS_ERROR."""
     rows = [_name(cell) | row | provenance_of("eps_error", cell) for cell in cells for row in cell["eps_error"]]
     return pd.DataFrame(rows, columns=EPS_ERROR)
-
-
-def _groups(cells, key):
-    groups = {}
-    for cell in cells:
-        groups.setdefault(cell[key], []).append(cell)
-    return groups
 
 
 def _name(cell):
     return {key: cell[key] for key in ("model", "method", "bits")}
 
 
-def footprint_of(cell):
-    """Columns FOOTPRINT of a cell; samples of unknown origin say nothing of their denoiser."""
+def footprint_of(cell: dict) -> dict:
+    """Return the columns FOOTPRINT of a cell; values that its samples do not state are NaN or empty."""
     unknown = dict.fromkeys(("bytes", "bops", "effective_bits", "realizable", "latency_ms"), math.nan)
-    found = unknown | {"kernel": "", "latency_at": ""} | cell["footprint"]
-    if "threads" in found:
-        found["latency_at"] = f"batch {found['batch']}, {found['threads']} thread{'s' if found['threads'] > 1 else ''}"
-    return {"size_mb": found["bytes"] / 1e6} | {name: found[name] for name in FOOTPRINT[1:]}
+    footprint = unknown | {"kernel": "", "latency_at": ""} | cell["footprint"]
+    if threads := footprint.get("threads"):
+        footprint["latency_at"] = f"batch {footprint['batch']}, {threads} thread{'s' if threads > 1 else ''}"
+    return {"size_mb": footprint["bytes"] / 1e6} | {name: footprint[name] for name in FOOTPRINT[1:]}
 
 
 def provenance_of(metric: str, *cells: dict) -> dict[str, str]:
-    """Where the rows of these cells come from; what differs between sampling, metrics and cells is joined by " / "."""
-    made = [one for cell in cells for one in (*cell.get("sampled", []), cell["provenance"])]
+    """Return the columns PROVENANCE; different values of sampling, metrics and cells are joined by " / "."""
+    records = [record for cell in cells for record in (*cell.get("sampled", []), cell["provenance"])]
 
     def joined(describe):
-        return " / ".join(dict.fromkeys(filter(None, map(describe, made))))
+        return " / ".join(dict.fromkeys(filter(None, map(describe, records))))
 
     drawn = cells[0]["drawn"]
     images = f"0-{drawn['trajectories'] - 1}" if metric == "eps_error" else drawn["images"]
@@ -178,23 +174,23 @@ def provenance_of(metric: str, *cells: dict) -> dict[str, str]:
 
 
 def mixture(main: pd.DataFrame) -> list[str]:
-    """What to say of rows that different code made: a line on commits and one on versions, where they differ."""
+    """Return a warning if several commits made the rows, and one if several sets of package versions did."""
     lines = []
-    for column, what, width in (("commit", "commits", 12), ("versions", "sets of package versions", None)):
-        made = dict.fromkeys(part or "unknown" for row in main[column] for part in row.split(" / "))
-        if len(made) < 2:
+    for column, label, width in (("commit", "commits", 12), ("versions", "sets of package versions", None)):
+        values = dict.fromkeys(part or "unknown" for row in main[column] for part in row.split(" / "))
+        if len(values) < 2:
             continue
-        names = [part[:width] + ("-dirty" if part.endswith("-dirty") else "") for part in made] if width else []
+        names = [value[:width] + ("-dirty" if value.endswith("-dirty") else "") for value in values] if width else []
         listed = f" ({', '.join(names)})" if names else ""
         lines.append(
-            f"Made by {len(made)} {what}{listed}, which need not agree: column `{column}` of main.csv says which made "
-            "a row; `snakemake --forceall` makes all of them again."
+            f"Made by {len(values)} {label}{listed}, which need not agree: column `{column}` of main.csv says which "
+            "made a row; `snakemake --forceall` makes all of them again."
         )
     return lines
 
 
 def main_tables(main: pd.DataFrame, paired: pd.DataFrame) -> list[Table]:
-    """One table per model for people."""
+    """Return one table per model for readers: a row per method and bits, most bits first."""
     tables = []
     for model, of_model in main.groupby("model", sort=False):
         names = [name for name in METRICS if name in set(of_model["metric"])]
@@ -213,12 +209,15 @@ def main_tables(main: pd.DataFrame, paired: pd.DataFrame) -> list[Table]:
 
 
 def cells_of(main: pd.DataFrame, key) -> list[tuple[tuple[str, str], pd.DataFrame]]:
-    """((method, bits), rows) of every cell of one model, sorted by `key` of the pair."""
+    """Return ((method, bits), rows) of every cell of one model, sorted by `key((method, bits))`."""
     return sorted(main.groupby(["method", "bits"], sort=False), key=lambda item: key(item[0]))
 
 
 def metric_cells(cell: pd.DataFrame, names: Sequence[str], best: set, notes: dict[str, str]) -> list[Cell]:
-    """Of the rows of one cell every metric of `names`, bold where it is in `best_values`, with its note."""
+    """Return the table cells of the metrics `names` for one cell; those in `best` (see `best_values`) are bold.
+
+    notes: by metric, the text in parentheses behind the number.
+    """
     rows = {row.metric: row for row in cell.itertuples()}
     return [
         interval(r.value, r.low, r.high, "best" if (r.method, r.bits, name) in best else "", notes.get(name, ""))
@@ -229,7 +228,7 @@ def metric_cells(cell: pd.DataFrame, names: Sequence[str], best: set, notes: dic
 
 
 def ledger_tables(verdicts: pd.DataFrame) -> list[Table]:
-    """Verdicts by model, and for every model the published numbers that have a measured one beside them."""
+    """Return a table of the verdicts by model, and for each model one of the published numbers that were measured."""
     counts = pd.crosstab(verdicts["model"], verdicts["verdict"]).reindex(columns=ledger.VERDICTS, fill_value=0)
     rows = [[model, *map(str, counts.loc[model])] for model in dict.fromkeys(verdicts["model"])]
     heads, title = columns("model", *ledger.VERDICTS, texts=1), "Published and measured"
@@ -254,13 +253,13 @@ LEDGER_FOOTER = (
 
 
 def by_bits(bits: str) -> tuple[int, int]:
-    """Sorts "w8a8", "w4a8", ...: most bits first."""
+    """Return a sort key for "w8a8", "w4a8", ... that puts most bits first."""
     weight, activation = (int(part) for part in bits[1:].split("a"))
     return (-weight, -activation)
 
 
 def column_label(name: str, of_model: pd.DataFrame) -> str:
-    """What a table calls a metric: with the network behind it, which numbers cannot be compared across."""
+    """Return the label of a metric with its network, because numbers of different networks cannot be compared."""
     metric = METRICS[name]
     if metric.network is None:
         return metric.label
@@ -270,11 +269,11 @@ def column_label(name: str, of_model: pd.DataFrame) -> str:
 
 
 def best_values(of_model: pd.DataFrame, paired: pd.DataFrame) -> set[tuple[str, str, str]]:
-    """(method, bits, metric) of every best value that differs from the runner-up's by the paired interval.
+    """Return (method, bits, metric) of every best value whose paired difference to the second best excludes 0.
 
-    A value beyond full precision's own (a lower FID, a higher Inception score) is never the best: quantizing cannot
-    improve the model, so what looks better there is an error that happens to point towards the reference. A method that
-    has diverged in one metric takes part in none.
+    No value is the best if one of its column is better than full precision's (a lower FID, say): quantizing cannot
+    improve the model, so an error then happens to point towards the reference. A method that diverged in one metric is
+    left out of all.
     """
     best = set()
     full = of_model[of_model["method"] == "fp"].set_index("metric")["value"]
@@ -296,16 +295,16 @@ def best_values(of_model: pd.DataFrame, paired: pd.DataFrame) -> set[tuple[str, 
 
 
 def footer(of_model: pd.DataFrame, heads: dict[str, str]) -> list[str]:
-    """What a table of one model is not to be read without: protocol, n, seeds, what ± and bold mean, notes."""
+    """Return the notes below the table of one model: protocol, n, seeds, the meaning of ± and bold, notes of rows."""
     protocols = of_model.groupby("metric", sort=False)["protocol"].first()
     common = min(protocols, key=len)
-    own = [f"{heads[name]}: {p.removeprefix(common).lstrip('; ')}" for name, p in protocols.items() if p != common]
+    others = [f"{heads[name]}: {p.removeprefix(common).lstrip('; ')}" for name, p in protocols.items() if p != common]
     sizes = {}
     for (n, seeds), rows in of_model.groupby(["n", "seeds"], sort=False):
         sizes[f"n = {n}, seeds {seeds}"] = [heads[name] for name in rows["metric"].unique()]
     counts = list(sizes)[:1] + [f"{', '.join(labels)}: {size}" for size, labels in list(sizes.items())[1:]]
     lines = [
-        f"Protocol: {'; '.join([common, *own])}. {'; '.join(counts)}. "
+        f"Protocol: {'; '.join([common, *others])}. {'; '.join(counts)}. "
         "± is half of a 95 % interval: 1.96 bootstrap standard deviations over images (noise-prediction error: over "
         "trajectories, with Student's factor). Only equal n compares. Bold: better than the runner-up at the same "
         "bits, by the paired interval of their difference on the same seeds, and not beyond full precision. Size: the "
@@ -316,12 +315,12 @@ def footer(of_model: pd.DataFrame, heads: dict[str, str]) -> list[str]:
         lines.append(f"In parentheses: the number of {ledger.PAPER}; the ledger says whether the two may be compared.")
     notes = of_model[of_model["note"] != ""]
     if len(notes):
-        told = []
+        texts = []
         for note, rows in notes.groupby("note", sort=False):
             metrics = list(rows["metric"].unique())
             labels = ", ".join(heads[name] for name in metrics)
             cells = [f"{r.method} {r.bits}" for r in rows.drop_duplicates(["method", "bits"]).itertuples()]
             whole = len(rows) == of_model["metric"].isin(metrics).sum()
-            told.append(f"{labels}: {note}" if whole else f"{', '.join(cells)} {labels}: {note}")
-        lines.append(f"Notes: {'; '.join(told)}.")
+            texts.append(f"{labels}: {note}" if whole else f"{', '.join(cells)} {labels}: {note}")
+        lines.append(f"Notes: {'; '.join(texts)}.")
     return lines + mixture(of_model)

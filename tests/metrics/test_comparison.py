@@ -36,7 +36,7 @@ def test_what_has_diverged_never_wins_and_is_never_equal(numbers, direction):
     assert (first.verdict, second.verdict, both.verdict) == ("diverged", "diverged", "neither")
     assert (first.better("a", "b"), second.better("a", "b")) == ("a diverged", "b diverged")
     assert both.better("a", "b") == "neither (both diverged)"
-    assert (first.told("b"), second.told("b"), both.told("b")) == (
+    assert (first.in_words("b"), second.in_words("b"), both.in_words("b")) == (
         "diverged", "b diverged", "not told apart (both diverged)"
     )  # fmt: skip
     found = [outcome(one.better("a", "b"), "a") for one in (first, second, both)]

@@ -96,22 +96,20 @@ def test_paired_frechet_difference_covers_zero_and_sees_a_shift(gaussian):
 
 
 @pytest.mark.parametrize("n", [8, 300])
-def test_mean_interval_covers_at_95_percent(n):
+def test_interval_of_a_mean_covers_at_95_percent(n):
     rng = np.random.default_rng(4)
     counts = intervals.resample_counts(n, resamples=400)
     hits = []
     for _ in range(1000):
         values = rng.normal(3, 2, size=n)
-        hits.append(covers(intervals.mean_interval(values.mean(), intervals.resampled_means(values, counts), n), 3))
+        hits.append(covers(intervals.interval(values.mean(), intervals.resampled_means(values, counts), n), 3))
     assert np.mean(hits) == pytest.approx(0.95, abs=0.025)
 
 
-def test_mean_interval_of_columns_equals_that_of_each():
+def test_interval_of_a_mean_of_columns_equals_that_of_each():
     rng = np.random.default_rng(5)
     values, counts = rng.normal(size=(20, 3)), intervals.resample_counts(20)
-    low, high = intervals.mean_interval(values.mean(axis=0), intervals.resampled_means(values, counts), 20)
+    low, high = intervals.interval(values.mean(axis=0), intervals.resampled_means(values, counts), 20)
     for column in range(3):
-        one = intervals.mean_interval(
-            values[:, column].mean(), intervals.resampled_means(values[:, column], counts), 20
-        )
+        one = intervals.interval(values[:, column].mean(), intervals.resampled_means(values[:, column], counts), 20)
         assert (low[column], high[column]) == pytest.approx(one)

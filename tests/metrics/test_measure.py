@@ -10,7 +10,7 @@ import pytest
 from quest.metrics import METRICS, Cell, compare, index_ranges, measure
 from quest.metrics.frechet import Reference, Statistics, frechet_distance
 from quest.metrics.inception_score import splits_note
-from quest.metrics.intervals import interval, mean_interval
+from quest.metrics.intervals import interval
 from quest.metrics.kernel_distance import resampled_kernel_distances
 
 HASH = "0123456789abcdef"
@@ -198,7 +198,7 @@ def test_resamples_without_a_value_are_left_out_of_an_interval():
     assert interval(0.0, np.append(drawn, np.nan)) == pytest.approx(interval(0.0, drawn), rel=1e-12)
     assert all(np.isnan(interval(0.0, np.full(5, np.nan))))
     many = np.stack([np.append(drawn, np.nan), np.append(drawn, 1.0)], 1)
-    assert mean_interval(np.zeros(2), many, 9)[1][0] == pytest.approx(mean_interval(0.0, drawn, 9)[1])
+    assert interval(np.zeros(2), many, 9)[1][0] == pytest.approx(interval(0.0, drawn, 9)[1])
 
 
 @pytest.mark.filterwarnings("error")

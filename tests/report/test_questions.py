@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 
 from quest.report import properties, property_figures, questions
-from quest.report.evidence import SHOWN, Evidence, comparisons_rows, inference_rows, taylor_rows, tunings_rows
+from quest.report.evidence import Evidence, comparisons_rows, inference_rows, taylor_rows, tunings_rows
 from quest.report.properties import RANGE_KINDS
+from quest.report.tables import SHOWN
 
 
 def cell(method: str, shift: float) -> dict:
@@ -69,7 +70,7 @@ def evidence() -> Evidence:
         model="m",
         bits="w4a4",
         cells={m: cell(m, s) for m, s in (("quest", 0.0), ("quest-groups-1", 0.5), ("quest-joint", 0.001))},
-        made={"quest": {"seconds": 10.0, "seconds_before": 20.0, "peak_memory": 100, "iterations": 5}},
+        efforts={"quest": {"seconds": 10.0, "seconds_before": 20.0, "peak_memory": 100, "iterations": 5}},
         properties=frames,
         taylor={"model": "m", "rows": taylor},
         tunings={"global-noise": tuning(0.5), "global-scenes": tuning(0.2), "quest": tuning(0.1)},
