@@ -15,7 +15,7 @@ Everything else is frozen: other weights, the scales of all weights, and every z
 weight anew, and its gradient passes the rounding unchanged (straight-through estimator).
 
 The paper's sixth version, its released code and what works best on small models differ in many places. Each of them is
-a keyword, a field of `FinetuneRecipe`. PAPER and OFFICIAL are the keywords that reproduce the first two.
+a keyword, a field of `FinetuneRecipe`. PAPER and OFFICIAL are the keywords that follow the first two.
 """
 
 from collections import Counter
