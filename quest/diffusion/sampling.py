@@ -7,7 +7,7 @@ set of whole batches, so neither n nor the number of shards touches an image.
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -57,7 +57,13 @@ def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> np.ndarray:
 
 
 def generate(
-    pipe: DiffusionPipeline, model: Model, split: str, n: int, shard: tuple[int, int] = (0, 1), first: int = 0
+    pipe: DiffusionPipeline,
+    model: Model,
+    split: str,
+    n: int,
+    shard: tuple[int, int] = (0, 1),
+    first: int = 0,
+    skip: Collection[int] = (),
 ) -> Iterator[tuple[np.ndarray, torch.Tensor, np.ndarray]]:
     """Make the images first .. first + n - 1 of a split, or one shard of them, batch by batch, with a progress bar.
 
@@ -67,6 +73,7 @@ def generate(
         n: images in all shards together.
         shard: (k, count), the batches k, k + count, k + 2 count, ...; empty where there are fewer batches than shards.
         first: index of the first image, the first of a batch.
+        skip: batches not to make, by their first image.
 
     Yields:
         Per batch: indices [B], final latents [B, C, h, w] (float32, on the CPU), images uint8 [B, H, W, 3].
@@ -85,12 +92,17 @@ def generate(
     size = model.batch_size
     if first % size:
         raise ValueError(f"first: {first} is not a multiple of the batch size {size}")
-    starts = range(first, first + n, size)
-    arguments(model, split, [starts[-1] + size - 1])  # too few captions: better now than in the last batch
+    starts = batches(model, n, shard, first)
+    arguments(model, split, [first + -(-n // size) * size - 1])  # too few captions: better now than in the last batch
     groups = getattr(pipe.unet, "time_groups", None)
     if groups is not None:
         groups.check(timesteps(model, pipe))
-    return _batches(pipe, model, split, first + n, starts[k::count])
+    return _batches(pipe, model, split, first + n, [start for start in starts if start not in skip])
+
+
+def batches(model: Model, n: int, shard: tuple[int, int] = (0, 1), first: int = 0) -> list[int]:
+    """The first image of every batch of a shard."""
+    return list(range(first, first + n, model.batch_size))[shard[0] :: shard[1]]
 
 
 def _batches(pipe, model, split, end, starts):

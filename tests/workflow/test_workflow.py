@@ -163,6 +163,31 @@ def test_more_images_of_a_model_that_does_not_ship_are_sampled_and_nothing_else(
     assert scripts_of(stubbed.planned()) == {"sample", "metrics", "tables", "curves", "grid"}
 
 
+GROWING = """
+import sys
+from pathlib import Path
+for option in ("--samples", "--features"):
+    file = Path(sys.argv[sys.argv.index(option) + 1])
+    had = file.read_text(encoding="utf-8") if file.exists() else ""
+    file.write_text(had + sys.argv[sys.argv.index("-n") + 1] + " ", encoding="utf-8")
+"""
+
+
+def test_what_was_drawn_lies_there_when_more_is_drawn(finished):
+    finished.write("workflow/scripts/sample.py", GROWING)
+    target = "results/default/scenes-class/rtn/w4a4/samples-0.npz"
+    for images, found in ((500, "500 "), (1000, "500 1000 ")):
+        config = finished.config()
+        config["models"]["scenes-class"]["images"] = images
+        finished.configure(config)
+        if images == 500:
+            for kind in ("samples", "features"):
+                (finished.folder / f"results/default/scenes-class/rtn/w4a4/{kind}-0.npz").unlink()
+        run = finished.snakemake(target)
+        assert run.returncode == 0, run.stdout
+        assert (finished.folder / target).read_text(encoding="utf-8") == found
+
+
 def scripts_of(commands):
     return {re.search(r"scripts\.(\w+)", command)[1] for command in commands}
 

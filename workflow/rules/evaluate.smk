@@ -5,8 +5,9 @@ rule sample:
         checkpoint=checkpoint_of,
         networks=networks,
     output:
-        samples=ensure("results/{name}/{model}/{method}/{bits}/samples-{shard}.npz", non_empty=True),
-        features=ensure("results/{name}/{model}/{method}/{bits}/features-{shard}.npz", non_empty=True),
+        # What is there is read: images that an earlier run drew of the same are not drawn again.
+        samples=ensure(update("results/{name}/{model}/{method}/{bits}/samples-{shard}.npz"), non_empty=True),
+        features=ensure(update("results/{name}/{model}/{method}/{bits}/features-{shard}.npz"), non_empty=True),
     log:
         "results/{name}/{model}/{method}/{bits}/sample-{shard}.log",
     conda:

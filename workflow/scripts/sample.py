@@ -23,14 +23,18 @@ def main() -> None:
 
     import quest
     from quest.diffusion.calibration_set import CalibrationSet
-    from quest.diffusion.models import MODELS, SEEDS
-    from quest.diffusion.sampling import generate, timed
+    from quest.diffusion.drawn import earlier, joined
+    from quest.diffusion.models import MODELS, PREPARED, SEEDS, ZOO
+    from quest.diffusion.sampling import batches, generate, timed
+    from quest.kernels.cpu.core import identity
     from quest.metrics.features import extract
     from quest.metrics.noise_prediction import eps_error
     from quest.quantization import cost, placement
-    from quest.runtime import gpu_lock
+    from quest.quantization.header import read as read_header
+    from quest.runtime import gpu_lock, sums
     from quest.runtime.files import atomic, dumps
     from quest.runtime.provenance import provenance
+    from quest.runtime.resume import digest
 
     torch.set_num_threads(arguments.threads)
     gpu_lock.take(arguments.device)
@@ -49,14 +53,34 @@ def main() -> None:
         footprint = cost.footprint(pipe.unet, work)
         kernel = {}
 
-    start = time.perf_counter()
+    # All that an image depends on: what an earlier run drew of the same is not drawn again.
+    folder = (PREPARED if model.origin else ZOO) / model.name
+    files = [*Path(quest.__file__).parent.rglob("*.py"), folder / sums.NAME]
+    job = {
+        "model": [model.name, model.protocol, arguments.kernel, arguments.drop_images, arguments.device],
+        "checkpoint": read_header(arguments.checkpoint)["hash"] if arguments.checkpoint else None,
+        "files": digest(*(file for file in files if file.is_file())),
+        "machine": identity() | {"threads": arguments.threads, "torch version": torch.__version__},
+        "gpu": torch.cuda.get_device_name() if arguments.device != "cpu" else None,
+    }
+    wanted, outputs = batches(model, arguments.n, (shard, shards)), [arguments.samples, arguments.features]
+    there, (samples, features) = earlier(outputs, job, wanted, model.batch_size, arguments.n)
+    start, captions = time.perf_counter(), None
     with timed(pipe.unet) as calls:
-        batches = list(generate(pipe, model, "evaluation", arguments.n, (shard, shards)))
-    index, images = (np.concatenate([batch[i] for batch in batches]) for i in (0, 2))
-    latents = torch.cat([batch[1] for batch in batches]).cpu().numpy()
+        made = list(generate(pipe, model, "evaluation", arguments.n, (shard, shards), skip=there))
     seconds = round(time.perf_counter() - start, 1)
-    captions = model.conditions("evaluation", index.tolist()).get("prompt") if model.clip else None
-    features = extract(images, model.extractor, model.clip, captions, arguments.device, model.batch_size)
+    if made:
+        index, images = (np.concatenate([batch[i] for batch in made]) for i in (0, 2))
+        latents = torch.cat([batch[1] for batch in made]).cpu().numpy()
+        if model.clip:
+            captions = model.conditions("evaluation", index.tolist()).get("prompt")
+        found = extract(images, model.extractor, model.clip, captions, arguments.device, model.batch_size)
+        kept = {} if arguments.drop_images else {"images": images}
+        samples = joined(samples, {"index": index, "latents": latents} | kept)
+        features = joined(features, {"index": index} | found)
+    else:  # one call more, which says how long it takes
+        with timed(pipe.unet) as calls, torch.no_grad():
+            pipe.unet(**evaluation.inputs(torch.arange(min(len(evaluation), model.batch_size))))
     if arguments.checkpoint and shard == 0:
         errors, timesteps = eps_error(pipe, evaluation)
         features |= {"eps_error": errors.cpu().numpy(), "timesteps": np.array(timesteps)}
@@ -65,14 +89,13 @@ def main() -> None:
     rows = model.batch_size * (2 if model.guidance > 1 else 1)
     footprint |= {"latency_ms": 1e3 * statistics.median(calls), "batch": rows, "threads": arguments.threads}
     seeds = {"split": "evaluation", "first": SEEDS["evaluation"], "n": arguments.n, "shard": arguments.shard}
-    metadata = {"seeds": seeds, "seconds": seconds, "footprint": footprint, "kernel": kernel}
+    metadata = {"seeds": seeds, "seconds": seconds, "footprint": footprint, "kernel": kernel, "job": job}
     metadata = dumps(metadata | {"provenance": provenance()})
-    with atomic(arguments.samples) as file:
-        kept = {"latents": latents} if arguments.drop_images else {"images": images, "latents": latents}
-        np.savez(file, index=index, **kept, metadata=metadata)
-    with atomic(arguments.features) as file:
-        np.savez(file, index=index, **features, metadata=metadata)
-    print(f"{len(index)} images in {seconds} s", flush=True)
+    for output, arrays in zip(outputs, (samples, features), strict=True):
+        with atomic(output) as file:
+            np.savez(file, **arrays, metadata=metadata)
+    drawn = sum(len(batch[0]) for batch in made)
+    print(f"{drawn} images in {seconds} s, {len(samples['index']) - drawn} were there", flush=True)
 
 
 if __name__ == "__main__":
