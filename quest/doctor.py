@@ -1,4 +1,4 @@
-"""What works on this machine and why the rest does not: kernels, devices, weights, and what speed is compared with."""
+"""Report what works on this machine and why the rest does not: kernels, devices, weights, rivals of the benchmark."""
 
 import os
 import shutil
@@ -13,13 +13,13 @@ from quest.diffusion.models import MODELS, ZOO
 from quest.metrics import weights
 from quest.runtime.provenance import provenance
 
-TOLERANCE = 1e-5  # of a layer's largest output: float rounding
+TOLERANCE = 1e-5  # largest error over largest output; float rounding stays below
 
 
 def report() -> tuple[list[tuple[str, str, str]], bool]:
-    """Findings as (what, "ok", "--" or "FAILED", words), and whether the reference kernel computes what it should.
+    """Findings as (subject, "ok", "--" or "FAILED", explanation), and whether the reference kernel is correct.
 
-    Everything can run on the reference. "--": not there, or not for this machine, and nothing else needs it.
+    Everything can run on the reference kernel. "--" marks what is absent or unusable here but that nothing else needs.
     """
     reference = deviation("reference", torch.device("cpu"))
     sound = reference is not None and reference < TOLERANCE
@@ -33,31 +33,31 @@ def report() -> tuple[list[tuple[str, str, str]], bool]:
 
 
 def text(findings: list[tuple[str, str, str]]) -> str:
-    """`report` for people."""
+    """The findings of `report` as lines of text."""
     width = max(len(what) for what, *_ in findings)
     return "\n".join(f"{state:>6}  {what:<{width}}  {words}" for what, state, words in findings) + "\n"
 
 
 @torch.no_grad()
 def deviation(kernel: str, device: torch.device) -> float | None:
-    """How far a kernel's layers are from sums of codes in float64, over the largest; None where nothing comes out."""
+    """Largest error of a kernel's linear layer against float64, over the largest output; None if one is not finite."""
     generator = torch.Generator().manual_seed(0)
     column = torch.rand(24, 1, generator=generator) * 0.01 + 1e-3
     codes = torch.randint(0, 256, (24, 37), generator=generator).float()
     weight = QTensor(codes, column, torch.full((24, 1), 120.0))
-    given = QParams(torch.tensor(0.05), torch.tensor(100.0), QuantSpec(8))
+    params = QParams(torch.tensor(0.05), torch.tensor(100.0), QuantSpec(8))
     x, bias = torch.randn(19, 37, generator=generator) * 3, torch.randn(24, generator=generator)
-    exact = F.linear(_exact(quantize(x, given)), _exact(weight), bias.double())
+    exact = F.linear(_exact(quantize(x, params)), _exact(weight), bias.double())
     module = kernels.get(kernel)
-    found = module.linear(
+    output = module.linear(
         x.to(device),
-        QParams(given.scale.to(device), given.zero_point.to(device), given.spec),
+        QParams(params.scale.to(device), params.zero_point.to(device), params.spec),
         module.pack(QTensor(*(t.to(device) for t in weight))),
         bias.to(device),
     ).cpu()
-    if not found.isfinite().all():
+    if not output.isfinite().all():
         return None
-    return ((found - exact).abs().max() / exact.abs().max()).item()
+    return ((output - exact).abs().max() / exact.abs().max()).item()
 
 
 def _exact(q: QTensor):
@@ -65,8 +65,8 @@ def _exact(q: QTensor):
 
 
 def _machine():
-    made = provenance()
-    return f"{made['machine']['cpu']}, {made['machine']['system']}, Python {made['versions']['python']}"
+    record = provenance()
+    return f"{record['machine']['cpu']}, {record['machine']['system']}, Python {record['versions']['python']}"
 
 
 def _threads():
@@ -76,31 +76,31 @@ def _threads():
 
 
 def _kernel(name, device):
-    """A finding on a kernel: tried, where it is available."""
+    """The finding for a kernel, which is tried if it is available."""
     what = f"kernel {name}"
     if device is None:
-        return what, "--", "it computes on a CUDA GPU, of which there is none"
+        return what, "--", "it needs a CUDA GPU, and there is none"
     if reason := kernels.get(name).unavailable(device):
         return what, "--", reason
     try:
-        found = deviation(name, device)
-    except (RuntimeError, OSError) as error:
-        return what, "FAILED", (str(error) or type(error).__name__).splitlines()[0]
-    if found is None:
+        error = deviation(name, device)
+    except (RuntimeError, OSError) as failure:
+        return what, "FAILED", (str(failure) or type(failure).__name__).splitlines()[0]
+    if error is None:
         return what, "FAILED", "a layer's output is not finite"
-    words = f"a layer is {found:.1g} of its largest output from the exact sums"
-    return what, "ok" if found < TOLERANCE else "FAILED", words
+    words = f"a layer differs from the exact sums by {error:.1g} of its largest output"
+    return what, "ok" if error < TOLERANCE else "FAILED", words
 
 
 def _path():
-    """Which instructions the integer kernel takes, and why no better ones."""
+    """The finding for the instruction set that the integer kernel uses, and why it uses no better one."""
     from quest.kernels.cpu import integer
     from quest.kernels.cpu.core import best
 
     if integer.unavailable(torch.device("cpu")):
         compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-        found = f"{compiler} is there" if compiler else "there is no C++ compiler"
-        return "--", f"{found}; `pip install -e .` builds the core where there is one"
+        status = f"{compiler} is there" if compiler else "there is no C++ compiler"
+        return "--", f"{status}; `pip install -e .` builds the core if there is a compiler"
     isa, forced = best(), os.environ.get("QUEST_ISA")
     if forced:
         return "ok", f"{isa}, as QUEST_ISA says"

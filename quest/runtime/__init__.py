@@ -1,1 +1,1 @@
-"""What every job needs, whatever the model: files, hashes, downloads, the lock of a GPU, resuming, provenance."""
+"""Services that every job shares and that know no models: files, hashes, downloads, GPU lock, resuming, provenance."""

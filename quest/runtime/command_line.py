@@ -1,11 +1,11 @@
-"""Command lines of scripts: one parser with the arguments that they share."""
+"""One argument parser for all scripts, with the arguments that several of them share."""
 
 import argparse
 from pathlib import Path
 
 
 def whole(text: str) -> int:
-    """A whole number from 1 on."""
+    """Parse a whole number of at least 1. Raises ArgumentTypeError otherwise."""
     if not (text.isdecimal() and text.isascii() and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
@@ -27,9 +27,9 @@ SHARED = {  # name: flags, settings
 
 
 def parser(description: str, *shared: str) -> argparse.ArgumentParser:
-    """A parser with these arguments of SHARED; "file" and "folder" are both --output."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A parser with the arguments of SHARED that `shared` names; "file" and "folder" are both --output."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in shared:
         flags, settings = SHARED[name]
-        made.add_argument(*flags, **settings)
-    return made
+        result.add_argument(*flags, **settings)
+    return result

@@ -1,4 +1,4 @@
-"""Fetching large files once: resumed where a transfer broke off, with progress, checked by SHA-256. No torch."""
+"""Download a large file once, resume a broken transfer, show progress and check the SHA-256. Imports no torch."""
 
 import hashlib
 import http.client
@@ -12,8 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 CHUNK = 1 << 20
-ATTEMPTS = 5  # connections without a single new byte before a transfer is given up
-TIMEOUT = 60  # seconds without an answer
+ATTEMPTS = 5  # connections in a row that bring no new byte, after which a transfer fails
+TIMEOUT = 60  # seconds to wait for an answer
 
 
 def sha256_of(path: str | os.PathLike) -> str:
@@ -26,50 +26,51 @@ def sha256_of(path: str | os.PathLike) -> str:
 
 
 def checked(path: str | os.PathLike, sha256: str | None = None, hint: str = "") -> Path:
-    """`path`, if there is a file whose SHA-256 starts with `sha256` (None: any file; file names carry 8 digits of it).
+    """Return `path` if it is a file whose SHA-256 starts with `sha256` (None accepts any file).
 
-    Raises FileNotFoundError without the file, ValueError with another hash; `hint` is added: what to put there.
+    Raises FileNotFoundError if the file is missing, and ValueError if its hash differs. `hint` ends the message.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError("; ".join(filter(None, [f"{path}: no such file", hint])))
-    if sha256 is not None and not (found := sha256_of(path)).startswith(sha256):
-        told = f"{path} ({path.stat().st_size} bytes): SHA-256 is {found}, expected {sha256}; truncated or another file"
-        raise ValueError("; ".join(filter(None, [told, hint])))
+    if sha256 is not None and not (actual := sha256_of(path)).startswith(sha256):
+        size = path.stat().st_size
+        text = f"{path} ({size} bytes): SHA-256 is {actual}, expected {sha256}; truncated or another file"
+        raise ValueError("; ".join(filter(None, [text, hint])))
     return path
 
 
 def fetch(url: str, path: str | os.PathLike, sha256: str | None = None) -> Path:
-    """`path`, fetched from `url` unless it is there already, and checked either way.
+    """Download `url` to `path` unless that file exists, check its hash in both cases, and return `path`.
 
-    What arrives is kept in `<path>.part` until it is complete, so that a second call goes on where the first was cut
-    off. A connection that breaks is taken up again by itself. `sha256` may be a beginning of the hash, as file names
-    have it; where it is None the computed one is printed, to be written down.
+    Received bytes stay in `<path>.part` until the file is complete, so a second call continues where the first one
+    stopped. A broken connection is retried. `sha256` may be only the beginning of the hash, as file names carry it; if
+    it is None, the computed hash is printed so that it can be recorded.
 
     Raises:
-        ValueError: the file has another hash. One that was there already is left alone, a fetched one is removed.
-        OSError: the transfer failed; the message says where to put a copy that was fetched elsewhere.
+        ValueError: the file has another hash. A file that existed before is kept; a downloaded one is removed.
+        OSError: the transfer failed; the message says where to put a copy that was downloaded elsewhere.
     """
     path = Path(path)
     if path.exists():
         return checked(path, sha256, f"remove it to fetch it again from {url}")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    found = sha256_of(part) if sha256 and part.exists() else ""
-    if not (found and found.startswith(sha256)):  # else a transfer that ended just before the file got its name
+    actual = sha256_of(part) if sha256 and part.exists() else ""
+    if not (actual and actual.startswith(sha256)):  # if equal, an earlier call stopped just before the rename
         _transfer(url, part, path, sha256)
-        found = sha256_of(part)
+        actual = sha256_of(part)
     if sha256 is None:
-        print(f"{path}: SHA-256 {found}", file=sys.stderr)
-    elif not found.startswith(sha256):
+        print(f"{path}: SHA-256 {actual}", file=sys.stderr)
+    elif not actual.startswith(sha256):
         part.unlink()
-        raise ValueError(f"{url}: SHA-256 is {found}, expected {sha256}; what was fetched is removed")
+        raise ValueError(f"{url}: SHA-256 is {actual}, expected {sha256}; the downloaded file was removed")
     os.replace(part, path)
     return path
 
 
 def _transfer(url, part, path, sha256):
-    """Append to `part` until it is as long as the server says the file is."""
+    """Append to `part` until it has the length that the server states; raise OSError after ATTEMPTS failures."""
     failures, before = 0, None
     while True:
         have = part.stat().st_size if part.exists() else 0
@@ -80,10 +81,10 @@ def _transfer(url, part, path, sha256):
                 return
             reason = "the connection broke off"
         except urllib.error.HTTPError as error:
-            if error.code == 416 and have:  # "bytes */1000": there is nothing behind what is there
+            if error.code == 416 and have:  # "bytes */1000": the file has 1000 bytes and none after those we have
                 if error.headers.get("Content-Range", "").rpartition("/")[2] == str(have):
                     return
-                part.unlink()  # longer than the file: what is there belongs to something else
+                part.unlink()  # it is longer than the file, so it belongs to another file
             reason = f"HTTP status {error.code} {error.reason}"
             if error.code in (401, 403, 404, 410):
                 failures = ATTEMPTS
@@ -91,22 +92,22 @@ def _transfer(url, part, path, sha256):
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         if failures >= ATTEMPTS:
             check = f" (SHA-256 {sha256})" if sha256 else ""
-            kept = f"; {part} is kept, and a second try goes on from there" if part.exists() else ""
+            kept = f"; {part} is kept, and a second try continues from it" if part.exists() else ""
             raise OSError(f"{url}: {reason}; fetch it elsewhere and put it at {path}{check}{kept}")
         time.sleep(min(2**failures, 10) if failures else 0)
 
 
 def _read_on(url, part, have, name) -> bool:
-    """One connection. True where the file is complete afterwards."""
+    """Append to `part` what one connection delivers. Returns True if the file is complete afterwards."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         resumed = answer.status == 206
         length = answer.headers.get("Content-Length")
         if resumed:
             # "bytes 500-999/1000"; a server may send another range than the one asked for.
-            given, _, total = answer.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
-            if given.partition("-")[0] != str(have):
-                raise OSError(f"asked for bytes from {have}, the server sends {given or 'an unnamed range'}")
+            bounds, _, total = answer.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
+            if bounds.partition("-")[0] != str(have):
+                raise OSError(f"asked for bytes from {have}, the server sends {bounds or 'an unnamed range'}")
             total = int(total) if total.isdigit() else have + int(length)
         else:
             have, total = 0, None if length is None else int(length)

@@ -1,4 +1,4 @@
-"""Reading and writing files: in UTF-8 whatever the locale, in JSON that any reader takes, never half of one."""
+"""Read and write files: in UTF-8 in every locale, as JSON that every parser accepts, and never half a file."""
 
 import csv
 import io
@@ -12,18 +12,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-LINE = 1000  # signs of a message
-NUMBERS = ("value", "low", "high", "deviation")  # keys whose null is a number that was not finite; so is one in a list
+LINE = 1000  # longest message of `one_line`, in characters
+NUMBERS = ("value", "low", "high", "deviation")  # under these keys, and in lists, null stands for NaN
 
 
 def one_line(message: object) -> str:
-    """A message that quotes what a file holds, in one line of about LINE signs; what does not print is escaped."""
-    line = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in str(message))
+    """Shorten a message to one line of about LINE characters, with unprintable characters escaped."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message))
     return line if len(line) <= LINE else f"{line[: LINE // 2]} ... {line[-LINE // 2 :]}"
 
 
 def dumps(content, **settings) -> str:
-    """JSON of `content`; JSON has no NaN and no infinity, which are written as null and read by `loads` as NaN."""
+    """Format `content` as JSON. NaN and infinity do not exist there; they become null, which `loads` reads as NaN."""
     return json.dumps(_without_nan(content), allow_nan=False, **settings)
 
 
@@ -36,11 +36,11 @@ def _without_nan(value):
 
 
 def loads(text: str, name: str | os.PathLike):
-    """What `dumps` wrote. Raises ValueError, naming the file, for anything that is not JSON: a bare NaN, for one."""
+    """Parse what `dumps` wrote. Raises ValueError that names the file if the text is not JSON (a bare NaN is not)."""
 
-    def number(digits):  # what json calls for a float, and for NaN and Infinity, which JSON does not have
+    def number(digits):  # json calls this for floats, and for NaN and Infinity, which standard JSON forbids
         if not math.isfinite(float(digits)):
-            raise ValueError(f"holds {digits}, which is no number of JSON")
+            raise ValueError(f"it contains {digits}, which is not a JSON number")
         return float(digits)
 
     try:
@@ -58,28 +58,28 @@ def _with_nan(value, key=None):
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The text of a file, its line ends as they are. Raises ValueError, naming the file, where it is not UTF-8."""
+    """The text of a file with unchanged line ends. Raises ValueError that names the file if it is not UTF-8."""
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")  # editors of some systems put a mark at the beginning
+        return Path(path).read_bytes().decode("utf-8-sig")  # "-sig" skips the byte order mark that some editors write
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error}") from None
 
 
 def read_json(path: str | os.PathLike):
-    """The content of a JSON file, see `loads`."""
+    """The content of a JSON file; see `loads`."""
     return loads(read_text(path), path)
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
-    """The lines of a file. Only a line feed ends one: text may hold what Unicode calls line ends, as captions do."""
+    """The lines of a file. Only a line feed ends a line, because captions may contain other Unicode line ends."""
     lines = read_text(path).split("\n")
     return lines[:-1] if lines[-1] == "" else lines
 
 
 def write_lines(path: str | os.PathLike, lines: Sequence[str]) -> None:
-    """Write what `read_lines` reads. Raises ValueError for a line that holds a line feed."""
+    """Write lines for `read_lines`. Raises ValueError if a line contains a line feed."""
     if any("\n" in line for line in lines):
-        raise ValueError(f"{path}: a line holds a line feed, and would be read as two")
+        raise ValueError(f"{path}: a line contains a line feed and would be read as two lines")
     Path(path).write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8"))
 
 
@@ -133,9 +133,9 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it becomes `path` when the block ends without an error.
 
     The temporary file lies in the same folder, so that the rename is atomic, and keeps the suffix, since numpy, pandas
-    and PIL choose their format by it. On an error it is removed and what stood at `path` before stays. A process killed
-    outright may leave the temporary file (its name starts with a dot), but never a partial `path`.
-    Raises OSError naming `path` where it could not be written: the disk is full, or a quota.
+    and PIL choose their format by it. After an error it is removed and the previous `path` stays. A killed process may
+    leave the temporary file (its name starts with a dot), but never a partial `path`.
+    Raises OSError that names `path` if it cannot be written, for example on a full disk.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
             yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files only their owner can read
+        temporary.chmod(0o666 & ~umask)  # mkstemp creates files that only their owner can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -157,8 +157,8 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes its place when the block ends without an error.
 
-    A folder that stands at `path` is renamed aside, the new one is renamed to `path`, and then the old one is removed.
-    A process killed between the two renames leaves no `path`, and the old folder whole, which `recovered` puts back.
+    An existing folder at `path` is renamed aside, the new one is renamed to `path`, and then the old one is removed.
+    A process killed between the two renames leaves no folder at `path`; `recovered` then restores the old one.
     """
     path = recovered(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     try:
         with _naming(path):
             yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes folders only their owner can read
+        temporary.chmod(0o755)  # mkdtemp creates folders that only their owner can read
         if path.exists():
             path.rename(aside)
         temporary.rename(path)
@@ -177,7 +177,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def recovered(path: str | os.PathLike) -> Path:
-    """`path`; where a replacement of that folder was broken off, the old one stands there again, or is removed."""
+    """Repair an interrupted `atomic_folder`: restore the old folder, or delete it if a new one exists. Returns path."""
     path = Path(path)
     aside = _aside(path)
     if aside.exists():
@@ -194,7 +194,7 @@ def _aside(path):
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Say which file it was where a write fails: the system's error, which tells why, knows it by number only."""
+    """Add `path` to the error of a failed write, because the system's error knows the file by its number only."""
     try:
         yield
     except OSError as error:
@@ -208,7 +208,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def between(path: str | os.PathLike, begin: str, end: str, text: str) -> None:
-    """Replace what stands between two markers of a text file. Raises ValueError unless each is there once, in order."""
+    """Replace the text between two markers of a file. Raises ValueError unless each marker occurs once, in order."""
     whole = read_text(path)
     if whole.count(begin) != 1 or whole.count(end) != 1 or whole.index(begin) > whole.index(end):
         raise ValueError(f"{path}: needs {begin} and {end}, once each and in this order")

@@ -1,7 +1,7 @@
-"""One GPU for each job of a machine with several: a lock file per device, held until the process ends.
+"""Give each job on a machine with several GPUs its own device, by a lock file per device until the process ends.
 
-Snakemake knows how many GPUs there are (`--resources gpu=4`), not which. Slurm, which shows each job its own, needs
-nothing of this and is not disturbed by it: a device is known by its UUID, not by its number.
+Snakemake knows how many GPUs there are (`--resources gpu=4`), but not which one is free. Slurm shows each job only its
+own GPU and does not need these locks; they do not disturb it, because they name a device by UUID, not by number.
 """
 
 import fcntl
@@ -13,14 +13,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# Open files of the leased devices: the system drops a lock when its process ends, however it ends, so none goes stale.
+# The open lock files. The system releases a lock when its process ends, even by a kill, so no lock goes stale.
 _held = []
 
 
 def take(device: str) -> None:
-    """Make "cuda" a device that no other process of this user has taken; waits while there is none.
+    """For "cuda", select a GPU that no other process of this user has locked, and wait while there is none.
 
-    Returns at once for any other device: "cpu", or "cuda:1", which names one.
+    Does nothing for other devices: "cpu", or "cuda:1", which already names a GPU.
     """
     if device != "cuda":
         return
@@ -31,19 +31,19 @@ def take(device: str) -> None:
 
 
 def hold(devices: Sequence[str], folder: Path | None = None, pause: float = 1.0) -> int:
-    """Lock the first of `devices` that is free, until this process ends, and return its place; waits for one.
+    """Lock the first free device until this process ends and return its index in `devices`; wait while none is free.
 
-    folder: where the lock files lie, the same for all that share the devices.
-    Raises ValueError where there is no device at all.
+    folder: where the lock files lie; all processes that share the devices must use the same folder.
+    Raises ValueError if `devices` is empty.
     """
     if not devices:
         raise ValueError("device: cuda was asked for, and there is no GPU here; valid: cpu")
     folder = folder or Path(tempfile.gettempdir(), f"quest-gpus-{os.getuid()}")
-    _own(folder)
-    told = False
+    _create_private(folder)
+    announced = False
     while True:
         for place, name in enumerate(devices):
-            # Opened without following a link: others may write where temporary files lie.
+            # Links are not followed, because other users may also write into a folder of temporary files.
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             file = os.fdopen(os.open(folder / f"{name}.lock", flags, 0o600), "a", encoding="utf-8")
             try:
@@ -53,18 +53,18 @@ def hold(devices: Sequence[str], folder: Path | None = None, pause: float = 1.0)
                 continue
             _held.append(file)
             return place
-        if not told:
+        if not announced:
             print(f"all {len(devices)} GPUs are taken (locks in {folder}); waiting", file=sys.stderr, flush=True)
-            told = True
+            announced = True
         time.sleep(pause)
 
 
-def _own(folder: Path) -> None:
-    """Make the folder, for this user alone. Raises ValueError for a link, or one that others own or may write to."""
+def _create_private(folder: Path) -> None:
+    """Create a folder for this user alone. Raises ValueError for a link, or if others own it or can write to it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise ValueError(
-            f"{folder}: locks of GPUs lie here, and it is no folder that only this user can write to; remove it, or "
-            "set TMPDIR to a folder of yours"
+            f"{folder}: GPU locks need a folder that only this user can write to, and this is none; remove it, or "
+            "set TMPDIR to a folder of your own"
         )

@@ -1,4 +1,4 @@
-"""What made a file: commit, package versions, machine, config, time and memory. Imports nothing heavy."""
+"""Record how a file was made: commit, package versions, machine, config, time, memory. Imports nothing heavy."""
 
 import hashlib
 import json
@@ -17,18 +17,18 @@ from quest.runtime.files import atomic, dumps
 PACKAGES = ("quest-suite", "torch", "torchvision", "diffusers", "transformers", "numpy", "scipy", "safetensors")
 
 
-CONFIG = "QUEST_CONFIG_SHA256"  # environment variable by which the workflow tells its jobs `config_hash`
+CONFIG = "QUEST_CONFIG_SHA256"  # environment variable in which the workflow passes `config_hash` to its jobs
 
 
 def provenance() -> dict:
-    """Return {commit, dirty, versions, machine, core, date, config, wall_seconds, peak_memory_mb}, all fit for JSON.
+    """Return {commit, dirty, versions, machine, core, date, config, wall_seconds, peak_memory_mb}, ready for JSON.
 
-    `commit` and `dirty` are None outside a checkout of this project. `dirty` tells of changes to tracked files only.
-    `core` is the compiled core with its hash and instruction set, and None where this process has not loaded it.
-    `config` is None outside the workflow. `wall_seconds` and `peak_memory_mb` (1e6 bytes, resident) are those of this
-    process until now: close to those of the job, where a script asks last.
+    `commit` and `dirty` are None outside a checkout of this project. `dirty` is about changes to tracked files only.
+    `core` has the hash and instruction set of the compiled core; it is None if this process has not loaded the core.
+    `config` is None outside the workflow. `wall_seconds` and `peak_memory_mb` (1e6 bytes, resident) describe this
+    process so far; a script that calls this at its end therefore records nearly its whole job.
     """
-    # An installed copy may lie inside another project's checkout, whose commit says nothing of this code.
+    # An installed copy may lie inside another project's checkout, whose commit says nothing about this code.
     ours = _git("rev-parse", "--show-prefix") == "quest/runtime/"
     status = _git("status", "--porcelain", "--untracked-files=no") if ours else None
     core = sys.modules.get("quest.kernels.cpu.core")  # not imported here: it needs torch
@@ -46,12 +46,12 @@ def provenance() -> dict:
 
 
 def config_hash(config: dict) -> str:
-    """SHA-256 of what a config says; comments and the order of its keys are no part of it."""
+    """SHA-256 of the content of a config; comments and the order of keys do not change it."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _git(*arguments: str) -> str | None:
-    """The answer of git about the checkout this package lies in, or None where there is no checkout or no git."""
+    """Run git in the checkout that contains this package. Returns its output, or None without a checkout or git."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         return subprocess.run(
@@ -69,7 +69,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> str:
-    """Model name of the processor as the system tells it, e.g. "AMD EPYC 9B45"."""
+    """Model name of the processor as the system reports it, e.g. "AMD EPYC 9B45"."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -80,7 +80,7 @@ def _cpu() -> str:
 
 
 def _age() -> float | None:
-    """Seconds since this process began, where the system tells (Linux)."""
+    """Seconds since this process started; None where the system does not report it (only Linux does)."""
     try:
         # Field 22, in clock ticks since the machine started; field 2 is a name in parentheses that may hold spaces.
         ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
@@ -90,12 +90,12 @@ def _age() -> float | None:
 
 
 def resident_memory() -> int:
-    """Most memory that this process held so far, in MB (1e6 bytes); Linux counts in KiB, macOS in bytes."""
+    """Peak memory of this process so far, in MB (1e6 bytes). Linux counts in KiB, macOS in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6)
 
 
 def write_json(path: str | Path, content: dict) -> None:
-    """Write a result with the provenance of this process, as `dumps` writes JSON, all at once or not at all."""
+    """Write a result and the provenance of this process as JSON (`files.dumps`), all at once or not at all."""
     with atomic(path) as file:
         file.write_text(dumps(content | {"provenance": provenance()}), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Long jobs that were killed go on where they were: each part's result is kept on disk until the whole is done.
+"""Continue a long job that was killed: the result of each finished part stays on disk until the whole job is done.
 
-Quantizing a large denoiser takes hours, unit by unit and stage by stage. Inside `resuming`, `part` keeps what each of
-them learned; a later run of the same job takes it from there, bit for bit, and computes the rest. Outside it nothing is
-kept.
+Quantizing a large denoiser takes hours, unit by unit and stage by stage. Inside `resuming`, `part` stores what each
+unit or stage learned; a later run of the same job loads it, bit for bit, and computes the rest. Outside `resuming`,
+`part` only computes.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ IDENTITY = "identity.json"
 
 @dataclass
 class Parts:
-    """The folder of a job's parts, and how many seconds those took that were found there."""
+    """The folder with the stored parts of a job, and the seconds that the loaded ones took when they were computed."""
 
     folder: Path
-    identity: str  # hash of all that they depend on
+    identity: str  # hash of everything that the parts depend on
     seconds: float = 0.0
 
 
@@ -40,20 +40,20 @@ _parts: ContextVar[Parts | None] = ContextVar("parts", default=None)
 
 @contextmanager
 def resuming(folder: Path, identity: dict) -> Iterator[Parts]:
-    """While inside, every `part` is kept in `folder`, or found there; the folder goes when the block ends well.
+    """Inside this context `part` stores results in `folder` or loads them; without an error the folder is then deleted.
 
-    identity: all that the parts depend on, fit for JSON. Parts of another identity are thrown away, and it is said.
+    identity: everything the parts depend on, ready for JSON. Parts of another identity are deleted with a message.
     """
     wanted = json.dumps(identity, sort_keys=True, indent=1)
     record = folder / IDENTITY
     if folder.exists():
         try:
-            found = json.loads(read_text(record)) if record.exists() else {}
+            stored = json.loads(read_text(record)) if record.exists() else {}
         except ValueError:
-            found = {"readable record": False}
-        other = sorted(k for k in {*found, *identity} if found.get(k) != json.loads(wanted).get(k))
-        if other:
-            print(f"{folder}: parts of a job with another {', '.join(other)}; thrown away", flush=True)
+            stored = {"readable record": False}
+        changed = sorted(k for k in {*stored, *identity} if stored.get(k) != json.loads(wanted).get(k))
+        if changed:
+            print(f"{folder}: parts of a job with another {', '.join(changed)}; thrown away", flush=True)
             shutil.rmtree(folder)
         else:
             print(f"{folder}: going on after {len(list(folder.glob('*.safetensors')))} parts", flush=True)
@@ -75,11 +75,11 @@ def part(
     compute: Callable[[], Sequence[float] | None],
     generator: torch.Generator,
 ) -> tuple[float, ...]:
-    """compute(), or what it left behind in an earlier run of this job. Returns its numbers.
+    """Run compute(), or load its result if an earlier run of this job stored it. Returns compute()'s numbers.
 
-    state: the tensors that it changes, in the end in place: they are filled with what was kept. generator: what it
-    draws from, left as compute() left it. Values that are not finite are not kept. Raises ValueError for a kept part
-    that cannot be read, is of another job, or is not what was written.
+    state: gives the tensors that compute() changes; loading fills them in place. generator: the source of compute()'s
+    random numbers; loading restores its state. Values that are not finite are not stored. Raises ValueError for a
+    stored part that cannot be read, belongs to another job, or has changed.
     """
     parts = _parts.get()
     if parts is None:
@@ -87,7 +87,7 @@ def part(
     file = parts.folder / f"{name}.safetensors"
     if file.exists():
         try:
-            kept = _kept(file, parts.identity, state() | {"generator": generator.get_state()})
+            kept = _read(file, parts.identity, state() | {"generator": generator.get_state()})
         except ValueError as error:
             raise ValueError(f"{error}; remove it to compute that part again") from None
         numbers, seconds = kept.pop("numbers"), kept.pop("seconds")
@@ -99,27 +99,27 @@ def part(
         return tuple(numbers.tolist())
     start = time.perf_counter()
     numbers = tuple(compute() or ())
-    own = {
+    record = {
         "numbers": torch.tensor(numbers, dtype=torch.float64),
         "seconds": torch.tensor(time.perf_counter() - start, dtype=torch.float64),
         "generator": generator.get_state(),
     }
-    own |= {k: v.detach().cpu().contiguous() for k, v in state().items()}
-    if all(value.isfinite().all() for value in own.values()):
-        told = {"identity": parts.identity, "hashes": {key: tensor_hash(value) for key, value in own.items()}}
+    record |= {k: v.detach().cpu().contiguous() for k, v in state().items()}
+    if all(value.isfinite().all() for value in record.values()):
+        header = {"identity": parts.identity, "hashes": {key: tensor_hash(value) for key, value in record.items()}}
         with atomic(file) as temporary:
-            save_file(own, temporary, {"quest": dumps(told)})
+            save_file(record, temporary, {"quest": dumps(header)})
     return numbers
 
 
-def _kept(file, identity, state):
-    """The tensors of a part. Raises ValueError, naming the file, unless they are those that this job wrote."""
-    with opened(file) as found:
-        told = loads((found.metadata() or {}).get("quest", "{}"), file)
-        kept = {key: found.get_tensor(key) for key in found.keys()}
-    if not isinstance(told, dict) or told.get("identity") != identity:
+def _read(file, identity, state):
+    """Read the tensors of a part. Raises ValueError that names the file unless this job wrote exactly these."""
+    with opened(file) as content:
+        header = loads((content.metadata() or {}).get("quest", "{}"), file)
+        kept = {key: content.get_tensor(key) for key in content.keys()}
+    if not isinstance(header, dict) or header.get("identity") != identity:
         raise ValueError(f"{file} is a part of another job")
-    hashes = told.get("hashes")
+    hashes = header.get("hashes")
     if not isinstance(hashes, dict) or hashes.keys() != kept.keys() or not {"numbers", "seconds"} <= kept.keys():
         raise ValueError(f"{file} is corrupted: it lacks tensors, or their hashes")
     for key, value in kept.items():
@@ -132,5 +132,5 @@ def _kept(file, identity, state):
 
 
 def digest(*files: Path) -> str:
-    """SHA-256 over those of some files, in the order of their names."""
+    """SHA-256 of the SHA-256 hashes of some files, in the order of their paths."""
     return hashlib.sha256("".join(map(sha256_of, sorted(files))).encode()).hexdigest()

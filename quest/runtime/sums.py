@@ -1,6 +1,6 @@
-"""`python -m quest.runtime.sums FOLDER ...` writes SHA256SUMS of model folders, which loading compares.
+"""`python -m quest.runtime.sums FOLDER ...` writes SHA256SUMS into model folders; loading a model compares them.
 
-The format is that of `sha256sum`, which checks a folder as well: `cd FOLDER && sha256sum --check SHA256SUMS`. No torch.
+The format is that of `sha256sum`, so `cd FOLDER && sha256sum --check SHA256SUMS` checks a folder, too. No torch.
 """
 
 import argparse
@@ -15,7 +15,7 @@ LEFT_OUT = (NAME, "README.md")
 
 
 def write_sums(folder: str | Path) -> None:
-    """Write the SHA-256 of every file of a folder, but for its README, into its SHA256SUMS."""
+    """Write the SHA-256 of every file of a folder, except its README, into its SHA256SUMS."""
     folder = Path(folder)
     files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     with atomic(folder / NAME) as temporary:
@@ -24,9 +24,9 @@ def write_sums(folder: str | Path) -> None:
 
 
 def check_sums(folder: str | Path) -> None:
-    """Raise ValueError, naming the file, where one is not what SHA256SUMS says. A folder without it is taken as it is.
+    """Raise ValueError that names a file whose hash differs from SHA256SUMS. A folder without SHA256SUMS passes.
 
-    Tens of milliseconds for a shipped model, seconds for one of gigabytes.
+    This takes tens of milliseconds for a shipped model, and seconds for a model of several gigabytes.
     """
     folder = Path(folder)
     if not (folder / NAME).is_file():
@@ -36,14 +36,14 @@ def check_sums(folder: str | Path) -> None:
         file = folder / name
         if not file.is_file():
             raise ValueError(f"{file}: missing, but {folder / NAME} names it")
-        if (found := sha256_of(file)) != expected:
-            raise ValueError(f"{file}: SHA-256 is {found}, {folder / NAME} says {expected}: the file has changed")
+        if (actual := sha256_of(file)) != expected:
+            raise ValueError(f"{file}: SHA-256 is {actual}, {folder / NAME} says {expected}: the file has changed")
 
 
 def check_archive(path: str | Path) -> None:
-    """Raise ValueError where a zip archive, as torch writes its files, has bytes that do not fit their checksum.
+    """Raise ValueError if a zip archive, such as a file of torch.save, contains bytes that contradict their checksum.
 
-    torch does not look at the checksums. A file that is no archive has none, and passes.
+    torch itself ignores the checksums. A file that is no archive has none, and passes.
     """
     if not zipfile.is_zipfile(path):
         return

@@ -82,7 +82,7 @@ def test_a_lock_follows_no_link_and_lies_in_a_folder_of_this_user(tmp_path):
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
     for folder in (tmp_path / "link", open_to_all):
-        with pytest.raises(ValueError, match=f"{folder.name}: locks of GPUs lie here"):
+        with pytest.raises(ValueError, match=f"{folder.name}: GPU locks need a folder that only this user"):
             gpu_lock.hold(["GPU-a"], folder)
     assert precious.stat().st_mtime_ns == before.st_mtime_ns
     assert gpu_lock.hold(["GPU-a"], tmp_path / "new") == 0
