@@ -1,1 +1,1 @@
-"""The models: how each is loaded, sampled and conditioned, and the trajectories that calibration starts from."""
+"""The models: how each is loaded, sampled and conditioned, and the trajectories that methods calibrate on."""

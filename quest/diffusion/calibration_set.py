@@ -1,8 +1,12 @@
-"""Calibration sets: what the full-precision denoiser met, and answered, along its own sampling trajectories.
+"""Calibration sets: inputs and predictions of the full-precision denoiser, recorded while it samples images.
 
-Data-free (QuEST, arXiv:2402.03666, section 4): trajectories start from Gaussian noise, so no image is needed. A guided
-sampler calls the denoiser on a doubled batch; both halves are kept, so every latent appears once with its condition and
-once without.
+A trajectory is the path of one image from noise to its latent. Every denoiser call on it gives a row; under guidance a
+call gives two rows, one for each half of the doubled batch (without and with the condition).
+
+    noise --[call 0, t = 951]--> x --[call 1, t = 901]--> x ... --[call 19, t = 1]--> latent
+             row: sample, t, target   row: sample, t, target
+
+Trajectories start from Gaussian noise, so no image is needed (QuEST, arXiv:2402.03666, section 4).
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class CalibrationSet:
-    """N denoiser calls: rows in the order they were made, trajectory by trajectory within a call.
+    """N rows in the order in which the denoiser computed them, trajectory by trajectory within a call.
 
     sample [N, C, h, w], timestep [N] (int64), conditioning {argument: [N, ...]}, target [N, C, h, w] (the prediction of
     full precision), trajectory [N] (image index), call [N] (0 for the noisiest; a sampler may visit a timestep twice).
@@ -55,14 +59,14 @@ class CalibrationSet:
 
     def subset(self, rows: Tensor) -> CalibrationSet:
         """These rows, in this order; a row may occur more than once."""
-        own = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "conditioning"}
-        return CalibrationSet(**own, conditioning={k: v[rows] for k, v in self.conditioning.items()})
+        tensors = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "conditioning"}
+        return CalibrationSet(**tensors, conditioning={k: v[rows] for k, v in self.conditioning.items()})
 
     def calls(self) -> Tensor:
-        """Rows of each sampler call, [calls * trajectories, halves], call by call.
+        """Row indices of each sampler call, [calls * trajectories, halves], call by call.
 
-        Under guidance a call has two halves, without and then with the condition; else one.
-        Raises ValueError for a set that lacks a call or a half of some trajectory.
+        Under guidance a call has two halves, first without and then with the condition; otherwise it has one.
+        Raises ValueError if some trajectory lacks a call or a half.
         """
         key = self.call * (int(self.trajectory.max()) + 1) + self.trajectory
         counts = key.unique(return_counts=True)[1]
@@ -71,9 +75,9 @@ class CalibrationSet:
         return key.argsort(stable=True).reshape(-1, int(counts[0]))
 
     def to(self, device) -> CalibrationSet:
-        """The same rows on another device: where a denoiser is, its inputs must be."""
-        own = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "conditioning"}
-        return CalibrationSet(**own, conditioning={k: v.to(device) for k, v in self.conditioning.items()})
+        """The same rows on another device, since inputs must be on the device of the denoiser."""
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "conditioning"}
+        return CalibrationSet(**tensors, conditioning={k: v.to(device) for k, v in self.conditioning.items()})
 
     def save(self, path, metadata: dict | None = None) -> None:
         """Write a safetensors file whose header has `metadata` and the hash of every tensor, atomically."""
@@ -86,9 +90,9 @@ class CalibrationSet:
 
     @classmethod
     def load(cls, path) -> CalibrationSet:
-        """Raises ValueError for a file that is not a calibration set, or whose bytes have changed since it was saved.
+        """Read a saved set. Raises ValueError if the file is no calibration set, or has changed since it was saved.
 
-        Sets of an earlier version have no hashes; they are taken as they are.
+        Sets of an earlier version have no hashes and are not checked for changes.
         """
         with opened(path) as f:
             hashes = loads((f.metadata() or {}).get("quest", "{}"), path).get("hashes", {})
@@ -116,9 +120,9 @@ class CalibrationSet:
 
 
 def guide(predictions: Tensor, guidance: float | None) -> Tensor:
-    """What the sampler works with, [B, C, h, w], of predictions [B, halves, C, h, w] (classifier-free guidance).
+    """Combine predictions [B, halves, C, h, w] into the sampler's, [B, C, h, w] (classifier-free guidance).
 
-    Raises ValueError for two halves without a guidance scale, and for one half with another scale than 1.
+    Raises ValueError for two halves without a guidance scale, and for one half with a scale other than 1.
     """
     if predictions.shape[1] == 1:
         if guidance not in (None, 1):
@@ -126,17 +130,17 @@ def guide(predictions: Tensor, guidance: float | None) -> Tensor:
         return predictions[:, 0]
     if guidance is None:
         raise ValueError("guidance: the calibration trajectories were guided; give the sampler's scale")
-    without, given = predictions.unbind(1)
-    return without + guidance * (given - without)
+    unconditional, conditional = predictions.unbind(1)
+    return unconditional + guidance * (conditional - unconditional)
 
 
 @torch.no_grad()
 def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int, draw: int = 0) -> CalibrationSet:
-    """Sample n images of a split and keep every denoiser call of their trajectories.
+    """Sample n images of a split and record every denoiser call of their trajectories.
 
-    draw: 0 for images 0 to n - 1; every further draw has other ones, from the next whole batch on.
+    draw: 0 for images 0 to n - 1; each further draw uses the next images, beginning at a whole batch.
     """
-    from quest.diffusion.sampling import generate  # here, so that the class alone loads no pipelines
+    from quest.diffusion.sampling import generate  # imported here, so that the class alone imports no pipelines
 
     first = draw * math.ceil(n / model.batch_size) * model.batch_size
     calls: list[dict] = []
@@ -164,6 +168,6 @@ def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int, draw: int
         handle.remove()
     tensors = {k: torch.cat(v) for k, v in kept.items()}
     names = [f.name for f in fields(CalibrationSet) if f.name != "conditioning"]
-    own = {k: tensors.pop(k) for k in names}
-    own["timestep"] = own["timestep"].long()
-    return CalibrationSet(**own, conditioning=tensors)
+    columns = {k: tensors.pop(k) for k in names}
+    columns["timestep"] = columns["timestep"].long()
+    return CalibrationSet(**columns, conditioning=tensors)

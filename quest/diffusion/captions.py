@@ -1,4 +1,4 @@
-"""Captions that images are drawn for, from a file: one per line, or COCO's own annotations. No torch."""
+"""Read the captions that images are sampled for: a text file with one per line, or COCO's annotations. No torch."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from quest.runtime.files import read_json, read_lines
 
 
 def load(path: str | Path) -> list[str]:
-    """Captions of `path`: the lines of a .txt, or of a COCO .json the first caption of every image, by image id.
+    """The lines of a text file, or the first caption of every image in a COCO .json file, ordered by image id.
 
-    COCO has five or so per image; the first is that of the lowest annotation id. Which 10,000 the papers drew is not
-    published. Raises FileNotFoundError without the file, and ValueError, naming file and line, for an empty caption or
-    another kind of file: a line more or less would move every caption behind it to another seed.
+    COCO has about five captions per image; the first has the lowest annotation id. The papers do not say which 10,000
+    they used. Raises FileNotFoundError if the file is missing, and ValueError that names file and line for an empty
+    caption or another format: skipping a line would shift every later caption to another seed.
     """
     path = Path(path)
     if not path.is_file():
@@ -45,12 +45,12 @@ def _coco(path):
 
 
 def enough(path: str | Path, captions: Sequence[str], needed: int) -> None:
-    """Raise ValueError, naming the file and both numbers, where there are fewer captions than needed."""
-    found = len(captions)
-    if found < needed:
-        raise ValueError(f"{path}: {found} captions, {needed} needed ({needed - found} too few); give one per image")
+    """Raise ValueError that names the file and both numbers if there are fewer captions than needed."""
+    count = len(captions)
+    if count < needed:
+        raise ValueError(f"{path}: {count} captions, {needed} needed ({needed - count} too few); give one per image")
 
 
 def sha256(captions: Sequence[str]) -> str:
-    """Hash of a prompt list in its order: part of a row's protocol, since the paper's list was not published."""
+    """Hash of captions in their order. A row's protocol contains it, since the paper's captions are not published."""
     return hashlib.sha256("\n".join(captions).encode()).hexdigest()

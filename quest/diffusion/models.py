@@ -1,6 +1,6 @@
-"""The models of the suite: how each is loaded, sampled and conditioned. No torch until one is loaded.
+"""The models of the suite: how each is loaded, sampled and conditioned. Imports torch only when it loads one.
 
-Those of `resources/zoo` ship. Those of the paper come from their published checkpoints, see `Origin`.
+The models in `resources/zoo` ship with the suite. The paper's are made from published checkpoints; see `Origin`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ SEEDS = {"evaluation": 0, "calibration": 1_000_000, "validation": 2_000_000}
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the weights of a model come from that does not ship.
+    """Where to get the weights of a model that does not ship with the suite.
 
-    A config names them (`models.<name>.checkpoint`); the pipeline that the model loads is made of them once.
+    weights (a config's `models.<name>.checkpoint`, or `url`) --rule `model`, once--> results/models/<name> --> `load`
     """
 
-    what: str  # what to get and where it is published, said where it is missing
-    compvis: str | None = None  # configuration in resources/compvis of a checkpoint in CompVis's format
-    url: str | None = None  # fetched from here where a config names no checkpoint; only with a hash to check it by
+    what: str  # which file to get and who publishes it; error messages show this
+    compvis: str | None = None  # name of the configuration in resources/compvis, if the format is CompVis's
+    url: str | None = None  # download address if a config names no checkpoint; always with its sha256
     sha256: str | None = None
-    captions: bool = False  # sampled from a file of captions that the config names, too
+    captions: bool = False  # whether sampling needs a file of captions, which the config names
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Model:
     """One pretrained pipeline and the protocol under which it is quantized and judged."""
 
     name: str
-    load: Callable[..., DiffusionPipeline]  # load(device="cpu"): float32, eval mode
+    load: Callable[..., DiffusionPipeline]  # load(device="cpu") gives float32 weights in eval mode
     sampler: str  # "ddim", "ddim-quadratic" or "plms"
     steps: int  # num_inference_steps; PLMS calls the denoiser once more
     conditioning: str  # "none", "class" or "text"
@@ -50,49 +50,48 @@ class Model:
     batch_size: int  # images per sampling batch, the same in every run
     time_groups: int
     eta: float = 0.0
-    guidance: float = 1.0  # 1 is none
+    guidance: float = 1.0  # scale of classifier-free guidance; 1 means none
     source: Callable[[str, int, int], Sequence] | None = (
-        None  # source(split, start, stop): labels or captions; may be shorter
+        None  # source(split, start, stop) gives labels or captions, fewer if there are no more
     )
     keep: dict[str, int] = field(
         default_factory=lambda: {"conv_in": 8, "conv_out": 8}, hash=False
     )  # layer glob -> bits
     softmax_bits: int = 8
-    split: bool = False  # Q-Diffusion quantizes the two parts of a decoder shortcut's input apart
-    activation_ranges: str = "mse"  # of its static ranges from 8 bits on: "mse", "ema" or "ema-symmetric", as released
-    trajectories: int = 50  # full-precision trajectories in the calibration set; whole batches waste nothing
+    split: bool = False  # whether Q-Diffusion quantizes the two parts of a decoder shortcut's input separately
+    activation_ranges: str = "mse"  # of Q-Diffusion as released, for 8 bits or more: "mse", "ema" or "ema-symmetric"
+    trajectories: int = 50  # full-precision trajectories in the calibration set; multiples of batch_size waste none
     extractor: str = "scenes"  # network behind FID, sFID and IS
     clip: str | None = None  # image-text model behind the CLIP score
     reference: Path | None = None  # statistics of real images
-    origin: Origin | None = None  # of a model that does not ship
+    origin: Origin | None = None  # where to get the weights; None if they ship
 
     @property
     def calls(self) -> int:
-        """Denoiser calls of a trajectory."""
+        """Number of denoiser calls in a trajectory."""
         return self.steps + (self.sampler == "plms")
 
     @property
     def halves(self) -> int:
-        """Samples in a denoiser call of one image: with and without the condition, where the sampler is guided."""
+        """Samples per image in a denoiser call: 2 under guidance (without and with the condition), otherwise 1."""
         return 2 if self.guidance > 1 else 1
 
     @property
     def protocol(self) -> str:
-        """How images are made, in one line."""
+        """How images are sampled, in one line, e.g. "ddim 20, eta 0, guidance 3"."""
         eta = "" if self.sampler == "plms" else f", eta {self.eta:g}"
         return f"{self.sampler} {self.steps}{eta}, guidance {self.guidance:g}"
 
     def recipe(self, method: Callable, activation_bits: int) -> dict:
-        """Keyword arguments that the protocol says to a method: those it knows of and has no choice of its own for.
+        """Keyword arguments that the model sets for a method: those the method has and does not fix itself.
 
-        A config's recipe has the last word. Kinds of running ranges are published for 8-bit activations only; below,
-        the method's default, the MSE search, serves it better.
+        A config's recipe overrides them. The released activation ranges exist for 8 bits only; below 8 bits the
+        method's default, the MSE search, gives smaller errors.
         """
-        said = {n: getattr(self, n) for n in ("keep", "softmax_bits", "time_groups", "selection", "guidance", "split")}
-        if activation_bits >= 8:
-            said["activation_ranges"] = self.activation_ranges
-        known = set(signature(method).parameters) - set(getattr(method, "keywords", ()))
-        return {name: value for name, value in said.items() if name in known}
+        names = ("keep", "softmax_bits", "time_groups", "selection", "guidance", "split")
+        names += ("activation_ranges",) if activation_bits >= 8 else ()
+        accepted = set(signature(method).parameters) - set(getattr(method, "keywords", ()))
+        return {name: getattr(self, name) for name in names if name in accepted}
 
     def seeds(self, split: str, indices: Sequence[int]) -> list[int]:
         """The seed of each image. Raises ValueError for an unknown split."""
@@ -101,23 +100,23 @@ class Model:
         return [SEEDS[split] + index for index in indices]
 
     def conditions(self, split: str, indices: Sequence[int]) -> dict[str, list]:
-        """What the pipeline is told about each image: {}, {"class_labels": [int]} or {"prompt": [str]}.
+        """The condition of each image as arguments of the pipeline: {}, {"class_labels": [int]} or {"prompt": [str]}.
 
-        Raises ValueError where the model's source has fewer labels or captions than asked for.
+        Raises ValueError if the model's source has too few labels or captions.
         """
         if self.source is None or not len(indices):
             return {}
         start, stop = min(indices), max(indices) + 1
-        found = self.source(split, start, stop)
-        if len(found) < stop - start:
+        values = self.source(split, start, stop)
+        if len(values) < stop - start:
             what = {"class": "labels", "text": "captions"}[self.conditioning]
             raise ValueError(f"{self.name}: split {split!r} has fewer than {stop} {what}; ask for fewer images")
         key, kind = {"class": ("class_labels", int), "text": ("prompt", str)}[self.conditioning]
-        return {key: [kind(found[index - start]) for index in indices]}
+        return {key: [kind(values[index - start]) for index in indices]}
 
 
 def _load_zoo(name: str, device="cpu") -> DiffusionPipeline:
-    """A shipped model from resources/zoo. Its weights are stored in float16 and computed with in float32."""
+    """Load a shipped model from resources/zoo. Its weights are stored in float16 and used in float32."""
     folder = ZOO / name
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{name}: no trained model in {folder}; `snakemake zoo` trains it")
@@ -125,7 +124,7 @@ def _load_zoo(name: str, device="cpu") -> DiffusionPipeline:
 
 
 def _load_prepared(name: str, device="cpu") -> DiffusionPipeline:
-    """A model of the paper, from what `snakemake` made of its checkpoint (`quest.diffusion.published`)."""
+    """Load a model of the paper, from the folder that rule `model` wrote (`quest.diffusion.published`)."""
     folder = PREPARED / name
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
@@ -136,9 +135,9 @@ def _load_prepared(name: str, device="cpu") -> DiffusionPipeline:
 
 
 def load_pipeline(folder: Path, device="cpu") -> DiffusionPipeline:
-    """A pipeline in diffusers layout, in float32 and eval mode.
+    """Load a folder in diffusers layout, in float32 and eval mode.
 
-    Raises ValueError for a pipeline of another kind, and for a file that its SHA256SUMS does not know.
+    Raises ValueError for another class of pipeline, and for a file whose hash differs from SHA256SUMS.
     """
     import torch
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
@@ -147,16 +146,16 @@ def load_pipeline(folder: Path, device="cpu") -> DiffusionPipeline:
 
     check_sums(folder)
     kinds = {kind.__name__: kind for kind in (LatentDiffusionPipeline, StableDiffusionPipeline)}
-    found = DiffusionPipeline.load_config(folder)["_class_name"]
-    if found not in kinds:
-        raise ValueError(f"{folder}: a {found}; valid: {', '.join(kinds)}")
-    # A safety checker would black out images, and those of one method more often than another's.
-    unchecked = {"safety_checker": None, "requires_safety_checker": False} if "Stable" in found else {}
-    pipe = kinds[found].from_pretrained(folder, **unchecked)
+    kind = DiffusionPipeline.load_config(folder)["_class_name"]
+    if kind not in kinds:
+        raise ValueError(f"{folder}: a {kind}; valid: {', '.join(kinds)}")
+    # A safety checker would black out images, and more of them with one method than with another.
+    unchecked = {"safety_checker": None, "requires_safety_checker": False} if "Stable" in kind else {}
+    pipe = kinds[kind].from_pretrained(folder, **unchecked)
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
-            # A text encoder loads in the float16 it is stored in. On a CPU, convolutions are half again as fast when
-            # channels are innermost, and what follows a layer keeps the layout its weight has.
+            # A text encoder loads in float16, as it is stored. On a CPU, convolutions are 1.5 times as fast with
+            # channels innermost, a layout that passes from a layer's weight to its output.
             module.float().eval().to(memory_format=torch.channels_last)
     return pipe.to(device)
 
@@ -174,32 +173,32 @@ def _scene_captions(split: str, start: int, stop: int) -> Sequence[str]:
 
 
 def _imagenet_labels(split: str, start: int, stop: int) -> Sequence[int]:
-    """Class (309 i) mod 1000 of image i: 50 of each class in 50,000 images, and a few images are spread over all.
+    """Image i has class (309 i) mod 1000: 50,000 images contain each class 50 times, and a few images spread widely.
 
-    The released code of QuEST calibrates on classes 0 to 25 only, the first 256 of images that are sorted by class.
+    The released code of QuEST calibrates on classes 0 to 25 only: it takes the first 256 images, sorted by class.
     """
     return [309 * index % 1000 for index in range(start, stop)]
 
 
-# Lines of a caption file: the evaluation's first, so that the published ones come first and calibration has others.
+# Line numbers of a caption file: evaluation uses the first lines, in their order, and calibration uses later ones.
 CAPTION_LINES = {"evaluation": (0, 10_000), "calibration": (10_000, 11_000)}
 
 
 def _captions(name: str, split: str, start: int, stop: int) -> Sequence[str]:
-    """Captions of images start .. stop - 1 of a split: lines of the file that was prepared with the model."""
+    """Captions of images start .. stop - 1 of a split, from the file that `published.prepare` wrote."""
     first, end = CAPTION_LINES.get(split, (0, 0))
     lines = read_lines(PREPARED / name / "captions.txt")
     return lines[min(first + start, end) : min(first + stop, end)]
 
 
 SCENES = ZOO.parent / "reference" / "scenes.npz"
-PREPARED = ZOO.parents[1] / "results" / "models"  # what rule `model` writes
+PREPARED = ZOO.parents[1] / "results" / "models"  # the folder that rule `model` writes into
 REFERENCES = ZOO.parents[1] / "results" / "references"  # statistics of real images that do not ship
 
 MODELS = {
     model.name: model
     for model in (
-        # The LSUN models of the paper: unconditional, fresh noise in every step.
+        # Stands for the paper's LSUN models: unconditional, with fresh noise in every step.
         Model(
             name="scenes-uncond",
             load=partial(_load_zoo, "scenes-uncond"),
@@ -213,7 +212,7 @@ MODELS = {
             time_groups=20,
             reference=SCENES,
         ),
-        # ImageNet LDM-4: by class, guided, deterministic.
+        # Stands for ImageNet LDM-4: conditioned on a class, guided, deterministic.
         Model(
             name="scenes-class",
             load=partial(_load_zoo, "scenes-class"),
@@ -227,7 +226,7 @@ MODELS = {
             time_groups=20,
             reference=SCENES,
         ),
-        # Stable Diffusion: by text, guided, PLMS.
+        # Stands for Stable Diffusion: conditioned on text, guided, sampled with PLMS.
         Model(
             name="scenes-text",
             load=partial(_load_zoo, "scenes-text"),
@@ -330,7 +329,7 @@ MODELS = {
             split=True,
             activation_ranges="ema-symmetric",
             batch_size=256,
-            # Of 100 quadratic steps 96 are distinct. Q-Diffusion calibrates every fifth; 20 does not divide 96.
+            # 96 of the 100 quadratic timesteps are distinct. 20, one group for every fifth step, does not divide 96.
             time_groups=24,
             trajectories=256,
             extractor="torch-fidelity",
@@ -340,7 +339,7 @@ MODELS = {
                 "`python -m quest.zoo.train_cifar10` writes"
             ),
         ),
-        # The rehearsal: random weights of the first four at a few channels, and few steps.
+        # The rehearsal: the paper's first four models with few channels, random weights and few steps.
         Model(
             name="tiny-bedrooms",
             load=partial(_load_prepared, "tiny-bedrooms"),
@@ -405,7 +404,7 @@ MODELS = {
 
 
 def get(name: str) -> Model:
-    """The model of that name. Raises ValueError with the known names otherwise."""
+    """The model with this name. Raises ValueError that lists the valid names for any other name."""
     if name not in MODELS:
         raise ValueError(f"model: {name!r} is not one of {', '.join(MODELS)}")
     return MODELS[name]

@@ -1,8 +1,8 @@
-"""Diffusion without text: unconditional (LSUN, CIFAR-10) or by class (ImageNet), sampled with DDIM.
+"""Pipelines without text: unconditional (LSUN, CIFAR-10) or conditioned on a class (ImageNet), sampled with DDIM.
 
-The models of arXiv:2112.10752 that diffusers' `StableDiffusionPipeline` does not cover, and DDIM's own, which has no
-autoencoder. As there, the denoiser is called `unet`, and guidance doubles its batch: first without, then with the
-condition.
+They run the models of arXiv:2112.10752 that diffusers' `StableDiffusionPipeline` does not cover, and DDIM's model for
+CIFAR-10, which has no autoencoder. As in diffusers, the denoiser is called `unet`, and guidance doubles its batch:
+first without, then with the condition.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from torch import nn
 
 from quest.runtime.files import dumps, read_json
 
-# Where the classes are defined that saved pipelines name beside those of diffusers.
+# Classes in saved pipelines that diffusers does not define, and their modules.
 CLASSES = {
     "ClassEmbedder": __name__,
     "FixedHeadsUNet2DModel": "quest.diffusion.compvis.networks",
@@ -51,7 +51,7 @@ class ClassEmbedder(ModelMixin, ConfigMixin):
 class LatentDiffusionPipeline(DiffusionPipeline):
     """`unet`, `vae`, a DDIM `scheduler` and, for a class-conditional model, a `class_embedder`.
 
-    Without `vae` the denoiser works on pixels in [-1, 1] (DDIM on CIFAR-10), and what is called latents here is those.
+    Without `vae` the denoiser works on pixels in [-1, 1] (DDIM on CIFAR-10); "latents" below then means these pixels.
     Without `class_embedder` the denoiser is called as `unet(sample, timestep)`, with it as
     `unet(sample, timestep, encoder_hidden_states=tokens)`. `save_pretrained` works as for any diffusers pipeline;
     load with `LatentDiffusionPipeline.from_pretrained(folder)`, since diffusers does not know this class by name.
@@ -74,15 +74,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args, **kwargs) -> dict:
-        """`model_index.json`, which `from_pretrained` reads through this, with classes of ours where they are now.
+        """Read `model_index.json` for `from_pretrained`, and name the current module of each class in CLASSES.
 
-        diffusers takes classes only from modules that are imported; and pipelines that were saved before modules moved
-        name `quest.pipelines`, which is gone.
+        diffusers finds classes only in imported modules, and older saved pipelines name a module that no longer exists,
+        `quest.pipelines`.
         """
         config = super().load_config(*args, **kwargs)
-        for name, found in config.items():
-            if isinstance(found, list) and len(found) == 2 and found[1] in CLASSES:
-                config[name] = [importlib.import_module(CLASSES[found[1]]).__name__, found[1]]
+        for name, entry in config.items():
+            if isinstance(entry, list) and len(entry) == 2 and entry[1] in CLASSES:
+                config[name] = [importlib.import_module(CLASSES[entry[1]]).__name__, entry[1]]
         return config
 
     @torch.no_grad()
@@ -102,13 +102,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
         Args:
             batch_size: images to make; with `class_labels`, their number is used.
-            class_labels: one label per image, each from 0 to num_classes - 1; needed by class-conditional models only.
+            class_labels: one label per image, each from 0 to num_classes - 1; only for class-conditional models.
             num_inference_steps: denoiser calls.
             eta: share of fresh noise in every step, from 0 (deterministic) to 1 (as much as DDPM).
             guidance_scale: 1 for none; above 1, one denoiser call on the batch [without class, with class] per step.
             generator: one for the batch, or a list with one per image. It draws the initial noise and, if eta > 0, the
                 noise of every step, so that an image depends on its own generator only.
-            latents: initial noise [B, C, h, w], in place of drawing it.
+            latents: initial noise [B, C, h, w]; None draws it.
             output_type: "pil", "np" (float [B, H, W, 3] in [0, 1]), "pt" (float [B, 3, H, W] in [0, 1]) or "latent"
                 ([B, C, h, w], not decoded).
             return_dict: whether to return an `ImagePipelineOutput` or a tuple with the images.
@@ -191,7 +191,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
 
 def forget_origin(path: Path) -> None:
-    """Take the folder a component was loaded from out of its config: it means nothing on another machine."""
+    """Delete a component's source folder from its config file, because it means nothing on another machine."""
     settings = read_json(path)
     settings.pop("_name_or_path", None)
     path.write_text(dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""The paper's models as published, made into the folders that `diffusion.models` loads: pipeline, captions, provenance.
+"""Convert the paper's published models into the folders that `diffusion.models` loads: pipeline, captions, provenance.
 
-Done once per model, so that a checkpoint is read, checked and hashed once and every job starts from safetensors.
+This happens once per model, so a checkpoint is read, checked and hashed once and every job starts from safetensors.
 """
 
 import hashlib
@@ -40,14 +40,14 @@ def prepare(model: Model, checkpoint, out, *, tokenizer=None, captions=None) -> 
     """Write the pipeline of a model's published weights to the folder `out`, all at once or not at all.
 
     Args:
-        model: one with an `origin`.
+        model: a model with an `origin`.
         checkpoint: a CompVis checkpoint (`.ckpt`, `.safetensors`), or a folder in diffusers layout.
         tokenizer: folder of the CLIP tokenizer, for a checkpoint with a text encoder.
-        captions: file of captions (`quest.diffusion.captions`), for a model that is sampled from real ones.
+        captions: file of captions (`quest.diffusion.captions`), for a model whose origin needs them.
 
     Raises:
-        FileNotFoundError: no checkpoint or caption file there; the message says what to put where.
-        ValueError: a checkpoint that does not fit, or too few captions.
+        FileNotFoundError: the checkpoint or caption file is missing; the message says what to put where.
+        ValueError: the checkpoint does not fit the model, or there are too few captions.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.exists():
@@ -72,7 +72,7 @@ def prepare(model: Model, checkpoint, out, *, tokenizer=None, captions=None) -> 
 
 
 def denoiser(model: Model, device="meta"):
-    """A model's denoiser from its configuration alone, untrained; on "meta" it takes no memory and has its shapes."""
+    """A model's untrained denoiser, built from its configuration; on "meta" it has its shapes but takes no memory."""
     import diffusers
     import torch
 
@@ -90,7 +90,7 @@ def denoiser(model: Model, device="meta"):
 
 
 def convert(model: Model, checkpoint: Path, tokenizer=None):
-    """The pipeline of a published checkpoint; see `prepare`."""
+    """Load a published checkpoint as a pipeline; see `prepare`."""
     if model.name == "cifar10":
         return _pixels(checkpoint)
     if checkpoint.is_dir():
@@ -103,10 +103,10 @@ def convert(model: Model, checkpoint: Path, tokenizer=None):
 
 
 def weights_hash(checkpoint) -> str:
-    """SHA-256 of a checkpoint file, or of its denoiser's in a folder in diffusers layout.
+    """SHA-256 of a checkpoint file or, for a folder in diffusers layout, of its denoiser's weights.
 
-    Of weights in several files it is the one over theirs, in the order of their names. Raises ValueError where there
-    are none.
+    For weights in several files it is the SHA-256 of their hashes, in the order of their names. Raises ValueError if a
+    folder has no weights.
     """
     checkpoint = Path(checkpoint)
     if checkpoint.is_file():
@@ -120,17 +120,17 @@ def weights_hash(checkpoint) -> str:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The files that diffusers takes a denoiser's weights from: one, or several parts of it."""
+    """The files from which diffusers loads a denoiser's weights: one file, or the parts into which it was split."""
     for place in (folder / "unet", folder):
         for kind in ("safetensors", "bin"):
             for name in (f"diffusion_pytorch_model.{kind}", f"diffusion_pytorch_model-?????-of-?????.{kind}"):
-                if found := sorted(place.glob(name)):
-                    return found
+                if files := sorted(place.glob(name)):
+                    return files
     return []
 
 
 def _pixels(folder: Path) -> LatentDiffusionPipeline:
-    """DDPM's U-Net in diffusers layout (a pipeline's folder, or the model's own), with DDIM's schedule for CIFAR-10."""
+    """Load DDPM's U-Net from a pipeline's or a model's folder in diffusers layout; add DDIM's schedule for CIFAR-10."""
     from diffusers import UNet2DModel
 
     place = folder / "unet" if (folder / "unet").is_dir() else folder
@@ -147,24 +147,24 @@ def _pixels(folder: Path) -> LatentDiffusionPipeline:
 
 
 def _same_denoiser(pipe, model: Model, checkpoint) -> None:
-    """Raise ValueError where a pipeline's denoiser has other parameters than the model's configuration."""
-    own, expected = (
+    """Raise ValueError if the parameters of a pipeline's denoiser differ from the model's configuration."""
+    actual, expected = (
         {name: tuple(value.shape) for name, value in unet.state_dict().items()} for unet in (pipe.unet, denoiser(model))
     )
-    differ = sorted(name for name in own.keys() | expected.keys() if own.get(name) != expected.get(name))
+    differ = sorted(name for name in actual.keys() | expected.keys() if actual.get(name) != expected.get(name))
     if differ:
         raise ValueError(
             f"{checkpoint}: its denoiser is not that of {model.name}: {len(differ)} parameters differ, the first "
-            f"{differ[0]} ({own.get(differ[0], 'missing')}, expected {expected.get(differ[0], 'none')})"
+            f"{differ[0]} ({actual.get(differ[0], 'missing')}, expected {expected.get(differ[0], 'none')})"
         )
 
 
 def _lines(model: Model, path) -> list[str]:
-    """The captions a model needs, those of CAPTION_LINES. Raises where there are too few, or an empty one."""
+    """The captions a model needs (see CAPTION_LINES). Raises ValueError if there are too few or one is empty."""
     if path is None:
         raise ValueError(f"models.{model.name}.captions: missing; name a text file, one caption per line, or COCO's")
     first, end = CAPTION_LINES["calibration"]
     captions = caption_files.load(path)
-    # The last batch is filled with trajectories that are then left out; they have captions too.
+    # The last batch is filled up with trajectories that are dropped later; these need captions, too.
     caption_files.enough(path, captions, first + -(-model.trajectories // model.batch_size) * model.batch_size)
     return captions[:end]

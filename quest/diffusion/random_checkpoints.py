@@ -1,7 +1,7 @@
-"""Small random checkpoints in CompVis's format, for tests and the rehearsal: the four architectures at a few channels.
+"""Small random checkpoints in CompVis's format for tests and the rehearsal: four architectures with few channels.
 
-Weights are drawn in the order listed in `resources/compvis/<model>.json` (name, shape, scale, shift) from numpy's
-frozen legacy generator and rounded to float16, so the files are the same everywhere.
+Weights are drawn in the order listing in `resources/compvis/<model>.json` (name, shape, scale, shift) from numpy's
+frozen legacy generator and rounded to float16, so the files are equal on every machine.
 """
 
 from pathlib import Path
@@ -14,22 +14,22 @@ MODELS = ("tiny-bedrooms", "tiny-churches", "tiny-imagenet", "tiny-sd")
 
 
 def state_dict(model: str, text: bool = True) -> dict:
-    """The tensors of a checkpoint by name; with `text`, those of tiny-sd's text encoder too.
+    """The tensors of a checkpoint by name, with `text` including those of tiny-sd's text encoder.
 
-    Raises ValueError for another model.
+    Raises ValueError if `model` is not one of MODELS.
     """
     import numpy as np
     import torch
 
     if model not in MODELS:
         raise ValueError(f"model: {model!r} is not one of {', '.join(MODELS)}")
-    listed = read_json(COMPVIS / f"{model}.json")
-    draw = np.random.RandomState(listed["seed"])
+    listing = read_json(COMPVIS / f"{model}.json")
+    draw = np.random.RandomState(listing["seed"])
     state = {}
-    for name, shape, scale, shift in listed["tensors"] + (listed["text"] if text else []):
+    for name, shape, scale, shift in listing["tensors"] + (listing["text"] if text else []):
         values = draw.standard_normal(shape) * scale + shift
         state[name] = torch.from_numpy(values.astype(np.float16).astype(np.float32))
-    return state | {name: torch.tensor(value) for name, value in listed["scalars"].items()}
+    return state | {name: torch.tensor(value) for name, value in listing["scalars"].items()}
 
 
 def main() -> None:

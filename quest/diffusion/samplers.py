@@ -1,8 +1,11 @@
 """Schedulers that diffusers lacks: DDIM's for CIFAR-10, and those that correct a quantized denoiser's prediction.
 
-The latter are PTQD's (He et al., arXiv:2305.10657). A method that changes sampling itself, not only the denoiser, hands
-its pipeline one of these; `quest.quantization.checkpoint` saves and restores it. They draw the same random numbers as
-the schedulers they derive from, so seeds stay paired.
+The latter are PTQD's (He et al., arXiv:2305.10657). With e~ the quantized and e the full-precision prediction:
+
+    x --denoiser--> e~ = (1 + k) e + residual --(e~ - bias) / (1 + k)--> estimate of e --DDIM or PLMS step--> next x
+
+A method that changes sampling gives its pipeline such a scheduler, which `quest.quantization.checkpoint` saves. It
+draws the same random numbers as its base class, so seeds stay paired.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
-# `from_pretrained` looks up the base of a class of ours in its module.
+# `from_pretrained` looks up the base class of our schedulers in this module.
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -35,19 +38,19 @@ class Correction(NamedTuple):
 
     def at(self, timestep: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
         """slope [], bias [C, 1, 1] and std [] of one timestep. Raises ValueError for one without statistics."""
-        found = (self.timesteps == int(timestep)).nonzero().flatten()
-        if not len(found):
+        rows = (self.timesteps == int(timestep)).nonzero().flatten()
+        if not len(rows):
             raise ValueError(f"timestep {int(timestep)} has no statistics; known are {self.timesteps.tolist()}")
-        return self.slope[found[0]], self.bias[found[0]][:, None, None], self.std[found[0]]
+        return self.slope[rows[0]], self.bias[rows[0]][:, None, None], self.std[rows[0]]
 
 
 class Corrected:
-    """What the corrected schedulers share. `correction` is set by `correct`."""
+    """Base of the corrected schedulers. `correct` sets `correction`."""
 
     correction: Correction
 
     def set_timesteps(self, *args, **kwargs) -> None:
-        """As the scheduler it derives from. Raises ValueError for timesteps that have no statistics."""
+        """Set the timesteps as the base class does. Raises ValueError for timesteps without statistics."""
         super().set_timesteps(*args, **kwargs)
         unknown = sorted(set(self.timesteps.tolist()) - set(self.correction.timesteps.tolist()), reverse=True)
         if unknown:
@@ -63,14 +66,14 @@ class Corrected:
 
 
 class CorrectedDDIMScheduler(Corrected, DDIMScheduler):
-    """DDIM on the corrected prediction; the injected noise gives way to the quantization noise already there."""
+    """DDIM on the corrected prediction. It injects less noise, because quantization already added some."""
 
     def noise_share(self, timestep: Tensor | int, eta: float) -> float:
         """Standard deviation of the noise to inject over that of full precision (arXiv:2305.10657).
 
-        With s the deviation of full precision and c the coefficient of the prediction in the DDIM step, quantization
-        noise of deviation q = std / (1 + k) arrives as c q, so s_new^2 = max(0, s^2 - c^2 q^2). Needs eta > 0: without
-        injected noise there is nothing to give way.
+        Let s be the deviation of full precision and c the coefficient of the prediction in the DDIM step. Quantization
+        noise of deviation q = std / (1 + k) enters the step as c q, so s_new^2 = max(0, s^2 - c^2 q^2). With eta = 0
+        no noise is injected and the result is 1.
         """
         slope, _, std = self.correction.at(timestep)
         before = int(timestep) - self.config.num_train_timesteps // self.num_inference_steps
@@ -111,7 +114,7 @@ class CorrectedDDIMScheduler(Corrected, DDIMScheduler):
 
 
 class CorrectedPNDMScheduler(Corrected, PNDMScheduler):
-    """PLMS on the corrected prediction. It is deterministic: no injected noise, so no variance to absorb."""
+    """PLMS on the corrected prediction. PLMS injects no noise, so there is no variance to reduce."""
 
     def step(self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True):
         return super().step(self.corrected(model_output, timestep), timestep, sample, return_dict=return_dict)
@@ -121,7 +124,7 @@ CORRECTED = {DDIMScheduler: CorrectedDDIMScheduler, PNDMScheduler: CorrectedPNDM
 
 
 def correct(scheduler, correction: Correction):
-    """The corrected twin of a DDIM or PLMS scheduler.
+    """The corrected version of a DDIM or PLMS scheduler.
 
     Raises ValueError for other schedulers, for a denoiser that does not predict noise, and for clipped samples, where
     a step is not linear in the prediction.
@@ -140,14 +143,14 @@ def correct(scheduler, correction: Correction):
 
 
 def state(scheduler) -> dict[str, Tensor]:
-    """The tensors of a corrected scheduler by name, to be saved; none of any other."""
+    """The tensors of a corrected scheduler by name, for saving; empty for any other scheduler."""
     return dict(scheduler.correction._asdict()) if isinstance(scheduler, Corrected) else {}
 
 
 def restore(scheduler, tensors: dict[str, Tensor]):
-    """The scheduler that `state` was taken from, given the uncorrected one; the same where there are no tensors.
+    """Correct `scheduler` with the tensors that `state` returned; without tensors it stays uncorrected.
 
-    Raises ValueError where some of the tensors are missing.
+    Raises ValueError if some of the tensors are missing.
     """
     if not tensors:
         return scheduler
@@ -160,9 +163,9 @@ def restore(scheduler, tensors: dict[str, Tensor]):
 class QuadraticDDIMScheduler(DDIMScheduler):
     """DDIM whose timesteps lie closer together where there is less noise, as used for CIFAR-10.
 
-    Step i of S is at floor((i / (S - 1))^2 * 0.8 T), arXiv:2010.02502, appendix D.2, with the factor 0.8 of its
-    released code. The first few may coincide (i = 0 .. 3 of 100 are all 0); they are visited all the same. Below the
-    last step is the image itself, so `set_alpha_to_one` stays true.
+    Timestep i of S is floor((i / (S - 1))^2 * 0.8 T), arXiv:2010.02502, appendix D.2, with the factor 0.8 of its
+    released code. Small ones may coincide (i = 0 .. 3 of 100 are all 0); each is still one step. The last step ends at
+    the image itself, so `set_alpha_to_one` stays true.
     """
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device = None) -> None:
@@ -183,9 +186,9 @@ class QuadraticDDIMScheduler(DDIMScheduler):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple:
-        """One step of arXiv:2010.02502, equations 12 and 16; steps are counted, since timesteps may coincide.
+        """One step of arXiv:2010.02502, equations 12 and 16. Steps are counted, since timesteps may coincide.
 
-        Raises ValueError for a timestep out of turn: `set_timesteps` starts a new trajectory.
+        Raises ValueError if `timestep` is not the next one; `set_timesteps` starts a new trajectory.
         """
         place = self._position
         if place >= len(self.timesteps) or int(timestep) != int(self.timesteps[place]):

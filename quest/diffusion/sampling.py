@@ -1,8 +1,8 @@
-"""Seeds to images, one generator per image, the same bytes however the work is cut.
+"""Sample images from seeds, one generator per image, so that neither n nor the number of shards changes an image.
 
-Image i of a split is drawn from seed SEEDS[split] + i and always sits in batch i // B at place i % B, where B is the
-model's batch size. The last batch is filled with the images that would come next and cut afterwards, and a shard is a
-set of whole batches, so neither n nor the number of shards touches an image.
+Image i of a split has seed SEEDS[split] + i and is always at place i % B of batch i // B, where B is the model's batch
+size. A shard is a set of whole batches; the last batch is filled with the next images, which are then dropped. With
+B = 4, n = 6 and two shards, shard 0 samples images 0 1 2 3, and shard 1 samples 4 5 6 7 and drops 6 7.
 """
 
 import copy
@@ -19,34 +19,34 @@ from quest.diffusion.models import Model
 
 
 def timesteps(model: Model, pipe: DiffusionPipeline) -> list[int]:
-    """The timestep of every denoiser call, noisiest first. PLMS calls it twice at its second step."""
+    """The timestep of every denoiser call, noisiest first. PLMS visits its second timestep twice."""
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(model.steps)
     return scheduler.timesteps.tolist()
 
 
 def arguments(model: Model, split: str, indices: list[int]) -> dict:
-    """Keyword arguments with which `pipe(...)` makes these images, without `output_type`.
+    """Keyword arguments with which `pipe(...)` samples these images, without `output_type`.
 
-    Generators live on the CPU, so that the noise is the same on every device.
+    Generators are on the CPU, so that the noise is the same on every device.
     """
-    given = {
+    keywords = {
         "num_inference_steps": model.steps,
         "guidance_scale": model.guidance,
         "generator": [torch.Generator().manual_seed(seed) for seed in model.seeds(split, indices)],
         **model.conditions(split, indices),
     }
     if model.sampler != "plms":
-        given["eta"] = model.eta
+        keywords["eta"] = model.eta
     if model.conditioning == "none":
-        given["batch_size"] = len(indices)
-    return given
+        keywords["batch_size"] = len(indices)
+    return keywords
 
 
 def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> np.ndarray:
     """Decode latents [B, C, h, w] to images, uint8 [B, H, W, 3], as `pipe(...)` does for PIL images.
 
-    A pipeline without `vae` samples pixels; they are rounded only. What is not a number becomes 0.
+    A pipeline without `vae` samples pixels, which are only rounded. NaN becomes 0.
     """
     pixels = latents  # [B, 3, H, W] in [-1, 1]
     if pipe.vae is not None:
@@ -71,9 +71,9 @@ def generate(
         pipe: a full-precision or quantized pipeline of `model`.
         split: "evaluation", "calibration" or "validation".
         n: images in all shards together.
-        shard: (k, count), the batches k, k + count, k + 2 count, ...; empty where there are fewer batches than shards.
-        first: index of the first image, the first of a batch.
-        skip: batches not to make, by their first image.
+        shard: (k, count), the batches k, k + count, k + 2 count, ...; none if k is not below the number of batches.
+        first: index of the first image, a multiple of the batch size.
+        skip: first images of batches to leave out.
 
     Yields:
         Per batch: indices [B], final latents [B, C, h, w] (float32, on the CPU), images uint8 [B, H, W, 3].
@@ -81,8 +81,8 @@ def generate(
 
     Raises:
         ValueError: unknown split, n below 1, a shard that does not exist, a first image within a batch, fewer
-            captions than images, or timesteps outside the range that a quantized denoiser was calibrated for. Raised by
-            the call, before any sampling.
+            captions than images, or timesteps outside the range that a quantized denoiser was calibrated for. The call
+            raises it before any sampling.
     """
     k, count = shard
     if not 0 <= k < count:
@@ -93,7 +93,7 @@ def generate(
     if first % size:
         raise ValueError(f"first: {first} is not a multiple of the batch size {size}")
     starts = batches(model, n, shard, first)
-    arguments(model, split, [first + -(-n // size) * size - 1])  # too few captions: better now than in the last batch
+    arguments(model, split, [first + -(-n // size) * size - 1])  # raises now, not in the last batch, without captions
     groups = getattr(pipe.unet, "time_groups", None)
     if groups is not None:
         groups.check(timesteps(model, pipe))
@@ -101,7 +101,7 @@ def generate(
 
 
 def batches(model: Model, n: int, shard: tuple[int, int] = (0, 1), first: int = 0) -> list[int]:
-    """The first image of every batch of a shard."""
+    """Index of the first image of every batch of a shard."""
     return list(range(first, first + n, model.batch_size))[shard[0] :: shard[1]]
 
 
@@ -120,8 +120,8 @@ def _batches(pipe, model, split, end, starts):
 
 @contextmanager
 def timed(denoiser: torch.nn.Module) -> Iterator[list[float]]:
-    """Collect the seconds of every call of the denoiser while the context lasts. Results stay as they are."""
-    seconds, started = [], []
+    """Measure the seconds of every denoiser call inside this context. Results do not change."""
+    seconds, starts = [], []
 
     def now():
         if denoiser.device.type == "cuda":
@@ -129,8 +129,8 @@ def timed(denoiser: torch.nn.Module) -> Iterator[list[float]]:
         return time.perf_counter()
 
     handles = [
-        denoiser.register_forward_pre_hook(lambda *_: started.append(now())),
-        denoiser.register_forward_hook(lambda *_: seconds.append(now() - started.pop())),
+        denoiser.register_forward_pre_hook(lambda *_: starts.append(now())),
+        denoiser.register_forward_hook(lambda *_: seconds.append(now() - starts.pop())),
     ]
     try:
         yield seconds
@@ -141,7 +141,7 @@ def timed(denoiser: torch.nn.Module) -> Iterator[list[float]]:
 
 @contextmanager
 def _quiet(pipe):
-    """Hide the pipeline's own bar (one per batch) behind ours."""
+    """Hide the pipeline's progress bar (one per batch), because `generate` shows one for all batches."""
     before = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**{**before, "disable": True})
     try:

@@ -1,9 +1,9 @@
-"""Captioned 64x64 scenes, drawn by numpy alone: a deterministic stand-in for a photo collection.
+"""Captioned 64x64 scenes, drawn by numpy alone: a deterministic substitute for a photo collection.
 
-A scene is a soft gradient with one main object (kind x colour = 48 classes), lit from the top left and casting a
-shadow, and in half of the scenes a small companion beside it.  Scenes are drawn in chunks of 256, each from its own
-generator, so scene i of a split is the same however many are drawn.  A hash of the caption decides the split: no two
-splits share a caption.
+A scene is a soft gradient with one main object (kind x colour = 48 classes), which is lit from the top left and casts a
+shadow; half of the scenes also have a small companion object. Scenes are drawn in chunks of 256, each with a generator
+of its own, so scene i of a split does not depend on how many are drawn. A hash of the caption decides the split, so no
+two splits share a caption.
 """
 
 from dataclasses import dataclass, fields
@@ -21,7 +21,7 @@ CLASSES = tuple(f"{colour} {kind}" for kind in SHAPES for colour in COLOURS)
 
 SIZE = 64
 CHUNK = 256
-# Of 16 equal parts of all captions.
+# Captions are hashed into 16 equal parts; each split has some of them.
 SPLITS = {
     "train": range(0, 8),
     "validation": range(8, 10),
@@ -52,7 +52,7 @@ _WORDS = "a at the on background left right of above below top bottom center".sp
 
 
 def vocabulary():
-    """Every word a caption can hold, in a fixed order."""
+    """Every word that can occur in a caption, in a fixed order."""
     return _WORDS + [*SIZES, *COLOURS, *SHAPES, *TEXTURES[1:], *BACKGROUNDS]
 
 
@@ -68,7 +68,7 @@ class Scenes:
     position: np.ndarray  # [n] of an object alone
     relation: np.ndarray  # [n] of the main object to its companion
     background: np.ndarray  # [n]
-    looks: np.ndarray  # [n, 16] uniform in [0, 1): what the caption leaves open
+    looks: np.ndarray  # [n, 16] uniform in [0, 1): details that the caption does not mention
 
     def __len__(self):
         return len(self.pair)
@@ -96,7 +96,7 @@ class Scenes:
         return " ".join([*words, "on a", BACKGROUNDS[self.background[i]], "background"])
 
     def images(self):
-        """uint8 [n, 64, 64, 3]."""
+        """The scenes as uint8 images [n, 64, 64, 3]."""
         out = np.empty((len(self), SIZE, SIZE, 3), np.uint8)
         for start in range(0, len(self), CHUNK):
             rows = slice(start, start + CHUNK)
@@ -105,7 +105,7 @@ class Scenes:
 
 
 def draw(split, n, start=0):
-    """Scenes start .. start + n of a split.  Raises ValueError for a split that is not in SPLITS."""
+    """Scenes start .. start + n - 1 of a split. Raises ValueError for a split that is not in SPLITS."""
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
     if n < 0 or start < 0:
@@ -118,7 +118,7 @@ def draw(split, n, start=0):
 
 def _chunk(split, chunk):
     rng = np.random.default_rng([list(SPLITS).index(split), chunk])
-    # 24 candidates per wanted scene: the smallest splits keep an eighth of them, so a chunk never runs short.
+    # 24 candidates per scene: the smallest splits keep an eighth of them, so a chunk always has enough.
     m = 24 * CHUNK
     pair = rng.random(m) < 0.5
     size = np.where(pair, 1, rng.integers(0, 2, m))
@@ -143,7 +143,7 @@ def _chunk(split, chunk):
 
 
 def _bucket(scenes):
-    """Caption hash in 0..15: the caption as a mixed-radix number, through the finaliser of splitmix64."""
+    """Hash each caption to 0..15: the attributes as one number, mixed by the finaliser of splitmix64."""
     code = np.zeros(len(scenes), np.uint64)
     digits = [scenes.pair, *scenes.kind.T, *scenes.colour.T, scenes.size, scenes.texture]
     for digit in [*digits, scenes.position, scenes.relation, scenes.background]:
@@ -201,7 +201,7 @@ def _layout(s, u):
     centre[rows, 0] = 0
     centre[rows, 0, axis[rows]] = 0.42 * sign[rows]
     centre[rows, 1, axis[rows]] = -0.60 * sign[rows]
-    # Across the axis of the relation there is room to move.
+    # Objects may also move across the axis of the relation.
     centre[rows, 0, 1 - axis[rows]] = 0.20 * u[rows, 4]
     centre[rows, 1, 1 - axis[rows]] = 0.40 * u[rows, 5]
     radius[rows] = [0.47, 0.31]

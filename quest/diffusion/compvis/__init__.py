@@ -1,12 +1,12 @@
-"""Checkpoints of latent diffusion (arXiv:2112.10752) and Stable Diffusion v1, in CompVis's format, to diffusers.
+"""Convert CompVis's checkpoints of latent diffusion (arXiv:2112.10752) and Stable Diffusion v1 to diffusers.
 
-A configuration is the YAML file that lies beside such a checkpoint; keys in messages are its keys. Four architectures
-of it are read, those of QuEST's tables: unconditional with attention blocks (LSUN; for Churches with scale-shift norm
-and residual blocks that resample), and with spatial transformers, by class (ImageNet) or by text (Stable Diffusion).
-Anything else in a configuration is refused, not guessed.
+A configuration is the YAML file that belongs to such a checkpoint; error messages name its keys. Four architectures
+are supported, those of QuEST's tables: unconditional with attention blocks (LSUN; Churches also has scale-shift norms
+and residual blocks that resample), and with spatial transformers, conditioned on a class (ImageNet) or on text (Stable
+Diffusion). Every other configuration is refused, not guessed.
 
-Every tensor of the diffusers modules is looked up under the name it has in the checkpoint, so a name that is missing
-and one that nobody asked for are both found, and both are errors.
+Each tensor of the diffusers modules is looked up under its name in the checkpoint (`names` shows how names map). A
+name that is missing and a name that nothing reads are both errors.
 """
 
 import re
@@ -21,9 +21,9 @@ from quest.diffusion.compvis.names import AVERAGED, DENOISER, autoencoder_source
 from quest.diffusion.compvis.networks import autoencoder, denoiser
 from quest.diffusion.pipelines import ClassEmbedder, LatentDiffusionPipeline
 
-LISTED = 10  # names of each kind in a message; a checkpoint of another model lacks hundreds
+LISTED = 10  # names of each kind that a message shows; a checkpoint of another model lacks hundreds
 
-# Derived from the schedule, or of training only. `betas` is compared with the configuration before it is left out.
+# Keys that follow from the schedule or matter only in training. `betas` is compared with the configuration first.
 SCHEDULE_KEYS = {
     "betas",
     "alphas_cumprod",
@@ -51,22 +51,22 @@ def load(checkpoint, config, tokenizer=None):
     """A full-precision diffusers pipeline (float32, eval mode) from a CompVis checkpoint and its configuration.
 
     The averaged weights (`model_ema.*`) are used where the checkpoint has them, unless the configuration says
-    `use_ema: false`, and are required where it says true. The scale factor of the latents is the checkpoint's where the
-    configuration says `scale_by_std`, else the configuration's.
+    `use_ema: false`, and are required where it says true. The scale factor of the latents comes from the checkpoint if
+    the configuration says `scale_by_std`, otherwise from the configuration.
 
     Args:
         checkpoint: a `.ckpt` (its pickle is read as data only) or `.safetensors` file.
-        config: the configuration, a YAML file or what is in it.
-        tokenizer: folder of the CLIP tokenizer; needed where the checkpoint holds a text encoder, as Stable Diffusion's
-            do. A text model without one becomes a pipeline that takes `prompt_embeds`.
+        config: the configuration, as a YAML file or its parsed content.
+        tokenizer: folder of the CLIP tokenizer; needed if the checkpoint contains a text encoder, as Stable Diffusion's
+            do. A text model without a text encoder becomes a pipeline that takes `prompt_embeds`.
 
     Returns:
-        A `StableDiffusionPipeline` for a model by text, with PLMS; otherwise a `LatentDiffusionPipeline`, with DDIM.
+        A `StableDiffusionPipeline` with PLMS for a text model; otherwise a `LatentDiffusionPipeline` with DDIM.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is truncated or holds code, a configuration that is not one of the four architectures,
-            missing or unknown names, tensors of other shapes, or another noise schedule; the message says which.
+        FileNotFoundError: the checkpoint or the configuration does not exist.
+        ValueError: a file that is truncated or contains code, a configuration that is not one of the four
+            architectures, missing or unknown names, wrong shapes, or another noise schedule; the message says which.
     """
     state = read(checkpoint)
     params = parameters(config)
@@ -75,12 +75,12 @@ def load(checkpoint, config, tokenizer=None):
 
     unet, vae = denoiser(config, "meta"), autoencoder(config, "meta", _scale_factor(state, params, checkpoint))
     sources = {id(unet): denoiser_sources(unet, config, state), id(vae): autoencoder_sources(vae)}
-    needed = {source for found in sources.values() for source, _ in found.values()}
+    needed = {source for names in sources.values() for source, _ in names.values()}
     modules = [unet, vae]
     embedder = None
     if kind == "class":
         stage = params["cond_stage_config"]["params"]
-        classes = stage.get("n_classes", 1000)  # with the last one, which stands for none
+        classes = stage.get("n_classes", 1000)  # the last class means "no class"
         with torch.device("meta"):
             embedder = ClassEmbedder(num_classes=classes - 1, tokens=1, dim=stage["embed_dim"])
         sources[id(embedder)] = {"embedding.weight": ("cond_stage_model.embedding.weight", None)}
@@ -94,7 +94,7 @@ def load(checkpoint, config, tokenizer=None):
     schedule = {
         "beta_start": params["linear_start"],
         "beta_end": params["linear_end"],
-        "beta_schedule": "scaled_linear",  # "linear" in the configuration: linear in the square root of beta
+        "beta_schedule": "scaled_linear",  # CompVis calls it "linear": it is linear in the square root of beta
         "num_train_timesteps": params["timesteps"],
         "steps_offset": 1,  # timesteps 1, 1 + c, 1 + 2c, ...
         "set_alpha_to_one": False,
@@ -116,7 +116,7 @@ def load(checkpoint, config, tokenizer=None):
 
 
 def _scale_factor(state: dict, params: dict, path) -> float:
-    """What latents are multiplied with before the denoiser sees them (arXiv:2112.10752, section G)."""
+    """The factor by which latents are multiplied before the denoiser gets them (arXiv:2112.10752, section G)."""
     if params.get("scale_by_std", False):
         if "scale_factor" not in state:
             raise ValueError(f"{path}: key scale_factor is missing; the configuration says scale_by_std")
@@ -125,43 +125,43 @@ def _scale_factor(state: dict, params: dict, path) -> float:
 
 
 def _check_schedule(state: dict, params: dict, path) -> None:
-    """A checkpoint that carries its betas must carry those of the configuration."""
+    """Raise ValueError if the checkpoint contains betas and they differ from those of the configuration."""
     if "betas" not in state:
         return
     ends = torch.tensor([params["linear_start"], params["linear_end"]], dtype=torch.float64).sqrt()
-    betas = torch.linspace(ends[0], ends[1], params["timesteps"], dtype=torch.float64) ** 2
-    found = state["betas"].double()
-    if found.shape != betas.shape or not torch.allclose(found, betas, rtol=1e-4, atol=0):
+    expected = torch.linspace(ends[0], ends[1], params["timesteps"], dtype=torch.float64) ** 2
+    betas = state["betas"].double()
+    if betas.shape != expected.shape or not torch.allclose(betas, expected, rtol=1e-4, atol=0):
         raise ValueError(
-            f"{path}: its betas are {len(found)} from {found[0]:.6g} to {found[-1]:.6g}, the configuration's (timesteps"
+            f"{path}: its betas are {len(betas)} from {betas[0]:.6g} to {betas[-1]:.6g}, the configuration's (timesteps"
             f", linear_start, linear_end) {params['timesteps']} from {params['linear_start']} to {params['linear_end']}"
         )
 
 
 def _heads(module: nn.Module) -> dict[str, int]:
-    """Attention layers that hold q, k and v as one in the checkpoint, and their numbers of heads."""
+    """The number of heads of each attention layer whose q, k and v are one tensor in the checkpoint."""
     if not isinstance(module, UNet2DModel):
         return {}
     return {name: layer.heads for name, layer in module.named_modules() if hasattr(layer, "to_q")}
 
 
 def _fill(module: nn.Module, sources: dict, state: dict, heads: dict[str, int], params: dict, path) -> None:
-    """Give a module on the meta device its tensors, in float32."""
+    """Load a checkpoint's tensors into a module on the meta device, in float32. Raises ValueError for wrong shapes."""
     together = params["unet_config"]["params"].get("use_new_attention_order", False)
     tensors, differ = {}, []
-    for name, own in module.state_dict().items():
+    for name, expected in module.state_dict().items():
         source, part = sources[name]
         value = state[source].float()
         if part is not None:
-            # Rows are [head, q k v, channel], or with the new order [q k v, head, channel].
+            # Rows are ordered [head, q k v, channel], or [q k v, head, channel] with `use_new_attention_order`.
             count = heads[name.partition(".to_")[0]]
-            if value.shape[0] == 3 * own.shape[0]:
+            if value.shape[0] == 3 * expected.shape[0]:
                 order = (3, count, -1) if together else (count, 3, -1)
                 value = value.unflatten(0, order).select(0 if together else 1, part).flatten(0, 1)
-        if value.ndim > own.ndim and set(value.shape[own.ndim :]) == {1}:
-            value = value.flatten(own.ndim - 1)  # a convolution over one pixel is a linear layer here
-        if value.shape != own.shape:
-            differ.append(f"{source} is {list(state[source].shape)}, {list(own.shape)} by the configuration")
+        if value.ndim > expected.ndim and set(value.shape[expected.ndim :]) == {1}:
+            value = value.flatten(expected.ndim - 1)  # CompVis's 1x1 convolution is a linear layer in diffusers
+        if value.shape != expected.shape:
+            differ.append(f"{source} is {list(state[source].shape)}, {list(expected.shape)} by the configuration")
         tensors[name] = value.contiguous()
     if differ:
         raise ValueError(f"{path}: other shapes than the configuration's: {_listed(differ, '; ')}")
@@ -170,18 +170,18 @@ def _fill(module: nn.Module, sources: dict, state: dict, heads: dict[str, int], 
 
 
 def _check_names(state: dict, needed: set[str], text: set[str], path) -> None:
-    """Raise ValueError that lists names the modules need and the checkpoint lacks, and names that nothing reads."""
+    """Raise ValueError that lists the names that the checkpoint lacks and its names that no module reads."""
     missing = sorted(needed - set(state))
-    # Of raw and averaged weights one set is used; the other may be there, under the same names.
+    # Either the raw or the averaged weights are used; the checkpoint may contain the other set, too.
     other = {AVERAGED + without_dots(name) for name in needed if name.startswith(DENOISER)}
     flat = {name.removeprefix(AVERAGED) for name in needed if name.startswith(AVERAGED)}
     other |= {name for name in state if name.startswith(DENOISER) and without_dots(name) in flat}
     known = needed | other | text | SCHEDULE_KEYS
     unknown = sorted(name for name in state if name not in known and not name.startswith(TRAINING_PREFIXES))
-    told = [f"{len(missing)} missing: {_listed(missing)}"] * bool(missing)
-    told += [f"{len(unknown)} unknown: {_listed(unknown)}"] * bool(unknown)
-    if told:
-        raise ValueError(f"{path} does not fit the configuration; keys {'; '.join(told)}")
+    problems = [f"{len(missing)} missing: {_listed(missing)}"] * bool(missing)
+    problems += [f"{len(unknown)} unknown: {_listed(unknown)}"] * bool(unknown)
+    if problems:
+        raise ValueError(f"{path} does not fit the configuration; keys {'; '.join(problems)}")
 
 
 def _listed(names: list[str], separator: str = ", ") -> str:
@@ -190,7 +190,7 @@ def _listed(names: list[str], separator: str = ", ") -> str:
 
 
 def _text_encoder(tensors: dict[str, Tensor], tokenizer, unet, path):
-    """CLIP's text model, its sizes read off its tensors, and its tokenizer; (None, None) where there are no tensors."""
+    """CLIP's text model, with the sizes of its tensors, and its tokenizer; (None, None) if there are no tensors."""
     if not tensors:
         return None, None
     if tokenizer is None:
@@ -200,16 +200,16 @@ def _text_encoder(tensors: dict[str, Tensor], tokenizer, unet, path):
         )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    own = {name.removeprefix(TEXT): value.float() for name, value in tensors.items()}
-    own.pop("embeddings.position_ids", None)  # counts from 0; a buffer that is made again
-    layers = {int(found[1]) for name in own if (found := re.match(r"encoder\.layers\.(\d+)\.", name))}
+    weights = {name.removeprefix(TEXT): value.float() for name, value in tensors.items()}
+    weights.pop("embeddings.position_ids", None)  # 0, 1, 2, ...: a buffer that transformers creates
+    layers = {int(match[1]) for name in weights if (match := re.match(r"encoder\.layers\.(\d+)\.", name))}
     try:
-        vocabulary, width = own["embeddings.token_embedding.weight"].shape
-        positions = len(own["embeddings.position_embedding.weight"])
-        inner = len(own["encoder.layers.0.mlp.fc1.weight"])
+        vocabulary, width = weights["embeddings.token_embedding.weight"].shape
+        positions = len(weights["embeddings.position_embedding.weight"])
+        inner = len(weights["encoder.layers.0.mlp.fc1.weight"])
     except KeyError as error:
         raise ValueError(f"{path}: key {TEXT}{error.args[0]} is missing") from None
-    found = CLIPTokenizer.from_pretrained(tokenizer)
+    clip = CLIPTokenizer.from_pretrained(tokenizer)
     encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=vocabulary,
@@ -220,21 +220,21 @@ def _text_encoder(tensors: dict[str, Tensor], tokenizer, unet, path):
             max_position_embeddings=positions,
             projection_dim=width,
             hidden_act="quick_gelu",
-            bos_token_id=found.bos_token_id,
-            eos_token_id=found.eos_token_id,
-            pad_token_id=found.pad_token_id,
+            bos_token_id=clip.bos_token_id,
+            eos_token_id=clip.eos_token_id,
+            pad_token_id=clip.pad_token_id,
         )
     )
-    # Versions of transformers differ in whether the model's names start with this.
+    # In some versions of transformers the model's names start with this prefix, in others they do not.
     prefix = "text_model." if any(name.startswith("text_model.") for name in encoder.state_dict()) else ""
     names = {name.removeprefix(prefix) for name in encoder.state_dict()}
-    _check_names({TEXT + name: None for name in own}, {TEXT + name for name in names}, set(), path)
+    _check_names({TEXT + name: None for name in weights}, {TEXT + name for name in names}, set(), path)
     if width != unet.config.cross_attention_dim:
         raise ValueError(f"{path}: its text encoder is {width} wide, context_dim {unet.config.cross_attention_dim}")
-    if len(found) != vocabulary or found.model_max_length > positions:
+    if len(clip) != vocabulary or clip.model_max_length > positions:
         raise ValueError(
-            f"tokenizer: {tokenizer} has {len(found)} tokens and texts of up to {found.model_max_length}, the text "
+            f"tokenizer: {tokenizer} has {len(clip)} tokens and texts of up to {clip.model_max_length}, the text "
             f"encoder of {path} {vocabulary} and {positions}"
         )
-    encoder.load_state_dict({prefix + name: value for name, value in own.items()})
-    return encoder.eval(), found
+    encoder.load_state_dict({prefix + name: value for name, value in weights.items()})
+    return encoder.eval(), clip

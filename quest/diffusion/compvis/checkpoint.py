@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint, read as data: nothing in it is ever run."""
+"""Read the tensors of a checkpoint as data: no code in the file is ever run."""
 
 import pickle
 import re
@@ -11,7 +11,7 @@ from quest.runtime.sums import check_archive
 
 
 class ModelCheckpoint:
-    """Stands in for the callback class that PyTorch Lightning of 2022 names in its checkpoints; holds nothing."""
+    """An empty substitute for the callback class that checkpoints of PyTorch Lightning (2022) refer to."""
 
 
 LIGHTNING = [(ModelCheckpoint, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
@@ -20,8 +20,8 @@ LIGHTNING = [(ModelCheckpoint, "pytorch_lightning.callbacks.model_checkpoint.Mod
 def read(checkpoint) -> dict[str, Tensor]:
     """The tensors of a `.ckpt` or `.safetensors` file by name, on the CPU.
 
-    Raises FileNotFoundError, and ValueError for a file that is truncated, of another kind, or holds code: a pickle is
-    read as data only, so nothing in it is ever run.
+    Raises FileNotFoundError if the file is missing, and ValueError if it is truncated, has another format or contains
+    code: a pickle is read as data only.
     """
     path = Path(checkpoint)
     if not path.is_file():
@@ -38,7 +38,7 @@ def read(checkpoint) -> dict[str, Tensor]:
     check_archive(path)
     try:
         with torch.serialization.safe_globals(LIGHTNING):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
@@ -50,7 +50,7 @@ def read(checkpoint) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} ({size}): truncated, or not a PyTorch checkpoint: {reason}") from None
-    state = found.get("state_dict", found) if isinstance(found, dict) else None
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: holds no state_dict of tensors, as CompVis checkpoints do")
     return state

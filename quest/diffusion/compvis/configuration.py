@@ -1,4 +1,4 @@
-"""What a configuration says, and what of it is refused."""
+"""Read CompVis's YAML configurations and refuse what this package does not support."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from quest.runtime.yaml_files import read_yaml
 
 UNCONDITIONAL = "__is_unconditional__"
 
-# Of `model.params.unet_config.params`: what an architecture is built from, and what changes nothing once it is trained.
+# Keys of `model.params.unet_config.params` that define the architecture, or that matter only in training.
 UNET_KEYS = {
     "model_channels",
     "num_res_blocks",
@@ -43,7 +43,7 @@ AUTOENCODER_KEYS = {
 
 
 def conditioning(config) -> str:
-    """ "none", "class" or "text". Raises ValueError for another condition encoder."""
+    """What the model is conditioned on: "none", "class" or "text". Raises ValueError for another condition encoder."""
     stage = parameters(config).get("cond_stage_config", UNCONDITIONAL)
     if stage == UNCONDITIONAL:
         return "none"
@@ -59,7 +59,7 @@ def conditioning(config) -> str:
 
 
 def parameters(config) -> dict:
-    """`model.params` of a configuration, the parts of it that are not about shapes checked."""
+    """`model.params` of a configuration. Raises ValueError for missing keys and for another noise prediction."""
     if not isinstance(config, dict):
         path = Path(config)
         if not path.is_file():
@@ -82,6 +82,7 @@ def parameters(config) -> dict:
 
 
 def unet_parameters(config) -> dict:
+    """The parameters of the U-Net. Raises ValueError for keys, or combinations of keys, that are not supported."""
     name = "model.params.unet_config"
     stage = parameters(config)["unet_config"]
     if target_of(stage, name) != "UNetModel":
@@ -104,18 +105,19 @@ def unet_parameters(config) -> dict:
 
 
 def attends_by_level(params: dict) -> list[bool]:
-    """Whether each level of the U-Net has attention; its resolution is that of the latents over 2^level."""
+    """Whether each level of the U-Net has attention; level k works at 1 / 2^k of the latents' resolution."""
     return [2**level in params["attention_resolutions"] for level in range(len(params["channel_mult"]))]
 
 
 def target_of(stage: dict, name: str) -> str:
-    """The class name at the end of a configuration's `target`."""
+    """The class name at the end of a configuration's `target`; `name` is the key that a ValueError names."""
     if not isinstance(stage, dict) or "target" not in stage:
         raise ValueError(f"{name}: no target in the configuration")
     return stage["target"].rpartition(".")[2]
 
 
 def refuse_unknown(params: dict, known: set[str], name: str) -> None:
+    """Raise ValueError that names the unknown keys and the valid ones."""
     unknown = sorted(set(params) - known)
     if unknown:
         raise ValueError(f"{name}: {', '.join(unknown)} is not read; valid: {', '.join(sorted(known))}")

@@ -1,4 +1,10 @@
-"""What the parameters of diffusers' modules are called in a checkpoint."""
+"""Map the parameter names of diffusers' modules to the names in a CompVis checkpoint.
+
+A name consists of a block, a layer inside that block, and a parameter. Block and layer are translated separately:
+
+    diffusers                          down_blocks.1.resnets.0   conv1         weight
+    CompVis    model.diffusion_model.  input_blocks.4.0          in_layers.2   weight
+"""
 
 import re
 from collections.abc import Iterator
@@ -8,9 +14,9 @@ from diffusers import UNet2DConditionModel
 from quest.diffusion.compvis.configuration import attends_by_level, parameters, unet_parameters
 
 DENOISER, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
-AVERAGED = "model_ema.diffusion_model"  # and then the parameter's name without its dots
+AVERAGED = "model_ema.diffusion_model"  # the parameter's name follows, without its dots
 
-# Names inside a block, diffusers to CompVis.
+# Layers inside a block: name in diffusers -> name in CompVis.
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -31,7 +37,7 @@ AUTOENCODER_BLOCK = {
 
 
 def denoiser_sources(unet, config, state: dict) -> dict[str, tuple[str, int | None]]:
-    """Parameter of the denoiser -> its name in the checkpoint, and which third of it (q, k, v), if not all."""
+    """Map each denoiser parameter to (name in the checkpoint, which third of that tensor: 0 q, 1 k, 2 v, None all)."""
     params = parameters(config)
     averaged = params.get("use_ema", any(name.startswith(AVERAGED) for name in state))
     blocks = dict(_denoiser_blocks(unet_parameters(config)))
@@ -46,12 +52,12 @@ def denoiser_sources(unet, config, state: dict) -> dict[str, tuple[str, int | No
 
 
 def _denoiser_blocks(params: dict) -> Iterator[tuple[str, str]]:
-    """Prefixes of the U-Net's blocks, diffusers and CompVis. CompVis counts blocks through all levels."""
+    """Yield (prefix in diffusers, prefix in CompVis) of each block. CompVis numbers blocks across all levels."""
     yield "time_embedding.linear_1", "time_embed.0"
     yield "time_embedding.linear_2", "time_embed.2"
     yield "conv_in", "input_blocks.0.0"
     attends, layers = attends_by_level(params), params["num_res_blocks"]
-    # In a block: the residual block, attention where the level has it, and after the last one of a level a resampling.
+    # A block of CompVis has a residual block, then attention if its level has any; resampling ends each level.
     resampling = "" if params.get("resblock_updown", False) else ".conv"
     number = 1
     for level, attention in enumerate(attends):
@@ -61,8 +67,8 @@ def _denoiser_blocks(params: dict) -> Iterator[tuple[str, str]]:
                 yield f"down_blocks.{level}.attentions.{layer}", f"input_blocks.{number}.1"
             number += 1
         if level < len(attends) - 1:
-            theirs = f"input_blocks.{number}.0" + (".op" if resampling else "")
-            yield f"down_blocks.{level}.downsamplers.0{resampling}", theirs
+            compvis_name = f"input_blocks.{number}.0" + (".op" if resampling else "")
+            yield f"down_blocks.{level}.downsamplers.0{resampling}", compvis_name
             number += 1
     yield "mid_block.resnets.0", "middle_block.0"
     yield "mid_block.attentions.0", "middle_block.1"
@@ -74,14 +80,15 @@ def _denoiser_blocks(params: dict) -> Iterator[tuple[str, str]]:
             if attention:
                 yield f"up_blocks.{place}.attentions.{layer}", f"output_blocks.{number}.1"
             if layer == layers and place < len(attends) - 1:
-                theirs = f"output_blocks.{number}.{1 + attention}{resampling}"
-                yield f"up_blocks.{place}.upsamplers.0{resampling}", theirs
+                compvis_name = f"output_blocks.{number}.{1 + attention}{resampling}"
+                yield f"up_blocks.{place}.upsamplers.0{resampling}", compvis_name
             number += 1
     yield "conv_norm_out", "out.0"
     yield "conv_out", "out.2"
 
 
 def autoencoder_sources(vae) -> dict[str, tuple[str, None]]:
+    """Map each parameter of the autoencoder to (name in the checkpoint, None), like `denoiser_sources`."""
     blocks = {}
     levels = len(vae.config.block_out_channels)
     for coder in ("encoder", "decoder"):
@@ -93,17 +100,17 @@ def autoencoder_sources(vae) -> dict[str, tuple[str, None]]:
         }
     for level in range(levels):
         blocks[f"encoder.down_blocks.{level}.downsamplers.0"] = f"encoder.down.{level}.downsample"
-        # The decoder's levels are numbered by resolution in CompVis, in the order they are run in diffusers.
-        theirs = levels - 1 - level
-        blocks[f"decoder.up_blocks.{level}.upsamplers.0"] = f"decoder.up.{theirs}.upsample"
+        # CompVis numbers the decoder's levels by resolution, diffusers in the order in which they run.
+        compvis_level = levels - 1 - level
+        blocks[f"decoder.up_blocks.{level}.upsamplers.0"] = f"decoder.up.{compvis_level}.upsample"
         for layer in range(vae.config.layers_per_block + 1):
             blocks[f"encoder.down_blocks.{level}.resnets.{layer}"] = f"encoder.down.{level}.block.{layer}"
-            blocks[f"decoder.up_blocks.{level}.resnets.{layer}"] = f"decoder.up.{theirs}.block.{layer}"
+            blocks[f"decoder.up_blocks.{level}.resnets.{layer}"] = f"decoder.up.{compvis_level}.block.{layer}"
     return {name: (AUTOENCODER + _renamed(name, blocks, AUTOENCODER_BLOCK), None) for name in vae.state_dict()}
 
 
 def _renamed(name: str, blocks: dict[str, str], inside: dict[str, str]) -> str:
-    """A diffusers name in CompVis's words: the block it lies in, then the layer of that block, if they differ."""
+    """Translate a diffusers name: its longest prefix in `blocks`, then the layer behind it if `inside` has that."""
     parts = name.split(".")
     for n in range(len(parts), 0, -1):
         block = ".".join(parts[:n])
@@ -114,5 +121,5 @@ def _renamed(name: str, blocks: dict[str, str], inside: dict[str, str]) -> str:
 
 
 def without_dots(name: str) -> str:
-    """The part of the denoiser's raw name that its averaged name has behind AVERAGED."""
+    """Convert a denoiser parameter's raw name to the part of its averaged name that follows AVERAGED."""
     return name.removeprefix(DENOISER).replace(".", "")

@@ -1,11 +1,11 @@
-"""The untrained networks of a configuration: denoiser and autoencoder."""
+"""Build the untrained denoiser and autoencoder that a configuration describes."""
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
 
-# `from_pretrained` looks up the base of a class of ours in its module.
+# `from_pretrained` looks up the base class of `FixedHeadsUNet2DModel` in this module.
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
 
 from quest.diffusion.compvis.configuration import (
@@ -21,7 +21,7 @@ from quest.diffusion.compvis.configuration import (
 class FixedHeadsUNet2DModel(UNet2DModel):
     """A `UNet2DModel` with the same number of attention heads at every width, as in LSUN-Churches' LDM-8.
 
-    `UNet2DModel` itself has heads of one size, hence more of them where it is wider. The parameters are the same.
+    `UNet2DModel` fixes the size of a head instead, so wider levels have more heads. The parameters are the same.
     """
 
     @register_to_config
@@ -54,7 +54,7 @@ class FixedHeadsUNet2DModel(UNet2DModel):
             resnet_time_scale_shift=resnet_time_scale_shift,
             downsample_type=downsample_type,
             upsample_type=upsample_type,
-            attention_head_dim=None,  # one head, which is then divided
+            attention_head_dim=None,  # one head, which the loop below divides
         )
         for module in self.modules():
             if isinstance(module, Attention):
@@ -65,12 +65,12 @@ class FixedHeadsUNet2DModel(UNet2DModel):
 
 
 def denoiser(config, device="cpu") -> UNet2DModel | UNet2DConditionModel:
-    """The untrained denoiser of a configuration; on the device "meta" it takes no memory and still has its shapes."""
+    """The untrained denoiser of a configuration; on the device "meta" it has its shapes but takes no memory."""
     params = unet_parameters(config)
     channels = [params["model_channels"] * m for m in params["channel_mult"]]
     attends = attends_by_level(params)
     common = {
-        "sample_size": parameters(config)["image_size"],  # the U-Net's own `image_size` is not used by the original
+        "sample_size": parameters(config)["image_size"],  # CompVis's code ignores the `image_size` of the U-Net
         "in_channels": params["in_channels"],
         "out_channels": params["out_channels"],
         "block_out_channels": tuple(channels),
@@ -84,7 +84,7 @@ def denoiser(config, device="cpu") -> UNet2DModel | UNet2DConditionModel:
         special = {
             "cross_attention_dim": params["context_dim"],
             "transformer_layers_per_block": params.get("transformer_depth", 1),
-            # In this class, the number of heads.
+            # UNet2DConditionModel takes the number of heads under this name.
             "attention_head_dim": heads if width == -1 else tuple(c // width for c in channels),
         }
         kind = UNet2DConditionModel
@@ -97,7 +97,7 @@ def denoiser(config, device="cpu") -> UNet2DModel | UNet2DConditionModel:
             "resnet_time_scale_shift": "scale_shift" if params.get("use_scale_shift_norm", False) else "default",
             "downsample_type": resampling,
             "upsample_type": resampling,
-            "attn_norm_num_groups": 32,  # with scale_shift, the attention in the middle has no norm unless told
+            "attn_norm_num_groups": 32,  # without it, a scale_shift model has no norm in its middle attention
         }
         kind, special = (
             (FixedHeadsUNet2DModel, special | {"num_attention_heads": heads})
