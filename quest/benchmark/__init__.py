@@ -1,7 +1,7 @@
-"""How long layers and whole denoiser steps take on the integer kernel, and on what else computes them on this machine.
+"""Time layers and whole denoiser steps on the integer kernel and on its rivals on this machine.
 
-Every contender of a comparison runs once in every round, so that what else a machine does falls on all of them, and a
-speedup is the median of the rounds' own ratios. What cannot be measured is said, too.
+Every contender of a comparison runs once in every round, so that other load on the machine affects all of them, and a
+speedup is the median of the ratios within the rounds. A row also says what could not be measured, and why.
 """
 
 import multiprocessing
@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import torch
 
+from quest.benchmark import whole_steps
 from quest.benchmark.machine import busy_elsewhere, free_memory, instruction_set, made_with, peaks, processor_time
 from quest.benchmark.shapes import FIRST, ZOO, Layer, layers
 from quest.benchmark.single_layers import ATTENTION_KERNELS, LAYER_KERNELS, absent, bits_of, contenders, failed
 from quest.benchmark.stopwatch import seconds_in_rounds, shares, timed
-from quest.benchmark.whole_steps import FLOAT_STEPS, forget, full_precision, loaded, own, own_denoisers, rival, spared
 from quest.diffusion import published
 from quest.diffusion.models import MODELS, Model
 from quest.planning.measure import inputs
@@ -27,7 +27,7 @@ from quest.report import speed
 
 
 class Point(NamedTuple):
-    """What is measured at a time. kernel: "own" (the suite's) or one of FLOAT_STEPS for a step; else all there are."""
+    """One measurement. kernel: only of a step, "suite" (all kernels of the suite) or one of FLOAT_STEPS."""
 
     part: str  # "peak", "layer" or "step"
     threads: int
@@ -37,18 +37,20 @@ class Point(NamedTuple):
     kernel: str = ""
 
     def names(self) -> tuple[str, ...]:
-        """Contenders, each a row."""
+        """The contenders, each of which gives a row."""
         if self.part == "peak":
             return ("integer", "fp32", "memory")
+        if self.kernel == "suite":
+            return ("fp32", *whole_steps.suite_kernels(MODELS[self.model]))
         if self.part == "step":
-            return ("fp32", *own(MODELS[self.model])) if self.kernel == "own" else (self.kernel,)
+            return (self.kernel,)
         return ATTENTION_KERNELS if self.layer.kind == "attention" else LAYER_KERNELS
 
 
 def points(models: tuple[str, ...], threads: tuple[int, ...]) -> list[Point]:
-    """Everything there is to measure, what says most about a machine first.
+    """All measurements, those that say most about a machine first.
 
-    Layers that two models share are measured once, under the first.
+    A layer that two models share is measured once, for the first model.
     """
     zoo, paper = ([name for name in models if (name in ZOO) == shipped] for shipped in (True, False))
     first, second, seen = [], {1: [], 2: []}, set()
@@ -71,21 +73,21 @@ def points(models: tuple[str, ...], threads: tuple[int, ...]) -> list[Point]:
             for n in threads
         ]
 
-    allowed = [Point("peak", n) for n in threads]
-    found = allowed + first + steps(zoo, None, ("own",)) + steps(paper, (1,), ("own",))
-    found += second[1] + steps(zoo, None, ("OpenVINO int8", "OpenVINO fp32", "bf16", "bf16 compiled"))
-    found += second[2] + steps(paper, (2,), ("own",)) + steps(zoo, None, ("fp32 compiled",))
+    peak = [Point("peak", n) for n in threads]
+    result = peak + first + steps(zoo, None, ("suite",)) + steps(paper, (1,), ("suite",))
+    result += second[1] + steps(zoo, None, ("OpenVINO int8", "OpenVINO fp32", "bf16", "bf16 compiled"))
+    result += second[2] + steps(paper, (2,), ("suite",)) + steps(zoo, None, ("fp32 compiled",))
     rivals = ("OpenVINO int8", "OpenVINO fp32", "fp32 compiled", "bf16", "bf16 compiled")
-    return found + [point for name in paper for point in steps([name], (1, 2), rivals)]
+    return result + [point for name in paper for point in steps([name], (1, 2), rivals)]
 
 
 def sampling_batch(model: Model) -> int:
-    """Samples of one denoiser call: both halves of a guided one."""
+    """Samples in one denoiser call while sampling: under guidance both halves of the batch."""
     return model.batch_size * (2 if model.guidance > 1 else 1)
 
 
 def measure(point: Point) -> list[dict]:
-    """Rows of a point, of `speed.COLUMNS`, for all of its contenders."""
+    """Measure all contenders of a point. Returns their rows, with the columns of `speed.COLUMNS`."""
     torch.set_num_threads(point.threads)
     before = processor_time()
     with torch.no_grad():
@@ -95,9 +97,9 @@ def measure(point: Point) -> list[dict]:
 
 
 def measure_apart(point: Point) -> list[dict]:
-    """The same in a process of its own, which a converter or compiler may take down with it."""
-    forget()
-    full_precision.cache_clear()
+    """`measure` in a separate process, because another project's converter or compiler may crash the process."""
+    whole_steps.forget()
+    whole_steps.full_precision.cache_clear()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(measure, point).result()
@@ -119,25 +121,25 @@ def _row(point, kernel):
 
 def _measure_peak(point):
     try:
-        found = peaks(point.threads)
+        rates = peaks(point.threads)
     except AttributeError:
         return unmeasured(point, "the compiled core is older than its source; `pip install -e .` builds it")
-    for name, value in found.items():
+    for name, value in rates.items():
         if not value <= (best := _best.get((point.threads, name), 0.0)):
             _best[point.threads, name] = value
         else:
-            found[name] = best
-    return [_row(point, name) | {"gops" if name != "memory" else "gbs": found[name]} for name in point.names()]
+            rates[name] = best
+    return [_row(point, name) | {"gops" if name != "memory" else "gbs": rates[name]} for name in point.names()]
 
 
-_best: dict[tuple[int, str], float] = {}  # by threads and peak: a busy machine needs several tries
+_best: dict[tuple[int, str], float] = {}  # (threads, peak) -> best rate; a busy machine needs several tries
 
 
 def _measure_layer(point):
-    made = contenders(point.layer, point.batch, point.names())
-    seconds = seconds_in_rounds({name: call for name, call in made.items() if callable(call)}, 0.4, (3, 25))
+    calls = contenders(point.layer, point.batch, point.names())
+    seconds = seconds_in_rounds({name: call for name, call in calls.items() if callable(call)}, 0.4, (3, 25))
     rows = []
-    for name, call in made.items():
+    for name, call in calls.items():
         if not callable(call):
             rows.append(_row(point, name) | {"note": f"not measured: {call}"})
             continue
@@ -152,24 +154,25 @@ def _measure_step(point):
     model = MODELS[point.model]
     denoiser = published.denoiser(model)  # on the meta device
     size = 4 * sum(p.numel() for p in denoiser.parameters())
-    needed, there = (3.7 if point.kernel == "own" else 6) * size, free_memory()
-    if point.kernel != "own" and (reason := absent(point.kernel)):
+    needed, free = (3.7 if point.kernel == "suite" else 6) * size, free_memory()
+    if point.kernel != "suite" and (reason := absent(point.kernel)):
         return unmeasured(point, reason)
-    if there is not None and needed > there and point.model not in loaded:
-        return unmeasured(point, f"it takes {needed / 1e9:.0f} GB of memory, of which {there / 1e9:.0f} are free")
-    given = inputs(denoiser, model, point.batch, "cpu")
-    if point.kernel == "own":
-        calls = {name: partial(one, **given) for name, one in own_denoisers(point.model).items()}
+    if free is not None and needed > free and point.model not in whole_steps.cached:
+        return unmeasured(point, f"it takes {needed / 1e9:.0f} GB of memory, of which {free / 1e9:.0f} are free")
+    arguments = inputs(denoiser, model, point.batch, "cpu")
+    if point.kernel == "suite":
+        calls = {name: partial(one, **arguments) for name, one in whole_steps.quantized_denoisers(point.model).items()}
     else:
         try:
-            calls = {point.kernel: rival(point.model, point.kernel, given)}
-        except Exception as error:  # of another project's converter or compiler
+            calls = {point.kernel: whole_steps.rival(point.model, point.kernel, arguments)}
+        except Exception as error:  # another project's converter or compiler may raise anything
             return unmeasured(point, failed(error))
-    seconds = seconds_in_rounds({"fp32": partial(full_precision(point.model), **given)} | calls, 10.0, (3, 25))
+    calls = {"fp32": partial(whole_steps.full_precision(point.model), **arguments)} | calls
+    seconds = seconds_in_rounds(calls, 10.0, (3, 25))
     rows = []
     for name in point.names():
         if name not in seconds:
-            rows.append(_row(point, name) | {"note": f"not measured: {spared(point.model, name)}"})
+            rows.append(_row(point, name) | {"note": f"not measured: {whole_steps.reason_to_skip(point.model, name)}"})
             continue
         row = _row(point, name) | timed(seconds[name], seconds["fp32"])
         if name.startswith("integer"):
@@ -179,9 +182,9 @@ def _measure_step(point):
 
 
 def run(models: tuple[str, ...], threads: tuple[int, ...], budget: float, known: set[tuple] = frozenset()) -> Iterator:
-    """Yield the rows of every point, one point after the other; after `budget` minutes, rows that say what is left out.
+    """Measure every point and yield its rows; after `budget` minutes, yield rows that say what was left out.
 
-    known: keys of rows (`speed.key`) that are there already; their points come last.
+    known: keys (`speed.key`) of rows that an earlier run measured; their points come last.
     """
     where = {"isa": instruction_set(), "machine": speed.machine(), **made_with()}
     where |= {"load": round(os.getloadavg()[0], 2)}
@@ -192,5 +195,6 @@ def run(models: tuple[str, ...], threads: tuple[int, ...], budget: float, known:
         if time.monotonic() > until and point.part != "peak":
             rows = unmeasured(point, f"the {budget:g} minutes of this run were over")
         else:
-            rows = (measure_apart if point.kernel in FLOAT_STEPS and not absent(point.kernel) else measure)(point)
+            apart = point.kernel in whole_steps.FLOAT_STEPS and not absent(point.kernel)
+            rows = (measure_apart if apart else measure)(point)
         yield [{"note": ""} | row | where for row in rows]

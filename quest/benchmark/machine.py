@@ -1,4 +1,4 @@
-"""What this machine allows and has: peaks, instructions, free memory, other load, packages."""
+"""Properties of this machine: peak rates, instruction sets, free memory, load of other processes, packages."""
 
 import ctypes
 import math
@@ -18,7 +18,7 @@ from quest.runtime.provenance import provenance
 
 
 def missing(*packages: str) -> str | None:
-    """How to get the first of these packages that is not installed; None where all are."""
+    """How to install the first of these packages that is missing; None if all are installed."""
     for package in packages:
         try:
             metadata.version(package)
@@ -38,28 +38,28 @@ def has_bf16() -> bool:
 
 
 def peaks(threads: int) -> dict[str, float]:
-    """What the machine allows: GOP/s (two to a multiply-accumulate) of the integer kernel's own instructions and of
-    float32's, on registers alone, and GB/s of a copy that no cache holds. Raises AttributeError for an older core."""
+    """Peak rates: GOP/s of the integer kernel's instructions and of float32 on registers (a multiply-accumulate counts
+    as 2), and GB/s of a copy too large for every cache. Raises AttributeError for an older core."""
     peak = core().quest_peak
     peak.restype, peak.argtypes = ctypes.c_int64, [ctypes.c_char_p, ctypes.c_int64]
-    found = {}
+    rates = {}
 
     def rate(isa):
-        start = time.thread_time()  # not wall time: it is registers that are measured, whoever else computes
+        start = time.thread_time()  # not wall time, so that the load of other processes does not count
         return 2e-9 * peak(isa.encode(), 5_000_000) / (time.thread_time() - start)
 
-    with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter's lock
+    with ThreadPoolExecutor(threads) as pool:  # ctypes releases the interpreter's lock
         for name, isa in (("integer", best()), ("fp32", "float")):
-            found[name] = max(sum(pool.map(rate, [isa] * threads)) for _ in range(5)) or math.nan
+            rates[name] = max(sum(pool.map(rate, [isa] * threads)) for _ in range(5)) or math.nan
     source = torch.ones(64 << 20)  # 256 MB
     target = torch.empty_like(source)
     target.copy_(source)
-    found["memory"] = 2e-9 * source.nbytes / min(seconds_of(lambda: target.copy_(source)) for _ in range(7))
-    return found
+    rates["memory"] = 2e-9 * source.nbytes / min(seconds_of(lambda: target.copy_(source)) for _ in range(7))
+    return rates
 
 
 def free_memory() -> int | None:
-    """Bytes of memory that are free; None where the system does not say."""
+    """Free memory in bytes; None if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -68,7 +68,7 @@ def free_memory() -> int | None:
 
 
 def processor_time() -> tuple[float, float, float] | None:
-    """(wall time, seconds that all processors were busy, seconds of this process); None where the system is mute."""
+    """(wall time, busy seconds of all processors, seconds of this process); None if the system does not report it."""
     try:
         ticks = [int(word) for word in Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:9]]
     except OSError:
@@ -79,7 +79,7 @@ def processor_time() -> tuple[float, float, float] | None:
 
 
 def busy_elsewhere(before: tuple[float, float, float] | None) -> float:
-    """Processors that others kept busy since `before`, on average."""
+    """Average number of processors that other processes kept busy since `before`; NaN if unknown."""
     if before is None:
         return math.nan
     wall, busy, mine = (now - then for now, then in zip(processor_time(), before, strict=True))
@@ -87,17 +87,17 @@ def busy_elsewhere(before: tuple[float, float, float] | None) -> float:
 
 
 def instruction_set() -> str:
-    """What the integer kernel computes with here; empty where it has no compiled core."""
+    """The instruction set that the integer kernel uses on this machine; empty without a compiled core."""
     return "" if integer.unavailable(torch.device("cpu")) else best()
 
 
 def made_with() -> dict[str, str]:
-    """Versions, commit and date, as `speed.COLUMNS` has them."""
-    made = provenance()
+    """Versions, commit and date, under their names in `speed.COLUMNS`."""
+    record = provenance()
     versions = {"torch": torch.__version__}
     for package in ("openvino", "torchao"):
         if missing(package) is None:
             versions[package] = metadata.version(package)
-    commit = made["commit"] and made["commit"] + ("-dirty" if made["dirty"] else "")
-    told = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return {"versions": told, "commit": commit or "", "date": made["date"]}
+    commit = record["commit"] and record["commit"] + ("-dirty" if record["dirty"] else "")
+    text = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return {"versions": text, "commit": commit or "", "date": record["date"]}

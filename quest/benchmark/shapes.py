@@ -1,4 +1,4 @@
-"""The layers of the models that are measured: their shapes, and the work they are."""
+"""Shapes and work of the layers that the benchmark measures."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from quest.quantization.layer_names import layer_class
 
 ZOO = ("scenes-uncond", "scenes-class", "scenes-text")
 PAPER = ("sd14", "lsun-bedrooms")  # Stable Diffusion v1.4 and LDM-4
-# Of Stable Diffusion, one of each kind: measured first where time is short.
+# One layer of each kind in Stable Diffusion. They are measured first, in case the time runs out.
 FIRST = (
     "residual convolution 320 > 320, 3x3, 64x64",
     "residual convolution 1280 > 1280, 3x3, 16x16",
@@ -26,10 +26,10 @@ FIRST = (
 
 
 class Layer(NamedTuple):
-    """A layer of a denoiser, or the two products of an attention; one of several that are alike.
+    """A layer of a denoiser, or the two products of an attention.
 
-    input: shape of one sample, [C, H, W] or [n, C]. kernel, stride, padding: of a convolution. heads, keys: of an
-    attention, whose `outputs` are the channels of all heads. count: how many of these the denoiser has.
+    input: shape of one sample, [C, H, W] or [n, C]. kernel, stride, padding: only of convolutions. heads, keys: only of
+    attentions, whose `outputs` are the channels of all heads. count: how many equal layers the denoiser has.
     """
 
     kind: str  # "conv2d", "linear" or "attention"
@@ -67,13 +67,13 @@ class Layer(NamedTuple):
         return 0 if self.kind == "attention" else self.outputs * channels * self.kernel**2
 
     def macs(self, batch: int) -> int:
-        """Multiply-accumulates."""
+        """Multiply-accumulates for a batch."""
         if self.kind == "attention":
             return 2 * batch * self.input[0] * self.keys * self.outputs
         return batch * math.prod(self.output) // self.outputs * self.weights
 
     def bytes(self, batch: int, weight_bits: int) -> float:
-        """Bytes that are read and written at least: float activations, and the weight."""
+        """The least number of bytes to read and write: float activations and the weight."""
         read = math.prod(self.input)
         if self.kind == "attention":
             read += 2 * self.keys * self.outputs
@@ -81,15 +81,15 @@ class Layer(NamedTuple):
 
 
 def layers(model: Model) -> list[Layer]:
-    """The different layers and attentions of a model's denoiser as published, in the order in which they run.
+    """The distinct layers and attentions of a model's published denoiser, in the order in which they run.
 
-    Traced on the meta device: no weights are needed.
+    The denoiser is traced on the meta device, so no weights are needed.
     """
     denoiser = published.denoiser(model)
-    found: dict[Layer, int] = {}
+    counts: dict[Layer, int] = {}
 
     def note(layer):
-        found[layer] = found.get(layer, 0) + 1
+        counts[layer] = counts.get(layer, 0) + 1
 
     def linear_or_conv(name):
         def hook(module, args):
@@ -117,4 +117,4 @@ def layers(model: Model) -> list[Layer]:
             module.register_forward_pre_hook(products, with_kwargs=True)
     with torch.no_grad():
         denoiser(**inputs(denoiser, model, 1, "meta"))
-    return [layer._replace(count=count) for layer, count in found.items()]
+    return [layer._replace(count=count) for layer, count in counts.items()]

@@ -1,7 +1,7 @@
-"""What computes a single layer on this machine: the suite's kernels, torch, oneDNN, torchao and OpenVINO.
+"""The contenders that compute a single layer: the suite's kernels, torch, oneDNN, torchao and OpenVINO.
 
-Weights and inputs are random: speed does not depend on them, but for Winograd's algorithm, which takes weights of the
-size that trained ones have.
+Weights and inputs are random, because speed does not depend on them; only Winograd's algorithm expects weights as large
+as trained ones.
 """
 
 from collections.abc import Callable
@@ -19,44 +19,45 @@ from quest.kernels import reference
 from quest.kernels.cpu import integer
 from quest.quantization import ranges
 
-OWN = ("reference w8a8", "integer w8a8", "integer w4a8", "integer w4a4")
+SUITE_KERNELS = ("reference w8a8", "integer w8a8", "integer w4a8", "integer w4a4")
 LAYER_KERNELS = (
-    "fp32", "fp32 prepacked", "bf16", "bf16 prepacked", *OWN, "oneDNN int8", "torchao int8", "OpenVINO int8",
+    "fp32", "fp32 prepacked", "bf16", "bf16 prepacked", *SUITE_KERNELS,
+    "oneDNN int8", "torchao int8", "OpenVINO int8",
 )  # fmt: skip
 ATTENTION_KERNELS = ("fp32", "bf16", "reference w8a8", "integer w8a8")
-SLOW = 5  # times fp32: from here on a probe says enough
+SLOW = 5  # a contender that takes longer than this many times fp32 on the probe is not measured
 PROBE = (1, 64 * 64, 320, 320)  # batch, rows, inputs, outputs of a linear layer
 
 
 def bits_of(kernel: str) -> tuple[int, int]:
     """(weight bits, activation bits) in a contender's name: "integer w4a8, softmax 16 bits" -> (4, 8)."""
-    found = next(word for word in kernel.replace(",", "").split() if word[0] == "w" and "a" in word)
-    return int(found[1 : found.index("a")]), int(found[found.index("a") + 1 :])
+    bits = next(word for word in kernel.replace(",", "").split() if word[0] == "w" and "a" in word)
+    return int(bits[1 : bits.index("a")]), int(bits[bits.index("a") + 1 :])
 
 
 def qparams(bits: int, width: float = 8.0, zero_point: float | None = None) -> QParams:
-    """A range of `width` around zero, of all of whose codes normal inputs make use."""
+    """Parameters of a range of `width` around zero, such that normal inputs use all codes."""
     zero_point = 2.0 ** (bits - 1) if zero_point is None else zero_point
     return QParams(torch.tensor(width / 2**bits), torch.tensor(zero_point), QuantSpec(bits))
 
 
 def contenders(layer: Layer, batch: int, names: tuple[str, ...]) -> dict[str, Callable[[], object] | str]:
-    """Functions that compute a layer on a batch, by contender; where there is none, why not. Inputs are float32."""
+    """Contender -> a function that computes a layer on a float32 batch, or the reason why there is no such function."""
     make = {"conv2d": _conv2d, "linear": _linear, "attention": _attention}[layer.kind]
-    found = {}
+    calls = {}
     for name in names:
         torch.manual_seed(0)  # the same weight and input for all
         try:
-            found[name] = absent(name) or make(layer, batch, name)
+            calls[name] = absent(name) or make(layer, batch, name)
         except Exception as error:
-            if name in OWN:
+            if name in SUITE_KERNELS:
                 raise
-            found[name] = failed(error)  # of a function that torch or another project does not promise to keep
-    return found
+            calls[name] = failed(error)  # private functions of torch and of other projects may change
+    return calls
 
 
 def failed(error: Exception) -> str:
-    """An error of another project's code as a reason why something is not measured."""
+    """Format an error of another project's code as the reason why a contender is not measured."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:200]}"
 
 
@@ -65,7 +66,7 @@ def _conv2d(layer, batch, name):
     weight, bias = _weight(layer)
     stride, padding, dilation = [layer.stride] * 2, [layer.padding] * 2, [1, 1]
     conv = dict(stride=stride, padding=padding, dilation=dilation, groups=1)
-    if name in OWN:
+    if name in SUITE_KERNELS:
         kernel, packed = _packed(layer, name)
         return partial(kernel.conv2d, x, qparams(bits_of(name)[1]), packed, bias, **conv)
     if name.startswith("bf16"):
@@ -98,7 +99,7 @@ def _conv2d(layer, batch, name):
 def _linear(layer, batch, name):
     x = torch.randn(batch, *layer.input)
     weight, bias = _weight(layer)
-    if name in OWN:
+    if name in SUITE_KERNELS:
         kernel, packed = _packed(layer, name)
         return partial(kernel.linear, x, qparams(bits_of(name)[1]), packed, bias)
     if name.startswith("bf16"):
@@ -157,7 +158,7 @@ def _weight(layer):
     return weight, torch.randn(layer.outputs)
 
 
-@lru_cache(len(OWN))
+@lru_cache(len(SUITE_KERNELS))
 def _packed(layer, name):
     weight, _ = _weight(layer)
     spec = QuantSpec(bits_of(name)[0], axis=0)
@@ -169,7 +170,7 @@ def _packed(layer, name):
 
 
 def _int8(weight):
-    """Signed codes, scales and zero points of a weight, symmetric: what oneDNN multiplies."""
+    """Signed codes, scales and zero points of a weight, quantized symmetrically as oneDNN expects."""
     scales = weight.abs().flatten(1).amax(1) / 127
     codes = (weight / scales.view(-1, *[1] * (weight.ndim - 1))).round().to(torch.int8)
     return codes, scales, torch.zeros(len(weight), dtype=torch.int64)
@@ -189,7 +190,7 @@ def _torchao(weight, bias):
 
 
 def _openvino_layer(layer, x, weight):
-    """A layer with both operands in eight bits: OpenVINO itself makes integers of its FakeQuantize nodes."""
+    """A layer with two 8-bit operands. OpenVINO itself converts the FakeQuantize nodes to integer operations."""
     import numpy as np
     import openvino
     from openvino import opset13 as op
@@ -200,8 +201,8 @@ def _openvino_layer(layer, x, weight):
 
     largest = weight.abs().flatten(1).amax(1).view(-1, *[1] * (weight.ndim - 1)).numpy()
     weight = fake_quantize(op.constant(weight.contiguous().numpy()), -largest, largest, 255)
-    given = op.parameter(list(x.shape), np.float32)
-    quantized = fake_quantize(given, -4.0, 4.0 - 8 / 256, 256)
+    source = op.parameter(list(x.shape), np.float32)
+    quantized = fake_quantize(source, -4.0, 4.0 - 8 / 256, 256)
     if layer.kind == "linear":
         result = op.matmul(quantized, weight, False, True)
     else:
@@ -209,11 +210,11 @@ def _openvino_layer(layer, x, weight):
         strides, pads = [layer.stride] * 2, [layer.padding] * 2
         convolved = op.convolution(op.transpose(quantized, channels_first), weight, strides, pads, pads, [1, 1])
         result = op.transpose(convolved, channels_last)
-    return compiled_openvino(openvino.Model([op.result(result)], [given]), [x.contiguous().numpy()])
+    return compiled_openvino(openvino.Model([op.result(result)], [source]), [x.contiguous().numpy()])
 
 
 def compiled_openvino(network, inputs: list) -> Callable[[], object]:
-    """A function that runs a network of OpenVINO with the threads that are set now."""
+    """A function that runs an OpenVINO network with the number of threads that torch is set to now."""
     import openvino
 
     precision = "bf16" if has_bf16() else "f32"
@@ -224,7 +225,7 @@ def compiled_openvino(network, inputs: list) -> Callable[[], object]:
 
 @cache
 def absent(name: str) -> str | None:
-    """Why a contender is not measured on this machine, found out once, with one thread; None where it is."""
+    """Why a contender is not measured on this machine; None if it is. Determined once, with one thread."""
     if name.startswith("OpenVINO"):
         return missing("openvino", "nncf") if name.endswith("int8") else missing("openvino")
     if name.startswith("integer"):
@@ -240,7 +241,7 @@ def absent(name: str) -> str | None:
 
 
 def _slowdown(name):
-    """Times as long as fp32 a linear layer takes, one run of each."""
+    """How many times as long as fp32 a linear layer takes, from one run of each."""
     batch, rows, inputs, outputs = PROBE
     layer, threads = Layer("linear", "probe", (rows, inputs), outputs), torch.get_num_threads()
     torch.set_num_threads(1)

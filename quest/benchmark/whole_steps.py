@@ -1,4 +1,4 @@
-"""What computes a whole denoiser step on this machine: the suite's kernels, torch eager and compiled, and OpenVINO."""
+"""The contenders that compute a whole denoiser step: the suite's kernels, torch eager and compiled, and OpenVINO."""
 
 import gc
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quest.benchmark.shapes import PAPER
-from quest.benchmark.single_layers import OWN, absent, bits_of, compiled_openvino, qparams
+from quest.benchmark.single_layers import SUITE_KERNELS, absent, bits_of, compiled_openvino, qparams
 from quest.diffusion import published
 from quest.diffusion.models import MODELS, Model
 from quest.quantization.layers import attentions, quant_layers
@@ -21,13 +21,13 @@ FLOAT_STEPS = ("fp32 compiled", "bf16", "bf16 compiled", "OpenVINO fp32", "OpenV
 
 @lru_cache(1)
 def full_precision(name: str) -> nn.Module:
-    """A model's denoiser as published, with random weights, channels innermost."""
+    """A model's denoiser in its published architecture, with random weights and channels innermost."""
     torch.manual_seed(0)
     return published.denoiser(MODELS[name], "cpu").to(memory_format=torch.channels_last).requires_grad_(False)
 
 
 def quantized(name: str, kernel: str) -> nn.Module:
-    """The same quantized and placed, without its float weights; ranges suit random inputs. kernel: see `own`."""
+    """`full_precision` quantized and placed on one of `suite_kernels`, without float weights, for random inputs."""
     model = MODELS[name]
     softmax_bits = model.softmax_bits if "softmax" in kernel else 8
     pipe = SimpleNamespace(unet=full_precision(name), scheduler=None)
@@ -42,7 +42,7 @@ def quantized(name: str, kernel: str) -> nn.Module:
         _set(module.processor.p, qparams(bits, 2**bits / (2**bits - 1), 0.0))
     place(denoiser, kernel.split()[0])
     for _, layer in quant_layers(denoiser):
-        layer.weight.data = torch.empty(0)  # what is packed stands for it
+        layer.weight.data = torch.empty(0)  # its packed form replaces it
     return denoiser
 
 
@@ -51,25 +51,26 @@ def _set(quantizer, params):
     quantizer.zero_point.fill_(params.zero_point)
 
 
-def own(model: Model) -> tuple[str, ...]:
-    """The kernels of the suite that a step is measured on; attention probabilities have 8 bits unless the name says."""
+def suite_kernels(model: Model) -> tuple[str, ...]:
+    """The suite's kernels for whole steps. Attention probabilities have 8 bits unless the name says otherwise."""
     more = (f"integer w4a8, softmax {model.softmax_bits} bits",) if model.softmax_bits > 8 else ()
-    return (*OWN[1:], *more, OWN[0])  # the reference last: it takes most memory
+    return (*SUITE_KERNELS[1:], *more, SUITE_KERNELS[0])  # the reference comes last, because it takes most memory
 
 
-loaded: dict[str, dict[str, nn.Module]] = {}  # the quantized denoisers of one model
+cached: dict[str, dict[str, nn.Module]] = {}  # the quantized denoisers of one model
 
 
-def own_denoisers(name: str) -> dict[str, nn.Module]:
-    """The quantized denoisers of a model by kernel, those of one model at a time."""
-    if name not in loaded:
+def quantized_denoisers(name: str) -> dict[str, nn.Module]:
+    """The quantized denoisers of a model by kernel. Only those of one model are in memory at a time."""
+    if name not in cached:
         forget()
-        loaded[name] = {kernel: quantized(name, kernel) for kernel in own(MODELS[name]) if not spared(name, kernel)}
-    return loaded[name]
+        kernels = [kernel for kernel in suite_kernels(MODELS[name]) if not reason_to_skip(name, kernel)]
+        cached[name] = {kernel: quantized(name, kernel) for kernel in kernels}
+    return cached[name]
 
 
-def spared(name: str, kernel: str) -> str | None:
-    """Why a denoiser is not made for one of the suite's kernels; None where it is."""
+def reason_to_skip(name: str, kernel: str) -> str | None:
+    """Why one of the suite's kernels is not measured on a model; None if it is."""
     if name in PAPER and kernel == "integer w4a4":
         return "a gigabyte more, to multiply what integer w4a8 multiplies"
     if name in PAPER and "softmax" in kernel:
@@ -78,26 +79,26 @@ def spared(name: str, kernel: str) -> str | None:
 
 
 def forget() -> None:
-    """Let go of the quantized denoisers."""
-    loaded.clear()
+    """Free the quantized denoisers."""
+    cached.clear()
     gc.collect()
 
 
-def rival(name: str, kernel: str, given: dict[str, Tensor]) -> Callable[[], object]:
-    """A function that calls a model's denoiser once on one of FLOAT_STEPS, with the threads that are set now."""
+def rival(name: str, kernel: str, arguments: dict[str, Tensor]) -> Callable[[], object]:
+    """A function that runs a model's denoiser as one of FLOAT_STEPS, with the current number of threads."""
     denoiser = full_precision(name)
     if kernel.startswith("bf16"):
         denoiser = _in_bf16(name)
-        given = {key: value.bfloat16() if value.is_floating_point() else value for key, value in given.items()}
+        arguments = {key: value.bfloat16() if value.is_floating_point() else value for key, value in arguments.items()}
     if kernel.endswith("compiled"):
         from torch._inductor import config
 
         torch._dynamo.reset()
         config.freezing = True  # prepacks the weights
-        return partial(torch.compile(denoiser, dynamic=False), **given)
+        return partial(torch.compile(denoiser, dynamic=False), **arguments)
     if kernel.startswith("OpenVINO"):
-        return _openvino_step(denoiser, given, kernel.endswith("int8"))
-    return partial(denoiser, **given)
+        return _openvino_step(denoiser, arguments, kernel.endswith("int8"))
+    return partial(denoiser, **arguments)
 
 
 @lru_cache(1)
@@ -106,8 +107,8 @@ def _in_bf16(name):
     return denoiser.bfloat16().requires_grad_(False)
 
 
-def _openvino_step(denoiser, given, int8):
-    """Post-training quantization by NNCF with the preset for transformers, as its documentation has it for U-Nets."""
+def _openvino_step(denoiser, named, int8):
+    """Quantize with NNCF's preset for transformers if `int8`, as its documentation does for U-Nets, and compile."""
     import openvino
 
     class Prediction(nn.Module):
@@ -116,15 +117,15 @@ def _openvino_step(denoiser, given, int8):
             self.denoiser = denoiser
 
         def forward(self, *arguments):
-            return self.denoiser(**dict(zip(given, arguments, strict=True))).sample
+            return self.denoiser(**dict(zip(named, arguments, strict=True))).sample
 
-    network = openvino.convert_model(Prediction(), example_input=tuple(given.values()))
-    network.reshape({port: list(v.shape) for port, v in zip(network.inputs, given.values(), strict=True)})
-    inputs = [value.numpy() for value in given.values()]
+    network = openvino.convert_model(Prediction(), example_input=tuple(named.values()))
+    network.reshape({port: list(v.shape) for port, v in zip(network.inputs, named.values(), strict=True)})
+    inputs = [value.numpy() for value in named.values()]
     if int8:
         import nncf
 
-        quick = nncf.AdvancedQuantizationParameters(disable_bias_correction=True)  # changes numbers, not how many
+        quick = nncf.AdvancedQuantizationParameters(disable_bias_correction=True)  # it would change values, not speed
         network = nncf.quantize(
             network, nncf.Dataset([inputs]), subset_size=1, model_type=nncf.ModelType.TRANSFORMER,
             advanced_parameters=quick,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quest.benchmark import shapes
-from quest.benchmark.single_layers import ATTENTION_KERNELS, OWN, contenders
+from quest.benchmark.single_layers import ATTENTION_KERNELS, SUITE_KERNELS, contenders
 from quest.diffusion.models import MODELS
 
 
@@ -25,7 +25,7 @@ def layers():
 
 
 @pytest.mark.parametrize("layer, batch", layers(), ids=lambda v: getattr(v, "name", v))
-@pytest.mark.parametrize("how", ["fp32", *OWN])
+@pytest.mark.parametrize("how", ["fp32", *SUITE_KERNELS])
 @pytest.mark.benchmark(max_time=0.3, min_rounds=3)  # seconds of each, or all take more than five minutes
 def test_layer(benchmark, layer, batch, how):
     if layer.kind == "attention" and how not in ATTENTION_KERNELS:
