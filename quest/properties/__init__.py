@@ -1,1 +1,1 @@
-"""What the paper says of quantized diffusion models (arXiv:2402.03666, section 3), measured on a denoiser."""
+"""Measure on a denoiser what the paper claims about quantized diffusion models (arXiv:2402.03666, section 3)."""

@@ -1,7 +1,7 @@
-"""How unevenly the inputs of layers are spread: most values small, a few large (QuEST, arXiv:2402.03666, section 3).
+"""How uneven the inputs of layers are: most values are small, a few are large (QuEST, arXiv:2402.03666, section 3).
 
-Statistics are taken of what enters a layer before it is quantized, of every sample by itself: at 4 bits a quantizer
-has 16 codes for just these values.
+Statistics describe the input of a layer before quantization, separately for every sample: at 4 bits a quantizer has 16
+codes for exactly these values.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ EDGES = torch.linspace(-20, 20, 161)  # of histograms, in standard deviations of
 
 
 def statistics(x: Tensor) -> Tensor:
-    """STATISTICS of every row of x [N, ...], [N, 3].
+    """The STATISTICS of every row of x [N, ...], as [N, 3].
 
     max / p99: the largest absolute value over the 99th percentile of absolute values. kurtosis: the fourth central
     moment over the square of the second, 3 for a normal distribution. Neither is finite for a constant row.
@@ -65,17 +65,17 @@ def spreads(denoiser: nn.Module, evaluation: CalibrationSet) -> dict[str, float]
         moments.setdefault(name, []).append(torch.stack([x.double().mean(), x.double().square().mean()]))
 
     visit_inputs(denoiser, evaluation, see)
-    means = {name: torch.stack(found).mean(0) for name, found in moments.items()}
+    means = {name: torch.stack(of_calls).mean(0) for name, of_calls in moments.items()}
     return {name: (m[1] - m[0] ** 2).sqrt().item() for name, m in means.items()}
 
 
 def distributions(denoiser: nn.Module, evaluation: CalibrationSet, scale: dict[str, float]) -> dict[str, dict]:
     """Statistics and histograms of the inputs of a denoiser's layers along held-out trajectories, by class of layers.
 
-    scale: what the input of a layer is divided by in its histogram: those of full precision, from `spreads`, make all
-    denoisers of a model comparable. Returns, for each class, "layers"; each of STATISTICS, the mean of its logarithm
-    over layers, calls and halves on each trajectory; and "histogram", the share of values in each bin of EDGES, the
-    first and last with all beyond, each layer counting the same.
+    scale: divisor of each layer's input in its histogram; the values of full precision, from `spreads`, make all
+    denoisers of a model comparable. Returns for each class: "layers", their number; for each of STATISTICS the mean of
+    its logarithm over layers, calls and halves, per trajectory; and "histogram", the share of values in each bin of
+    EDGES (the outer bins include everything beyond them), with equal weight for each layer.
     """
     trajectories, place = evaluation.trajectory.unique(return_inverse=True)
     logs: dict[str, Tensor] = {}
@@ -84,8 +84,8 @@ def distributions(denoiser: nn.Module, evaluation: CalibrationSet, scale: dict[s
 
     def see(name, x, rows):
         of_layer = logs.setdefault(name, torch.zeros(len(trajectories), len(STATISTICS) + 1, dtype=torch.float64))
-        found = statistics(x).log().double()
-        of_layer.index_add_(0, place[rows], torch.cat([found, torch.ones(len(found), 1)], 1))
+        values = statistics(x).log().double()
+        of_layer.index_add_(0, place[rows], torch.cat([values, torch.ones(len(values), 1)], 1))
         inside = (x.float() / scale[name]).clamp(low, high)
         bins[name] = bins.get(name, 0) + torch.histc(inside, len(EDGES) - 1, low, high).double() / x.numel()
 

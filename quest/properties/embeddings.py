@@ -1,8 +1,8 @@
-"""What a denoiser is told of time, before and after quantization.
+"""The time embedding of a denoiser, before and after quantization.
 
-The embedding of a timestep reaches every residual block through a projection of its own. It depends on the timestep
-only, so that quantization moves it by the same amount in every image (QuEST, arXiv:2402.03666, property "temporal
-information"). It keeps its information as long as it moves less than timesteps lie apart.
+Every residual block receives the embedding of the timestep through its own projection. The embedding depends on the
+timestep only, so quantization changes it equally for every image (QuEST, arXiv:2402.03666, property "temporal
+information"). It stays informative as long as its error is smaller than the distance between timesteps.
 """
 
 import torch
@@ -15,7 +15,7 @@ PATH = "time embedding"  # the class of layers that timesteps pass through, see 
 
 @torch.no_grad()
 def embeddings(denoiser: nn.Module, calibration: CalibrationSet) -> Tensor:
-    """What the residual blocks get at every timestep, noisiest first: outputs of all projections, [T, D].
+    """The outputs of all time embedding projections at every timestep, noisiest first, [T, D].
 
     Raises ValueError for a denoiser without time embedding projections.
     """
@@ -38,10 +38,10 @@ def embeddings(denoiser: nn.Module, calibration: CalibrationSet) -> Tensor:
 
 
 def moved(exact: Tensor, quantized: Tensor) -> dict[str, Tensor]:
-    """How far quantization moves embeddings [T, D], against how far timesteps lie apart.
+    """Compare the error of quantized embeddings [T, D] with the distance between timesteps.
 
     Returns, each [T]: "error" |e~_t - e_t|; "apart" |e_t - e_s| and "apart_quantized" |e~_t - e~_s|, where s is the
-    next cleaner timestep (of the last one: the noisier); "nearest", the place of the exact embedding nearest to e~_t.
+    next cleaner timestep (the noisier one for the last); "nearest", the index of the exact embedding closest to e~_t.
     """
     neighbour = torch.arange(1, len(exact) + 1)
     neighbour[-1] = len(exact) - 2

@@ -1,4 +1,4 @@
-"""What TAQuant asks of inference: before each call, which time group it is in, and each quantizer's scales in it."""
+"""The work that TAQuant adds to a denoiser call: find the time group, then look up each quantizer's scales for it."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from quest.quantization.placement import place
 
 @torch.no_grad()
 def look_up(denoiser: nn.Module, timestep: Tensor) -> None:
-    """All that a call does because of time groups, and nothing else."""
+    """Do everything that a denoiser call does because of time groups, and nothing else."""
     with denoiser.time_groups.inside(timestep):
         for quantizer in input_quantizers(denoiser).values():
             _ = quantizer.qparams
@@ -17,9 +17,9 @@ def look_up(denoiser: nn.Module, timestep: Tensor) -> None:
 
 @torch.no_grad()
 def single(denoiser: nn.Module, timestep: Tensor) -> nn.Module:
-    """Keep the scales of the group of this timestep only, for all timesteps; the denoiser itself is changed.
+    """Change the denoiser to use the scales of this timestep's group at all timesteps, and return it.
 
-    At the timesteps of that group it computes what it did before.
+    At the timesteps of that group its results stay the same.
     """
     group = denoiser.time_groups.index(timestep)[:1]
     for quantizer in input_quantizers(denoiser).values():

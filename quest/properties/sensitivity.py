@@ -1,7 +1,7 @@
-"""Which parts of a denoiser suffer from few bits: one of them quantized, all else in float.
+"""Which parts of a denoiser suffer from few bits: quantize one part and keep everything else in float.
 
-The paper lowers one class of layers at a time and leaves the rest at 8 bits (QuEST, arXiv:2402.03666, figure 3). Here
-the rest is in float, so that nothing but the part itself is seen.
+The paper lowers one class of layers at a time and keeps the rest at 8 bits (QuEST, arXiv:2402.03666, figure 3). Here
+the rest is in float, so that the error comes from that part alone.
 """
 
 from collections.abc import Iterable
@@ -24,29 +24,29 @@ from quest.quantization.timegroups import TimeGroups, grouped
 PRODUCTS = "attention products"
 ENDS = "boundary"  # the class of the first and last layer, which every method keeps at 8 bits
 LOWERED = ("weights and activations", "activations")
-SAMPLES = 64  # rows of all timesteps that set a static range
-GROUP_SAMPLES = 8  # rows that set the range of a time group
+SAMPLES = 64  # rows, of all timesteps together, that determine a static range
+GROUP_SAMPLES = 8  # rows that determine the range of a time group
 
 
 def parts(denoiser: nn.Module) -> dict[str, list[str]]:
-    """Layers of a float denoiser by class, the two products of each attention, by its processor's name, in one of
-    their own."""
-    found: dict[str, list[str]] = {}
+    """Names of the layers of a float denoiser by class; the class PRODUCTS has the attention processors, each of which
+    computes two products."""
+    by_class: dict[str, list[str]] = {}
     for name, module in denoiser.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            found.setdefault(layer_class(name), []).append(name)
-    found[PRODUCTS] = [f"{name}.processor" for name, _ in attentions(denoiser)]
+            by_class.setdefault(layer_class(name), []).append(name)
+    by_class[PRODUCTS] = [f"{name}.processor" for name, _ in attentions(denoiser)]
     order = [*(name for name, _ in LAYER_CLASSES), "other", PRODUCTS]
-    return {name: found[name] for name in order if found.get(name)}
+    return {name: by_class[name] for name in order if by_class.get(name)}
 
 
 def lowered(
     pipe, calibration: CalibrationSet, names: Iterable[str], w: int, a: int, *, time_groups: int = 1, seed: int = 0
 ):
-    """A pipeline whose named layers and attention products have w and a bits and nothing else is quantized.
+    """A copy of the pipeline in which only the named layers and attention products are quantized, to w and a bits.
 
-    Weights take the nearest code; ranges are those of least error, of the activations static or one for each time
-    group. Probabilities have 8 bits at least. Raises ValueError for a name that the denoiser does not have.
+    Weights take the nearest code, ranges minimize the squared error, and activations have a static range or one for
+    each time group. Probabilities have 8 bits or more. Raises ValueError for a name that the denoiser does not have.
     """
     every = [name for of_class in parts(pipe.unet).values() for name in of_class]
     names = set(names)
@@ -63,19 +63,19 @@ def lowered(
 
 
 def sensitivities(pipe, calibration: CalibrationSet, evaluation: CalibrationSet, w: int, a: int) -> list[dict]:
-    """Noise-prediction error with one class of layers at a time at w and a bits, the rest in float; static ranges.
+    """Noise-prediction error with one class of layers at w and a bits, static ranges, and the rest in float.
 
     Returns rows {layer_class, lowered, layers, parameters, macs, errors}: `lowered` is one of LOWERED, `parameters` and
-    `macs` the class's shares of the denoiser's, `errors` the relative squared error on each held-out trajectory, mean
-    over calls. The last class, "all", is every one but the first and last layer at once.
+    `macs` are shares of the whole denoiser, `errors` has the relative squared error of each held-out trajectory, the
+    mean over calls. The last class, "all", is every class together except the first and last layer.
     """
-    found = parts(pipe.unet)
-    found["all"] = [name for layer_class, names in found.items() if layer_class != ENDS for name in names]
+    by_class = parts(pipe.unet)
+    by_class["all"] = [name for layer_class, names in by_class.items() if layer_class != ENDS for name in names]
     work = macs(pipe.unet, calibration.inputs(torch.tensor([0])))
     size = {n: sum(p.numel() for p in m.parameters()) for n, m in pipe.unet.named_modules() if hasattr(m, "weight")}
     whole = sum(p.numel() for p in pipe.unet.parameters())
     rows = []
-    for name, names in found.items():
+    for name, names in by_class.items():
         share = {
             "layers": len(names),
             "parameters": sum(size.get(n, 0) for n in names) / whole,

@@ -1,9 +1,9 @@
-"""How far a Taylor step carries when a denoiser is quantized.
+"""How accurate Taylor steps are when a denoiser is quantized.
 
-Reconstruction replaces the loss of a quantized network by its second-order step from full precision, without the
-gradient. QuEST (arXiv:2402.03666, proposition 3.1) holds that at few bits the perturbation is too large for that, and
-goes in K small steps instead, each with its gradient (theorem 3.2). Here the perturbation is what rounding does to
-weights and to the inputs of layers, all at once, and the loss is the squared distance to full precision's prediction.
+Reconstruction approximates the loss of a quantized network by its second-order Taylor step from full precision, without
+the gradient. QuEST (arXiv:2402.03666, proposition 3.1) says that at few bits the perturbation is too large for that;
+it uses K small steps instead, each with its gradient (theorem 3.2). Here the perturbation is the rounding error of all
+weights and layer inputs together, and the loss is the squared distance to the prediction of full precision.
 """
 
 import copy
@@ -18,7 +18,7 @@ from quest.diffusion.calibration_set import CalibrationSet
 from quest.quantization import ranges
 from quest.quantization.layer_names import KEEP, layer_bits
 
-STEP = 1e-3  # of the central differences; in float64
+STEP = 1e-3  # width of the central differences, in float64
 
 
 def expand(f: Callable[[float], Tensor], at: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,12 +28,11 @@ def expand(f: Callable[[float], Tensor], at: float = 0.0) -> tuple[Tensor, Tenso
 
 
 def remainders(f: Callable[[float], Tensor], steps: tuple[int, ...] = (1, 4)) -> dict[str, Tensor]:
-    """What Taylor steps from f(0) to f(1) leave over, for f(a) of shape [N, ...], by row: each [N].
+    """Errors of Taylor steps from f(0) to f(1), for f(a) of shape [N, ...]; every entry is [N].
 
-    "first", "second": |f(1) - step| / |f(1) - f(0)| of the output. "loss, K steps": the error of the loss
-    |f(1) - f(0)|^2 where it is summed from K second-order steps with their gradients, over the loss itself; from a
-    single step, that is what reconstruction minimises, since the gradient is zero at f(0). "loss": the loss, over
-    |f(0)|^2.
+    "first", "second": |f(1) - step| / |f(1) - f(0)| of the output after a step of that order. "loss, K steps": relative
+    error of the loss |f(1) - f(0)|^2 as a sum of K second-order steps with their gradients; reconstruction minimizes
+    that sum for K = 1, where the gradient at f(0) is zero. "loss": the loss over |f(0)|^2.
     """
     start, slope, curvature = expand(f)
     whole = f(1.0) - start
@@ -42,7 +41,7 @@ def remainders(f: Callable[[float], Tensor], steps: tuple[int, ...] = (1, 4)) ->
         return x.flatten(1).square().sum(1)
 
     loss = size(whole)
-    found = {
+    result = {
         "first": (size(whole - slope) / loss).sqrt(),
         "second": (size(whole - slope - curvature / 2) / loss).sqrt(),
         "loss": loss / size(start),
@@ -54,17 +53,17 @@ def remainders(f: Callable[[float], Tensor], steps: tuple[int, ...] = (1, 4)) ->
             gradient = 2 * ((here - start) * first).flatten(1).sum(1)
             hessian = 2 * size(first) + 2 * ((here - start) * second).flatten(1).sum(1)
             total += gradient / count + hessian / (2 * count**2)
-        found[f"loss, {count} step{'s' if count > 1 else ''}"] = (total - loss).abs() / loss
-    return found
+        result[f"loss, {count} step{'s' if count > 1 else ''}"] = (total - loss).abs() / loss
+    return result
 
 
 @contextmanager
 def perturbed(denoiser: nn.Module, inputs: dict[str, Tensor], bits: int) -> Iterator[Callable[[float], Tensor]]:
-    """f(a): the prediction where every weight and layer input is moved by `a` times its own quantization error.
+    """Yield f: f(a) is the prediction after every weight and layer input moves by `a` times its quantization error.
 
-    Errors are those of the nearest codes at full precision, ranges of least error (of inputs: on these rows), the first
-    and last layer at 8 bits at least. f(0) is full precision; f(1) is not the quantized network, in which an input also
-    has the error of all that came before. The denoiser itself stays as it was.
+    The errors belong to the nearest codes at full precision, for ranges of least squared error (on these rows, for
+    inputs); the first and last layer have at least 8 bits. f(0) is full precision. f(1) is not the quantized network,
+    where errors of earlier layers also change an input. The denoiser itself does not change.
     """
     denoiser = copy.deepcopy(denoiser).double()
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
@@ -106,9 +105,9 @@ def perturbed(denoiser: nn.Module, inputs: dict[str, Tensor], bits: int) -> Iter
 
 
 def taylor(denoiser: nn.Module, evaluation: CalibrationSet, widths: list[int], calls: int = 2) -> list[dict]:
-    """`remainders` at every width along held-out trajectories, at `calls` timesteps spread over them.
+    """`remainders` for each of `widths` (bits) on held-out trajectories, at `calls` evenly spread sampler calls.
 
-    Returns rows {bits, what, values}: the mean over these timesteps (and halves) on each trajectory.
+    Returns rows {bits, what, values}: for each trajectory the mean over these calls (and halves).
     """
     trajectories, place = evaluation.trajectory.unique(return_inverse=True)
     last = int(evaluation.call.max())
