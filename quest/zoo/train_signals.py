@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=2000, help="batches of 32 (default %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(f"error of the last batches: {train(arguments.out, arguments.iterations):.4f}", flush=True)
+    print(f"error of the last batches: {train(arguments.output, arguments.iterations):.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,14 @@ def test_classes_differ_in_what_their_names_say():
     crossings = (np.diff(np.sign(drawn.values - drawn.values.mean(1, keepdims=True))) != 0).sum(1)
     of_class = {name: crossings[drawn.labels == i].mean() for i, name in enumerate(signals.CLASSES)}
     assert all(of_class[f"fast {kind}"] > 1.5 * of_class[f"slow {kind}"] for kind in signals.WAVEFORMS)
+
+
+def test_the_command_trains_into_the_file_that_it_is_given(tmp_path, monkeypatch):
+    out = tmp_path / "signals.safetensors"
+    monkeypatch.setattr(train_signals, "train", partial(train_signals.train, batch=4, examples=8))
+    monkeypatch.setattr("sys.argv", ["train_signals", "-o", str(out), "--iterations", "2"])
+    train_signals.main()
+    assert out.is_file()
 
 
 def test_a_trained_denoiser_is_quantized_like_any_other(tmp_path):
