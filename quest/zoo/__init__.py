@@ -1,1 +1,1 @@
-"""Small latent diffusion models trained from scratch on procedural scenes, and everything that trained them."""
+"""Training of the suite's own small latent diffusion models, on procedural scenes, emoji and photographs."""

@@ -1,4 +1,4 @@
-"""The networks of the zoo: denoisers, text encoder, noise schedule, pipelines. How they learn stands elsewhere."""
+"""The networks of the zoo: denoisers, text encoder, noise schedule, pipelines. Other modules train them."""
 
 from dataclasses import dataclass
 
@@ -13,19 +13,19 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 
 @dataclass(frozen=True)
 class Recipe:
-    """Shape of a denoiser, what it is told, and how long it is trained."""
+    """Shape of a denoiser, its conditioning, and the length of its training."""
 
     pictures: str  # "scenes", "emoji" or "photos"
     conditioning: str  # "text", "class" or "none"
     iterations: int  # batches
     batch_size: int
-    size: int  # of the latents, along one side
+    size: int  # side length of the latents
     latent_channels: int
-    widths: tuple[int, ...]  # channels per resolution; each after the first halves it
-    attention: tuple[bool, ...]  # at each resolution
+    widths: tuple[int, ...]  # channels per level; each level after the first halves the resolution
+    attention: tuple[bool, ...]  # whether each level has attention
     context: int = 64  # width of a context token
     average: float = 0.998  # decay of the moving average of the parameters
-    half: bool = False  # trained in bfloat16
+    half: bool = False  # whether training uses bfloat16
 
 
 _SCENES = {
@@ -71,14 +71,14 @@ MODELS = {
 
 
 def recipe_of(name):
-    """The recipe of a model.  Raises ValueError for a name that is not in MODELS."""
+    """The recipe of a model. Raises ValueError for a name that is not in MODELS."""
     if name not in MODELS:
         raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}")
     return MODELS[name]
 
 
 def build_unet(name):
-    """The denoiser of a model.  Raises ValueError for a name that is not in MODELS."""
+    """The untrained denoiser of a model. Raises ValueError for a name that is not in MODELS."""
     recipe = recipe_of(name)
     common = {
         "sample_size": recipe.size,
@@ -104,11 +104,11 @@ def build_unet(name):
             down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in recipe.attention),
             up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in recipe.attention[::-1]),
             cross_attention_dim=recipe.context,
-            attention_head_dim=4,  # in this class, the number of heads
+            attention_head_dim=4,  # UNet2DConditionModel takes the number of heads under this name
         )
     for module in unet.modules():
         if hasattr(module, "set_processor"):
-            module.set_processor(AttnProcessor())  # at these sizes the plain one trains faster
+            module.set_processor(AttnProcessor())  # at these sizes it trains faster than the default processor
     return unet
 
 
@@ -131,12 +131,12 @@ def build_text_encoder(tokenizer, width, max_length):
 
 
 def alphas():
-    """Cumulated signal share of every training step, float32 [1000]."""
+    """Cumulative product of the signal share for every training step, float32 [1000]."""
     return DDIMScheduler(**SCHEDULE).alphas_cumprod
 
 
 def build_pipeline(unet, vae, encoder=None, tokenizer=None):
-    """The model as a diffusers pipeline that shares its modules; `encoder` is of text where there is a tokenizer."""
+    """A diffusers pipeline of these modules; `encoder` encodes text if there is a tokenizer, otherwise classes."""
     if tokenizer is not None:
         scheduler = PNDMScheduler(**SCHEDULE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
         return StableDiffusionPipeline(

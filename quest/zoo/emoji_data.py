@@ -1,8 +1,8 @@
 """Make the data file of emoji from three npm packages: Noto's, Twemoji's and Fluent's drawings at 64x64 on white.
 
-The packages are fetched by the npm client and checked by hash; Fluent's drawings are rasterised by librsvg
-(`rsvg-convert`). Drawings that are nearly empty, or equal to one before, are left out. Licences: Noto Apache-2.0,
-Twemoji's graphics CC-BY 4.0, Fluent MIT. The file is for training: it does not ship, the models do.
+The npm client downloads the packages, whose hashes are checked; librsvg (`rsvg-convert`) rasterises Fluent's drawings.
+Nearly empty drawings and duplicates are left out. Licences: Noto Apache-2.0, Twemoji's graphics CC-BY 4.0, Fluent MIT.
+The file is for training only: the models ship, the file does not.
 """
 
 import io
@@ -20,7 +20,7 @@ from quest.runtime.download import sha256_of
 from quest.runtime.files import atomic, read_json
 
 SIZE = 64
-QUALITY = 92  # of WebP
+QUALITY = 92  # of the WebP encoding
 # Package -> SHA-256 of its archive.
 PACKAGES = {
     "emoji-datasource-google@16.0.0": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
@@ -37,18 +37,18 @@ TONES = {
 
 
 def fetch(package, folder):
-    """Fetch and unpack one of PACKAGES; returns the folder of its files.
+    """Download and unpack one of PACKAGES; returns the folder of its files.
 
-    Raises FileNotFoundError without npm, RuntimeError with npm's words where it fails, ValueError for another archive.
+    Raises FileNotFoundError without npm, RuntimeError with npm's message if npm fails, ValueError for another archive.
     """
     if shutil.which("npm") is None:
         raise FileNotFoundError("npm: not installed; emoji come from packages of the npm registry")
-    done = subprocess.run(
+    result = subprocess.run(
         ["npm", "pack", package, "--silent"], cwd=folder, capture_output=True, text=True, encoding="utf-8"
     )
-    if done.returncode:
-        raise RuntimeError(f"npm pack {package}: {done.stderr.strip()}")
-    archive = Path(folder) / done.stdout.split()[-1]
+    if result.returncode:
+        raise RuntimeError(f"npm pack {package}: {result.stderr.strip()}")
+    archive = Path(folder) / result.stdout.split()[-1]
     if sha256_of(archive) != PACKAGES[package]:
         raise ValueError(f"{package}: its archive is not the one that is known (SHA-256 {PACKAGES[package]})")
     target = Path(folder) / package.partition("@")[0]
@@ -58,7 +58,7 @@ def fetch(package, folder):
 
 
 def on_white(image):
-    """A PIL image of any mode as uint8 [64, 64, 3], what is transparent white."""
+    """A PIL image of any mode as uint8 [64, 64, 3], with transparent parts in white."""
     image = image.convert("RGBA")
     paper = Image.new("RGBA", image.size, "white")
     paper.alpha_composite(image)
@@ -66,13 +66,13 @@ def on_white(image):
 
 
 def drawn_by_vendor(folder, vendor, style):
-    """(name, style, image) of each drawing of an emoji-datasource package, in its order."""
+    """Yield (name, style, image) of each drawing of an emoji-datasource package, in the order of the package."""
     for entry in read_json(folder / "emoji.json"):
         name = entry["name"].lower()
         drawings = [(name, entry["image"])]
         for tones, variation in entry.get("skin_variations", {}).items():
-            said = " and ".join(dict.fromkeys(TONES[tone] for tone in tones.split("-")))
-            drawings.append((f"{name}, {said}", variation["image"]))
+            words = " and ".join(dict.fromkeys(TONES[tone] for tone in tones.split("-")))
+            drawings.append((f"{name}, {words}", variation["image"]))
         for name, file in drawings:
             path = folder / "img" / vendor / "64" / file
             if path.exists():
@@ -80,7 +80,7 @@ def drawn_by_vendor(folder, vendor, style):
 
 
 def drawn_by_fluent(folder, kind):
-    """(name, style, image) of Fluent's drawings, by file name. Raises FileNotFoundError without librsvg."""
+    """Yield (name, style, image) of Fluent's drawings by file name. Raises FileNotFoundError without librsvg."""
     if shutil.which("rsvg-convert") is None:
         raise FileNotFoundError("rsvg-convert: not installed (package librsvg, or librsvg2-bin on Debian)")
     for path in sorted((folder / "icons" / kind).glob("*.svg")):
@@ -90,7 +90,7 @@ def drawn_by_fluent(folder, kind):
 
 
 def build(folder):
-    """Columns of the data file, from the packages unpacked below `folder` by `fetch`."""
+    """The columns of the data file, from the packages that `fetch` unpacked in `folder`."""
     google, twitter, fluent = (Path(folder) / package.partition("@")[0] / "package" for package in PACKAGES)
     drawings = [
         *drawn_by_vendor(google, "google", "noto"),

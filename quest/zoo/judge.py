@@ -1,8 +1,8 @@
-"""What a trained model is worth: error on held-out scenes, FID of samples beside its floor, and whether they obey.
+"""Evaluate a trained model: error on held-out scenes, FID of samples, and whether samples show what was asked for.
 
-The floor of FID (scenes net) at the same n is the distance of real scenes sent through the autoencoder, since no
-sample can be better than its decoder.  Obedience is the share of samples whose main object, say, the classifier reads
-as asked.
+The FID (scenes net) of real scenes after the autoencoder, at the same n, is a floor, because no sample can be better
+than its decoder. For each attribute of a scene, such as its main object, the share of samples is counted in which the
+classifier sees the requested value.
 """
 
 from pathlib import Path
@@ -28,13 +28,13 @@ from quest.zoo.train_extractor import reconstruct
 
 
 def load_pipeline(name, folder):
-    """The pipeline of a folder in float32."""
+    """Load the pipeline in a folder, in float32."""
     kind = StableDiffusionPipeline if MODELS[name].conditioning == "text" else LatentDiffusionPipeline
     return kind.from_pretrained(folder).to(torch.float32)
 
 
 def error_of(name, pipe):
-    """Mean squared error of the noise on the latents of HELD_OUT validation scenes."""
+    """Mean squared error of the predicted noise on the latents of HELD_OUT validation scenes."""
     drawn = scenes.draw("validation", HELD_OUT)
     z = posterior_means(pipe.vae, drawn.images())
     trainee = Trainee(name)
@@ -50,26 +50,26 @@ def distance(features, reference):
 
 
 def judge(name, folder, extractor, reference, n=1000):
-    """(numbers, images uint8 [n, 64, 64, 3]): every number measured on n images of the evaluation split."""
+    """Returns (numbers, images uint8 [n, 64, 64, 3]); every number is measured on n images of the evaluation split."""
     pipe, net, reference = load_pipeline(name, folder), load(extractor), load_reference(reference)
     numbers = {"model": name, "protocol": MODELS[name].protocol, "n": n}
     numbers["held-out error"] = error_of(name, pipe)
     images = np.concatenate([batch[2] for batch in generate(pipe, MODELS[name], "evaluation", n)])
     real = scenes.draw("evaluation", n)
     rebuilt = reconstruct(pipe.vae, real.images())
-    said = {
+    results = {
         "samples": outputs(net, to_tensor(images)),
         "reconstructions": outputs(net, to_tensor(rebuilt)),
         "real": outputs(net, to_tensor(real.images())),
     }
-    for what, features in said.items():
+    for what, features in results.items():
         numbers[f"FID (scenes net), {what}"] = distance(features["pool"].numpy(), reference)
-    # Only what the model was told can be obeyed.
-    told = {"none": [], "class": ["logits"], "text": list(HEADS)}[MODELS[name].conditioning]
+    # Only attributes that the condition names can be checked.
+    heads = {"none": [], "class": ["logits"], "text": list(HEADS)}[MODELS[name].conditioning]
     wanted = targets(real)
-    for head in told:
+    for head in heads:
         for what in ("samples", "reconstructions"):
-            numbers[f"{head} right, {what}"] = (said[what][head].argmax(1) == wanted[head]).float().mean().item()
+            numbers[f"{head} right, {what}"] = (results[what][head].argmax(1) == wanted[head]).float().mean().item()
     return numbers, images
 
 

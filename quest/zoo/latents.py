@@ -1,4 +1,4 @@
-"""Latents of training and held-out pictures, computed once for the denoisers that share an autoencoder."""
+"""Compute the latents of training and held-out pictures once for all denoisers that share an autoencoder."""
 
 from pathlib import Path
 
@@ -13,31 +13,31 @@ from quest.zoo import pictures
 from quest.zoo.train_autoencoder import RECIPES, to_tensor
 from quest.zoo.training import Progress
 
-HELD_OUT = 1000  # pictures on which a denoiser's error is reported: scenes of the validation split, others' evaluation
+HELD_OUT = 1000  # pictures to report a denoiser's error on: validation scenes, or evaluation pictures of other kinds
 STEP = 500
 
 
 @torch.no_grad()
 def posterior_means(vae, images):
-    """uint8 pictures [N, S, S, 3] to latents [N, C, S / P, S / P]."""
+    """Encode uint8 pictures [N, S, S, 3] as latents [N, C, S / P, S / P], for patches of P x P pixels."""
     return torch.cat([vae.encode(part).latent_dist.mean for part in to_tensor(images).split(50)]).contiguous()
 
 
 def batches(name, count, data=None):
-    """(split, number of pictures, function from a range of them to uint8 [n, S, S, 3]) for both splits."""
+    """Yield (split, number of pictures, function (start, stop) -> uint8 pictures [n, S, S, 3]) for both splits."""
     if name == "scenes":
         for split, n in (("train", count), ("validation", HELD_OUT)):
             yield split, n, lambda a, b, split=split: scenes.draw(split, b - a, a).images()
         return
-    shown = pictures.load(name, data)
-    for split, rows in (("train", shown.rows("train")[:count]), ("validation", shown.rows("evaluation")[:HELD_OUT])):
-        yield split, len(rows), lambda a, b, rows=rows: shown.images[rows[a:b]]
+    loaded = pictures.load(name, data)
+    for split, rows in (("train", loaded.rows("train")[:count]), ("validation", loaded.rows("evaluation")[:HELD_OUT])):
+        yield split, len(rows), lambda a, b, rows=rows: loaded.images[rows[a:b]]
 
 
 def compute(autoencoder, path, count=None, name="scenes", data=None):
     """Write the latents of the first `count` (None: all) training and HELD_OUT other pictures to `path` (.safetensors).
 
-    Where the autoencoder saw pictures flipped, so does a denoiser: the flipped ones follow the others, in their order.
+    If the autoencoder was trained with flipped pictures, the latents of flipped ones follow, in the same order.
     """
     vae = AutoencoderKL.from_pretrained(autoencoder).float().eval()
     latents = {}
@@ -62,7 +62,7 @@ def load(path):
 def main():
     parser = command_line.parser(__doc__, "file", "threads")
     parser.add_argument("autoencoder", type=Path, help="diffusers folder of the trained autoencoder")
-    parser.add_argument("--pictures", choices=RECIPES, default="scenes", help="of what (default %(default)s)")
+    parser.add_argument("--pictures", choices=RECIPES, default="scenes", help="kind of pictures (default %(default)s)")
     parser.add_argument("--data", type=Path, help="data file (.npz) of photographs or emoji")
     parser.add_argument("--images", type=int, help="training pictures (default: 40,000 scenes, all others)")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Noised latents of real scenes in the shape of a calibration set: what finetuning without a teacher learns from."""
+"""Noised latents of real scenes as a calibration set, for finetuning without a teacher."""
 
 import torch
 
@@ -13,7 +13,7 @@ from quest.zoo.latents import posterior_means
 def noised(pipe, model: Model, split: str, n: int, seed: int = 0) -> CalibrationSet:
     """The first n scenes of a split, noised to every timestep of the sampler; the target is the noise itself.
 
-    Every scene is a "trajectory" with fresh noise in each call; under guidance both halves see the same noisy latent.
+    Each scene counts as a trajectory, with fresh noise in each call; under guidance both halves have the same latent.
     """
     drawn = scenes.draw(split, n)
     z = posterior_means(pipe.vae, drawn.images()) * pipe.vae.config.scaling_factor  # [n, C, h, w]
@@ -36,18 +36,18 @@ def noised(pipe, model: Model, split: str, n: int, seed: int = 0) -> Calibration
             )
         )
     names = ("sample", "timestep", "target", "trajectory", "call")
-    own = {name: torch.cat([getattr(c, name) for c in calls]) for name in names}
-    return CalibrationSet(**own, conditioning={k: torch.cat([c.conditioning[k] for c in calls]) for k in context})
+    columns = {name: torch.cat([getattr(c, name) for c in calls]) for name in names}
+    return CalibrationSet(**columns, conditioning={k: torch.cat([c.conditioning[k] for c in calls]) for k in context})
 
 
 def _context(pipe, model: Model, drawn) -> dict:
-    """What the denoiser is told of the scenes; under guidance first nothing, then that."""
+    """The condition of each scene as an argument of the denoiser; under guidance the empty condition comes first."""
     if model.conditioning == "none":
         return {}
     if model.conditioning == "class":
-        told = torch.from_numpy(drawn.labels())
-        nothing = torch.full_like(told, pipe.class_embedder.config.num_classes)
-        given, without = pipe.class_embedder(told), pipe.class_embedder(nothing)
+        labels = torch.from_numpy(drawn.labels())
+        no_class = torch.full_like(labels, pipe.class_embedder.config.num_classes)
+        tokens, empty = pipe.class_embedder(labels), pipe.class_embedder(no_class)
     else:
-        given, without = pipe.encode_prompt(drawn.captions(), pipe.device, 1, True)
-    return {"encoder_hidden_states": torch.cat([without, given]) if model.guidance > 1 else given}
+        tokens, empty = pipe.encode_prompt(drawn.captions(), pipe.device, 1, True)
+    return {"encoder_hidden_states": torch.cat([empty, tokens]) if model.guidance > 1 else tokens}

@@ -1,11 +1,11 @@
-"""Photographs and emoji: what the pictures show, what they are called, and how they are split. No picture ships.
+"""Photographs and emoji: pictures with labels or captions, and their splits. No picture ships with the suite.
 
-A data file is an .npz with the encoded pictures end to end (`data`, uint8; `offsets`, int64 [N + 1]) and what is known
-of each: `labels` and `classes` of photographs, `name` and `style` of emoji.
+A data file is an .npz with the encoded pictures one after another (`data`, uint8; `offsets`, int64 [N + 1]) and their
+descriptions: `labels` and `classes` of photographs, `name` and `style` of emoji.
 
-Emoji are split by concept. A concept is a name without words for skin tone, hair or sex, with all its drawings. Of
-the concepts, a twentieth is held out in all styles; of the others that exist in three styles or more, a tenth of the
-(concept, style) pairs. Photographs have no duplicates and are split at random.
+Emoji are split by concept: all drawings whose name is the same apart from words for skin tone, hair or sex. 5 % of the
+concepts are held out in all styles; of the other concepts with three styles or more, 10 % of the (concept, style) pairs
+are held out. Photographs have no duplicates and are split at random.
 """
 
 import io
@@ -20,7 +20,7 @@ from PIL import Image
 from quest.runtime.files import read_arrays
 
 SPLITS = ("train", "reference", "evaluation")
-REFERENCE, EVALUATION = 5000, 1000  # held-out photographs for statistics, and those that floors are measured on
+REFERENCE, EVALUATION = 5000, 1000  # held-out photographs for reference statistics, and for the floors of metrics
 TONES = ("medium light", "medium dark", "light", "medium", "dark")
 NOT_A_CONCEPT = {
     *("light", "medium", "dark", "skin", "tone", "default", "hair"),
@@ -30,7 +30,7 @@ NOT_A_CONCEPT = {
 
 @dataclass
 class Pictures:
-    """Pictures of one kind. `split[i]` is one of SPLITS; of emoji, `held_out[i]` says "", "style" or "concept"."""
+    """Pictures of one kind. `split[i]` is one of SPLITS; for emoji, `held_out[i]` is "", "style" or "concept"."""
 
     images: np.ndarray  # uint8 [N, S, S, 3]
     split: np.ndarray  # str [N]
@@ -48,9 +48,9 @@ class Pictures:
 
 
 def decode(path, *columns):
-    """All pictures of a data file, uint8 [N, S, S, 3], and the columns that are named.
+    """All pictures of a data file, uint8 [N, S, S, 3], followed by the named columns.
 
-    Raises ValueError for a file that lacks one of them, and for pictures of different sizes.
+    Raises ValueError if the file lacks a column or its pictures differ in size.
     """
     arrays = read_arrays(path)
     missing = [name for name in ("data", "offsets", *columns) if name not in arrays]
@@ -67,8 +67,8 @@ def decode(path, *columns):
 def cifar10(source, download=False):
     """CIFAR-10's 50,000 training photographs: images uint8 [N, 32, 32, 3], labels int64 [N], names of the classes.
 
-    `source` is a folder for torchvision's CIFAR10, which checks what it downloads by hash, or a data file. Raises
-    FileNotFoundError where there is nothing, ValueError for a file of another kind or images of another size.
+    `source` is a folder for torchvision's CIFAR10, which checks hashes of downloads, or a data file. Raises
+    FileNotFoundError if `source` is missing, ValueError for another kind of file or images of another size.
     """
     source = Path(source)
     if source.is_file():
@@ -81,16 +81,16 @@ def cifar10(source, download=False):
     from torchvision.datasets import CIFAR10
 
     try:
-        known = CIFAR10(source, train=True, download=download)
+        dataset = CIFAR10(source, train=True, download=download)
     except RuntimeError as error:
         raise FileNotFoundError(f"{source}: {error}; --download fetches CIFAR-10 there") from None
-    return known.data, np.array(known.targets), tuple(known.classes)
+    return dataset.data, np.array(dataset.targets), tuple(dataset.classes)
 
 
 def photographs(source):
-    """CIFAR-10's training photographs: EVALUATION and REFERENCE of them held out at random, the others for training.
+    """CIFAR-10's training photographs; EVALUATION and REFERENCE of them are held out at random.
 
-    A folder into which torchvision has not yet downloaded them is filled.
+    If `source` is a folder without them, torchvision downloads them into it.
     """
     images, labels, classes = cifar10(source, download=not Path(source).is_file())
     split = np.full(len(images), "train", dtype="<U10")
@@ -101,7 +101,7 @@ def photographs(source):
 
 
 def emoji(path):
-    """Emoji in four styles, each with the caption "STYLE emoji: NAME"; the held-out ones are split between the rest."""
+    """Emoji in four styles with captions "STYLE emoji: NAME"; held-out ones are for reference or evaluation."""
     images, *columns = decode(path, "style", "name")
     styles, raw = ([str(x) for x in column] for column in columns)
     names = clean_names(raw)
@@ -118,7 +118,7 @@ def emoji(path):
         ],
         dtype="<U10",
     )  # fmt: skip
-    # Held-out pictures of one concept stay together: half of the concepts are the reference.
+    # Held-out pictures of one concept stay together: half of the concepts are for reference, half for evaluation.
     half = np.array([drawn_share("reference", c) < 0.5 for c in concepts])
     split = np.where(held_out == "", "train", np.where(half, "reference", "evaluation"))
     captions = [f"{style} emoji: {name}" for style, name in zip(styles, names, strict=True)]
@@ -128,7 +128,7 @@ def emoji(path):
 def clean_names(names):
     """Names in one spelling: lower case, and Fluent's "student medium dark" as "student, medium-dark skin tone".
 
-    In Fluent a name ends in a tone only where the same name with "default" exists: "traffic light" is no skin.
+    A tone at the end of a Fluent name counts only if the same name with "default" exists, unlike in "traffic light".
     """
     lower = [name.lower().strip() for name in names]
     toned = {name.removesuffix(" default") for name in lower if name.endswith(" default")}
@@ -145,27 +145,27 @@ def clean_names(names):
 
 
 def words(name):
-    """Words and signs of a name, in order."""
+    """The words and punctuation marks of a name, in order."""
     return re.findall(r"[^\W_]+|[^\w\s]", name.lower())
 
 
 def concept(name):
-    """What a name shows, whoever it is: its words, sorted, without those of NOT_A_CONCEPT (unless none is left)."""
+    """The words of a name, sorted, without those in NOT_A_CONCEPT unless no other words remain."""
     plain = [word for word in words(name) if word.isalnum()]
     kept = sorted({word for word in plain if word not in NOT_A_CONCEPT})
     return " ".join(kept or plain)
 
 
 def drawn_share(*parts):
-    """A number in [0, 1) that depends on the parts alone, the same on every machine."""
+    """A pseudorandom number in [0, 1) that depends only on the parts and is the same on every machine."""
     return zlib.crc32("|".join(parts).encode()) / 2**32
 
 
 def concept_weights(concepts):
-    """Weights to draw pictures with, float64 [N], sum 1: a concept with k pictures counts as sqrt(k), not as k.
+    """Sampling weights of pictures, float64 [N], with sum 1: a concept with k pictures counts as sqrt(k), not as k.
 
-    220 concepts (couples, families and others that come in all skin tones) have 54 % of the pictures. Drawn evenly
-    by picture, a model learns persons and little else.
+    220 concepts (couples, families and others with all skin tones) have 54 % of the pictures. With equal weights a
+    model would learn persons and little else.
     """
     _, inverse, counts = np.unique(concepts, return_inverse=True, return_counts=True)
     weights = 1 / np.sqrt(counts[inverse])

@@ -1,4 +1,4 @@
-"""Statistics of real scenes for FID and sFID: scenes of the reference split through the extractor."""
+"""Compute reference statistics for FID and sFID: the extractor's features of scenes of the reference split."""
 
 import hashlib
 from pathlib import Path
@@ -19,8 +19,8 @@ def build(path, extractor=ZOO / "scenes-extractor", n=20_000):
     """Write reference statistics of n scenes to `path` (.npz)."""
     net, parts = load(extractor), []
     for start in range(0, n, 1000):
-        said = outputs(net, to_tensor(scenes.draw("reference", min(1000, n - start), start).images()))
-        parts.append({name: said[name] for name in ("pool", "spatial")})
+        features = outputs(net, to_tensor(scenes.draw("reference", min(1000, n - start), start).images()))
+        parts.append({name: features[name] for name in ("pool", "spatial")})
         print(f"reference: {min(start + 1000, n)}/{n} scenes", flush=True)
     pool, spatial = (Statistics.from_features(torch.cat([p[k] for p in parts]).numpy()) for k in ("pool", "spatial"))
     weights = (Path(extractor) / "model.safetensors").read_bytes()

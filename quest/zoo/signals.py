@@ -1,8 +1,8 @@
-"""One-dimensional signals, drawn by numpy alone: something to denoise that is no image.
+"""One-dimensional signals, drawn by numpy alone: data for a denoiser of something other than images.
 
-A signal of 64 values is one of eight classes, kind x pace: a chirp, a train of pulses, a sum of tones, or steps; slow
-or fast. Its phase, place and size are free, and a weak slow wave lies under it. Signal i of a split is the same however
-many are drawn.
+A signal of 64 values belongs to one of eight classes, kind x pace: a chirp, a train of pulses, a sum of tones, or
+steps; slow or fast. Its phase, position and size are random, and a weak slow wave is added. Signal i of a split does
+not depend on how many are drawn.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """Train an autoencoder of the zoo: one for the scenes, one for emoji, one for photographs.
 
-Left to itself a small AutoencoderKL collapses to grey within such a budget.  So it starts from principal components:
-at first the encoder regresses the whitened components of patches and the decoder is fed with those.  At the end the
-mean and scale of the latents are folded into quant_conv and post_quant_conv, so that latents have zero mean and unit
-variance per channel and scaling_factor is 1.
+With this budget a small AutoencoderKL would collapse to grey if it started from random weights alone. So it starts from
+principal components: at first the encoder regresses the whitened components of patches and the decoder receives these.
+At the end the mean and scale of the latents are folded into quant_conv and post_quant_conv, so that latents have zero
+mean and unit variance per channel and scaling_factor is 1.
 """
 
 import math
@@ -28,18 +28,18 @@ BATCH_SIZE = 8
 class Recipe:
     """Shape of an autoencoder and how long it is trained."""
 
-    size: int  # of a picture, in pixels
+    size: int  # side length of a picture in pixels
     latent_channels: int
-    widths: tuple[int, ...]  # channels per resolution; each after the first halves it
-    groups: int  # of the group norms
+    widths: tuple[int, ...]  # channels per level; each level after the first halves the resolution
+    groups: int  # number of groups in each group norm
     iterations: int  # batches of BATCH_SIZE
-    warm_start: float  # share of the iterations in which the target is principal components
-    flips: bool = False  # left and right are exchanged in every second batch
-    half: bool = False  # trained in bfloat16 where a processor has it
+    warm_start: float  # share of the iterations, at the start, with principal components as targets
+    flips: bool = False  # whether left and right are exchanged in every second batch
+    half: bool = False  # whether training uses bfloat16
 
     @property
     def patch(self):
-        """Pixels a latent stands for, along one side."""
+        """Side length in pixels of the patch that one latent describes."""
         return 2 ** (len(self.widths) - 1)
 
 
@@ -51,7 +51,7 @@ RECIPES = {
 
 
 def build(recipe):
-    """A standard AutoencoderKL whose posterior starts narrow."""
+    """A standard AutoencoderKL whose posterior has a small variance at the start."""
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -72,12 +72,12 @@ def build(recipe):
 
 
 def to_tensor(images):
-    """uint8 [N, H, W, 3] to float [N, 3, H, W] in [-1, 1]."""
+    """Convert uint8 [N, H, W, 3] to float [N, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_images(x):
-    """float [N, 3, H, W] in [-1, 1] to uint8 [N, H, W, 3]."""
+    """Convert float [N, 3, H, W] in [-1, 1] to uint8 [N, H, W, 3]."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
@@ -98,7 +98,7 @@ def project(x, components, patch):
 
 
 def scene_loss(x, y):
-    """L1 + L2 with more weight around objects, on a coarse scale and on colour: the mean error alone is background."""
+    """L1 + L2 loss with extra weight on objects, on a coarse scale and on colour; background dominates a plain mean."""
     d = y - x
     foreground = ((x - x.mean((2, 3), keepdim=True)).abs().mean(1, keepdim=True) > 0.25).float()
     w = 1 + 4 * F.max_pool2d(foreground, 5, 1, 2)
@@ -109,7 +109,7 @@ def scene_loss(x, y):
 
 
 def picture_loss(x, y, w):
-    """L1 + 2 L2, on a coarse scale, on colour and on gradients; w [N, 1, H, W] says what counts."""
+    """L1 + 2 L2 loss, with terms for a coarse scale, colour and gradients; w [N, 1, H, W] weights the pixels."""
     d = y - x
     fine = (w * (d.abs() + 2 * d.square())).mean()
     coarse = (F.avg_pool2d(w, 4) * F.avg_pool2d(d, 4).abs()).mean()
@@ -122,14 +122,14 @@ def reconstruction_loss(name, x, y):
     """The loss of autoencoder `name` between pictures and reconstructions [N, 3, H, W]."""
     if name == "scenes":
         return scene_loss(x, y)
-    if name == "emoji":  # nearly half of the pixels are white paper: what is drawn on it counts three times
+    if name == "emoji":  # nearly half of the pixels are white background, so the others have three times the weight
         return picture_loss(x, y, 1 + 2 * F.max_pool2d(((1 - x).mean(1, keepdim=True) > 0.06).float(), 5, 1, 2))
     return picture_loss(x, y, torch.ones_like(x[:, :1]))
 
 
 @torch.no_grad()
 def normalise(vae, x):
-    """Fold mean and scale of the latents of x [N, 3, H, W] into the convolutions around them."""
+    """Fold the mean and scale of the latents of x [N, 3, H, W] into the convolutions before and after them."""
     channels = vae.config.latent_channels
     z = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(64)])
     mean, scale = z.mean((0, 2, 3)), z.std((0, 2, 3))
@@ -143,17 +143,17 @@ def normalise(vae, x):
 
 @torch.no_grad()
 def psnr(vae, x):
-    """Mean-squared-error PSNR in dB of reconstructions of x [N, 3, H, W] from posterior means."""
+    """PSNR in dB, from the mean squared error, of reconstructions of x [N, 3, H, W] from posterior means."""
     y = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in x.split(64)])
     return 10 * math.log10(4 / (y - x).square().mean().item())
 
 
 def examples(name, images, held_out, data=None):
-    """Pictures to learn from and held-out ones, uint8 [N, S, S, 3] each; `data` is the file of real ones."""
+    """(training pictures, held-out pictures), uint8 [N, S, S, 3] each; `data` is the file of real pictures."""
     if name == "scenes":
         return scenes.draw("train", images).images(), scenes.draw("validation", held_out).images()
-    shown = pictures.load(name, data)
-    return shown.images[shown.rows("train")[:images]], shown.images[shown.rows("evaluation")[:held_out]]
+    loaded = pictures.load(name, data)
+    return loaded.images[loaded.rows("train")[:images]], loaded.images[loaded.rows("evaluation")[:held_out]]
 
 
 def train(
@@ -168,22 +168,22 @@ def train(
     name="scenes",
     data=None,
 ):
-    """Train and write a diffusers folder to `out`; `out`.checkpoint beside it is what a stopped run resumes from."""
+    """Train and write a diffusers folder to `out`. A stopped run resumes from `out`.checkpoint beside it."""
     out, recipe = Path(out), RECIPES[name]
     checkpoint = out.with_name(out.name + ".checkpoint")
     torch.manual_seed(seed)
     vae = build(recipe)
-    # In bfloat16 torch's convolutions are slower on channels_last.
+    # torch's bfloat16 convolutions are slower with channels_last.
     layout = torch.contiguous_format if recipe.half else torch.channels_last
     vae.to(memory_format=layout)
-    shown, unseen = examples(name, images, held_out, data)
-    components = principal_components(to_tensor(shown[:3000]), recipe)
+    training_images, unseen = examples(name, images, held_out, data)
+    components = principal_components(to_tensor(training_images[:3000]), recipe)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     start = load_checkpoint(checkpoint, [vae], optimizer)
     progress = Progress("autoencoder", start, iterations, log_every)
     for i in range(start, iterations):
         g = generator(seed, i)
-        x = to_tensor(shown[torch.randint(len(shown), (batch_size,), generator=g).numpy()])
+        x = to_tensor(training_images[torch.randint(len(training_images), (batch_size,), generator=g).numpy()])
         x = (x.flip(3) if recipe.flips and i % 2 else x).contiguous(memory_format=layout)
         with autocast(recipe.half):
             posterior = vae.encode(x).latent_dist
@@ -205,7 +205,7 @@ def train(
         if (i + 1) % 200 == 0:
             save_checkpoint(checkpoint, i + 1, [vae], optimizer)
     vae.eval()
-    normalise(vae, to_tensor(shown[:2000]))
+    normalise(vae, to_tensor(training_images[:2000]))
     unseen = to_tensor(unseen)
     print(f"autoencoder: {psnr(vae, unseen):.2f} dB on held-out {name}", flush=True)
     with atomic_folder(out) as folder:

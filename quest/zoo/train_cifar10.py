@@ -1,11 +1,11 @@
 """Train the CIFAR-10 denoiser that DDIM samples: DDPM's U-Net and settings (arXiv:2006.11239, appendix B).
 
-Noise prediction over 1000 steps with betas linear from 1e-4 to 0.02, Adam, dropout, random flips, and a moving average
-of the parameters, which is what is written: a U-Net in diffusers layout, of the shape of google/ddpm-cifar10-32, for
-`models.cifar10.checkpoint` in a config. A stopped run resumes from `OUT.checkpoint`, to the same parameters.
+The U-Net predicts noise over 1000 steps with betas linear from 1e-4 to 0.02, and trains with Adam, dropout and random
+flips. The moving average of the parameters is written in diffusers layout, in the shape of google/ddpm-cifar10-32, for
+`models.cifar10.checkpoint` in a config. A stopped run resumes from `OUT.checkpoint` and gives the same parameters.
 
 Data: a folder for torchvision's CIFAR10 (`--download` fetches it there), or a data file (see `quest.zoo.pictures`).
-`--images FILE` writes them as the .npz that reference statistics are made from, and stops.
+`--images FILE` only writes the images as an .npz, from which reference statistics can be computed.
 """
 
 from pathlib import Path
@@ -40,7 +40,7 @@ def train(
 ) -> None:
     """Train on images, uint8 [N, 32, 32, 3], and write the averaged U-Net to the folder `out`.
 
-    Raises FloatingPointError, naming the iteration, where the loss is not finite.
+    Raises FloatingPointError that names the iteration if the loss is not finite.
     """
     out = Path(out)
     checkpoint = out.with_name(out.name + ".checkpoint")
@@ -56,7 +56,7 @@ def train(
     progress = Progress("cifar10", start, iterations, log_every)
     for i in range(start, iterations):
         g = generator(seed, i)
-        torch.manual_seed(g.initial_seed())  # of dropout
+        torch.manual_seed(g.initial_seed())  # for dropout
         rows = torch.randint(len(pixels), (batch,), generator=g)
         t = torch.randint(0, 1000, (batch,), generator=g).to(device)
         noise = torch.randn((batch, *pixels.shape[1:]), generator=g).to(device)

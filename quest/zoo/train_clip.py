@@ -18,7 +18,7 @@ from quest.zoo.vocabulary import build_tokenizer, encode
 
 
 def settings(tokenizer):
-    """What open_clip_config.json holds: a ResNet of bottlenecks with attention pooling beside a text transformer."""
+    """The content of open_clip_config.json: a bottleneck ResNet with attention pooling, and a text transformer."""
     return {
         "model_cfg": {
             "embed_dim": 64,
@@ -39,8 +39,8 @@ def settings(tokenizer):
 def contrastive_loss(image, text, scale):
     """Symmetric cross entropy over all pairs of a batch; image and text [N, D] are normalised."""
     logits = scale * image @ text.T
-    own = torch.arange(len(logits))
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    matches = torch.arange(len(logits))
+    return (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
 
 
 def train(out, iterations, images=20_000, batch_size=128, learning_rate=2e-3, held_out=1000, seed=2, log_every=25):
@@ -81,17 +81,17 @@ def train(out, iterations, images=20_000, batch_size=128, learning_rate=2e-3, he
 
 @torch.no_grad()
 def report(folder, n):
-    """Scores and retrieval on held-out scenes, with the weights as shipped."""
+    """Print scores and retrieval rates on held-out scenes, with the weights as shipped."""
     model, _, tokenizer = load(folder)
     drawn = scenes.draw("validation", n)
     image = torch.cat([model.encode_image(x, normalize=True) for x in to_tensor(drawn.images()).split(250)])
     text = model.encode_text(tokenizer(drawn.captions()), normalize=True)
     score = 100 * image @ text.T
-    print(f"clip: held-out score {score.diag().mean():.1f} with the own caption,", end=" ")
-    print(f"{score[~torch.eye(n, dtype=bool)].mean():.1f} with another's;", end=" ")
+    print(f"clip: held-out score {score.diag().mean():.1f} with the image's caption,", end=" ")
+    print(f"{score[~torch.eye(n, dtype=bool)].mean():.1f} with other captions;", end=" ")
     for k in (1, 5):
         hit = (score.topk(k, 1).indices == torch.arange(n)[:, None]).any(1).float().mean()
-        print(f"own caption among the best {k} of {n}: {hit:.3f}", end="; " if k == 1 else "\n", flush=True)
+        print(f"image's caption among the best {k} of {n}: {hit:.3f}", end="; " if k == 1 else "\n", flush=True)
 
 
 def main():

@@ -1,17 +1,17 @@
 """Train one of the latent diffusion models of the zoo.
 
-scenes-text    a StableDiffusionPipeline; the small CLIP text encoder is trained along
+scenes-text    a StableDiffusionPipeline; its small CLIP text encoder is trained together with the denoiser
 scenes-class   conditioned on kind x colour of the main object
 scenes-uncond  unconditional
-emoji-text     a StableDiffusionPipeline of emoji, from "noto emoji: red apple"
-photos-class   CIFAR-10's photographs by class
+emoji-text     a StableDiffusionPipeline of emoji, with captions such as "noto emoji: red apple"
+photos-class   CIFAR-10's photographs, conditioned on the class
 photos-uncond  the same photographs, unconditional
 
-scenes-class starts from the denoiser of scenes-text, whose shape it shares.  All predict the noise of the scaled-linear
-schedule of latent diffusion (arXiv:2112.10752) over 1000 steps, with min-SNR-5 weights (arXiv:2303.09556; here with a
-floor) and a moving average of the parameters, and drop a tenth of the conditions for classifier-free guidance
-(arXiv:2207.12598).  A stopped run resumes from `OUT.checkpoint`; while the learning rate is level (the first three
-quarters) it may resume with another number of iterations.
+scenes-class starts from the denoiser of scenes-text, which has the same shape. All models predict the noise of the
+scaled-linear schedule of latent diffusion (arXiv:2112.10752) over 1000 steps, with min-SNR-5 weights (arXiv:2303.09556;
+here with a floor) and a moving average of the parameters. A tenth of the conditions is dropped for classifier-free
+guidance (arXiv:2207.12598). A stopped run resumes from `OUT.checkpoint`; as long as the learning rate is constant (the
+first three quarters) it may resume with another number of iterations.
 """
 
 import time
@@ -39,11 +39,11 @@ from quest.zoo.training import (
 from quest.zoo.vocabulary import MAX_LENGTH, build_tokenizer, caption_words, encode
 
 DROPPED = 0.1
-SAVE_SECONDS = 600  # a training that is stopped loses no more than this
+SAVE_SECONDS = 600  # a stopped training loses at most this many seconds of work
 
 
 class Trainee:
-    """Denoiser and condition encoder of one model. `shown`: the Pictures that it learns from, None for scenes."""
+    """Denoiser and condition encoder of one model. `shown`: the training Pictures; None for scenes."""
 
     def __init__(self, name, shown=None):
         self.name, self.recipe, self.shown = name, recipe_of(name), shown
@@ -66,7 +66,7 @@ class Trainee:
         return [p for m in self.modules for p in m.parameters()]
 
     def conditions(self, split, count):
-        """What the first `count` pictures of "train" or "validation" show: token ids [N, L], labels [N], or None."""
+        """Conditions of the first `count` pictures of "train" or "validation": token ids [N, L], labels [N] or None."""
         if self.recipe.conditioning == "none":
             return None
         if self.shown is None:
@@ -74,20 +74,20 @@ class Trainee:
             captions, labels = drawn.captions(), drawn.labels()
         else:
             rows = self.shown.rows("train" if split == "train" else "evaluation")
-            rows = np.resize(rows, count)  # flipped pictures follow the others
+            rows = np.resize(rows, count)  # repeats the rows, because flipped pictures follow the others
             captions = [self.shown.captions[i] for i in rows] if self.shown.captions else None
             labels = None if self.shown.labels is None else self.shown.labels[rows]
         return encode(self.tokenizer, captions) if self.tokenizer else torch.from_numpy(labels)
 
     def drawing_weights(self, count):
-        """How often each of `count` training pictures is drawn, float64 [N]; None: all alike."""
+        """Sampling weight of each of `count` training pictures, float64 [N]; None for equal weights."""
         if self.shown is None or not self.shown.concepts:
             return None
         rows = self.shown.rows("train")[:count]
         return torch.from_numpy(pictures.concept_weights([self.shown.concepts[i] for i in rows]))
 
     def dropped(self, conditions, which):
-        """`conditions` with those of the rows `which` (bool [N]) taken away."""
+        """Replace the conditions of the rows `which` (bool [N]) by the empty condition."""
         if conditions is None:
             return None
         which = which.view(-1, *[1] * (conditions.dim() - 1))
@@ -105,7 +105,7 @@ class Trainee:
 
 @torch.no_grad()
 def held_out_error(trainee, z, conditions):
-    """Unweighted mean squared error of the noise on latents z, one fixed timestep and noise each."""
+    """Unweighted mean squared error of the predicted noise on latents z, with one fixed timestep and noise for each."""
     g = torch.Generator().manual_seed(0)
     t = torch.randint(0, 1000, (len(z),), generator=g)
     noise = torch.randn(z.shape, generator=g)
@@ -113,17 +113,17 @@ def held_out_error(trainee, z, conditions):
     noisy = a.sqrt() * z + (1 - a).sqrt() * noise
     total = 0.0
     for rows in torch.arange(len(z)).split(100):
-        said = trainee(noisy[rows], t[rows], None if conditions is None else conditions[rows])
-        total += (said - noise[rows]).square().sum().item()
+        prediction = trainee(noisy[rows], t[rows], None if conditions is None else conditions[rows])
+        total += (prediction - noise[rows]).square().sum().item()
     return total / z.numel()
 
 
 def export(trainee, vae, out):
     """Write the pipeline in half precision, all at once or not at all."""
-    # A copy, since .half() and the processor reach into the modules that are being trained.
+    # This exports a copy, because half precision and the pipeline would change the modules in training.
     copy = Trainee(trainee.name, trainee.shown)
-    for mine, theirs in zip(copy.modules, trainee.modules, strict=True):
-        mine.load_state_dict(theirs.state_dict())
+    for target, source in zip(copy.modules, trainee.modules, strict=True):
+        target.load_state_dict(source.state_dict())
     with atomic_folder(out) as folder:
         pipeline = build_pipeline(copy.unet, vae, copy.encoder, copy.tokenizer)
         pipeline.to(dtype=torch.float16).save_pretrained(folder)
@@ -148,9 +148,9 @@ def train(
 ):
     """Train model `name` and write its pipeline to the folder `out`; return the held-out error of the result.
 
-    `start_from` is the pipeline folder of another model, from whose denoiser (of the same kind) training starts.
-    `data` is the file of photographs or emoji. State is saved at multiples of `save_every` iterations where
-    SAVE_SECONDS have passed; None: only then.
+    `start_from` is the pipeline folder of another model, whose denoiser (of the same class) training starts from.
+    `data` is the file of photographs or emoji. State is saved after every `save_every` iterations (None: never for that
+    reason), whenever SAVE_SECONDS have passed, and at the end.
     """
     out = Path(out)
     checkpoint = out.with_name(out.name + ".checkpoint")
@@ -163,7 +163,7 @@ def train(
     if start_from:
         other = type(trainee.unet).from_pretrained(start_from, subfolder="unet")
         trainee.unet.load_state_dict(other.float().state_dict())
-    # In bfloat16 torch's convolutions are slower on channels_last.
+    # torch's bfloat16 convolutions are slower with channels_last.
     layout = torch.contiguous_format if recipe.half else torch.channels_last
     trainee.unet.to(memory_format=layout)
     conditions = trainee.conditions("train", len(z))
@@ -175,8 +175,8 @@ def train(
 
     a = alphas()
     snr = a / (1 - a)
-    # In terms of the error of the sample this is SNR clamped to [0.2, 5].  Without the lower end the noisiest steps,
-    # which settle where things are, hardly count, and the model paints the right things in any place.
+    # For the error of the sample this means SNR clamped to [0.2, 5]. Without the lower bound the noisiest steps, which
+    # decide where objects are, hardly count, and the model paints the right objects in wrong places.
     weight = snr.clamp(0.2, 5) / snr
     progress = Progress(name, start, iterations, log_every)
     saved = time.monotonic()
@@ -189,10 +189,10 @@ def train(
         t = torch.randint(0, 1000, (batch_size,), generator=g)
         noise = torch.randn(z[rows].shape, generator=g)
         drop = torch.rand(batch_size, generator=g) < DROPPED
-        told = None if conditions is None else trainee.dropped(conditions[rows], drop)
+        condition = None if conditions is None else trainee.dropped(conditions[rows], drop)
         signal = a[t].view(-1, 1, 1, 1)
         noisy = (signal.sqrt() * z[rows] + (1 - signal).sqrt() * noise).contiguous(memory_format=layout)
-        error = (trainee(noisy, t, told) - noise).square().mean((1, 2, 3))
+        error = (trainee(noisy, t, condition) - noise).square().mean((1, 2, 3))
         loss = (weight[t] * error).mean()
         optimizer.param_groups[0]["lr"] = learning_rate * constant_then_decay(i, iterations)
         optimizer.zero_grad()
@@ -224,7 +224,7 @@ def main():
     parser = command_line.parser(__doc__, "folder", "threads")
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--autoencoder", type=Path, required=True, help="diffusers folder of the trained autoencoder")
-    parser.add_argument("--latents", type=Path, required=True, help="what quest.zoo.latents wrote")
+    parser.add_argument("--latents", type=Path, required=True, help="file that quest.zoo.latents wrote")
     parser.add_argument("--data", type=Path, help="data file (.npz) of photographs or emoji")
     parser.add_argument("--iterations", type=int, help="batches (default: the recipe's)")
     parser.add_argument("--batch-size", type=int, help="pictures per batch (default: the recipe's)")

@@ -1,6 +1,6 @@
-"""Train the extractor of the image metrics: first on scenes, then with the autoencoder's reconstructions mixed in.
+"""Train the extractor of the image metrics: first on scenes, then also on the autoencoder's reconstructions.
 
-Both phases blur and add noise lightly, so that the features follow what is drawn and not how sharply.
+Both phases add a light blur and noise, so that features depend on what a scene shows and not on how sharp it is.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from quest.zoo.training import Progress, cosine, generator, load_checkpoint, sav
 
 
 def augment(x, g):
-    """x [N, 3, H, W]: a 3x3 blur of random strength, then a little noise."""
+    """Apply a 3x3 blur of random strength and a little noise to x [N, 3, H, W]."""
     kernel = torch.tensor([0.25, 0.5, 0.25])
     kernel = (kernel[:, None] * kernel).expand(3, 1, 3, 3)
     blurred = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
@@ -29,34 +29,34 @@ def augment(x, g):
 
 
 def loss_of(heads, wanted):
-    """Cross entropy of every head; the main object counts twice."""
+    """Sum of the cross entropies of all heads, with the main object counted twice."""
     losses = {name: F.cross_entropy(heads[name], wanted[name]) for name in HEADS}
     return sum(losses.values()) + losses["logits"]
 
 
 @torch.no_grad()
 def reconstruct(vae, images):
-    """uint8 scenes [N, H, W, 3] through encoder and decoder."""
+    """Encode and decode uint8 scenes [N, H, W, 3]."""
     x = to_tensor(images).split(64)
     return to_images(torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in x]))
 
 
 def accuracy(net, images, wanted):
-    """Share of right answers per head on uint8 images."""
-    said = outputs(net, to_tensor(images))
-    return {name: (said[name].argmax(1) == wanted[name]).float().mean().item() for name in HEADS}
+    """Share of correct predictions per head on uint8 images."""
+    heads = outputs(net, to_tensor(images))
+    return {name: (heads[name].argmax(1) == wanted[name]).float().mean().item() for name in HEADS}
 
 
 def run_phase(name, net, data, wanted, iterations, checkpoint, learning_rate, seed, batch_size=64, log_every=100):
-    """Train on uint8 data [N, H, W, 3]; the rows of `wanted` repeat where data holds each scene more than once."""
+    """Train on uint8 data [N, H, W, 3]; the rows of `wanted` repeat if data contains each scene more than once."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=1e-3)
     start = load_checkpoint(checkpoint, [net], optimizer)
     progress = Progress(name, start, iterations, log_every)
     for i in range(start, iterations):
         g = generator(seed, i)
         rows = torch.randint(len(data), (batch_size,), generator=g)
-        said = net(augment(to_tensor(data[rows.numpy()]), g))
-        loss = loss_of(said, {k: v[rows % len(v)] for k, v in wanted.items()})
+        heads = net(augment(to_tensor(data[rows.numpy()]), g))
+        loss = loss_of(heads, {k: v[rows % len(v)] for k, v in wanted.items()})
         optimizer.param_groups[0]["lr"] = learning_rate * cosine(i, iterations)
         optimizer.zero_grad()
         loss.backward()

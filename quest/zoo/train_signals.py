@@ -1,8 +1,8 @@
-"""Train a denoiser of one-dimensional signals, by class: minutes, so that it need not ship.
+"""Train a class-conditional denoiser of one-dimensional signals. It takes minutes, so the weights need not ship.
 
-Linear layers and convolutions of height 1, with the parts that QuEST names: a time embedding projected into every
-residual block, attention to the class and within the signal, and feed-forward layers. Every method of the suite that
-quantizes a `unet` of diffusers quantizes it as it is.
+It has Linear layers and convolutions of height 1, and the parts that QuEST names: a time embedding projected into every
+residual block, attention to the class and within the signal, and feed-forward layers. Every method of the suite can
+quantize it without changes, like a `unet` of diffusers.
 """
 
 from pathlib import Path
@@ -48,7 +48,7 @@ class ResidualBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Attention along the signal and to the class."""
+    """Attention within the signal and to the class tokens."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -61,7 +61,7 @@ class Transformer(nn.Module):
 
 
 class SignalDenoiser(ModelMixin, ConfigMixin):
-    """sample [B, 1, 1, L], timestep, class tokens [B, m, CONTEXT] -> the noise in it, like sample."""
+    """Predict the noise [B, 1, 1, L] in sample [B, 1, 1, L] from the timestep and class tokens [B, m, CONTEXT]."""
 
     @register_to_config
     def __init__(
@@ -109,10 +109,10 @@ def model(weights: str | Path) -> Model:
     """The trained model and its protocol."""
 
     def load(device="cpu"):
-        pipe, found = pipeline(), load_file(weights)
+        pipe, tensors = pipeline(), load_file(weights)
         for name in ("unet", "class_embedder"):
-            own = {k.removeprefix(f"{name}."): v for k, v in found.items() if k.startswith(f"{name}.")}
-            getattr(pipe, name).load_state_dict(own)
+            state = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+            getattr(pipe, name).load_state_dict(state)
             getattr(pipe, name).eval().requires_grad_(False)
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)

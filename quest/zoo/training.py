@@ -1,7 +1,7 @@
 """What the training scripts of the zoo share: learning rate, averaging, checkpoints, progress.
 
-Every random number of iteration i comes from a generator seeded with i, so a run that was stopped and resumed equals
-one that was not, and a recipe is its number of iterations.
+Every random number of iteration i comes from a generator that is seeded with i, so a run that was stopped and resumed
+gives the same result as one that ran through.
 """
 
 import math
@@ -15,30 +15,30 @@ from quest.runtime.sums import check_archive
 
 
 def generator(seed, iteration):
-    """The source of every random number of one iteration."""
+    """The generator of all random numbers of one iteration."""
     return torch.Generator().manual_seed(seed * 1_000_003 + iteration)
 
 
 def cosine(iteration, total, warmup=100):
-    """Share of the learning rate: up over `warmup` iterations, then half a cosine down to nothing."""
+    """Factor of the learning rate: it rises over `warmup` iterations, then falls to zero along half a cosine."""
     return min(1.0, (iteration + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * iteration / total))
 
 
 def constant_then_decay(iteration, total, warmup=200, decay=0.25):
-    """Share of the learning rate: up, level, and linearly to nothing over the last `decay` of the run.
+    """Factor of the learning rate: it rises, stays at 1, and falls linearly to zero over the last `decay` of the run.
 
-    While it is level it does not depend on the total, so a run can be resumed with another one.
+    As long as it is 1 it does not depend on `total`, so a run can be resumed with another total.
     """
     return min(1.0, (iteration + 1) / warmup, (total - iteration) / (decay * total))
 
 
 def autocast(half):
-    """A context in which products run in bfloat16 where `half`; on processors without it that is slow, not wrong."""
+    """A context in which products use bfloat16 if `half`; processors without bfloat16 are slow, but still correct."""
     return torch.autocast("cpu", torch.bfloat16, enabled=half)
 
 
 class Average:
-    """Exponential moving average of parameters, quick at first: decay min(limit, (1 + i) / (10 + i))."""
+    """Exponential moving average of parameters, faster at first: decay min(limit, (1 + i) / (10 + i))."""
 
     def __init__(self, parameters, limit):
         self.parameters, self.limit = list(parameters), limit
@@ -58,7 +58,7 @@ class Average:
 
 
 def save_checkpoint(path, iteration, modules, optimizer, average=None):
-    """Write everything a resumed run needs, all at once or not at all."""
+    """Write everything that a resumed run needs, all at once or not at all."""
     state = {"iteration": iteration, "modules": [m.state_dict() for m in modules], "optimizer": optimizer.state_dict()}
     if average:
         state["average"] = average.values
@@ -67,7 +67,7 @@ def save_checkpoint(path, iteration, modules, optimizer, average=None):
 
 
 def load_checkpoint(path, modules, optimizer, average=None):
-    """The iteration to go on from: 0 where there is no checkpoint. Raises ValueError for one that is damaged."""
+    """Load a checkpoint and return its iteration; 0 without a checkpoint. Raises ValueError if it is damaged."""
     if not Path(path).exists():
         return 0
     check_archive(path)

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer: every word of the captions is one token, anything else falls apart into bytes."""
+"""A CLIP tokenizer with one token for every word of the captions; other words are split into pieces."""
 
 from collections import Counter
 from itertools import pairwise
@@ -8,7 +8,7 @@ from transformers import CLIPTokenizer
 from quest.diffusion import scenes
 from quest.zoo import pictures
 
-# Tokens of the longest captions, with a start and an end.
+# Number of tokens of the longest caption, with the start and end tokens.
 MAX_LENGTH = {"scenes": 20, "emoji": 24}
 END_OF_WORD = "</w>"
 
@@ -26,7 +26,7 @@ def learn_merges(words):
                 pairs.subtract(pairwise(p))
                 pieces[i] = _merge(p, best)
                 pairs.update(pairwise(pieces[i]))
-        pairs = +pairs  # without those that no word has any more
+        pairs = +pairs  # drops pairs that no longer occur in any word
     return merges
 
 
@@ -41,7 +41,7 @@ def _merge(pieces, pair):
 
 
 def caption_words(captions, at_least=2):
-    """Words and signs that occur `at_least` times in captions, in alphabetical order; rarer ones are spelt."""
+    """Words and punctuation marks that occur at least `at_least` times, sorted; rarer ones are split into pieces."""
     counts = Counter(word for caption in captions for word in pictures.words(caption))
     return sorted(word for word, count in counts.items() if count >= at_least and word.isascii())
 
