@@ -36,7 +36,7 @@ rule all:
         expand("results/{name}/figures/{figure}.png", name=NAME, figure=CURVES + GRIDS),
 
 
-# A plan needs no files of other people; a run asks for all of them before its first job.
+# A dry run needs no external files; a real run checks that all of them exist before its first job.
 onstart:
     named = {"model": FILES[:-1], "reference": FILES[-1:]}
     lines = [

@@ -1,4 +1,4 @@
-# Not part of `all`: one model with one thing changed at a time.
+# Not part of `all`. Each row changes one setting of one model.
 rule ablations:
     input:
         expand("results/{name}/tables/ablations.{kind}", name=NAME, kind=["csv", "md"]),
@@ -29,7 +29,7 @@ rule ablation_table:
         " --markdown {output.markdown:q} --figure {output.figure:q} > {log:q} 2>&1"
 
 
-# Not part of `all`: the paper's tables with what the grid has, and with those rows of the ablations that were run.
+# Not part of `all`. The paper's tables, with the cells of the grid and with the ablations that have already run.
 rule paper_tables:
     input:
         expand("results/{name}/tables/{table}", name=NAME, table=PAPER_TABLES),

@@ -34,13 +34,13 @@ SEED_RUNS = seed_runs(config)
 ABLATION_RUNS = ablation_runs(config)
 STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS + ABLATION_RUNS)
 METHODS = [*config["methods"], *config.get("ablations", {}).get("rows", {})]
-# {model, bits}: where what takes finetuning is measured; properties are, on each model.
+# {model, bits}: the cell whose questions need finetuning. Properties are measured on every model.
 QUESTIONS = config.get("questions", {})
 DEVICE = config.get("device", "cpu")
 CLIPS = {model.clip for model in MODELS.values() if model.clip}
-# Per model, the bits in the order of the grid: what one sample grid compares.
+# (model, bits) in the order of the grid. Each pair has one grid of samples.
 CELLS = list(dict.fromkeys((run.model, run.bits) for run in RUNS if run.method != "fp"))
-# Models whose images are kept and can be shown; of the others, features and latents are.
+# Models whose images are kept, so that the report can show them; other models keep only features and latents.
 PICTURED = [model for model, settings in config["models"].items() if settings.get("keep_images", True)]
 TABLES = ["main.csv", "main.md", "main.tex", "paired.csv", "eps_error.csv", "ledger.csv", "ledger.md", "ledger.tex"]
 PAPER_TABLES = expand("table{number}.{kind}", number=range(2, 12), kind=["csv", "md", "tex"])
@@ -50,15 +50,15 @@ METRICS += ["clip"] if any(MODELS[run.model].clip for run in RUNS) else []
 CURVES = [f"{metric}_vs_bits" for metric in METRICS] + ["eps_error_vs_timestep"] if CELLS else []
 CURVES += ["activation_ranges_vs_timestep"]
 GRIDS = [f"samples-{model}-{bits}" for model, bits in CELLS if model in PICTURED]
-# What the README shows: the last bits of each model in the grid, where methods differ most.
+# Figures of the README: for each model the last bits in the grid, at which methods differ most.
 SHOWN = [f"samples-{model}-{bits}" for model, bits in dict(CELLS).items() if model in PICTURED]
 SHOWN += [figure for figure in CURVES if figure.startswith(("latent_mse_vs_bits", "eps_error_vs_t", "activation"))]
 
-# People read logs, also while the job runs: progress bars write to them every five seconds, not ten times a second.
-# glibc gives large arrays back to the system when they are freed, and each new one is paid for in page faults: a fifth
-# of the time of a quantized denoiser. These settings let a process keep them, in large pages; other C libraries ignore
-# them. Text is UTF-8 whatever the locale, in what other packages read and write as well. What a job writes says with
-# which config it was made.
+# Progress bars write to logs every five seconds instead of ten times a second, so that logs stay readable.
+# glibc returns freed large arrays to the system, so every new array costs page faults: a fifth of the time of a
+# quantized denoiser. These settings let a process keep that memory, in large pages; other C libraries ignore them.
+# PYTHONUTF8 makes text UTF-8 in every locale, also in other packages. The config's hash goes into everything that a job
+# writes.
 shell.prefix(
     f"export {CONFIG}={config_hash(config)}"
     " PYTHONUTF8=1 TQDM_MININTERVAL=5 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_TOP_PAD_=67108864"
@@ -76,77 +76,77 @@ wildcard_constraints:
 
 
 def shipped(name):
-    """The weights in one folder of resources/zoo."""
+    """The files with weights in one folder of resources/zoo."""
     return sorted(str(file) for file in Path("resources/zoo", name).rglob("*.safetensors"))
 
 
 def weights(wc):
-    """A retrained model reruns its cells, and so does one that was made from another checkpoint."""
+    """The weights of a model as inputs, so that its cells run again after it was retrained or converted anew."""
     return f"results/models/{wc.model}" if MODELS[wc.model].origin else shipped(wc.model)
 
 
 def setting(key):
-    """What the config says of a model under `key`, or nothing."""
+    """The value of `key` in the config of a model, or []."""
     return lambda wc: config["models"][wc.model].get(key, [])
 
 
-def given(key):
-    """The file that the config names under `key`, as an input where it is there or made by a rule.
+def file_setting(key):
+    """The file that the config names under `key`, as an input if it exists or a rule makes it.
 
-    One that is missing does not stop a plan: the job that needs it says what to put where.
+    A missing file does not stop a dry run; the job that needs it says what to put where.
     """
 
-    def found(wc):
+    def paths(wc):
         path = config["models"][wc.model].get(key)
         return [path] if path and (Path(path).exists() or path.startswith("results/checkpoints/tiny-")) else []
 
-    return found
+    return paths
 
 
 def at_size(cpu, cuda):
-    """A resource of a job: for the small models on a CPU, or for the paper's on a GPU."""
+    """A resource of a job: `cpu` for the small models on a CPU, `cuda` for the paper's models on a GPU."""
     return cuda if DEVICE == "cuda" else cpu
 
 
 def growing(cpu, cuda=None):
-    """Memory [MB] or time [minutes] of a job: as much again with every attempt, should `--retries` grant more of them."""
+    """Memory [MB] or time [minutes] of a job. With `--retries`, attempt k gets k times as much."""
     first = at_size(cpu, cuda or cpu)
     return lambda wc, attempt: first * attempt
 
 
 def networks(wc):
-    """A retrained network of the metrics means other features; one that does not ship is fetched before the jobs."""
+    """The networks of the metrics as inputs: a retrained one gives other features, others are downloaded first."""
     model = MODELS[wc.model]
     return network(model.extractor) + (network(model.clip) if model.clip else [])
 
 
 def network(name):
-    """What stands for a network of the metrics: its shipped weights, or that those of its name were checked."""
+    """The input that represents a network: its shipped weights, or the record that its download was checked."""
     if name.startswith("scenes"):
         return shipped("scenes-clip" if name == "scenes-clip" else f"{name}-extractor")
     return [f"results/networks/{name if name in CLIPS else 'inception'}.json"]
 
 
 def recipe(wc):
-    """What the config says of one method; a change to it reruns that method and nothing else."""
+    """The config's recipe of one method, as a parameter; a change to it reruns that method only."""
     return json.dumps(recipe_of(config, wc.method)[1], sort_keys=True)
 
 
 def calibration(wc):
-    """The calibration set of a cell: a quantization seed has a draw of its own."""
+    """The calibration set of a cell; each quantization seed has its own draw of trajectories."""
     _, _, seed = wc.method.partition("@")
     draw = f"-{seed}" if seed else ""
     return f"results/{NAME}/{wc.model}/calibration{draw}.safetensors"
 
 
 def init(wc):
-    """The checkpoint a method starts from, if its recipe names one."""
+    """The checkpoint that a method starts from, if its recipe names one."""
     start = start_of(config, Run(wc.model, wc.method, wc.bits))
     return f"results/{NAME}/{start.path}/model.safetensors" if start else []
 
 
 def floats(wc):
-    """What another method starts from keeps float weights; what is only sampled from is packed."""
+    """The flag that keeps float weights if another method starts from this checkpoint; otherwise weights are packed."""
     return "--floats" if Run(wc.model, wc.method, wc.bits) in STARTING_POINTS else ""
 
 
@@ -170,12 +170,12 @@ def cell(kind):
 
 
 def full_precision(kind):
-    """What the paired metrics compare with; made even where the grid leaves it out."""
+    """The full-precision files that paired metrics compare with, even if the grid does not list full precision."""
     return lambda wc: arrays(kind, wc.model, "fp", "w32a32")
 
 
 def reference(wc):
-    """Statistics of real images: shipped, or made from what the config names; none where it says `reference: none`."""
+    """Statistics of real images: shipped, or made from the file in the config; [] if it says `reference: none`."""
     if config["models"][wc.model].get("reference") == "none":
         return []
     return os.path.relpath(MODELS[wc.model].reference)
@@ -190,7 +190,7 @@ def first_samples(wc):
 
 
 def optional(wc):
-    """What the report shows beyond its inputs, with the time each file was made."""
+    """Files that the report shows in addition to its inputs, if they exist, each with its modification time."""
     patterns = ("tables/*.csv", "figures/*.png", "questions/*.md", "questions/**/*.png")
     files = [file for pattern in patterns for file in Path("results", NAME).glob(pattern)]
     files += [file for kind in ("csv", "md") for file in Path("results/kernels").glob(f"*.{kind}")]
@@ -199,42 +199,42 @@ def optional(wc):
 
 
 def question(key):
-    """What the config's questions are asked of: its model or its bits."""
+    """The model or the bits in the config's `questions`."""
     if not QUESTIONS:
         raise WorkflowError("questions: the config has no such key; e.g. questions: {model: scenes-class, bits: w4a4}")
     return QUESTIONS[key]
 
 
 def of_question(wc):
-    """The run of QuEST that a job is about: of its own model, if it has one, else of the model of the questions."""
+    """QuEST's run that a job evaluates: on the job's model if the job has one, else on the model of the questions."""
     return Run(getattr(wc, "model", None) or question("model"), "quest", question("bits"))
 
 
-def asked(file):
-    """A file of that run or of its model as an input."""
+def question_file(file):
+    """A file of the run `of_question`, or of its model, as an input."""
 
-    def found(wc):
+    def path(wc):
         run = of_question(wc)
         return f"results/{NAME}/{run.path if file == 'model.safetensors' else run.model}/{file}"
 
-    return found
+    return path
 
 
-def started(wc):
-    """What that run starts from."""
+def question_init(wc):
+    """The checkpoint that the run `of_question` starts from."""
     start = start_of(config, of_question(wc))
     return f"results/{NAME}/{start.path}/model.safetensors" if start else []
 
 
 def ablations_run(wc):
-    """Measured rows of the ablations that lie there and are no cells of the grid: a plan runs none for the tables."""
+    """Metrics of ablations that exist and are not cells of the grid; the tables do not cause ablations to run."""
     rows = [run for run in ABLATION_RUNS if run not in RUNS]
     metrics = [f"results/{wc.name}/{run.path}/metrics.json" for run in rows]
     return [path for path in metrics if Path(path).exists()]
 
 
 def measured(wc):
-    """Metrics of the grid's cells at the model and bits of the questions, and of those ablations that lie there."""
+    """Metrics of the grid's cells at the model and bits of the questions, and of ablations that exist already."""
     run = of_question(wc)
     cell = f"results/{NAME}/{run.model}/{{}}/{run.bits}/metrics.json"
     ours = [cell.format(other.method) for other in RUNS if (other.model, other.bits) == (run.model, run.bits)]
@@ -243,5 +243,5 @@ def measured(wc):
 
 
 def shown(path, caption, category, **labels):
-    """An output that is not empty, and that `snakemake --report` shows with workflow/report/{caption}.rst and labels."""
+    """An output that must not be empty and that `snakemake --report` shows, with workflow/report/{caption}.rst."""
     return ensure(report(path, caption=f"../report/{caption}.rst", category=category, labels=labels), non_empty=True)

@@ -42,7 +42,7 @@ rule metrics:
         "results/{name}/{model}/{method}/{bits}/metrics.log",
     conda:
         "../../environment.yml"
-    # Intervals of 50,000 images' distances are tens of minutes of one thread; those of the small models' are seconds.
+    # With 50,000 images the intervals take tens of minutes on one thread; for the small models they take seconds.
     threads: at_size(1, 16)
     resources:
         mem_mb=growing(1500, 32000),

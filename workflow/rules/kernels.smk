@@ -1,5 +1,5 @@
-# Not part of `all`. No output: it adds to the rows of this machine in a folder that is tracked, and runs whenever it is
-# asked for. All cores, so that nothing else of a run falls into what it times.
+# Not part of `all`. It has no output, because it adds rows for this machine to a tracked folder, so it always runs when
+# it is requested. It takes all cores, so that no other job disturbs the times.
 rule kernels:
     input:
         script="workflow/scripts/kernels.py",

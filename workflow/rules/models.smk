@@ -1,5 +1,5 @@
-# The paper's models: their checkpoints, named in the config or fetched, become pipelines in results/models. That is done
-# once, whatever the configs that use them.
+# The paper's models: rule `model` converts a checkpoint, named in the config or downloaded, to a pipeline in
+# results/models. This happens once for all configs.
 
 
 # Random weights in CompVis's format, for the rehearsal.
@@ -23,9 +23,9 @@ rule tiny_checkpoint:
 rule model:
     input:
         script="workflow/scripts/model.py",
-        checkpoint=given("checkpoint"),
-        tokenizer=given("tokenizer"),
-        captions=given("captions"),
+        checkpoint=file_setting("checkpoint"),
+        tokenizer=file_setting("tokenizer"),
+        captions=file_setting("captions"),
     output:
         directory("results/models/{model}"),
     log:

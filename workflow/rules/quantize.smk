@@ -7,7 +7,7 @@ rule trajectories:
         ranges=ensure("results/{name}/{model}/ranges.csv", non_empty=True),
     log:
         "results/{name}/{model}/trajectories.log",
-    priority: 1  # others wait for it
+    priority: 1  # other jobs wait for it
     conda:
         "../../environment.yml"
     threads: 1
@@ -48,7 +48,7 @@ rule evaluation:
         " --threads {threads:q} --device {params.device:q} > {log:q} 2>&1"
 
 
-# Other trajectories for another quantization seed.
+# Draws other calibration trajectories for another quantization seed.
 rule redraw:
     input:
         script="workflow/scripts/trajectories.py",
@@ -57,7 +57,7 @@ rule redraw:
         ensure("results/{name}/{model}/calibration-{draw}.safetensors", non_empty=True),
     log:
         "results/{name}/{model}/calibration-{draw}.log",
-    priority: 1  # others wait for it
+    priority: 1  # other jobs wait for it
     conda:
         "../../environment.yml"
     threads: 1
@@ -82,7 +82,7 @@ rule quantize:
         ensure("results/{name}/{model}/{method}/{bits}/model.safetensors", non_empty=True),
     log:
         "results/{name}/{model}/{method}/{bits}/quantize.log",
-    priority: 1  # others wait for it
+    priority: 1  # other jobs wait for it
     conda:
         "../../environment.yml"
     threads: 1

@@ -1,9 +1,9 @@
-# `snakemake questions`: what the paper claims and leaves open, measured on the models of the config. Not part of `all`;
-# starts from the calibration sets and checkpoints of the grid.
+# `snakemake questions`: the paper's claims and open questions, measured on the models of the config. Not part of `all`;
+# it starts from the calibration sets and checkpoints of the grid.
 
 PROPERTIES = ["activations", "activation_changes", "temporal", "time_ranges", "embeddings", "sensitivity"]
 PROPERTY_FIGURES = ["activations", "imbalance", "temporal", "sensitivity"]
-# Finetuning once more: {variant: (keyword arguments of QuEST, data of workflow.scripts.tuning)}.
+# Variants of finetuning: {variant: (keyword arguments of QuEST, data of workflow.scripts.tuning)}.
 GLOBAL = {"local_tla": False, "local_cma": False}
 TUNINGS = {
     "untuned": ({"tla_iterations": 0, "cma_iterations": 0}, "trajectories"),
@@ -33,8 +33,8 @@ rule activations:
         script="workflow/scripts/activations.py",
         calibration="results/{name}/{model}/calibration.safetensors",
         evaluation="results/{name}/{model}/evaluation.safetensors",
-        init=started,
-        finetuned=asked("model.safetensors"),
+        init=question_init,
+        finetuned=question_file("model.safetensors"),
     output:
         "results/{name}/questions/{model}/activations.json",
     log:
@@ -58,7 +58,7 @@ rule temporal:
         script="workflow/scripts/temporal.py",
         calibration="results/{name}/{model}/calibration.safetensors",
         evaluation="results/{name}/{model}/evaluation.safetensors",
-        finetuned=asked("model.safetensors"),
+        finetuned=question_file("model.safetensors"),
     output:
         "results/{name}/questions/{model}/temporal.json",
     log:
@@ -123,7 +123,7 @@ rule properties:
 rule taylor:
     input:
         script="workflow/scripts/taylor.py",
-        evaluation=asked("evaluation.safetensors"),
+        evaluation=question_file("evaluation.safetensors"),
     output:
         "results/{name}/questions/taylor.json",
     log:
@@ -144,9 +144,9 @@ rule taylor:
 rule tuning:
     input:
         script="workflow/scripts/tuning.py",
-        calibration=asked("calibration.safetensors"),
-        evaluation=asked("evaluation.safetensors"),
-        init=started,
+        calibration=question_file("calibration.safetensors"),
+        evaluation=question_file("evaluation.safetensors"),
+        init=question_init,
     output:
         "results/{name}/questions/tuning/{variant}.json",
     log:
@@ -170,12 +170,12 @@ rule tuning:
         " -o {output:q} > {log:q} 2>&1"
 
 
-# Times calls: best where nothing else runs.
+# This rule times calls, so it is most accurate when nothing else runs.
 rule inference:
     input:
         script="workflow/scripts/inference.py",
-        checkpoint=asked("model.safetensors"),
-        evaluation=asked("evaluation.safetensors"),
+        checkpoint=question_file("model.safetensors"),
+        evaluation=question_file("evaluation.safetensors"),
     output:
         "results/{name}/questions/inference.json",
     log:
@@ -254,7 +254,7 @@ rule answers:
         " -o results/{wildcards.name:q}/questions > {log:q} 2>&1"
 
 
-# No output: it edits a tracked file, and runs whenever it is asked for.
+# It has no output, because it edits a tracked file, so it always runs when it is requested.
 rule findings:
     input:
         script="workflow/scripts/findings.py",

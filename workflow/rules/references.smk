@@ -1,5 +1,5 @@
-# Statistics of real images for the models whose own do not ship. Made once for all configs, like the models themselves:
-# another source under the same model is another file name in the config, so `--forcerun reference` replaces them.
+# Statistics of real images for models whose statistics do not ship. Like the models they are made once for all configs;
+# after naming another source for a model, use `--forcerun reference` to replace its statistics.
 rule reference:
     input:
         networks=networks,
@@ -24,8 +24,8 @@ rule reference:
         " --threads {threads:q} --device {params.device:q} -o {output:q} > {log:q} 2>&1"
 
 
-# Inception and CLIP, fetched unless they lie there, and checked. Before the jobs that use them: many jobs that start at
-# once would fetch one file into one place.
+# Downloads Inception and CLIP if they are missing, and checks them. This runs before the jobs that use them, because jobs
+# that start together would download one file to the same place.
 rule network:
     output:
         ensure("results/networks/{network}.json", non_empty=True),

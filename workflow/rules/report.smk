@@ -1,4 +1,4 @@
-# Light work that needs no torch: on a cluster it is done where Snakemake runs.
+# Light work without torch: on a cluster these rules run on the node where Snakemake runs.
 localrules:
     tables,
     seeds,
@@ -31,9 +31,8 @@ rule tables:
         "python -m workflow.scripts.tables {input.metrics:q} -o results/{wildcards.name:q}/tables > {log:q} 2>&1"
 
 
-# Not part of `all`, and its only input that other targets make is what `all` makes. What `snakemake seeds` and its like
-# have made is shown where it is there; it comes as a parameter, so that new results rerun the report and the report
-# never starts hours of work.
+# Not part of `all`; its inputs are results of `all`. Results of optional targets, such as `snakemake seeds`, are shown
+# if they exist. They are a parameter, so that new results rerun the report, but the report never starts hours of work.
 rule report:
     input:
         script="workflow/scripts/report.py",
@@ -65,7 +64,7 @@ rule report:
         "python -m workflow.scripts.report {params.run:q} --kernels {params.kernels:q} -o {output:q} > {log:q} 2>&1"
 
 
-# Not part of `all`: other calibration draws, quantized and sampled again.
+# Not part of `all`. Quantizes and samples again with other calibration draws.
 rule seeds:
     input:
         expand("results/{name}/tables/seeds.{kind}", name=NAME, kind=["csv", "md"]),
@@ -134,8 +133,8 @@ rule grid:
         "python -m workflow.scripts.grid {input.samples:q} -o {output:q} > {log:q} 2>&1"
 
 
-# No output: it edits tracked files, and runs whenever it is asked for. The table over quantization seeds is taken where
-# `snakemake seeds` has made it, and not made here, since that takes hours.
+# It has no output, because it edits tracked files, so it always runs when it is requested. It uses the table over
+# quantization seeds if `snakemake seeds` has made it, and does not make it, because that takes hours.
 rule readme:
     input:
         script="workflow/scripts/readme.py",

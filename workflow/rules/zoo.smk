@@ -1,8 +1,8 @@
-# `snakemake zoo` retrains the models of resources/zoo from nothing, into results/zoo: hours of CPU. Nothing that is
-# shipped changes until `snakemake zoo_accept`.
+# `snakemake zoo` retrains the models of resources/zoo from scratch, into results/zoo; it takes hours of CPU time. The
+# shipped files change only with `snakemake zoo_accept`.
 
 ZOO_DENOISERS = ["scenes-text", "scenes-class", "scenes-uncond"]
-# Models that learn from real pictures -> the kind of pictures, which have an autoencoder and latents of their own.
+# Models of real pictures -> the kind of pictures. Each kind has its own autoencoder and latents.
 ZOO_PICTURES = {"emoji-text": "emoji", "photos-class": "photos", "photos-uncond": "photos"}
 ZOO_DATA = {"emoji": "results/zoo/emoji.npz", "photos": "results/zoo/photos.data"}
 
@@ -19,7 +19,7 @@ rule zoo:
         expand("results/zoo/{denoiser}{part}", denoiser=ZOO_DENOISERS, part=["", ".json", ".png"]),
 
 
-# Trains the models of real pictures: some 20 hours of CPU, and needs npm, librsvg and a network for the data.
+# Trains the models of real pictures: about 20 hours of CPU time. The data need npm, librsvg and internet access.
 rule zoo_pictures:
     input:
         expand("results/zoo/{model}", model=ZOO_PICTURES),
@@ -248,7 +248,7 @@ rule zoo_judge:
         " --reference {input.reference:q} -o {output.numbers:q} --grid {output.grid:q} --threads {threads:q} > {log:q} 2>&1"
 
 
-# Look at the grids and numbers first: this replaces what the suite measures with.
+# Look at the grids and numbers first: this rule replaces the models and networks that the suite ships.
 rule zoo_accept:
     input:
         rules.zoo.input,
