@@ -22,7 +22,7 @@ def test_what_works_here_is_said(capsys, monkeypatch, tmp_path):
     reason = integer.unavailable(torch.device("cpu"))
     assert findings()["kernel integer"][0] == ("ok" if reason is None else "--")
     if not torch.cuda.is_available():
-        assert "of which there is none" in findings()["kernel triton"][1]
+        assert "needs a CUDA GPU" in findings()["kernel triton"][1]
 
 
 def test_a_missing_core_is_explained(monkeypatch):

@@ -79,20 +79,20 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 def write_lines(path: str | os.PathLike, lines: Sequence[str]) -> None:
     """Write lines for `read_lines`. Raises ValueError if a line contains a line feed."""
     if any("\n" in line for line in lines):
-        raise ValueError(f"{path}: a line contains a line feed and would be read as two lines")
+        raise ValueError(f"{path}: a line holds a line feed and would be read as two lines")
     Path(path).write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8"))
 
 
 def read_rows(path: str | os.PathLike, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file that has these columns, as texts.
+    """The rows of a CSV file with exactly these columns; all values are strings.
 
-    Raises ValueError, naming file and line, for other columns, and for a row with more values or fewer.
+    Raises ValueError that names file and line for other columns, or for a row with more or fewer values.
     """
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     rows: list[dict[str, str]] = []
     try:
-        if (found := next(reader, [])) != list(columns):
-            raise ValueError(f"{path}: columns are {one_line(', '.join(found))}; needed: {', '.join(columns)}")
+        if (header := next(reader, [])) != list(columns):
+            raise ValueError(f"{path}: columns are {one_line(', '.join(header))}; needed: {', '.join(columns)}")
         for row in reader:
             if len(row) not in (0, len(columns)):
                 raise ValueError(f"{path}, line {reader.line_num}: {len(row)} values for {len(columns)} columns")
@@ -103,29 +103,29 @@ def read_rows(path: str | os.PathLike, columns: Sequence[str]) -> list[dict[str,
 
 
 def array_names(path: str | os.PathLike) -> list[str]:
-    """Names of the arrays in an .npz. Raises ValueError, naming the file, for anything else."""
+    """Names of the arrays in an .npz file. Raises ValueError that names any other file."""
     return _npz(path, lambda file: list(file.files))
 
 
 def read_arrays(path: str | os.PathLike, names: Iterable[str] | None = None) -> dict:
-    """The arrays of an .npz: all, or those of `names` that it has. Raises ValueError, naming the file, see `_npz`."""
+    """All arrays of an .npz file, or those of `names` that it has. Raises ValueError that names any other file."""
     return _npz(path, lambda file: {name: file[name] for name in file.files if names is None or name in names})
 
 
 def _npz(path, read):
-    """What `read` finds in an .npz. A damaged file fails in as many ways as there are parts in it."""
+    """Call `read` with an open .npz file. A damaged file can raise almost any error, so all of them are converted."""
     import numpy as np
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with zipfile.ZipFile(path):  # numpy takes other files too
+        with zipfile.ZipFile(path):  # numpy would also load other kinds of files
             pass
         with np.load(path, allow_pickle=False) as file:
             return read(file)
     except Exception as error:
-        said = "arrays larger than memory" if isinstance(error, MemoryError) else one_line(error)
-        raise ValueError(f"{path}: not an .npz file of arrays, or corrupted: {said}") from error
+        reason = "arrays larger than memory" if isinstance(error, MemoryError) else one_line(error)
+        raise ValueError(f"{path}: not an .npz file of arrays, or corrupted: {reason}") from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Reading YAML that people wrote: what would be read otherwise than it looks, or fail later, is a line that says so."""
+"""Read YAML files that people wrote, and refuse with one clear line whatever YAML would misread or fail on later."""
 
 import os
 
@@ -6,14 +6,14 @@ import yaml
 
 from quest.runtime.files import one_line, read_text
 
-VALUES = 100_000  # that a file may hold, aliases written out
+VALUES = 100_000  # most values in a file, with aliases expanded
 
 
 def read_yaml(file: str | os.PathLike):
     """The content of a YAML file.
 
-    Raises ValueError, naming the file, where it is not YAML in UTF-8, names a key twice or with something other than
-    text, or is too large or too deep.
+    Raises ValueError that names the file if it is not YAML in UTF-8, contains a key twice or a key that is not text, or
+    is too large or too deeply nested.
     """
 
     class Loader(yaml.SafeLoader):
@@ -25,7 +25,7 @@ def read_yaml(file: str | os.PathLike):
                 name, line = self.construct_object(key, deep=True), key.start_mark.line + 1
                 if not isinstance(name, str):
                     raise Refused(f"{file}, line {line}: key {one_line(repr(name))} is not text; write it in quotes")
-                if name in lines:  # YAML would take the last of the two and say nothing
+                if name in lines:  # YAML would silently use the last of the two
                     raise Refused(f"{file}, line {line}: key {name!r} stands twice, first in line {lines[name]}")
                 lines[name] = line
             return super().construct_mapping(node, deep)
@@ -41,16 +41,16 @@ def read_yaml(file: str | os.PathLike):
         raise
     except RecursionError:
         raise ValueError(f"{file}: nested too deeply, or an alias inside what it stands for") from None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # the last ones of odd dates and numbers
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # odd dates and numbers raise any of these
         raise ValueError(f"{file}: not YAML: {one_line(' '.join(str(error).split()))}") from None
 
 
 class Refused(ValueError):
-    """What YAML allows and this project does not."""
+    """YAML allows this content, but this project does not."""
 
 
 def _size(node, known: dict[int, int]) -> int:
-    """Values in a node of YAML, those of an alias each time it is named. RecursionError where one is inside itself."""
+    """Number of values in a YAML node with aliases expanded. Raises RecursionError if an alias contains itself."""
     if id(node) not in known:
         pairs = node.value if isinstance(node.value, list) else []
         inside = [part for pair in pairs for part in (pair if isinstance(pair, tuple) else [pair])]
