@@ -83,13 +83,13 @@ def _kernel(name, device):
     if reason := kernels.get(name).unavailable(device):
         return what, "--", reason
     try:
-        error = deviation(name, device)
-    except (RuntimeError, OSError) as failure:
-        return what, "FAILED", (str(failure) or type(failure).__name__).splitlines()[0]
-    if error is None:
+        difference = deviation(name, device)
+    except (RuntimeError, OSError) as error:
+        return what, "FAILED", (str(error) or type(error).__name__).splitlines()[0]
+    if difference is None:
         return what, "FAILED", "a layer's output is not finite"
-    words = f"a layer differs from the exact sums by {error:.1g} of its largest output"
-    return what, "ok" if error < TOLERANCE else "FAILED", words
+    words = f"a layer differs from the exact sums by {difference:.1g} of its largest output"
+    return what, "ok" if difference < TOLERANCE else "FAILED", words
 
 
 def _path():
