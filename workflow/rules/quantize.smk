@@ -23,7 +23,7 @@ rule trajectories:
         " --ranges {output.ranges:q} --threads {threads:q} --device {params.device:q} > {log:q} 2>&1"
 
 
-# Apart from the calibration set, so that another number of held-out trajectories quantizes nothing again.
+# A separate rule from the calibration set, so that another number of held-out trajectories does not rerun quantization.
 rule evaluation:
     input:
         script="workflow/scripts/trajectories.py",
@@ -32,7 +32,7 @@ rule evaluation:
         ensure("results/{name}/{model}/evaluation.safetensors", non_empty=True),
     log:
         "results/{name}/{model}/evaluation.log",
-    priority: 1  # others wait for it
+    priority: 1  # other jobs wait for it
     conda:
         "../../environment.yml"
     threads: 1
