@@ -5,7 +5,7 @@ rule sample:
         checkpoint=checkpoint_of,
         networks=networks,
     output:
-        # What is there is read: images that an earlier run drew of the same are not drawn again.
+        # The job reads these files if they exist and does not sample images again that an equal earlier run sampled.
         samples=ensure(update("results/{name}/{model}/{method}/{bits}/samples-{shard}.npz"), non_empty=True),
         features=ensure(update("results/{name}/{model}/{method}/{bits}/features-{shard}.npz"), non_empty=True),
     log:
