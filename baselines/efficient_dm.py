@@ -75,16 +75,11 @@ class LowRank(nn.Module):
 
 
 def add_low_rank(layer: QuantLayer, rank: int, generator: torch.Generator) -> LowRank:
-    """Add a low-rank update to the layer's weight, which itself stays fixed until `merge`."""
+    """Add a low-rank update to the layer's weight, which `freeze` merges; until then the weight itself stays fixed."""
+    layer.thaw()
     update = LowRank(layer.weight, rank, generator)
     parametrize.register_parametrization(layer, "weight", update)
     return update
-
-
-def merge(layer: QuantLayer) -> None:
-    """Replace the layer's weight by weight plus update."""
-    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-    layer.weight.requires_grad_(False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +135,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
         load_weights(denoiser, recipe.init)
     for layer in layers.values():
         layer.freeze()
-        layer.weight.data.copy_(layer.packed)
+        layer.origin = None  # W0 is what the codes mean
     calibrate(denoiser, calibration, ranges.mse_zero_point, samples=recipe.samples, seed=recipe.seed)
 
     tuned = {n: layer for n, layer in layers.items() if not any(fnmatch(n, glob) for glob in keep)}
@@ -160,8 +155,6 @@ def distil(denoiser: nn.Module, calibration: CalibrationSet, tuned: dict[str, Qu
     """
     generator, iterations = torch.Generator().manual_seed(recipe.seed), recipe.iterations
     calls = calibration.calls().unflatten(0, (int(calibration.call.max()) + 1, -1))  # [calls, trajectories, halves]
-    for layer in tuned.values():
-        layer.thaw()
     updates = {n: add_low_rank(layer, recipe.rank, generator) for n, layer in tuned.items()}
     scales = ScaleAdam(list(input_quantizers(denoiser).values()))
     weight_scales = ScaleAdam([layer.weight_quantizer for layer in tuned.values()])
@@ -196,9 +189,9 @@ def distil(denoiser: nn.Module, calibration: CalibrationSet, tuned: dict[str, Qu
                 decay.step()
                 bar.set_postfix(loss=f"{loss.item():.2e}", refresh=False)
     finally:
-        for layer in tuned.values():
-            merge(layer)
         denoiser.requires_grad_(False)
+    for layer in tuned.values():
+        layer.freeze()
 
 
 def work(recipe, w: int, model, trajectories: int) -> Counter:

@@ -22,8 +22,8 @@ from baselines.method import Method, Paper, one_of, takes
 from baselines.q_diffusion import ReconstructionRecipe, common_stack, stack_work
 from quest.diffusion.calibration_set import CalibrationSet, guide
 from quest.diffusion.samplers import Correction, correct
-from quest.quantization.checkpoint import freeze
 from quest.quantization.layer_names import Keep
+from quest.quantization.layers import freeze
 
 BIASES = ("residual", "error")
 # Exceptions of the released code: shortcuts, downsampling convolutions and attention products in float; the first

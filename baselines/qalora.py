@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from baselines import quest
-from baselines.efficient_dm import LowRank, add_low_rank, merge
+from baselines.efficient_dm import add_low_rank
 from baselines.method import Count, Method, takes
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.quantization.layers import QuantLayer
@@ -26,20 +26,13 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     Losses, stages, layers, activation scales and schedules are QuEST's. Biases are learned and weight scales are fixed,
     as in QuEST; EfficientDM, where QALoRA comes from, learns weight scales too. Returns a new pipeline.
     """
-    updates: dict[str, tuple[QuantLayer, LowRank]] = {}
 
     def low_rank(_denoiser: nn.Module, tuned: dict[str, QuantLayer]) -> dict[str, list[nn.Parameter]]:
         generator = torch.Generator().manual_seed(recipe.seed)
-        updates.update({n: (layer, add_low_rank(layer, recipe.rank, generator)) for n, layer in tuned.items()})
-        return {
-            n: [*updates[n][1].parameters(), *([] if layer.bias is None else [layer.bias])]
-            for n, layer in tuned.items()
-        }
+        updates = {n: add_low_rank(layer, recipe.rank, generator) for n, layer in tuned.items()}
+        return {n: [*u.parameters(), *([] if tuned[n].bias is None else [tuned[n].bias])] for n, u in updates.items()}
 
-    student = quest.quantize_and_finetune(pipe, calibration, w, a, recipe, low_rank)
-    for layer, _ in updates.values():
-        merge(layer)
-    return student
+    return quest.quantize_and_finetune(pipe, calibration, w, a, recipe, low_rank)
 
 
 METHOD = Method(

@@ -43,10 +43,10 @@ from quest.learning.alignment import Stage, Visit, align, joint, layer_outputs
 from quest.learning.calibrate import calibrate
 from quest.quantization import cost
 from quest.quantization import ranges as choosers
-from quest.quantization.checkpoint import freeze, load_weights
+from quest.quantization.checkpoint import load_weights
 from quest.quantization.header import read as read_header
 from quest.quantization.layer_names import KEEP, Keep
-from quest.quantization.layers import QuantLayer, input_quantizers, quant_layers
+from quest.quantization.layers import QuantLayer, freeze, input_quantizers, quant_layers
 from quest.quantization.swapping import GRANULARITIES, scale_axes, swap
 from quest.quantization.timegroups import TimeGroups, grouped
 from quest.runtime.resume import part
@@ -227,7 +227,9 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Finetune
 
 
 def weights_and_biases(denoiser: nn.Module, tuned: dict[str, QuantLayer]) -> dict[str, list[nn.Parameter]]:
-    """Layer name -> weight and bias: the parameters of the tuned layers, which a stage learns beside the scales."""
+    """Layer name -> weight and bias, which a stage learns beside the scales. Thaws the weights of these layers."""
+    for layer in tuned.values():
+        layer.thaw()
     return {n: [p for p in (layer.weight, layer.bias) if p is not None] for n, layer in tuned.items()}
 
 
@@ -321,8 +323,7 @@ def finetune(
             generator=generator,
         )
         part(stage.name.replace(" ", "-"), lambda tuned=tuned: tuned, training, generator)
-        for name in learned:
-            denoiser.get_submodule(name).freeze()
+        freeze(denoiser)
         cost.record(denoiser, stage.name, tuned.values(), stage.iterations, stage.batch)
     if recipe.qkv_as_one:
         unshare_inputs(denoiser)

@@ -1,5 +1,6 @@
 """Which layers and activation scales each stage of QuEST tunes, as in its released code (arXiv:2402.03666)."""
 
+import math
 from collections.abc import Iterable
 from fnmatch import fnmatch
 
@@ -70,11 +71,11 @@ def equal_size(layers: dict[str, QuantLayer], like: dict[str, QuantLayer], witho
     Layers are drawn in random order, and each that still fits is kept. The result is in the denoiser's order. Raises
     ValueError where none fits.
     """
-    remaining = sum(layer.weight.numel() for layer in like.values())
+    remaining = sum(math.prod(layer.weight_shape) for layer in like.values())
     others = [n for n in layers if n not in like and n not in without]
     chosen = set()
     for i in torch.randperm(len(others), generator=torch.Generator().manual_seed(seed), device="cpu").tolist():
-        if (size := layers[others[i]].weight.numel()) <= remaining:
+        if (size := math.prod(layers[others[i]].weight_shape)) <= remaining:
             chosen.add(others[i])
             remaining -= size
     if not chosen:

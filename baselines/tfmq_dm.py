@@ -19,9 +19,9 @@ from quest.diffusion.calibration_set import CalibrationSet
 from quest.learning.calibrate import calibrate, calibrating, static_rows
 from quest.learning.reconstruction import float_activations, learn_rounding, reconstruct_weights
 from quest.quantization import cost, ranges
-from quest.quantization.checkpoint import freeze, load_weights
+from quest.quantization.checkpoint import load_weights
 from quest.quantization.layer_names import Keep
-from quest.quantization.layers import QuantLayer, input_quantizers, name_quantizers, quant_layers
+from quest.quantization.layers import QuantLayer, freeze, input_quantizers, name_quantizers, quant_layers
 from quest.quantization.quantizer import Quantizer
 from quest.quantization.swapping import swap
 from quest.quantization.timegroups import TimeGroups

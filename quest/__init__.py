@@ -22,7 +22,7 @@ def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration, **recipe)
     from baselines.method import check
     from quest.config import parse_bits
     from quest.quantization import cost
-    from quest.quantization.checkpoint import freeze
+    from quest.quantization.layers import freeze
 
     if not callable(method) and method not in METHODS:
         raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")

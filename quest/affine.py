@@ -59,8 +59,22 @@ class QParams(NamedTuple):
     spec: QuantSpec
 
 
-class QTensor(NamedTuple):
-    """Codes with their scale and zero point. Codes are floats while they carry a straight-through gradient."""
+@dataclass(eq=False, slots=True)
+class QTensor:
+    """A quantized tensor: codes (whole numbers) with their scale and zero point, which broadcast against them.
+
+    A weight of two output channels and three inputs, asymmetric, at 4 bits (codes 0 to 15):
+
+        weight                 scale   zero point    codes          dequantize()
+        [-0.30  0.00  0.45]    0.05        6         [0   6  15]    [-0.30  0.00  0.45]
+        [-0.10  0.07  0.20]    0.02        5         [0   9  15]    [-0.10  0.08  0.20]
+
+    code = clamp(round(weight / scale) + zero point, 0, 15); value = (code - zero point) * scale. The zero point is the
+    code of 0.0. While something is learned, codes carry the straight-through gradient of `quantize`.
+
+    It is not a tensor: torch functions refuse it (TypeError), and so does what would write into it or read it as floats
+    (AttributeError). `dequantize` gives floats; `QuantLayer.thaw` makes a frozen weight a parameter again.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -68,6 +82,41 @@ class QTensor(NamedTuple):
 
     def dequantize(self) -> Tensor:
         return (self.codes - self.zero_point) * self.scale
+
+    def equal(self, other: "QTensor") -> bool:
+        """Whether codes, scale and zero point are the same, bit for bit."""
+        return all(torch.equal(getattr(self, name), getattr(other, name)) for name in self.__slots__)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    def numel(self) -> int:
+        return self.codes.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale.dtype  # of the values
+
+    def __getattr__(self, name):
+        raise AttributeError(_refused(name))
+
+    data = property(lambda self: self.__getattr__("data"), lambda self, _: self.__getattr__("data"))
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise TypeError(_refused(getattr(function, "__name__", str(function))))
+
+
+def _refused(name: str) -> str:
+    return (
+        f"{name}: a QTensor holds codes, which cannot be changed or read as floats: take dequantize() to read a frozen "
+        "weight; to change it, thaw() its layer first (fuse LoRA weights before quantizing)"
+    )
 
 
 def round_ste(x: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def deviation(kernel: str, device: torch.device) -> float | None:
     output = module.linear(
         x.to(device),
         QParams(params.scale.to(device), params.zero_point.to(device), params.spec),
-        module.pack(QTensor(*(t.to(device) for t in weight))),
+        module.pack(QTensor(codes.to(device), column.to(device), weight.zero_point.to(device))),
         bias.to(device),
     ).cpu()
     if not output.isfinite().all():

@@ -42,7 +42,7 @@ def quantized(name: str, kernel: str) -> nn.Module:
         _set(module.processor.p, qparams(bits, 2**bits / (2**bits - 1), 0.0))
     place(denoiser, kernel.split()[0])
     for _, layer in quant_layers(denoiser):
-        layer.weight.data = torch.empty(0)  # its packed form replaces it
+        layer.origin = None  # its packed form replaces it
     return denoiser
 
 

@@ -78,9 +78,6 @@ def align(
     targets: what `layer_outputs` found for the layers with a local loss. Raises FloatingPointError naming stage,
     iteration and layer if the loss is not finite.
     """
-    # Frozen layers give no gradient to their weights and are not quantized again in every iteration.
-    for name in learned:
-        denoiser.get_submodule(name).thaw()
     weights = [p.requires_grad_() for parameters in learned.values() for p in parameters]
     adam = torch.optim.Adam(weights, lr=stage.lr_weight, fused=True)
     adam_scales = ScaleAdam(stage.scales, log=log_scales)
@@ -123,8 +120,6 @@ def align(
         for h in handles:
             h.remove()
         denoiser.requires_grad_(False)
-        for name in learned:
-            denoiser.get_submodule(name).freeze()
 
 
 @torch.no_grad()

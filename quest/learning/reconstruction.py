@@ -22,7 +22,7 @@ from quest.diffusion.calibration_set import CalibrationSet
 from quest.learning.rounding import Rounding, beta
 from quest.learning.units import Unit, call_modules, chunked, together, walk
 from quest.quantization import cost
-from quest.quantization.layers import QuantLayer, input_quantizers, quant_layers
+from quest.quantization.layers import QuantLayer, freeze, input_quantizers, quant_layers
 from quest.quantization.quantizer import Quantizer
 from quest.quantization.ranges import EPS
 from quest.runtime.resume import part
@@ -73,6 +73,8 @@ def reconstruct_weights(
         full = [teacher.get_submodule(m) for m in (unit.modules if learning else [name])]
         outputs = [chunked(partial(call, [forward]), torch.arange(n, device="cpu")) for forward in full]
         if learning:
+            for layer in layers.values():
+                layer.thaw()
             errors[unit.name] = part(
                 f"AdaRound-{unit.name}",
                 lambda: {name: layer.weight for name, layer in layers.items()},
@@ -88,9 +90,9 @@ def reconstruct_weights(
                 ),
                 generator,
             )
+            learned.extend(layer.weight for layer in layers.values())
             for layer in layers.values():
                 layer.freeze()
-            learned.extend(layer.weight for layer in layers.values())
         # The first of a unit's modules to be called is the one that learns.
         return torch.cat([outputs[0], chunked(partial(call, [forwards[name]]), torch.arange(n, 2 * n, device="cpu"))])
 
@@ -183,20 +185,18 @@ def learn_rounding(
     """AdaRound of one unit (arXiv:2004.10568, equations 21 to 25): Adam on alpha, mini-batches drawn anew each time.
 
     run(rows) gives the unit's output on these rows, target [N, ...] the output to reach. Loss: `error` with power 2
-    plus LAMBDA times the regulariser, a sum over all weights of the unit. Returns the error before and after.
+    plus LAMBDA times the regulariser, a sum over all weights of the unit. The layers are not frozen, before and after.
+    Returns the error before and after.
     """
-    for layer in layers.values():
-        layer.freeze()
     check = _check(target)
     before = _judge(run, target, check, 2)
     rounding = Rounding(list(layers.values()))
     adam = torch.optim.Adam([rounding.alpha.requires_grad_()], lr=lr, fused=True)
     with torch.enable_grad():
         for i in range(iterations):
-            for layer, weight in zip(layers.values(), rounding.soft(beta(i, iterations)), strict=True):
-                layer.packed = weight
             rows = torch.randperm(len(target), generator=generator, device="cpu")[:batch]
-            loss = error(run(rows), target[rows], 2)
+            with multiplying(layers.values(), rounding.soft(beta(i, iterations))):
+                loss = error(run(rows), target[rows], 2)
             _finite(loss, "AdaRound", name, i)
             adam.zero_grad()
             loss.backward()
@@ -204,12 +204,10 @@ def learn_rounding(
     weights = [layer.weight.data for layer in layers.values()]
     for layer, weight in zip(layers.values(), rounding.folded(), strict=True):
         layer.weight.data = weight
-        layer.freeze()
     after = _judge(run, target, check, 2)
     if not after < before:
         for layer, weight in zip(layers.values(), weights, strict=True):
             layer.weight.data = weight
-            layer.freeze()
     return before, min(before, after)
 
 
@@ -297,15 +295,26 @@ def float_activations(quantizers: Iterable[Quantizer]) -> Iterator[None]:
 
 @contextmanager
 def frozen(denoiser: nn.Module) -> Iterator[None]:
-    """While inside, weights are packed: a forward pass does not round them again."""
-    layers = [layer for _, layer in quant_layers(denoiser)]
-    for layer in layers:
-        layer.freeze()
+    """While inside, weights are codes: a forward pass does not round them again."""
+    freeze(denoiser)
+    try:
+        yield
+    finally:
+        for _, layer in quant_layers(denoiser):
+            layer.thaw()
+
+
+@contextmanager
+def multiplying(layers: Iterable[QuantLayer], weights: Iterable[Tensor]) -> Iterator[None]:
+    """While inside, each layer multiplies its input by one of these float weights, not by the codes of its own."""
+    layers = list(layers)
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.multiplied = lambda weight=weight: weight
     try:
         yield
     finally:
         for layer in layers:
-            layer.thaw()
+            del layer.multiplied
 
 
 def _inputs(denoiser: nn.Module, calibration: CalibrationSet, rows: Tensor) -> dict[str, Tensor]:

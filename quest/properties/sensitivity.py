@@ -14,10 +14,9 @@ from quest.diffusion.calibration_set import CalibrationSet
 from quest.learning.calibrate import calibrate
 from quest.metrics.noise_prediction import eps_error
 from quest.quantization import ranges
-from quest.quantization.checkpoint import freeze
 from quest.quantization.cost import macs
 from quest.quantization.layer_names import LAYER_CLASSES, layer_class
-from quest.quantization.layers import attentions, quant_layers
+from quest.quantization.layers import attentions, freeze, quant_layers
 from quest.quantization.swapping import swap
 from quest.quantization.timegroups import TimeGroups, grouped
 

@@ -6,12 +6,14 @@ needs. A method that starts from another's weights learns from where each of the
 not say: what it starts from keeps the weights themselves, in float32 (`floats=True`), and the header says so.
 """
 
+import copy
 from dataclasses import asdict
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from quest.affine import FLOAT, QTensor, QuantSpec, quantize
+from quest.affine import FLOAT, QuantSpec
 from quest.diffusion import samplers
 from quest.quantization import cost, packing
 from quest.quantization import header as headers
@@ -54,7 +56,7 @@ def save(pipe, path, floats: bool = False, **extra) -> None:
             n: [asdict(q.spec) for q in (m.weight_quantizer, m.input_quantizer, m.output_quantizer) if q is not None]
             for n, m in quant_layers(denoiser)
         },
-        "shapes": {n: list(m.weight.shape) for n, m in quant_layers(denoiser)},
+        "shapes": {n: list(m.weight_shape) for n, m in quant_layers(denoiser)},
         "attentions": {n: [asdict(m.processor.q.spec), asdict(m.processor.p.spec)] for n, m in attentions(denoiser)},
         "granularity": cost.granularity(denoiser),
         "time_groups": groups.starts.tolist() if groups else None,
@@ -73,21 +75,17 @@ def save(pipe, path, floats: bool = False, **extra) -> None:
 def state(denoiser, floats: bool = False) -> dict[str, torch.Tensor]:
     """The tensors of a quantized denoiser as a file holds them; without `floats`, quantized weights are packed codes.
 
-    Raises ValueError naming a layer whose codes do not give its weight back: one that is not finite.
+    Raises ValueError naming a layer whose weight is not finite.
     """
     tensors = denoiser.state_dict()
-    if floats:
-        return tensors
     for name, layer in quant_layers(denoiser):
-        qparams = layer.weight_quantizer.qparams
-        if qparams.spec.bits == FLOAT:
-            continue
-        codes = quantize(tensors.pop(f"{name}.weight"), qparams).codes
-        again = QTensor(codes, qparams.scale, qparams.zero_point).dequantize()
-        # The loaded weight stands on its code, from where the code is taken again.
-        if not torch.equal(quantize(again, qparams).codes, codes):
-            raise ValueError(f"layer {name}: codes do not give its weight back; it is not finite, or its scale is zero")
-        tensors[f"{name}.{CODES}"] = packing.pack(codes, qparams.spec)
+        if floats and layer.is_frozen:
+            del tensors[f"{name}.{CODES}"]
+            tensors[f"{name}.weight"] = layer.float_weight
+        elif not floats and not layer.is_frozen and layer.weight_quantizer.spec.bits < FLOAT:
+            if not tensors.pop(f"{name}.weight").isfinite().all():
+                raise ValueError(f"layer {name}: its weight is not finite")
+            tensors[f"{name}.{CODES}"] = packing.pack(layer.qweight.codes, layer.weight_quantizer.spec)
     return tensors
 
 
@@ -156,38 +154,25 @@ def check_tensors(header: dict, tensors: dict[str, torch.Tensor], path) -> None:
                 refuse(name, f"holds a code that {spec.bits} bits do not have")
 
 
-def unpack(header: dict, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors with float weights in place of codes: scale * (code - zero point), as `reference.pack` has them."""
-    tensors = dict(tensors)
-    for name, (weight, *_) in header["layers"].items():
-        if f"{name}.{CODES}" not in tensors:
-            continue
-        codes = packing.unpack(tensors.pop(f"{name}.{CODES}"), QuantSpec(**weight), tuple(header["shapes"][name]))
-        scale, zero_point = (tensors[f"{name}.weight_quantizer.{leaf}"][0] for leaf in ("scale", "zero_point"))
-        tensors[f"{name}.weight"] = QTensor(codes, scale, zero_point).dequantize()
-    return tensors
-
-
 def load(pipe, path, kernel: str = "auto"):
     """A quantized pipeline from a full-precision one and a file that `save` wrote; the given one stays as it was.
 
     kernel: a name in `quest.kernels.KERNELS`, or "auto" for the fastest on the pipeline's device. What it cannot
     compute exactly stays on the reference kernel, see `placement.place`. On the same kernel, samples are bit-equal to
-    those of the pipeline that was saved; a weight that was saved as codes stands on its code.
+    those of the pipeline that was saved. Codes of weights reach their kernel as they are; a weight that the file holds
+    as codes is never in memory as floats, but for those of the layers on the reference kernel.
 
     Raises ValueError for a file that is not a checkpoint or is corrupted, one of another model (the shapes that differ
     are listed), a scheduler whose steps leave the calibrated timesteps, and a kernel that is unknown or not available.
     """
-    import copy
-
     header, tensors = read(path)
-    tensors = unpack(header, tensors)
     if is_quantized(pipe.unet):
         raise ValueError("the pipeline is already quantized; load into the full-precision one")
     correction = {k.removeprefix(SCHEDULER): tensors.pop(k) for k in list(tensors) if k.startswith(SCHEDULER)}
-    denoiser = copy.deepcopy(pipe.unet)
+    coded = [f"{name}.weight" for name in header["layers"] if f"{name}.{CODES}" in tensors]
+    denoiser = copied_without(pipe.unet, coded)
     split_as(denoiser, header, path)
-    check_shapes(denoiser, tensors, path)
+    check_shapes(denoiser, header, tensors, path)
     check_names(denoiser, header, path)
     groups = TimeGroups(header["time_groups"]) if header["time_groups"] else None
     check_schedule(pipe, groups, header)
@@ -213,6 +198,13 @@ def load(pipe, path, kernel: str = "auto"):
     return new
 
 
+def copied_without(denoiser, names: list[str]):
+    """A copy of a denoiser in which these parameters lie on the meta device: with a shape and layout, but no values."""
+    parameters = dict(denoiser.named_parameters())
+    memo = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for n, p in parameters.items() if n in set(names)}
+    return copy.deepcopy(denoiser, memo)
+
+
 def load_weights(denoiser, path) -> None:
     """Take weights, biases and weight quantizers from another method's checkpoint into a swapped denoiser.
 
@@ -226,7 +218,7 @@ def load_weights(denoiser, path) -> None:
             "float weights: quest.save(..., floats=True), or --floats of workflow.scripts.quantize"
         )
     split_as(denoiser, header, path)
-    check_shapes(denoiser, tensors, path)
+    check_shapes(denoiser, header, tensors, path)
     for name, layer in quant_layers(denoiser):
         if layer.weight_quantizer.spec.bits == FLOAT:
             continue
@@ -253,18 +245,14 @@ def split_as(denoiser, header: dict, path) -> None:
     name_quantizers(denoiser)
 
 
-def freeze(denoiser) -> None:
-    """Pack every weight for its kernel: what sampling runs on."""
-    for _, layer in quant_layers(denoiser):
-        layer.freeze()
-
-
-def check_shapes(denoiser, tensors: dict[str, torch.Tensor], path) -> None:
-    """Raise ValueError listing where a checkpoint's float tensors differ from the denoiser's."""
+def check_shapes(denoiser, header: dict, tensors: dict[str, torch.Tensor], path) -> None:
+    """Raise ValueError listing where a checkpoint's weights and other floats have another shape than the denoiser's."""
     quantizers = ("scale", "zero_point")
     own = {k: v.shape for k, v in denoiser.state_dict().items() if k.rpartition(".")[2] not in quantizers}
     stored = {k: v.shape for k, v in tensors.items() if k.rpartition(".")[2] not in quantizers}
-    stored = {k: v for k, v in stored.items() if not k.startswith(SCHEDULER)}
+    coded = [k for k in stored if k.endswith(f".{CODES}")]
+    stored |= {f"{n}.weight": tuple(header["shapes"][n]) for n in (k.removesuffix(f".{CODES}") for k in coded)}
+    stored = {k: v for k, v in stored.items() if not k.startswith(SCHEDULER) and k not in coded}
     differ = [
         f"{k}: {tuple(stored[k]) if k in stored else 'missing'} in the file, "
         f"{tuple(own[k]) if k in own else 'missing'} in the model"
@@ -287,8 +275,6 @@ def check_names(denoiser, header: dict, path) -> None:
 
 def check_schedule(pipe, groups: TimeGroups | None, header: dict) -> None:
     """Raise ValueError if the pipeline's scheduler, at the calibrated number of steps, leaves the time groups."""
-    import copy
-
     if groups is None:
         return
     if not header.get("timesteps"):

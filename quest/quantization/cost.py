@@ -4,6 +4,7 @@ Papers that write "W4A8" keep different layers in float, learn different paramet
 granularities. All of it is measured on the denoiser itself and stands in its checkpoint.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -31,7 +32,7 @@ def macs(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
 
     def layer(name):
         def hook(module, _args, output):
-            per_value = module.weight[0].numel()  # an output value is one dot product with a row of the weight
+            per_value = math.prod(module.weight.shape[1:])  # an output value is a dot product with a row of the weight
             counted[name] = counted.get(name, 0) + output.numel() * per_value
 
         return hook
@@ -135,9 +136,8 @@ def tensor_class(name: str) -> str:
 
 def parameters(denoiser: nn.Module) -> int:
     """Parameters of the denoiser itself, scales of quantizers left out."""
-    # Weights that are kept as codes only.
-    packed = (layer.form for _, layer in quant_layers(denoiser) if layer.held is None)
-    return _numel(denoiser.parameters()) - _numel(_scales(denoiser)) + _numel(packed)
+    frozen = sum(math.prod(layer.weight_shape) for _, layer in quant_layers(denoiser) if layer.is_frozen)
+    return _numel(denoiser.parameters()) - _numel(_scales(denoiser)) + frozen
 
 
 def footprint(denoiser: nn.Module, work: dict[str, int]) -> dict[str, float]:

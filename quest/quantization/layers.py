@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from quest import kernels
 from quest.affine import FLOAT, QTensor, QuantSpec, fake_quantize, quantize
-from quest.quantization import ranges
+from quest.quantization import packing, ranges
 from quest.quantization.quantizer import Quantizer
 from quest.quantization.timegroups import TimeGroups
 
@@ -24,8 +24,16 @@ class QuantLayer(nn.Module):
 
     `fused`: what the integer kernel computes in the same pass (see `kernels.cpu.blocks`); others take nothing.
 
-    A weight that stands on its codes, as a loaded one does, is not kept beside them: `held` is None then, and `weight`
-    is made of them anew each time it is asked for. To change it, `thaw` first.
+    `weight` is a Parameter while it is learned: every forward pass quantizes it anew, with a gradient. `freeze` makes
+    it a QTensor, whose codes do not change any more, `thaw` a Parameter again; so does assigning a Parameter. Nothing
+    writes into what is frozen: `QTensor` refuses. A weight of 32 bits stays a Parameter. In a state dict a learned
+    weight is `weight`, a frozen one `codes`, packed as in a file (`packing`).
+
+    What a frozen layer keeps, each in a buffer of its own:
+
+        operand   what its kernel multiplies, as the kernel packed it; of the reference kernel dequantized floats
+        codes     packed as in a file; None where the operand itself can be unpacked to codes
+        origin    the floats that were quantized, from which `thaw` goes on learning; None in a layer loaded from codes
     """
 
     kernel_name = "reference"  # a name, because modules of Python cannot be copied with the layer
@@ -40,82 +48,149 @@ class QuantLayer(nn.Module):
         self.weight_quantizer = Quantizer(weight, (len(self.weight),) + (1,) * (self.weight.ndim - 1))
         self.input_quantizer = Quantizer(input, groups=groups)
         self.output_quantizer = None if output is None else Quantizer(output, groups=groups)
-        self.register_buffer("packed", None, persistent=False)
+        for name in ("operand", "codes", "origin"):
+            self.register_buffer(name, None, persistent=False)
 
     def choose_weight_range(self, choose=ranges.minmax) -> None:
-        """Take the weight's scales and zero points from the weight itself. A zero channel keeps a tiny scale."""
+        """Take the weight's scales and zero points from the weight itself. A zero channel keeps a tiny scale.
+
+        Raises RuntimeError for a frozen weight: its codes have the scales they were made with.
+        """
         if self.weight_quantizer.spec.bits == FLOAT:
             return
+        if self.is_frozen:
+            raise RuntimeError(f"layer {self.input_quantizer.name}: thaw() its frozen weight to choose its range")
         scale, zero_point = choose(self.weight.detach(), self.weight_quantizer.spec)
         self.weight_quantizer.scale.data, self.weight_quantizer.zero_point = scale[None], zero_point[None]
 
     @property
-    def held(self) -> nn.Parameter | None:
-        """The float weight, of a parametrized one what it is made of; None where only its codes are kept."""
-        if parametrize.is_parametrized(self, "weight"):
-            return self.parametrizations.weight.original
-        return self._parameters.get("weight")
+    def is_frozen(self) -> bool:
+        return self.operand is not None or self.codes is not None
 
     @property
-    def weight(self) -> Tensor:
-        return self.unpacked() if self.held is None else self.held
+    def weight(self) -> nn.Parameter | QTensor:
+        if self.is_frozen:
+            return self.qweight
+        if "weight" not in self._parameters:
+            raise AttributeError("weight")  # none yet, as torch asks before it registers one
+        return self._parameters["weight"]
+
+    @property
+    def qweight(self) -> QTensor:
+        """The codes that a frozen weight holds; of a learned one the nearest, with a gradient."""
+        scale, zero_point, spec = qparams = self.weight_quantizer.qparams
+        if not self.is_frozen:
+            return quantize(self.weight, qparams)
+        shape, packed = self.weight_shape, self.codes
+        codes = self.kernel.unpack(self.operand, shape) if packed is None else packing.unpack(packed, spec, shape)
+        # In the memory layout of the weight: float sums depend on it.
+        laid_out = torch.empty_strided(shape, self.layout, dtype=codes.dtype, device=codes.device)
+        return QTensor(laid_out.copy_(codes), scale, zero_point)
+
+    @property
+    def float_weight(self) -> Tensor:
+        """The weight in floats: those that are learned, or were before it was frozen; else what its codes mean."""
+        if not self.is_frozen:
+            return self.weight
+        return self.qweight.dequantize() if self.origin is None else self.origin
 
     @torch.no_grad()
-    def unpacked(self) -> Tensor:
-        """scale * (code - zero point) of the packed codes, in the memory layout of the weight."""
-        codes = self.kernel.unpack(self.packed, self.form.shape)
-        scale, zero_point, _ = self.weight_quantizer.qparams
-        weight = QTensor(codes, scale, zero_point).dequantize()
-        # Float sums depend on the layout.
-        return torch.empty_strided(weight.shape, self.form.stride(), dtype=weight.dtype, device=weight.device).copy_(
-            weight
-        )
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        if self.held is None:
-            destination[f"{prefix}weight"] = self.weight
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    @property
-    def qweight(self) -> QTensor | Tensor:
-        """Live codes while training, packed once frozen."""
-        return quantize(self.weight, self.weight_quantizer.qparams) if self.packed is None else self.packed
-
     def freeze(self, kernel: str = "reference") -> None:
-        """Keep the weight in a kernel's packed form and run on that kernel; `thaw` makes it follow `weight` again.
+        """Make the weight a QTensor that `kernel` multiplies, and run on that kernel; codes are found only once.
 
-        Codes that give the float weight back, bit for bit, are all that is kept of it.
+        A parametrized weight becomes a plain one first. Raises ValueError for a weight that is not finite.
         """
-        self.thaw()
-        self.packed = kernels.get(kernel).pack(self.qweight)
-        self.kernel_name = kernel
-        if not hasattr(self.kernel, "unpack"):
+        spec = self.weight_quantizer.spec
+        if parametrize.is_parametrized(self, "weight"):
+            parametrize.remove_parametrizations(self, "weight")
+        if spec.bits == FLOAT or self.operand is not None and kernel == self.kernel_name:
             return
-        self.form = torch.empty_like(self.weight, device="meta")  # shape and layout
-        if torch.equal(self.unpacked(), self.weight):
-            self.weight = None
+        qweight = self.qweight
+        if not self.is_frozen:
+            weight = self.weight
+            if not weight.isfinite().all():
+                raise ValueError(f"layer {self.input_quantizer.name}: its weight is not finite")
+            self.origin, self.layout, self.weight = weight.detach(), weight.stride(), None
+        self.kernel_name = kernel
+        self.operand = self.kernel.pack(qweight)
+        self.codes = None if hasattr(self.kernel, "unpack") else packing.pack(qweight.codes, spec)
 
     def thaw(self) -> None:
-        """Follow `weight`, on the reference kernel: the one with a gradient."""
-        if self.held is None:
-            self.weight = nn.Parameter(self.unpacked(), requires_grad=False)
-        self.packed = None
+        """Make the weight a Parameter, quantized in every call on the reference kernel: the one with a gradient."""
+        if self.is_frozen:
+            self.weight = nn.Parameter(self.float_weight, requires_grad=False)
+        self.input_quantizer.as_numbers(False)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name != "weight" or "operand" not in self._buffers or not self.is_frozen:
+            return super().register_parameter(name, param)
+        self._hold(param, None)
         self.kernel_name = "reference"
-        self.input_quantizer.thaw()
+
+    def _hold(self, weight: nn.Parameter | None, codes: Tensor | None) -> None:
+        self._parameters["weight"], self.codes = weight, codes
+        self.operand = self.origin = None
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_frozen:
+            own, spec = self.codes, self.weight_quantizer.spec
+            destination[f"{prefix}codes"] = packing.pack(self.qweight.codes, spec) if own is None else own
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        """Codes make any weight a frozen one, at a kernel when it is first needed; a frozen weight takes no floats."""
+        codes, quantizer = state_dict.pop(f"{prefix}codes", None), self.weight_quantizer
+        if codes is not None and packing.fits(codes, self.weight_shape, quantizer.spec):
+            at_kernel, self.layout = self.operand is not None, self.layout if self.is_frozen else self.weight.stride()
+            self._hold(None, codes.to(quantizer.scale.device))
+            if at_kernel:  # where scales and zero points are packed with the codes
+                quantizer._load_from_state_dict(state_dict, f"{prefix}weight_quantizer.", metadata, strict, [], [], [])
+                self.freeze(self.kernel_name)
+        elif codes is not None or self.is_frozen and f"{prefix}weight" in state_dict:
+            wanted = f"{quantizer.spec.bits}-bit codes of a weight {list(self.weight_shape)}"
+            errors.append(f"{prefix}codes: a frozen weight takes {wanted}; thaw() the layer to load floats")
+        elif self.is_frozen:
+            missing.append(f"{prefix}codes")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def _apply(self, fn, recurse=True):
+        # What another kernel than the reference packed are bytes in its own order, which no memory format may change.
+        packed = None if self.kernel_name == "reference" else self.operand
+        return super()._apply(lambda t: fn(t.flatten()).view(t.shape) if t is packed else fn(t), recurse)
+
+    def multiplied(self) -> Tensor | QTensor:
+        """What the kernel multiplies: the operand, or while the weight is learned its nearest codes."""
+        operand = self.operand
+        if operand is not None:
+            return operand
+        if self.codes is not None:
+            self.freeze(self.kernel_name)
+            return self.operand
+        return self.weight if self.weight_quantizer.spec.bits == FLOAT else self.qweight
 
     def quantize_output(self, y: Tensor) -> Tensor:
         return y if self.output_quantizer is None else fake_quantize(y, self.output_quantizer(y))
 
 
 class QuantLinear(QuantLayer, nn.Linear):
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features
+
     def forward(self, x: Tensor, **fused) -> Tensor:
-        return self.quantize_output(self.kernel.linear(x, self.input_quantizer(x), self.qweight, self.bias, **fused))
+        weight = self.multiplied()
+        return self.quantize_output(self.kernel.linear(x, self.input_quantizer(x), weight, self.bias, **fused))
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
     def forward(self, x: Tensor, **fused) -> Tensor:
         conv = dict(stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups) | fused
-        return self.quantize_output(self.kernel.conv2d(x, self.input_quantizer(x), self.qweight, self.bias, **conv))
+        weight = self.multiplied()
+        return self.quantize_output(self.kernel.conv2d(x, self.input_quantizer(x), weight, self.bias, **conv))
 
 
 def quantized(
@@ -150,6 +225,12 @@ def is_quantized(denoiser: nn.Module) -> bool:
 
 def quant_layers(denoiser: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
     return ((n, m) for n, m in denoiser.named_modules() if isinstance(m, QuantLayer))
+
+
+def freeze(denoiser: nn.Module) -> None:
+    """Freeze every layer that is not yet: what sampling runs on."""
+    for _, layer in quant_layers(denoiser):
+        layer.freeze(layer.kernel_name)
 
 
 def attentions(denoiser: nn.Module) -> Iterator[tuple[str, Attention]]:

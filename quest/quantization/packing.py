@@ -28,6 +28,11 @@ def nbytes(weight: tuple[int, ...], spec: QuantSpec) -> int:
     return math.prod(shape(weight, spec)) * dtype(spec).itemsize
 
 
+def fits(packed: Tensor, weight: tuple[int, ...], spec: QuantSpec) -> bool:
+    """Whether a tensor can be the packed codes of a weight of this shape."""
+    return (tuple(packed.shape), packed.dtype) == (shape(weight, spec), dtype(spec))
+
+
 def pack(codes: Tensor, spec: QuantSpec) -> Tensor:
     """codes [O, ...], whole numbers from spec.qmin to spec.qmax of any dtype -> uint8 or uint16, see `shape`."""
     rows = (codes.flatten(1) - spec.qmin).to(torch.int32).to(dtype(spec))

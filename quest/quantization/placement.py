@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from quest import kernels
-from quest.affine import QParams, quantize
+from quest.affine import QParams
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.kernels.cpu import blocks
 from quest.quantization.attention import QuantAttention
@@ -26,17 +26,19 @@ class Placement(NamedTuple):
 def place(denoiser: nn.Module, kernel: str = "auto") -> Placement:
     """Pack every layer for a kernel, and let it and every attention run there if the kernel supports it exactly.
 
-    The others run on the reference kernel. A float weight that its packed codes give back is not kept. Norms and
-    activations around integer layers are fused (`kernels.cpu.blocks`), the reference leaves the blocks as diffusers
-    has them. The result is also kept as `denoiser.placement`.
+    The others run on the reference kernel. A weight that is still learned is frozen. Norms and activations around
+    integer layers are fused (`kernels.cpu.blocks`), the reference leaves the blocks as diffusers has them. The result
+    is also kept as `denoiser.placement`.
     Raises ValueError for an unknown kernel and for one that is not available on the denoiser's device.
     """
     name = kernels.choose(kernel, denoiser.device, denoiser.dtype)
     refused = {}
     for layer_name, layer in quant_layers(denoiser):
+        if not layer.is_frozen:
+            layer.freeze()
         reason = refusal(layer, name)
         layer.freeze("reference" if reason else name)
-        freeze(name == "integer" and not reason, layer.input_quantizer)
+        layer.input_quantizer.as_numbers(name == "integer" and not reason)
         if reason:
             refused[layer_name] = reason
     for attention_name, attention in attentions(denoiser):
@@ -46,7 +48,8 @@ def place(denoiser: nn.Module, kernel: str = "auto") -> Placement:
         quantizers = processor.q, processor.k, processor.v, processor.p
         reason = kernels.get(name).supports_attention(*map(every_group, quantizers))
         processor.kernel_name = "reference" if reason else name
-        freeze(name == "integer" and not reason, *quantizers)
+        for quantizer in quantizers:
+            quantizer.as_numbers(name == "integer" and not reason)
         if reason:
             refused[f"{attention_name}.processor"] = reason
     if name == "integer":
@@ -68,20 +71,14 @@ def realizable(denoiser: nn.Module, work: dict[str, int]) -> float:
     return sum(count for name, count in work.items() if name not in refused) / sum(work.values())
 
 
-def freeze(frozen: bool, *quantizers: Quantizer) -> None:
-    for quantizer in quantizers:
-        quantizer.freeze() if frozen else quantizer.thaw()
-
-
 @torch.no_grad()
 def refusal(layer: QuantLayer, kernel: str) -> str | None:
     """Why a kernel cannot compute a layer exactly; None where it can."""
     conv = {}
     if isinstance(layer, QuantConv2d):
         conv = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups)
-    quantizer = layer.weight_quantizer
-    weight = quantize(layer.weight, quantizer.qparams)
-    return kernels.get(kernel).supports(weight, quantizer.spec, every_group(layer.input_quantizer), **conv)
+    spec = layer.weight_quantizer.spec
+    return kernels.get(kernel).supports(layer.qweight, spec, every_group(layer.input_quantizer), **conv)
 
 
 def every_group(quantizer: Quantizer) -> QParams:
@@ -92,26 +89,26 @@ def every_group(quantizer: Quantizer) -> QParams:
 @contextmanager
 def on_reference(denoiser: nn.Module) -> Iterator[None]:
     """Compute on the reference kernel for a few calls: what is packed is kept, and used again afterwards."""
-    layers = [(layer, layer.packed, layer.kernel_name, layer.held) for _, layer in quant_layers(denoiser)]
+    layers = [(layer, layer.operand, layer.codes, layer.kernel_name) for _, layer in quant_layers(denoiser)]
     processors = [m.processor for _, m in attentions(denoiser) if isinstance(m.processor, QuantAttention)]
     kernels_of = [processor.kernel_name for processor in processors]
-    quantizers = [(m, m.frozen) for m in denoiser.modules() if isinstance(m, Quantizer)]
+    quantizers = [(m, m.numbers) for m in denoiser.modules() if isinstance(m, Quantizer)]
     for layer, *_ in layers:
-        layer.thaw()  # the weight is quantized in every call
+        layer.freeze("reference")
     for processor in processors:
         processor.kernel_name = "reference"
     for quantizer, _ in quantizers:
-        quantizer.thaw()
+        quantizer.as_numbers(False)
     blocks.unfuse(denoiser)
     try:
         yield
     finally:
-        for layer, packed, name, weight in layers:
-            layer.packed, layer.kernel_name, layer.weight = packed, name, weight
+        for layer, operand, codes, name in layers:
+            layer.operand, layer.codes, layer.kernel_name = operand, codes, name
         for processor, name in zip(processors, kernels_of, strict=True):
             processor.kernel_name = name
-        for quantizer, frozen in quantizers:
-            quantizer.frozen = frozen
+        for quantizer, numbers in quantizers:
+            quantizer.numbers = numbers
         if denoiser.placement.kernel == "integer":
             blocks.fuse(denoiser)
 

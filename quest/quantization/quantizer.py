@@ -28,21 +28,26 @@ class Quantizer(nn.Module):
         self.scale = nn.Parameter(start, requires_grad=False)
         self.register_buffer("zero_point", torch.full_like(self.scale.data, zero_point))
         self.choose: Callable | None = None  # a range chooser while calibrating, see calibration.calibrating
-        self.frozen: list[tuple[float, float]] | None = None  # scale and zero point of every group, see `freeze`
+        self.numbers: list[tuple[float, float]] | None = None  # scale and zero point of every group, see `as_numbers`
         self.may_be_constant = False
 
-    def freeze(self) -> None:
-        """Answer with plain numbers from now on, which a kernel reads at no cost; `thaw` follows the tensors again."""
-        self.frozen = list(zip(self.scale.tolist(), self.zero_point.tolist(), strict=True))
+    def as_numbers(self, wanted: bool) -> None:
+        """Answer with plain numbers from now on, which a kernel reads at no cost; or follow the tensors again."""
+        self.numbers = list(zip(self.scale.tolist(), self.zero_point.tolist(), strict=True)) if wanted else None
 
-    def thaw(self) -> None:
-        self.frozen = None
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self.as_numbers(self.numbers is not None)
+
+    def _apply(self, fn, recurse=True):
+        # Memory formats are of images and of the weights of convolutions: a scale [T, O, 1, 1, 1] has none.
+        return super()._apply(lambda t: fn(t.flatten()).view(t.shape), recurse)
 
     @property
     def qparams(self) -> QParams:
         """Scale and zero point of the current time group. Raises RuntimeError outside of a forward pass."""
-        if self.frozen is not None and not torch.compiler.is_compiling():
-            return QParams(*self.frozen[0 if self.groups is None else self.groups.number], self.spec)
+        if self.numbers is not None and not torch.compiler.is_compiling():
+            return QParams(*self.numbers[0 if self.groups is None else self.groups.number], self.spec)
         if self.groups is None or self.spec.bits == FLOAT:  # a float tensor has no range, at any timestep
             return QParams(self.scale[0], self.zero_point[0], self.spec)
         group = self.groups.current
@@ -58,7 +63,7 @@ class Quantizer(nn.Module):
         """
         if self.spec.bits == FLOAT:
             return
-        self.thaw()
+        self.as_numbers(False)
         dims = [d for d in range(x.ndim) if self.spec.axis is None or d != self.spec.axis % x.ndim]
         low, high = x.amin(dims), x.amax(dims)
         if not (low.isfinite() & high.isfinite()).all():

@@ -5,9 +5,10 @@ import torch
 
 import quest
 from baselines import efficient_dm
-from baselines.efficient_dm import add_low_rank, merge
+from baselines.efficient_dm import add_low_rank
 from quest.affine import QuantSpec
 from quest.metrics.noise_prediction import eps_error
+from quest.quantization import checkpoint
 from quest.quantization.layers import QuantLinear, input_quantizers, quant_layers, quantized
 
 FAST = dict(samples=8, batch=4)
@@ -25,11 +26,11 @@ def test_an_update_starts_at_zero_and_merges():
     layer.weight.sum().backward()
     assert update.a.grad.abs().sum() > 0 and update.b.grad.abs().sum() > 0
     expected = before + update.b @ update.a
-    merge(layer)
-    assert type(layer) is QuantLinear and isinstance(layer.weight, torch.nn.Parameter)
-    assert torch.allclose(layer.weight, expected) and not layer.weight.requires_grad
+    layer.choose_weight_range()
+    layer.freeze()
+    assert type(layer) is QuantLinear and torch.allclose(layer.float_weight, expected)
     assert set(layer.state_dict()) == {
-        "weight",
+        "codes",
         "bias",
         *(f"{q}_quantizer.{t}" for q in ("weight", "input") for t in ("scale", "zero_point")),
     }
@@ -49,7 +50,7 @@ def runs(uncond_pipe, uncond_calibration):
 
 
 def test_what_is_learned(runs):
-    start, end = (run.unet.state_dict() for run in runs)
+    start, end = (checkpoint.state(run.unet, floats=True) for run in runs)
     moved = {k for k in start if not torch.equal(start[k], end[k])}
     tuned = {n for n, _ in quant_layers(runs[0].unet)} - {"conv_in", "conv_out"}
     scales = {f"{n}.scale" for n in input_quantizers(runs[0].unet)}
@@ -63,8 +64,7 @@ def test_what_is_learned(runs):
 def test_the_start_is_the_dequantized_weight(runs):
     """QALoRA's base weight is what the codes mean, so that W0 + 0 has the codes of W."""
     for name, layer in quant_layers(runs[0].unet):
-        layer.freeze()
-        assert torch.allclose(layer.weight, layer.packed, atol=1e-6), name
+        assert torch.allclose(layer.float_weight, layer.operand, atol=1e-6), name
 
 
 def test_one_scale_for_each_step(runs, uncond_calibration):
@@ -79,7 +79,7 @@ def test_distillation_lowers_the_error(runs, uncond_calibration):
 def test_what_was_learned_is_counted(runs):
     (stage,) = runs[1].unet.stages
     layers = [m for n, m in quant_layers(runs[1].unet) if n not in ("conv_in", "conv_out")]
-    updates = sum(min(32, *w.shape) * sum(w.shape) for w in (m.weight.flatten(1) for m in layers))
+    updates = sum(min(32, *w.shape) * sum(w.shape) for w in (m.float_weight.flatten(1) for m in layers))
     scales = sum(m.weight_quantizer.scale.numel() for m in layers)
     scales += sum(q.scale.numel() for q in input_quantizers(runs[1].unet).values())
     assert stage == {"stage": "distillation", "parameters": updates + scales, "iterations": 24, "batch": 4}

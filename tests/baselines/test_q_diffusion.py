@@ -95,7 +95,7 @@ def test_split_layers_quantize_save_load_and_start_others(uncond_pipe, uncond_mo
     other = quest.quantize(
         uncond_pipe, "q-diffusion", "w4a4", calibration=uncond_calibration, init=str(path), split=True, rows=24, **FEW
     )
-    assert all(torch.equal(m.weight, layers[n].weight) for n, m in quant_layers(other.unet))
+    assert all(torch.equal(m.float_weight, layers[n].float_weight) for n, m in quant_layers(other.unet))
     with pytest.raises(ValueError, match="split: False, but .* has 4 split layers"):
         quest.quantize(uncond_pipe, "q-diffusion", "w4a4", calibration=uncond_calibration, init=str(path), **FEW)
 
@@ -106,7 +106,7 @@ def test_adaround_is_a_file_that_methods_of_any_activation_bits_start_from(class
     start = quest.quantize(class_pipe, "adaround", "w3a32", weight_iterations=6, batch=8, **arguments)
     quest.save(start, path, floats=True)
     assert all(q.spec.bits == 32 for q in input_quantizers(start.unet).values())
-    rounded = {n: m.weight for n, m in quant_layers(start.unet)}
+    rounded = {n: m.float_weight for n, m in quant_layers(start.unet)}
     original = dict(class_pipe.unet.named_modules())
     moved = [n for n, w in rounded.items() if not torch.equal(w, original[n].weight)]
     assert len(moved) > 5 and not {"conv_in", "conv_out"} & set(moved)  # 8 bits: nearest in `short`
@@ -119,7 +119,7 @@ def test_adaround_is_a_file_that_methods_of_any_activation_bits_start_from(class
     there = quest.quantize(class_pipe, "q-diffusion", "w3a8", **arguments, **few, init=str(path))
     states = [q.unet.state_dict() for q in (here, there)]
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
-    assert all(torch.equal(m.weight, rounded[n]) for n, m in quant_layers(here.unet))
+    assert all(torch.equal(m.float_weight, rounded[n]) for n, m in quant_layers(here.unet))
 
     with pytest.raises(ValueError, match="w3a32, not w3a8"):
         quest.quantize(class_pipe, "adaround", "w3a8", **arguments)

@@ -10,6 +10,7 @@ from baselines.quest import start_from
 from baselines.selection import SELECTIONS, TEMPORAL, matches, qkv, tuned_layers
 from quest.diffusion.sampling import arguments
 from quest.metrics.noise_prediction import eps_error
+from quest.quantization import checkpoint
 from quest.quantization.layers import input_quantizers, quant_layers
 from quest.quantization.swapping import released_axes, swap
 
@@ -23,8 +24,8 @@ def run(pipe, calibration, tla, cma, **recipe):
 
 def moved(a, b):
     """Names of tensors that differ between two pipelines' denoisers."""
-    b = b.unet.state_dict()
-    return {k for k, v in a.unet.state_dict().items() if not torch.equal(v, b[k])}
+    b = checkpoint.state(b.unet, floats=True)
+    return {k for k, v in checkpoint.state(a.unet, floats=True).items() if not torch.equal(v, b[k])}
 
 
 @pytest.mark.parametrize("kind, selection", [("uncond", "lsun"), ("class", "imagenet"), ("text", "sd")])
@@ -232,7 +233,7 @@ def test_ends_of_fewer_bits_than_the_checkpoint_has(uncond_pipe, uncond_calibrat
     for name, layer in quant_layers(q.unet):
         assert layer.weight_quantizer.spec.bits == 4
         other = rtn.unet.get_submodule(name)
-        assert torch.equal(layer.weight, other.weight)
+        assert torch.equal(layer.weight, other.float_weight)
         same = torch.equal(layer.weight_quantizer.scale, other.weight_quantizer.scale)
         assert same == (name not in ("conv_in", "conv_out"))
     ends = swap(uncond_pipe, 4, 4, keep={}).unet

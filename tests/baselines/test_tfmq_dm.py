@@ -88,8 +88,8 @@ def test_started_from_adaround_only_the_block_is_learned(runs, class_pipe, class
     block = TemporalInformationBlock(q.unet).layers
     other = dict(quant_layers(runs[1].unet))
     for name, layer in quant_layers(q.unet):
-        weight = class_pipe.unet.get_submodule(name).weight if name in block else other[name].weight
-        assert torch.equal(layer.weight, weight), name
+        weight = class_pipe.unet.get_submodule(name).weight if name in block else other[name].float_weight
+        assert torch.equal(layer.float_weight, weight), name
 
 
 def test_unknown_scope(class_pipe, class_calibration):

@@ -144,7 +144,7 @@ def test_blocks_in_one_call_are_freed(with_time_groups):
     denoiser = copy.deepcopy(denoiser)
     place(denoiser, "integer")
     denoiser(**calibration.inputs(calibration.timestep == calibration.timesteps[0]))
-    gone = weakref.ref(denoiser.mid_block.resnets[0].conv1.packed)
+    gone = weakref.ref(denoiser.mid_block.resnets[0].conv1.operand)
     del denoiser
     gc.collect()
     assert gone() is None

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ def test_what_is_no_packed_weight_is_refused():
         integer.unpack(w, (4, 9))
     with pytest.raises(ValueError, match="codes from 0 to 255"):
         codes = weight(4, 8, bits=8)
-        integer.pack(codes._replace(codes=codes.codes + 100))
+        integer.pack(replace(codes, codes=codes.codes + 100))
 
 
 def test_an_odd_number_of_outputs_is_not_gated():
@@ -225,7 +226,7 @@ def test_a_block_whose_layer_became_another_is_refused(text_unet):
     denoiser, inputs = text_unet
     denoiser = copy.deepcopy(denoiser)
     name, layer = next((n, m) for n, m in quant_layers(denoiser) if n.endswith("attn2.to_k"))
-    layer.packed = integer.pack(weight(len(layer.packed), 5, bits=8))
+    layer.operand = integer.pack(weight(len(layer.operand), 5, bits=8))
     with pytest.raises(ValueError, match="keys' layer takes another number of channels"):
         denoiser(**inputs)
 
@@ -323,5 +324,5 @@ def test_the_default_device_changes_nothing(text_unet):
     with torch.device("meta"):
         place(denoiser, "integer")
         y = layer(inputs["sample"])
-        assert layer.packed.is_cpu and y.is_cpu
+        assert layer.operand.is_cpu and y.is_cpu
     assert torch.equal(denoiser(**inputs).sample, expected)

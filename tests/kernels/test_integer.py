@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -44,7 +45,7 @@ def poison(monkeypatch):
 )
 def test_linear_sums_are_those_of_the_codes(isa, threads, monkeypatch, bits, rows, inputs, outputs):
     torch.manual_seed(0)
-    w = weight(outputs, inputs, bits=bits[0], outside=True)._replace(scale=torch.ones(outputs, 1))
+    w = replace(weight(outputs, inputs, bits=bits[0], outside=True), scale=torch.ones(outputs, 1))
     qparams = QParams(torch.tensor(1.0), torch.tensor(-3.0), QuantSpec(bits[1]))
     x = torch.randn(rows, inputs) * 2 ** (bits[1] - 1)
     poison(monkeypatch)
@@ -73,7 +74,7 @@ def test_linear_sums_are_those_of_the_codes(isa, threads, monkeypatch, bits, row
 def test_convolution_sums_are_those_of_the_codes(isa, threads, monkeypatch, bits, shape, outputs, size, conv):
     torch.manual_seed(0)
     conv = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1)) | conv
-    w = weight(outputs, shape[1], size, size, bits=bits[0])._replace(scale=torch.ones(outputs, 1, 1, 1))
+    w = replace(weight(outputs, shape[1], size, size, bits=bits[0]), scale=torch.ones(outputs, 1, 1, 1))
     qparams = QParams(torch.tensor(1.0), torch.tensor(2.0 ** (bits[1] - 1)), QuantSpec(bits[1]))
     x = torch.randn(shape).contiguous(memory_format=torch.channels_last) * 2 ** (bits[1] - 2)
     poison(monkeypatch)
@@ -88,7 +89,7 @@ def test_inputs_of_several_blocks(isa, threads, monkeypatch, shape):
     torch.manual_seed(0)
     kernel = (3, 3) if len(shape) == 4 else ()
     w = weight(17, shape[1], *kernel, bits=4)
-    w = w._replace(scale=torch.ones_like(w.scale))
+    w = replace(w, scale=torch.ones_like(w.scale))
     qparams = QParams(torch.tensor(1.0), torch.tensor(100.0), QuantSpec(8))
     x = torch.randn(shape) * 64
     poison(monkeypatch)
@@ -109,11 +110,11 @@ def test_signed_inputs(isa, spec):
     x = torch.randn(3, 20, 6, 6).contiguous(memory_format=torch.channels_last) * 1.2 * spec.qmax
     codes = quantize(x, qparams).codes
     assert (codes.min(), codes.max()) == (spec.qmin, spec.qmax)  # both signs, and clipped at either end
-    w = weight(12, 20, 3, 3, bits=4)._replace(scale=torch.ones(12, 1, 1, 1))
+    w = replace(weight(12, 20, 3, 3, bits=4), scale=torch.ones(12, 1, 1, 1))
     same = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1))
     y = integer.conv2d(x, qparams, integer.pack(w), None, **same, groups=1)
     assert torch.equal(y, exact(x, qparams, w, lambda a, b: F.conv2d(a, b, **same)).float())
-    rows, w = x.flatten(1), weight(5, 720, bits=8)._replace(scale=torch.ones(5, 1))
+    rows, w = x.flatten(1), replace(weight(5, 720, bits=8), scale=torch.ones(5, 1))
     assert torch.equal(integer.linear(rows, qparams, integer.pack(w), None), exact(rows, qparams, w, F.linear).float())
     q, k, v = (torch.randn(2, 9, 8) * spec.qmax for _ in range(3))
     p = QParams(torch.tensor(1 / 255), torch.tensor(0.0), QuantSpec(8))
@@ -131,7 +132,7 @@ def test_winograd_and_direct_sums_agree_to_the_bit(isa):
         qparams = QParams(torch.tensor(0.02), torch.tensor(zero_point), QuantSpec(8))
         w = weight(24, 40, 3, 3, bits=8, outside=True)
         expected = exact(x, qparams, w, lambda a, b: F.conv2d(a, b, padding=1))
-        y = integer.conv2d(x, qparams, integer.pack(w._replace(scale=torch.ones(24, 1, 1, 1))), None, **same)
+        y = integer.conv2d(x, qparams, integer.pack(replace(w, scale=torch.ones(24, 1, 1, 1))), None, **same)
         assert torch.equal(y, (expected.float() * torch.tensor(0.02))), zero_point
 
 

@@ -12,12 +12,12 @@ from torch import nn
 
 import quest
 from quest import kernels
-from quest.affine import QuantSpec
+from quest.affine import QTensor, QuantSpec
 from quest.diffusion.calibration_set import collect
 from quest.diffusion.models import MODELS
 from quest.diffusion.sampling import arguments, generate
 from quest.kernels.cpu import integer
-from quest.quantization import checkpoint, cost
+from quest.quantization import checkpoint, cost, packing
 from quest.quantization.layers import QuantLayer, attentions, quant_layers, quantized
 from quest.quantization.placement import deviation, on_reference, place
 from quest.quantization.swapping import swap
@@ -36,7 +36,7 @@ def in_memory(layer: QuantLayer) -> int:
     tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers()), **vars(layer)}
     other = ("bias", "input_quantizer.", "output_quantizer.")
     found = [t for n, t in tensors.items() if isinstance(t, torch.Tensor) and not n.startswith(other)]
-    assert any(t is layer.packed for t in found)
+    assert any(t is layer.operand for t in found)
     return sum(t.untyped_storage().nbytes() for t in found if not t.is_meta)
 
 
@@ -56,7 +56,7 @@ def test_a_loaded_model_holds_the_codes_of_its_weights_only(shipped, bits, most,
     quest.save(made, path)
     denoiser, twin = (quest.load(pipe, path, kernel=kernel).unet for kernel in ("integer", "reference"))
     layers = dict(quant_layers(denoiser))
-    assert all(layer.held is None for layer in layers.values())
+    assert all(isinstance(layer.weight, QTensor) and layer.origin is None for layer in layers.values())
     assert sum(map(in_memory, layers.values())) <= most * sum(4 * layer.weight.numel() for layer in layers.values())
     own, expected = denoiser.state_dict(), twin.state_dict()
     assert list(own) == list(expected)
@@ -68,7 +68,7 @@ def test_a_loaded_model_holds_the_codes_of_its_weights_only(shipped, bits, most,
     assert not torch.equal(on_integers, e)
     with on_reference(denoiser):
         assert torch.equal(denoiser(**inputs).sample, e)
-    assert all(layer.held is None for layer in layers.values())
+    assert all(layer.kernel_name == "integer" and layer.codes is None for layer in layers.values())
     assert torch.equal(denoiser(**inputs).sample, on_integers) and torch.equal(copied(**inputs).sample, on_integers)
     for floats in (False, True):
         for name, unet in (("own", denoiser), ("twin", twin)):
@@ -80,30 +80,34 @@ def test_a_loaded_model_holds_the_codes_of_its_weights_only(shipped, bits, most,
     assert torch.equal(copied(**inputs).sample, on_integers)
     for _, layer in quant_layers(copied):
         layer.thaw()
-        assert isinstance(layer.held, nn.Parameter)
+        assert isinstance(layer.weight, nn.Parameter)
     place(copied, "reference")
     assert torch.equal(copied(**inputs).sample, e)
 
 
 @pytest.mark.parametrize("kernel", ["integer", "triton"])
-def test_a_weight_off_its_codes_is_kept_beside_them(kernel):
-    """What a method learned would be lost otherwise; one that stands on its codes is made of them again."""
+def test_what_was_learned_is_kept_beside_the_codes(kernel):
+    """A method goes on from there; what is loaded from codes is made of them."""
     torch.manual_seed(0)
     layer = quantized(nn.Conv2d(6, 20, 3, padding=1), QuantSpec(4, axis=0), QuantSpec(8), None)
     layer.choose_weight_range()
     weight = layer.weight.detach().clone()
+    on_codes, codes = layer.qweight.dequantize(), layer.qweight.codes
     layer.freeze(kernel)
-    assert layer.held is layer.weight and torch.equal(layer.weight, weight)
+    assert torch.equal(layer.float_weight, weight) and torch.equal(layer.weight.codes, codes)
+    state = layer.state_dict()
+    assert torch.equal(state["codes"], packing.pack(codes, QuantSpec(4))) and "weight" not in state
     layer.thaw()
     assert torch.equal(layer.weight, weight)
-    on_codes = layer.qweight.dequantize()
-    layer.weight.data = on_codes.contiguous(memory_format=torch.channels_last)
+    layer.weight.data = weight.contiguous(memory_format=torch.channels_last)
+    layer.load_state_dict(state)
     layer.freeze(kernel)
-    assert layer.held is None and torch.equal(layer.weight, on_codes)
-    assert torch.equal(layer.state_dict()["weight"], on_codes)
-    assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+    assert layer.origin is None and torch.equal(layer.float_weight, on_codes)
+    assert layer.weight.dequantize().is_contiguous(memory_format=torch.channels_last)
     layer.freeze("reference")
-    assert torch.equal(layer.held, on_codes) and torch.equal(layer.packed, on_codes)
+    assert torch.equal(layer.operand, on_codes) and layer.operand.is_contiguous(memory_format=torch.channels_last)
+    layer.thaw()
+    assert torch.equal(layer.weight, on_codes)
 
 
 @pytest.fixture(params=["w8a8", "w4a8", "w4a4"])
@@ -176,6 +180,33 @@ def test_samples_are_those_of_the_file_and_of_any_threads(placed, uncond_model, 
     assert [layer.kernel_name for _, layer in quant_layers(copied)] == ["integer"] * len(list(quant_layers(copied)))
 
 
+def test_a_placed_denoiser_is_a_module_like_others(placed):
+    """It takes its own state dict, its reference twin's, and another's; memory formats leave its codes."""
+    pipes, calibration = placed("uncond")
+    denoiser, twin = pipes["integer"].unet, pipes["reference"].unet
+    inputs = calibration.inputs(torch.arange(2))
+    before, e = denoiser(**inputs).sample, twin(**inputs).sample
+    for own, other in ((denoiser, denoiser), (denoiser, twin), (twin, denoiser)):
+        own.load_state_dict(other.state_dict())
+    denoiser.to(memory_format=torch.channels_last)
+    for copied in (denoiser, copy.deepcopy(denoiser)):
+        assert torch.equal(copied(**inputs).sample, before)
+    assert torch.equal(twin(**inputs).sample, e)
+    with pytest.raises(AttributeError, match="fuse LoRA weights before quantizing"):
+        denoiser.conv_in.weight.data += 0.1
+    for layer in denoiser.mid_block.resnets[0].conv1, denoiser.conv_out:
+        layer.thaw()
+        layer.weight.data.mul_(-1)
+        layer.choose_weight_range()
+        layer.input_quantizer.scale.data.mul_(2)
+    place(denoiser, "integer")
+    other, after = copy.deepcopy(denoiser.state_dict()), denoiser(**inputs).sample
+    denoiser.load_state_dict(twin.state_dict())
+    assert torch.equal(denoiser(**inputs).sample, before)
+    denoiser.load_state_dict(other)
+    assert torch.equal(denoiser(**inputs).sample, after) and not torch.equal(before, after)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["scenes-uncond", "scenes-class", "scenes-text"])
 def test_a_whole_run_of_a_shipped_model(name):
@@ -222,11 +253,11 @@ def test_deviation_from_the_reference(placed, monkeypatch):
     denoiser = pipes["integer"].unet
     assert deviation(pipes["reference"].unet, calibration) == 0
     inputs = calibration.inputs(torch.arange(2))
-    before, packed = denoiser(**inputs).sample, denoiser.conv_in.packed
+    before, packed = denoiser(**inputs).sample, denoiser.conv_in.operand
     with on_reference(denoiser):
         assert torch.equal(denoiser(**inputs).sample, pipes["reference"].unet(**inputs).sample)
     assert 0 <= deviation(denoiser, calibration) < 1
-    assert torch.equal(denoiser(**inputs).sample, before) and denoiser.conv_in.packed is packed
+    assert torch.equal(denoiser(**inputs).sample, before) and denoiser.conv_in.operand is packed
     assert denoiser.placement.kernel == "integer" and denoiser.conv_in.kernel_name == "integer"
     conv2d = integer.conv2d
     monkeypatch.setattr(integer, "conv2d", lambda *args, **kwargs: 100 * conv2d(*args, **kwargs))

@@ -1,6 +1,7 @@
 """Random layers over the whole range of what the integer kernel says it supports: exact, on every instruction set."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def quantized(draw: random.Random, shape: tuple[int, ...]):
     """An input with its range, and a weight of that shape with scales of 1: what comes out is the sum itself."""
     bits, spec = draw.choice((4, 8)), QuantSpec(draw.choice((2, 4, 8)), symmetric=draw.random() < 0.2)
     w = weight(*shape, bits=bits, outside=draw.random() < 0.3)
-    w = w._replace(scale=torch.ones_like(w.scale))
+    w = replace(w, scale=torch.ones_like(w.scale))
     inside = draw.randint(spec.qmin, spec.qmax)
     zero_point = 0 if spec.symmetric else draw.choice((inside, inside, inside, -draw.randint(1, 300), 900))
     qparams = QParams(torch.tensor(1.0), torch.tensor(float(zero_point)), spec)

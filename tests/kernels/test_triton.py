@@ -8,6 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def _setting(request, monkeypatch):
 
 
 def unscaled(w: QTensor) -> QTensor:
-    return w._replace(scale=torch.ones_like(w.scale))
+    return replace(w, scale=torch.ones_like(w.scale))
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def test_the_weight_pass_learns_roundings_and_nothing_else(case):
     assert moved > 10 and all(last <= first for first, last in errors.values())
     assert sum(last < 0.9 * first for first, last in errors.values()) > len(errors) / 3
     assert all(torch.equal(v, full[k]) for k, v in pipe.unet.state_dict().items())
-    assert all(layer.packed is None for _, layer in quant_layers(denoiser))
+    assert all(layer.operand is None for _, layer in quant_layers(denoiser))
     assert not any("forward" in m.__dict__ for m in denoiser.modules())  # nothing stands in for a unit any more
     again = student(pipe, calibration)
     reconstruct_weights(again, pipe.unet, calibration, rows, **arguments, generator=generator())

@@ -31,7 +31,7 @@ def test_account(text_pipe, made):
     assert found["parameters"] == sum(p.numel() for p in text_pipe.unet.parameters())
     coded = [m for _, m in quant_layers(q.unet) if m.weight_quantizer.spec.bits < 32]
     assert sum(found["bytes"]["codes"].values()) == sum(m.weight.numel() // 2 for m in coded)
-    rows = sum(len(m.weight) for _, m in quant_layers(q.unet))  # a scale and a zero point each, also of float layers
+    rows = sum(m.weight.shape[0] for _, m in quant_layers(q.unet))  # a scale and a zero point each
     assert sum(found["bytes"]["weight scales"].values()) == 8 * rows
     assert sum(found["bytes"]["activation scales"].values()) == 8 * len(input_quantizers(q.unet))
     norms = [p for n, p in text_pipe.unet.named_parameters() if "norm" in n.split(".")[-2]]
@@ -46,7 +46,7 @@ def test_command(made, capsys):
     q, folder = made
     main(["audit", str(folder / "model.safetensors")])
     told = capsys.readouterr().out
-    full = 4 * sum(p.numel() for n, p in q.unet.named_parameters() if not n.endswith("scale"))
+    full = 4 * cost.parameters(q.unet)
     size = q.unet.quantization["cost"]["footprint"]["bytes"]
     assert "tiny-text rtn w4a8" in told and "weights per channel 0; activations per tensor" in told
     assert re.search(rf"^denoiser +{size:,} bytes", told, re.M) and f"{size / full:.4f} of float32" in told

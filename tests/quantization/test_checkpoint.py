@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 
 import quest
-from quest.quantization import checkpoint
+from quest.quantization import checkpoint, packing
 from quest.quantization.header import read as read_header
 from quest.quantization.layers import quant_layers
 from quest.quantization.swapping import swap
@@ -47,11 +47,10 @@ def test_round_trip_with_time_groups(uncond_pipe, uncond_model, timed):
     assert torch.equal(a, b)
     for name, layer in quant_layers(loaded.unet):
         other = q.unet.get_submodule(name)
-        assert torch.equal(layer.packed, other.packed) and torch.equal(layer.weight, other.packed)
-        assert layer.packed.stride() == other.packed.stride()
+        assert torch.equal(layer.operand, other.operand) and layer.weight.equal(other.weight)
+        assert layer.operand.stride() == other.operand.stride()
     own, theirs = loaded.unet.state_dict(), q.unet.state_dict()
-    quantized = {f"{n}.weight" for n, _ in quant_layers(q.unet)}
-    assert all(torch.equal(own[k], v) for k, v in theirs.items() if k not in quantized)
+    assert own.keys() == theirs.keys() and all(torch.equal(own[k], v) for k, v in theirs.items())
 
 
 def test_codes_are_saved_and_saved_again_they_are_the_same(uncond_pipe, timed, tmp_path):
@@ -68,6 +67,23 @@ def test_codes_are_saved_and_saved_again_they_are_the_same(uncond_pipe, timed, t
     assert again["hashes"] == header["hashes"] and tensors.keys() == same.keys()
 
 
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+def test_codes_reach_their_kernel_as_they_are(uncond_pipe, timed, kernel, monkeypatch):
+    """Nothing is quantized again, and the pipeline's own weights are neither copied nor changed."""
+    path = timed[1]
+    monkeypatch.setattr("quest.quantization.layers.quantize", None)
+    before = {n: p.clone() for n, p in uncond_pipe.unet.named_parameters()}
+    denoiser = quest.load(uncond_pipe, path, kernel=kernel).unet
+    _, tensors = checkpoint.read(path)
+    for name, layer in quant_layers(denoiser):
+        codes = packing.unpack(tensors[f"{name}.codes"], layer.weight_quantizer.spec, layer.weight_shape)
+        assert torch.equal(layer.weight.codes, codes) and layer.origin is None, name
+    state = denoiser.state_dict()
+    assert all(torch.equal(state[n], t) for n, t in tensors.items()) and state.keys() == tensors.keys()
+    assert all(torch.equal(p, before[n]) for n, p in uncond_pipe.unet.named_parameters())
+    assert not any(t.is_meta for t in (*denoiser.parameters(), *denoiser.buffers()))
+
+
 def test_float_weights_are_kept_where_asked(uncond_pipe, quantized, tmp_path):
     q, _ = quantized
     quest.save(q, tmp_path / "start.safetensors", floats=True)
@@ -79,9 +95,14 @@ def test_float_weights_are_kept_where_asked(uncond_pipe, quantized, tmp_path):
 
 def test_weights_that_are_not_finite_are_not_packed(uncond_pipe, uncond_calibration, tmp_path):
     q = quest.quantize(uncond_pipe, "rtn", "w4a8", calibration=uncond_calibration)
+    q.unet.conv_in.thaw()
     q.unet.conv_in.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="layer conv_in: codes do not give its weight back; it is not finite"):
+    with pytest.raises(ValueError, match="layer conv_in: its weight is not finite"):
         quest.save(q, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="layer conv_in: its weight is not finite"):
+        q.unet.conv_in.freeze()
+    with pytest.raises(ValueError, match="conv_in.weight is not finite"):
+        quest.save(q, tmp_path / "m.safetensors", floats=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -160,7 +181,7 @@ def test_starting_from_another_method_s_weights(uncond_pipe, quantized, tmp_path
     checkpoint.load_weights(start.unet, path)
     other = dict(quant_layers(q.unet))
     for name, layer in quant_layers(start.unet):
-        assert torch.equal(layer.weight, other[name].weight)
+        assert torch.equal(layer.weight, other[name].float_weight)
         assert torch.equal(layer.weight_quantizer.scale, other[name].weight_quantizer.scale)
     with pytest.raises(ValueError, match="4-bit weights, not 8"):
         checkpoint.load_weights(swap(uncond_pipe, 8, 8).unet, path)

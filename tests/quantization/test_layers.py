@@ -1,13 +1,15 @@
 import copy
+import pickle
 
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from quest.affine import FLOAT, QParams, QuantSpec, fake_quantize
 from quest.kernels import reference
-from quest.quantization import ranges
+from quest.quantization import placement, ranges
 from quest.quantization.attention import QuantAttention
 from quest.quantization.layer_names import LAYER_CLASSES, layer_class
 from quest.quantization.layers import attentions, input_quantizers, quant_layers, quantized
@@ -50,16 +52,97 @@ def test_sixteen_bits_are_almost_float():
     assert (calibrated(layer, x, 16, 16)(x) - layer(x)).abs().max() < 1e-3
 
 
-def test_frozen_weights_do_not_follow_and_thawed_ones_do():
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda q, d: setattr(q.weight, "data", d),
+        lambda q, d: q.weight.data.add_(d),  # fusing LoRA weights
+        lambda q, d: q.weight.add_(d),
+        lambda q, d: q.weight.copy_(d),
+        lambda q, d: setattr(q, "weight", q.weight + d),
+        lambda q, d: setattr(q, "weight", d),
+        lambda q, d: torch.add(d, d, out=q.weight),
+        lambda q, d: prune.l1_unstructured(q, "weight", 0.5),
+        lambda q, d: parametrize.register_parametrization(q, "weight", nn.Identity()),
+        lambda q, d: q.load_state_dict(q.state_dict() | {"weight": d}),
+        lambda q, d: q.load_state_dict({"weight": d}, strict=False),
+        lambda q, d: q.choose_weight_range(),
+    ],
+)
+def test_a_write_into_a_frozen_weight_is_refused(write):
     layer, shape = CASES[0]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     q = calibrated(layer, x, 8, 8)
     q.freeze()
-    before = q(x)
-    q.weight.data += 0.1
-    assert torch.equal(q(x), before)
+    before, delta = q(x), torch.full((5, 7), 0.1)
+    with pytest.raises((AttributeError, TypeError, ValueError, RuntimeError), match="QTensor|frozen|cannot|Unexpected"):
+        write(q, delta)
+    assert q.is_frozen and torch.equal(q(x), before)
     q.thaw()
+    assert torch.equal(q(x), before)
+    q.weight.data.add_(delta)
     assert not torch.equal(q(x), before)
+
+
+def test_a_parameter_in_place_of_a_frozen_weight_thaws_the_layer():
+    layer, shape = CASES[2]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    q, expected = calibrated(layer, x, 8, 8), calibrated(layer, x, 8, 8)
+    q.freeze()
+    q.weight = nn.Parameter(0.5 * layer.weight.detach())
+    expected.weight.data.mul_(0.5)
+    assert not q.is_frozen and torch.equal(q(x), expected(x))
+    q.freeze()
+    assert torch.equal(q(x), expected(x))
+
+
+@pytest.mark.parametrize("layer, shape", CASES, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize("kernel", ["reference", "integer"])
+def test_a_frozen_layer_is_a_module_like_others(layer, shape, kernel):
+    """Copies, pickles, state dicts, devices and memory formats keep its codes."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    layer = copy.deepcopy(layer).requires_grad_(False)
+    q, other = calibrated(layer, x, 4, 8), calibrated(layer, 2 * x, 4, 8)
+    if kernel == "integer" and placement.refusal(q, kernel):
+        pytest.skip("not on integers")
+    other.weight.data.mul_(0.3)
+    other.choose_weight_range()
+    for one in (q, other):
+        one.freeze(kernel)
+    y, weight = q(x), q.weight
+    assert not other.weight.equal(weight)
+    learned = calibrated(layer, x, 4, 8)
+    for state in (q.state_dict(), pickle.loads(pickle.dumps(q.state_dict()))):
+        assert "weight" not in state
+        for one in (other, learned):
+            one.load_state_dict(state)
+            assert one.is_frozen and one.weight.equal(weight)
+        assert torch.equal(other(x), y)
+    learned.freeze(kernel)
+    for one in (learned, copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        assert one.weight.equal(weight) and torch.equal(one(x), y)
+    q.to(memory_format=torch.channels_last)
+    assert q.weight.equal(weight) and torch.allclose(q(x), y, rtol=1e-5, atol=1e-6)
+    q.to("meta").to_empty(device="cpu")
+    q.load_state_dict(other.state_dict())
+    assert torch.allclose(q(x), y, rtol=1e-5, atol=1e-6)
+    without = {k: v for k, v in other.state_dict().items() if k != "codes"}
+    with pytest.raises(RuntimeError, match="Missing key.*codes"):
+        q.load_state_dict(without)
+    q.load_state_dict(without, strict=False)
+    with pytest.raises(RuntimeError, match="codes: a frozen weight takes 4-bit codes"):
+        q.load_state_dict(other.state_dict() | {"codes": torch.zeros(3, 3, dtype=torch.uint8)})
+
+
+def test_a_compiled_layer_computes_the_same():
+    layer, shape = CASES[2]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    q = calibrated(layer, x, 8, 8)
+    compiled = torch.compile(q, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), q(x))
+        q.freeze()
+        assert torch.equal(compiled(x), q(x))
 
 
 @pytest.mark.parametrize("kind", ["uncond", "class", "text"])

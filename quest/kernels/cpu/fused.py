@@ -133,7 +133,7 @@ def struct_of(module: nn.Module, look: Callable[[nn.Module], Block | None]) -> c
 
 def layer(module: nn.Module) -> ctypes.Structure:
     """Of a quantized layer that runs on integers."""
-    return calls.layer(module.packed, module.bias, _range(module.input_quantizer))
+    return calls.layer(module.operand, module.bias, _range(module.input_quantizer))
 
 
 def norm(module: nn.Module) -> ctypes.Structure:

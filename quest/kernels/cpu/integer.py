@@ -96,7 +96,7 @@ def pack(weight: QTensor) -> Tensor:
 
     Codes of at most 4 bits take half a byte.
     """
-    codes, scale, zero_point = (t.detach() for t in weight)
+    codes, scale, zero_point = (t.detach() for t in (weight.codes, weight.scale, weight.zero_point))
     return calls.pack(codes, zero_point, scale)
 
 

@@ -79,7 +79,7 @@ def pack(weight: QTensor) -> Tensor:
     nibbles and of the second half in the high ones. After each tap 16 bytes: the sum of its codes less zero point
     (int32), scale (float32), zero point less 128, or 8 for nibbles, and the sum over all taps (int32).
     """
-    codes, scale, zero_point = (t.detach() for t in weight)
+    codes, scale, zero_point = (t.detach() for t in (weight.codes, weight.scale, weight.zero_point))
     outputs, channels = codes.shape[:2]
     codes = codes.reshape(*codes.shape, *(1,) * (4 - codes.ndim)).permute(0, 2, 3, 1).to(torch.int32)
     scale = scale.flatten().float().expand(outputs)
