@@ -141,8 +141,8 @@ def _models():
     findings = []
     for name, model in MODELS.items():
         if model.origin is None:
-            there = any((ZOO / name / "unet").glob("*.safetensors"))
-            findings.append((f"model {name}", "ok" if there else "--", "ships" if there else f"not in {ZOO / name}"))
+            ships = any((ZOO / name / "unet").glob("*.safetensors"))
+            findings.append((f"model {name}", "ok" if ships else "--", "ships" if ships else f"not in {ZOO / name}"))
     return findings
 
 

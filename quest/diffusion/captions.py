@@ -32,8 +32,8 @@ def _coco(path):
         for row in read_json(path)["annotations"]:
             if not type(row["image_id"]) is type(row["id"]) is int:
                 raise TypeError("ids are whole numbers")
-            known = first.get(row["image_id"])
-            if known is None or row["id"] < known[0]:
+            previous = first.get(row["image_id"])
+            if previous is None or row["id"] < previous[0]:
                 row["caption"].encode()  # half of a character cannot be written
                 first[row["image_id"]] = (row["id"], " ".join(row["caption"].split()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

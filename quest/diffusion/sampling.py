@@ -93,7 +93,7 @@ def generate(
     if first % size:
         raise ValueError(f"first: {first} is not a multiple of the batch size {size}")
     starts = batches(model, n, shard, first)
-    arguments(model, split, [first + -(-n // size) * size - 1])  # raises now, not in the last batch, without captions
+    arguments(model, split, [first + -(-n // size) * size - 1])  # raises now if captions are too few
     groups = getattr(pipe.unet, "time_groups", None)
     if groups is not None:
         groups.check(timesteps(model, pipe))

@@ -1,8 +1,7 @@
 """Continue a long job that was killed: the result of each finished part stays on disk until the whole job is done.
 
 Quantizing a large denoiser takes hours, unit by unit and stage by stage. Inside `resuming`, `part` stores what each
-unit or stage learned; a later run of the same job loads it, bit for bit, and computes the rest. Outside `resuming`,
-`part` only computes.
+unit or stage learned; a later run of the same job loads it, bit for bit. Outside `resuming`, `part` only computes.
 """
 
 import hashlib
@@ -44,14 +43,14 @@ def resuming(folder: Path, identity: dict) -> Iterator[Parts]:
 
     identity: everything the parts depend on, ready for JSON. Parts of another identity are deleted with a message.
     """
-    wanted = json.dumps(identity, sort_keys=True, indent=1)
+    text = json.dumps(identity, sort_keys=True, indent=1)
     record = folder / IDENTITY
     if folder.exists():
         try:
             stored = json.loads(read_text(record)) if record.exists() else {}
         except ValueError:
             stored = {"readable record": False}
-        changed = sorted(k for k in {*stored, *identity} if stored.get(k) != json.loads(wanted).get(k))
+        changed = sorted(k for k in {*stored, *identity} if stored.get(k) != json.loads(text).get(k))
         if changed:
             print(f"{folder}: parts of a job with another {', '.join(changed)}; thrown away", flush=True)
             shutil.rmtree(folder)
@@ -59,8 +58,8 @@ def resuming(folder: Path, identity: dict) -> Iterator[Parts]:
             print(f"{folder}: going on after {len(list(folder.glob('*.safetensors')))} parts", flush=True)
     if not folder.exists():
         with atomic(record) as temporary:
-            temporary.write_text(wanted, encoding="utf-8")
-    parts = Parts(folder, hashlib.sha256(wanted.encode()).hexdigest())
+            temporary.write_text(text, encoding="utf-8")
+    parts = Parts(folder, hashlib.sha256(text.encode()).hexdigest())
     token = _parts.set(parts)
     try:
         yield parts

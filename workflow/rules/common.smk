@@ -57,8 +57,7 @@ SHOWN += [figure for figure in CURVES if figure.startswith(("latent_mse_vs_bits"
 # Progress bars write to logs every five seconds instead of ten times a second, so that logs stay readable.
 # glibc returns freed large arrays to the system, so every new array costs page faults: a fifth of the time of a
 # quantized denoiser. These settings let a process keep that memory, in large pages; other C libraries ignore them.
-# PYTHONUTF8 makes text UTF-8 in every locale, also in other packages. The config's hash goes into everything that a job
-# writes.
+# PYTHONUTF8 makes text UTF-8 in every locale, also in other packages. Jobs write the config's hash into their results.
 shell.prefix(
     f"export {CONFIG}={config_hash(config)}"
     " PYTHONUTF8=1 TQDM_MININTERVAL=5 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_TOP_PAD_=67108864"
@@ -194,8 +193,8 @@ def optional(wc):
     patterns = ("tables/*.csv", "figures/*.png", "questions/*.md", "questions/**/*.png")
     files = [file for pattern in patterns for file in Path("results", NAME).glob(pattern)]
     files += [file for kind in ("csv", "md") for file in Path("results/kernels").glob(f"*.{kind}")]
-    made = set(TABLES) | {f"{figure}.png" for figure in CURVES + GRIDS}
-    return sorted(f"{file} {file.stat().st_mtime_ns}" for file in files if file.name not in made)
+    inputs = set(TABLES) | {f"{figure}.png" for figure in CURVES + GRIDS}
+    return sorted(f"{file} {file.stat().st_mtime_ns}" for file in files if file.name not in inputs)
 
 
 def question(key):
