@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quest.runtime.files import atomic, dumps, loads
+from quest.runtime.files import atomic, dumps, loads, one_line
 from quest.runtime.hashing import opened, tensor_hash
 
 if TYPE_CHECKING:
@@ -95,11 +95,16 @@ class CalibrationSet:
         Sets of an earlier version have no hashes and are not checked for changes.
         """
         with opened(path) as f:
-            hashes = loads((f.metadata() or {}).get("quest", "{}"), path).get("hashes", {})
+            header = loads((f.metadata() or {}).get("quest", "{}"), path)
+            hashes = header.get("hashes", {}) if isinstance(header, dict) else None
+            if not isinstance(hashes, dict):
+                raise ValueError(f"{path} is corrupted: its header has no hashes by tensor; make it again")
             tensors = {k: f.get_tensor(k) for k in f.keys()}
         changed = [k for k in hashes if k not in tensors or tensor_hash(tensors[k]) != hashes[k]]
         if changed:
-            raise ValueError(f"{path} is corrupted: its tensor {changed[0]} is not what was saved; make it again")
+            raise ValueError(
+                f"{path} is corrupted: its tensor {one_line(changed[0])} is not what was saved; make it again"
+            )
         missing = {f.name for f in fields(cls)} - {"conditioning"} - set(tensors)
         if missing:
             raise ValueError(f"{path} is not a calibration set: it lacks {', '.join(sorted(missing))}")

@@ -20,7 +20,7 @@ from quest.metrics.comparison import Comparison, has_diverged
 from quest.metrics.frechet import Reference, Statistics, fid_infinity, frechet_distance
 from quest.metrics.inception_score import inception_score, partition, resampled_inception_scores, splits_note
 from quest.metrics.per_image import NEIGHBOURS, clip_scores, inside, latent_mse, psnr
-from quest.runtime.files import loads, read_arrays
+from quest.runtime.files import loads, one_line, read_arrays
 
 FEATURES = ("pool", "spatial", "logits", "clip_image", "clip_text")
 # How each protocol of Inception resizes an image to 299x299; the column `protocol` shows this text.
@@ -318,11 +318,15 @@ def compare(a: dict, b: dict) -> dict[str, Comparison]:
     compared = {}
     for name in (name for name in METRICS if name in of_a and name in of_b):
         keys = ("images", "trajectories", "timesteps") if name == "eps_error" else ("images",)
-        for key, left, right in [(key, a["drawn"][key], b["drawn"][key]) for key in keys] + [
+        equal = [(key, a["drawn"][key], b["drawn"][key]) for key in keys]
+        equal += [
             (key, of_a[name].get(key), of_b[name].get(key)) for key in ("n", "extractor", "protocol", "reference")
-        ]:
+        ]
+        equal += [("number of resamples", *(len(cell["resampled"][name]) for cell in (a, b)))]
+        for key, left, right in equal:
             if left != right:
-                raise ValueError(f"{name}: only cells of equal {key} are compared, got {left} and {right}")
+                said = one_line(f"{left} and {right}")
+                raise ValueError(f"{name}: only cells of equal {key} are compared, got {said}")
         metric, n, difference = METRICS[name], of_a[name]["n"], of_a[name]["value"] - of_b[name]["value"]
         resampled = np.subtract(a["resampled"][name], b["resampled"][name])
         low, high = intervals.interval(difference, resampled, n if metric.is_mean else None)

@@ -14,8 +14,9 @@ from quest.metrics import METRICS
 from quest.metrics.comparison import outcome
 from quest.quantization.header import effort
 from quest.report import rendering
+from quest.report.cells import read_cells
 from quest.report.rendering import MISSING, NONE, Cell, Table, columns, interval, number
-from quest.report.tables import PROVENANCE, SHOWN, footprint_of, paired_rows, provenance_of, read
+from quest.report.tables import PROVENANCE, SHOWN, footprint_of, paired_rows, provenance_of
 
 COLUMNS = ["model", "bits", "row", "changes", "metric", "value", "low", "high", "n"]
 COLUMNS += ["versus", "difference", "difference_low", "difference_high", "better"]
@@ -28,7 +29,7 @@ def write(paths: Sequence[str | Path], block: dict, csv: str | Path, text: str |
 
     The checkpoint of each cell is the file model.safetensors in the same folder. block: `ablations` of the config.
     """
-    cells = read(paths)
+    cells = read_cells(paths)
     efforts = [effort(Path(path).with_name("model.safetensors")) for path in paths]
     frame = ablations_frame(cells, efforts, block)
     rendering.write(csv, frame, form="csv")

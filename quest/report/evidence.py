@@ -15,6 +15,7 @@ from quest.metrics import compare
 from quest.metrics.comparison import Comparison
 from quest.quantization.header import effort
 from quest.report import tables
+from quest.report.cells import read_cells
 from quest.report.properties import interval
 from quest.runtime.files import read_json
 
@@ -51,7 +52,7 @@ def read(
 
     Raises ValueError for cells of several models or bits.
     """
-    cell_of = {cell["method"]: cell for cell in tables.read(cells)}
+    cell_of = {cell["method"]: cell for cell in read_cells(cells)}
     models = {(cell["model"], cell["bits"]) for cell in cell_of.values()}
     if len(models) != 1:
         raise ValueError(f"cells: of one model and bits, got {sorted(models)}")

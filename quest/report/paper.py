@@ -15,8 +15,9 @@ import pandas as pd
 from quest.metrics import METRICS
 from quest.quantization.header import effort
 from quest.report import ledger, rendering
+from quest.report.cells import read_cells
 from quest.report.rendering import columns, plus_minus
-from quest.report.tables import PROVENANCE, paired_rows, provenance_of, read
+from quest.report.tables import PROVENANCE, paired_rows, provenance_of
 
 # The models that can represent a model of the paper; the first one that was measured does. Tables 2 and 7 do not state
 # their model.
@@ -142,7 +143,7 @@ def write(paths: Sequence[str | Path], folder: str | Path) -> None:
 
     The cost of quantizing a cell comes from the file model.safetensors in the same folder.
     """
-    cells = {(cell["model"], cell["method"], cell["bits"]): cell for cell in read(paths)}
+    cells = {(cell["model"], cell["method"], cell["bits"]): cell for cell in read_cells(paths)}
     checkpoints = {key: Path(path).with_name("model.safetensors") for key, path in zip(cells, paths, strict=True)}
     efforts = {key: effort(path) for key, path in checkpoints.items() if path.exists()}
     numbers = ledger.published()

@@ -19,8 +19,9 @@ from quest.metrics import METRICS, compare
 from quest.metrics.comparison import Comparison, has_diverged
 from quest.metrics.intervals import half_width
 from quest.report import rendering
+from quest.report.cells import read_cells
 from quest.report.rendering import NONE, Column, Table, columns, interval, number
-from quest.report.tables import SHOWN, provenance_of, read
+from quest.report.tables import SHOWN, provenance_of
 
 COLUMNS = ["model", "bits", "metric", "method", "versus", "value", "low", "high", "over_images", "over_seeds"]
 COLUMNS += ["seeds", "better", "n", "evaluation", "versions", "commit", "machine"]
@@ -28,7 +29,7 @@ COLUMNS += ["seeds", "better", "n", "evaluation", "versions", "commit", "machine
 
 def write(paths: Sequence[str | Path], folder: str | Path) -> None:
     """Write seeds.csv and seeds.md into `folder`; the cells `paths` have methods such as "quest" and "quest@1"."""
-    frame = seeds_frame(read(paths))
+    frame = seeds_frame(read_cells(paths))
     rendering.write(Path(folder, "seeds.csv"), frame)
     rendering.write(Path(folder, "seeds.md"), seeds_table(frame))
 
@@ -54,7 +55,11 @@ def seeds_frame(cells: list[dict]) -> pd.DataFrame:
         for method, versus in [(method, "") for method in methods] + pairs:
             ours = [methods[method][seed] for seed in seeds]
             theirs = [methods[versus][seed] for seed in seeds] if versus else []
-            for row in _rows(ours, theirs, method, versus):
+            try:
+                of_metrics = _rows(ours, theirs, method, versus)
+            except ValueError as error:
+                raise ValueError(f"{model} {bits}: {method}{versus and f' against {versus}'}: {error}") from error
+            for row in of_metrics:
                 names = {"model": model, "bits": bits, "method": method, "versus": versus}
                 origin = provenance_of(row["metric"], *ours, *theirs)
                 evaluation = origin["seeds"].removeprefix("evaluation ")

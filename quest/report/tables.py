@@ -11,9 +11,9 @@ import pandas as pd
 
 from quest.metrics import METRICS, compare
 from quest.report import ledger
+from quest.report.cells import read_cells
 from quest.report.rendering import MISSING, Cell, Column, Table, columns, interval, number
 from quest.report.rendering import write as write_table
-from quest.runtime.files import read_json
 
 SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # the metrics that need the fewest images to tell methods apart
 PROVENANCE = ["seeds", "versions", "commit", "machine"]
@@ -33,7 +33,7 @@ def write(paths: Sequence[str | Path], folder: str | Path) -> None:
     Models and methods keep the order of the files. If several commits or sets of packages produced the cells, stderr
     and the notes below the tables say so.
     """
-    cells = read(paths)
+    cells = read_cells(paths)
     folder, main, paired = Path(folder), main_frame(cells), paired_frame(cells)
     for line in mixture(main):
         print(line, file=sys.stderr)
@@ -44,44 +44,6 @@ def write(paths: Sequence[str | Path], folder: str | Path) -> None:
     for kind, below in (("md", [LEDGER_FOOTER]), ("tex", [])):
         write_table(folder / f"main.{kind}", *main_tables(main, paired))
         write_table(folder / f"ledger.{kind}", *ledger_tables(verdicts), *below)
-
-
-def read(paths: Sequence[str | Path]) -> list[dict]:
-    """Read cells: the results of quest.metrics.measure, each with model, method, bits and provenance.
-
-    Raises ValueError, which names the file, if a key is missing, a metric is unknown, or two files hold the same cell.
-    """
-    cells, seen = [], {}
-    for path in paths:
-        cell = read_json(path)
-        needed = ("model", "method", "bits", "rows", "eps_error", "resampled", "drawn", "footprint", "provenance")
-        missing = [key for key in needed if key not in cell]
-        if missing:
-            raise ValueError(f"{path}: lacks {', '.join(missing)}")
-        _check_rows(cell, path)
-        unknown = [row["metric"] for row in cell["rows"] if row["metric"] not in METRICS]
-        if unknown:
-            raise ValueError(f"{path}: metric {unknown[0]!r} is not one of {', '.join(METRICS)}")
-        key = (cell["model"], cell["method"], cell["bits"])
-        if key in seen:
-            raise ValueError(f"{path}: {' '.join(key)} is also in {seen[key]}")
-        seen[key] = path
-        cells.append(cell)
-    return cells
-
-
-def _check_rows(cell, path):
-    """Raise ValueError, naming the file and the field, unless numbers are numbers and lists are lists."""
-    number, text = lambda v: type(v) in (int, float), lambda v: isinstance(v, str)
-    kinds = {"metric": text, "value": number, "low": number, "high": number, "n": lambda v: type(v) is int and v > 0}
-    kinds |= {"extractor": text, "protocol": text, "note": text}
-    for i, row in enumerate(cell["rows"] if isinstance(cell["rows"], list) else [None]):
-        for key, holds in kinds.items():
-            if not isinstance(row, dict) or not holds(row.get(key)):
-                raise ValueError(f"{path}: rows[{i}].{key} is {row.get(key) if isinstance(row, dict) else row!r}")
-        resampled = cell["resampled"].get(row["metric"]) if isinstance(cell["resampled"], dict) else None
-        if row["metric"] in METRICS and not (isinstance(resampled, list) and all(map(number, resampled))):
-            raise ValueError(f"{path}: resampled.{row['metric']} is no list of numbers")
 
 
 def main_frame(cells: list[dict]) -> pd.DataFrame:

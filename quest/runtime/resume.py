@@ -48,8 +48,9 @@ def resuming(folder: Path, identity: dict) -> Iterator[Parts]:
     if folder.exists():
         try:
             stored = json.loads(read_text(record)) if record.exists() else {}
-        except ValueError:
-            stored = {"readable record": False}
+        except (ValueError, RecursionError):
+            stored = None
+        stored = stored if isinstance(stored, dict) else {"readable record": False}
         changed = sorted(k for k in {*stored, *identity} if stored.get(k) != json.loads(text).get(k))
         if changed:
             print(f"{folder}: parts of a job with another {', '.join(changed)}; thrown away", flush=True)

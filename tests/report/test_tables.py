@@ -7,6 +7,7 @@ import pytest
 
 from quest.metrics import METRICS, compare, intervals
 from quest.report import ledger, rendering, tables
+from quest.report.cells import read_cells
 from quest.runtime.files import dumps
 
 MODELS = {"scenes-text": ["fid", "clip", "latent_mse", "eps_error"], "scenes-uncond": ["fid", "latent_mse"]}
@@ -342,14 +343,14 @@ def test_bad_input(cells, tmp_path):
         return tmp_path / name
 
     with pytest.raises(ValueError, match="metrics.json: not JSON: "):
-        tables.read([stored("{")])
+        read_cells([stored("{")])
     with pytest.raises(ValueError, match="metrics.json: lacks resampled, provenance"):
-        tables.read([stored({k: v for k, v in cells[0].items() if k not in ("resampled", "provenance")})])
+        read_cells([stored({k: v for k, v in cells[0].items() if k not in ("resampled", "provenance")})])
     with pytest.raises(ValueError, match="other.json: scenes-text fp w32a32 is also in .*metrics.json"):
-        tables.read([stored(cells[0]), stored(cells[0], "other.json")])
+        read_cells([stored(cells[0]), stored(cells[0], "other.json")])
     cells[0]["rows"][0]["metric"] = "FID"
-    with pytest.raises(ValueError, match="metric 'FID' is not one of fid, sfid"):
-        tables.read([stored(cells[0])])
+    with pytest.raises(ValueError, match=r"rows\[0\].metric: 'FID' is not one of \['fid', 'sfid'"):
+        read_cells([stored(cells[0])])
     cells[1]["drawn"]["images"] = "0-399"
     with pytest.raises(ValueError, match="scenes-text w8a8: rtn-mse against rtn: .*equal images"):
         tables.paired_frame(cells)
@@ -372,18 +373,22 @@ def test_a_value_beyond_full_precision_is_not_the_best(name, beyond, short_of):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda cell: cell["rows"][0].update(value="4"), r"rows\[0\].value is '4'"),
-        (lambda cell: cell["rows"][0].update(low=True), r"rows\[0\].low is True"),
-        (lambda cell: cell["rows"][0].update(n=1.5), r"rows\[0\].n is 1.5"),
-        (lambda cell: cell["rows"][0].pop("note"), r"rows\[0\].note is None"),
-        (lambda cell: cell.update(rows={}), r"rows\[0\]"),
+        (lambda cell: cell["rows"][0].update(value="4"), r"rows\[0\].value: '4' is not of type 'number'"),
+        (lambda cell: cell["rows"][0].update(low=True), r"rows\[0\].low: True is not of type 'number'"),
+        (lambda cell: cell["rows"][0].update(n=1.5), r"rows\[0\].n: 1.5 is not of type 'integer'"),
+        (lambda cell: cell["rows"][0].pop("note"), r"rows\[0\]: lacks note"),
+        (lambda cell: cell.update(rows={}), "rows: {} is not of type 'array'"),
         (lambda cell: cell["rows"].append("fid"), "'fid'"),
-        (lambda cell: cell["resampled"].clear(), "resampled.* is no list of numbers"),
-        (lambda cell: cell.update(resampled=[1.0]), "resampled.* is no list of numbers"),
+        (lambda cell: cell["resampled"].clear(), "rows are of fid, clip, resampled values of "),
+        (lambda cell: cell.update(resampled=[1.0]), r"resampled: \[1.0\] is not of type 'object'"),
+        (lambda cell: cell["resampled"]["clip"].append("4"), "resampled.clip is no list of numbers, as many as .* fid"),
+        (lambda cell: cell["resampled"]["clip"].pop(), "resampled.clip is no list of numbers, as many as those of fid"),
+        (lambda cell: cell["provenance"].update(versions=["a"]), "provenance.versions: "),
+        (lambda cell: cell.update(method="a/b"), "method: 'a/b' does not match"),
     ],
 )
 def test_a_field_of_another_kind_is_named(cells, tmp_path, change, words):
     change(cells[0])
     (tmp_path / "metrics.json").write_text(dumps(cells[0]), encoding="utf-8")
     with pytest.raises(ValueError, match=f"metrics.json: .*{words}"):
-        tables.read([tmp_path / "metrics.json"])
+        read_cells([tmp_path / "metrics.json"])

@@ -1,0 +1,88 @@
+"""Reading the metrics.json of cells: the one place where their content is checked. Needs no torch.
+
+Tables compute with what stands there; a text where a number belongs would fail far from its file, or be shown.
+"""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonschema import Draft202012Validator
+
+from quest.metrics import METRICS
+from quest.runtime.files import one_line, read_json
+
+TEXT, NUMBER, COUNT = {"type": "string"}, {"type": "number"}, {"type": "integer", "minimum": 0}
+
+
+def _mapping(needed: dict, **optional: dict) -> dict:
+    return {"type": "object", "required": list(needed), "properties": needed | optional}
+
+
+_INTERVAL = {"value": NUMBER, "low": NUMBER, "high": NUMBER, "n": {"type": "integer", "minimum": 1}}
+_TEXTS = dict.fromkeys(("extractor", "protocol", "note"), TEXT)
+_ROW = _mapping({"metric": {"enum": list(METRICS)}} | _INTERVAL | _TEXTS, reference=TEXT)
+_MADE = _mapping(
+    {},
+    commit={"type": ["string", "null"]},
+    dirty={"type": ["boolean", "null"]},
+    versions={"type": "object", "additionalProperties": {"type": ["string", "null"]}},
+    machine={"type": "object", "additionalProperties": {"type": ["string", "number", "null"]}},
+)
+# What `quest.metrics.measure` returns and `workflow.scripts.metrics` adds. Of footprints, a model's words are texts.
+CELL = _mapping(
+    {
+        "model": {"type": "string", "pattern": "^[a-z0-9][a-z0-9-]*$"},
+        "method": {"type": "string", "pattern": "^[a-z0-9][a-z0-9-]*(@[0-9]{1,9})?$"},
+        "bits": {"type": "string", "pattern": r"^w\d{1,2}a\d{1,2}$"},
+        "rows": {
+            "type": "array",
+            "items": _mapping({"metric": {"enum": list(METRICS)}} | _INTERVAL | _TEXTS, reference=TEXT),
+        },
+        "eps_error": {"type": "array", "items": _mapping({"call": COUNT, "timestep": NUMBER} | _INTERVAL)},
+        "resampled": {"type": "object", "additionalProperties": {"type": "array", "minItems": 2}},
+        "drawn": _mapping({"images": TEXT, "trajectories": COUNT, "timesteps": {"type": "array", "items": NUMBER}}),
+        "footprint": {
+            **_mapping({}, kernel=TEXT, batch=COUNT, threads=COUNT),
+            "additionalProperties": {"type": ["number", "null", "array", "object"]},
+        },
+        "provenance": _MADE,
+    },
+    sampled={"type": "array", "items": _MADE},
+    fingerprint={"type": "object"},
+)
+
+
+def read_cells(paths: Sequence[str | Path]) -> list[dict]:
+    """Cells as quest.metrics.measure returned them, each with model, method, bits and provenance.
+
+    Raises ValueError, naming the file and the field, for one that holds something else or repeats another's cell.
+    """
+    cells, seen, validator = [], {}, Draft202012Validator(CELL)
+    for path in paths:
+        cell = read_json(path)
+        for error in itertools.islice(validator.iter_errors(cell), 1):
+            steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path]
+            said = error.message
+            if error.validator == "required":
+                said = f"lacks {', '.join(name for name in error.validator_value if name not in error.instance)}"
+            raise ValueError(f"{path}: {one_line(': '.join(filter(None, [''.join(steps).removeprefix('.'), said])))}")
+        _check_resampled(cell, path)
+        key = " ".join(cell[name] for name in ("model", "method", "bits"))
+        if key in seen:
+            raise ValueError(f"{path}: {key} is also in {seen[key]}")
+        seen[key] = path
+        cells.append(cell)
+    return cells
+
+
+def _check_resampled(cell: dict, path) -> None:
+    """Raise ValueError unless each metric stands there once and has resampled values, as many as the others."""
+    names, resampled = [row["metric"] for row in cell["rows"]], cell["resampled"]
+    if sorted(names) != sorted(resampled):
+        raise ValueError(
+            f"{path}: rows are of {', '.join(names)}, resampled values of {one_line(', '.join(resampled))}"
+        )
+    for name, values in resampled.items():
+        if not all(type(value) in (int, float) for value in values) or len(values) != len(resampled[names[0]]):
+            raise ValueError(f"{path}: resampled.{name} is no list of numbers, as many as those of {names[0]}")
