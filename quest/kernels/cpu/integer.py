@@ -39,12 +39,16 @@ def supports(weight: QTensor, weight_spec: QuantSpec, input: QParams, **conv) ->
         return "grouped convolution" if conv["groups"] != 1 else "padding given by name"
     if reason := _format(weight_spec, "weight") or _format(input.spec, "input"):
         return reason
+    if weight_spec.axis not in (None, 0) or not weight.codes.numel():
+        return "weight: one scale per input" if weight.codes.numel() else "weight: without values"
     centred = weight.codes - weight.zero_point
     if not torch.equal(centred, centred.round()):
         return "weight: zero points are no integers"
     if reason := _too_large(weight.zero_point, weight_spec, "weight") or _too_large(
         input.zero_point, input.spec, "input"
     ):
+        return reason
+    if reason := _scales(input.scale, "input"):
         return reason
     total = centred.abs().flatten(1).sum(1, dtype=torch.float64).max().item()
     if total * _magnitude(input.zero_point, input.spec) > SUM:
@@ -56,6 +60,8 @@ def supports_attention(q: QParams, k: QParams, v: QParams, p: QParams) -> str | 
     """Why the two products of an attention cannot run here; None where they can. Each with every time group."""
     for name, qparams in zip("qkvp", (q, k, v, p), strict=True):
         if reason := _format(qparams.spec, name) or _too_large(qparams.zero_point, qparams.spec, name):
+            return reason
+        if reason := _scales(qparams.scale, name):
             return reason
     for a, b in ((q, k), (p, v)):
         # The longest sum: 4096 tokens of 64 x 64 latents, and any head's channels.
@@ -74,6 +80,11 @@ def _format(spec: QuantSpec, what: str) -> str | None:
     if what != "weight" and spec.axis is not None:
         return f"{what}: one scale per channel, which lies on the axis that is summed"
     return None
+
+
+def _scales(scale: Tensor, what: str) -> str | None:
+    usable = (scale >= torch.finfo(torch.float32).tiny) & scale.isfinite()
+    return None if usable.all() else f"{what}: scales are not positive"
 
 
 def _too_large(zero_point: Tensor, spec: QuantSpec, what: str) -> str | None:

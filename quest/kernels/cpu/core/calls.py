@@ -25,14 +25,21 @@ Layer, Norm, AttentionBlock, TransformerBlock, ResnetBlock = (
 )
 
 
+# Looked up once, and errors put together apart: a small layer takes a few microseconds in all.
+FLOAT32, CPU = torch.float32, torch.device("cpu")
+
+
 def checked(tensor: Tensor, name: str) -> Tensor:
     """The tensor, if the core can read its values; `name`: of what is computed, and of the tensor in it."""
-    if tensor.dtype is not torch.float32 or not tensor.is_cpu or tensor.layout is not torch.strided:
-        kind = tensor.dtype if tensor.layout is torch.strided else tensor.layout
-        raise TypeError(f"{name}: the integer kernel takes float32 on a CPU, not {kind} on {tensor.device}")
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"{name}: the integer kernel has no gradient; train on the reference kernel")
+    if tensor.dtype is not FLOAT32 or not tensor.is_cpu or (tensor.requires_grad and torch.is_grad_enabled()):
+        _refuse(tensor, name)
     return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+
+def _refuse(tensor: Tensor, name: str) -> None:
+    if tensor.dtype is FLOAT32 and tensor.is_cpu:
+        raise RuntimeError(f"{name}: the integer kernel has no gradient; train on the reference kernel")
+    raise TypeError(f"{name}: the integer kernel takes float32 on a CPU, not {tensor.dtype} on {tensor.device}")
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -52,14 +59,16 @@ def _shaped(tensor: Tensor | None, shape: tuple[int, ...], name: str) -> Tensor 
         return None
     if tensor.shape != shape:
         raise ValueError(f"{name}: its shape is {list(tensor.shape)}, not {list(shape)}")
-    return checked(tensor, name).contiguous()
+    if tensor.dtype is not FLOAT32 or not tensor.is_cpu or (tensor.requires_grad and torch.is_grad_enabled()):
+        _refuse(tensor, name)
+    return tensor.contiguous()
 
 
 def _beside(residual: Tensor | None, out: Tensor, name: str) -> Tensor | None:
     """The residual in the memory layout of the output."""
     if residual is None:
         return None
-    residual = checked(residual, f"{name}, residual")
+    residual = checked(residual, name)
     if residual.shape != out.shape:
         raise ValueError(f"{name}: a residual of shape {list(residual.shape)} for an output of {list(out.shape)}")
     return residual if residual.stride() == out.stride() else torch.empty_like(out).copy_(residual)
@@ -113,12 +122,13 @@ def linear(
     width = outputs // 2 if gated else outputs
     bias = _shaped(bias, (outputs,), "linear, bias")
     out = x.new_empty((*x.shape[:-1], width))
-    residual = _beside(residual, out, "linear")
+    residual = _beside(residual, out, "linear, residual")
     status = core().quest_linear(
         rows.data_ptr(), *rows.shape, rows.stride(0), *packed(weight, "linear"), address(bias), *limits, gated,
         address(residual), out.data_ptr(), width, torch.get_num_threads(),
     )  # fmt: skip
-    check(status, "linear", x=x)
+    if status:
+        check(status, "linear", x=x)
     return out
 
 
@@ -133,28 +143,31 @@ def conv2d(
     residual: Tensor | None = None,
 ) -> Tensor:
     """x [N, C, H, W] or [C, H, W], weight what `pack` gave, bias [O] -> [N, O, H', W'], channels innermost."""
-    if x.ndim == 3:
+    x = checked(x, "conv2d")
+    if x.ndim != 4:
+        if x.ndim != 3:
+            raise ValueError(f"conv2d: its shape is {list(x.shape)}; it takes [N, C, H, W] or [C, H, W]")
         more = None if residual is None else residual[None]
         return conv2d(x[None], weight, bias, limits, stride, padding, dilation, more)[0]
-    x = _dimensions(checked(x, "conv2d"), 4, "conv2d")
     if x.stride(1) != 1:
         x = x.contiguous(memory_format=torch.channels_last)
     sample, _, row, pixel = x.stride()
     shape = convolved(x, weight, stride, padding, dilation)
     bias = _shaped(bias, (shape[1],), "conv2d, bias")
-    out = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
-    residual = _beside(residual, out, "conv2d")
+    out = torch.empty(shape, dtype=FLOAT32, device=CPU, memory_format=torch.channels_last)
+    residual = _beside(residual, out, "conv2d, residual")
     status = core().quest_conv2d(
         x.data_ptr(), *x.shape, sample, row, pixel, *packed(weight, "conv2d"), address(bias), *limits, *stride,
         *padding, *dilation, address(residual), out.data_ptr(), *shape[1:], torch.get_num_threads(),
     )  # fmt: skip
-    check(status, "conv2d", x=x)
+    if status:
+        check(status, "conv2d", x=x)
     return out
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, limits: tuple[float, ...], scale: float) -> Tensor:
     """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, heads, n, d], or without `heads`; limits of q, k, v and p."""
-    q, k, v = (checked(t, f"attention, {name}") for name, t in (("q", q), ("k", k), ("v", v)))
+    q, k, v = checked(q, "attention, q"), checked(k, "attention, k"), checked(v, "attention, v")
     attended(q, k, v)
     q4, k4, v4 = (t if t.ndim == 4 else t[:, None] for t in (q, k, v))
     q4, k4, v4 = (t if t.stride(3) == 1 else t.contiguous() for t in (q4, k4, v4))
@@ -165,7 +178,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, limits: tuple[float, ...], scale:
         q4.data_ptr(), k4.data_ptr(), v4.data_ptr(), (ctypes.c_int64 * 12)(*strides), batch, heads, n, k4.shape[2], d,
         (ctypes.c_float * 12)(*limits), scale, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    check(status, "attention", q=q, k=k)
+    if status:
+        check(status, "attention", q=q, k=k)
     return out if q.ndim == 4 else out[:, 0]
 
 
@@ -196,7 +210,8 @@ def attention_block(
         ctypes.byref(block), x.data_ptr(), context.data_ptr(), *x.shape, *context.shape[1:], address(residual),
         out.data_ptr(), x.shape[2], torch.get_num_threads(),
     )  # fmt: skip
-    check(status, "attention block", x=x, context=context)
+    if status:
+        check(status, "attention block", x=x, context=context)
     return out
 
 
@@ -208,19 +223,18 @@ def transformer_block(block: ctypes.Structure, x: Tensor, context: Tensor | None
     status = core().quest_transformer_block(
         ctypes.byref(block), x.data_ptr(), address(context), *x.shape, m, width, out.data_ptr(), torch.get_num_threads()
     )
-    check(status, "transformer block", x=x, context=context)
+    if status:
+        check(status, "transformer block", x=x, context=context)
     return out
 
 
 def _tokens(x: Tensor, context: Tensor | None, name: str) -> tuple[Tensor, Tensor | None]:
     """Both without gaps."""
-    x = _dimensions(checked(x, name), 3, name).contiguous()
-    if context is None:
-        return x, None
-    context = _dimensions(checked(context, f"{name}, context"), 3, f"{name}, context").contiguous()
-    if context.shape[0] != x.shape[0]:
-        raise ValueError(f"{name}: a context of {context.shape[0]} samples for an input of {x.shape[0]}")
-    return x, context
+    if x.ndim != 3 or (context is not None and (context.ndim != 3 or len(context) != len(x))):
+        shapes = [list(t.shape) for t in (x, context) if t is not None]
+        raise ValueError(f"{name}: input and context of shape {' and '.join(map(str, shapes))}; it takes [B, n, C]")
+    context = None if context is None else checked(context, f"{name}, context").contiguous()
+    return checked(x, name).contiguous(), context
 
 
 def resnet_block(block: ctypes.Structure, x: Tensor, embedding: Tensor | None, residual: Tensor) -> Tensor:
@@ -235,12 +249,13 @@ def resnet_block(block: ctypes.Structure, x: Tensor, embedding: Tensor | None, r
     if embedding is not None:
         length = _dimensions(embedding, 2, "residual block, embedding").shape[1]
         embedding = _shaped(embedding, (samples, length), "residual block, embedding")
-    out = torch.empty(residual.shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+    out = torch.empty(residual.shape, dtype=FLOAT32, device=CPU, memory_format=torch.channels_last)
     status = core().quest_resnet_block(
         ctypes.byref(block), x.data_ptr(), samples, height, width, channels, address(embedding), length,
         residual.data_ptr(), out.data_ptr(), residual.shape[1], torch.get_num_threads(),
     )  # fmt: skip
-    check(status, "residual block", x=x, embedding=embedding, residual=residual)
+    if status:
+        check(status, "residual block", x=x, embedding=embedding, residual=residual)
     return out
 
 
@@ -267,17 +282,16 @@ def group_norm(
     if rows.stride(1) != 1 or (rows.shape[2] > 1 and rows.stride(2) != rows.shape[3] * _pixel(rows)):
         rows = rows.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     y = x.new_empty((samples, *size, channels))
-    names = ("weight", "bias", "shift", "modulation")
-    shapes = (channels,), (channels,), (samples, channels), (samples, 2 * channels)
-    affine = [
-        _shaped(t, shape, f"group norm, {name}")
-        for name, t, shape in zip(names, (weight, bias, shift, modulation), shapes, strict=True)
-    ]
+    weight, bias = _shaped(weight, (channels,), "group norm, weight"), _shaped(bias, (channels,), "group norm, bias")
+    shift = _shaped(shift, (samples, channels), "group norm, shift")
+    modulation = _shaped(modulation, (samples, 2 * channels), "group norm, modulation")
     status = core().quest_group_norm(
         rows.data_ptr(), rows.stride(0), _pixel(rows), samples, rows.shape[2] * rows.shape[3], channels, groups, eps,
-        *map(address, affine), silu, y.data_ptr(), torch.get_num_threads(),
+        address(weight), address(bias), address(shift), address(modulation), silu, y.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
-    check(status, "group norm", x=x)
+    if status:
+        check(status, "group norm", x=x)
     return y.movedim(-1, 1)
 
 
