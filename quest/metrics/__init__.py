@@ -325,8 +325,8 @@ def compare(a: dict, b: dict) -> dict[str, Comparison]:
         equal += [("number of resamples", *(len(cell["resampled"][name]) for cell in (a, b)))]
         for key, left, right in equal:
             if left != right:
-                said = one_line(f"{left} and {right}")
-                raise ValueError(f"{name}: only cells of equal {key} are compared, got {said}")
+                values = one_line(f"{left} and {right}")
+                raise ValueError(f"{name}: only cells of equal {key} are compared, got {values}")
         metric, n, difference = METRICS[name], of_a[name]["n"], of_a[name]["value"] - of_b[name]["value"]
         resampled = np.subtract(a["resampled"][name], b["resampled"][name])
         low, high = intervals.interval(difference, resampled, n if metric.is_mean else None)

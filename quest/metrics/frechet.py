@@ -186,11 +186,11 @@ def load_reference(path: str | Path) -> Reference:
 
 
 def statistics_of(path: str | Path, mean: np.ndarray, cov: np.ndarray, n) -> Statistics:
-    """Statistics that a file holds. Raises ValueError, naming it, where they are not finite, or of no such shapes."""
+    """Return statistics from a file. Raises ValueError, which names it, for non-finite values or other shapes."""
     try:
-        found = Statistics(mean, cov, n)
+        statistics = Statistics(mean, cov, n)
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from error
-    if not (np.isfinite(found.mean).all() and np.isfinite(found.cov).all() and found.n >= 0):
-        raise ValueError(f"{path}: statistics that are not finite, or of {found.n} images")
-    return found
+    if not (np.isfinite(statistics.mean).all() and np.isfinite(statistics.cov).all() and statistics.n >= 0):
+        raise ValueError(f"{path}: statistics that are not finite, or of {statistics.n} images")
+    return statistics

@@ -1,6 +1,6 @@
-"""Reading the metrics.json of cells: the one place where their content is checked. Needs no torch.
+"""Read the metrics.json of cells and check their content against a schema. Needs no torch.
 
-Tables compute with what stands there; a text where a number belongs would fail far from its file, or be shown.
+Tables compute with these values. Without the check, a text in place of a number would fail far from its file.
 """
 
 import itertools
@@ -22,23 +22,20 @@ def _mapping(needed: dict, **optional: dict) -> dict:
 _INTERVAL = {"value": NUMBER, "low": NUMBER, "high": NUMBER, "n": {"type": "integer", "minimum": 1}}
 _TEXTS = dict.fromkeys(("extractor", "protocol", "note"), TEXT)
 _ROW = _mapping({"metric": {"enum": list(METRICS)}} | _INTERVAL | _TEXTS, reference=TEXT)
-_MADE = _mapping(
+_PROVENANCE = _mapping(
     {},
     commit={"type": ["string", "null"]},
     dirty={"type": ["boolean", "null"]},
     versions={"type": "object", "additionalProperties": {"type": ["string", "null"]}},
     machine={"type": "object", "additionalProperties": {"type": ["string", "number", "null"]}},
 )
-# What `quest.metrics.measure` returns and `workflow.scripts.metrics` adds. Of footprints, a model's words are texts.
+# The result of `quest.metrics.measure`, with the keys that `workflow.scripts.metrics` adds.
 CELL = _mapping(
     {
         "model": {"type": "string", "pattern": "^[a-z0-9][a-z0-9-]*$"},
         "method": {"type": "string", "pattern": "^[a-z0-9][a-z0-9-]*(@[0-9]{1,9})?$"},
         "bits": {"type": "string", "pattern": r"^w\d{1,2}a\d{1,2}$"},
-        "rows": {
-            "type": "array",
-            "items": _mapping({"metric": {"enum": list(METRICS)}} | _INTERVAL | _TEXTS, reference=TEXT),
-        },
+        "rows": {"type": "array", "items": _ROW},
         "eps_error": {"type": "array", "items": _mapping({"call": COUNT, "timestep": NUMBER} | _INTERVAL)},
         "resampled": {"type": "object", "additionalProperties": {"type": "array", "minItems": 2}},
         "drawn": _mapping({"images": TEXT, "trajectories": COUNT, "timesteps": {"type": "array", "items": NUMBER}}),
@@ -46,27 +43,28 @@ CELL = _mapping(
             **_mapping({}, kernel=TEXT, batch=COUNT, threads=COUNT),
             "additionalProperties": {"type": ["number", "null", "array", "object"]},
         },
-        "provenance": _MADE,
+        "provenance": _PROVENANCE,
     },
-    sampled={"type": "array", "items": _MADE},
+    sampled={"type": "array", "items": _PROVENANCE},
     fingerprint={"type": "object"},
 )
 
 
 def read_cells(paths: Sequence[str | Path]) -> list[dict]:
-    """Cells as quest.metrics.measure returned them, each with model, method, bits and provenance.
+    """Read cells: the results of quest.metrics.measure, each with model, method, bits and provenance.
 
-    Raises ValueError, naming the file and the field, for one that holds something else or repeats another's cell.
+    Raises ValueError, which names the file and the field, if the content is invalid or two files hold the same cell.
     """
     cells, seen, validator = [], {}, Draft202012Validator(CELL)
     for path in paths:
         cell = read_json(path)
         for error in itertools.islice(validator.iter_errors(cell), 1):
             steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path]
-            said = error.message
+            message = error.message
             if error.validator == "required":
-                said = f"lacks {', '.join(name for name in error.validator_value if name not in error.instance)}"
-            raise ValueError(f"{path}: {one_line(': '.join(filter(None, [''.join(steps).removeprefix('.'), said])))}")
+                message = f"lacks {', '.join(name for name in error.validator_value if name not in error.instance)}"
+            field = "".join(steps).removeprefix(".")
+            raise ValueError(f"{path}: {one_line(': '.join(filter(None, [field, message])))}")
         _check_resampled(cell, path)
         key = " ".join(cell[name] for name in ("model", "method", "bits"))
         if key in seen:
@@ -77,7 +75,7 @@ def read_cells(paths: Sequence[str | Path]) -> list[dict]:
 
 
 def _check_resampled(cell: dict, path) -> None:
-    """Raise ValueError unless each metric stands there once and has resampled values, as many as the others."""
+    """Raise ValueError unless each metric has one row and resampled values, as many as the other metrics have."""
     names, resampled = [row["metric"] for row in cell["rows"]], cell["resampled"]
     if sorted(names) != sorted(resampled):
         raise ValueError(

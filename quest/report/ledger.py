@@ -1,8 +1,8 @@
-"""The ledger: every published number beside ours, and whether the two may be compared at all.
+"""The ledger compares every published number with ours, and says whether the two may be compared.
 
-`resources/published.csv` has one row per number. Its `protocol` says what the source says of how it was measured, as
-"key=value; key=value"; what the source does not say is not there. A measured cell carries the same keys, its
-fingerprint.
+`resources/published.csv` has one row per number. Its column `protocol` holds what the source states about the
+measurement, as "key=value; key=value", for example "sampler=ddim; steps=200". A measured cell has a fingerprint with
+the same keys. If a stated value differs from the fingerprint, the two numbers are not comparable.
 """
 
 import math
@@ -23,13 +23,13 @@ LEDGER += ["verdict", "why", "not_stated", "note"]
 VERDICTS = ("PASS", "DRIFT", "NOT COMPARABLE", "INCONCLUSIVE", "NOT RUN")
 PAPER = "arXiv:2402.03666v6"
 
-# Relative difference within which a number counts as reproduced: CLIP scores of whole methods differ by less than 1 %.
+# A number is reproduced if the relative difference is within the tolerance. That of CLIP scores is small, because the
+# scores of different methods differ by less than 1 %.
 TOLERANCE = {"clip": 0.002}
 DEFAULT_TOLERANCE = 0.02
-WIDE = 5  # an interval of more than this many tolerances to either side tells neither agreement nor drift
+WIDE = 5  # an interval with a half width of more than this many tolerances cannot decide between PASS and DRIFT
 
-# What a metric depends on, beyond how images are made.
-KEYS = ("weights", "sampler", "steps", "eta", "guidance", "n")
+KEYS = ("weights", "sampler", "steps", "eta", "guidance", "n")  # every metric depends on these
 OF_METRIC = {
     "fid": ("extractor", "reference"),
     "sfid": ("extractor", "reference"),
@@ -38,18 +38,19 @@ OF_METRIC = {
     "precision": ("extractor", "reference"),
     "fid_to_fp": ("extractor",),
 }
-# Distances of `adm` and `torch-fidelity` have the same pixels and the same network; only their Inception scores differ.
+# `adm` and `torch-fidelity` use the same pixels and the same network for distances; only their Inception scores differ.
 SAME_DISTANCE = {"adm": "inception, TensorFlow bilinear", "torch-fidelity": "inception, TensorFlow bilinear"}
 
 
 def fingerprint(model: Model, images: str, n: int, reference_sha256: str = "") -> dict:
-    """What a measured cell must share with another number to be comparable, fit for JSON.
+    """Return, for JSON, the facts that two numbers must share to be comparable.
 
-    images: the evaluation images as `index_ranges` writes them. Unconditional models have no guidance, PLMS no eta;
-    weights are hashed as they were published, of a shipped model its denoiser's file.
+    images: the evaluation images as `index_ranges` writes them. `weights` is the hash of the published file, or of the
+    denoiser's file for a shipped model. Unconditional models have no guidance and PLMS has no eta. Raises ValueError
+    for an origin.json without valid hashes.
     """
     origin = _origin(model)
-    found = {
+    facts = {
         "model": model.name,
         "weights": origin["sha256"],
         "sampler": model.sampler,
@@ -65,29 +66,27 @@ def fingerprint(model: Model, images: str, n: int, reference_sha256: str = "") -
         "prompts": (origin.get("captions") or {}).get("sha256"),
         "reference": reference_sha256 or None,
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def _origin(model):
     if model.origin is None:
         return {"sha256": weights.sha256_of(ZOO / model.name / "unet" / "diffusion_pytorch_model.safetensors")}
     path = PREPARED / model.name / "origin.json"
-    found = read_json(path)
-    hashes = [found.get("sha256"), (found.get("captions") or {}).get("sha256", "0" * 64)] if _mapping(found) else [None]
+    origin = read_json(path)
+    hashes = [None]
+    if isinstance(origin, dict) and isinstance(captions := origin.get("captions") or {}, dict):
+        hashes = [origin.get("sha256"), captions.get("sha256", "0" * 64)]
     if not all(isinstance(one, str) and re.fullmatch("[0-9a-f]{64}", one) for one in hashes):
         raise ValueError(f"{path}: sha256 of the weights, and of captions where there are any, must be 64 digits each")
-    return found
-
-
-def _mapping(found):
-    return isinstance(found, dict) and isinstance(found.get("captions") or {}, dict)
+    return origin
 
 
 def published(path: str | Path = PUBLISHED) -> pd.DataFrame:
-    """The published numbers, columns COLUMNS; `value` is NaN where the source has none (a failed generation).
+    """Read the published numbers, columns COLUMNS; `value` is NaN if the source has none (a failed generation).
 
-    Raises ValueError, naming file and row, for missing columns, a value that is no number, or a number that is there
-    twice.
+    Raises ValueError, which names file and line, for other columns, a value that is no number, a protocol of another
+    form, or a number that occurs twice.
     """
     frame = pd.DataFrame(read_rows(path, COLUMNS), columns=COLUMNS, dtype=str)
     for line, row in enumerate(frame.itertuples(), start=2):
@@ -105,7 +104,7 @@ def published(path: str | Path = PUBLISHED) -> pd.DataFrame:
 
 
 def protocol_says(protocol: str) -> dict[str, str]:
-    """What a protocol says, by key."""
+    """Parse "key=value; key=value". Raises ValueError for another form or a repeated key."""
     stated = {}
     for part in filter(None, protocol.split("; ")):
         key, equals, value = part.partition("=")
@@ -116,17 +115,18 @@ def protocol_says(protocol: str) -> dict[str, str]:
 
 
 def ledger(cells: Sequence[dict], numbers: pd.DataFrame) -> pd.DataFrame:
-    """Published numbers of the suite's models and metrics beside measured cells (metrics.json), columns LEDGER.
+    """Compare the published numbers with measured cells (metrics.json), columns LEDGER.
 
-    Models drawn by the suite itself are left out, as nothing is published of them. A verdict is one of VERDICTS:
+    cells: see `quest.report.cells.read_cells`. numbers: see `published`. Numbers of unknown models and metrics
+    are left out. The verdict is one of VERDICTS:
 
-    - PASS: within TOLERANCE of the published value, or the published value lies in our interval.
-    - DRIFT: neither.
-    - NOT COMPARABLE: the protocols differ (`why` says in what), or the source has no number there.
-    - INCONCLUSIVE: our interval is so wide that being in it says nothing.
-    - NOT RUN: nothing measured.
+    - PASS: our value is within TOLERANCE of the published one, or the published one lies in our interval.
+    - DRIFT: neither is true.
+    - NOT COMPARABLE: the protocols differ (`why` says how), or the source has no number.
+    - INCONCLUSIVE: our interval is so wide that it would contain almost any number.
+    - NOT RUN: nothing was measured.
 
-    `not_stated` lists what the metric depends on and the source does not say; the verdict stands in spite of it.
+    `not_stated` lists the facts that the metric depends on and the source does not state; they change no verdict.
     """
     measured = {(cell["model"], cell["method"], cell["bits"]): cell for cell in cells}
     rows = []
@@ -166,27 +166,27 @@ def _verdict(number, cell, ours):
         return "DRIFT", "ours is not finite"
     tolerance = TOLERANCE.get(number.metric, DEFAULT_TOLERANCE)
     difference, half = value / number.value - 1, (high - low) / 2 / abs(number.value)
-    told = f"{difference:+.1%} ± {half:.1%}"
+    text = f"{difference:+.1%} ± {half:.1%}"
     if abs(difference) > tolerance and not low <= number.value <= high:
-        return "DRIFT", told
+        return "DRIFT", text
     if half > WIDE * tolerance:
-        return "INCONCLUSIVE", f"{told}, needs ± {WIDE * tolerance:.1%} or less"
-    return "PASS", told
+        return "INCONCLUSIVE", f"{text}, needs ± {WIDE * tolerance:.1%} or less"
+    return "PASS", text
 
 
 def _differences(number, fingerprint) -> list[str]:
-    """Where what the source states differs from a cell, as "key: ours here, theirs in the source"."""
-    found = []
+    """List the stated facts that differ from those of a cell, as "key: ours here, theirs in the source"."""
+    differences = []
     of_metric = OF_METRIC.get(number.metric, ())
     for key, stated in protocol_says(number.protocol).items():
         if key in ("extractor", "clip", "prompts", "reference") and key not in of_metric:
             continue
-        if key in ("prompts", "reference"):  # named there, hashed here: they cannot be compared
+        if key in ("prompts", "reference"):  # the source states a name and the cell a hash
             continue
         ours = fingerprint.get(key)
         if ours is None or not _equal(number.metric, key, ours, stated):
-            found.append(f"{key}: {'none' if ours is None else ours} here, {stated} in the source")
-    return found
+            differences.append(f"{key}: {'none' if ours is None else ours} here, {stated} in the source")
+    return differences
 
 
 def _equal(metric, key, ours, stated):
@@ -199,11 +199,12 @@ def _equal(metric, key, ours, stated):
 
 
 def beside(numbers: pd.DataFrame) -> dict[tuple[str, str, str, str], float]:
-    """The paper's own numbers by (model, method, bits, metric), from its tables of results: what main tables print.
+    """Return the paper's own results by (model, method, bits, metric), which the main tables show beside ours.
 
-    Where several tables have a cell, the first one of Tables 3, 4, 5, 9, 10 and 11.
+    If several tables have the same cell, the first one of Tables 3, 4, 5, 9, 10 and 11 counts.
     """
     tables = ["Table 3", "Table 4", "Table 5", "Table 9", "Table 10", "Table 11"]
-    own = numbers[(numbers["source"] == PAPER) & numbers["table"].isin(tables) & numbers["value"].notna()]
-    own = own.assign(order=own["table"].map(tables.index)).sort_values("order", ascending=False, kind="stable")
-    return {(row.model, row.method, row.bits, row.metric): row.value for row in own.itertuples()}
+    results = numbers[(numbers["source"] == PAPER) & numbers["table"].isin(tables) & numbers["value"].notna()]
+    results = results.assign(order=results["table"].map(tables.index))
+    results = results.sort_values("order", ascending=False, kind="stable")
+    return {(row.model, row.method, row.bits, row.metric): row.value for row in results.itertuples()}

@@ -1,4 +1,4 @@
-"""Images of the page, inside it: first samples of every cell, pairs that are farthest apart, figures of the run."""
+"""Images that the page contains: the first samples of every cell, the worst pairs, and figures of the run."""
 
 import base64
 import io
@@ -14,21 +14,21 @@ from quest.metrics import Cell
 from quest.report.page_tables import shards
 from quest.runtime.files import array_names
 
-SIDE = 128  # pixels, above which images are shown smaller
-COLUMNS, PAIRS = 8, 6  # images in a row of a sample grid, and of the pairs that are farthest apart
+SIDE = 128  # larger images are reduced to at most this many pixels per side
+COLUMNS, PAIRS = 8, 6  # the number of images in a row of a sample grid, and in a row of worst pairs
 
 
 def illustrated(run: Path, of_model: pd.DataFrame, bits: list[str]) -> dict[tuple[str, str], Cell]:
-    """The cells of a model that kept images: full precision, and every method by bits."""
+    """Load the cells of a model that kept images, by (method, bits): full precision first, then every method."""
     methods = [method for method in dict.fromkeys(of_model["method"]) if method != "fp"]
     model = of_model["model"].iloc[0]
-    found = {}
+    cells = {}
     for method, width in [("fp", "w32a32"), *((method, width) for width in bits for method in methods)]:
         folder = run / model / method / width
         samples, features = shards(folder, "samples"), shards(folder, "features")
         if samples and len(samples) == len(features) and _has_images(samples[0]):
-            found[method, width] = Cell.load(features, samples)
-    return found
+            cells[method, width] = Cell.load(features, samples)
+    return cells
 
 
 def _has_images(file):
@@ -36,7 +36,7 @@ def _has_images(file):
 
 
 def grids(model: str, cells: dict[tuple[str, str], Cell], bits: list[str]) -> Iterator[dict]:
-    """Per bits the first seeds of full precision and of every method, a strip each; fewest bits first."""
+    """Yield a grid for each bits, fewest bits first: the first seeds of full precision and of every method."""
     for width in reversed(bits):
         shown = {method: cell for (method, at), cell in cells.items() if at == width}
         if not shown or ("fp", "w32a32") not in cells:
@@ -52,20 +52,20 @@ def grids(model: str, cells: dict[tuple[str, str], Cell], bits: list[str]) -> It
 
 
 def farthest(model: str, cells: dict[tuple[str, str], Cell], bits: list[str]) -> list[dict]:
-    """Per method at the fewest bits the images whose extractor features lie farthest from full precision's.
+    """Return, for each method at the fewest bits, the images that differ most from full precision, worst first.
 
-    Euclidean distance of the pooled features at the same seed; worst first.
+    The measure is the Euclidean distance of the extractor's pooled features at the same seed.
     """
     full = cells.get(("fp", "w32a32"))
     if full is None or not bits:
         return []
-    found = []
+    pairs = []
     for (method, width), cell in cells.items():
         if width != bits[-1] or not np.array_equal(cell.index, full.index):
             continue
         distance = np.linalg.norm(cell.features["pool"] - full.features["pool"], axis=1)  # [N]
         worst = np.argsort(-distance, kind="stable")[:PAIRS]
-        found.append(
+        pairs.append(
             {
                 "model": model,
                 "method": method,
@@ -78,11 +78,11 @@ def farthest(model: str, cells: dict[tuple[str, str], Cell], bits: list[str]) ->
                 "quantized": strip(cell.images[worst]),
             }
         )
-    return found
+    return pairs
 
 
 def strip(images: np.ndarray) -> dict:
-    """Images uint8 [N, H, W, 3] side by side, as {"uri", "width", "height"}; lossless below SIDE pixels."""
+    """Put images uint8 [N, H, W, 3] side by side: {"uri", "width", "height"}. Up to SIDE pixels it is lossless."""
     n, height, width, _ = images.shape
     scale = max(1, math.ceil(max(height, width) / SIDE))
     height, width, gap = height // scale, width // scale, 2
@@ -95,19 +95,19 @@ def strip(images: np.ndarray) -> dict:
 
 
 def drawings(run: Path, *patterns: str) -> list[dict]:
-    """Figures of a run whose names fit the patterns, as {"uri", "label", "width", "height"}."""
+    """Return the figures of a run whose names match the patterns, as {"uri", "label", "width", "height"}."""
     folders = (run / "figures", run / "questions" / "figures")
     files = [file for pattern in patterns for folder in folders for file in sorted(folder.glob(f"{pattern}.png"))]
-    found = []
+    figures = []
     for file in files:
         with Image.open(file) as image:
-            found.append({"label": file.stem.replace("_", " "), "width": image.width, "height": image.height})
-        found[-1]["uri"] = picture(file)
-    return found
+            size = {"width": image.width, "height": image.height}
+        figures.append({"label": file.stem.replace("_", " "), "uri": picture(file)} | size)
+    return figures
 
 
 def picture(file: Path) -> str:
-    """An image file as a data URI, without loss; drawings take half of their PNG."""
+    """Return an image file as a lossless data URI; a drawing takes half the bytes of its PNG file."""
     with Image.open(file) as image:
         return _webp(image.convert("RGBA"))
 

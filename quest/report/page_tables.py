@@ -1,4 +1,4 @@
-"""Tables of the page, which sort and filter: main, paired, ledger, cost, speed, and any csv file."""
+"""The tables of the page, which readers can sort and filter: main, paired, ledger, cost, speed, and any csv file."""
 
 import math
 from dataclasses import replace
@@ -10,25 +10,21 @@ from quest.metrics import METRICS
 from quest.metrics.comparison import outcome
 from quest.quantization.header import read as read_header
 from quest.report import tables
-from quest.report.rendering import MISSING, NONE, Cell, Column, Table, columns, interval, number
+from quest.report.rendering import MISSING, NONE, Cell, Column, Table, columns, interval, number, read_csv
 from quest.runtime.files import loads, read_arrays
-
-PROVENANCE = ("commit", "machine", "versions", "seeds")
-
-
-def read(path: Path) -> pd.DataFrame:
-    """A csv file of a run, in which an empty cell is an empty text."""
-    return pd.read_csv(path, keep_default_na=False, na_values=["nan"])
 
 
 def main_table(main: pd.DataFrame, paired: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
-    """main.csv with a row for each cell, fewest bits first; the paper's number stands below ours."""
+    """Return main.csv as a table with a row for each cell, fewest bits first; the paper's number is a note below ours.
+
+    The frames are those of main.csv, paired.csv and ledger.csv.
+    """
     names = [name for name in METRICS if name in set(main["metric"])]
     heads = columns("model", "method", "bits", texts=3, choose=True)
     heads += [Column(tables.column_label(name, main), direction=METRICS[name].better) for name in names]
     heads += [Column("size [MB]", direction="lower"), Column("TBOPs", direction="lower")]
     heads += [Column("bits per parameter"), Column("share on integers", direction="higher")]
-    timed = "latency_ms" in main  # tables of older runs lack it
+    timed = "latency_ms" in main  # tables of older runs lack this column
     heads += [Column("latency [ms]", direction="lower")] if timed else []
     judged = verdicts.set_index(["model", "method", "bits", "metric"])["verdict"].to_dict()
     rows = []
@@ -49,7 +45,7 @@ def main_table(main: pd.DataFrame, paired: pd.DataFrame, verdicts: pd.DataFrame)
 
 
 def paired_table(paired: pd.DataFrame) -> Table:
-    """paired.csv, with the verdict in words."""
+    """Return paired.csv as a table, with the verdict in words."""
     heads = columns("model", "bits", "metric", "method", "versus", texts=5, choose=True)
     heads += [Column("method minus versus"), Column("better", "text", choose=True), Column("n")]
     marks = {"better": "better", "worse": "worse", "diverged": "worse", "rival diverged": "better"}
@@ -63,7 +59,7 @@ def paired_table(paired: pd.DataFrame) -> Table:
 
 
 def ledger_table(verdicts: pd.DataFrame) -> Table:
-    """ledger.csv: every published number, and ours where there is one that may stand beside it."""
+    """Return ledger.csv as a table: every published number, and ours if it was measured."""
     heads = columns("model", "method", "bits", "metric", texts=4, choose=True) + columns("published", "ours")
     heads += [Column("verdict", "text", choose=True), *columns("why", "source", "not stated there", "note", texts=4)]
     rows = []
@@ -71,19 +67,19 @@ def ledger_table(verdicts: pd.DataFrame) -> Table:
         names = [row.model, row.method, row.bits.upper(), METRICS[row.metric].label]
         ours = MISSING if row.verdict == "NOT RUN" else interval(row.ours, row.low, row.high)
         verdict = Cell(row.verdict, mark=row.verdict.lower().replace(" ", "-"))
-        told = [row.why, f"{row.source}, {row.table}", row.not_stated, row.note]
-        rows.append([*names, number(row.published), ours, verdict, *told])
+        texts = [row.why, f"{row.source}, {row.table}", row.not_stated, row.note]
+        rows.append([*names, number(row.published), ours, verdict, *texts])
     return Table(heads, rows)
 
 
 def csv_table(path: str | Path, part: str | None = None) -> Table:
-    """Any csv file as a table; columns that say where a row comes from are left out. part: of rows that have one."""
-    frame = read(Path(path))
+    """Return a csv file as a table without its columns of provenance; part: show only rows of this part."""
+    frame = read_csv(path)
     if part and "part" in frame:
         frame = frame[frame["part"] == part]
-    table = Table.of_frame(frame[[name for name in frame if name not in (*PROVENANCE, "evaluation")]])
+    table = Table.of_frame(frame[[name for name in frame if name not in (*tables.PROVENANCE, "evaluation")]])
     table.columns = [replace(column, label=column.label.replace("_", " ")) for column in table.columns]
-    if "speedup" in frame:  # a speed that is none has to catch the eye
+    if "speedup" in frame:  # a kernel that is slower than fp32 is marked
         table.rows = [
             [replace(cell, mark="slower") for cell in row] if speedup < 1 else row
             for row, speedup in zip(table.rows, frame["speedup"], strict=True)
@@ -92,7 +88,7 @@ def csv_table(path: str | Path, part: str | None = None) -> Table:
 
 
 def cost_table(run: Path, main: pd.DataFrame) -> Table:
-    """What quantizing took, as the checkpoints tell, and what their starting points took."""
+    """Return the time and memory of quantizing each cell and its starting point, from the headers of checkpoints."""
     heads = columns("model", "method", "bits", texts=3, choose=True)
     heads += [Column("quantizing [s]", direction="lower"), Column("peak memory [MB]", direction="lower")]
     heads += [Column("starts from", "text"), Column("that took [s]"), Column("iterations", "text")]
@@ -116,34 +112,30 @@ def _shortened(stages):
 
 
 def speed_table(run: Path, main: pd.DataFrame) -> Table:
-    """Where the layers of a cell ran, and how long it sampled, set against full precision of the same model."""
+    """Return where the layers of each cell ran, and its sampling time relative to full precision of the model."""
     heads = columns("model", "method", "bits", "kernel", texts=4, choose=True)
-    heads += [Column("share on integers", direction="higher")]
-    heads += [
-        Column("sampling [s per 100 images]", direction="lower"),
-        Column("times full precision", direction="higher"),
-    ]
-    heads += columns("layers refused", "deviation")
-    rows, plain = [], {}
+    heads += [Column("share on integers", direction="higher"), Column("sampling [s per 100 images]", direction="lower")]
+    heads += [Column("times full precision", direction="higher"), *columns("layers refused", "deviation")]
+    rows, full_precision = [], {}
     for model, method, bits in _quantized(main, fp=True):
-        taken = [_metadata(file) for file in shards(run / model / method / bits, "samples")]
-        if not taken or not all("seconds" in one for one in taken):
+        metadata = [_metadata(file) for file in shards(run / model / method / bits, "samples")]
+        if not metadata or not all("seconds" in shard for shard in metadata):
             continue
-        each = 100 * sum(one["seconds"] for one in taken) / sum(one["seeds"]["n"] for one in taken)
-        placed = taken[0].get("kernel") or {}
+        seconds = 100 * sum(shard["seconds"] for shard in metadata) / sum(shard["seeds"]["n"] for shard in metadata)
+        kernel = metadata[0].get("kernel") or {}
         if method == "fp":
-            plain[model] = each
-        ratio = plain[model] / each if model in plain and method != "fp" else math.nan
-        row = [model, method, bits.upper(), placed.get("kernel") or "float32"]
-        row += [number(taken[0].get("footprint", {}).get("realizable", math.nan), ".0%"), number(each, ".1f")]
+            full_precision[model] = seconds
+        ratio = full_precision[model] / seconds if model in full_precision and method != "fp" else math.nan
+        row = [model, method, bits.upper(), kernel.get("kernel") or "float32"]
+        row += [number(metadata[0].get("footprint", {}).get("realizable", math.nan), ".0%"), number(seconds, ".1f")]
         row += [number(ratio, ".2f", "slower" if ratio < 1 else "")]
-        row += [number(len(placed["refused"]), "d") if "refused" in placed else MISSING]
-        rows.append([*row, number(placed.get("deviation", math.nan), ".1e")])
+        row += [number(len(kernel["refused"]), "d") if "refused" in kernel else MISSING]
+        rows.append([*row, number(kernel.get("deviation", math.nan), ".1e")])
     return Table(heads, rows)
 
 
 def _quantized(main, fp=False):
-    """(model, method, bits) of the cells, full precision first if at all."""
+    """Return (model, method, bits) of the cells, fewest bits first; fp: include full precision, as the first ones."""
     cells = dict.fromkeys(zip(main["model"], main["method"], main["bits"], strict=True))
     cells = [cell for cell in cells if fp or cell[1] != "fp"]
     models = list(dict.fromkeys(main["model"]))
@@ -155,7 +147,7 @@ def _fewest_bits_first(method, bits):
 
 
 def shards(folder: Path, kind: str) -> list[Path]:
-    """Files of a cell: kind "samples" or "features"."""
+    """Return the files of a cell; kind: "samples" or "features"."""
     return sorted(folder.glob(f"{kind}-*.npz"))
 
 

@@ -154,7 +154,7 @@ def taylor(frame: pd.DataFrame, path: str | Path, title: str = "") -> None:
     for axes, (whole, names) in zip(panels, panels_of.items(), strict=True):
         for place, (remainder, label) in enumerate(names.items()):
             points = frame[frame["what"] == remainder].sort_values("bits")
-            style = look(place) | {"lw": 1.3, "elinewidth": 1.2, "label": label}
+            style = look(place) | {"lw": 1.3, "ls": "-", "elinewidth": 1.2, "label": label}
             error_bars(axes, points["bits"], points, floor=True, **style)
         log_axis(axes, frame["value"])
         axes.axhline(1, color=INK, lw=0.6)

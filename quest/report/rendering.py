@@ -7,7 +7,7 @@ A cell holds a value and a text: CSV files hold values, and the other forms show
     >>> print(table.markdown())
     | method | FID ↓ |
     | --- | ---: |
-    | quest | **0.500 ± 0.100** |
+    | quest | **0.50 ± 0.10** |
 
 Each form escapes its own special characters.
 """

@@ -1,7 +1,8 @@
-"""Tables of measured speed, results/kernels/{machine}.csv: what the columns mean, and tables for people. No torch."""
+"""Tables of measured speed, results/kernels/{machine}.csv, and their Markdown for readers. Needs no torch."""
 
 import math
 import re
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pandas as pd
@@ -12,46 +13,46 @@ from quest.runtime.files import atomic
 from quest.runtime.provenance import provenance
 
 KEY = ["part", "model", "layer", "batch", "threads", "kernel"]
-# part: "peak", "layer" or "step" (a whole denoiser call). count: layers of the denoiser that are alike. ms, speedup:
-# medians, with quartiles; speedup is over fp32 in eager mode, of the same rounds. gops: 1e9 operations a second, two to
-# a multiply-accumulate. intensity: operations per byte that must be moved. in_*: shares of a step. others: processors
-# that other processes kept busy meanwhile. load: the machine's average when the run began.
+# part: "peak", "layer" or "step" (a whole denoiser call). count: number of equal layers in the denoiser. ms, speedup:
+# medians with quartiles; speedup is relative to fp32 in eager mode in the same rounds. gops: 1e9 operations per second;
+# a multiply-accumulate is two. intensity: operations per byte that must be moved. in_*: shares of a step. others: the
+# number of processors that other processes kept busy meanwhile. load: load average at the start of the run.
 COLUMNS = [*KEY, "count", "ms", "ms_low", "ms_high", "speedup", "speedup_low", "speedup_high", "rounds", "gops", "gbs"]
 COLUMNS += ["intensity", "in_layers", "in_attention", "in_norms", "in_rest", "note", "others", "load"]
 COLUMNS += ["isa", "machine", "versions", "commit", "date"]
-BUSY = 0.1  # processors that others keep busy: from here on a row was timed under load
+BUSY = 0.1  # a row with a larger value of `others` was timed under load
 HALF = ("bf16", "bf16 compiled", "bf16 prepacked")
 
 
 def machine() -> str:
-    """This machine in a row: processor and cores."""
-    made = provenance()["machine"]
-    return f"{made['cpu']}, {made['cores']} cores"
+    """Return the column `machine` for this machine: its processor and number of cores."""
+    record = provenance()["machine"]
+    return f"{record['cpu']}, {record['cores']} cores"
 
 
 def slug(name: str, isa: str) -> str:
-    """A file's name for a machine's rows. Processors of one name can differ in what they compute with."""
+    """Return a file name for a machine; processors of one name can differ in their instruction set `isa`."""
     return re.sub("[^a-z0-9]+", "-", f"{name} {isa}".lower()).strip("-")
 
 
 def key(row: dict) -> tuple:
-    """What tells a row from the others of its machine."""
-    given = {"model": "", "layer": "", "batch": 0} | row
-    return tuple("" if given[name] is None else given[name] for name in KEY)
+    """Return the columns KEY of a row, which identify it among the rows of its machine."""
+    values = {"model": "", "layer": "", "batch": 0} | row
+    return tuple("" if values[name] is None else values[name] for name in KEY)
 
 
 def read(path: str | Path) -> pd.DataFrame:
-    """Rows of a machine. Raises ValueError, naming the file, for other columns than COLUMNS."""
-    frame = pd.read_csv(path, keep_default_na=False, na_values=["nan"])
+    """Read the rows of a machine. Raises ValueError, which names the file, for other columns than COLUMNS."""
+    frame = rendering.read_csv(path)
     if list(frame.columns) != COLUMNS:
         raise ValueError(f"{path}: columns are {', '.join(frame.columns)}; needed: {', '.join(COLUMNS)}")
     return frame
 
 
 def merge(old: pd.DataFrame | None, rows: list[dict]) -> pd.DataFrame:
-    """New rows in place of old ones of the same key; one that was not measured leaves a measured one alone.
+    """Replace old rows by new rows of the same key, except where the new row was not measured and the old one was.
 
-    A peak is what the machine allows at best: a lower one was measured while it was busy, and is left out.
+    A peak is the limit of the machine, so a new peak that is lower was measured under load and is left out.
     """
     new = pd.DataFrame(rows, columns=COLUMNS)
     for column in ("model", "layer", "note"):
@@ -73,12 +74,12 @@ def merge(old: pd.DataFrame | None, rows: list[dict]) -> pd.DataFrame:
 
 
 def left_out(row) -> bool:
-    """Whether a row says why something was not measured."""
+    """Return whether a row states a reason for a missing measurement."""
     return row["note"].startswith("not measured")
 
 
 def write(frame: pd.DataFrame, path: str | Path) -> None:
-    """Write a machine's rows, and beside them what people read (.md)."""
+    """Write the rows of a machine (.csv), and the same for readers in the same folder (.md)."""
     path = Path(path)
     with atomic(path) as file:
         frame.to_csv(file, index=False, na_rep="nan", float_format="%.5g")
@@ -86,7 +87,7 @@ def write(frame: pd.DataFrame, path: str | Path) -> None:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """What was measured on a machine, for people."""
+    """Return the measurements of a machine in Markdown: limits, steps, layers, and what is slow or missing."""
     first = frame.iloc[-1]
     blocks = [
         f"# Speed on {first['machine']}",
@@ -112,33 +113,31 @@ def markdown(frame: pd.DataFrame) -> str:
 
 def _peaks(measured):
     rows = []
-    for threads, of in measured[measured["part"] == "peak"].groupby("threads"):
-        found = of.set_index("kernel")
-        gops = [f"{found.loc[name, 'gops']:.0f}" if name in found.index else NONE for name in ("integer", "fp32")]
-        memory = f"{found.loc['memory', 'gbs']:.1f}" if "memory" in found.index else NONE
-        rows.append([str(threads), found.iloc[0]["isa"], *gops, memory])
+    for threads, of_threads in measured[measured["part"] == "peak"].groupby("threads"):
+        peaks = of_threads.set_index("kernel")
+        gops = [f"{peaks.loc[name, 'gops']:.0f}" if name in peaks.index else NONE for name in ("integer", "fp32")]
+        memory = f"{peaks.loc['memory', 'gbs']:.1f}" if "memory" in peaks.index else NONE
+        rows.append([str(threads), peaks.iloc[0]["isa"], *gops, memory])
     note = "On registers alone: the multiply-accumulates of the integer kernel, and those of fp32; a copy in memory."
     heads = ["threads", "", "integer GOP/s", "fp32 GFLOP/s", "memory GB/s"]
     return rows and f"{note}\n\n{Table(columns(*heads, texts=2), rows).markdown()}"
 
 
 def speedup(row) -> str:
-    """ "1.85 [1.80, 1.91]", with a star where it was timed under load."""
+    """Write a speedup with its quartiles, "1.85 [1.80, 1.91]"; a star says that it was timed under load."""
     star = "*" if row["others"] > BUSY else ""
     return f"{row['speedup']:.2f} [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]{star}"
 
 
 def _pivot(rows, names, labels):
-    """A table with a column for each contender: the milliseconds of fp32, and speedups of the others."""
+    """Return a table with the milliseconds of fp32 and the speedup of every other kernel, a column for each."""
     kernels = [name for name in dict.fromkeys(rows["kernel"]) if name != "fp32"]
     lines = []
-    for _, of in rows.groupby(names, sort=False):
-        found = {row["kernel"]: row for row in of.to_dict("records")}
-        if "fp32" not in found:
-            continue
-        texts = [str(found["fp32"][name]) for name in names]
-        texts.append(f"{found['fp32']['ms']:.4g}")
-        lines.append(texts + [speedup(found[name]) if name in found else NONE for name in kernels])
+    for _, group in rows.groupby(names, sort=False):
+        row_of = {row["kernel"]: row for row in group.to_dict("records")}
+        if fp32 := row_of.get("fp32"):
+            speedups = [speedup(row_of[name]) if name in row_of else NONE for name in kernels]
+            lines.append([*(str(fp32[name]) for name in names), f"{fp32['ms']:.4g}", *speedups])
     return Table(columns(*labels, "fp32 ms", *kernels, texts=2), lines).markdown()
 
 
@@ -166,30 +165,27 @@ def _layers(measured):
 
 
 def _slower(frame):
-    """Integer rows that take longer than the best in half precision, of steps and layers."""
+    """List the integer kernels that take longer than the best one in half precision, for steps and layers."""
     lines, compared = [], 0
-    for names, of in frame.groupby(["part", "model", "layer", "batch", "threads"], sort=False):
-        rows = {row["kernel"]: row for row in of.to_dict("records") if row["part"] != "peak" and row["ms"] > 0}
+    for names, group in frame.groupby(["part", "model", "layer", "batch", "threads"], sort=False):
+        rows = {row["kernel"]: row for row in group.to_dict("records") if row["part"] != "peak" and row["ms"] > 0}
         half = min((rows[name]["ms"] for name in HALF if name in rows), default=math.nan)
         compared += not math.isnan(half)
         for kernel, row in rows.items():
             if kernel.startswith("integer") and row["ms"] > half:
                 where = ", ".join(map(str, filter(None, names[1:3])))
-                lines.append(
-                    f"- {where}, batch {names[3]}, {names[4]} threads, {kernel}: {row['ms']:.4g} ms, {half:.4g} in bf16"
-                )
+                where += f", batch {names[3]}, {names[4]} threads, {kernel}"
+                lines.append(f"- {where}: {row['ms']:.4g} ms, {half:.4g} in bf16")
     if not compared:
         return "Half precision was not measured; why not stands below."
     return "\n".join(lines) or "Nothing."
 
 
 def _left_out(frame):
-    reasons = {}
+    reasons = defaultdict(Counter)  # reason -> rows of each kernel that it concerns
     for row in frame.to_dict("records"):
         if left_out(row):
-            what = f"{row['kernel']} ({row['part']}s)" if row["part"] != "peak" else f"peak of {row['kernel']}"
-            found = reasons.setdefault(str(row["note"]).removeprefix("not measured: "), {})
-            found[what] = found.get(what, 0) + 1
-    return "\n".join(
-        f"- {', '.join(f'{what}: {count}' for what, count in found.items())} — {why}" for why, found in reasons.items()
-    )
+            kernel = f"{row['kernel']} ({row['part']}s)" if row["part"] != "peak" else f"peak of {row['kernel']}"
+            reasons[str(row["note"]).removeprefix("not measured: ")][kernel] += 1
+    counts = {why: ", ".join(f"{name}: {count}" for name, count in kernels.items()) for why, kernels in reasons.items()}
+    return "\n".join(f"- {kernels} — {why}" for why, kernels in counts.items())

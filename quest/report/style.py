@@ -41,7 +41,7 @@ def error_bars(axes: Axes, at, points: pd.DataFrame, *, horizontal: bool = False
     """
     low = points["low"].clip(lower=points["value"] / 10) if floor else points["low"]
     error = [points["value"] - low, points["high"] - points["value"]]
-    style = {"ms": 4, "lw": 0, "elinewidth": 1.3, "capsize": 2} | style
+    style = {"ms": 4, "lw": 0, "ls": "none", "elinewidth": 1.3, "capsize": 2} | style
     if horizontal:
         axes.errorbar(points["value"], at, xerr=error, **style)
     else:

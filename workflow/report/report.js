@@ -1,5 +1,5 @@
 "use strict";
-// Tables sort by their heads and filter by menus and words. Without this script they are whole tables.
+// A click on a head sorts a table; menus and a text field filter its rows. Without this script tables show all rows.
 for (const table of document.querySelectorAll("table[data-sortable]")) {
   const heads = [...table.tHead.rows[0].cells];
   const body = table.tBodies[0];
@@ -10,7 +10,7 @@ for (const table of document.querySelectorAll("table[data-sortable]")) {
   };
   const compare = (column, direction) => (a, b) => {
     const [x, y] = [content(a, column), content(b, column)];
-    if (x === "" || y === "") return (x === "") - (y === ""); // what is missing comes last either way
+    if (x === "" || y === "") return (x === "") - (y === ""); // missing values come last in both directions
     const order = heads[column].dataset.kind === "number" ? x - y : x.localeCompare(y, "en", { numeric: true });
     return direction * order;
   };

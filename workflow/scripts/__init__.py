@@ -1,4 +1,4 @@
-"""One script for each rule. Signs that a terminal's encoding lacks are printed as escapes."""
+"""Each rule has a script here. Characters that the encoding of a terminal lacks are printed as escapes."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Table and figure of one model with one thing changed at a time. Imports no torch."""
+"""Write the table and the figure of ablations, where each row changes one setting. Imports no torch."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,9 @@ from quest.runtime import command_line
 
 def main() -> None:
     parser = command_line.parser(__doc__)
-    parser.add_argument("metrics", type=Path, nargs="*", help="metrics.json of every cell, its checkpoint beside it")
+    parser.add_argument(
+        "metrics", type=Path, nargs="*", help="metrics.json of every cell, in the folder of its checkpoint"
+    )
     parser.add_argument("--ablations", type=json.loads, required=True, help="`ablations` of the config, as JSON")
     parser.add_argument("--csv", type=Path, required=True, help="file to write")
     parser.add_argument("--markdown", type=Path, required=True, help="file to write")

@@ -1,4 +1,4 @@
-"""Distributions of the layers' inputs of one model: full precision, quantized before finetuning, and after it."""
+"""Measure the distributions of the layers' inputs: in full precision, and quantized before and after finetuning."""
 
 from pathlib import Path
 
@@ -27,20 +27,12 @@ def main() -> None:
     recipe |= {"tla_iterations": 0, "cma_iterations": 0}
     pipe = model.load()
     calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))
-    untuned = quest.quantize(
-        pipe,
-        "quest",
-        arguments.bits,
-        calibration=calibration,
-        **recipe,
-    )
+    untuned = quest.quantize(pipe, "quest", arguments.bits, calibration=calibration, **recipe)
     finetuned = quest.load(pipe, arguments.finetuned, kernel="reference")
     scale = spreads(pipe.unet, evaluation)
-    found = {
-        name: distributions(of.unet, evaluation, scale)
-        for name, of in (("full precision", pipe), ("before finetuning", untuned), ("after finetuning", finetuned))
-    }
-    content = {"model": arguments.model, "bits": arguments.bits, "edges": EDGES.tolist(), "denoisers": found}
+    pipes = {"full precision": pipe, "before finetuning": untuned, "after finetuning": finetuned}
+    denoisers = {name: distributions(one.unet, evaluation, scale) for name, one in pipes.items()}
+    content = {"model": arguments.model, "bits": arguments.bits, "edges": EDGES.tolist(), "denoisers": denoisers}
     write_json(arguments.output, content)
 
 

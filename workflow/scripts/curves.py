@@ -1,4 +1,4 @@
-"""Figures of a run from its tables: metrics against bits, errors and ranges against time. Imports no torch."""
+"""Draw figures of a run: metrics against bits, and errors and ranges against timesteps. Imports no torch."""
 
 from pathlib import Path
 
@@ -10,21 +10,16 @@ def main() -> None:
     parser.add_argument("--main", type=Path, required=True, help="main.csv")
     parser.add_argument("--eps-error", type=Path, required=True, help="eps_error.csv")
     parser.add_argument("--ranges", type=Path, nargs="+", required=True, help="{model}/ranges.csv of every model")
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="{metric}_vs_bits.png, eps_error_vs_timestep.png or activation_ranges_vs_timestep.png",
-    )
+    outputs = "{metric}_vs_bits.png, eps_error_vs_timestep.png or activation_ranges_vs_timestep.png"
+    parser.add_argument("-o", "--output", type=Path, nargs="+", required=True, help=outputs)
     arguments = parser.parse_args()
 
     import pandas as pd
 
     from quest.report import figures
+    from quest.report.rendering import read_csv
 
-    main_frame = pd.read_csv(arguments.main, keep_default_na=False, na_values=["nan"])
+    main_frame = read_csv(arguments.main)
     for output in arguments.output:
         if output.stem == "eps_error_vs_timestep":
             figures.eps_error_curves(pd.read_csv(arguments.eps_error), output)

@@ -1,4 +1,4 @@
-"""Put what a run settled of the open questions into docs/findings.md, between its markers."""
+"""Write a run's answers to open questions into docs/findings.md, between its markers."""
 
 from pathlib import Path
 

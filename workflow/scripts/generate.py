@@ -1,5 +1,5 @@
-"""Write what is made from the METHOD of each file in baselines/: the schema of recipes, the config of all methods, the
-table of rows in docs/protocols.md, and the bibliography. It stands between two lines that say so.
+"""Generate the parts of files that follow from the METHOD of each file in baselines/: the schema of recipes, the config
+of all methods, the table of rows in docs/protocols.md, and the bibliography. Two marker lines enclose each part.
 """
 
 import re
@@ -10,7 +10,7 @@ from quest.runtime import command_line
 
 ROOT = Path(__file__).parents[2]
 COMMAND = "python -m workflow.scripts.generate"
-MODELS = "[scenes-uncond, scenes-class, scenes-text]"  # of the config of all methods
+MODELS = "[scenes-uncond, scenes-class, scenes-text]"  # the models in the config of all methods
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
 
 
 def texts() -> dict[Path, str]:
-    """Each file with a generated part, and what should stand in it."""
+    """Return the text that each file with a generated part must have."""
     from baselines import METHODS
 
     methods = list(METHODS.values())
@@ -36,20 +36,20 @@ def texts() -> dict[Path, str]:
 
 
 def schema(methods) -> str:
-    """$defs of the schema: which methods quantize weights only, and the keywords of each."""
+    """Return the $defs of the schema: the methods that quantize weights only, and the keywords of each method."""
     from baselines import method
 
     weights_only = [row.name for row in methods if row.weights_only]
     lines = [f"  weights-only: {_flow({'enum': weights_only})}", "  methods:", "    type: object"]
     lines += ["    additionalProperties: false", "    properties:"]
-    known: dict[str, str] = {}
+    first_with: dict[str, str] = {}  # keywords -> the first method that has them; the others refer to it
     for row in methods:
-        found = {n: method.schema(p) for n, p in method.keywords(row.function).items()}
-        keywords = _wrapped([f"{name}: {_flow(value)}" for name, value in found.items()], " " * 8)
-        if keywords in known:
-            lines.append(f'      {row.name}: {{$ref: "#/$defs/methods/properties/{known[keywords]}"}}')
+        schemas = {name: method.schema(keyword) for name, keyword in method.keywords(row.function).items()}
+        keywords = _wrapped([f"{name}: {_flow(value)}" for name, value in schemas.items()], " " * 8)
+        if keywords in first_with:
+            lines.append(f'      {row.name}: {{$ref: "#/$defs/methods/properties/{first_with[keywords]}"}}')
             continue
-        known[keywords] = row.name
+        first_with[keywords] = row.name
         lines.append(f"      {row.name}: {{type: object, additionalProperties: false, properties: {{")
         lines += [keywords + "}}"] if keywords else []
         lines[-1] += "" if keywords else "}}"
@@ -57,7 +57,7 @@ def schema(methods) -> str:
 
 
 def grid(methods) -> str:
-    """Cells and recipes of the config of all methods: first those whose layers all have the bits of the row."""
+    """Return the cells and recipes of the config of all methods; methods that quantize every layer come first."""
     from quest.quantization.layer_names import KEEP
 
     cells: dict[tuple, list[str]] = {}
@@ -73,7 +73,7 @@ def grid(methods) -> str:
 
 
 def table(methods) -> str:
-    """The rows of the tables, in Markdown."""
+    """Return a Markdown table that describes the rows of result tables."""
     lines = ["| row | what it is |", "|---|---|"]
     for row in methods:
         paper = f" ([arXiv:{row.paper.arxiv}](https://arxiv.org/abs/{row.paper.arxiv}))" if row.paper else ""
@@ -82,21 +82,21 @@ def table(methods) -> str:
 
 
 def replaced(text: str, part: str) -> str:
-    """A text with `part` in place of what stands between its lines "begin: written by ..." and "end: ..."."""
+    """Replace the text between the lines "begin: written by ..." and "end: written by ..." by `part`."""
     lines = re.findall(r"[^\n]*\n|[^\n]+", text)
     begin, end = (next(i for i, line in enumerate(lines) if f"{mark}: written by" in line) for mark in ("begin", "end"))
     return "".join([*lines[: begin + 1], part, *lines[end:]])
 
 
 def _flow(value) -> str:
-    """YAML in one line."""
+    """Return a value as one line of YAML."""
     import yaml
 
     return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip()
 
 
 def _wrapped(items: list[str], indent: str) -> str:
-    """The items of a YAML list or mapping, broken into lines between items only."""
+    """Join the items of a YAML list or mapping, with line breaks between items only."""
     text = ", ".join(item.replace(" ", "\0") for item in items)
     return textwrap.fill(
         text, 110, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False

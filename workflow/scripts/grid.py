@@ -1,4 +1,4 @@
-"""Sample grid of one model at given bits: a row per method, the same seeds in each. Imports no torch."""
+"""Draw a sample grid of one model at one bit width: a row per method, the same seeds in each. Imports no torch."""
 
 from pathlib import Path
 

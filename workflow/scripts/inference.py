@@ -1,7 +1,7 @@
-"""What TAQuant costs at inference: a quantized call with its sets of scales against one with a single set, and bytes.
+"""Measure the cost of time groups (TAQuant) at inference: the time of a call with all groups and with one, and bytes.
 
-The single set is one time group's own, so that both compute the same in it and differ in looking their scales up only.
-Calls alternate; seconds are those of the processor, one thread.
+The single group is the one of the timed inputs, so both calls compute the same and differ only in the lookup of scales.
+The calls alternate; the times are processor seconds of one thread.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from quest.runtime import command_line
 def main() -> None:
     parser = command_line.parser(__doc__, "model", "evaluation", "file", "threads")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint with time groups")
-    parser.add_argument("--repeats", type=int, default=40, help="calls of each (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=40, help="number of calls of each kind (default %(default)s)")
     arguments = parser.parse_args()
 
     from functools import partial
@@ -41,11 +41,11 @@ def main() -> None:
         with torch.no_grad():
             same = torch.equal(many(**inputs).sample, one(**inputs).sample)
             for batch in (1, len(at)):
-                given = evaluation.inputs(at[:batch])
+                call = evaluation.inputs(at[:batch])
                 steps = {
-                    "time groups": partial(many, **given),
-                    "one group": partial(one, **given),
-                    "lookup": partial(look_up, many, given["timestep"]),
+                    "time groups": partial(many, **call),
+                    "one group": partial(one, **call),
+                    "lookup": partial(look_up, many, call["timestep"]),
                 }
                 repeats = arguments.repeats * (4 if batch == 1 else 1)
                 seconds = seconds_in_turns(steps, repeats)

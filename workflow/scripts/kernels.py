@@ -1,4 +1,4 @@
-"""How fast kernels are on this machine, by layer and by whole denoiser step, beside what else computes them here."""
+"""Measure how fast kernels are on this machine, by layer and by denoiser step, and compare them with alternatives."""
 
 from pathlib import Path
 
@@ -7,18 +7,13 @@ from quest.runtime import command_line
 
 def main() -> None:
     parser = command_line.parser(__doc__)
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        help="names in diffusion.models.MODELS (default: those that ship and two of the paper)",
-    )
+    models = "names in diffusion.models.MODELS (default: those that ship and two of the paper)"
+    parser.add_argument("--models", nargs="+", help=models)
     parser.add_argument("--threads", type=command_line.whole, nargs="+", default=[1, 2])
-    parser.add_argument(
-        "--budget", type=float, default=25, help="minutes; what they leave out is said, and comes first in the next run"
-    )
-    parser.add_argument(
-        "-o", "--output", type=Path, default="results/kernels", help="folder to write MACHINE.csv, .md and .png into"
-    )
+    budget = "minutes; the table lists the timings that did not fit, and the next run begins with them"
+    parser.add_argument("--budget", type=float, default=25, help=budget)
+    output = "folder to write MACHINE.csv, .md and .png into"
+    parser.add_argument("-o", "--output", type=Path, default="results/kernels", help=output)
     arguments = parser.parse_args()
 
     from quest import benchmark
@@ -46,14 +41,14 @@ def main() -> None:
 
 
 def describe(row: dict) -> str:
-    """A row of the log."""
-    what = ", ".join(filter(None, [row.get("model"), row.get("layer"), row["part"] if not row.get("layer") else ""]))
-    ran = f"batch {row['batch']}, {row['threads']} threads, {row['kernel']}"
+    """Return the line of the log for a row."""
+    name = ", ".join(filter(None, [row.get("model"), row.get("layer"), row["part"] if not row.get("layer") else ""]))
+    name += f", batch {row['batch']}, {row['threads']} threads, {row['kernel']}"
     if note := row.get("note"):
-        return f"{what}, {ran}: {note}"
+        return f"{name}: {note}"
     if row["part"] == "peak":
-        return f"{what}, {ran}: {row.get('gops') or row['gbs']:.4g}"
-    return f"{what}, {ran}: {row['ms']:.4g} ms, {row['speedup']:.2f} times fp32, others busy {row['others']}"
+        return f"{name}: {row.get('gops') or row['gbs']:.4g}"
+    return f"{name}: {row['ms']:.4g} ms, {row['speedup']:.2f} times fp32, others busy {row['others']}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Every metric beside the libraries' own function on the same random features: values, difference, CPU seconds.
+"""Compare every metric with the function of a library on the same random features: values, difference, CPU seconds.
 
-Random features of a spectrum that falls by six orders of magnitude, as Inception's does. Prints a Markdown table.
+The variances of the features fall by six orders of magnitude, as those of Inception do. It prints a Markdown table.
 """
 
 import os
@@ -14,9 +14,8 @@ def main() -> None:
     parser = command_line.parser(__doc__, "threads")
     parser.add_argument("-n", type=int, default=6000, help="images per set (default %(default)s)")
     parser.add_argument("-d", type=int, default=2048, help="feature dimensions (default %(default)s)")
-    parser.add_argument(
-        "--bootstrap", type=int, default=50_000, help="images of a timed resample (default %(default)s)"
-    )
+    bootstrap = "images of a timed resample (default %(default)s)"
+    parser.add_argument("--bootstrap", type=int, default=50_000, help=bootstrap)
     arguments = parser.parse_args()
 
     for library in ("OMP", "OPENBLAS", "MKL"):
@@ -43,21 +42,21 @@ def main() -> None:
     def features(n, shift):
         return ((rng.normal(size=(n, arguments.d)) + shift) * scales).astype(np.float32)
 
-    def timed(function, *given):
+    def timed(function, *values):
         start = time.process_time()
-        return function(*given), time.process_time() - start
+        return function(*values), time.process_time() - start
 
     print("| metric | against | ours | theirs | relative difference | ours [CPU s] | theirs [CPU s] |", flush=True)
     print("|---|---|---:|---:|---:|---:|---:|")
 
     def row(metric, against, ours, theirs, seconds, their_seconds):
         difference = abs(ours - theirs) / abs(theirs)
-        told = f"{ours:.8g} | {theirs:.8g} | {difference:.1e} | {seconds:.2f} | {their_seconds:.2f}"
-        print(f"| {metric} | {against} | {told} |", flush=True)
+        numbers = f"{ours:.8g} | {theirs:.8g} | {difference:.1e} | {seconds:.2f} | {their_seconds:.2f}"
+        print(f"| {metric} | {against} | {numbers} |", flush=True)
 
     samples, real = features(arguments.n, 0.1), features(arguments.n, 0)
     a, b = Statistics.from_features(samples), Statistics.from_features(real)
-    b.root  # noqa: B018, kept with the reference: made once for all cells
+    b.root  # noqa: B018, computed before the timing, because all cells share the root of the reference
     ours, seconds = timed(frechet_distance, a, b)
     of_torch = [torch.from_numpy(x) for x in (a.mean, a.cov, b.mean, b.cov)]
     of_fidelity = [{"mu": s.mean, "sigma": s.cov} for s in (a, b)]

@@ -1,4 +1,4 @@
-"""Measure one cell from its arrays. Imports no torch."""
+"""Compute all metrics of one cell from its arrays. Imports no torch."""
 
 from pathlib import Path
 
@@ -9,9 +9,11 @@ def main() -> None:
     parser = command_line.parser(__doc__, "model", "method", "bits", "file")
     parser.add_argument("--features", type=Path, nargs="+", required=True, help="features-*.npz of the cell")
     parser.add_argument("--samples", type=Path, nargs="+", required=True, help="samples-*.npz of the cell")
-    parser.add_argument("--fp-features", type=Path, nargs="+", required=True, help="the same of full precision")
-    parser.add_argument("--fp-samples", type=Path, nargs="+", required=True)
-    parser.add_argument("--reference", type=Path, nargs="?", help="statistics of real images, for FID and its kin")
+    parser.add_argument("--fp-features", type=Path, nargs="+", required=True, help="features-*.npz of full precision")
+    parser.add_argument("--fp-samples", type=Path, nargs="+", required=True, help="samples-*.npz of full precision")
+    parser.add_argument(
+        "--reference", type=Path, nargs="?", help="statistics of real images, for FID, sFID and precision"
+    )
     arguments = parser.parse_args()
 
     from quest.diffusion.models import MODELS

@@ -1,4 +1,4 @@
-"""The pipeline of one of the paper's models from its published weights: found or fetched, checked and converted."""
+"""Make the pipeline of one of the paper's models from its published weights, which are downloaded if necessary."""
 
 from pathlib import Path
 
@@ -7,12 +7,11 @@ from quest.runtime import command_line
 
 def main() -> None:
     parser = command_line.parser(__doc__, "model", "folder")
-    parser.add_argument(
-        "--checkpoint", type=Path, nargs="?", help="published weights; without it, fetched if they can be"
-    )
+    checkpoint = "published weights; without it, they are downloaded if an address is known"
+    parser.add_argument("--checkpoint", type=Path, nargs="?", help=checkpoint)
     parser.add_argument("--tokenizer", type=Path, nargs="?", help="folder of the CLIP tokenizer")
     parser.add_argument("--captions", type=Path, nargs="?", help="file with one caption per line")
-    parser.add_argument("--fetched", type=Path, required=True, help="folder for what is fetched")
+    parser.add_argument("--fetched", type=Path, required=True, help="folder for downloads")
     arguments = parser.parse_args()
 
     from quest.diffusion.models import get
@@ -24,22 +23,14 @@ def main() -> None:
         raise SystemExit(f"{model.name}: ships with the suite; nothing to prepare")
     if checkpoint is None:
         if origin.url is None:
-            raise SystemExit(
-                f"models.{model.name}.checkpoint: not in the config, and no address is known; name the path of "
-                f"{origin.what}"
-            )
+            known = f"models.{model.name}.checkpoint: not in the config, and no address is known"
+            raise SystemExit(f"{known}; name the path of {origin.what}")
         checkpoint = fetch(origin.url, arguments.fetched / Path(origin.url).name, origin.sha256)
 
     from quest.diffusion.published import prepare
 
     try:
-        prepare(
-            model,
-            checkpoint,
-            arguments.output,
-            tokenizer=arguments.tokenizer,
-            captions=arguments.captions,
-        )
+        prepare(model, checkpoint, arguments.output, tokenizer=arguments.tokenizer, captions=arguments.captions)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"{model.name}: {error}") from None
     print(f"{model.name}: {checkpoint} became {arguments.output}", flush=True)

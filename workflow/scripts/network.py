@@ -1,4 +1,4 @@
-"""A network of the metrics that does not ship: its weights found or fetched, and checked; writes where they lie."""
+"""Find or download the weights of a network of the metrics, check them, and write their path and hash to a file."""
 
 from quest.runtime import command_line
 
@@ -16,10 +16,9 @@ def main() -> None:
         path = weights.path(arguments.network)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{arguments.network}: {error}; QUEST_WEIGHTS names another folder") from None
+    content = dumps({"path": str(path), "sha256": weights.sha256(arguments.network)})
     with atomic(arguments.output) as file:
-        file.write_text(
-            dumps({"path": str(path), "sha256": weights.sha256(arguments.network)}) + "\n", encoding="utf-8"
-        )
+        file.write_text(content + "\n", encoding="utf-8")
     print(f"{arguments.network}: {path}")
 
 

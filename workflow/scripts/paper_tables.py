@@ -1,4 +1,4 @@
-"""The paper's tables by their numbers, from the cells that were measured. Imports no torch."""
+"""Write the tables of the paper, by number, from the measured cells. Imports no torch."""
 
 from quest.runtime import command_line
 

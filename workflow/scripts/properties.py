@@ -1,4 +1,4 @@
-"""Tables and figures of the three properties, from what was measured on each model. Imports no torch."""
+"""Write the tables and figures of the three properties from the measurements of each model. Imports no torch."""
 
 from pathlib import Path
 

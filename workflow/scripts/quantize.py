@@ -11,7 +11,7 @@ def main() -> None:
     parser = command_line.parser(__doc__, "model", "method", "bits", "calibration", "file", "threads", "device")
     parser.add_argument("--recipe", type=json.loads, default={}, help="the method's keyword arguments, as JSON")
     parser.add_argument("--init", type=Path, nargs="?", help="checkpoint to start from")
-    parser.add_argument("--floats", action="store_true", help="keep float weights: others are to start from them")
+    parser.add_argument("--floats", action="store_true", help="store float weights, from which other methods start")
     arguments = parser.parse_args()
 
     import torch

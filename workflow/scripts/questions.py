@@ -1,4 +1,4 @@
-"""Answer the ten questions from what a run has measured: a text, its tables and figures. Imports no torch."""
+"""Answer the ten questions from the results of a run, in a text with tables and figures. Imports no torch."""
 
 from pathlib import Path
 
@@ -20,22 +20,16 @@ def main() -> None:
     from quest.report import evidence, property_figures, questions
     from quest.report.rendering import write
 
-    found = evidence.read(
-        arguments.properties,
-        arguments.cells,
-        arguments.taylor,
-        arguments.tunings,
-        arguments.inference,
-        arguments.signals,
-    )
+    files = {name: path for name, path in vars(arguments).items() if name != "output"}
+    results = evidence.read(**files)
     for name in ("taylor", "tunings", "inference", "comparisons"):
-        write(arguments.output / f"{name}.csv", pd.DataFrame(getattr(evidence, f"{name}_rows")(found)))
-    folder, taylor = arguments.output / "figures", pd.DataFrame(evidence.taylor_rows(found))
-    title = f"{found.taylor['model']}, n = {taylor['n'].iloc[0]} trajectories"
+        write(arguments.output / f"{name}.csv", pd.DataFrame(getattr(evidence, f"{name}_rows")(results)))
+    folder, taylor = arguments.output / "figures", pd.DataFrame(evidence.taylor_rows(results))
+    title = f"{results.taylor['model']}, n = {taylor['n'].iloc[0]} trajectories"
     property_figures.taylor(taylor, folder / "taylor.png", title)
-    property_figures.signals(found.signals["signals"], found.signals["classes"], folder / "signals.png")
-    write(arguments.output / "questions.md", questions.document(found))
-    write(arguments.output / "findings.md", questions.findings(found))
+    property_figures.signals(results.signals["signals"], results.signals["classes"], folder / "signals.png")
+    write(arguments.output / "questions.md", questions.document(results))
+    write(arguments.output / "findings.md", questions.findings(results))
 
 
 if __name__ == "__main__":

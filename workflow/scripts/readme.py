@@ -1,6 +1,6 @@
-"""Put the results of a run into README.md and docs/results.md, between their markers, and its files into docs/assets.
+"""Write the results of a run into README.md and docs/results.md, between markers, and copy its files to docs/assets.
 
-The README gets the verdicts, a short table and one picture; docs/results.md gets every table and the other figures.
+The README shows the verdicts, a short table and one picture; docs/results.md shows every table and the other figures.
 """
 
 import shutil
@@ -17,11 +17,10 @@ def main() -> None:
     parser.add_argument("--table", type=Path, required=True, help="main.md")
     parser.add_argument("--main", type=Path, required=True, help="main.csv")
     parser.add_argument("--paired", type=Path, required=True, help="paired.csv")
-    parser.add_argument(
-        "--seeds", type=Path, help="seeds.csv; without it, verdicts speak of checkpoints, not of methods"
-    )
+    seeds = "seeds.csv; without it, verdicts speak of checkpoints, not of methods"
+    parser.add_argument("--seeds", type=Path, help=seeds)
     parser.add_argument("--figures", type=Path, nargs="+", required=True)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="docs/results.md lies beside it")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the folder docs is beside it")
     arguments = parser.parse_args()
 
     from quest.runtime.files import between
@@ -59,50 +58,47 @@ def main() -> None:
 
 
 def origin(file: Path) -> str:
-    """Where the numbers come from: every commit and machine that had a part in them."""
+    """Return a sentence that names every commit and every machine that produced the numbers."""
     import pandas as pd
 
     frame = pd.read_csv(file)[["commit", "machine"]].fillna("unknown")
-    # A row joins with " / " all that had a part in it, and rows share most of that.
-    made = {name: " / ".join(dict.fromkeys(" / ".join(column).split(" / "))) for name, column in frame.items()}
-    return f"Written by `snakemake readme`, from a run at commit {made['commit']} on {made['machine']}."
+    # A cell of these columns joins several values with " / ", and most rows have the same values.
+    values = {name: " / ".join(dict.fromkeys(" / ".join(column).split(" / "))) for name, column in frame.items()}
+    return f"Written by `snakemake readme`, from a run at commit {values['commit']} on {values['machine']}."
 
 
 def verdicts(main: Path, paired: Path, seeds: Path | None) -> str:
-    """What the last method is better in, worse in, and what cannot be told, at the fewest bits.
+    """Return the verdicts on the last method at the fewest bits, as a list in Markdown.
 
-    With a table over quantization seeds the sentences speak of methods, without one of the checkpoints of this run.
+    With `seeds` the sentences speak about methods, without it about the checkpoints of this run.
     """
     import pandas as pd
 
+    from quest.report.rendering import read_csv
     from quest.report.verdicts import seed_sentences, verdict_sentences
 
-    frame = pd.read_csv(seeds, keep_default_na=False, na_values=["nan"]) if seeds else None
+    frame = read_csv(seeds) if seeds else None
     if frame is not None and (frame["versus"] != "").any():
-        found = seed_sentences(frame)[0]
-        head = (
-            f"over quantization seeds {frame['seeds'].iloc[0]}, the methods as configured here (n = {frame['n'].max()})"
-        )
+        verdict, n = seed_sentences(frame)[0], frame["n"].max()
+        head = f"over quantization seeds {frame['seeds'].iloc[0]}, the methods as configured here (n = {n})"
         caveat = "Intervals hold the spread over images and over seeds"
     else:
-        found = verdict_sentences(pd.read_csv(paired), pd.read_csv(main)["method"].iloc[-1])[0]
+        verdict = verdict_sentences(pd.read_csv(paired), pd.read_csv(main)["method"].iloc[-1])[0]
         head = "the checkpoints of this run, of one calibration draw and one quantization seed"
         caveat = "Intervals hold the spread over images alone, so these are verdicts on checkpoints, not on methods"
-    lines = [f"- {sentence['text']}" for sentence in found["sentences"]]
+    lines = [f"- {sentence['text']}" for sentence in verdict["sentences"]]
     caveat += '; nothing is corrected for the number of comparisons, and "not told apart" does not mean equal.'
-    return "\n".join([f"At {found['bits'].upper()}, {head}:", "", *lines, "", caveat])
+    return "\n".join([f"At {verdict['bits'].upper()}, {head}:", "", *lines, "", caveat])
 
 
 def short_table(main: Path, paired: Path) -> str:
-    """Every model at its fewest bits, in the metrics of HEADLINE that all models have."""
-    import pandas as pd
-
+    """Return a Markdown table of every model at its fewest bits, with the metrics of HEADLINE that all models have."""
     from quest.metrics import METRICS
-    from quest.report.rendering import Column, Table, columns, number
+    from quest.report.rendering import Column, Table, columns, number, read_csv
     from quest.report.tables import best_values, column_label, metric_cells
     from quest.report.verdicts import HEADLINE
 
-    frame, pairs = pd.read_csv(main, keep_default_na=False, na_values=["nan"]), pd.read_csv(paired)
+    frame, pairs = read_csv(main), read_csv(paired)
     models = frame.groupby("model", sort=False)
     names = [name for name in HEADLINE if all(name in set(of_model["metric"]) for _, of_model in models)]
     measured = [Column(column_label(name, frame), direction=METRICS[name].better) for name in names]
@@ -124,7 +120,7 @@ def short_table(main: Path, paired: Path) -> str:
 
 
 def paired_table(file: Path) -> str:
-    """The last method against every other at the last bits of each model, in what sees most with few images."""
+    """Return a Markdown table that compares the last method with every other one at the last bits of each model."""
     import pandas as pd
 
     from quest.metrics import METRICS
@@ -140,9 +136,9 @@ def paired_table(file: Path) -> str:
     for names, rows in frame.groupby(["model", "bits", "method", "versus"], sort=False):
         cells = []
         for row in (rows[rows["metric"] == name].iloc[0] for name in shown):
-            found = outcome(row["better"], row["method"])
-            cell = interval(row["difference"], row["low"], row["high"], "best" if found == "better" else "")
-            cells.append(Cell(row["better"]) if found.endswith("diverged") else cell)
+            verdict = outcome(row["better"], row["method"])
+            cell = interval(row["difference"], row["low"], row["high"], "best" if verdict == "better" else "")
+            cells.append(Cell(row["better"]) if verdict.endswith("diverged") else cell)
         lines.append([*names, *cells])
     footer = (
         "Difference, method minus versus, with half of its paired 95 % interval over images; bold: the checkpoint of "

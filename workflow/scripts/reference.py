@@ -1,8 +1,7 @@
-"""Statistics of real images for FID, sFID and precision, from a folder of images or an .npz, with their provenance.
+"""Compute statistics of real images for FID, sFID and precision, from a folder of images or an .npz.
 
-SOURCE is a folder (searched through, files in the order of their paths), an .npz with uint8 images `arr_0`
-[N, H, W, 3], or one that the guided-diffusion evaluator publishes: its `mu`, `sigma`, `mu_s`, `sigma_s` are taken as
-they are then.
+SOURCE is a folder (with its subfolders, in the order of paths), an .npz with uint8 images `arr_0` [N, H, W, 3], or an
+.npz of the guided-diffusion evaluator, whose `mu`, `sigma`, `mu_s` and `sigma_s` are copied.
 """
 
 from pathlib import Path

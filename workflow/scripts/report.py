@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that opens offline. What other rules made is in it where it is there."""
+"""Write the report of a run: one HTML file that opens offline. It includes the results of other rules that exist."""
 
 from pathlib import Path
 
@@ -17,19 +17,13 @@ def main() -> None:
 
     from quest.report.page import write
 
-    write(
-        arguments.run,
-        arguments.output,
-        TEMPLATE,
-        kernels=arguments.kernels,
-        methods=descriptions(),
-        references=REFERENCES,
-    )
+    details = {"kernels": arguments.kernels, "methods": descriptions(), "references": REFERENCES}
+    write(arguments.run, arguments.output, TEMPLATE, **details)
     print(f"{arguments.output}: {arguments.output.stat().st_size / 1e6:.1f} MB")
 
 
 def descriptions() -> dict[str, str]:
-    """What each row of METHODS is, the paper it comes from, and the keywords it fixes."""
+    """Return the description of each method in METHODS: what it does, its paper, and the keywords it fixes."""
     from baselines import METHODS
 
     return {name: method.description for name, method in METHODS.items()}

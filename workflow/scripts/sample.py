@@ -1,4 +1,4 @@
-"""Images of one cell, their features and, if quantized, noise-prediction errors on held-out trajectories."""
+"""Sample the images of one cell and their features; a quantized cell also gets its noise-prediction errors."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ from quest.runtime import command_line
 def main() -> None:
     parser = command_line.parser(__doc__, "model", "evaluation", "threads", "device")
     parser.add_argument("--checkpoint", type=Path, nargs="?", help="quantized denoiser; without it, full precision")
-    parser.add_argument("-n", type=int, required=True, help="images of the whole cell")
+    parser.add_argument("-n", type=int, required=True, help="number of images of the whole cell")
     parser.add_argument("--shard", default="0/1", help="K/N: the K-th of N parts, from 0")
     parser.add_argument("--samples", type=Path, required=True, help="file to write: index, images, latents")
     parser.add_argument("--features", type=Path, required=True, help="file to write: index, features of the images")
@@ -85,7 +85,7 @@ def main() -> None:
         errors, timesteps = eps_error(pipe, evaluation)
         features |= {"eps_error": errors.cpu().numpy(), "timesteps": np.array(timesteps)}
 
-    # One denoiser call on a whole batch: its samples, twice as many under guidance.
+    # The number of rows of one denoiser call on a whole batch; guidance doubles it.
     rows = model.batch_size * (2 if model.guidance > 1 else 1)
     footprint |= {"latency_ms": 1e3 * statistics.median(calls), "batch": rows, "threads": arguments.threads}
     seeds = {"split": "evaluation", "first": SEEDS["evaluation"], "n": arguments.n, "shard": arguments.shard}

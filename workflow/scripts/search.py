@@ -1,6 +1,6 @@
-"""Try recipes of one method on held-out trajectories: how the presets were chosen (results/LOG.md has the outcome).
+"""Compare recipes of one method on held-out trajectories. The presets were chosen with it, see results/LOG.md.
 
-The trajectories are those of the validation seeds, which nothing else uses. Prints one row per recipe, best last.
+The trajectories are those of the validation seeds, which nothing else uses. It prints a row per recipe, the best last.
 """
 
 import json
@@ -13,7 +13,7 @@ from quest.runtime import command_line
 def main() -> None:
     parser = command_line.parser(__doc__, "model", "method", "bits", "calibration", "threads")
     parser.add_argument("recipes", type=json.loads, help='JSON list of keyword arguments, e.g. [{}, {"samples": 64}]')
-    parser.add_argument("--validation", type=Path, required=True, help="made here where it is missing")
+    parser.add_argument("--validation", type=Path, required=True, help="validation trajectories; sampled if missing")
     parser.add_argument("-n", type=int, default=16, help="validation trajectories (default %(default)s)")
     arguments = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Table of the methods that were quantized with several seeds, named NAME@SEED. Imports no torch."""
+"""Write the table of methods that were quantized with several seeds and are named NAME@SEED. Imports no torch."""
 
 from quest.runtime import command_line
 

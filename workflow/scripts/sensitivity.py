@@ -1,12 +1,11 @@
-"""Noise-prediction error of one model with one class of layers at a time at few bits, the rest in float."""
+"""Measure the noise-prediction error of one model with one class of layers at few bits and the rest in float."""
 
 from quest.runtime import command_line
 
 
 def main() -> None:
-    arguments = command_line.parser(
-        __doc__, "model", "bits", "calibration", "evaluation", "file", "threads"
-    ).parse_args()
+    shared = ("model", "bits", "calibration", "evaluation", "file", "threads")
+    arguments = command_line.parser(__doc__, *shared).parse_args()
 
     import torch
 

@@ -1,4 +1,4 @@
-"""Quantize the denoiser of one-dimensional signals with several methods, and set them beside full precision."""
+"""Quantize the denoiser of one-dimensional signals with several methods, and compare them with full precision."""
 
 import time
 from pathlib import Path
@@ -10,7 +10,7 @@ METHODS = ("rtn-mse", "q-diffusion", "quest")
 
 def main() -> None:
     parser = command_line.parser(__doc__, "bits", "file", "threads")
-    parser.add_argument("--weights", type=Path, required=True, help="what quest.zoo.train_signals wrote")
+    parser.add_argument("--weights", type=Path, required=True, help="weights that quest.zoo.train_signals wrote")
     parser.add_argument("-n", type=int, default=200, help="signals to draw with each method (default %(default)s)")
     arguments = parser.parse_args()
 
@@ -33,11 +33,11 @@ def main() -> None:
     pipe = model.load()
     calibration, evaluation = collect(pipe, model, "calibration", 50), collect(pipe, model, "evaluation", 16)
 
-    def sampled(of):
-        return np.concatenate([latents.numpy() for _, latents, _ in generate(of, model, "evaluation", arguments.n)])
+    def sample(one):
+        return np.concatenate([latents.numpy() for _, latents, _ in generate(one, model, "evaluation", arguments.n)])
 
-    exact = sampled(pipe)
-    found, shown = {}, {"full precision": exact[: len(signals.CLASSES), 0, 0].tolist()}
+    exact = sample(pipe)
+    results, examples = {}, {"full precision": exact[: len(signals.CLASSES), 0, 0].tolist()}
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder, "adaround.safetensors")
         began = time.perf_counter()
@@ -50,17 +50,17 @@ def main() -> None:
             recipe = {} if method == "rtn-mse" else {"init": str(start)}
             student = quest.quantize(pipe, method, arguments.bits, calibration=calibration, **recipe)
             seconds = time.perf_counter() - began + (rounding if recipe else 0)
-            drawn = sampled(student)
-            found[method] = {
+            samples = sample(student)
+            results[method] = {
                 "eps_error": eps_error(student, evaluation)[0].mean(1).tolist(),
-                "latent_mse": latent_mse(drawn, exact).tolist(),
+                "latent_mse": latent_mse(samples, exact).tolist(),
                 "seconds": round(seconds, 1),
             }
-            shown[method] = drawn[: len(signals.CLASSES), 0, 0].tolist()
-            print(method, {k: round(float(np.mean(v)), 4) for k, v in found[method].items()}, flush=True)
+            examples[method] = samples[: len(signals.CLASSES), 0, 0].tolist()
+            print(method, {k: round(float(np.mean(v)), 4) for k, v in results[method].items()}, flush=True)
     real = signals.draw("evaluation", len(signals.CLASSES)).values.tolist()
-    content = {"bits": arguments.bits, "n": arguments.n, "methods": found, "classes": list(signals.CLASSES)}
-    write_json(arguments.output, content | {"signals": {"data": real} | shown})
+    content = {"bits": arguments.bits, "n": arguments.n, "methods": results, "classes": list(signals.CLASSES)}
+    write_json(arguments.output, content | {"signals": {"data": real} | examples})
 
 
 if __name__ == "__main__":

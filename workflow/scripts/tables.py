@@ -1,4 +1,4 @@
-"""Tables of a run from the metrics of its cells, in their order. Imports no torch."""
+"""Write the tables of a run from the metrics of its cells, in the order of the cells. Imports no torch."""
 
 from quest.runtime import command_line
 

@@ -1,4 +1,4 @@
-"""What Taylor steps from full precision to a quantized denoiser leave over, from 8 bits down to 2."""
+"""Measure the remainder of Taylor steps from full precision to a quantized denoiser, from 8 bits down to 2."""
 
 from quest.runtime import command_line
 

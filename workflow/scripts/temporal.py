@@ -1,6 +1,7 @@
-"""What quantizing the time-embedding path of one model does, and what quantizing everything but it (and the ends).
+"""Measure the effect of quantizing the time-embedding path of one model, and of everything but it and the ends.
 
-Static ranges, and one range for each timestep; with a finetuned checkpoint, also what its embeddings are."""
+Activation ranges are static, or there is one for each timestep. It also measures the embeddings of QuEST's checkpoint.
+"""
 
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def main() -> None:
     pipe = model.load()
     calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))
     exact = embeddings(pipe.unet, evaluation)
-    found = parts(pipe.unet)
-    rest = [name for layer_class, names in found.items() if layer_class not in (PATH, ENDS) for name in names]
+    layers = parts(pipe.unet)  # class of layers -> names
+    rest = [name for layer_class, names in layers.items() if layer_class not in (PATH, ENDS) for name in names]
     errors, distances = [], []
 
     def measure(ranges, student):
@@ -38,7 +39,7 @@ def main() -> None:
             distances.append({"ranges": ranges, "what": name, "values": value.tolist()})
 
     for ranges, time_groups in zip(RANGE_KINDS, (1, len(calibration.timesteps)), strict=True):
-        for quantized, names in ((PATH, found[PATH]), (f"all but {PATH}", rest), ("all", found[PATH] + rest)):
+        for quantized, names in ((PATH, layers[PATH]), (f"all but {PATH}", rest), ("all", layers[PATH] + rest)):
             student = lowered(pipe, calibration, names, *bits, time_groups=time_groups)
             error, _ = eps_error(student, evaluation)
             errors.append({"quantized": quantized, "ranges": ranges, "errors": error.mean(1).tolist()})

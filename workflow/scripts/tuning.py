@@ -1,8 +1,8 @@
-"""Finetune one model by one recipe of QuEST on one kind of data, and judge it on held-out trajectories and scenes.
+"""Finetune one model by one recipe of QuEST on one kind of data, and measure it on held-out trajectories and scenes.
 
-Data: the full-precision model's own trajectories; real scenes, noised, with the full-precision model's answers as
-targets; or the same with the noise itself. Errors are of the noise prediction, on every trajectory or scene: against
-full precision along its trajectories, and against the true noise on scenes that nothing was trained on.
+The data are trajectories of the full-precision model, or noised real scenes. With scenes, the targets are the
+predictions of the full-precision model (`scenes`) or the true noise (`noise`). The errors of the noise prediction are
+measured on every trajectory against full precision, and on every held-out scene against the true noise.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from quest.runtime import command_line
 
-SCENES = 64  # held out
+SCENES = 64  # number of held-out scenes
 
 
 def main() -> None:
@@ -46,22 +46,16 @@ def main() -> None:
                 calibration.target = torch.cat([pipe.unet(**calibration.inputs(r)).sample for r in rows])
     held_out = noised(pipe, model, "validation", SCENES, seed=1)
     start = time.perf_counter()
-    student = quest.quantize(
-        pipe,
-        "quest",
-        arguments.bits,
-        calibration=calibration,
-        **recipe,
-    )
+    student = quest.quantize(pipe, "quest", arguments.bits, calibration=calibration, **recipe)
     seconds = round(time.perf_counter() - start, 1)
-    found = {
+    errors = {
         "to_full_precision": eps_error(student, evaluation)[0].mean(1).tolist(),
         "to_noise": eps_error(student, held_out)[0].mean(1).tolist(),
         "full_precision_to_noise": eps_error(pipe, held_out)[0].mean(1).tolist(),
     }
-    print({name: round(sum(values) / len(values), 5) for name, values in found.items()}, f"{seconds} s", flush=True)
-    about = {"model": arguments.model, "bits": arguments.bits, "recipe": arguments.recipe, "data": arguments.data}
-    write_json(arguments.output, about | found | {"seconds": seconds})
+    print({name: round(sum(values) / len(values), 5) for name, values in errors.items()}, f"{seconds} s", flush=True)
+    names = {"model": arguments.model, "bits": arguments.bits, "recipe": arguments.recipe, "data": arguments.data}
+    write_json(arguments.output, names | errors | {"seconds": seconds})
 
 
 if __name__ == "__main__":
