@@ -12,8 +12,8 @@ def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration, **recipe)
         recipe: the method's hyperparameters, by keyword; see its file in baselines/.
 
     Raises:
-        ValueError: the method is unknown, the bits are malformed, a hyperparameter is out of bounds, or the pipeline is
-            already quantized or in half precision.
+        ValueError: the method is unknown, the bits are malformed, a hyperparameter is out of bounds, the pipeline
+            cannot be quantized (`quest.quantization.guards.check`), or the calibration set has another noise schedule.
         TypeError: the method does not have a hyperparameter.
     """
     import inspect
@@ -21,7 +21,7 @@ def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration, **recipe)
     from baselines import METHODS
     from baselines.method import check
     from quest.config import parse_bits
-    from quest.quantization import cost
+    from quest.quantization import cost, guards
     from quest.quantization.layers import freeze
 
     if not callable(method) and method not in METHODS:
@@ -29,6 +29,8 @@ def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration, **recipe)
     function = method if callable(method) else METHODS[method].quantize
     w, a = parse_bits(bits)
     check(function, recipe)
+    guards.check(pipe)
+    guards.check_calibration(pipe, calibration)
     new = function(pipe, calibration, w, a, **recipe)
     if new is not pipe:
         freeze(new.unet)

@@ -12,7 +12,7 @@ Trajectories start from Gaussian noise, so no image is needed (QuEST, arXiv:2402
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,12 +28,16 @@ if TYPE_CHECKING:
     from quest.diffusion.models import Model
 
 
+TENSORS = ("sample", "timestep", "target", "trajectory", "call")
+
+
 @dataclass
 class CalibrationSet:
     """N rows in the order in which the denoiser computed them, trajectory by trajectory within a call.
 
     sample [N, C, h, w], timestep [N] (int64), conditioning {argument: [N, ...]}, target [N, C, h, w] (the prediction of
     full precision), trajectory [N] (image index), call [N] (0 for the noisiest; a sampler may visit a timestep twice).
+    scheduler: the noise schedule it was sampled with (`samplers.trained_on`), None where that is not known.
     """
 
     sample: Tensor
@@ -42,6 +46,7 @@ class CalibrationSet:
     trajectory: Tensor
     call: Tensor
     conditioning: dict[str, Tensor] = field(default_factory=dict)
+    scheduler: dict | None = None
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -59,8 +64,9 @@ class CalibrationSet:
 
     def subset(self, rows: Tensor) -> CalibrationSet:
         """These rows, in this order; a row may occur more than once."""
-        tensors = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "conditioning"}
-        return CalibrationSet(**tensors, conditioning={k: v[rows] for k, v in self.conditioning.items()})
+        tensors = {name: getattr(self, name)[rows] for name in TENSORS}
+        conditioning = {k: v[rows] for k, v in self.conditioning.items()}
+        return CalibrationSet(**tensors, conditioning=conditioning, scheduler=self.scheduler)
 
     def calls(self) -> Tensor:
         """Row indices of each sampler call, [calls * trajectories, halves], call by call.
@@ -76,15 +82,17 @@ class CalibrationSet:
 
     def to(self, device) -> CalibrationSet:
         """The same rows on another device, since inputs must be on the device of the denoiser."""
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "conditioning"}
-        return CalibrationSet(**tensors, conditioning={k: v.to(device) for k, v in self.conditioning.items()})
+        tensors = {name: getattr(self, name).to(device) for name in TENSORS}
+        conditioning = {k: v.to(device) for k, v in self.conditioning.items()}
+        return CalibrationSet(**tensors, conditioning=conditioning, scheduler=self.scheduler)
 
     def save(self, path, metadata: dict | None = None) -> None:
         """Write a safetensors file whose header has `metadata` and the hash of every tensor, atomically."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "conditioning"}
+        tensors = {name: getattr(self, name) for name in TENSORS}
         tensors |= {f"conditioning.{k}": v for k, v in self.conditioning.items()}
         tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
-        header = (metadata or {}) | {"hashes": {k: tensor_hash(v) for k, v in tensors.items()}}
+        hashes = {k: tensor_hash(v) for k, v in tensors.items()}
+        header = (metadata or {}) | {"scheduler": self.scheduler, "hashes": hashes}
         with atomic(path) as tmp:
             save_file(tensors, tmp, {"quest": dumps(header)})
 
@@ -99,13 +107,16 @@ class CalibrationSet:
             hashes = header.get("hashes", {}) if isinstance(header, dict) else None
             if not isinstance(hashes, dict):
                 raise ValueError(f"{path} is corrupted: its header has no hashes by tensor; make it again")
+            scheduler = header.get("scheduler")
+            if not isinstance(scheduler, dict | None):
+                raise ValueError(f"{path} is corrupted: its header names no scheduler by its settings; make it again")
             tensors = {k: f.get_tensor(k) for k in f.keys()}
         changed = [k for k in hashes if k not in tensors or tensor_hash(tensors[k]) != hashes[k]]
         if changed:
             raise ValueError(
                 f"{path} is corrupted: its tensor {one_line(changed[0])} is not what was saved; make it again"
             )
-        missing = {f.name for f in fields(cls)} - {"conditioning"} - set(tensors)
+        missing = set(TENSORS) - set(tensors)
         if missing:
             raise ValueError(f"{path} is not a calibration set: it lacks {', '.join(sorted(missing))}")
         n = tensors["sample"].shape[:1]
@@ -121,7 +132,7 @@ class CalibrationSet:
             raise ValueError(f"{path}: predictions {tuple(tensors['target'].shape)} are not of the shape of the inputs")
         prefix = "conditioning."
         conditioning = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
-        return cls(**tensors, conditioning=conditioning)
+        return cls(**tensors, conditioning=conditioning, scheduler=scheduler)
 
 
 def guide(predictions: Tensor, guidance: float | None) -> Tensor:
@@ -145,6 +156,7 @@ def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int, draw: int
 
     draw: 0 for images 0 to n - 1; each further draw uses the next images, beginning at a whole batch.
     """
+    from quest.diffusion.samplers import trained_on
     from quest.diffusion.sampling import generate  # imported here, so that the class alone imports no pipelines
 
     first = draw * math.ceil(n / model.batch_size) * model.batch_size
@@ -172,7 +184,6 @@ def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int, draw: int
     finally:
         handle.remove()
     tensors = {k: torch.cat(v) for k, v in kept.items()}
-    names = [f.name for f in fields(CalibrationSet) if f.name != "conditioning"]
-    columns = {k: tensors.pop(k) for k in names}
+    columns = {k: tensors.pop(k) for k in TENSORS}
     columns["timestep"] = columns["timestep"].long()
-    return CalibrationSet(**columns, conditioning=tensors)
+    return CalibrationSet(**columns, conditioning=tensors, scheduler=trained_on(pipe.scheduler))

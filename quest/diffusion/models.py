@@ -5,6 +5,7 @@ The models in `resources/zoo` ship with the suite. The paper's are made from pub
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -76,6 +77,17 @@ class Model:
         """Samples per image in a denoiser call: 2 under guidance (without and with the condition), otherwise 1."""
         return 2 if self.guidance > 1 else 1
 
+    def __post_init__(self):
+        """Raises ValueError for a protocol that no sampler follows."""
+        for name in ("steps", "batch_size", "time_groups", "trajectories"):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"{self.name}: {name}: {count!r} is not a whole number from 1 on")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"{self.name}: eta: {self.eta} is outside [0, 1]")
+        if not 1 <= self.guidance < math.inf:
+            raise ValueError(f"{self.name}: guidance: {self.guidance} is below 1 (none), or not finite")
+
     @property
     def protocol(self) -> str:
         """How images are sampled, in one line, e.g. "ddim 20, eta 0, guidance 3"."""
@@ -111,6 +123,9 @@ class Model:
         if len(values) < stop - start:
             what = {"class": "labels", "text": "captions"}[self.conditioning]
             raise ValueError(f"{self.name}: split {split!r} has fewer than {stop} {what}; ask for fewer images")
+        empty = [start + i for i, value in enumerate(values) if self.conditioning == "text" and not str(value).strip()]
+        if empty:
+            raise ValueError(f"{self.name}: split {split!r} has an empty caption, of image {empty[0]}")
         key, kind = {"class": ("class_labels", int), "text": ("prompt", str)}[self.conditioning]
         return {key: [kind(values[index - start]) for index in indices]}
 
@@ -152,8 +167,11 @@ def load_pipeline(folder: Path, device="cpu") -> DiffusionPipeline:
     # A safety checker would black out images, and more of them with one method than with another.
     unchecked = {"safety_checker": None, "requires_safety_checker": False} if "Stable" in kind else {}
     pipe = kinds[kind].from_pretrained(folder, **unchecked)
-    for module in pipe.components.values():
+    for part, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
+            missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+            if missing:
+                raise ValueError(f"{folder / part}: its weights lack {missing[0]}, which its config.json asks for")
             # A text encoder loads in float16, as it is stored. On a CPU, convolutions are 1.5 times as fast with
             # channels innermost, a layout that passes from a layer's weight to its output.
             module.float().eval().to(memory_format=torch.channels_last)

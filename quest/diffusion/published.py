@@ -7,7 +7,9 @@ import hashlib
 from pathlib import Path
 
 from quest.diffusion import captions as caption_files
-from quest.diffusion.compvis import load
+from quest.diffusion import compvis, samplers
+from quest.diffusion.compvis import load, networks
+from quest.diffusion.compvis.configuration import parameters
 from quest.diffusion.models import CAPTION_LINES, ZOO, Model, load_pipeline
 from quest.diffusion.pipelines import LatentDiffusionPipeline, forget_origin
 from quest.diffusion.random_checkpoints import COMPVIS
@@ -76,8 +78,6 @@ def denoiser(model: Model, device="meta"):
     import diffusers
     import torch
 
-    from quest.diffusion.compvis import networks
-
     if model.origin is None:
         config = read_json(ZOO / model.name / "unet" / "config.json")
         kind = getattr(diffusers, config["_class_name"])
@@ -98,6 +98,7 @@ def convert(model: Model, checkpoint: Path, tokenizer=None):
             raise ValueError(f"{checkpoint}: a folder without model_index.json; valid: {model.origin.what}")
         pipe = load_pipeline(checkpoint)
         _same_denoiser(pipe, model, checkpoint)
+        _same_protocol(pipe, model, checkpoint)
         return pipe
     return load(checkpoint, COMPVIS / f"{model.origin.compvis}.yaml", tokenizer)
 
@@ -131,7 +132,8 @@ def _weights(folder: Path) -> list[Path]:
 
 def _pixels(folder: Path) -> LatentDiffusionPipeline:
     """Load DDPM's U-Net from a pipeline's or a model's folder in diffusers layout; add DDIM's schedule for CIFAR-10."""
-    from diffusers import UNet2DModel
+    import diffusers
+    from diffusers import DDPMScheduler, UNet2DModel
 
     place = folder / "unet" if (folder / "unet").is_dir() else folder
     if not (place / "config.json").is_file() or not _weights(folder):
@@ -142,7 +144,17 @@ def _pixels(folder: Path) -> LatentDiffusionPipeline:
     unet = UNet2DModel.from_pretrained(place).float().eval()
     if (unet.config.in_channels, unet.config.sample_size) != (3, 32):
         raise ValueError(f"{folder}: a U-Net for {unet.config.sample_size} pixels, not for CIFAR-10's 32")
+    if unet.config.out_channels != 3 or unet.config.num_class_embeds:
+        raise ValueError(f"{folder}: a U-Net with {unet.config.out_channels} outputs or with classes, not CIFAR-10's")
     scheduler = QuadraticDDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    file = folder / "scheduler" / "scheduler_config.json"
+    if file.is_file():  # its own sampler is DDPM's; what the model was trained on must be the same
+        kind = getattr(diffusers, read_json(file)["_class_name"], DDPMScheduler)
+        differ = samplers.differences(
+            samplers.trained_on(kind.from_pretrained(file.parent)), samplers.trained_on(scheduler)
+        )
+        if differ:
+            raise ValueError(f"{file}: {'; '.join(differ)}, as DDPM's for CIFAR-10")
     return LatentDiffusionPipeline(unet, None, scheduler)
 
 
@@ -157,6 +169,38 @@ def _same_denoiser(pipe, model: Model, checkpoint) -> None:
             f"{checkpoint}: its denoiser is not that of {model.name}: {len(differ)} parameters differ, the first "
             f"{differ[0]} ({actual.get(differ[0], 'missing')}, expected {expected.get(differ[0], 'none')})"
         )
+
+
+def _same_protocol(pipe, model: Model, checkpoint) -> None:
+    """Raise ValueError where a pipeline's sampler, denoiser or autoencoder is not set up as the protocol says.
+
+    Weights do not show a prediction type, a noise schedule, the number of heads or the scale of latents; rows would say
+    one thing and hold another.
+    """
+    file = COMPVIS / f"{model.origin.compvis}.yaml"
+    wanted, params = compvis.scheduler(file), parameters(file)
+    own = type(pipe.scheduler)
+    if own is not type(wanted):
+        raise ValueError(f"{checkpoint}: its scheduler is a {own.__name__}, the protocol's a {type(wanted).__name__}")
+    scaled = params.get("scale_by_std", False)  # then only the weights' own file says by how much
+    first = networks.autoencoder(
+        file, "meta", pipe.vae.config.scaling_factor if scaled else params.get("scale_factor", 1)
+    )
+    parts = {"scheduler": (pipe.scheduler, wanted), "unet": (pipe.unet, denoiser(model)), "vae": (pipe.vae, first)}
+    differ = [
+        f"{part}.{key} {_plain(mine.config.get(key))!r}, not {_plain(value)!r}"
+        for part, (mine, right) in parts.items()
+        for key, value in right.config.items()
+        if not key.startswith("_") and key != "dropout" and (part, key) != ("vae", "sample_size")
+        if _plain(mine.config.get(key)) != _plain(value)
+    ]
+    if differ:
+        raise ValueError(f"{checkpoint} is set up otherwise than the protocol of {model.name}: {'; '.join(differ[:5])}")
+
+
+def _plain(value):
+    """As JSON has it: no tuples."""
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _lines(model: Model, path) -> list[str]:

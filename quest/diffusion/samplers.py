@@ -10,6 +10,7 @@ draws the same random numbers as its base class, so seeds stay paired.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -95,6 +96,8 @@ class CorrectedDDIMScheduler(Corrected, DDIMScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ):
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta: {eta} is outside [0, 1]")
         prediction = self.corrected(model_output, timestep)
         if eta > 0:
             if variance_noise is None:
@@ -160,6 +163,31 @@ def restore(scheduler, tensors: dict[str, Tensor]):
     return correct(scheduler, Correction(**{k: torch.as_tensor(v) for k, v in tensors.items()}))
 
 
+def trained_on(scheduler) -> dict:
+    """What a scheduler says of the model it samples: the target of training, and betas at the ends and in the middle.
+
+    A scheduler without betas says only the first.
+    """
+    config, betas = scheduler.config, getattr(scheduler, "betas", None)
+    said = {name: config[name] for name in ("prediction_type", "num_train_timesteps") if name in config}
+    if betas is not None:
+        said["betas"] = [float(betas[i]) for i in (0, len(betas) // 2, -1)]
+    return said
+
+
+def differences(one: dict | None, other: dict | None) -> list[str]:
+    """Where two of `trained_on` differ, in words; what only one of them says is no difference."""
+    if not one or not other:
+        return []
+    shared = [name for name in one if name in other]
+    close = {name: one[name] == other[name] for name in shared}
+    if "betas" in shared:
+        close["betas"] = all(
+            math.isclose(a, b, rel_tol=1e-4) for a, b in zip(one["betas"], other["betas"], strict=True)
+        )
+    return [f"{name} {one[name]}, not {other[name]}" for name in shared if not close[name]]
+
+
 class QuadraticDDIMScheduler(DDIMScheduler):
     """DDIM whose timesteps lie closer together where there is less noise, as used for CIFAR-10.
 
@@ -169,8 +197,10 @@ class QuadraticDDIMScheduler(DDIMScheduler):
     """
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device = None) -> None:
-        """Raises ValueError for more steps than the model was trained on."""
-        if not 2 <= num_inference_steps <= self.config.num_train_timesteps:
+        """Raises ValueError for less than 2 steps, more than the model was trained on, or a part of one."""
+        if int(num_inference_steps) != num_inference_steps or not 2 <= num_inference_steps <= (
+            self.config.num_train_timesteps
+        ):
             raise ValueError(f"num_inference_steps: {num_inference_steps}; 2 to {self.config.num_train_timesteps}")
         self.num_inference_steps = num_inference_steps
         roots = np.linspace(0, np.sqrt(0.8 * self.config.num_train_timesteps), num_inference_steps)
@@ -190,6 +220,8 @@ class QuadraticDDIMScheduler(DDIMScheduler):
 
         Raises ValueError if `timestep` is not the next one; `set_timesteps` starts a new trajectory.
         """
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta: {eta} is outside [0, 1]")
         place = self._position
         if place >= len(self.timesteps) or int(timestep) != int(self.timesteps[place]):
             raise ValueError(f"timestep {int(timestep)} is out of turn; call set_timesteps before each trajectory")
@@ -204,3 +236,17 @@ class QuadraticDDIMScheduler(DDIMScheduler):
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
             sample = sample + sigma * noise
         return DDIMSchedulerOutput(sample, image) if return_dict else (sample, image)
+
+
+KINDS = {"ddim": DDIMScheduler, "ddim-quadratic": QuadraticDDIMScheduler, "plms": PNDMScheduler}
+
+
+def check(scheduler, sampler: str) -> None:
+    """Raise ValueError where a scheduler is not the sampler that a model's protocol names."""
+    kind = KINDS[sampler]
+    others = [other for other in KINDS.values() if other is not kind and issubclass(other, kind)]
+    right = isinstance(scheduler, kind) and not isinstance(scheduler, tuple(others))
+    if not right or (sampler == "plms" and not scheduler.config.skip_prk_steps):
+        raise ValueError(
+            f"scheduler: a {type(scheduler).__name__} is not the sampler {sampler} of the model's protocol"
+        )

@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
+from quest.diffusion import samplers
 from quest.diffusion.models import Model
 
 
@@ -81,8 +82,8 @@ def generate(
 
     Raises:
         ValueError: unknown split, n below 1, a shard that does not exist, a first image within a batch, fewer
-            captions than images, or timesteps outside the range that a quantized denoiser was calibrated for. The call
-            raises it before any sampling.
+            captions than images, another scheduler than the model's, or timesteps outside the range that a quantized
+            denoiser was calibrated for. The call raises it before any sampling.
     """
     k, count = shard
     if not 0 <= k < count:
@@ -93,7 +94,9 @@ def generate(
     if first % size:
         raise ValueError(f"first: {first} is not a multiple of the batch size {size}")
     starts = batches(model, n, shard, first)
-    arguments(model, split, [first + -(-n // size) * size - 1])  # raises now if captions are too few
+    samplers.check(pipe.scheduler, model.sampler)
+    model.seeds(split, [])  # an unknown split, too few captions or an empty one raise now
+    model.conditions(split, range(first, first + -(-n // size) * size))
     groups = getattr(pipe.unet, "time_groups", None)
     if groups is not None:
         groups.check(timesteps(model, pipe))

@@ -15,7 +15,7 @@ from torch import nn
 
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion import samplers
-from quest.quantization import cost, packing
+from quest.quantization import cost, guards, packing
 from quest.quantization import header as headers
 from quest.quantization.attention import QuantAttention
 from quest.quantization.layers import attentions, is_quantized, name_quantizers, quant_layers, quantized, replace
@@ -40,17 +40,20 @@ def save(pipe, path, floats: bool = False, **extra) -> None:
     The header (metadata key "quest", JSON) holds the bits and granularity of every quantizer, the time groups and the
     timesteps they were calibrated on, what `quest.quantize` was called with and what it costs (`cost.summary`),
     provenance, `extra`, and the hash of every tensor and of the header itself.
-    Raises ValueError for a pipeline that is not quantized, and for weights that are not finite.
+    Raises ValueError for a pipeline that is not quantized, or no longer as it was, and for weights that are not finite.
     """
-    denoiser = pipe.unet
+    denoiser = guards.unwrapped(pipe.unet)
     if not is_quantized(denoiser):
         raise ValueError("the pipeline is not quantized: call quest.quantize first")
+    guards.check_whole(denoiser)
     groups = getattr(denoiser, "time_groups", None)
     tensors = {k: v.detach().cpu().contiguous() for k, v in state(denoiser, floats).items()}
     tensors |= {f"{SCHEDULER}{k}": v.cpu().contiguous() for k, v in samplers.state(pipe.scheduler).items()}
     header = {
         "weights": "float" if floats else CODES,
         "denoiser": type(denoiser).__name__,
+        "config": architecture(denoiser),
+        "scheduler": samplers.trained_on(pipe.scheduler),
         "splits": split_layers(denoiser),
         "layers": {
             n: [asdict(q.spec) for q in (m.weight_quantizer, m.input_quantizer, m.output_quantizer) if q is not None]
@@ -166,13 +169,13 @@ def load(pipe, path, kernel: str = "auto"):
     are listed), a scheduler whose steps leave the calibrated timesteps, and a kernel that is unknown or not available.
     """
     header, tensors = read(path)
-    if is_quantized(pipe.unet):
-        raise ValueError("the pipeline is already quantized; load into the full-precision one")
+    guards.check(pipe)
     correction = {k.removeprefix(SCHEDULER): tensors.pop(k) for k in list(tensors) if k.startswith(SCHEDULER)}
     coded = [f"{name}.weight" for name in header["layers"] if f"{name}.{CODES}" in tensors]
     denoiser = copied_without(pipe.unet, coded)
     split_as(denoiser, header, path)
     check_shapes(denoiser, header, tensors, path)
+    check_architecture(pipe, header, path)
     check_names(denoiser, header, path)
     groups = TimeGroups(header["time_groups"]) if header["time_groups"] else None
     check_schedule(pipe, groups, header)
@@ -271,6 +274,27 @@ def check_names(denoiser, header: dict, path) -> None:
     unknown = sorted(header["layers"].keys() - layers) + sorted(header["attentions"].keys() - known.keys())
     if unknown:
         raise ValueError(f"{path} is a checkpoint of another model: it quantizes {unknown[0]}")
+
+
+def architecture(denoiser) -> dict:
+    """What a denoiser's configuration says that its weights do not."""
+    return {k: v for k, v in denoiser.config.items() if not k.startswith("_") and k not in ("sample_size", "dropout")}
+
+
+def check_architecture(pipe, header: dict, path) -> None:
+    """Raise ValueError where a checkpoint's denoiser or its noise schedule is not the pipeline's.
+
+    Heads or an activation, a prediction type: what shapes of weights do not show.
+    """
+    own, stored = architecture(pipe.unet), header.get("config", {})  # earlier files say nothing of it
+    own, stored = ({k: dumps(v) for k, v in config.items()} for config in (own, stored))
+    differ = [f"{k}: {stored[k]} in the file, {own[k]}" for k in sorted(own.keys() & stored) if own[k] != stored[k]]
+    if differ:
+        raise ValueError(f"{path} is a checkpoint of another model: unet.config.{'; '.join(differ[:5])} in the model")
+    if differ := samplers.differences(header.get("scheduler"), samplers.trained_on(pipe.scheduler)):
+        raise ValueError(
+            f"{path} is of a model with another schedule than the pipeline's scheduler: {'; '.join(differ)}"
+        )
 
 
 def check_schedule(pipe, groups: TimeGroups | None, header: dict) -> None:

@@ -169,6 +169,16 @@ def _cost(value) -> bool:
     )
 
 
+def _schedule(value) -> bool:
+    """What `samplers.trained_on` gives."""
+    kinds = {"prediction_type": _text, "num_train_timesteps": _count, "betas": _betas}
+    return isinstance(value, dict) and value.keys() <= kinds.keys() and all(kinds[k](v) for k, v in value.items())
+
+
+def _betas(value) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_amount, value))
+
+
 def _hash(value) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
@@ -198,6 +208,8 @@ OPTIONAL: dict[str, tuple[Callable, str]] = {
     "timesteps": (_steps, "the calibrated timesteps, each once"),
     "cost": (_cost, "a mapping whose stages have a stage and iterations"),
     "provenance": (_ANY, "a mapping"),
+    "config": (_ANY, "the denoiser's configuration"),
+    "scheduler": (_schedule, "prediction_type, num_train_timesteps and three betas"),
     "seconds": (_amount, "a number from 0 on"),
     "peak_memory": (_amount, "a number from 0 on"),
     "init": (_init, "a mapping of method, bits, seconds and peak_memory"),

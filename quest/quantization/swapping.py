@@ -6,12 +6,12 @@ from fnmatch import fnmatch
 from torch import nn
 
 from quest.affine import QuantSpec
+from quest.quantization import guards
 from quest.quantization.attention import QuantAttention
 from quest.quantization.layer_names import KEEP, OPTIONAL, Keep, layer_bits
 from quest.quantization.layers import (
     attentions,
     input_quantizers,
-    is_quantized,
     name_quantizers,
     quant_layers,
     quantized,
@@ -41,13 +41,10 @@ def swap(
     keep: globs over the names of layers and attention processors to the bits such a one keeps at least (default: KEEP).
     softmax_bits: of the attention probabilities. weight_axis: 0 for one weight scale per output channel, None for one
     per tensor. splits: convolutions to split at a channel, see `shortcut_splits`.
-    Raises ValueError for a denoiser that is already quantized or not float32, and for a glob that matches nothing.
+    Raises ValueError for a pipeline that cannot be quantized (`guards.check`), and for a glob that matches nothing.
     """
     keep = KEEP if keep is None else keep
-    if is_quantized(pipe.unet):
-        raise ValueError("the pipeline is already quantized; quantize the full-precision one")
-    if pipe.unet.dtype.itemsize < 4:
-        raise ValueError(f"the denoiser is in {pipe.unet.dtype}; load the pipeline in torch.float32 to quantize it")
+    guards.check(pipe)
     denoiser = copy.deepcopy(pipe.unet)
     layers = {n: m for n, m in denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
     processors = {f"{n}.processor": m for n, m in attentions(denoiser)}
@@ -66,8 +63,9 @@ def swap(
 
 
 def finish(denoiser: nn.Module, groups: TimeGroups | None) -> nn.Module:
-    """Name the quantizers, attach the time groups, and freeze every parameter."""
+    """Name the quantizers, attach the time groups, freeze every parameter, refuse what would undo quantization."""
     name_quantizers(denoiser)
+    guards.guard_denoiser(denoiser)
     if groups is not None:
         groups.attach(denoiser)
     return denoiser.requires_grad_(False).eval()
@@ -78,6 +76,7 @@ def with_denoiser(pipe, denoiser: nn.Module):
     new = copy.copy(pipe)
     new.unet = denoiser
     new.scheduler = copy.deepcopy(pipe.scheduler)
+    guards.guard(new)
     return new
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -180,3 +181,83 @@ def test_a_prepared_model_whose_bytes_have_changed_is_refused(prepared, tmp_path
     file.write_bytes(content)
     with pytest.raises(ValueError, match="safetensors: SHA-256 is .*the file has changed"):
         model.load()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """tiny-sd in the hub's layout."""
+    place = tmp_path_factory.mktemp("published")
+    path = checkpoint("tiny-sd", place / "model.ckpt")
+    published.prepare(MODELS["tiny-sd"], path, place / "tiny-sd", tokenizer=TOKENIZER)
+    return place / "tiny-sd"
+
+
+OTHERWISE = {
+    ("scheduler", "DDIMScheduler"): {"_class_name": "DDIMScheduler"},
+    ("scheduler", "EulerDiscreteScheduler"): {"_class_name": "EulerDiscreteScheduler"},
+    ("scheduler", "prediction_type 'v_prediction', not 'epsilon'"): {"prediction_type": "v_prediction"},
+    ("scheduler", "beta_schedule 'linear', not 'scaled_linear'"): {"beta_schedule": "linear"},
+    ("scheduler", "beta_end 0.02, not 0.012"): {"beta_end": 0.02},
+    ("scheduler", "trained_betas"): {"trained_betas": [0.01] * 1000},
+    ("scheduler", "timestep_spacing 'trailing', not 'leading'"): {"timestep_spacing": "trailing"},
+    ("scheduler", "num_train_timesteps 500, not 1000"): {"num_train_timesteps": 500},
+    ("scheduler", "skip_prk_steps False, not True"): {"skip_prk_steps": False},
+    ("scheduler", "set_alpha_to_one True, not False"): {"set_alpha_to_one": True},
+    ("unet", "attention_head_dim 4, not 8"): {"attention_head_dim": 4},
+    ("unet", "act_fn 'gelu', not 'silu'"): {"act_fn": "gelu"},
+    ("unet", "norm_eps 0.1"): {"norm_eps": 0.1},
+    ("unet", "flip_sin_to_cos False, not True"): {"flip_sin_to_cos": False},
+    ("unet", "time_cond_proj.weight"): {"time_cond_proj_dim": 8},
+    ("vae", "scaling_factor 0.5"): {"scaling_factor": 0.5},
+    ("vae", "shift_factor 0.1, not None"): {"shift_factor": 0.1},
+}
+
+
+@pytest.mark.parametrize("part, told", OTHERWISE)
+def test_a_folder_that_is_set_up_otherwise_than_the_protocol(part, told, folder, tmp_path):
+    assert published.convert(MODELS["tiny-sd"], folder).scheduler.config.steps_offset == 1
+    shutil.copytree(folder, tmp_path / "other", ignore=shutil.ignore_patterns("SHA256SUMS"))
+    file = tmp_path / "other" / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    config = json.loads(file.read_text(encoding="utf-8")) | OTHERWISE[part, told]
+    file.write_text(json.dumps(config), encoding="utf-8")
+    index = tmp_path / "other" / "model_index.json"
+    if "_class_name" in OTHERWISE[part, told]:
+        named = json.loads(index.read_text(encoding="utf-8")) | {"scheduler": ["diffusers", config["_class_name"]]}
+        index.write_text(json.dumps(named), encoding="utf-8")
+    with pytest.raises(ValueError, match=told):
+        published.prepare(MODELS["tiny-sd"], tmp_path / "other", tmp_path / "out", tokenizer=TOKENIZER)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"betas": torch.linspace(1e-4, 2e-2, 1000)}, "its betas are 1000 from 0.0001 to 0.02"),
+        ({"alphas_cumprod": torch.linspace(1, 0, 1000)}, "its alphas_cumprod are not"),
+        ({"scale_factor": torch.tensor(0.5)}, "its scale_factor is 0.5"),
+    ],
+)
+def test_a_checkpoint_of_another_schedule_or_scale(change, told, tmp_path):
+    torch.save({"state_dict": random_checkpoints.state_dict("tiny-sd") | change}, tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match=told):
+        published.convert(MODELS["tiny-sd"], tmp_path / "model.ckpt", TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    "scheduler, told",
+    [
+        ({"prediction_type": "sample"}, "prediction_type sample, not epsilon"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "betas"),
+        ({"num_train_timesteps": 4000}, "num_train_timesteps 4000, not 1000"),
+    ],
+)
+def test_cifar10_of_another_training(scheduler, told, tmp_path):
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    unet = UNet2DModel(sample_size=32, norm_num_groups=4, **blocks)
+    DDPMPipeline(unet, DDPMScheduler(**scheduler)).save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(ValueError, match=told):
+        published.convert(MODELS["cifar10"], tmp_path / "pipeline")
+    learned = UNet2DModel(sample_size=32, norm_num_groups=4, out_channels=6, **blocks)
+    DDPMPipeline(learned, DDPMScheduler(variance_type="learned")).save_pretrained(tmp_path / "learned")
+    with pytest.raises(ValueError, match="a U-Net with 6 outputs"):
+        published.convert(MODELS["cifar10"], tmp_path / "learned")

@@ -1,3 +1,4 @@
+import copy
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -5,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 from quest.diffusion import sampling
 from quest.diffusion.models import MODELS, SEEDS
@@ -213,3 +214,35 @@ def test_timed_calls(uncond_pipe, uncond_model):
     assert sum(seconds) < time.perf_counter() - start
     np.testing.assert_array_equal(samples[1], plain[1])
     assert not uncond_pipe.unet._forward_hooks and not uncond_pipe.unet._forward_pre_hooks
+
+
+@pytest.mark.parametrize("kind", ["uncond", "text"])
+def test_another_scheduler_than_the_protocol_s(kind, request):
+    model, pipe = request.getfixturevalue(f"{kind}_model"), copy.copy(request.getfixturevalue(f"{kind}_pipe"))
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match=f"a EulerDiscreteScheduler is not the sampler {model.sampler}"):
+        sampling.generate(pipe, model, "evaluation", 4)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("steps", -5), ("steps", 0), ("steps", 2.5), ("batch_size", True), ("eta", float("nan")), ("eta", 1.5)]
+    + [("guidance", value) for value in (float("nan"), float("inf"), 0.5, -1.0)],
+)
+def test_a_protocol_that_no_sampler_follows(field, value, uncond_model):
+    with pytest.raises(ValueError, match=f"tiny-uncond: {field}: "):
+        replace(uncond_model, **{field: value})
+
+
+def test_an_empty_caption(text_pipe, text_model):
+    model = replace(text_model, source=lambda _split, start, stop: ["a", " ", "b", "c"][start:stop])
+    with pytest.raises(ValueError, match="split 'evaluation' has an empty caption, of image 1"):
+        sampling.generate(text_pipe, model, "evaluation", 4)
+
+
+@pytest.mark.parametrize("steps, eta", [(-5, 0.0), (0, 0.0), (2.5, 0.0), (5, 1.5), (5, float("nan"))])
+def test_a_sampler_s_own_arguments(steps, eta):
+    scheduler = QuadraticDDIMScheduler()
+    with pytest.raises(ValueError, match="num_inference_steps|eta"):
+        scheduler.set_timesteps(steps)
+        scheduler.step(torch.zeros(1, 3, 4, 4), scheduler.timesteps[0], torch.zeros(1, 3, 4, 4), eta=eta)

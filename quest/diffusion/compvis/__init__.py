@@ -9,6 +9,7 @@ Each tensor of the diffusers modules is looked up under its name in the checkpoi
 name that is missing and a name that nothing reads are both errors.
 """
 
+import math
 import re
 
 import torch
@@ -23,7 +24,8 @@ from quest.diffusion.pipelines import ClassEmbedder, LatentDiffusionPipeline
 
 LISTED = 10  # names of each kind that a message shows; a checkpoint of another model lacks hundreds
 
-# Keys that follow from the schedule or matter only in training. `betas` is compared with the configuration first.
+# Keys that follow from the schedule or matter only in training. `betas`, `alphas_cumprod` and `scale_factor` are
+# compared with the configuration first.
 SCHEDULE_KEYS = {
     "betas",
     "alphas_cumprod",
@@ -91,6 +93,24 @@ def load(checkpoint, config, tokenizer=None):
     for module in modules:
         _fill(module, sources[id(module)], state, _heads(module), params, checkpoint)
 
+    if kind == "text":
+        encoder, tokenizer = _text_encoder({name: state[name] for name in text}, tokenizer, unet, checkpoint)
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler(config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    return LatentDiffusionPipeline(unet, vae, scheduler(config), embedder)
+
+
+def scheduler(config) -> DDIMScheduler | PNDMScheduler:
+    """The sampler of a configuration's model, with its noise schedule: PLMS for a model by text, else DDIM."""
+    params = parameters(config)
     schedule = {
         "beta_start": params["linear_start"],
         "beta_end": params["linear_end"],
@@ -100,19 +120,9 @@ def load(checkpoint, config, tokenizer=None):
         "set_alpha_to_one": False,
         "timestep_spacing": "leading",
     }
-    if kind == "text":
-        encoder, tokenizer = _text_encoder({name: state[name] for name in text}, tokenizer, unet, checkpoint)
-        return StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=PNDMScheduler(**schedule, skip_prk_steps=True),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    return LatentDiffusionPipeline(unet, vae, DDIMScheduler(**schedule, clip_sample=False), embedder)
+    if conditioning(config) == "text":
+        return PNDMScheduler(**schedule, skip_prk_steps=True)
+    return DDIMScheduler(**schedule, clip_sample=False)
 
 
 def _scale_factor(state: dict, params: dict, path) -> float:
@@ -121,21 +131,32 @@ def _scale_factor(state: dict, params: dict, path) -> float:
         if "scale_factor" not in state:
             raise ValueError(f"{path}: key scale_factor is missing; the configuration says scale_by_std")
         return float(state["scale_factor"])
-    return float(params.get("scale_factor", 1.0))
+    said = float(params.get("scale_factor", 1.0))
+    if "scale_factor" in state and not math.isclose(float(state["scale_factor"]), said, rel_tol=1e-4):
+        raise ValueError(
+            f"{path}: its scale_factor is {float(state['scale_factor']):.6g}, the configuration's {said:.6g}"
+        )
+    return said
 
 
 def _check_schedule(state: dict, params: dict, path) -> None:
-    """Raise ValueError if the checkpoint contains betas and they differ from those of the configuration."""
-    if "betas" not in state:
-        return
+    """Raise ValueError if the checkpoint contains betas or their products that differ from the configuration's."""
     ends = torch.tensor([params["linear_start"], params["linear_end"]], dtype=torch.float64).sqrt()
     expected = torch.linspace(ends[0], ends[1], params["timesteps"], dtype=torch.float64) ** 2
+    if "alphas_cumprod" in state and not _close(state["alphas_cumprod"].double(), (1 - expected).cumprod(0)):
+        raise ValueError(f"{path}: its alphas_cumprod are not those of the configuration's betas")
+    if "betas" not in state:
+        return
     betas = state["betas"].double()
-    if betas.shape != expected.shape or not torch.allclose(betas, expected, rtol=1e-4, atol=0):
+    if not _close(betas, expected):
         raise ValueError(
             f"{path}: its betas are {len(betas)} from {betas[0]:.6g} to {betas[-1]:.6g}, the configuration's (timesteps"
             f", linear_start, linear_end) {params['timesteps']} from {params['linear_start']} to {params['linear_end']}"
         )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=0)
 
 
 def _heads(module: nn.Module) -> dict[str, int]:
