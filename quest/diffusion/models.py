@@ -213,6 +213,23 @@ SCENES = ZOO.parent / "reference" / "scenes.npz"
 PREPARED = ZOO.parents[1] / "results" / "models"  # the folder that rule `model` writes into
 REFERENCES = ZOO.parents[1] / "results" / "references"  # statistics of real images that do not ship
 
+
+def _rehearsed(architecture: str, **protocol) -> Model:
+    """A model of the rehearsal: one of the paper's architectures with few channels and random weights."""
+    name = f"tiny-{architecture}"
+    return Model(
+        name=name,
+        load=partial(_load_prepared, name),
+        steps=5,
+        batch_size=4,
+        time_groups=5,
+        trajectories=8,
+        reference=SCENES,
+        origin=Origin(f"what `python -m quest.diffusion.random_checkpoints {name}` writes", name),
+        **protocol,
+    )
+
+
 MODELS = {
     model.name: model
     for model in (
@@ -358,64 +375,25 @@ MODELS = {
             ),
         ),
         # The rehearsal: the paper's first four models with few channels, random weights and few steps.
-        Model(
-            name="tiny-bedrooms",
-            load=partial(_load_prepared, "tiny-bedrooms"),
+        _rehearsed("bedrooms", sampler="ddim", eta=1.0, conditioning="none", selection="lsun"),
+        _rehearsed("churches", sampler="ddim", conditioning="none", selection="lsun"),
+        _rehearsed(
+            "imagenet",
             sampler="ddim",
-            steps=5,
-            eta=1.0,
-            conditioning="none",
-            selection="lsun",
-            batch_size=4,
-            time_groups=5,
-            trajectories=8,
-            reference=SCENES,
-            origin=Origin("what `python -m quest.diffusion.random_checkpoints tiny-bedrooms` writes", "tiny-bedrooms"),
-        ),
-        Model(
-            name="tiny-churches",
-            load=partial(_load_prepared, "tiny-churches"),
-            sampler="ddim",
-            steps=5,
-            conditioning="none",
-            selection="lsun",
-            batch_size=4,
-            time_groups=5,
-            trajectories=8,
-            reference=SCENES,
-            origin=Origin("what `python -m quest.diffusion.random_checkpoints tiny-churches` writes", "tiny-churches"),
-        ),
-        Model(
-            name="tiny-imagenet",
-            load=partial(_load_prepared, "tiny-imagenet"),
-            sampler="ddim",
-            steps=5,
             guidance=3.0,
             conditioning="class",
             source=_imagenet_labels,
             selection="imagenet",
-            batch_size=4,
-            time_groups=5,
-            trajectories=8,
-            reference=SCENES,
-            origin=Origin("what `python -m quest.diffusion.random_checkpoints tiny-imagenet` writes", "tiny-imagenet"),
         ),
-        Model(
-            name="tiny-sd",
-            load=partial(_load_prepared, "tiny-sd"),
+        _rehearsed(
+            "sd",
             sampler="plms",
-            steps=5,
             guidance=7.5,
             conditioning="text",
             source=_scene_captions,
             selection="sd",
-            batch_size=4,
-            time_groups=5,
             softmax_bits=16,
-            trajectories=8,
             clip="scenes-clip",
-            reference=SCENES,
-            origin=Origin("what `python -m quest.diffusion.random_checkpoints tiny-sd` writes", "tiny-sd"),
         ),
     )
 }
