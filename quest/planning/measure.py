@@ -225,6 +225,9 @@ def _quantizing(pipe, model, arguments, repeats, device):
         pipe, "quest", "w4a8", calibration=calibration, samples=n, selection=model.selection, **bits,
         tla_iterations=0, cma_iterations=0,
     ).unet  # fmt: skip
+    for denoiser in (student, timed):
+        for _, layer in quant_layers(denoiser):
+            layer.thaw()
     layers = [layer for _, layer in quant_layers(student)]
     costs = {
         "weight ranges": _least(lambda: [layer.choose_weight_range(ranges.mse) for layer in layers], 1, device),

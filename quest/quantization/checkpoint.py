@@ -203,8 +203,12 @@ def load(pipe, path, kernel: str = "auto"):
 
 def copied_without(denoiser, names: list[str]):
     """A copy of a denoiser in which these parameters lie on the meta device: with a shape and layout, but no values."""
-    parameters = dict(denoiser.named_parameters())
-    memo = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for n, p in parameters.items() if n in set(names)}
+    # p.to("meta") gives a 1x1 convolution other strides, and float sums depend on the layout.
+    memo = {
+        id(p): nn.Parameter(torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta"), requires_grad=False)
+        for name, p in denoiser.named_parameters()
+        if name in set(names)
+    }
     return copy.deepcopy(denoiser, memo)
 
 

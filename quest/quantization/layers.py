@@ -110,7 +110,7 @@ class QuantLayer(nn.Module):
             weight = self.weight
             if not weight.isfinite().all():
                 raise ValueError(f"layer {self.input_quantizer.name}: its weight is not finite")
-            self.origin, self.layout, self.weight = weight.detach(), weight.stride(), None
+            self.origin, self.layout, self.weight = weight.detach(), layout(weight), None
         self.kernel_name = kernel
         self.operand = self.kernel.pack(qweight)
         self.codes = None if hasattr(self.kernel, "unpack") else packing.pack(qweight.codes, spec)
@@ -141,7 +141,7 @@ class QuantLayer(nn.Module):
         """Codes make any weight a frozen one, at a kernel when it is first needed; a frozen weight takes no floats."""
         codes, quantizer = state_dict.pop(f"{prefix}codes", None), self.weight_quantizer
         if codes is not None and packing.fits(codes, self.weight_shape, quantizer.spec):
-            at_kernel, self.layout = self.operand is not None, self.layout if self.is_frozen else self.weight.stride()
+            at_kernel, self.layout = self.operand is not None, self.layout if self.is_frozen else layout(self.weight)
             self._hold(None, codes.to(quantizer.scale.device))
             if at_kernel:  # where scales and zero points are packed with the codes
                 quantizer._load_from_state_dict(state_dict, f"{prefix}weight_quantizer.", metadata, strict, [], [], [])
@@ -191,6 +191,14 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         conv = dict(stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups) | fused
         weight = self.multiplied()
         return self.quantize_output(self.kernel.conv2d(x, self.input_quantizer(x), weight, self.bias, **conv))
+
+
+def layout(weight: Tensor) -> tuple[int, ...]:
+    """The strides that codes of a weight have. Those of a 1x1 convolution are ambiguous; this is what torch's sums give.
+
+    Float sums depend on the layout, so a layer loaded from codes must have the one that the quantized layer had.
+    """
+    return torch.empty(weight.shape, device="meta").stride() if weight.is_contiguous() else weight.stride()
 
 
 def quantized(
