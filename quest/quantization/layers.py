@@ -194,7 +194,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
 
 def layout(weight: Tensor) -> tuple[int, ...]:
-    """The strides that codes of a weight have. Those of a 1x1 convolution are ambiguous; this is what torch's sums give.
+    """The strides that codes of a weight have. Those of a 1x1 convolution are ambiguous; torch gives sums these ones.
 
     Float sums depend on the layout, so a layer loaded from codes must have the one that the quantized layer had.
     """
