@@ -207,7 +207,7 @@ OTHERWISE = {
     ("unet", "act_fn 'gelu', not 'silu'"): {"act_fn": "gelu"},
     ("unet", "norm_eps 0.1"): {"norm_eps": 0.1},
     ("unet", "flip_sin_to_cos False, not True"): {"flip_sin_to_cos": False},
-    ("unet", "time_cond_proj.weight"): {"time_cond_proj_dim": 8},
+    ("unet", "cond_proj.weight"): {"time_cond_proj_dim": 8},
     ("vae", "scaling_factor 0.5"): {"scaling_factor": 0.5},
     ("vae", "shift_factor 0.1, not None"): {"shift_factor": 0.1},
 }
