@@ -12,6 +12,7 @@ Trajectories start from Gaussian noise, so no image is needed (QuEST, arXiv:2402
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -162,7 +163,11 @@ def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int, draw: int
     first = draw * math.ceil(n / model.batch_size) * model.batch_size
     calls: list[dict] = []
 
+    mine = threading.get_ident()
+
     def record(_denoiser, args, kwargs, output):
+        if threading.get_ident() != mine:  # of others, who share the denoiser
+            return
         named = dict(zip(("sample", "timestep"), args, strict=False)) | kwargs
         conditioning = {k: v for k, v in named.items() if isinstance(v, Tensor) and k not in ("sample", "timestep")}
         prediction = output.sample if hasattr(output, "sample") else output[0]

@@ -10,6 +10,23 @@ from quest.quantization import ranges
 from quest.quantization.timegroups import TimeGroups
 
 
+class Numbers:
+    """Scales and zero points of all groups, [T] each, read where the tensors lie: what is written there is seen."""
+
+    def __init__(self, *tensors: Tensor):
+        self.views = [memoryview(t.detach().numpy()) for t in tensors]  # which keep the memory, too
+        self.addresses = [t.data_ptr() for t in tensors]
+
+    def __reduce__(self):
+        return Numbers, tuple(torch.tensor(view.tolist(), dtype=torch.float32) for view in self.views)
+
+    def are_of(self, *tensors: Tensor) -> bool:
+        return [t.data_ptr() for t in tensors] == self.addresses
+
+    def of(self, group: int) -> list[float]:
+        return [view[group] for view in self.views]
+
+
 class Quantizer(nn.Module):
     """scale [T, *shape] (a parameter), zero_point [T, *shape] (a buffer).
 
@@ -28,12 +45,12 @@ class Quantizer(nn.Module):
         self.scale = nn.Parameter(start, requires_grad=False)
         self.register_buffer("zero_point", torch.full_like(self.scale.data, zero_point))
         self.choose: Callable | None = None  # a range chooser while calibrating, see calibration.calibrating
-        self.numbers: list[tuple[float, float]] | None = None  # scale and zero point of every group, see `as_numbers`
+        self.numbers: Numbers | None = None  # see `as_numbers`
         self.may_be_constant = False
 
     def as_numbers(self, wanted: bool) -> None:
-        """Answer with plain numbers from now on, which a kernel reads at no cost; or follow the tensors again."""
-        self.numbers = list(zip(self.scale.tolist(), self.zero_point.tolist(), strict=True)) if wanted else None
+        """Answer with plain numbers from now on, which a kernel reads at no cost; or with tensors again."""
+        self.numbers = Numbers(self.scale, self.zero_point) if wanted else None
 
     def _load_from_state_dict(self, *args) -> None:
         super()._load_from_state_dict(*args)
@@ -47,7 +64,9 @@ class Quantizer(nn.Module):
     def qparams(self) -> QParams:
         """Scale and zero point of the current time group. Raises RuntimeError outside of a forward pass."""
         if self.numbers is not None and not torch.compiler.is_compiling():
-            return QParams(*self.numbers[0 if self.groups is None else self.groups.number], self.spec)
+            if not self.numbers.are_of(self.scale, self.zero_point):
+                self.as_numbers(True)
+            return QParams(*self.numbers.of(0 if self.groups is None else self.groups.number), self.spec)
         if self.groups is None or self.spec.bits == FLOAT:  # a float tensor has no range, at any timestep
             return QParams(self.scale[0], self.zero_point[0], self.spec)
         group = self.groups.current

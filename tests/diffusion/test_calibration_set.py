@@ -1,7 +1,10 @@
+import threading
+
 import pytest
 import torch
 
 import quest
+from quest.diffusion import sampling
 from quest.diffusion.calibration_set import CalibrationSet, collect
 from quest.diffusion.sampling import timesteps
 
@@ -83,3 +86,21 @@ def test_a_set_that_is_none_is_refused_whatever_its_hashes(uncond_calibration, t
     CalibrationSet(**kept).save(path)
     with pytest.raises(ValueError, match=rf"forged\.safetensors: .*{words}"):
         CalibrationSet.load(path)
+
+
+def test_calls_of_other_threads_are_not_recorded(uncond_pipe, uncond_model, uncond_calibration, monkeypatch):
+    """While trajectories are collected, another thread draws from the same denoiser."""
+    real = sampling.generate
+
+    def disturbed(pipe, *args, **kwargs):
+        for batch in real(pipe, *args, **kwargs):
+            sample = torch.zeros(2, pipe.unet.config.in_channels, 8, 8)
+            thread = threading.Thread(target=pipe.unet, args=(sample, 5))
+            thread.start()
+            thread.join()
+            yield batch
+
+    monkeypatch.setattr(sampling, "generate", disturbed)
+    again = collect(uncond_pipe, uncond_model, "calibration", 4)
+    assert torch.equal(again.sample, uncond_calibration.sample)
+    assert torch.equal(again.target, uncond_calibration.target)

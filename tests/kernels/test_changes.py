@@ -189,3 +189,23 @@ def test_memory_of_a_struct_is_kept(on_integers):
     del block.one_call
     gc.collect()
     assert addresses == {t.data_ptr() for t in struct.kept}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q: q.scale.data.mul_(2),
+        lambda q: _moved(q.scale),
+        lambda q: q.zero_point.add_(90),
+        lambda q: setattr(q, "scale", nn.Parameter(q.scale * 2, requires_grad=False)),
+        lambda q: q.load_state_dict({k: v * 2 for k, v in q.state_dict().items()}),
+    ],
+)
+def test_ranges_of_a_layer_outside_of_blocks(change, on_integers):
+    denoiser, inputs = on_integers
+    first = denoiser(**inputs).sample
+    change(denoiser.conv_in.input_quantizer)
+    second = denoiser(**inputs).sample
+    place(denoiser, "integer")
+    assert not torch.equal(first, second) and torch.equal(second, denoiser(**inputs).sample)
+    assert torch.equal(second, copy.deepcopy(denoiser)(**inputs).sample)
