@@ -115,7 +115,7 @@ ATTENTION_CHANGES = {  # of a transformer block
     "an adapter in the feed-forward": lambda b: _replaced(b, "ff.net.0.proj"),
     "another layer norm": lambda b: setattr(b, "norm3", nn.LayerNorm(b.norm3.normalized_shape, eps=1.0)),
     "other memory of a layer norm": lambda b: _moved(b.norm1.weight),
-    "another processor": lambda b: b.attn1.set_processor(doubled(b.attn1.processor)),
+    "another processor": lambda b: setattr(b.attn1, "processor", doubled(b.attn1.processor)),
     "the scale of scores": lambda b: setattr(b.attn2, "scale", 3.0),
     "another number of heads": lambda b: setattr(b.attn1, "heads", 1),
     "an output factor": lambda b: setattr(b.attn1, "rescale_output_factor", 2.0),
