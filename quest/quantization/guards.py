@@ -125,11 +125,12 @@ def unwrapped(denoiser):
     return denoiser
 
 
-def check(pipe) -> None:
+def check(pipe, allow_meta: bool = False) -> None:
     """Raise ValueError where a pipeline cannot be quantized, saying why: the same for `quantize` and `load`.
 
     Its denoiser must be a plain module, not quantized, in float32, all on one device, with linear layers and
-    convolutions of torch's own classes, and with attention that `QuantAttention` computes exactly.
+    convolutions of torch's own classes, and with attention that `QuantAttention` computes exactly. With `allow_meta` it
+    may lie on the meta device, where a plan counts what the layers of a model without weights would take.
     """
     denoiser = getattr(pipe, "unet", None)
     if not isinstance(denoiser, nn.Module):
@@ -149,7 +150,7 @@ def check(pipe) -> None:
                 f"the denoiser is in {tensor.dtype} ({name}); load the pipeline in torch.float32 to quantize it"
             )
     devices = sorted({str(tensor.device) for tensor in tensors.values()})
-    if len(devices) > 1 or devices == ["meta"]:
+    if len(devices) > 1 or devices == ["meta"] and not allow_meta:
         raise ValueError(f"the denoiser lies on {' and '.join(devices)}; {_MOVE}: load it there")
     for name, module in denoiser.named_modules():
         if hasattr(module, "_hf_hook"):

@@ -198,7 +198,9 @@ def layout(weight: Tensor) -> tuple[int, ...]:
 
     Float sums depend on the layout, so a layer loaded from codes must have the one that the quantized layer had.
     """
-    return torch.empty(weight.shape, device="meta").stride() if weight.is_contiguous() else weight.stride()
+    if not weight.is_contiguous():
+        return weight.stride()
+    return torch.empty(weight.shape, dtype=weight.dtype, device="meta").stride()
 
 
 def quantized(

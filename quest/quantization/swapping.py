@@ -44,7 +44,7 @@ def swap(
     Raises ValueError for a pipeline that cannot be quantized (`guards.check`), and for a glob that matches nothing.
     """
     keep = KEEP if keep is None else keep
-    guards.check(pipe)
+    guards.check(pipe, allow_meta=True)
     denoiser = copy.deepcopy(pipe.unet)
     layers = {n: m for n, m in denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
     processors = {f"{n}.processor": m for n, m in attentions(denoiser)}
