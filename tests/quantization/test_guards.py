@@ -175,8 +175,9 @@ def test_what_cannot_be_quantized_exactly_is_refused_by_name(kind, text_pipe, te
     unfit = _changed(text_pipe, change)
     with pytest.raises(ValueError, match=told):
         quest.quantize(unfit, "rtn", "w8a8", calibration=text_calibration)
-    with pytest.raises(ValueError, match=told):
-        swap(unfit, 8, 8)
+    if kind != "no memory":  # a plan swaps the layers of models without weights
+        with pytest.raises(ValueError, match=told):
+            swap(unfit, 8, 8)
     quest.save(quantized, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=told):
         quest.load(unfit, tmp_path / "x.safetensors")
