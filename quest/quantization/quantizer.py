@@ -18,7 +18,7 @@ class Numbers:
         self.addresses = [t.data_ptr() for t in tensors]
 
     def __reduce__(self):
-        return Numbers, tuple(torch.tensor(view.tolist(), dtype=torch.float32) for view in self.views)
+        return Numbers, tuple(torch.tensor(view.tolist(), dtype=torch.float32, device="cpu") for view in self.views)
 
     def are_of(self, *tensors: Tensor) -> bool:
         return [t.data_ptr() for t in tensors] == self.addresses
