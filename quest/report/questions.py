@@ -111,10 +111,11 @@ def _layers(e: Evidence) -> Answer:
         top = ", ".join(f"{r.layer_class} {r.value:.2g}" for r in order.head(3).itertuples())
         rank = {r.layer_class: i + 1 for i, r in enumerate(order.itertuples())}
         answer.lines.append(
-            f"{model}, activations of one class at {most['bits'].split('a')[1]} bits: most error from {top}; the first "
-            f"of them has {most['macs']:.1%} of the multiply-accumulates. Least from {least['layer_class']} "
-            f"({least['value']:.2g}). Of {len(order)} classes, the time embedding is number {rank['time embedding']} "
-            f"and attention q, k, v number {rank['attention q, k, v']}."
+            f"{model}: if the activations of one class of layers have {most['bits'].split('a')[1]} bits, and all else "
+            f"is in full precision, the noise-prediction error is largest for {top}. The first of these classes does "
+            f"{most['macs']:.1%} of the multiply-accumulates. The error is smallest for {least['layer_class']} "
+            f"({least['value']:.2g}). Of {len(order)} classes, from the largest error to the smallest, the time "
+            f"embedding is number {rank['time embedding']} and attention q, k, v is number {rank['attention q, k, v']}."
         )
     pairs = [("quest", "quest-control"), ("quest-tla-only", "quest-control-only"), ("quest", "full-finetune")]
     answer.lines += [against(e, *pair) for pair in pairs]
@@ -125,27 +126,29 @@ def _layers(e: Evidence) -> Answer:
 
 
 def _groups(e: Evidence) -> Answer:
-    answer = Answer("2. TAQuant: how many time groups, at which cost?")
+    answer = Answer("2. How many time groups does TAQuant need, and what do they cost?")
     answer.lines += [against(e, "quest-groups-1", "quest"), against(e, "quest-untuned-groups-1", "quest-untuned")]
     frame = e.properties["time_ranges"]
     for row in frame[frame["quantized"] == "all"].itertuples():
         answer.lines.append(
-            f"{row.model}, nothing learned, weights at their nearest codes, ends in float: noise-prediction error with "
-            f"one range for each timestep (of 8 rows each), minus a static one (of 64 rows): "
-            f"{plus_minus(row.value, row.low, row.high)}, {Comparison(row.value, row.low, row.high).in_words('')}."
+            f"{row.model}: here nothing is learned, weights are rounded to nearest, and the first and last layer stay "
+            "in float. The noise-prediction error with one range for each timestep (from 8 rows each), minus that with "
+            f"one range for all timesteps (from 64 rows), is {plus_minus(row.value, row.low, row.high)}: "
+            f"{Comparison(row.value, row.low, row.high).in_words('')}."
         )
     size = e.inference["bytes"]
     answer.lines.append(
-        f"Scales and zero points of {e.inference['groups']} groups take {size['activation scales'] / 1e3:.1f} kB of "
+        f"The scales and zero points of {e.inference['groups']} groups take "
+        f"{size['activation scales'] / 1e3:.1f} kB of "
         f"{sum(size.values()) / 1e6:.3f} MB ({size['activation scales'] / sum(size.values()):.1%}); they grow with the "
-        "number of groups, as does calibration. Time of a call: question 8."
+        "number of groups, and so does the time of calibration. Question 8 has the time of a call."
     )
     answer.tables.append(comparisons(e, [f"quest-groups-{n}" for n in (10, 5, 2, 1)], "quest"))
     return answer
 
 
 def _theorem(e: Evidence) -> Answer:
-    answer = Answer("3. What does theorem 1 assume, and what does tuning weights buy over scales?")
+    answer = Answer("3. What does theorem 1 assume, and what does tuning weights add to tuning scales?")
     remainders = {(r["bits"], r["what"]): student(r["values"]) for r in e.taylor["rows"]}
     bits = list(dict.fromkeys(b for b, _ in remainders))
     names = {
@@ -162,19 +165,21 @@ def _theorem(e: Evidence) -> Answer:
     most, least = max(bits), min(bits)
     worse = [b for b in bits if remainders[b, "second"][1] > remainders[b, "first"][2]]
     answer.lines += [
-        f"{e.taylor['model']}, perturbation of all weights and layer inputs at once: what a first-order step misses of "
-        f"the output's change is {text(most, 'first')} of it at {most} bits and {text(least, 'first')} at {least}; "
-        f"a second-order step {text(most, 'second')} and {text(least, 'second')}.",
-        "The loss that reconstruction minimises (a single second-order step without gradient) is off by "
-        f"{text(most, 'loss, 1 step')} of the loss at {most} bits, {text(4, 'loss, 1 step')} at 4 and "
-        f"{text(least, 'loss, 1 step')} at {least}; summed in four steps with their gradients by "
-        f"{text(4, 'loss, 4 steps')} at 4 and {text(least, 'loss, 4 steps')} at {least}.",
-        "Bits at which the second-order step is worse than the first-order one, intervals apart: "
-        f"{', '.join(map(str, worse)) or 'none'}.",
-        "None of this says that weights must be tuned: theorem 1 has no bound and compares nothing with scales. So:",
+        f"{e.taylor['model']}: all weights and all inputs of layers are quantized at once, and the change of the "
+        "output is predicted by a Taylor expansion. The first-order prediction misses "
+        f"{text(most, 'first')} of the change at {most} bits and {text(least, 'first')} at {least} bits; the "
+        f"second-order prediction misses {text(most, 'second')} and {text(least, 'second')}.",
+        "Reconstruction minimises a single second-order step without the gradient. This differs from the true change "
+        f"of the loss by {text(most, 'loss, 1 step')} of it at {most} bits, {text(4, 'loss, 1 step')} at 4 bits and "
+        f"{text(least, 'loss, 1 step')} at {least} bits. The sum of four steps with their gradients differs from it by "
+        f"{text(4, 'loss, 4 steps')} at 4 bits and {text(least, 'loss, 4 steps')} at {least} bits.",
+        "The second-order prediction is worse than the first-order one, with intervals that do not overlap, at these "
+        f"numbers of bits: {', '.join(map(str, worse)) or 'none'}.",
+        "None of this says that weights must be tuned, because theorem 1 gives no bound and compares nothing with the "
+        "tuning of scales. The next lines measure this comparison.",
     ]
-    variants = {"untuned": "scales searched, nothing learned", "learned-scales": "scales learned"}
-    variants |= {"learned-weights": "weights learned", "quest": "both (QuEST)"}
+    variants = {"untuned": "scales are searched, nothing is learned", "learned-scales": "scales are learned"}
+    variants |= {"learned-weights": "weights are learned", "quest": "both are learned (QuEST)"}
     answer.lines += _tuned(e, [("learned-weights", "learned-scales"), ("quest", "learned-weights")])
     answer.table(["bits", *names.values()], [[str(b), *(text(b, name) for name in names)] for b in bits])
     answer.tables.append(_tuning_table(e, variants))
@@ -205,13 +210,16 @@ def _tuning_table(e: Evidence, names: dict[str, str]) -> Table:
     sizes = ""
     if any_tuning := next(iter(e.tunings.values()), None):
         rows.append(["full precision", "0", plus_minus(*student(any_tuning["full_precision_to_noise"])), "–"])
-        sizes = f" n = {len(any_tuning['to_full_precision'])} trajectories, {len(any_tuning['to_noise'])} scenes."
+        counts = len(any_tuning["to_full_precision"]), len(any_tuning["to_noise"])
+        sizes = f" They are means over {counts[0]} trajectories and {counts[1]} scenes."
     heads = ["variant", "error against full precision", "error against the true noise", "seconds"]
-    return Table(columns(*heads, texts=1), rows, notes=[f"Relative squared errors of the noise prediction.{sizes}"])
+    return Table(
+        columns(*heads, texts=1), rows, notes=[f"These are relative squared errors of the noise prediction.{sizes}"]
+    )
 
 
 def _losses(e: Evidence) -> Answer:
-    answer = Answer("4. Task loss against alignment losses")
+    answer = Answer("4. Which loss matters: that of the noise prediction, or those of the layers?")
     rows = ["quest-only-global", "quest-no-global", "quest-no-local-tla", "quest-no-local-cma", "quest-global-1"]
     pairs = [("quest-tla-only-no-local", "quest-tla-only"), ("quest-tla-only-no-global", "quest-tla-only")]
     pairs += [("quest-cma-only-no-global", "quest-cma-only")]
@@ -221,7 +229,7 @@ def _losses(e: Evidence) -> Answer:
 
 
 def _order(e: Evidence) -> Answer:
-    answer = Answer("5. Time embedding first, then attention: does the order matter?")
+    answer = Answer("5. Does it matter that the time embedding is tuned before attention?")
     frame, embeddings = e.properties["temporal"], e.properties["embeddings"]
     for model, rows in frame.groupby("model", sort=False):
         errors = {(r.quantized, r.ranges): plus_minus(r.value, r.low, r.high) for r in rows.itertuples()}
@@ -229,10 +237,11 @@ def _order(e: Evidence) -> Answer:
         by_kind = embeddings[embeddings["model"] == model].groupby("ranges", sort=False)
         counts = [f"{(one['nearest'] == one['timestep']).sum()} of {len(one)} ({ranges})" for ranges, one in by_kind]
         answer.lines.append(
-            f"{model}, {path} alone at {rows['bits'].iloc[0].upper()}: noise-prediction error "
-            f"{errors[path, static]} with static ranges, {errors[path, timed]} with one for each timestep; {rest} (and "
-            f"the ends): {errors[rest, static]} with static ones. "
-            f"Timesteps whose quantized embedding is nearest to their own exact one: {', '.join(counts)}."
+            f"{model}: if only {path} is at {rows['bits'].iloc[0].upper()}, the noise-prediction error is "
+            f"{errors[path, static]} with static ranges and {errors[path, timed]} with one range for each timestep. If "
+            f"{rest} is quantized instead (with the first and last layer), it is {errors[rest, static]} with static "
+            "ranges. The quantized embedding of a timestep should be nearest to the exact embedding of the same "
+            f"timestep. This holds for {', '.join(counts)}."
         )
     pairs = [("quest-untuned-float-time-embedding", "quest-untuned"), ("quest-cma-tla", "quest")]
     answer.lines += [against(e, *pair) for pair in [*pairs, ("quest-joint", "quest")]]
@@ -244,7 +253,7 @@ def _order(e: Evidence) -> Answer:
 
 
 def _after(e: Evidence) -> Answer:
-    answer = Answer("6. Are distributions kinder after finetuning, in all layers alike?")
+    answer = Answer("6. Are activations easier to quantize after finetuning, and in all layers?")
     frame = e.properties["activation_changes"]
     after = frame[frame["denoiser"] == "after finetuning"]
     for (model, statistic), rows in after.groupby(["model", "statistic"], sort=False):
@@ -253,25 +262,26 @@ def _after(e: Evidence) -> Answer:
         extremes = rows.sort_values("value")
         most, least = extremes.iloc[0], extremes.iloc[-1]
         answer.lines.append(
-            f"{model}, {statistic}: lower after finetuning in {ratios['better']} of {len(rows)} classes of layers, "
-            f"higher in {ratios['worse']}, not told apart in {ratios['neither']}{broken}; from "
-            f"×{most['value']:.2f} ({most['layer_class']}) to ×{least['value']:.2f} ({least['layer_class']})."
+            f"{model}, {statistic}: it is lower after finetuning in {ratios['better']} of {len(rows)} classes of "
+            f"layers, higher in {ratios['worse']}, and not told apart in {ratios['neither']}{broken}. Finetuning "
+            f"multiplies it by {most['value']:.2f} ({most['layer_class']}) to {least['value']:.2f} "
+            f"({least['layer_class']})."
         )
     answer.lines.append(
-        "Intervals are over held-out trajectories, of the ratio after / before on each of them; a change of a few per "
-        "cent is told apart where it is the same on all. Inputs of the time embedding are the same on every trajectory."
+        "The intervals are those of the ratio after / before on each held-out trajectory. Even a change of a few per "
+        "cent is told apart if it is the same on all trajectories. The time embedding has the same inputs on each."
     )
     answer.figures += ["imbalance", "activations"]
     return answer
 
 
 def _real(e: Evidence) -> Answer:
-    answer = Answer("7. Full precision as the teacher, or real images?")
+    answer = Answer("7. Should the targets come from the full-precision model, or from real images?")
     names = {
-        "global-trajectories": "full precision, on its own trajectories",
-        "global-scenes": "full precision, on noised real scenes",
-        "global-noise": "true noise, on the same noised real scenes",
-        "quest": "QuEST: the first, with alignment losses",
+        "global-trajectories": "targets from full precision, on its own trajectories",
+        "global-scenes": "targets from full precision, on real scenes with noise",
+        "global-noise": "the true noise as target, on the same scenes",
+        "quest": "QuEST: the first of these, with the losses of layers",
     }
     pairs = [("global-noise", "global-scenes"), ("global-scenes", "global-trajectories")]
     answer.lines += [
@@ -294,23 +304,24 @@ def _inference(e: Evidence) -> Answer:
         rows.append([name, *medians, milliseconds, slower, str(len(row["seconds"]["time groups"]))])
     same = all(row["same_output"] for row in e.inference["rows"])
     answer.lines += [
-        f"{e.inference['model']}, {groups} groups: a call first finds its group by the timestep it is given; no "
-        "sampler is changed. With one group's scales alone the output of its timesteps is "
-        + ("the same bit for bit." if same else "not the same."),
+        f"{e.inference['model']} with {groups} time groups: a call finds its group from its timestep, so no sampler "
+        "is changed. A denoiser that holds the scales of one group alone gives, at the timesteps of this group, "
+        + ("the same output bit for bit." if same else "another output."),
     ]
     for r in rows:
-        text = f"{groups} groups against one, {r[4]} ms a call, {r[5]}; the lookup alone takes {r[3]} ms."
+        text = f"{groups} groups against one: {r[4]} ms a call ({r[5]}). Finding the group takes {r[3]} ms."
         answer.lines.append(f"{r[0]}: {text}")
     heads = ["kernel", f"{groups} groups [ms]", "one group [ms]", "lookup [ms]", "difference [ms]", "verdict", "calls"]
     note = (
-        "Medians, processor time of one thread, calls in turns; the difference is a mean with its paired 95 % interval."
+        "Medians of the processor time of one thread; the calls take turns. The difference is a mean with its "
+        "paired 95 % interval."
     )
     answer.table(heads, rows, note)
     return answer
 
 
 def _qat(e: Evidence) -> Answer:
-    answer = Answer("9. PTQ, QAT, and QuEST between them")
+    answer = Answer("9. Where does QuEST stand between PTQ and quantization-aware training?")
     rows = ["rtn-mse", "q-diffusion", "q-diffusion-groups", "efficient-dm", "qalora", "full-finetune"]
     answer.lines += [against(e, "quest", row) for row in ("q-diffusion", "efficient-dm", "full-finetune")]
     lines = []
@@ -322,21 +333,24 @@ def _qat(e: Evidence) -> Answer:
         quality = [value(e.cells[row], m) for m in SHOWN]
         lines.append([row, *quality, f"{effort['iterations']:,}", seconds(e, row), f"{effort['peak_memory']:.0f}"])
     heads = ["row", *(METRICS[m].label for m in SHOWN), "iterations", "seconds", "peak memory [MB]"]
-    answer.table(heads, lines, "Seconds + those of the checkpoint it starts from; one thread.")
+    answer.table(
+        heads, lines, "The seconds are those of the method + those of the checkpoint it starts from, on one thread."
+    )
     return answer
 
 
 def _signals(e: Evidence) -> Answer:
-    answer = Answer("10. Beyond images")
+    answer = Answer("10. Does QuEST work on data that are not images?")
     methods, metrics = e.signals["methods"], ("latent_mse", "eps_error")
     rows = [
         [name, *(plus_minus(*student(result[metric])) for metric in metrics), f"{result['seconds']:.0f}"]
         for name, result in methods.items()
     ]
     answer.lines.append(
-        f"Signals of 64 values in {len(e.signals['classes'])} classes (chirps, pulses, tones, steps), denoised by "
-        f"linear layers and convolutions of height 1, {e.signals['bits'].upper()}, n = {e.signals['n']} signals from "
-        "the same noise as full precision's."
+        f"The data are signals of 64 values in {len(e.signals['classes'])} classes (chirps, pulses, tones, steps). The "
+        "denoiser has linear layers and convolutions of height 1 and is quantized to "
+        f"{e.signals['bits'].upper()}. Each of the n = {e.signals['n']} signals starts from the same noise as that of "
+        "full precision."
     )
     for other in (name for name in methods if name != "quest"):
         compared = {m: Comparison.of_pairs(methods["quest"][m], methods[other][m]) for m in metrics}
@@ -356,28 +370,39 @@ def protocol(evidence: Evidence) -> str:
     cell = evidence.cells.get("quest") or next(iter(evidence.cells.values()))
     drawn = cell["drawn"]
     return (
-        f"{evidence.model} at {evidence.bits.upper()} unless said; images: evaluation seeds {drawn['images']}, "
-        f"noise-prediction errors: {drawn['trajectories']} held-out trajectories. **One calibration draw and one "
-        "quantization seed**: intervals hold the spread over images (or trajectories) and not that over quantizations, "
-        "which can be larger. ± is half of a 95 % interval. Differences are paired; better and worse: the interval "
-        "excludes zero; else not told apart. Of dozens of comparisons, one in twenty may exclude zero by chance."
+        f"Unless a line names another model, these are results of {evidence.model} at {evidence.bits.upper()}. Images "
+        f"have the evaluation seeds {drawn['images']}; noise-prediction errors come from {drawn['trajectories']} "
+        "held-out trajectories. **One calibration draw and one quantization seed**: the intervals hold the spread over "
+        "images (or trajectories) but not that over quantizations, which can be larger. ± is half of a 95 % interval. "
+        "Differences are paired. A row is better or worse if the interval of the difference excludes zero; otherwise "
+        "it is not told apart. There are dozens of comparisons, and one in twenty may exclude zero by chance."
     )
 
 
 def findings(evidence: Evidence) -> str:
     """Return what a run of the small models says about questions that the paper and its code leave open."""
     time_embedding = ["quest-cma-only", "quest-control", "quest-cma-tla"]
-    zero_point = "The zero point of an activation range: searched, or by the published search?"
+    zero_point = (
+        "Should the search for activation ranges include the zero point ({}), which the published one does not?"
+    )
     questions = [  # question, versus, rows
         ("Is a true 4-bit grid as good as the released 33 levels?", "quest", "quest-wide", "quest-symmetric"),
         ("One scale set, or one for each time group?", "quest", "quest-groups-1", "quest-groups-5"),
-        ("The same before finetuning", "quest-untuned", "quest-untuned-groups-1"),
-        ("The local loss of critical modules, or the global one alone?", "quest", "quest-no-local-cma"),
-        ("4-bit activations by channel, as released, or per tensor?", "quest", "quest-released"),
-        ("The same with one scale set", "quest-groups-1", "quest-released-groups-1"),
-        (zero_point, "quest", "quest-published-ranges"),
-        ("The same for Q-Diffusion", "q-diffusion", "q-diffusion-published-ranges"),
-        ("The same for PTQ4DM", "ptq4dm", "ptq4dm-published-ranges"),
+        ("One scale set, or one for each time group, before finetuning?", "quest-untuned", "quest-untuned-groups-1"),
+        ("Is the local loss of the critical modules needed beside the global loss?", "quest", "quest-no-local-cma"),
+        (
+            "Should 4-bit activations have a scale per channel, as released, or one per tensor?",
+            "quest",
+            "quest-released",
+        ),
+        (
+            "A scale per channel or per tensor, with one scale set for all timesteps?",
+            "quest-groups-1",
+            "quest-released-groups-1",
+        ),
+        (zero_point.format("QuEST"), "quest", "quest-published-ranges"),
+        (zero_point.format("Q-Diffusion"), "q-diffusion", "q-diffusion-published-ranges"),
+        (zero_point.format("PTQ4DM"), "ptq4dm", "ptq4dm-published-ranges"),
         ("Does finetuning time-embedding layers first help?", "quest", *time_embedding),
     ]
     blocks = [protocol(evidence)]
