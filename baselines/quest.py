@@ -39,7 +39,7 @@ from baselines.selection import (
 )
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
-from quest.learning.alignment import Stage, Visit, align, joint, layer_outputs
+from quest.learning.alignment import Stage, Visit, align, joint, teacher_outputs
 from quest.learning.calibrate import calibrate
 from quest.quantization import cost
 from quest.quantization import ranges as choosers
@@ -305,7 +305,7 @@ def finetune(
     )
     stages = {"tla-cma": (tla, cma), "cma-tla": (cma, tla), "joint": (joint(tla, cma),)}[recipe.order]
     stages = [stage for stage in stages if stage.iterations]
-    targets = layer_outputs(teacher, list(dict.fromkeys(n for s in stages for n in s.local)), calibration)
+    targets = teacher_outputs(teacher, list(dict.fromkeys(n for s in stages for n in s.local)), calibration)
     for stage in stages:
         learned = learn(denoiser, stage.layers)
         tuned = {f"{n}.{i}": p for n, parameters in learned.items() for i, p in enumerate(parameters)}
@@ -352,12 +352,15 @@ def work_of(row: str, step: str | None = None) -> Callable:
 
     def work(recipe, w: int, model, trajectories: int) -> Counter:
         iterations, batch = sizes(recipe, recipe.selection)
-        # The targets of both stages: full precision on the whole calibration set.
-        steps = Counter({"call": trajectories * model.calls * model.halves})
+        rows = [n * rows for n, rows in zip(iterations, batch, strict=True)]
+        cma = RELEASED[recipe.selection]["local_cma"] if recipe.local_cma == "released" else recipe.local_cma
+        # Targets: full precision on all rows once; on each mini-batch of a large model, whose outputs are not kept.
+        once, anew = trajectories * model.calls * model.halves, rows[0] * recipe.local_tla + rows[1] * cma
+        steps = Counter({"call": anew if model.origin else once})
         steps["ranges"] = recipe.time_groups or model.steps
         if not recipe.init:
             steps["weight ranges"] = 1
-        steps[row] = sum(n * rows for n, rows in zip(iterations, batch, strict=True))
+        steps[row] = sum(rows)
         return steps if step is None else steps + Counter({step: sum(iterations)})
 
     return work

@@ -5,8 +5,10 @@ full-precision model (equations 4 to 6). Which stages there are, and of what, is
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,8 @@ from quest.quantization.layers import QuantLayer
 from quest.quantization.quantizer import Quantizer
 from quest.quantization.ranges import EPS
 from quest.quantization.timegroups import TimeGroups
+
+KEPT = 2**31  # bytes of the teacher's outputs that are kept rather than computed again
 
 
 class Visit(NamedTuple):
@@ -65,7 +69,7 @@ def align(
     denoiser: nn.Module,
     stage: Stage,
     learned: dict[str, list[nn.Parameter]],
-    targets: dict[str, Tensor],
+    targets: Callable[[Tensor], dict[str, Tensor]],
     calibration: CalibrationSet,
     *,
     log_scales: bool,
@@ -75,7 +79,7 @@ def align(
     """Tune a stage, so that its layers and the noise prediction agree with the full-precision model.
 
     learned: the parameters to tune beside the scales, by layer, usually the weights and biases of the stage's layers.
-    targets: what `layer_outputs` found for the layers with a local loss. Raises FloatingPointError naming stage,
+    targets: what `teacher_outputs` gives for the layers with a local loss. Raises FloatingPointError naming stage,
     iteration and layer if the loss is not finite.
     """
     weights = [p.requires_grad_() for parameters in learned.values() for p in parameters]
@@ -83,19 +87,17 @@ def align(
     adam_scales = ScaleAdam(stage.scales, log=log_scales)
     for scale in adam_scales.scales:
         scale.requires_grad_()
-
-    outputs: dict[str, Tensor] = {}
-    handles = [
-        layer.register_forward_hook(lambda _m, _args, out, name=name: outputs.__setitem__(name, out))
-        for name, layer in stage.layers.items()
-    ]
     groups = denoiser.time_groups
+    turns = scheduled(groups, calibration, stage, generator)
     try:
-        turns = scheduled(groups, calibration, stage, generator)
-        with tqdm(turns, desc=stage.name, total=stage.iterations, mininterval=5) as bar:
+        with (
+            outputs_of(denoiser, stage.layers) as outputs,
+            tqdm(turns, desc=stage.name, total=stage.iterations, mininterval=5) as bar,
+        ):
             for i, (rows, new_visit) in enumerate(bar):
+                wanted = targets(rows) if stage.local else {}
                 prediction = denoiser(**calibration.inputs(rows)).sample
-                losses = [F.mse_loss(outputs[n], targets[n][rows].to(prediction.dtype)) for n in stage.local]
+                losses = [F.mse_loss(outputs[n], wanted[n].to(prediction.dtype)) for n in stage.local]
                 local = sum(losses, start=prediction.new_zeros(()))
                 whole = F.mse_loss(prediction, calibration.target[rows])
                 loss = local + stage.global_weight * whole
@@ -117,34 +119,49 @@ def align(
                 adam_scales.step(group, stage.lr_scale * decay)
                 bar.set_postfix(local=f"{local.item():.2e}", whole=f"{whole.item():.2e}", refresh=False)
     finally:
-        for h in handles:
-            h.remove()
         denoiser.requires_grad_(False)
 
 
-@torch.no_grad()
-def layer_outputs(
-    teacher: nn.Module, names: list[str], calibration: CalibrationSet, batch: int = 64
-) -> dict[str, Tensor]:
-    """Outputs of the teacher's layers for every calibration row, [N, ...], in half precision to save memory."""
-    outputs: dict[str, Tensor] = {}
-    if not names:
-        return outputs
-    rows: Tensor
+def teacher_outputs(
+    teacher: nn.Module, names: list[str], calibration: CalibrationSet, budget: int = KEPT, batch: int = 64
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """A function that gives the outputs of the teacher's layers for some calibration rows, by name, in half precision.
 
-    def keep(name: str, output: Tensor) -> None:
-        if name not in outputs:
-            outputs[name] = torch.empty(len(calibration), *output.shape[1:], dtype=torch.half, device=output.device)
-        outputs[name][rows[0] : rows[-1] + 1] = output
+    It looks them up where those of all rows take at most `budget` bytes. Otherwise the teacher runs anew on these rows,
+    and memory does not depend on the number of rows in the set. Both differ by the rounding of sums over a batch.
+    """
 
-    handles = [teacher.get_submodule(n).register_forward_hook(lambda _m, _args, out, n=n: keep(n, out)) for n in names]
-    try:
-        for rows in torch.arange(len(calibration), device="cpu").split(batch):
+    @torch.no_grad()
+    def computed(rows: Tensor) -> dict[str, Tensor]:
+        with outputs_of(teacher, names) as outputs:
             teacher(**calibration.inputs(rows))
+        return {name: output.half() for name, output in outputs.items()}
+
+    first = computed(torch.arange(1, device="cpu")) if names else {}
+    if len(calibration) * sum(output.nbytes for output in first.values()) > budget:
+        return computed
+    kept = {name: output.new_empty(len(calibration), *output.shape[1:]) for name, output in first.items()}
+    if names:
+        for rows in torch.arange(len(calibration), device="cpu").split(batch):
+            for name, output in computed(rows).items():
+                kept[name][rows] = output
+    return lambda rows: {name: outputs[rows] for name, outputs in kept.items()}
+
+
+@contextmanager
+def outputs_of(denoiser: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """While inside, what these layers gave in the latest forward pass, by name."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str, _layer: nn.Module, _arguments: tuple, output: Tensor) -> None:
+        outputs[name] = output
+
+    handles = [denoiser.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names]
+    try:
+        yield outputs
     finally:
-        for h in handles:
-            h.remove()
-    return outputs
+        for handle in handles:
+            handle.remove()
 
 
 def scheduled(

@@ -101,7 +101,7 @@ def recipe_of(pipe, calibration, bits, monkeypatch, method="quest", **recipe):
     """The stages and switches that `quantize` hands to `align`, without finetuning; and the pipeline."""
     seen = []
     monkeypatch.setattr(finetune, "align", lambda _d, stage, *_a, **switches: seen.append((stage, switches)))
-    monkeypatch.setattr(finetune, "layer_outputs", lambda _t, names, _c: seen.append(names) or {})
+    monkeypatch.setattr(finetune, "teacher_outputs", lambda _t, names, _c: seen.append(names))
     q = quest.quantize(pipe, method, bits, calibration=calibration, **(dict(samples=8) | recipe))
     return q, seen[0], [stage for stage, _ in seen[1:]], seen[1][1]
 

@@ -5,7 +5,7 @@ import torch
 
 from baselines.quest import SCHEDULES
 from quest.affine import QuantSpec
-from quest.learning.alignment import ScaleAdam, Stage, scheduled
+from quest.learning.alignment import ScaleAdam, Stage, scheduled, teacher_outputs
 from quest.quantization.quantizer import Quantizer
 from quest.quantization.timegroups import TimeGroups
 
@@ -120,3 +120,26 @@ def test_plain_scales_move_as_by_adam_and_stay_above_zero():
     for _ in range(100):
         adam.step(0, 0.01)
     assert quantizer.scale > 0
+
+
+def test_the_teacher_s_outputs_are_looked_up_or_computed_anew(class_pipe, class_calibration):
+    names, calls = ["conv_in", "mid_block.resnets.0.time_emb_proj"], []
+    count = class_pipe.unet.register_forward_pre_hook(lambda *_: calls.append(0))
+    n, rows = len(class_calibration), torch.tensor([5, 0, 3])
+    try:
+        kept = teacher_outputs(class_pipe.unet, names, class_calibration, batch=4)
+        assert len(calls) == 1 + -(-n // 4)
+        looked_up = kept(rows)
+        assert len(calls) == 1 + -(-n // 4)
+        needed = n * sum(v[0].nbytes for v in looked_up.values())
+        calls.clear()
+        anew = teacher_outputs(class_pipe.unet, names, class_calibration, budget=needed - 1)
+        computed = anew(rows)
+        assert len(calls) == 2  # one row, whose outputs have the size of the others', and the three rows
+        assert teacher_outputs(class_pipe.unet, [], class_calibration)(rows) == {} and len(calls) == 2
+    finally:
+        count.remove()
+    assert list(looked_up) == list(computed) == names
+    for name in names:
+        assert computed[name].dtype == torch.half
+        torch.testing.assert_close(looked_up[name], computed[name], rtol=2e-3, atol=1e-4)
