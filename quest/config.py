@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from quest.runtime import memory
 from quest.runtime.files import one_line
 from quest.runtime.yaml_files import read_yaml
 
@@ -142,6 +143,11 @@ def validate(config: dict) -> None:
     from quest.diffusion.models import MODELS
 
     _check_schema(config)
+    if "memory" in config:
+        try:
+            memory.parse(config["memory"])
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     if config["name"] in SHARED:
         raise ConfigError(f"name: {config['name']!r} is a folder that configs share; give the config another name")
     for name, settings in config["models"].items():

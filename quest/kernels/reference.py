@@ -1,10 +1,15 @@
 """What every quantized operation means: fake-quantize, then the float operation. Also the path that trains."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from quest.affine import QParams, QTensor, QuantSpec, fake_quantize
+
+AT_ONCE = 2**26  # attention probabilities
 
 
 def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -49,10 +54,40 @@ def attention(
 ) -> Tensor:
     """q [B, n, d], k and v [B, m, d] (B counts heads) -> [B, n, d].
 
-    Queries, keys and values are quantized, then the normalised softmax probabilities.
+    Queries, keys and values are quantized, then the normalised softmax probabilities. Of those, at most AT_ONCE are in
+    memory: larger attentions are computed in parts, again in the backward pass, which then sums the gradient of p's
+    scale over the parts.
     """
-    p = probabilities(fake_quantize(q, q_params), fake_quantize(k, k_params), scale)
-    return torch.bmm(fake_quantize(p, p_params), fake_quantize(v, v_params))
+    q, k, v = fake_quantize(q, q_params), fake_quantize(k, k_params), fake_quantize(v, v_params)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.bmm(fake_quantize(probabilities(q, k, scale), p_params), v)
+
+    if len(q) <= (size := _part(q, k)):
+        return attend(q, k, v)
+    if torch.is_grad_enabled():
+        attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([attend(*part) for part in zip(*(x.split(size) for x in (q, k, v)), strict=True)])
+
+
+def observed_probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """What the range of probabilities is chosen from: all of them, [B, n, m], or of a large attention, [2, n, m].
+
+    Those are the least and the largest over the batch, which is all that a range from zero to the maximum depends on.
+    """
+    if len(q) <= (size := _part(q, k)):
+        return probabilities(q, k, scale)
+    least = most = None
+    for part in zip(q.split(size), k.split(size), strict=True):
+        p = probabilities(*part, scale)
+        low, high = p.amin(0), p.amax(0)
+        least, most = (low, high) if least is None else (torch.minimum(least, low), torch.maximum(most, high))
+    return torch.stack([least, most])
+
+
+def _part(q: Tensor, k: Tensor) -> int:
+    """How many of the batch have at most AT_ONCE probabilities, at least one."""
+    return max(1, AT_ONCE // (q.shape[1] * k.shape[1]))
 
 
 def probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.learning.rounding import Rounding, beta
-from quest.learning.units import Unit, call_modules, chunked, together, walk
+from quest.learning.units import Unit, call_modules, chunked, fill, side_by_side, walk
 from quest.quantization import cost
 from quest.quantization.layers import QuantLayer, freeze, input_quantizers, quant_layers
 from quest.quantization.quantizer import Quantizer
 from quest.quantization.ranges import EPS
+from quest.runtime import memory
 from quest.runtime.resume import part
 
 ACTIVATION_POWER = 2.4  # of the error when activation steps are learned
@@ -50,20 +51,20 @@ def reconstruct_weights(
     set. exclude: globs over the names of layers that keep the codes they have.
     A unit's input comes from the weight-quantized network, its target from full precision; activations are float
     (Q-Diffusion's order). Time groups play no part, so rows of different groups may be mixed.
-    Memory: the tensors alive in one forward pass over 2 len(rows) rows.
+    What waits: the tensors alive in one forward pass over 2 len(rows) rows.
     Returns each unit's reconstruction error before and after. Departure from the papers: a unit whose error did not
     fall keeps its nearest codes.
     Raises FloatingPointError naming unit and iteration where the loss is not finite.
     """
-    n = len(rows)
-    inputs = _inputs(student, calibration, rows)
+    n, device, waiting = len(rows), student.device, memory.waiting(student.device.type)
+    first, second = torch.arange(2 * n, device="cpu").split(n)
     errors: dict[str, tuple[float, float]] = {}
     learned: list[Tensor] = []
 
     def visit(unit: Unit, forwards: dict[str, Callable], name: str, *args, **kwargs) -> Tensor:
-        call = partial(call_modules, args=args, kwargs=kwargs, n=2 * n)
+        call = partial(call_modules, args=args, kwargs=kwargs, n=2 * n, device=device)
         if not unit.layers:
-            return chunked(partial(call, [forwards[name]]), torch.arange(2 * n, device="cpu"))
+            return fill(partial(call, [forwards[name]]), torch.arange(2 * n, device="cpu"), 2 * n, waiting)
         layers = {
             name: layer
             for name, layer in unit.layers.items()
@@ -71,7 +72,9 @@ def reconstruct_weights(
         }
         learning = bool(layers) and unit.name not in errors
         full = [teacher.get_submodule(m) for m in (unit.modules if learning else [name])]
-        outputs = [chunked(partial(call, [forward]), torch.arange(n, device="cpu")) for forward in full]
+        # Of the module that is called, with room for the quantized half.
+        output = fill(partial(call, full[:1]), first, 2 * n, waiting)
+        exact = [output[: len(output) // 2], *(fill(partial(call, [f]), first, n, waiting) for f in full[1:])]
         if learning:
             for layer in layers.values():
                 layer.thaw()
@@ -82,7 +85,8 @@ def reconstruct_weights(
                     unit.name,
                     layers,
                     lambda r: unit.lay(call(list(forwards.values()), r + n), len(r)),
-                    unit.lay(together(outputs), n),
+                    lambda r: unit.lay(side_by_side(exact, r, n, device), len(r)),
+                    n,
                     iterations=iterations,
                     batch=batch,
                     lr=lr,
@@ -94,12 +98,12 @@ def reconstruct_weights(
             for layer in layers.values():
                 layer.freeze()
         # The first of a unit's modules to be called is the one that learns.
-        return torch.cat([outputs[0], chunked(partial(call, [forwards[name]]), torch.arange(n, 2 * n, device="cpu"))])
+        return fill(partial(call, [forwards[name]]), second, 2 * n, waiting, output)
 
     # The first half of the rows runs through the units of full precision, the second through the quantized ones.
-    doubled = {k: torch.cat([v, v]) for k, v in inputs.items()}
+    doubled = {k: v.cpu() for k, v in calibration.inputs(torch.cat([rows, rows])).items()}
     with float_activations(input_quantizers(student).values()), frozen(student):
-        walk(student, inputs, doubled, visit, "AdaRound")
+        walk(student, doubled, visit, "AdaRound", device, waiting)
     cost.record(student, "AdaRound", learned, iterations, batch)
     return errors
 
@@ -124,26 +128,24 @@ def reconstruct_activations(
     iterations: as inputs are those of full precision, groups do not depend on each other.
     Raises ValueError for a time group without a row.
     """
-    n = len(rows)
-    inputs = _inputs(student, calibration, rows)
+    n, device, waiting = len(rows), student.device, memory.waiting(student.device.type)
+    everything = torch.arange(n, device="cpu")
     groups = getattr(student, "time_groups", None)
-    parts = [torch.arange(n, device="cpu")] if groups is None else groups.rows(calibration.timestep[rows])
+    parts = [everything] if groups is None else groups.rows(calibration.timestep[rows])
     shares = [iterations * (g + 1) // len(parts) - iterations * g // len(parts) for g in range(len(parts))]
     errors: dict[str, tuple[float, float]] = {}
     learned: list[Tensor] = []
 
     def visit(unit: Unit, forwards: dict[str, Callable], name: str, *args, **kwargs) -> Tensor:
-        call = partial(call_modules, args=args, kwargs=kwargs, n=n)
-
+        call = partial(call_modules, args=args, kwargs=kwargs, n=n, device=device)
         quantizers = {name: q for name, q in unit.quantizers.items() if q.spec.bits < FINE}
         learning = bool(quantizers) and unit.name not in errors
         with float_activations(() if unit.layers else unit.quantizers.values()):
             full = [
                 teacher.get_submodule(m) if unit.layers else forwards[m] for m in (unit.modules if learning else [name])
             ]
-            outputs = [chunked(partial(call, [forward]), torch.arange(n, device="cpu")) for forward in full]
+            outputs = [fill(partial(call, [forward]), everything, n, waiting) for forward in full]
         if learning:
-            target = unit.lay(together(outputs), n)
             found = []
             for g, (own, share) in enumerate(zip(parts, shares, strict=True)):
                 learning_steps = partial(
@@ -151,7 +153,8 @@ def reconstruct_activations(
                     unit.name,
                     quantizers,
                     lambda r, own=own: unit.lay(call(list(forwards.values()), own[r]), len(r)),
-                    target if groups is None else target[own],
+                    lambda r, own=own: unit.lay(side_by_side(outputs, own[r], n, device), len(r)),
+                    len(own),
                     iterations=share,
                     batch=batch,
                     lr=lr,
@@ -165,8 +168,9 @@ def reconstruct_activations(
             learned.extend(q.scale for q in quantizers.values())
         return outputs[0]
 
+    inputs = {k: v.cpu() for k, v in calibration.inputs(rows).items()}
     with frozen(student):
-        walk(student, inputs, inputs, visit, "activation steps")
+        walk(student, inputs, visit, "activation steps", device, waiting)
     cost.record(student, "activation steps", learned, iterations, batch)
     return errors
 
@@ -175,7 +179,8 @@ def learn_rounding(
     name: str,
     layers: dict[str, QuantLayer],
     run: Callable[[Tensor], Tensor],
-    target: Tensor,
+    target: Callable[[Tensor], Tensor],
+    n: int,
     *,
     iterations: int,
     batch: int,
@@ -184,19 +189,19 @@ def learn_rounding(
 ) -> tuple[float, float]:
     """AdaRound of one unit (arXiv:2004.10568, equations 21 to 25): Adam on alpha, mini-batches drawn anew each time.
 
-    run(rows) gives the unit's output on these rows, target [N, ...] the output to reach. Loss: `error` with power 2
+    run(rows) gives the unit's output on some of n rows, target(rows) the output to reach. Loss: `error` with power 2
     plus LAMBDA times the regulariser, a sum over all weights of the unit. The layers are not frozen, before and after.
     Returns the error before and after.
     """
-    check = _check(target)
+    check = _check(n)
     before = _judge(run, target, check, 2)
     rounding = Rounding(list(layers.values()))
     adam = torch.optim.Adam([rounding.alpha.requires_grad_()], lr=lr, fused=True)
     with torch.enable_grad():
         for i in range(iterations):
-            rows = torch.randperm(len(target), generator=generator, device="cpu")[:batch]
+            rows = torch.randperm(n, generator=generator, device="cpu")[:batch]
             with multiplying(layers.values(), rounding.soft(beta(i, iterations))):
-                loss = error(run(rows), target[rows], 2)
+                loss = error(run(rows), target(rows), 2)
             _finite(loss, "AdaRound", name, i)
             adam.zero_grad()
             loss.backward()
@@ -215,7 +220,8 @@ def learn_steps(
     name: str,
     quantizers: dict[str, Quantizer],
     run: Callable[[Tensor], Tensor],
-    target: Tensor,
+    target: Callable[[Tensor], Tensor],
+    n: int,
     *,
     iterations: int,
     batch: int,
@@ -225,17 +231,17 @@ def learn_steps(
     """Adam on the scales of one unit's activation quantizers, its rate falling to zero as a cosine.
 
     With time groups those of the current one: the others have no gradient, and a new Adam does not move them.
-    run, target and result as for `learn_rounding`; loss: `error` with power 2.4.
+    run, target, n and result as for `learn_rounding`; loss: `error` with power 2.4.
     """
     scales = [q.scale for q in quantizers.values()]
     first = [s.detach().clone() for s in scales]
-    check = _check(target)
+    check = _check(n)
     before = _judge(run, target, check, ACTIVATION_POWER)
     adam = torch.optim.Adam([s.requires_grad_() for s in scales], lr=lr, fused=True)
     with torch.enable_grad():
         for i in range(iterations):
-            rows = torch.randperm(len(target), generator=generator, device="cpu")[:batch]
-            loss = error(run(rows), target[rows], ACTIVATION_POWER)
+            rows = torch.randperm(n, generator=generator, device="cpu")[:batch]
+            loss = error(run(rows), target(rows), ACTIVATION_POWER)
             _finite(loss, "activation steps", name, i)
             adam.zero_grad()
             loss.backward()
@@ -317,18 +323,13 @@ def multiplying(layers: Iterable[QuantLayer], weights: Iterable[Tensor]) -> Iter
             del layer.multiplied
 
 
-def _inputs(denoiser: nn.Module, calibration: CalibrationSet, rows: Tensor) -> dict[str, Tensor]:
-    device = next(denoiser.parameters()).device
-    return {k: v.to(device) for k, v in calibration.inputs(rows).items()}
-
-
-def _check(target: Tensor) -> Tensor:
-    return torch.arange(0, len(target), max(1, len(target) // CHECK), device="cpu")
+def _check(n: int) -> Tensor:
+    return torch.arange(0, n, max(1, n // CHECK), device="cpu")
 
 
 @torch.no_grad()
-def _judge(run: Callable[[Tensor], Tensor], target: Tensor, rows: Tensor, power: float) -> float:
-    return error(chunked(run, rows), target[rows], power).item()
+def _judge(run: Callable[[Tensor], Tensor], target: Callable[[Tensor], Tensor], rows: Tensor, power: float) -> float:
+    return error(chunked(run, rows), target(rows), power).item()
 
 
 def _finite(loss: Tensor, stage: str, unit: str, iteration: int) -> None:

@@ -8,12 +8,16 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
 from quest.quantization.attention import QuantAttention
 from quest.quantization.layers import QuantLayer, attentions, input_quantizers, quant_layers
 from quest.quantization.quantizer import Quantizer
+from quest.runtime.memory import Waiting
 
+ATEN = torch.ops.aten
 CHUNK = 64  # rows of one forward pass of a unit where nothing is learned
 
 
@@ -90,19 +94,25 @@ def units(denoiser: nn.Module, inputs: dict[str, Tensor]) -> list[Unit]:
 
 @torch.no_grad()
 def walk(
-    denoiser: nn.Module, example: dict[str, Tensor], inputs: dict[str, Tensor], visit: Callable, stage: str
+    denoiser: nn.Module, inputs: dict[str, Tensor], visit: Callable, stage: str, device: torch.device, waiting: Waiting
 ) -> None:
     """One forward pass in which visit(unit, forwards, name, *args, **kwargs) stands in for every unit's modules.
 
-    forwards: what the unit's modules compute, by name. name: which of them is called.
+    forwards: what the unit's modules compute, by name. name: which of them is called. All tensors of the pass lie on
+    the CPU, as `waiting` allocates them; what happens between units is `Streamed`.
     `forward` and not a call of the denoiser: a pass over all timesteps is in no time group.
     """
-    found = units(denoiser, {k: v[:1] for k, v in example.items()})
+    found = units(denoiser, {k: v[:1].to(device) for k, v in inputs.items()})
     modules = {n: m for unit in found for n, m in unit.modules.items()}
+    between = Streamed(len(inputs["sample"]), device, waiting)
     bar = tqdm(total=len(modules), desc=stage, mininterval=5)
 
     def visited(*args, **kwargs):
-        output = visit(*args, **kwargs)
+        between.__exit__(None, None, None)
+        try:
+            output = visit(*args, **kwargs)
+        finally:
+            between.__enter__()
         bar.update()
         return output
 
@@ -111,17 +121,59 @@ def walk(
         for name, module in unit.modules.items():
             module.forward = partial(visited, unit, forwards, name)
     try:
-        with bar:
+        with bar, between:
             denoiser.forward(**inputs)
     finally:
         for module in modules.values():
             del module.forward
 
 
-def call_modules(forwards: list[Callable], rows: Tensor, *, args: tuple, kwargs: dict, n: int) -> Tensor:
-    """The outputs of some modules side by side, on some of the n rows that their arguments hold."""
-    args, kwargs = [_take(a, rows, n) for a in args], {k: _take(v, rows, n) for k, v in kwargs.items()}
+class Streamed(TorchDispatchMode):
+    """While inside, an operation on calibration rows takes CHUNK of them at a time to `device`; its results wait.
+
+    A tensor holds rows if it has two dimensions or more, and the first is the number of rows or a multiple. Views and
+    what changes its argument are computed as they are; every other operation must treat rows alike, as a denoiser does.
+    """
+
+    def __init__(self, rows: int, device: torch.device, waiting: Waiting):
+        super().__init__()
+        self.rows, self.device, self.waiting = rows, device, waiting
+
+    def __torch_dispatch__(self, operation, _types, args=(), kwargs=None):
+        values, tree = tree_flatten((args, kwargs or {}))
+        rows = {i for i, v in enumerate(values) if isinstance(v, Tensor) and v.ndim > 1 and self._holds_rows(v)}
+        as_it_is = operation.is_view or operation._schema.is_mutable or operation is ATEN._unsafe_view.default
+        if as_it_is or not rows or self.rows <= CHUNK and self.device.type == "cpu":
+            return operation(*args, **(kwargs or {}))
+
+        def run(chunk: Tensor):
+            own = [_take(v, chunk, self.rows) if i in rows else v for i, v in enumerate(values)]
+            own = [v.to(self.device) if isinstance(v, Tensor) else v for v in own]
+            if operation is ATEN.native_group_norm.default:
+                own[3] = len(own[0])  # the number of images, which it is told beside them
+            args, kwargs = tree_unflatten(own, tree)
+            return operation(*args, **kwargs)
+
+        return fill(run, torch.arange(self.rows, device="cpu"), self.rows, self.waiting)
+
+    def _holds_rows(self, value: Tensor) -> bool:
+        return len(value) > 0 and len(value) % self.rows == 0
+
+
+def call_modules(forwards: list[Callable], rows: Tensor, *, args: tuple, kwargs: dict, n: int, device) -> Tensor:
+    """The outputs of some modules side by side, on some of the n rows that their arguments hold, on `device`."""
+
+    def take(value):
+        value = _take(value, rows, n)
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    args, kwargs = [take(a) for a in args], {k: take(v) for k, v in kwargs.items()}
     return together([forward(*args, **kwargs) for forward in forwards])
+
+
+def side_by_side(outputs: list[Tensor], rows: Tensor, n: int, device) -> Tensor:
+    """Some of the n rows of outputs that wait, on `device`."""
+    return together([_take(output, rows, n).to(device) for output in outputs])
 
 
 def together(outputs: list[Tensor]) -> Tensor:
@@ -141,3 +193,18 @@ def _take(value, rows: Tensor, n: int):
 def chunked(run: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     """What `run` gives for these rows, CHUNK of them at a time."""
     return torch.cat([run(chunk) for chunk in rows.split(CHUNK)])
+
+
+def fill(run: Callable, rows: Tensor, n: int, waiting: Waiting, into=None):
+    """What `run` gives for consecutive rows, CHUNK of them at a time, in their place among n rows that wait.
+
+    run(rows) -> a tensor or a tuple of them. into: what an earlier call returned, whose other rows stay as they are.
+    """
+    for chunk in rows.split(CHUNK):
+        results, tree = tree_flatten(run(chunk))
+        if into is None:
+            into = tree_unflatten([waiting.rows(part, len(part) // len(chunk) * n) for part in results], tree)
+        for whole, part in zip(tree_flatten(into)[0], results, strict=True):
+            heads = len(part) // len(chunk)
+            whole[chunk[0] * heads : (chunk[-1] + 1) * heads] = part
+    return into

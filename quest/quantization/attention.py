@@ -79,7 +79,7 @@ class QuantAttention(nn.Module):
         """
         q_params, k_params, v_params = self.q(q), self.k(k), self.v(v)
         if self.p.choose is not None:
-            p = reference.probabilities(fake_quantize(q, q_params), fake_quantize(k, k_params), scale)
+            p = reference.observed_probabilities(fake_quantize(q, q_params), fake_quantize(k, k_params), scale)
             self.p.calibrate(p, self.p.choose)
         return self.kernel.attention(q, k, v, q_params, k_params, v_params, self.p.qparams, scale)
 

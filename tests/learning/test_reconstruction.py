@@ -1,10 +1,14 @@
 """Block reconstruction: its loss, and what each pass may touch."""
 
+import gc
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from quest.learning import reconstruction
+from quest.learning import units as units_module
 from quest.learning.calibrate import calibrate
 from quest.learning.reconstruction import error, learn_rounding, reconstruct_activations, reconstruct_weights
 from quest.learning.units import units
@@ -12,6 +16,7 @@ from quest.quantization import ranges
 from quest.quantization.layers import input_quantizers, quant_layers
 from quest.quantization.swapping import swap
 from quest.quantization.timegroups import TimeGroups, grouped
+from quest.runtime.memory import Waiting
 
 
 def generator():
@@ -38,7 +43,7 @@ def test_adaround_beats_the_nearest_codes(layer_of):
     full, before = nn.functional.linear(x, q.weight, q.bias), q.weight.clone()
     nearest = error(q(x), full, 2).item()
     arguments = dict(iterations=400, batch=32, lr=0.05, generator=g)
-    first, last = learn_rounding("unit", {"layer": q}, lambda r: q(x[r]), full, **arguments)
+    first, last = learn_rounding("unit", {"layer": q}, lambda r: q(x[r]), lambda r: full[r], 256, **arguments)
     assert first == pytest.approx(nearest, rel=1e-5) and last < 0.8 * first
     assert last == pytest.approx(error(q(x), full, 2).item(), rel=1e-5)
     assert ((q.weight - before).abs() <= 0.5001 * q.weight_quantizer.scale[0]).all()
@@ -49,7 +54,9 @@ def test_a_diverging_unit_is_named(layer_of):
     target = torch.full((10, 8), torch.nan)
     with pytest.raises(FloatingPointError, match="AdaRound, unit up.conv, iteration 0"):
         run = lambda r: q(torch.ones(len(r), 24))  # noqa: E731
-        learn_rounding("up.conv", {"": q}, run, target, iterations=3, batch=4, lr=0.1, generator=generator())
+        learn_rounding(
+            "up.conv", {"": q}, run, lambda r: target[r], 10, iterations=3, batch=4, lr=0.1, generator=generator()
+        )
 
 
 @pytest.fixture(params=["uncond", "class"])
@@ -97,6 +104,53 @@ def test_the_weight_pass_learns_roundings_and_nothing_else(case):
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in denoiser.state_dict().items())
 
 
+def in_files() -> int:
+    """Temporary files without a name that this process has in memory."""
+    return sum("(deleted)" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_where_tensors_wait_and_what_streams_changes_no_bit(case, monkeypatch):
+    """In memory or in files, all rows at once or in chunks between the units, as long as units see the same chunks."""
+    pipe, calibration = case
+    rows = torch.arange(0, len(calibration), 2)
+    monkeypatch.setattr(units_module, "CHUNK", 5)
+    found, before = {}, in_files()
+    whole = lambda _self, operation, _types, args=(), kwargs=None: operation(*args, **(kwargs or {}))  # noqa: E731
+    for kind, budget in (("memory", 2**40), ("files", 0), ("whole", 2**40)):
+        waiting = Waiting(budget)
+        monkeypatch.setattr(reconstruction.memory, "waiting", lambda _device, waiting=waiting: waiting)
+        if kind == "whole":
+            monkeypatch.setattr(units_module.Streamed, "__torch_dispatch__", whole)
+        denoiser = student(pipe, calibration)
+        arguments = dict(iterations=2, batch=4, generator=generator())
+        errors = reconstruct_weights(denoiser, pipe.unet, calibration, rows, lr=0.5, **arguments)
+        steps = reconstruct_activations(denoiser, pipe.unet, calibration, rows, lr=1e-2, **arguments)
+        found[kind] = (errors, steps, state(denoiser), waiting)
+        assert in_files() == before and waiting.held == waiting.in_memory == 0
+    for kind in ("files", "whole"):
+        assert found[kind][:2] == found["memory"][:2]
+        assert all(torch.equal(v, found[kind][2][k]) for k, v in found["memory"][2].items())
+    assert found["files"][3].most == found["memory"][3].most > found["whole"][3].most
+
+
+def test_files_are_gone_after_an_exception(uncond_pipe, uncond_calibration, monkeypatch):
+    waiting, seen, before = Waiting(0), [], in_files()
+    monkeypatch.setattr(reconstruction.memory, "waiting", lambda _device: waiting)
+
+    def fail(*_args, **_settings):
+        seen.append(in_files())
+        raise FloatingPointError("diverged")
+
+    monkeypatch.setattr(reconstruction, "learn_rounding", fail)
+    denoiser = student(uncond_pipe, uncond_calibration)
+    arguments = dict(iterations=1, batch=4, lr=0.1, generator=generator())
+    with pytest.raises(FloatingPointError, match="diverged"):
+        reconstruct_weights(denoiser, uncond_pipe.unet, uncond_calibration, torch.arange(8), **arguments)
+    gc.collect()
+    assert seen[0] > before and in_files() == before and waiting.held == 0
+    assert not any("forward" in m.__dict__ for m in denoiser.modules())
+
+
 def test_the_input_of_a_unit_comes_from_the_quantized_network_and_its_target_from_full_precision(
     class_pipe, class_calibration
 ):
@@ -105,9 +159,9 @@ def test_the_input_of_a_unit_comes_from_the_quantized_network_and_its_target_fro
     rows, seen = torch.arange(6), []
     original = reconstruction.learn_rounding
 
-    def look(name, layers, run, target, **_):
+    def look(name, layers, run, target, n, **_):
         if name == "conv_out":
-            seen.append((run(torch.arange(len(target))), target))
+            seen.append((run(torch.arange(n)), target(torch.arange(n))))
         return 0.0, 0.0
 
     reconstruction.learn_rounding = look
@@ -138,8 +192,8 @@ def test_every_time_group_learns_its_steps_on_its_own_rows(uncond_pipe, uncond_c
     groups = TimeGroups(grouped(uncond_calibration.timesteps, 3))
     timed, seen = student(uncond_pipe, uncond_calibration, groups=groups), []
 
-    def look(name, quantizers, run, target, *, iterations, **_):
-        seen.append((name, groups.number, iterations, run(torch.arange(len(target))), target))
+    def look(name, quantizers, run, target, n, *, iterations, **_):
+        seen.append((name, groups.number, iterations, run(torch.arange(n)), target(torch.arange(n))))
         return float(groups.number), 0.0
 
     monkeypatch.setattr(reconstruction, "learn_steps", look)

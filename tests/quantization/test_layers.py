@@ -210,3 +210,26 @@ def test_every_layer_has_a_class(kind, request):
     classes = {layer_class(n) for n, m in pipe.unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     assert "other" not in classes and classes <= {c for c, _ in LAYER_CLASSES}
     assert "time embedding" in classes and "attention q, k, v" in classes
+
+
+def test_large_attentions_are_computed_in_parts(monkeypatch):
+    """The same bits, gradients too, but for that of the probabilities' scale, which is summed over the parts."""
+    torch.manual_seed(0)
+    tensors = torch.randn(6, 5, 4), torch.randn(6, 7, 4), torch.randn(6, 7, 4)
+    spec, found = QuantSpec(4), []
+    for at_once in (2**26, 2 * 5 * 7):
+        monkeypatch.setattr(reference, "AT_ONCE", at_once)
+        given = [t.clone().requires_grad_() for t in tensors]
+        scales = [torch.tensor(s, requires_grad=True) for s in (0.3, 0.2, 0.3, 0.05)]
+        params = [QParams(s, torch.tensor(z), spec) for s, z in zip(scales, (7.0, 8.0, 6.0, 0.0), strict=True)]
+        y = reference.attention(*given, *params, 0.5)
+        y.square().sum().backward()
+        with torch.no_grad():
+            silent = reference.attention(*given, *params, 0.5)
+        assert torch.equal(y, silent)
+        observed = reference.observed_probabilities(*tensors[:2], 0.5)
+        extremes = torch.stack([observed.amin(0), observed.amax(0)])
+        assert len(observed) == (6 if at_once == 2**26 else 2)
+        found.append([y, extremes, *(t.grad for t in given + scales[:3]), scales[3].grad])
+    assert all(torch.equal(a, b) for a, b in zip(*(f[:-1] for f in found), strict=True))
+    torch.testing.assert_close(found[0][-1], found[1][-1], rtol=1e-5, atol=1e-6)

@@ -20,6 +20,7 @@ from quest.config import (
     validate,
 )
 from quest.diffusion.models import MODELS
+from quest.runtime import memory
 from quest.runtime.provenance import CONFIG, config_hash
 
 try:
@@ -58,8 +59,9 @@ SHOWN += [figure for figure in CURVES if figure.startswith(("latent_mse_vs_bits"
 # glibc returns freed large arrays to the system, so every new array costs page faults: a fifth of the time of a
 # quantized denoiser. These settings let a process keep that memory, in large pages; other C libraries ignore them.
 # PYTHONUTF8 makes text UTF-8 in every locale, also in other packages. Jobs write the config's hash into their results.
+# `memory` is in the environment, since it changes no result: jobs should not run again where it changes.
 shell.prefix(
-    f"export {CONFIG}={config_hash(config)}"
+    f"export {CONFIG}={config_hash(config)} {memory.VARIABLE}={config.get('memory', '')!r}"
     " PYTHONUTF8=1 TQDM_MININTERVAL=5 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_TOP_PAD_=67108864"
     " MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824; "
 )

@@ -1,0 +1,123 @@
+"""How much memory a job may hold, and arrays of calibration rows that lie in a file where memory is short."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+ALIGNED = 64  # bytes, as torch aligns its own tensors: vectorized sums could depend on it
+SHARE = 0.5  # of the budget, for tensors that wait; the rest is for what computes
+
+VARIABLE = "QUEST_MEMORY"  # in the environment: the budget of every job, which a config sets by its key `memory`
+
+
+def parse(value: int | str) -> int:
+    """Bytes of a number, or of a text such as "20GB" (1e9 bytes). Raises ValueError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", str(value).strip(), re.IGNORECASE)
+    if isinstance(value, bool) or not found or not (size := float(found[1]) * UNITS[(found[2] or "").upper()]) >= 1:
+        raise ValueError(f'memory: {value!r} is no amount of memory; valid: bytes, or a text such as "20GB"')
+    return int(size)
+
+
+def budget(device: str = "cpu") -> int:
+    """Bytes that a job may hold on this device: the limit in the environment, else what is free.
+
+    Raises ValueError for a limit that is no amount of memory.
+    """
+    if limit := os.environ.get(VARIABLE):
+        return parse(limit)
+    if device == "cpu":
+        return free()
+    import torch
+
+    return torch.cuda.mem_get_info()[0]
+
+
+def waiting(device: str = "cpu") -> Waiting:
+    """Room for tensors that wait for this device: half of the budget, or half of what the host has beside a GPU."""
+    return Waiting(int(SHARE * (budget() if device == "cpu" else free())))
+
+
+def free() -> int:
+    """Bytes of host memory that this process may still take: of the machine, of its control group and of `ulimit`."""
+    import resource
+
+    found = [_field("/proc/meminfo", "MemAvailable")]
+    for folder, most, now in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        found.append(_number(f"{folder}/{most}") - _number(f"{folder}/{now}", 0))
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        found.append(limit - _field("/proc/self/status", "VmSize"))
+    return max(0, int(min(found + [2**50])))
+
+
+def _field(file: str, name: str) -> float:
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    except (OSError, StopIteration):
+        return math.inf
+
+
+def _number(file: str, otherwise: float = math.inf) -> float:
+    try:
+        return int(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no such control group, or "max"
+        return otherwise
+
+
+class Waiting:
+    """Allocates tensors that wait on the CPU: in memory up to `budget` bytes in all, others in temporary files.
+
+    A file has no name once it is open, so that it is gone with its
+    tensor, however the process ends. `held` and `most`: bytes that wait now and that waited at most, in either place.
+    """
+
+    def __init__(self, budget: int):
+        self.budget = budget
+        self.held = self.most = self.in_memory = 0
+
+    def rows(self, part: Tensor, n: int) -> Tensor:
+        """A tensor of n rows, unset, that has the type and the memory layout of `part`, which has fewer."""
+        import torch
+
+        # What a copy of it would have: of a slice, dense strides.
+        row, stride = part.numel() // len(part), torch.empty_like(part, device="meta").stride()
+        if len(part) > 1 and stride[0] != row:
+            stride = torch.empty(part.shape, dtype=part.dtype, device="meta").stride()
+        values = self._bytes(n * row * part.dtype.itemsize).view(part.dtype)
+        return values.as_strided((n, *part.shape[1:]), (row, *stride[1:]))
+
+    def _bytes(self, size: int) -> Tensor:
+        import numpy
+        import torch
+
+        resident = self.in_memory + size <= self.budget
+        if resident:
+            array = numpy.empty(size + ALIGNED, numpy.uint8)
+        else:
+            with tempfile.TemporaryFile() as file:
+                file.truncate(size)
+                array = numpy.memmap(file, numpy.uint8, "r+", shape=(size,))
+        self.held += size
+        self.in_memory += size * resident
+        self.most = max(self.most, self.held)
+        weakref.finalize(array, self._release, size, resident)
+        start = -array.ctypes.data % ALIGNED if resident else 0
+        return torch.from_numpy(array[start : start + size])
+
+    def _release(self, size: int, resident: bool) -> None:
+        self.held -= size
+        self.in_memory -= size * resident
