@@ -19,10 +19,13 @@ from quest.metrics import intervals
 from quest.metrics.comparison import Comparison, has_diverged
 from quest.metrics.frechet import Reference, Statistics, fid_infinity, frechet_distance
 from quest.metrics.inception_score import inception_score, partition, resampled_inception_scores, splits_note
-from quest.metrics.per_image import NEIGHBOURS, clip_scores, inside, latent_mse, psnr
+from quest.metrics.kernel_distance import mean_of_pairs, resampled_kernel_distances
+from quest.metrics.per_image import NEIGHBOURS, clip_scores, inside, latent_mse, psnr, squared_distances
 from quest.runtime.files import loads, one_line, read_arrays
 
-FEATURES = ("pool", "spatial", "logits", "clip_image", "clip_text")
+FEATURES = ("pool", "spatial", "logits", "maps", "clip_image", "clip_text")
+LITE0 = ("lite0-photos", "lite0-emoji")  # extractors whose distances have names of their own, never FID
+SMALLEST_MSE = 1e-10  # stands for the latent MSE of identical latents, whose logarithm is not finite
 # How each protocol of Inception resizes an image to 299x299; the column `protocol` shows this text.
 RESIZE = {"adm": "TensorFlow bilinear", "torch-fidelity": "TensorFlow bilinear", "clean": "Pillow bicubic"}
 INCEPTION_RESAMPLES = 100  # each resample takes seconds for the eigenvalues of a 2048x2048 matrix
@@ -123,6 +126,17 @@ class Metric:
     paired: bool = False  # it compares with full precision, so full precision itself has no such row
     network: str | None = None  # the network that its label names: "extractor", "clip" or None
     real: bool = False  # it compares with real images; the row names their file
+    lite0: bool | None = None  # it is for the extractors LITE0 only (True), or for all others (False)
+
+
+def _kid(cell, fp, reference, counts, extractor):
+    real = reference.features
+    if real is None:
+        return None
+    features, pairs = cell.features["pool"], mean_of_pairs(real)
+    once = np.ones((1, len(features)))
+    value, *resampled = resampled_kernel_distances(features, real, np.concatenate([once, counts]), pairs)
+    return Estimate(float(value), np.array(resampled), len(features), protocol=f"{len(real)} real images")
 
 
 def _fid_infinity(cell, fp, reference, counts, extractor):
@@ -193,6 +207,19 @@ def _psnr(cell, fp, reference, counts, extractor):
     return _mean(psnr(cell.images, fp.images), counts, note)
 
 
+def _lite0_distance(cell, fp, reference, counts, extractor):
+    if "maps" not in cell.features or "maps" not in fp.features:
+        return None
+    return _mean(squared_distances(cell.features["maps"], fp.features["maps"]), counts)
+
+
+def _log_latent_mse(cell, fp, reference, counts, extractor):
+    if cell.latents is None or fp.latents is None:
+        return None
+    errors = np.maximum(latent_mse(cell.latents, fp.latents), SMALLEST_MSE)
+    return _mean(np.log10(errors), counts, _broken_note(cell.latents, "latents"))
+
+
 def _latent_mse(cell, fp, reference, counts, extractor):
     if cell.latents is None or fp.latents is None:
         return None
@@ -219,15 +246,20 @@ def _eps_error(cell, fp, reference, counts, extractor):
 
 
 METRICS = {
-    "fid": Metric("FID", "lower", partial(_frechet, "pool"), network="extractor", real=True),
-    "sfid": Metric("sFID", "lower", partial(_frechet, "spatial"), network="extractor", real=True),
+    "kid_64w": Metric("KID-64w", "lower", _kid, network="extractor", real=True, lite0=True),
+    "fd_64w": Metric("FD-64w", "lower", partial(_frechet, "pool"), network="extractor", real=True, lite0=True),
+    "fid": Metric("FID", "lower", partial(_frechet, "pool"), network="extractor", real=True, lite0=False),
+    "sfid": Metric("sFID", "lower", partial(_frechet, "spatial"), network="extractor", real=True, lite0=False),
     "is": Metric("IS", "higher", _inception_score, network="extractor"),
     "precision": Metric("precision", "higher", _precision, is_mean=True, network="extractor", real=True),
     "fid_infinity": Metric("FID at infinity", "lower", _fid_infinity, network="extractor", real=True),
     "clip": Metric("CLIP score", "higher", _clip, is_mean=True, network="clip"),
     "psnr": Metric("PSNR to FP [dB]", "higher", _psnr, is_mean=True, paired=True),
     "latent_mse": Metric("latent MSE to FP", "lower", _latent_mse, is_mean=True, paired=True),
-    "fid_to_fp": Metric("FID to FP", "lower", _fid_to_fp, paired=True, network="extractor"),
+    "log_latent_mse": Metric("log10 latent MSE to FP", "lower", _log_latent_mse, is_mean=True, paired=True),
+    "lite0_distance": Metric("Lite0 distance to FP", "lower", _lite0_distance, is_mean=True, paired=True, lite0=True),
+    "fd_64w_to_fp": Metric("FD-64w to FP", "lower", _fid_to_fp, paired=True, network="extractor", lite0=True),
+    "fid_to_fp": Metric("FID to FP", "lower", _fid_to_fp, paired=True, network="extractor", lite0=False),
     "eps_error": Metric("noise-prediction error", "lower", _eps_error, is_mean=True, paired=True),
 }
 
@@ -271,6 +303,7 @@ def measure(
     rows, resampled, values = [], {}, {}
     for name, metric in METRICS.items():
         lacking = metric.paired and fp is None or metric.real and reference is None
+        lacking |= metric.lite0 not in (None, extractor in LITE0)
         estimate = None if lacking else metric.estimate(cell, fp, reference, counts, extractor)
         if estimate is None:
             continue

@@ -21,6 +21,22 @@ def _scenes():
     return features
 
 
+def _lite0(kind):
+    import torch
+
+    from quest.metrics import lite0
+
+    whitening = lite0.Whitening.load(lite0.components_file(kind))
+    mean, basis = map(torch.from_numpy, (whitening.mean, whitening.basis))
+
+    def features(images):
+        found = lite0.outputs(images)
+        centred = found.pop("features") - mean.to(images.device)
+        return found | {"pool": centred @ basis.to(images.device)}
+
+    return features
+
+
 def _inception(protocol):
     from quest.metrics import weights
     from quest.metrics.inception import Inception
@@ -79,10 +95,13 @@ def _tensors(path):
         raise ValueError(f"{path}: neither tensors nor a TorchScript archive") from error
 
 
-# Name -> loader of a function or module that maps uint8 images [B, 3, H, W] to a dict with pool [B, D], spatial [B, E]
-# and logits [B, K]. The names for Inception are its protocols, see inception.py.
+# Name -> loader of a function or module that maps uint8 images [B, 3, H, W] to a dict with pool [B, D], spatial [B, E],
+# logits [B, K] and perhaps more of OUTPUTS. The names for Inception are its protocols, see inception.py.
+OUTPUTS = ("pool", "spatial", "logits", "maps")
 EXTRACTORS = {
     "scenes": _scenes,
+    "lite0-photos": partial(_lite0, "photos"),
+    "lite0-emoji": partial(_lite0, "emoji"),
     "adm": partial(_inception, "adm"),
     "torch-fidelity": partial(_inception, "torch-fidelity"),
     "clean": partial(_inception, "clean"),
@@ -101,6 +120,8 @@ def extract(
     batch: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Return features of images, uint8 [N, H, W, 3], as float32 arrays: pool [N, D], spatial [N, E] and logits [N, K].
+
+    Lite0's extractors also return maps [N, M] in float16, see `quest.metrics.lite0.outputs`.
 
     With `clip`, the result also holds clip_image and clip_text, the normalized embeddings [N, D] of the images and of
     the N captions.
@@ -125,7 +146,7 @@ def extract(
     if clip is None:
         return features
     model, preprocess, tokenizer = CLIPS[clip]()
-    return features | _clip_features(images, captions, _on(model, device), preprocess, tokenizer, device, batch)
+    return features | clip_features(images, captions, _on(model, device), preprocess, tokenizer, device, batch)
 
 
 def _on(network, device):
@@ -149,11 +170,13 @@ def _image_features(images, network, device, batch):
         for rows, count in _passes(len(images), batch):
             inputs = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).to(device)  # [B, 3, H, W]
             outputs = network(inputs)
-            parts.append({name: outputs[name][:count].float().cpu().numpy() for name in ("pool", "spatial", "logits")})
+            found = {name: outputs[name][:count].cpu() for name in OUTPUTS if name in outputs}
+            parts.append({name: (x if name == "maps" else x.float()).numpy() for name, x in found.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _clip_features(images, captions, model, preprocess, tokenizer, device, batch):
+def clip_features(images, captions, model, preprocess, tokenizer, device="cpu", batch=None):
+    """Return clip_image and clip_text, the normalized embeddings [N, D] of images (uint8 [N, H, W, 3]) and captions."""
     import torch
     from PIL import Image
 

@@ -26,6 +26,15 @@ def psnr(images: np.ndarray, target: np.ndarray) -> np.ndarray:
     return 10 * np.log10(255.0**2 * size / np.maximum(squared, 1))
 
 
+def squared_distances(maps: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Return the squared Euclidean distances [N] of the rows of two arrays [N, D]. Raises ValueError for other shapes.
+
+    Of `maps` of EfficientNet-Lite0 (see `quest.metrics.lite0.outputs`) this is an image distance of the form of LPIPS.
+    """
+    _same_shape("maps", maps, target)
+    return np.array([((a.astype(np.float64) - b) ** 2).sum() for a, b in zip(maps, target, strict=True)])
+
+
 def latent_mse(latents: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Return the mean squared difference of final latents [N, ...], per image [N], in squared latent units.
 
@@ -54,6 +63,27 @@ def clip_scores(image: np.ndarray, text: np.ndarray) -> np.ndarray:
     image = image / np.linalg.norm(image, axis=1, keepdims=True)
     text = text / np.linalg.norm(text, axis=1, keepdims=True)
     return 100 * (image * text).sum(axis=1)
+
+
+def caption_first(image: np.ndarray, text: np.ndarray, among: int = 100) -> np.ndarray:
+    """Return whether each image's caption ranks first among `among` captions, as bool [N], for embeddings [N, D].
+
+    The candidates of image i are the captions of the 100 images of its block: 0 to 99, 100 to 199, ...; the last block
+    is the last 100. An equal caption of another image does not rank before it. By chance, 1 in 100 ranks first. Raises
+    ValueError if the shapes differ or there are fewer than `among` images.
+    """
+    image, text = np.asarray(image, np.float64), np.asarray(text, np.float64)
+    if image.ndim != 2 or image.shape != text.shape or len(image) < among:
+        raise ValueError(
+            f"embeddings must both be [N, D] with N of at least {among}, got {image.shape} and {text.shape}"
+        )
+    first = np.zeros(len(image), bool)
+    for start in range(0, len(image), among):
+        start = min(start, len(image) - among)
+        block = slice(start, start + among)
+        scores = image[block] @ text[block].T  # [100, 100]
+        first[block] = scores.diagonal() >= scores.max(axis=1) - 1e-6 * np.abs(scores).max()
+    return first
 
 
 def inside(samples: np.ndarray, real: np.ndarray, k: int = NEIGHBOURS) -> np.ndarray:

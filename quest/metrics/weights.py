@@ -55,6 +55,7 @@ def sha256(name: str) -> str | None:
     """
     from quest.diffusion.models import ZOO
     from quest.metrics import RESIZE
+    from quest.metrics.lite0 import components_file
 
     if name in RESIZE:
         name = "inception"
@@ -62,4 +63,5 @@ def sha256(name: str) -> str | None:
         return WEIGHTS[name].sha256
     shipped = {"scenes": ZOO / "scenes-extractor" / "model.safetensors"}
     shipped["scenes-clip"] = ZOO / "scenes-clip" / "open_clip_model.safetensors"
+    shipped |= {f"lite0-{kind}": components_file(kind) for kind in ("photos", "emoji")}  # they name Lite0's hash
     return sha256_of(shipped[name]) if name in shipped else None

@@ -13,11 +13,13 @@ from baselines import METHODS
 from baselines.method import keywords
 from quest.config import FULL_PRECISION, Run, parse_bits, recipe_of, runs, starting_points
 from quest.diffusion.models import MODELS, Model
+from quest.metrics import LITE0, RESIZE
 from quest.planning import measure
 
 FLOAT = 4  # bytes of a float32
 INCEPTION_VALUES = 2048 + 2023 + 1008
 FEATURE_VALUES = {"scenes": 64 + 112 + 48, "adm": INCEPTION_VALUES}
+FEATURE_VALUES |= dict.fromkeys(LITE0, 64 + 112 + 1000 + 7168 // 2)  # the last are in float16
 FEATURE_VALUES |= {"torch-fidelity": INCEPTION_VALUES, "clean": INCEPTION_VALUES}
 CLIP_VALUES = {None: 0, "scenes-clip": 2 * 64, "ViT-B-16": 2 * 512}
 RANGES_SAMPLES = 32  # samples per timestep, for the figure of activation ranges
@@ -82,11 +84,11 @@ def jobs(config: dict) -> Counter:
 
 def _networks(model):
     """Networks for a model's metrics that do not ship and are fetched."""
-    return ({"inception"} if model.extractor != "scenes" else set()) | ({model.clip} - {None, "scenes-clip"})
+    return ({"inception"} if model.extractor in RESIZE else set()) | ({model.clip} - {None, "scenes-clip"})
 
 
 def _has_reference(name, settings):
-    return MODELS[name].origin is not None and MODELS[name].extractor != "scenes" and settings["reference"] != "none"
+    return MODELS[name].origin is not None and MODELS[name].extractor in RESIZE and settings["reference"] != "none"
 
 
 def shape(model: Model) -> Shape:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from quest.diffusion.models import MODELS, PREPARED, ZOO, Model
-from quest.metrics import METRICS, weights
+from quest.metrics import METRICS, RESIZE, weights
 from quest.runtime.files import one_line, read_json, read_rows
 
 PUBLISHED = Path(__file__).parents[2] / "resources" / "published.csv"
@@ -132,7 +132,7 @@ def ledger(cells: Sequence[dict], numbers: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for number in numbers.itertuples():
         model = MODELS.get(number.model)
-        if model is None or model.extractor == "scenes" or number.metric not in METRICS:
+        if model is None or model.extractor not in RESIZE or number.metric not in METRICS:
             continue
         cell = measured.get((number.model, number.method, number.bits))
         ours = next((row for row in cell["rows"] if row["metric"] == number.metric), None) if cell else None

@@ -18,8 +18,9 @@ from quest.report.rendering import read_csv
 from quest.report.verdicts import comparisons, seed_matrix, seed_sentences, verdict_matrix, verdict_sentences
 from quest.runtime.files import atomic
 
-DRAWN = ("latent_mse", "fid_to_fp", "fid", "eps_error", "sfid", "is", "clip", "psnr", "precision")
-AGAINST_COST = ("latent_mse", "fid_to_fp", "fid")
+DRAWN = ("kid_64w", "latent_mse", "fd_64w_to_fp", "fid_to_fp", "fid", "eps_error", "sfid", "is")
+DRAWN += ("clip", "psnr", "precision")
+AGAINST_COST = ("kid_64w", "latent_mse", "fid_to_fp", "fid")
 # Files that other rules add to the folder of a run, and the commands that make them.
 OPTIONAL = {
     "seeds": ("tables/seeds.csv", "snakemake seeds"),

@@ -19,6 +19,12 @@ def test_equals_torchmetrics():
     assert kernel_distance(x, y) == pytest.approx(theirs, rel=1e-9)
 
 
+def test_mean_of_pairs_does_not_depend_on_blocks():
+    x = draw(0, 1100)
+    matrix = (x @ x.T / 8 + 1) ** 3
+    assert mean_of_pairs(x) == pytest.approx((matrix.sum() - np.trace(matrix)) / (1100 * 1099), rel=1e-9)
+
+
 def test_is_unbiased():
     values = [kernel_distance(draw(2 * s, 20), draw(2 * s + 1, 30)) for s in range(400)]
     assert abs(np.mean(values)) < 3 * np.std(values) / 20

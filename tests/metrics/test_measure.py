@@ -11,7 +11,7 @@ from quest.metrics import METRICS, Cell, compare, index_ranges, measure
 from quest.metrics.frechet import Reference, Statistics, frechet_distance
 from quest.metrics.inception_score import splits_note
 from quest.metrics.intervals import interval
-from quest.metrics.kernel_distance import resampled_kernel_distances
+from quest.metrics.kernel_distance import kernel_distance, resampled_kernel_distances
 
 HASH = "0123456789abcdef"
 SAID = {"extractor": "scenes", "clip": "scenes-clip", "protocol": "DDIM 5", "reference_sha256": HASH}
@@ -69,9 +69,35 @@ def test_full_precision_has_no_paired_metrics(measured):
     assert [row["metric"] for row in measured["fp"]["rows"]] == ["fid", "sfid", "is", "clip"]
     # Neither real images' features nor Inception: no precision, no distance at infinity.
     assert [row["metric"] for row in measured["good"]["rows"]] == [
-        name for name in METRICS if name not in ("precision", "fid_infinity")
+        name for name, metric in METRICS.items() if name not in ("precision", "fid_infinity") and not metric.lite0
     ]
     assert measured["fp"]["eps_error"] == []
+
+
+def test_distances_on_lite0_have_their_own_names(reference):
+    fp, cell = draw_cell(), draw_cell(0.2, seed=1)
+    for one in (fp, cell):
+        one.features["maps"] = one.features["spatial"].astype(np.float16)
+    real = np.random.default_rng(7).normal(size=(300, 12)).astype(np.float32)
+    said = SAID | {"extractor": "lite0-photos", "clip": None}
+    rows = by_metric(measure(cell, replace(reference, features=real), fp, **said)["rows"])
+    assert not {"fid", "sfid", "fid_to_fp"} & set(rows)
+    assert not any("FID" in METRICS[name].label for name in rows)
+    assert rows["kid_64w"]["value"] == pytest.approx(kernel_distance(cell.features["pool"], real))
+    assert rows["kid_64w"]["low"] < rows["kid_64w"]["value"] < rows["kid_64w"]["high"]
+    pool, fp_pool = (Statistics.from_features(c.features["pool"]) for c in (cell, fp))
+    assert rows["fd_64w"]["value"] == pytest.approx(frechet_distance(pool, reference.pool))
+    assert rows["fd_64w_to_fp"]["value"] == pytest.approx(frechet_distance(pool, fp_pool))
+    moved = (cell.features["maps"].astype(np.float64) - fp.features["maps"]) ** 2
+    assert rows["lite0_distance"]["value"] == pytest.approx(moved.sum(axis=1).mean())
+
+
+def test_log_latent_mse_of_identical_latents_is_finite(reference):
+    fp, cell = draw_cell(), draw_cell(0.2, seed=1)
+    cell.latents[0] = fp.latents[0]
+    row = by_metric(measure(cell, reference, fp, **SAID)["rows"])["log_latent_mse"]
+    errors = ((cell.latents - fp.latents).astype(np.float64) ** 2).mean(axis=(1, 2, 3))
+    assert row["value"] == pytest.approx((np.log10(errors[1:]).sum() - 10) / N, rel=1e-4)
 
 
 def test_rows_are_complete_and_survive_json(measured):

@@ -84,7 +84,7 @@ def test_metric_vs_bits_survives_a_collapsed_method(main, tmp_path):
 
 
 def test_metric_vs_bits_bad_input(main, tmp_path):
-    with pytest.raises(ValueError, match="metric: 'FID' is not one of fid, sfid"):
+    with pytest.raises(ValueError, match="metric: 'FID' is not one of kid_64w, fd_64w"):
         figures.metric_vs_bits(main, "FID", tmp_path / "x.png")
     with pytest.raises(ValueError, match="no row of metric 'clip'"):
         figures.metric_vs_bits(main, "clip", tmp_path / "x.png")

@@ -349,7 +349,7 @@ def test_bad_input(cells, tmp_path):
     with pytest.raises(ValueError, match="other.json: scenes-text fp w32a32 is also in .*metrics.json"):
         read_cells([stored(cells[0]), stored(cells[0], "other.json")])
     cells[0]["rows"][0]["metric"] = "FID"
-    with pytest.raises(ValueError, match=r"rows\[0\].metric: 'FID' is not one of \['fid', 'sfid'"):
+    with pytest.raises(ValueError, match=r"rows\[0\].metric: 'FID' is not one of \['kid_64w', 'fd_64w'"):
         read_cells([stored(cells[0])])
     cells[1]["drawn"]["images"] = "0-399"
     with pytest.raises(ValueError, match="scenes-text w8a8: rtn-mse against rtn: .*equal images"):

@@ -20,6 +20,7 @@ from quest.config import (
     validate,
 )
 from quest.diffusion.models import MODELS
+from quest.metrics import LITE0
 from quest.runtime import memory
 from quest.runtime.provenance import CONFIG, config_hash
 
@@ -45,7 +46,10 @@ CELLS = list(dict.fromkeys((run.model, run.bits) for run in RUNS if run.method !
 PICTURED = [model for model, settings in config["models"].items() if settings.get("keep_images", True)]
 TABLES = ["main.csv", "main.md", "main.tex", "paired.csv", "eps_error.csv", "ledger.csv", "ledger.md", "ledger.tex"]
 PAPER_TABLES = expand("table{number}.{kind}", number=range(2, 12), kind=["csv", "md", "tex"])
-METRICS = ["fid", "sfid", "is", "latent_mse", "fid_to_fp", "eps_error"]
+LITE0_USED, OTHERS_USED = ({MODELS[run.model].extractor in LITE0 for run in RUNS} >= {used} for used in (True, False))
+METRICS = ["is", "latent_mse", "eps_error"]
+METRICS += ["kid_64w", "fd_64w_to_fp"] if LITE0_USED else []
+METRICS += ["fid", "sfid", "fid_to_fp"] if OTHERS_USED else []
 METRICS += ["psnr"] if PICTURED else []
 METRICS += ["clip"] if any(MODELS[run.model].clip for run in RUNS) else []
 CURVES = [f"{metric}_vs_bits" for metric in METRICS] + ["eps_error_vs_timestep"] if CELLS else []
@@ -125,6 +129,8 @@ def network(name):
     """The input that represents a network: its shipped weights, or the record that its download was checked."""
     if name.startswith("scenes"):
         return shipped("scenes-clip" if name == "scenes-clip" else f"{name}-extractor")
+    if name in LITE0:
+        return [f"resources/reference/{name}.safetensors"]
     return [f"results/networks/{name if name in CLIPS else 'inception'}.json"]
 
 

@@ -23,6 +23,7 @@ rule zoo:
 rule zoo_pictures:
     input:
         expand("results/zoo/{model}", model=ZOO_PICTURES),
+        expand("results/zoo/{kind}-reference.npz", kind=ZOO_DATA),
 
 
 rule zoo_emoji:
@@ -55,6 +56,28 @@ rule zoo_photos:
         fetch="from torchvision.datasets import CIFAR10; import sys; CIFAR10(sys.argv[1], download=True)",
     shell:
         "python -c {params.fetch:q} {output:q} > {log:q} 2>&1"
+
+
+# Lite0's whitened components, and the features of the reference split. They hold no pictures, and ship with the suite.
+rule zoo_picture_statistics:
+    input:
+        lambda wc: ZOO_DATA[wc.kind],
+    output:
+        components=ensure("results/zoo/lite0-{kind}.safetensors", non_empty=True),
+        reference=ensure("results/zoo/{kind}-reference.npz", non_empty=True),
+    log:
+        "results/zoo/{kind}-statistics.log",
+    wildcard_constraints:
+        kind="emoji|photos",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=growing(3000),
+        runtime=growing(60),
+    shell:
+        "python -u -m quest.zoo.picture_statistics {wildcards.kind:q} --data {input:q} --components {output.components:q}"
+        " -o {output.reference:q} --threads {threads:q} > {log:q} 2>&1"
 
 
 rule zoo_pictures_autoencoder:
