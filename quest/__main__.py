@@ -1,5 +1,7 @@
 """Commands beside the workflow. `plan CONFIG`: what a config costs. `measure MODEL`: what its steps cost here.
-`audit FILE`: what a checkpoint contains, to the byte. `doctor`: what works on this machine."""
+`audit FILE`: what a checkpoint contains, to the byte. `doctor`: what works on this machine. `judge A B`: whether the
+images of A are as good as those of B; the exit code is 0 if they are, 1 if they are worse, 2 if the images cannot tell,
+and 3 for input that cannot be used."""
 
 import argparse
 import sys
@@ -21,11 +23,29 @@ def main(arguments: list[str] | None = None) -> None:
     audit = commands.add_parser("audit", help="bytes, bits per parameter and bit operations of a checkpoint")
     audit.add_argument("file", type=Path, help="model.safetensors, as quest.save writes it")
     commands.add_parser("doctor", help="which kernels, devices and weights work here, and why others do not")
-    options = parser.parse_args(arguments)
+    judge = commands.add_parser("judge", help="whether the images of generator A are as good as those of generator B")
+    judge.add_argument("a", type=Path, metavar="A", help="the new one: folder of images, .npz, or folder of a pipeline")
+    judge.add_argument("b", type=Path, metavar="B", help="what it is compared with")
+    judge.add_argument("--reference", type=Path, help="real images, folder or .npz: which of both is closer to them?")
+    judge.add_argument("--prompts", type=Path, help="file with the prompt of each image in a line")
+    judge.add_argument(
+        "--images", type=int, default=200, help="images of a pipeline without prompts (default %(default)s)"
+    )
+    judge.add_argument("-o", "--output", type=Path, default=Path("judged.html"), help="page (default %(default)s)")
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as stop:
+        given = sys.argv[1:] if arguments is None else arguments
+        raise SystemExit(3 if stop.code and "judge" in given[:1] else stop.code) from None
     sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a character of the tables
     try:
-        {"plan": _plan, "measure": _measure, "audit": _audit, "doctor": _doctor}[options.command](options)
+        {"plan": _plan, "measure": _measure, "audit": _audit, "doctor": _doctor, "judge": _judge}[options.command](
+            options
+        )
     except (ValueError, FileNotFoundError) as error:
+        if options.command == "judge":
+            print(f"judge: {error}", file=sys.stderr)
+            raise SystemExit(3) from None
         raise SystemExit(f"{options.command}: {error}") from None
 
 
@@ -73,6 +93,15 @@ def _doctor(_options):
     print(doctor.text(findings), end="")
     if not sound:
         raise SystemExit("doctor: the reference kernel does not compute what it should; nothing here can be trusted")
+
+
+def _judge(options):
+    from quest.judge import EXIT, judge
+
+    verdict = judge(options.a, options.b, options.reference, options.prompts, options.output, options.images)
+    print(verdict.text(), end="")
+    print(f"page: {options.output}")
+    raise SystemExit(EXIT[verdict.verdict])
 
 
 def _has_gpu():

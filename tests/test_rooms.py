@@ -78,7 +78,15 @@ ROOMS = {
         "quest.diffusion",
         "quest.metrics",
     },
-    "quest.__main__": {"quest.config", "quest.diffusion", "quest.quantization", "quest.planning", "quest.doctor"},
+    "quest.judge": {"quest.runtime", "quest.diffusion", "quest.metrics", "quest.report"},
+    "quest.__main__": {
+        "quest.config",
+        "quest.diffusion",
+        "quest.quantization",
+        "quest.planning",
+        "quest.doctor",
+        "quest.judge",
+    },
 }
 
 

@@ -54,7 +54,7 @@ def build(
             return _published(source, arrays, output, origin)
         images, digest, what = _array_chunks(source, arrays, n), sha256_of(source), f"images of {source.name}"
     elif source.is_dir():
-        files, left_out = _files(source, n)
+        files, left_out = image_files(source, n)
         digest, copies = _listing(source, files)
         images = _file_chunks(files, size)
         details = [f"{copies} of them copies of another"] if copies else []
@@ -146,7 +146,7 @@ def _array_chunks(path, arrays, n) -> Iterator[np.ndarray]:
     return (images[i : i + CHUNK] for i in range(0, len(images), CHUNK))
 
 
-def _files(folder, n):
+def image_files(folder, n):
     """Return the sorted image files and a description of the files that are left out, hidden ones among them."""
     files, hidden, others = [], 0, Counter()
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
