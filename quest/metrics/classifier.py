@@ -1,0 +1,72 @@
+"""A classifier of small photographs, trained in `quest.zoo.train_classifier`: does an image show the class asked for?
+
+The network is that of airbench94 (Jordan, arXiv:2404.00498, section 3): a frozen layer that whitens 2x2 patches, three
+groups of two convolutions, and a linear head.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+from quest.diffusion.models import ZOO
+from quest.runtime.files import read_json
+from quest.runtime.sums import check_sums
+
+FOLDER = ZOO / "photos-classifier"
+SIZE = 32  # side of its images in pixels
+
+
+def group(inner, outer):
+    """Two 3x3 convolutions with batch norm and GELU; the first halves the resolution."""
+    return nn.Sequential(
+        nn.Conv2d(inner, outer, 3, padding=1, bias=False),
+        nn.MaxPool2d(2),
+        nn.BatchNorm2d(outer, affine=False),
+        nn.GELU(),
+        nn.Conv2d(outer, outer, 3, padding=1, bias=False),
+        nn.BatchNorm2d(outer, affine=False),
+        nn.GELU(),
+    )
+
+
+class PhotoNet(nn.Module):
+    """Maps images [N, 3, 32, 32] in [-1, 1] to logits [N, classes]. Raises ValueError for another shape."""
+
+    def __init__(self, classes, widths=(64, 256, 256)):
+        super().__init__()
+        self.settings = {"classes": list(classes), "widths": list(widths)}
+        self.whiten = nn.Conv2d(3, 24, 2)
+        groups = [group(inner, outer) for inner, outer in zip((24, *widths), widths, strict=False)]
+        self.groups = nn.Sequential(nn.GELU(), *groups, nn.MaxPool2d(3), nn.Flatten())
+        self.head = nn.Linear(widths[-1], len(classes), bias=False)
+        self.to(memory_format=torch.channels_last)  # a third faster on a CPU
+
+    def forward(self, x):
+        if x.shape[1:] != (3, SIZE, SIZE):
+            raise ValueError(f"PhotoNet takes [N, 3, {SIZE}, {SIZE}], got {list(x.shape)}")
+        features = self.groups(self.whiten(x.contiguous(memory_format=torch.channels_last)))
+        return self.head(features) / features.shape[1]
+
+
+def load(folder=FOLDER):
+    """Return the trained network in float32 and eval mode. Raises ValueError if a file differs from its known hash."""
+    check_sums(folder)
+    net = PhotoNet(**read_json(Path(folder) / "config.json"))
+    state = load_file(Path(folder) / "model.safetensors")
+    net.load_state_dict({name: v.float() if v.is_floating_point() else v for name, v in state.items()})
+    return net.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def logits(net, images):
+    """Return logits [N, K] of uint8 images [N, 3, 32, 32]: the mean of those of each image and its mirror image."""
+    x = images.float() / 127.5 - 1
+    return (net(x) + net(x.flip(3))) / 2
+
+
+def loss_of(net, x, labels):
+    """The sum over a batch of cross entropies with labels smoothed by 0.2, as in airbench94."""
+    return F.cross_entropy(net(x).float(), labels, label_smoothing=0.2, reduction="sum")

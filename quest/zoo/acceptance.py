@@ -1,0 +1,179 @@
+"""Measure whether a trained model of photographs or emoji is good enough to ship: one command, numbers and a grid.
+
+- the distances (FD-64w, KID-64w) of samples to held-out pictures, and those of the autoencoder's reconstructions;
+- whether samples show what was asked: the class that a classifier sees (photos-class), or whether an image-text model
+  ranks the caption first among 100 (emoji-text; trained captions, held-out styles and held-out concepts apart);
+- whether samples are copies of training pictures (see `quest.zoo.neighbours`);
+- a grid of the first 64 samples, not chosen. Of emoji-text these have trained captions.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from quest.diffusion.models import Model, load_pipeline
+from quest.diffusion.sampling import generate
+from quest.metrics import classifier
+from quest.metrics.features import extract
+from quest.metrics.frechet import Statistics, frechet_distance, load_reference
+from quest.metrics.kernel_distance import kernel_distance
+from quest.metrics.lite0 import REFERENCE
+from quest.runtime import command_line
+from quest.runtime.files import atomic, dumps
+from quest.runtime.provenance import provenance
+from quest.zoo import neighbours, pictures
+from quest.zoo.architectures import MODELS
+from quest.zoo.judge import grid
+from quest.zoo.picture_statistics import raw_features
+from quest.zoo.train_autoencoder import RECIPES
+from quest.zoo.train_extractor import reconstruct
+
+# Conditioning -> how it is sampled: sampler, steps, eta.
+SAMPLERS = {"none": ("ddim", 40, 1.0), "class": ("ddim", 20, 0.0), "text": ("plms", 20, 0.0)}
+MOST = 1.6  # times the distance of the autoencoder's reconstructions may samples be away from held-out pictures
+LEAST = 0.7  # share of samples whose class the classifier has to see
+
+
+def conditions(shown, conditioning, n):
+    """What to ask for: (labels or captions [n], group of each, str [n]); (None, groups) for an unconditional model.
+
+    Half of the captions are trained ones, a quarter each are of held-out styles and of held-out concepts.
+    """
+    if conditioning == "none":
+        return None, np.full(n, "all")
+    if conditioning == "class":
+        labels = np.arange(n) % len(shown.classes)
+        return labels.tolist(), np.array(shown.classes)[labels]
+    rng, rows, groups, quarter = np.random.default_rng(0), [], [], n // 4
+    for held_out, count in (("", n - 2 * quarter), ("style", quarter), ("concept", quarter)):
+        there = np.flatnonzero((shown.held_out == held_out) & (shown.split != "reference"))
+        rows += np.resize(rng.permutation(there), count).tolist()
+        groups += [f"held-out {held_out}" if held_out else "trained"] * count
+    return [shown.captions[row] for row in rows], np.array(groups)
+
+
+def protocol(name, asked, guidance):
+    """The protocol under which a model is sampled here. `asked`: the label or caption of each image, or None."""
+    recipe = MODELS[name]
+    sampler, steps, eta = SAMPLERS[recipe.conditioning]
+    return Model(
+        name=name,
+        load=load_pipeline,
+        sampler=sampler,
+        steps=steps,
+        eta=eta,
+        guidance=1.0 if recipe.conditioning == "none" else guidance,
+        conditioning=recipe.conditioning,
+        # The last batch is filled up with further images.
+        source=None
+        if asked is None
+        else lambda split, start, stop: [asked[i % len(asked)] for i in range(start, stop)],
+        selection="lsun",
+        batch_size=50,
+        time_groups=1,
+    )
+
+
+def distances(features, reference):
+    """FD-64w and KID-64w of whitened features [N, 64] to a reference."""
+    return {
+        "FD-64w": frechet_distance(Statistics.from_features(features), reference.pool),
+        "KID-64w": kernel_distance(features, reference.features),
+    }
+
+
+def shows(images, asked, judge):
+    """Whether each image [n, S, S, 3] shows the label or caption that was asked for, bool [n].
+
+    judge: folder of the classifier, or of the image-text model.
+    """
+    if isinstance(asked[0], str):
+        from quest.metrics.clip import load
+        from quest.metrics.features import clip_features
+        from quest.metrics.per_image import caption_first
+
+        model, preprocess, tokenizer = load(judge)
+        found = clip_features(images, asked, model, preprocess, tokenizer)
+        return caption_first(found["clip_image"], found["clip_text"])
+    net = classifier.load(judge)
+    parts = torch.from_numpy(images).permute(0, 3, 1, 2).split(250)
+    return torch.cat([classifier.logits(net, part) for part in parts]).argmax(1).numpy() == np.array(asked)
+
+
+def by_group(right, groups):
+    """The share of `right` (bool [n]) in all images and in each group."""
+    shares = {group: float(right[groups == group].mean()) for group in dict.fromkeys(groups.tolist())}
+    return {"all": float(right.mean())} | shares
+
+
+def measure(name, folder, data, n=500, guidance=3.0, judge=None, cache=None):
+    """Returns (numbers, samples uint8 [n, S, S, 3]). Raises ValueError for a model of scenes, or fewer than 65 samples.
+
+    n: samples, and held-out pictures that are reconstructed (all, if there are fewer). judge: see `shows`; without it,
+    nothing says whether samples show what was asked. cache: see `quest.zoo.neighbours.training_features`.
+    """
+    kind = MODELS[name].pictures
+    if kind not in pictures.LOADERS:
+        raise ValueError(f"{name}: a model of {kind}; this measures models of {', '.join(pictures.LOADERS)}")
+    if n < 65:
+        raise ValueError(f"n: {n}; at least 65, for distances on 64 components")
+    shown, extractor = pictures.load(kind, data), f"lite0-{kind}"
+    reference = load_reference(REFERENCE / f"{kind}.npz")
+    reference.check(extractor)
+    asked, groups = conditions(shown, MODELS[name].conditioning, n)
+    model, pipe = protocol(name, asked, guidance), load_pipeline(Path(folder))
+    images = np.concatenate([batch[2] for batch in generate(pipe, model, "evaluation", n)])
+    rows = np.random.default_rng(0).permutation(shown.rows("evaluation"))[:n]
+    unseen = shown.images[rows]
+    sets = {"samples": images, "reconstructions": reconstruct(pipe.vae, unseen), "held out": unseen}
+    of = {what: distances(extract(x, extractor)["pool"], reference) for what, x in sets.items()}
+    ratio = of["samples"]["FD-64w"] / of["reconstructions"]["FD-64w"]
+    numbers = {"model": name, "protocol": model.protocol, "n": n, "held-out pictures": len(rows), "distances": of}
+    numbers |= {"FD-64w, samples / reconstructions": ratio, "good enough": {"distance": ratio <= MOST}}
+    if judge is not None and asked is not None:
+        right = shows(images, asked, judge)
+        numbers["shows what was asked"] = by_group(right, groups)
+        if MODELS[name].conditioning == "class":
+            labels = shown.labels[rows].tolist()
+            for what in ("reconstructions", "held out"):
+                numbers[f"shows what was asked, {what}"] = float(shows(sets[what], labels, judge).mean())
+            numbers["good enough"]["class"] = bool(right.mean() >= LEAST)
+    known, flips = neighbours.training_features(shown, cache), RECIPES[kind].flips
+    numbers["nearest training pictures"] = neighbours.compare(images, raw_features(images)[0], shown, known, flips)
+    return numbers, images
+
+
+def main():
+    parser = command_line.parser(__doc__, "file", "threads")
+    parser.add_argument("folder", type=Path, help="pipeline folder")
+    parser.add_argument(
+        "--model", choices=[m for m, r in MODELS.items() if r.pictures in pictures.LOADERS], required=True
+    )
+    parser.add_argument("--data", type=Path, required=True, help="data file (.npz), or folder of CIFAR-10")
+    parser.add_argument("-n", type=int, default=500, help="samples (default %(default)s)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="(default %(default)s)")
+    parser.add_argument("--judge", type=Path, help="folder of the classifier, or of the image-text model of emoji")
+    parser.add_argument("--cache", type=Path, help="file for features of training pictures, which take a minute")
+    parser.add_argument("--grid", type=Path, required=True, help="picture (.png) of the first 64 samples to write")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    numbers, images = measure(
+        arguments.model,
+        arguments.folder,
+        arguments.data,
+        arguments.n,
+        arguments.guidance,
+        arguments.judge,
+        arguments.cache,
+    )
+    with atomic(arguments.grid) as temporary:
+        grid(images[:64]).save(temporary)
+    numbers["provenance"] = provenance()
+    with atomic(arguments.output) as temporary:
+        temporary.write_text(dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    print(arguments.output.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
