@@ -64,6 +64,7 @@ class Model:
     trajectories: int = 50  # full-precision trajectories in the calibration set; multiples of batch_size waste none
     extractor: str = "scenes"  # network behind FID, sFID and IS
     clip: str | None = None  # image-text model behind the CLIP score
+    classifier: str | None = None  # network that tells whether an image shows the class that was asked for
     reference: Path | None = None  # statistics of real images
     origin: Origin | None = None  # where to get the weights; None if they ship
 

@@ -20,10 +20,19 @@ from quest.metrics.comparison import Comparison, has_diverged
 from quest.metrics.frechet import Reference, Statistics, fid_infinity, frechet_distance
 from quest.metrics.inception_score import inception_score, partition, resampled_inception_scores, splits_note
 from quest.metrics.kernel_distance import mean_of_pairs, resampled_kernel_distances
-from quest.metrics.per_image import NEIGHBOURS, clip_scores, inside, latent_mse, psnr, squared_distances
+from quest.metrics.per_image import (
+    CANDIDATES,
+    NEIGHBOURS,
+    caption_first,
+    clip_scores,
+    inside,
+    latent_mse,
+    psnr,
+    squared_distances,
+)
 from quest.runtime.files import loads, one_line, read_arrays
 
-FEATURES = ("pool", "spatial", "logits", "maps", "clip_image", "clip_text")
+FEATURES = ("pool", "spatial", "logits", "maps", "clip_image", "clip_text", "class_logits", "labels")
 LITE0 = ("lite0-photos", "lite0-emoji")  # extractors whose distances have names of their own, never FID
 SMALLEST_MSE = 1e-10  # stands for the latent MSE of identical latents, whose logarithm is not finite
 # How each protocol of Inception resizes an image to 299x299; the column `protocol` shows this text.
@@ -194,6 +203,20 @@ def _clip(cell, fp, reference, counts, extractor):
     return _mean(clip_scores(cell.features["clip_image"], cell.features["clip_text"]), counts)
 
 
+def _retrieval(cell, fp, reference, counts, extractor):
+    image, text = cell.features.get("clip_image"), cell.features.get("clip_text")
+    if image is None or text is None or len(image) < CANDIDATES:
+        return None
+    return _mean(caption_first(image, text, CANDIDATES).astype(np.float64), counts)
+
+
+def _agreement(cell, fp, reference, counts, extractor):
+    logits, labels = cell.features.get("class_logits"), cell.features.get("labels")
+    if logits is None or labels is None:
+        return None
+    return _mean((logits.argmax(axis=1) == labels).astype(np.float64), counts)
+
+
 def _mean(values, counts, note="", protocol=""):
     resampled = intervals.resampled_means(values, counts)
     return Estimate(float(np.mean(values)), resampled, len(values), protocol=protocol, note=note)
@@ -254,6 +277,8 @@ METRICS = {
     "precision": Metric("precision", "higher", _precision, is_mean=True, network="extractor", real=True),
     "fid_infinity": Metric("FID at infinity", "lower", _fid_infinity, network="extractor", real=True),
     "clip": Metric("CLIP score", "higher", _clip, is_mean=True, network="clip"),
+    "agreement": Metric("class agreement", "higher", _agreement, is_mean=True),
+    "retrieval": Metric("caption first of 100", "higher", _retrieval, is_mean=True, network="clip"),
     "psnr": Metric("PSNR to FP [dB]", "higher", _psnr, is_mean=True, paired=True),
     "latent_mse": Metric("latent MSE to FP", "lower", _latent_mse, is_mean=True, paired=True),
     "log_latent_mse": Metric("log10 latent MSE to FP", "lower", _log_latent_mse, is_mean=True, paired=True),

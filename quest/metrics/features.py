@@ -111,6 +111,34 @@ EXTRACTORS = {
 CLIPS = {"scenes-clip": _scenes_clip, "ViT-B-16": partial(_clip, "ViT-B-16-quickgelu", "ViT-B-16")}
 
 
+def _photos_classifier():
+    from quest.metrics import classifier
+
+    return classifier.load()
+
+
+CLASSIFIERS = {"photos-classifier": _photos_classifier}
+
+
+def class_logits(images: np.ndarray, classifier: str, device: str = "cpu", batch: int | None = None) -> np.ndarray:
+    """Return the logits [N, K] of a network of CLASSIFIERS, float32, for images, uint8 [N, H, W, 3].
+
+    Each row is the mean of those of an image and of its mirror image. batch: as for `extract`. Raises ValueError for an
+    unknown network, or images of another size than the network takes.
+    """
+    import torch
+
+    from quest.metrics.classifier import logits
+
+    if classifier not in CLASSIFIERS:
+        raise ValueError(f"classifier: {classifier!r} is not one of {', '.join(CLASSIFIERS)}")
+    network, parts = _on(CLASSIFIERS[classifier](), device), []
+    for rows, count in _passes(len(images), batch):
+        inputs = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).to(device)
+        parts.append(logits(network, inputs)[:count].cpu().numpy())
+    return np.concatenate(parts)
+
+
 def extract(
     images: np.ndarray,
     extractor: str,

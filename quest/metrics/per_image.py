@@ -8,6 +8,7 @@ differences for which FID needs tens of thousands.
 import numpy as np
 
 NEIGHBOURS = 3
+CANDIDATES = 100  # captions among which that of an image should rank first
 BLOCK = 2000  # rows per block of distances: 160 MB against 10,000 real images
 
 
@@ -65,7 +66,7 @@ def clip_scores(image: np.ndarray, text: np.ndarray) -> np.ndarray:
     return 100 * (image * text).sum(axis=1)
 
 
-def caption_first(image: np.ndarray, text: np.ndarray, among: int = 100) -> np.ndarray:
+def caption_first(image: np.ndarray, text: np.ndarray, among: int = CANDIDATES) -> np.ndarray:
     """Return whether each image's caption ranks first among `among` captions, as bool [N], for embeddings [N, D].
 
     The candidates of image i are the captions of the 100 images of its block: 0 to 99, 100 to 199, ...; the last block

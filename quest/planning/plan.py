@@ -21,6 +21,7 @@ INCEPTION_VALUES = 2048 + 2023 + 1008
 FEATURE_VALUES = {"scenes": 64 + 112 + 48, "adm": INCEPTION_VALUES}
 FEATURE_VALUES |= dict.fromkeys(LITE0, 64 + 112 + 1000 + 7168 // 2)  # the last are in float16
 FEATURE_VALUES |= {"torch-fidelity": INCEPTION_VALUES, "clean": INCEPTION_VALUES}
+CLASSES = 10  # of a classifier of photographs
 CLIP_VALUES = {None: 0, "scenes-clip": 2 * 64, "ViT-B-16": 2 * 512}
 RANGES_SAMPLES = 32  # samples per timestep, for the figure of activation ranges
 
@@ -209,6 +210,7 @@ def _trajectories(name, model, known, rows, calls, row_bytes):
 
 def _image_bytes(model, sizes, keep):
     values = FEATURE_VALUES[model.extractor] + CLIP_VALUES[model.clip] + sizes.latent
+    values += CLASSES + 2 if model.classifier else 0  # logits, and the label in 64 bits
     return FLOAT * values + (sizes.image if keep else 0)
 
 

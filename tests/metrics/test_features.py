@@ -6,6 +6,7 @@ import torch
 
 from quest.diffusion.models import ZOO
 from quest.metrics import features, weights
+from quest.metrics.classifier import PhotoNet
 from quest.metrics.features import extract
 from quest.metrics.per_image import clip_scores
 
@@ -76,6 +77,19 @@ def test_clip_features_are_normalised_and_those_of_each_image_and_caption(images
     last = extract(images[6:], "mean-colour", "tiny", captions[6:])
     assert last["clip_image"][0] == pytest.approx(got["clip_image"][6], abs=1e-5)
     assert last["clip_text"][0] == pytest.approx(got["clip_text"][6], abs=1e-5)
+
+
+def test_class_logits_are_those_of_an_image_and_its_mirror_image(monkeypatch):
+    torch.manual_seed(0)
+    net = PhotoNet(("a", "b", "c"), widths=(8, 8, 8)).eval()
+    monkeypatch.setitem(features.CLASSIFIERS, "random", lambda: net)
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    got = features.class_logits(images, "random", batch=2)
+    x = torch.from_numpy(images / 127.5 - 1).float().permute(0, 3, 1, 2)
+    expected = (net(x) + net(x.flip(3))) / 2
+    assert got.dtype == np.float32 and got == pytest.approx(expected.detach().numpy(), abs=1e-5)
+    with pytest.raises(ValueError, match="classifier: 'other' is not one of photos-classifier, random"):
+        features.class_logits(images, "other")
 
 
 def test_bad_input(images, monkeypatch):

@@ -66,10 +66,12 @@ def by_metric(rows):
 
 
 def test_full_precision_has_no_paired_metrics(measured):
-    assert [row["metric"] for row in measured["fp"]["rows"]] == ["fid", "sfid", "is", "clip"]
+    assert [row["metric"] for row in measured["fp"]["rows"]] == ["fid", "sfid", "is", "clip", "retrieval"]
     # Neither real images' features nor Inception: no precision, no distance at infinity.
     assert [row["metric"] for row in measured["good"]["rows"]] == [
-        name for name, metric in METRICS.items() if name not in ("precision", "fid_infinity") and not metric.lite0
+        name
+        for name, metric in METRICS.items()
+        if name not in ("precision", "fid_infinity", "agreement") and not metric.lite0
     ]
     assert measured["fp"]["eps_error"] == []
 
@@ -90,6 +92,15 @@ def test_distances_on_lite0_have_their_own_names(reference):
     assert rows["fd_64w_to_fp"]["value"] == pytest.approx(frechet_distance(pool, fp_pool))
     moved = (cell.features["maps"].astype(np.float64) - fp.features["maps"]) ** 2
     assert rows["lite0_distance"]["value"] == pytest.approx(moved.sum(axis=1).mean())
+
+
+def test_class_agreement_is_the_share_of_images_that_show_their_class(reference):
+    cell = draw_cell(0.2, seed=1)
+    labels = np.arange(N) % 10
+    seen = np.where(np.arange(N) < 150, labels, (labels + 1) % 10)
+    cell.features.update({"class_logits": np.eye(10, dtype=np.float32)[seen], "labels": labels})
+    row = by_metric(measure(cell, reference, None, **SAID)["rows"])["agreement"]
+    assert row["value"] == 0.75 and row["n"] == N and 0.69 < row["low"] < 0.75 < row["high"] < 0.81
 
 
 def test_log_latent_mse_of_identical_latents_is_finite(reference):
@@ -154,7 +165,7 @@ def test_comparison_is_antisymmetric(measured):
 
 def test_comparison_with_full_precision_has_the_unpaired_metrics(measured):
     found = compare(measured["bad"], measured["fp"])
-    assert list(found) == ["fid", "sfid", "is", "clip"]
+    assert list(found) == ["fid", "sfid", "is", "clip", "retrieval"]
     assert found["fid"].verdict == "worse"
     own = compare(measured["fp"], measured["fp"])
     assert all(one.verdict == "neither" and one.high == 0 for one in own.values())

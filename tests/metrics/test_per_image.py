@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from quest.metrics import per_image
-from quest.metrics.per_image import clip_scores, inside, latent_mse, psnr
+from quest.metrics.per_image import caption_first, clip_scores, inside, latent_mse, psnr
 
 
 @pytest.fixture
@@ -83,6 +83,26 @@ def test_clip_scores_equal_torchmetrics():
 
     theirs, _ = _clip_score_update([torch.zeros(3, 2, 2)] * 20, ["caption"] * 20, Given(), Given())
     assert clip_scores(image, text) == pytest.approx(theirs.numpy(), rel=1e-9)
+
+
+BLOCKS = [0] * 10 + [10] * 5 + [15] * 10  # first caption of the block that judges each of 25 images, last block first
+
+
+def test_the_right_caption_is_ranked_among_those_of_its_block():
+    text = np.random.default_rng(0).normal(size=(25, 64))
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    image = text.copy()
+    image[[3, 24]] = text[[4, 16]]  # images that show another caption of their block, which for the last is 15 to 24
+    image[5] = text[12]  # another caption of another block
+    text[7] = text[8] = (text[7] + text[8]) / 2  # equal captions
+    right = caption_first(image, text, among=10)
+    expected = [
+        text[i] @ image[i] >= (text[s : s + 10] @ image[i]).max() - 1e-9 for i, s in zip(range(25), BLOCKS, strict=True)
+    ]
+    assert right.tolist() == expected
+    assert not right[[3, 24]].any() and right[[7, 8, 0, 20]].all()
+    with pytest.raises(ValueError, match="N of at least 100"):
+        caption_first(image, text)
 
 
 def test_bad_embeddings():

@@ -122,13 +122,15 @@ def growing(cpu, cuda=None):
 def networks(wc):
     """The networks of the metrics as inputs: a retrained one gives other features, others are downloaded first."""
     model = MODELS[wc.model]
-    return network(model.extractor) + (network(model.clip) if model.clip else [])
+    return [file for name in (model.extractor, model.clip, model.classifier) if name for file in network(name)]
 
 
 def network(name):
     """The input that represents a network: its shipped weights, or the record that its download was checked."""
     if name.startswith("scenes"):
         return shipped("scenes-clip" if name == "scenes-clip" else f"{name}-extractor")
+    if name == "photos-classifier":
+        return shipped(name)
     if name in LITE0:
         return [f"resources/reference/{name}.safetensors"]
     return [f"results/networks/{name if name in CLIPS else 'inception'}.json"]

@@ -27,7 +27,7 @@ def main() -> None:
     from quest.diffusion.models import MODELS, PREPARED, SEEDS, ZOO
     from quest.diffusion.sampling import batches, generate, timed
     from quest.kernels.cpu.core import identity
-    from quest.metrics.features import extract
+    from quest.metrics.features import class_logits, extract
     from quest.metrics.noise_prediction import eps_error
     from quest.quantization import cost, placement
     from quest.quantization.header import read as read_header
@@ -75,6 +75,10 @@ def main() -> None:
         if model.clip:
             captions = model.conditions("evaluation", index.tolist()).get("prompt")
         found = extract(images, model.extractor, model.clip, captions, arguments.device, model.batch_size)
+        if model.classifier:
+            asked = model.conditions("evaluation", index.tolist())["class_labels"]
+            logits = class_logits(images, model.classifier, arguments.device, model.batch_size)
+            found |= {"class_logits": logits, "labels": np.array(asked)}
         kept = {} if arguments.drop_images else {"images": images}
         samples = joined(samples, {"index": index, "latents": latents} | kept)
         features = joined(features, {"index": index} | found)
