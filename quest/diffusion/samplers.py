@@ -153,14 +153,22 @@ def state(scheduler) -> dict[str, Tensor]:
 def restore(scheduler, tensors: dict[str, Tensor]):
     """Correct `scheduler` with the tensors that `state` returned; without tensors it stays uncorrected.
 
-    Raises ValueError if some of the tensors are missing.
+    Raises ValueError if some of the tensors are missing, unknown, or not of each timestep.
     """
     if not tensors:
         return scheduler
-    missing = set(Correction._fields) - set(tensors)
-    if missing:
-        raise ValueError(f"the scheduler's statistics lack {', '.join(sorted(missing))}")
-    return correct(scheduler, Correction(**{k: torch.as_tensor(v) for k, v in tensors.items()}))
+    if tensors.keys() != set(Correction._fields):
+        raise ValueError(
+            f"the scheduler's statistics are {', '.join(tensors)}; needed: {', '.join(Correction._fields)}"
+        )
+    correction = Correction(**{k: torch.as_tensor(v) for k, v in tensors.items()})
+    for name, value in correction._asdict().items():
+        dimensions = 2 if name == "bias" else 1
+        if value.ndim != dimensions or len(value) != len(correction.timesteps) or not value.isfinite().all():
+            raise ValueError(
+                f"the scheduler's statistic {name} is {value.dtype} {list(value.shape)}, not of each timestep"
+            )
+    return correct(scheduler, correction)
 
 
 def trained_on(scheduler) -> dict:

@@ -41,7 +41,8 @@ def report(path) -> str:
     lines += [f"weights {header['granularity']['weights']}; activations {header['granularity']['activations']}"]
     if header["time_groups"]:
         lines.append(f"time groups start at {', '.join(map(str, header['time_groups']))}")
-    lines += [f"commit {header['provenance']['commit']}, {header['provenance']['date']}", ""]
+    made = header.get("provenance", {})
+    lines += [f"commit {made.get('commit')}, {made.get('date')}", ""]
     rows = [(cost.KINDS[kind], size) for kind, size in kinds.items()]
     rows += [(f"  {place}", size) for place, size in sorted(found["bytes"]["float"].items(), key=lambda row: -row[1])]
     rows += [("denoiser", denoiser), ("corrections of the sampler", found["scheduler"])]

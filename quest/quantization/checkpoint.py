@@ -7,6 +7,7 @@ not say: what it starts from keeps the weights themselves, in float32 (`floats=T
 """
 
 import copy
+import math
 from dataclasses import asdict
 
 import torch
@@ -116,17 +117,20 @@ def check_tensors(header: dict, tensors: dict[str, torch.Tensor], path) -> None:
 
     Scales are positive, zero points whole, codes within their bits, and every quantizer of the header has both.
     """
-    formats = {
-        f"{n}.{kind}_quantizer": s for n, own in header["layers"].items() for kind, s in zip(KINDS, own, strict=False)
+    quantized = {  # quantizer: its format, and the shape of what it quantizes where that is known
+        f"{n}.{kind}_quantizer": (spec, header["shapes"][n] if kind == "weight" else None)
+        for n, own in header["layers"].items()
+        for kind, spec in zip(KINDS, own, strict=False)
     }
     for name, (factor, probability) in header["attentions"].items():
-        formats |= {f"{name}.processor.{leaf}": factor for leaf in "qkv"} | {f"{name}.processor.p": probability}
+        quantized |= {f"{name}.processor.{leaf}": (factor, None) for leaf in "qkv"}
+        quantized[f"{name}.processor.p"] = probability, None
     groups = len(header["time_groups"] or [0])
 
     def refuse(name, what):
         raise ValueError(f"{path}: tensor {name} {what}")
 
-    for name in (f"{quantizer}.{leaf}" for quantizer in formats for leaf in LEAVES):
+    for name in (f"{quantizer}.{leaf}" for quantizer in quantized for leaf in LEAVES):
         if name not in tensors:
             refuse(name, "is missing")
     for name, value in tensors.items():
@@ -134,12 +138,7 @@ def check_tensors(header: dict, tensors: dict[str, torch.Tensor], path) -> None:
         if value.is_floating_point() and not value.isfinite().all():
             refuse(name, "is not finite")
         if leaf in LEAVES and not name.startswith(SCHEDULER):
-            if (
-                module not in formats
-                or not value.is_floating_point()
-                or value.ndim == 0
-                or len(value) not in (1, groups)
-            ):
+            if module not in quantized or not _fits(value, tensors[f"{module}.scale"], groups, *quantized[module]):
                 refuse(
                     name, f"is {value.dtype} {tuple(value.shape)}: of no quantizer in the header, or not of its groups"
                 )
@@ -155,6 +154,27 @@ def check_tensors(header: dict, tensors: dict[str, torch.Tensor], path) -> None:
                 )
             if packing.largest(value, spec) > spec.qmax - spec.qmin:
                 refuse(name, f"holds a code that {spec.bits} bits do not have")
+    for name, (weight, *_) in header["layers"].items():
+        coded = header["weights"] == CODES and weight["bits"] < FLOAT
+        if (other := f"{name}.{'weight' if coded else CODES}") in tensors:
+            refuse(other, f"is there, but this weight is kept as {'codes' if coded else 'floats'}")
+
+
+def _fits(value: torch.Tensor, scale: torch.Tensor, groups: int, spec: dict, shape: list[int] | None) -> bool:
+    """Whether scales, or the zero points beside them, are [1 or groups, ...], with as many more as the axis has.
+
+    A weight quantized per tensor may have scales per channel: those of the checkpoint that it started from (`init`).
+    """
+    if not value.is_floating_point() or value.ndim == 0 or (value.shape, value.dtype) != (scale.shape, scale.dtype):
+        return False
+    each = tuple(value.shape[1:])
+    if len(value) not in (1, groups) or shape is None and spec["axis"] is None and math.prod(each) != 1:
+        return False
+    return (
+        shape is None
+        or len(each) <= len(shape)
+        and all(a in (1, b) for a, b in zip(each[::-1], shape[::-1], strict=False))
+    )
 
 
 def load(pipe, path, kernel: str = "auto"):
@@ -178,7 +198,7 @@ def load(pipe, path, kernel: str = "auto"):
     check_architecture(pipe, header, path)
     check_names(denoiser, header, path)
     groups = TimeGroups(header["time_groups"]) if header["time_groups"] else None
-    check_schedule(pipe, groups, header)
+    check_schedule(pipe, groups, header, path)
     for name, specs in header["layers"].items():
         weight, input, *output = (QuantSpec(**spec) for spec in specs)
         replace(denoiser, name, quantized(denoiser.get_submodule(name), weight, input, groups, *output))
@@ -197,7 +217,10 @@ def load(pipe, path, kernel: str = "auto"):
     place(denoiser, kernel)
     denoiser.quantization = {k: header[k] for k in ("method", "bits", "recipe", "timesteps", "cost") if k in header}
     new = with_denoiser(pipe, denoiser)
-    new.scheduler = samplers.restore(new.scheduler, correction)
+    try:
+        new.scheduler = samplers.restore(new.scheduler, correction)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return new
 
 
@@ -255,7 +278,8 @@ def split_as(denoiser, header: dict, path) -> None:
 def check_shapes(denoiser, header: dict, tensors: dict[str, torch.Tensor], path) -> None:
     """Raise ValueError listing where a checkpoint's weights and other floats have another shape than the denoiser's."""
     quantizers = ("scale", "zero_point")
-    own = {k: v.shape for k, v in denoiser.state_dict().items() if k.rpartition(".")[2] not in quantizers}
+    kept = denoiser.state_dict()
+    own = {k: v.shape for k, v in kept.items() if k.rpartition(".")[2] not in quantizers}
     stored = {k: v.shape for k, v in tensors.items() if k.rpartition(".")[2] not in quantizers}
     coded = [k for k in stored if k.endswith(f".{CODES}")]
     stored |= {f"{n}.weight": tuple(header["shapes"][n]) for n in (k.removesuffix(f".{CODES}") for k in coded)}
@@ -266,6 +290,12 @@ def check_shapes(denoiser, header: dict, tensors: dict[str, torch.Tensor], path)
         for k in sorted(own.keys() | stored.keys())
         if own.get(k) != stored.get(k)
     ]
+    for k in sorted(own.keys() & tensors.keys()):
+        if tensors[k].dtype != kept[k].dtype:
+            differ.append(f"{k}: {tensors[k].dtype} in the file, {kept[k].dtype} in the model")
+    for k, v in tensors.items():
+        if k.rpartition(".")[2] in quantizers and v.dtype not in (torch.float32, denoiser.dtype):
+            differ.append(f"{k}: {v.dtype} in the file, torch.float32 in the model")
     if differ:
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise ValueError(f"{path} is a checkpoint of another model: {'; '.join(differ[:5])}{more}")
@@ -290,6 +320,8 @@ def check_architecture(pipe, header: dict, path) -> None:
 
     Heads or an activation, a prediction type: what shapes of weights do not show.
     """
+    if header["denoiser"] != (kind := type(pipe.unet).__name__):
+        raise ValueError(f"{path} is a checkpoint of another model: of a {header['denoiser']}, not a {kind}")
     own, stored = architecture(pipe.unet), header.get("config", {})  # earlier files say nothing of it
     own, stored = ({k: dumps(v) for k, v in config.items()} for config in (own, stored))
     differ = [f"{k}: {stored[k]} in the file, {own[k]}" for k in sorted(own.keys() & stored) if own[k] != stored[k]]
@@ -301,12 +333,15 @@ def check_architecture(pipe, header: dict, path) -> None:
         )
 
 
-def check_schedule(pipe, groups: TimeGroups | None, header: dict) -> None:
+def check_schedule(pipe, groups: TimeGroups | None, header: dict, path) -> None:
     """Raise ValueError if the pipeline's scheduler, at the calibrated number of steps, leaves the time groups."""
     if groups is None:
         return
     if not header.get("timesteps"):
-        raise ValueError("the checkpoint's header has time groups and no timesteps that they were calibrated on")
+        raise ValueError(f"{path}: its header has time groups and no timesteps that they were calibrated on")
     scheduler = copy.deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(len(header["timesteps"]))
-    groups.check(scheduler.timesteps.tolist())
+    try:
+        scheduler.set_timesteps(len(header["timesteps"]))
+        groups.check(scheduler.timesteps.tolist())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -164,9 +164,12 @@ def _init(value) -> bool:
 
 def _cost(value) -> bool:
     stages = value.get("stages", []) if isinstance(value, dict) else None
-    return isinstance(stages, list) and all(
-        isinstance(stage, dict) and _text(stage.get("stage")) and _whole(stage.get("iterations")) for stage in stages
-    )
+    if not isinstance(stages, list):
+        return False
+    named = (isinstance(one, dict) and _text(one.get("stage")) and _whole(one.get("iterations")) for one in stages)
+    footprint = value.get("footprint", {"bytes": 0, "macs": 0, "bops": 1})
+    counted = isinstance(footprint, dict) and all(_amount(footprint.get(k)) for k in ("bytes", "macs", "bops"))
+    return all(named) and counted and footprint["bops"] > 0
 
 
 def _schedule(value) -> bool:
@@ -197,16 +200,20 @@ FIELDS: dict[str, tuple[Callable, str]] = {
     "layers": (_ANY, "formats by layer"),
     "shapes": (_ANY, "shapes by layer"),
     "attentions": (_ANY, "formats by attention"),
-    "granularity": (_mapping_of(_text), "texts"),
+    "granularity": (
+        lambda value: _mapping_of(_text)(value) and {"weights", "activations"} <= value.keys(),
+        "a text for weights and one for activations",
+    ),
     "time_groups": (lambda value: value is None or _steps(value), "null, or the first timesteps of groups, each once"),
     "hashes": (_mapping_of(_hash), "a SHA-256 for each tensor"),
 }
 OPTIONAL: dict[str, tuple[Callable, str]] = {
+    "model": (_text, "the name of a model"),
     "method": (_text, "the name of a method"),
     "bits": (lambda value: _text(value) and re.fullmatch(r"w\d+a\d+", value) is not None, "such as w4a8"),
     "recipe": (_ANY, "keyword arguments"),
     "timesteps": (_steps, "the calibrated timesteps, each once"),
-    "cost": (_cost, "a mapping whose stages have a stage and iterations"),
+    "cost": (_cost, "a mapping; its stages have a stage and iterations, its footprint bytes, macs and bops"),
     "provenance": (_ANY, "a mapping"),
     "config": (_ANY, "the denoiser's configuration"),
     "scheduler": (_schedule, "prediction_type, num_train_timesteps and three betas"),

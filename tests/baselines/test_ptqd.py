@@ -148,5 +148,5 @@ def test_state_and_restore():
     assert all(torch.equal(a, b) for a, b in zip(again.correction, correction, strict=True))
     plain = scheduler()
     assert state(plain) == {} and restore(plain, {}) is plain
-    with pytest.raises(ValueError, match="lack std"):
+    with pytest.raises(ValueError, match="needed: timesteps, slope, bias, std"):
         restore(plain, {k: v for k, v in tensors.items() if k != "std"})

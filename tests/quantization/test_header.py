@@ -57,7 +57,7 @@ ANYTHING = [None, True, 4.0, -1, "4", [], {}, [None], {"x": None}, 2**40]
 PLACES = {
     ("weights",): [],
     ("format",): [],
-    ("denoiser",): ["4"],
+    ("denoiser",): [],
     ("splits",): [{}],
     ("layers",): [],
     ("layers", "conv_in"): [],
@@ -74,7 +74,7 @@ PLACES = {
     ("time_groups", 0): [],
     ("timesteps",): [],
     ("timesteps", 0): [],
-    ("granularity",): [{}],
+    ("granularity",): [],
     ("hashes",): [],
     ("hashes", "conv_in.bias"): [],
     ("method",): ["4"],
