@@ -13,7 +13,7 @@ from quest.runtime.files import one_line
 from quest.runtime.yaml_files import read_yaml
 
 FULL_PRECISION = ("fp", "w32a32")
-NAME = "[a-z0-9][a-z0-9-]*"  # name of a row, which is also a folder
+NAME = "[a-z0-9][a-z0-9-]{0,99}"  # name of a row, which is also a folder
 SHARED = ("zoo", "models", "checkpoints", "references", "networks")  # folders in results/ that all configs share
 FILES = ("checkpoint", "tokenizer", "captions", "reference")  # keys of a model that name a file or folder
 LARGEST = 2**31  # numbers in a config are smaller
@@ -207,7 +207,7 @@ def _check_ablations(config: dict) -> None:
     for name, changes in block["rows"].items():
         key = f"ablations.rows.{name}"
         if not re.fullmatch(NAME, str(name)):
-            raise ConfigError(f"{key}: the name of a row has small letters, digits and hyphens")
+            raise ConfigError(f"{key}: the name of a row is at most 100 small letters, digits and hyphens")
         if name in methods or name in known and changes.get("method") != name:
             raise ConfigError(f"{key}: this is the name of a method; give the row a name of its own")
         if {"of", "method"} <= changes.keys():
@@ -303,7 +303,7 @@ def _check_schema(config: dict) -> None:
     for name, recipe in with_method.items():
         if not re.fullmatch(NAME, str(name)) or name in known:
             raise ConfigError(
-                f"methods.{name}: a row of its own needs a name of its own: small letters, digits, hyphens"
+                f"methods.{name}: a row needs a name of its own: at most 100 small letters, digits and hyphens"
             )
         _one_of(recipe["method"], known, f"methods.{name}.method: unknown method {recipe['method']!r}")
         keywords = {k: v for k, v in recipe.items() if k != "method"}

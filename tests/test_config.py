@@ -246,6 +246,8 @@ FAULTS = {
     "rows of no model": (_put("scenes", "ablations", "model"), ["ablations.model", "'scenes'", "scenes-class"]),
     "rows at no bits": (_put("w4a9", "ablations", "bits"), ["ablations.bits", "'w4a9'"]),
     "name no folder": (_put("My run", "name"), ["name", "'My run'", "small letters"]),
+    "name too long": (_put("x" * 101, "name"), ["name", "at most 100 small letters"]),
+    "row too long": (_put({}, "ablations", "rows", "x" * 101), ["ablations.rows.x", "at most 100 small letters"]),
 }
 
 

@@ -120,6 +120,10 @@ class CalibrationSet:
         missing = set(TENSORS) - set(tensors)
         if missing:
             raise ValueError(f"{path} is not a calibration set: it lacks {', '.join(sorted(missing))}")
+        prefix = "conditioning."
+        for name in tensors.keys() - set(TENSORS):
+            if not name.startswith(prefix) or name.removeprefix(prefix) in ("", "sample", "timestep"):
+                raise ValueError(f"{path} is not a calibration set: its tensor {one_line(name)} is unknown")
         n = tensors["sample"].shape[:1]
         for name, value in tensors.items():
             whole = name in ("timestep", "trajectory", "call")
@@ -131,7 +135,6 @@ class CalibrationSet:
                 raise ValueError(f"{path}: its tensor {name} is not finite: full precision diverged")
         if tensors["target"].shape != tensors["sample"].shape or not n[0]:
             raise ValueError(f"{path}: predictions {tuple(tensors['target'].shape)} are not of the shape of the inputs")
-        prefix = "conditioning."
         conditioning = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
         return cls(**tensors, conditioning=conditioning, scheduler=scheduler)
 

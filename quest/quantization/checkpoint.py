@@ -24,7 +24,7 @@ from quest.quantization.placement import place
 from quest.quantization.splitting import split, split_layers
 from quest.quantization.swapping import finish, with_denoiser
 from quest.quantization.timegroups import TimeGroups
-from quest.runtime.files import atomic, dumps
+from quest.runtime.files import atomic, dumps, one_line
 from quest.runtime.hashing import opened, tensor_hash
 from quest.runtime.provenance import provenance
 
@@ -104,10 +104,10 @@ def read(path) -> tuple[dict, dict[str, torch.Tensor]]:
         for name in file.keys():
             tensors[name] = file.get_tensor(name)
             if tensor_hash(tensors[name]) != header["hashes"].get(name):
-                raise ValueError(f"{path} is corrupted: its tensor {name} is not what was saved")
+                raise ValueError(f"{path} is corrupted: its tensor {one_line(name)} is not what was saved")
     missing = sorted(set(header["hashes"]) - set(tensors))
     if missing:
-        raise ValueError(f"{path} is corrupted: it lacks the tensor {missing[0]}")
+        raise ValueError(f"{path} is corrupted: it lacks the tensor {one_line(missing[0])}")
     check_tensors(header, tensors, path)
     return header, tensors
 
@@ -128,7 +128,7 @@ def check_tensors(header: dict, tensors: dict[str, torch.Tensor], path) -> None:
     groups = len(header["time_groups"] or [0])
 
     def refuse(name, what):
-        raise ValueError(f"{path}: tensor {name} {what}")
+        raise ValueError(one_line(f"{path}: tensor {name} {what}"))
 
     for name in (f"{quantizer}.{leaf}" for quantizer in quantized for leaf in LEAVES):
         if name not in tensors:
@@ -220,7 +220,7 @@ def load(pipe, path, kernel: str = "auto"):
     try:
         new.scheduler = samplers.restore(new.scheduler, correction)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(one_line(f"{path}: {error}")) from error
     return new
 
 
@@ -262,6 +262,10 @@ def load_weights(denoiser, path) -> None:
         layer.weight_quantizer.zero_point = tensors[f"{name}.weight_quantizer.zero_point"].to(layer.weight.device)
 
 
+def _of_another_model(path, what: str) -> ValueError:
+    return ValueError(one_line(f"{path} is a checkpoint of another model: {what}"))
+
+
 def split_as(denoiser, header: dict, path) -> None:
     """Split the convolutions that a checkpoint has split. Raises ValueError where the denoiser has no such layer."""
     own = split_layers(denoiser)
@@ -270,7 +274,7 @@ def split_as(denoiser, header: dict, path) -> None:
             continue
         conv = dict(denoiser.named_modules()).get(name)
         if not isinstance(conv, torch.nn.Conv2d) or channels >= conv.in_channels:
-            raise ValueError(f"{path} is a checkpoint of another model: it splits {name} at {channels} channels")
+            raise _of_another_model(path, f"it splits {name} at {channels} channels")
         replace(denoiser, name, split(conv, channels))
     name_quantizers(denoiser)
 
@@ -298,7 +302,7 @@ def check_shapes(denoiser, header: dict, tensors: dict[str, torch.Tensor], path)
             differ.append(f"{k}: {v.dtype} in the file, torch.float32 in the model")
     if differ:
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
-        raise ValueError(f"{path} is a checkpoint of another model: {'; '.join(differ[:5])}{more}")
+        raise _of_another_model(path, f"{'; '.join(differ[:5])}{more}")
 
 
 def check_names(denoiser, header: dict, path) -> None:
@@ -307,7 +311,7 @@ def check_names(denoiser, header: dict, path) -> None:
     layers = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)}
     unknown = sorted(header["layers"].keys() - layers) + sorted(header["attentions"].keys() - known.keys())
     if unknown:
-        raise ValueError(f"{path} is a checkpoint of another model: it quantizes {unknown[0]}")
+        raise _of_another_model(path, f"it quantizes {unknown[0]}")
 
 
 def architecture(denoiser) -> dict:
@@ -321,12 +325,12 @@ def check_architecture(pipe, header: dict, path) -> None:
     Heads or an activation, a prediction type: what shapes of weights do not show.
     """
     if header["denoiser"] != (kind := type(pipe.unet).__name__):
-        raise ValueError(f"{path} is a checkpoint of another model: of a {header['denoiser']}, not a {kind}")
+        raise _of_another_model(path, f"of a {header['denoiser']}, not a {kind}")
     own, stored = architecture(pipe.unet), header.get("config", {})  # earlier files say nothing of it
     own, stored = ({k: dumps(v) for k, v in config.items()} for config in (own, stored))
     differ = [f"{k}: {stored[k]} in the file, {own[k]}" for k in sorted(own.keys() & stored) if own[k] != stored[k]]
     if differ:
-        raise ValueError(f"{path} is a checkpoint of another model: unet.config.{'; '.join(differ[:5])} in the model")
+        raise _of_another_model(path, f"unet.config.{'; '.join(differ[:5])} in the model")
     if differ := samplers.differences(header.get("scheduler"), samplers.trained_on(pipe.scheduler)):
         raise ValueError(
             f"{path} is of a model with another schedule than the pipeline's scheduler: {'; '.join(differ)}"

@@ -2,10 +2,11 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import quest
 from quest.diffusion import sampling
-from quest.diffusion.calibration_set import CalibrationSet, collect
+from quest.diffusion.calibration_set import TENSORS, CalibrationSet, collect
 from quest.diffusion.sampling import timesteps
 
 
@@ -54,6 +55,17 @@ def test_not_a_calibration_set(uncond_pipe, uncond_calibration, tmp_path):
     quest.save(q, tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match="not a calibration set: it lacks call, sample"):
         CalibrationSet.load(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("name", ["mask", "conditioning.", "conditioning.timestep"])
+def test_an_unknown_tensor_is_refused(uncond_calibration, tmp_path, name):
+    path, rows = tmp_path / "set.safetensors", len(uncond_calibration)
+    tensors = {each: getattr(uncond_calibration, each).contiguous() for each in TENSORS}
+    save_file(tensors | {"conditioning.mask": torch.ones(rows)}, path)
+    assert CalibrationSet.load(path).conditioning.keys() == {"mask"}
+    save_file(tensors | {name: torch.ones(rows)}, path)
+    with pytest.raises(ValueError, match=rf"set\.safetensors is not a calibration set: its tensor {name} is unknown"):
+        CalibrationSet.load(path)
 
 
 def test_a_calibration_set_that_changed_is_refused(uncond_calibration, tmp_path):

@@ -156,6 +156,14 @@ TENSORS = {
         "or not of its groups",
     ),
     "a quantizer without scale": (renamed, "conv_in.input_quantizer.scale is missing"),
+    "a name that is no line": (
+        lambda header, tensors: tensors.update({"x\u2028\n" * 999: torch.ones(1)}),
+        r"^[^\n\u2028]{,1100}$",
+    ),
+    "statistics of a name that is no line": (
+        lambda header, tensors: tensors.update({"scheduler.\n": torch.ones(1)}),
+        r"the scheduler's statistics are \\n; needed: timesteps",
+    ),
     "a layer that is none": (
         lambda header, tensors: [header[key].update(nowhere=header[key]["conv_in"]) for key in ("layers", "shapes")],
         "nowhere",
