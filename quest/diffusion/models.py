@@ -191,6 +191,11 @@ def _scene_captions(split: str, start: int, stop: int) -> Sequence[str]:
     return draw(split, stop - start, start=start).captions()
 
 
+def _photo_labels(split: str, start: int, stop: int) -> Sequence[int]:
+    """Image i has class i mod 10 of CIFAR-10."""
+    return [index % 10 for index in range(start, stop)]
+
+
 def _imagenet_labels(split: str, start: int, stop: int) -> Sequence[int]:
     """Image i has class (309 i) mod 1000: 50,000 images contain each class 50 times, and a few images spread widely.
 
@@ -278,6 +283,22 @@ MODELS = {
             time_groups=10,
             clip="scenes-clip",
             reference=SCENES,
+        ),
+        # Photographs of CIFAR-10's classes in place of ImageNet.
+        Model(
+            name="photos-class",
+            load=partial(_load_zoo, "photos-class"),
+            sampler="ddim",
+            steps=20,
+            guidance=3.0,
+            conditioning="class",
+            source=_photo_labels,
+            selection="imagenet",
+            split=True,
+            batch_size=50,
+            time_groups=20,
+            extractor="lite0-photos",
+            reference=ZOO.parent / "reference" / "photos.npz",
         ),
         # The models of arXiv:2402.03666, with the settings of its experiments and released code: 8 bits for the first
         # and the last layer and for attention probabilities, which have 16 bits in Stable Diffusion.

@@ -1,8 +1,9 @@
 """The tables of the paper (arXiv:2402.03666v6), by number, with its printed values and the values measured here.
 
-If a model of the paper was not run, a model of the zoo replaces it: scenes-uncond replaces LSUN, scenes-class ImageNet
-and scenes-text Stable Diffusion. These are other models with another feature extractor, so their numbers cannot be
-compared with the paper's, which have columns of their own. If the paper's model was run, the ledger compares them.
+If a model of the paper was not run, a model of the zoo replaces it: scenes-uncond replaces LSUN, photos-class or
+scenes-class ImageNet, and scenes-text Stable Diffusion. These are other models with another feature extractor, so their
+numbers cannot be compared with the paper's, which have columns of their own. If the paper's model was run, the ledger
+compares them.
 """
 
 import math
@@ -24,7 +25,7 @@ from quest.report.tables import PROVENANCE, paired_rows, provenance_of
 STANDS = {
     "lsun-bedrooms": ("lsun-bedrooms", "scenes-uncond"),
     "lsun-churches": ("lsun-churches", "scenes-uncond"),
-    "imagenet": ("imagenet", "scenes-class"),
+    "imagenet": ("imagenet", "photos-class", "scenes-class"),
     "sd14": ("sd14", "scenes-text"),
     "cifar10": ("cifar10",),
     "unknown": (),

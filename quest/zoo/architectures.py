@@ -65,7 +65,7 @@ MODELS = {
         average=0.999,
         half=True,
     ),
-    "photos-class": Recipe(conditioning="class", iterations=60000, **_PHOTOS),
+    "photos-class": Recipe(conditioning="class", iterations=21000, **_PHOTOS),
     "photos-uncond": Recipe(conditioning="none", iterations=60000, **_PHOTOS),
 }
 
