@@ -82,8 +82,10 @@ class QuantLayer(nn.Module):
         if not self.is_frozen:
             return quantize(self.weight, qparams)
         shape, packed = self.weight_shape, self.codes
-        codes = self.kernel.unpack(self.operand, shape) if packed is None else packing.unpack(packed, spec, shape)
         # In the memory layout of the weight: float sums depend on it.
+        if packed is not None:
+            return QTensor(packing.unpack(packed, spec, shape, self.layout), scale, zero_point)
+        codes = self.kernel.unpack(self.operand, shape)
         laid_out = torch.empty_strided(shape, self.layout, dtype=codes.dtype, device=codes.device)
         return QTensor(laid_out.copy_(codes), scale, zero_point)
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from quest.affine import QuantSpec
 
+BLOCK = 64  # output channels that are unpacked at a time
+
 
 def shape(weight: tuple[int, ...], spec: QuantSpec) -> tuple[int, int]:
     """Shape of the packed codes of a weight of this shape: [rows, bytes or, of more than 256 levels, pairs of them]."""
@@ -43,18 +45,25 @@ def pack(codes: Tensor, spec: QuantSpec) -> Tensor:
     return rows[:, ::2] | rows[:, 1::2] << 4
 
 
-def unpack(packed: Tensor, spec: QuantSpec, weight: tuple[int, ...]) -> Tensor:
-    """The codes that `pack` was given, float32 of the shape `weight`."""
-    rows = packed
-    if _levels(spec) <= 16:
-        rows = torch.stack([packed & 15, packed >> 4], 2).flatten(1)[:, : math.prod(weight[1:])]
-    return (rows.float() + spec.qmin).reshape(weight)
+def unpack(packed: Tensor, spec: QuantSpec, weight: tuple[int, ...], stride: tuple[int, ...] | None = None) -> Tensor:
+    """The codes that `pack` was given, float32 of the shape `weight`, in the memory layout `stride`."""
+    codes = torch.empty(weight, dtype=torch.float32, device=packed.device)
+    if stride is not None:
+        codes = codes.as_strided(weight, stride)
+    # In blocks, so that no other tensor is as large as the weight.
+    for block, rows in zip(codes.split(BLOCK), packed.split(BLOCK), strict=True):
+        if _levels(spec) <= 16:
+            rows = torch.stack([rows & 15, rows >> 4], 2).flatten(1)[:, : math.prod(weight[1:])]
+        block.copy_(rows.reshape(block.shape)).add_(spec.qmin)
+    return codes
 
 
 def largest(packed: Tensor, spec: QuantSpec) -> int:
     """The largest of the codes that `pack` packed, less qmin. What fills up a row is zero."""
-    parts = [packed & 15, packed >> 4] if _levels(spec) <= 16 else [packed]
-    return max(int(part.to(torch.int32).max()) for part in parts)
+    parts = (rows.to(torch.int32) for rows in packed.split(BLOCK))
+    if _levels(spec) <= 16:
+        return max(int(torch.maximum(part & 15, part >> 4).max()) for part in parts)
+    return max(int(part.max()) for part in parts)
 
 
 def _levels(spec: QuantSpec) -> int:
