@@ -95,8 +95,8 @@ def uniform(calibration: CalibrationSet, rows: int, seed: int) -> CalibrationSet
 def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     """Round the weights by AdaRound; activations stay in float. Returns a new pipeline.
 
-    Departure from the released commands of Q-Diffusion: 1,024 rows instead of 5,120 (20 steps of 256), or 6,400 for
-    Stable Diffusion.
+    Departure from the released commands of Q-Diffusion: 1,024 rows by default. The paper's models set the published
+    5,120 (20 steps of 256), or 6,400 for Stable Diffusion.
     Raises ValueError for activation bits other than 32.
     """
     return weights_only(pipe, uniform(calibration, recipe.rows, recipe.seed), w, a, recipe, recipe.split)

@@ -29,7 +29,7 @@ from quest.quantization import cost, ranges
 from quest.quantization.checkpoint import load_weights
 from quest.quantization.layer_names import KEEP, Keep
 from quest.quantization.layers import QuantLayer, input_quantizers, quant_layers
-from quest.quantization.swapping import swap
+from quest.quantization.swapping import GRANULARITIES, scale_axes, swap
 from quest.quantization.timegroups import TimeGroups
 
 
@@ -91,6 +91,7 @@ class Recipe:
     guidance: float | None = None  # guidance scale of the sampler; None without guidance
     keep: Keep | None = None  # layer glob -> bits; these layers get no update; default: first and last layer at 8
     softmax_bits: Bits = 8
+    granularity: Annotated[str, one_of(GRANULARITIES)] = "tensor"  # "released": as QuEST's code at 4 bits
     samples: Count = 32  # random calibration rows per step that set the activation ranges
     rank: Count = 32
     iterations: Iterations | None = None  # default: the preset's
@@ -136,6 +137,9 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     for layer in layers.values():
         layer.freeze()
         layer.origin = None  # W0 is what the codes mean
+    axes = scale_axes(denoiser, recipe.granularity, a)
+    for name, q in input_quantizers(denoiser).items():
+        q.spec = replace(q.spec, axis=axes.get(name))
     calibrate(denoiser, calibration, ranges.mse_zero_point, samples=recipe.samples, seed=recipe.seed)
 
     tuned = {n: layer for n, layer in layers.items() if not any(fnmatch(n, glob) for glob in keep)}

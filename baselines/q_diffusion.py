@@ -60,7 +60,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Reconstr
     Departures from the released code:
     - Both parts of a split layer are regularised. Calibration rows are shuffled (`stored_order` undoes that).
     - The first and last layer keep 8 bits, as in every row of the common stack.
-    - There are 1,024 rows instead of 5,120 (6,400 for Stable Diffusion).
+    - There are 1,024 rows by default. The paper's models set the published 5,120 (6,400 for Stable Diffusion).
 
     Split shortcuts are part of the method, but its released commands set them only for CIFAR-10 and Stable Diffusion,
     and so do the models here (`split` in quest.diffusion.models). No command was released for class-conditional models.

@@ -61,6 +61,7 @@ class Model:
     softmax_bits: int = 8
     split: bool = False  # whether Q-Diffusion quantizes the two parts of a decoder shortcut's input separately
     activation_ranges: str = "mse"  # of Q-Diffusion as released, for 8 bits or more: "mse", "ema" or "ema-symmetric"
+    reconstruction: dict = field(default_factory=dict)  # published keywords of methods that reconstruct units
     trajectories: int = 50  # full-precision trajectories in the calibration set; multiples of batch_size waste none
     extractor: str = "scenes"  # network behind FID, sFID and IS
     clip: str | None = None  # image-text model behind the CLIP score
@@ -104,7 +105,8 @@ class Model:
         names = ("keep", "softmax_bits", "time_groups", "selection", "guidance", "split")
         names += ("activation_ranges",) if activation_bits >= 8 else ()
         accepted = set(signature(method).parameters) - set(getattr(method, "keywords", ()))
-        return {name: getattr(self, name) for name in names if name in accepted}
+        published = self.reconstruction if "weight_iterations" in accepted else {}
+        return {name: getattr(self, name) for name in names if name in accepted} | published
 
     def seeds(self, split: str, indices: Sequence[int]) -> list[int]:
         """The seed of each image. Raises ValueError for an unknown split."""
@@ -313,6 +315,7 @@ MODELS = {
             activation_ranges="ema-symmetric",
             batch_size=64,
             time_groups=20,
+            reconstruction={"rows": 5120},
             trajectories=256,
             extractor="adm",
             reference=REFERENCES / "lsun-bedrooms.npz",
@@ -329,6 +332,7 @@ MODELS = {
             selection="lsun",
             batch_size=64,
             time_groups=20,
+            reconstruction={"rows": 5120},
             trajectories=256,
             extractor="adm",
             reference=REFERENCES / "lsun-churches.npz",
@@ -345,6 +349,8 @@ MODELS = {
             selection="imagenet",
             batch_size=64,
             time_groups=20,
+            # No command of Q-Diffusion was released for it; QuEST's draws 20 steps of 256, both halves.
+            reconstruction={"rows": 10240},
             trajectories=256,
             extractor="adm",
             reference=REFERENCES / "imagenet.npz",
@@ -364,6 +370,7 @@ MODELS = {
             batch_size=16,
             time_groups=25,
             softmax_bits=16,
+            reconstruction={"rows": 6400, "batch": 8},
             trajectories=128,
             extractor="adm",
             clip="ViT-B-16",
@@ -388,6 +395,7 @@ MODELS = {
             batch_size=256,
             # 96 of the 100 quadratic timesteps are distinct. 20, one group for every fifth step, does not divide 96.
             time_groups=24,
+            reconstruction={"rows": 5120},
             trajectories=256,
             extractor="torch-fidelity",
             reference=REFERENCES / "cifar10.npz",

@@ -93,3 +93,18 @@ def test_divergence_names_stage_and_iteration(uncond_pipe, uncond_calibration):
 def test_unknown_preset(uncond_pipe, uncond_calibration):
     with pytest.raises(ValueError, match="preset.*full, short"):
         quest.quantize(uncond_pipe, "efficient-dm", "w4a4", calibration=uncond_calibration, preset="medium")
+
+
+def test_scales_of_channels_are_learned_too(uncond_pipe, uncond_calibration):
+    recipe = dict(FAST, lr_update=1 / 250, granularity="released")
+    start, end = (
+        efficient_dm.quantize(uncond_pipe, uncond_calibration, 4, 4, iterations=n, **recipe).unet for n in (0, 6)
+    )
+    before, after = start.conv_out.input_quantizer, end.conv_out.input_quantizer
+    channels = uncond_pipe.unet.conv_out.in_channels
+    groups = len(uncond_calibration.timesteps)
+    assert before.spec.axis == 1 and before.scale.shape == after.scale.shape == (groups, 1, channels, 1, 1)
+    moved = [
+        name for name, q in input_quantizers(start).items() if (q.scale != input_quantizers(end)[name].scale).any()
+    ]
+    assert len(moved) > len(input_quantizers(start)) / 2
