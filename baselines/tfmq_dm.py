@@ -76,7 +76,8 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
 
     Activation steps are not learned. Departures from the released code: ranges outside the block come from one MSE
     search that includes zero points, not from a running average, and by default reconstruction has 1,024 rows. With
-    `init`, the other layers of a residual block were reconstructed with AdaRound's projection, which the block then replaces.
+    `init`, the other layers of a residual block were reconstructed with AdaRound's projection, which the block then
+    replaces.
     """
     preset = preset_of(recipe)
     groups = TimeGroups(calibration.timesteps)
