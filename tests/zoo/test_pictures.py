@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from quest.zoo import emoji_data, latents, pictures, train_autoencoder, train_denoiser
-from quest.zoo.vocabulary import build_tokenizer, caption_words, encode
+from quest.metrics import clip
+from quest.metrics.features import clip_features
+from quest.zoo import emoji_data, latents, pictures, train_autoencoder, train_clip, train_denoiser
+from quest.zoo.vocabulary import MAX_LENGTH, build_tokenizer, caption_words, encode
 
 STYLES = ("noto", "twemoji", "fluent flat", "fluent modern")
 
@@ -198,3 +200,16 @@ def test_what_emoji_need_is_named(tmp_path, monkeypatch):
         emoji_data.fetch("fluentui-emoji@1.3.0", tmp_path)
     with pytest.raises(FileNotFoundError, match="rsvg-convert: not installed"):
         next(emoji_data.drawn_by_fluent(tmp_path, "flat"))
+
+
+def test_an_image_text_model_of_emoji_is_trained_and_reported_on_what_is_held_out(emoji, tmp_path, capsys):
+    train_clip.train(tmp_path / "clip", iterations=2, batch_size=4, held_out=16, kind="emoji", data=emoji)
+    said = capsys.readouterr().out
+    assert "held-out styles" in said and "held-out concepts" in said
+    shown = pictures.emoji(emoji)
+    rows = shown.rows("evaluation")[:3]
+    model, preprocess, tokenizer = clip.load(tmp_path / "clip")
+    assert tokenizer(["noto emoji: thing 7"])[0].shape == (MAX_LENGTH["emoji"],)
+    found = clip_features(shown.images[rows], [shown.captions[i] for i in rows], model, preprocess, tokenizer)
+    assert found["clip_image"].shape == found["clip_text"].shape == (3, 64)
+    assert train_clip.material("emoji", 0, emoji)[2].sum() == pytest.approx(1)
