@@ -92,6 +92,24 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     return max(0.0, float(difference @ difference + np.trace(a.cov) + np.trace(b.cov) - 2 * cross))
 
 
+def floor(features: np.ndarray, halvings: int = 10, seed: int = 0) -> tuple[float, float] | None:
+    """Estimate how far apart two independent sets are whose images are drawn as those of features [N, D] were.
+
+    The distance of two such sets of n images is about c / n (arXiv:1911.07023, section 3). So it is half the distance
+    of two random halves of the N images. Returns its mean and standard deviation over `halvings` random halvings, or
+    None if halves have no more than D images, where this does not hold.
+    """
+    n = len(features) // 2
+    if n <= features.shape[1]:
+        return None
+    rng, values = np.random.default_rng(seed), []
+    for _ in range(halvings):
+        order = rng.permutation(len(features))
+        a, b = (Statistics.from_features(features[rows]) for rows in (order[:n], order[n : 2 * n]))
+        values.append(frechet_distance(a, b) / 2)
+    return float(np.mean(values)), float(np.std(values, ddof=1))
+
+
 def fid_infinity(features: np.ndarray, reference: Statistics, points: int = 15, seed: int = 2020) -> float:
     """Extrapolate the distance to infinitely many samples: FID_n is linear in 1/n (arXiv:1911.07023, section 3).
 

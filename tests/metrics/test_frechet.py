@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 
 from quest.diffusion.models import SCENES
-from quest.metrics.frechet import Reference, Statistics, fid_infinity, frechet_distance, load_reference, save_reference
+from quest.metrics.frechet import (
+    Reference,
+    Statistics,
+    fid_infinity,
+    floor,
+    frechet_distance,
+    load_reference,
+    save_reference,
+)
 
 
 def features(n, d, seed=0, shift=0.0):
@@ -151,3 +159,16 @@ def test_statistics_of_other_weights_of_a_network_are_refused():
     other = Reference(shipped.pool, shipped.spatial, shipped.metadata | {"extractor_sha256": "0" * 64})
     with pytest.raises(ValueError, match="scenes.npz: statistics of other weights of scenes"):
         other.check("scenes", "scenes.npz")
+
+
+def test_the_floor_is_the_distance_of_two_independent_sets():
+    rng = np.random.default_rng(0)
+    scales = np.linspace(1, 3, 16)
+
+    def draw():
+        return rng.normal(size=(400, 16)) * scales
+
+    apart = [frechet_distance(Statistics.from_features(draw()), Statistics.from_features(draw())) for _ in range(40)]
+    mean, deviation = floor(draw())
+    assert mean == pytest.approx(np.mean(apart), rel=0.2) and 0 < deviation < mean
+    assert floor(draw()[:33]) is None  # halves of 16 images have no covariance of full rank

@@ -100,7 +100,7 @@ def test_class_agreement_is_the_share_of_images_that_show_their_class(reference)
     seen = np.where(np.arange(N) < 150, labels, (labels + 1) % 10)
     cell.features.update({"class_logits": np.eye(10, dtype=np.float32)[seen], "labels": labels})
     row = by_metric(measure(cell, reference, None, **SAID)["rows"])["agreement"]
-    assert row["value"] == 0.75 and row["n"] == N and 0.69 < row["low"] < 0.75 < row["high"] < 0.81
+    assert row["value"] == 0.75 and row["n"] == N and 0.68 < row["low"] < 0.75 < row["high"] < 0.82
 
 
 def test_log_latent_mse_of_identical_latents_is_finite(reference):
