@@ -11,6 +11,7 @@ from quest.affine import FLOAT
 from quest.quantization.layer_names import KEEP
 from quest.quantization.layers import QuantLayer, attentions, input_quantizers, name_quantizers, quant_layers
 from quest.quantization.quantizer import Quantizer
+from quest.quantization.splitting import split_layers
 
 # The released code's choices, under diffusers' names: CompVis's `emb_layers` is time_emb_proj, and its `time_embed` is
 # time_embedding.
@@ -53,7 +54,8 @@ def selected(
     if not temporal or not critical:
         raise ValueError(f"selection {selection!r}: the denoiser has no such layers, or no time embedding projections")
     if control is not None:
-        temporal = equal_size(layers, temporal, {*critical, *KEEP}, control)
+        halves = {n for n in layers if n.rpartition(".")[0] in split_layers(denoiser)}
+        temporal = equal_size(layers, temporal, {*critical, *KEEP}, halves, control)
     excluded = {id(m.input_quantizer) for m in temporal.values()}
     if time_embedding == "frozen":
         excluded |= {id(m.input_quantizer) for n, m in layers.items() if matches(n, TIME_EMBEDDING)}
@@ -65,17 +67,21 @@ def selected(
     )
 
 
-def equal_size(layers: dict[str, QuantLayer], like: dict[str, QuantLayer], without: set[str], seed: int):
+def equal_size(
+    layers: dict[str, QuantLayer], like: dict[str, QuantLayer], without: set[str], halves: set[str], seed: int
+):
     """Random layers, outside `like` and `without`, with about as many weights in all as `like`: name -> layer.
 
-    Layers are drawn in random order, and each that still fits is kept. The result is in the denoiser's order. Raises
-    ValueError where none fits.
+    Layers are drawn in random order, and each that still fits is kept, except for `halves` of split convolutions: the
+    teacher, whose outputs the layers learn, has none. The result is in the denoiser's order.
+
+    Raises ValueError where none fits.
     """
     remaining = sum(math.prod(layer.weight_shape) for layer in like.values())
     others = [n for n in layers if n not in like and n not in without]
     chosen = set()
     for i in torch.randperm(len(others), generator=torch.Generator().manual_seed(seed), device="cpu").tolist():
-        if (size := math.prod(layers[others[i]].weight_shape)) <= remaining:
+        if others[i] not in halves and (size := math.prod(layers[others[i]].weight_shape)) <= remaining:
             chosen.add(others[i])
             remaining -= size
     if not chosen:

@@ -7,11 +7,12 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 import quest
 from baselines import quest as finetune
 from baselines.quest import start_from
-from baselines.selection import SELECTIONS, TEMPORAL, matches, qkv, tuned_layers
+from baselines.selection import SELECTIONS, TEMPORAL, matches, qkv, selected, tuned_layers
 from quest.diffusion.sampling import arguments
 from quest.metrics.noise_prediction import eps_error
 from quest.quantization import checkpoint
 from quest.quantization.layers import input_quantizers, quant_layers
+from quest.quantization.splitting import shortcut_splits
 from quest.quantization.swapping import released_axes, swap
 
 FAST = dict(time_groups=3, batch=4, samples=8)
@@ -120,6 +121,16 @@ def test_the_control_tunes_as_many_weights_of_other_layers(class_pipe, class_cal
     assert {q.name for q in temporal.scales} <= {q.name for q in unchanged.scales}  # tuned with all the rest instead
     assert first_and_second(control=True)[0].layers.keys() == control.layers.keys()
     assert first_and_second(control=True, seed=1)[0].layers.keys() != control.layers.keys()
+
+
+def test_the_control_draws_layers_that_the_teacher_has(class_pipe, class_calibration):
+    """None of the halves of a split shortcut, which are as small as what is drawn."""
+    splits = shortcut_splits(class_pipe.unet, class_calibration.inputs(torch.arange(2)))
+    denoiser, drawn = swap(class_pipe, 4, 8, splits=splits).unet, set()
+    for seed in range(20):
+        (layers, _), _ = selected(denoiser, "imagenet", "scales", seed)
+        drawn |= layers.keys()
+    assert splits and drawn <= {name for name, _ in class_pipe.unet.named_modules()}
 
 
 def test_defaults_presets_and_orders(class_pipe, class_calibration, monkeypatch):
