@@ -176,6 +176,23 @@ def validate(config: dict) -> None:
             chain.append(start)
     if "ablations" in config:
         _check_ablations(config)
+    for run in [*runs(config), *seed_runs(config), *ablation_runs(config)]:
+        _check_time_groups(config, run)
+
+
+def _check_time_groups(config: dict, run: Run) -> None:
+    """Raise ConfigError where the time groups of a recipe do not divide the timesteps of the model."""
+    from quest.diffusion.models import MODELS
+
+    steps, groups = MODELS[run.model].steps, recipe_of(config, run.method)[1].get("time_groups")
+    # Quadratic timesteps coincide at the end, so there are fewer than steps; the scheduler knows how many.
+    if groups and steps % groups and MODELS[run.model].sampler != "ddim-quadratic":
+        method = run.method.partition("@")[0]
+        key = "methods" if method in config["methods"] else "ablations.rows"
+        valid = [number for number in range(1, steps + 1) if steps % number == 0]
+        raise ConfigError(
+            f"{key}.{method}.time_groups: {groups} does not divide the {steps} steps of {run.model}; valid: {valid}"
+        )
 
 
 def _check_cells(key: str, block: dict, config: dict) -> None:

@@ -245,6 +245,14 @@ FAULTS = {
     "rows against nothing": (_put("qest", "ablations", "against"), ["ablations.against", "'qest'", "'quest'"]),
     "rows of no model": (_put("scenes", "ablations", "model"), ["ablations.model", "'scenes'", "scenes-class"]),
     "rows at no bits": (_put("w4a9", "ablations", "bits"), ["ablations.bits", "'w4a9'"]),
+    "groups that do not divide the steps": (
+        _put(7, "methods", "quest", "time_groups"),
+        ["methods.quest.time_groups: 7 does not divide the 40 steps of", "valid: [1, 2, 4, 5, 8, 10, 20, 40]"],
+    ),
+    "groups of a row": (
+        _put({"time_groups": 3}, "ablations", "rows", "mine"),
+        ["ablations.rows.mine.time_groups: 3 does not divide the 20 steps"],
+    ),
     "name no folder": (_put("My run", "name"), ["name", "'My run'", "small letters"]),
     "name too long": (_put("x" * 101, "name"), ["name", "at most 100 small letters"]),
     "row too long": (_put({}, "ablations", "rows", "x" * 101), ["ablations.rows.x", "at most 100 small letters"]),

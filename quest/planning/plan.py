@@ -11,7 +11,16 @@ from types import SimpleNamespace
 
 from baselines import METHODS
 from baselines.method import keywords
-from quest.config import FULL_PRECISION, Run, parse_bits, recipe_of, runs, starting_points
+from quest.config import (
+    FULL_PRECISION,
+    ConfigError,
+    Run,
+    ablation_runs,
+    parse_bits,
+    recipe_of,
+    runs,
+    starting_points,
+)
 from quest.diffusion.models import MODELS, Model
 from quest.metrics import LITE0, RESIZE
 from quest.planning import measure
@@ -142,6 +151,17 @@ def footprint(name: str, bits: str) -> dict:
     return cost.footprint(unet, _work(name))
 
 
+def check_keep(config: dict) -> None:
+    """Raise ConfigError where a recipe keeps the bits of layers that a model does not have."""
+    from quest.quantization import swapping
+
+    for run in [*cells(config)[1], *ablation_runs(config)]:
+        try:
+            swapping.check_keep(_denoiser(run.model), recipe_of(config, run.method)[1].get("keep", {}))
+        except ValueError as error:
+            raise ConfigError(f"{run.method} on {run.model}: {error}") from None
+
+
 def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
     """What all jobs of each kind need, for each model, from the costs measured on `machine`."""
     sampled, made = cells(config)
@@ -224,6 +244,7 @@ def _hours(known, jobs, steps):
 
 def report(config: dict, costs: list[dict], machine: str) -> str:
     """The plan as Markdown: jobs by rule, work by model, disk, memory, and where each cost was measured."""
+    check_keep(config)
     of_rule, all_parts = jobs(config), parts(config, costs, machine)
     lines = [f"## Plan of `{config['name']}` on {machine}", "", "| rule | jobs |", "|---|---:|"]
     lines += [f"| {rule} | {count} |" for rule, count in of_rule.items()]

@@ -48,9 +48,7 @@ def swap(
     denoiser = copy.deepcopy(pipe.unet)
     layers = {n: m for n, m in denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
     processors = {f"{n}.processor": m for n, m in attentions(denoiser)}
-    for glob in keep:
-        if glob not in OPTIONAL and not any(fnmatch(n, glob) for n in (*layers, *processors)):
-            raise ValueError(f"keep: no layer is named like {glob!r}")
+    check_keep(denoiser, keep)
     for name, layer in layers.items():
         layer_w, layer_a = layer_bits(name, w, a, keep)
         replace(denoiser, name, quantized(layer, QuantSpec(layer_w, axis=weight_axis), QuantSpec(layer_a), groups))
@@ -60,6 +58,15 @@ def swap(
     for name, channels in (splits or {}).items():
         replace(denoiser, name, split(denoiser.get_submodule(name), channels))
     return with_denoiser(pipe, finish(denoiser, groups))
+
+
+def check_keep(denoiser: nn.Module, keep: Keep) -> None:
+    """Raise ValueError for a glob that names no layer and no attention processor, unless not every U-Net has such."""
+    names = [n for n, m in denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)]
+    names += [f"{n}.processor" for n, _ in attentions(denoiser)]
+    for glob in keep:
+        if glob not in OPTIONAL and not any(fnmatch(name, glob) for name in names):
+            raise ValueError(f"keep: no layer is named like {glob!r}; names are such as {', '.join(names[:3])}")
 
 
 def finish(denoiser: nn.Module, groups: TimeGroups | None) -> nn.Module:

@@ -10,6 +10,7 @@ import yaml
 
 from baselines import METHODS
 from quest.__main__ import main
+from quest.config import ConfigError
 from quest.diffusion.models import MODELS
 from quest.metrics import features
 from quest.planning import measure, plan
@@ -176,6 +177,18 @@ def test_a_method_whose_work_is_not_written_down():
     known = {what.replace(" ", "_"): 0.1 for what in measure.WHAT}
     found = {part.kind: part for part in plan.parts(other, costs("scenes-class", **known), "box")}
     assert math.isnan(found["quantize"].hours) and found["quantize"].missing == ("what other does",)
+
+
+def test_a_plan_refuses_to_keep_bits_of_layers_that_no_model_has():
+    smoke, measured = config("smoke"), costs("scenes-class", call=0.002)
+    recipes = smoke["methods"]
+    recipes["rtn"]["keep"] = {"conv_in": 8, "*.conv_shortcut": 8}  # not every model has the second
+    assert plan.report(smoke, measured, "box")
+    recipes["rtn"]["keep"] = {"conv_inn": 8}
+    with pytest.raises(
+        ConfigError, match="rtn on scenes-.*: keep: no layer is named like 'conv_inn'; names are such as"
+    ):
+        plan.report(smoke, measured, "box")
 
 
 def test_command(tmp_path, capsys):
