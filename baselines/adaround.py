@@ -24,6 +24,7 @@ import torch
 from baselines.method import Count, Iterations, Method, one_of, takes
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.denoisers import denoiser_of
 from quest.learning.reconstruction import CHECK, reconstruct_weights
 from quest.quantization import ranges
 from quest.quantization.layer_names import Keep
@@ -113,7 +114,7 @@ def weights_only(pipe, drawn: CalibrationSet, w: int, a: int, recipe: RoundingRe
 
 def splits(pipe, calibration: CalibrationSet) -> dict[str, int]:
     """Shortcut of the decoder -> channel at which it is split. Raises ValueError for a denoiser without any."""
-    channels = shortcut_splits(pipe.unet, calibration.inputs(torch.arange(1, device="cpu")))
+    channels = shortcut_splits(denoiser_of(pipe), calibration.inputs(torch.arange(1, device="cpu")))
     if not channels:
         raise ValueError("split: the denoiser has no shortcut convolution over a concatenation")
     return channels
@@ -126,21 +127,21 @@ def round_weights(student, pipe, drawn: CalibrationSet, recipe: RoundingRecipe) 
     """
     preset = preset_of(recipe)
     learned_layers = []
-    for name, layer in quant_layers(student.unet):
+    for name, layer in quant_layers(denoiser_of(student)):
         layer.choose_weight_range(ranges.mse)
         if layer.weight_quantizer.spec.bits < preset.nearest_from:
             learned_layers.append(name)
     if not learned_layers or not preset.weight_iterations:
         return
     reconstruct_weights(
-        student.unet,
-        pipe.unet,
+        denoiser_of(student),
+        denoiser_of(pipe),
         drawn,
         torch.arange(len(drawn), device="cpu"),
         iterations=preset.weight_iterations,
         batch=preset.batch,
         lr=TRAVEL / preset.weight_iterations,
-        exclude=[name for name, _ in quant_layers(student.unet) if name not in learned_layers],
+        exclude=[name for name, _ in quant_layers(denoiser_of(student)) if name not in learned_layers],
         generator=torch.Generator().manual_seed(recipe.seed),
     )
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Step, one_of, takes
 from quest.diffusion.calibration_set import CalibrationSet, guide
+from quest.diffusion.denoisers import denoiser_of
 from quest.learning.alignment import ScaleAdam
 from quest.learning.calibrate import calibrate
 from quest.quantization import cost, ranges
@@ -127,7 +128,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     keep = KEEP if recipe.keep is None else recipe.keep
     groups = TimeGroups(calibration.timesteps)
     student = swap(pipe, w, a, keep=keep, softmax_bits=recipe.softmax_bits, groups=groups)
-    denoiser = student.unet
+    denoiser = denoiser_of(student)
     layers = dict(quant_layers(denoiser))
     if recipe.init is None:
         for layer in layers.values():

@@ -5,6 +5,7 @@ from torch import nn
 from baselines import quest
 from baselines.method import Method, Step, takes
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.denoisers import denoiser_of
 from quest.quantization.layers import QuantLayer, quant_layers
 
 
@@ -28,7 +29,7 @@ def finetune_all(student, pipe, calibration: CalibrationSet, model, iterations: 
     """The step of full finetuning that is measured."""
     no_learning = dict(lr_weight=0.0, lr_scale=0.0, selection=model.selection)
     recipe = quest.FinetuneRecipe(tla_iterations=0, cma_iterations=iterations, batch=batch, **no_learning)
-    quest.finetune(student, pipe.unet, calibration, quest.resolve(recipe, pipe, 8), everything)
+    quest.finetune(student, denoiser_of(pipe), calibration, quest.resolve(recipe, pipe, 8), everything)
 
 
 METHOD = Method(

@@ -5,6 +5,7 @@ workflow/config/all-methods.yaml, the table in docs/protocols.md and the bibliog
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -24,12 +25,15 @@ class Valid:
     minimum: float | None = None
     exclusiveMinimum: float | None = None  # noqa: N815
     maximum: float | None = None
+    pattern: str | None = None
     description: str | None = None
 
     def fault(self, value) -> str | None:
         """Explain why a value is not valid. Returns None for a valid value."""
         if self.enum is not None and value not in self.enum:
             return f"{value!r} is not one of {', '.join(map(str, self.enum))}"
+        if self.pattern is not None and not (isinstance(value, str) and re.search(self.pattern, value)):
+            return f"{value!r} is not one of {self.description}"
         bounds = (self.minimum, self.exclusiveMinimum, self.maximum)
         if bounds != (None, None, None) and not isinstance(value, (int, float)):
             return f"{value!r} is not a number"

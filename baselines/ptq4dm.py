@@ -15,6 +15,7 @@ from baselines.method import Count, Method, Paper, takes
 from baselines.q_diffusion import ReconstructionRecipe, common_stack, stack_work
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.denoisers import denoiser_of
 from quest.quantization import ranges
 from quest.quantization.layer_names import Keep, layer_bits
 from quest.quantization.layers import input_quantizers, name_quantizers, quant_layers
@@ -121,7 +122,7 @@ def released(
     """
     keep = RELEASED if keep is None else keep
     student = swap(pipe, w, FLOAT, keep=keep)
-    denoiser = student.unet
+    denoiser = denoiser_of(student)
     for name, layer in quant_layers(denoiser):
         bits, output = layer_bits(name, w, a, keep)
         if bits < FLOAT:

@@ -21,7 +21,8 @@ from baselines.adaround import uniform, uniform_rows
 from baselines.method import Method, Paper, one_of, takes
 from baselines.q_diffusion import ReconstructionRecipe, common_stack, stack_work
 from quest.diffusion.calibration_set import CalibrationSet, guide
-from quest.diffusion.samplers import Correction, correct
+from quest.diffusion.denoisers import denoiser_of
+from quest.diffusion.samplers import Correction, check_correctable, correct
 from quest.quantization.layer_names import Keep
 from quest.quantization.layers import freeze
 
@@ -57,9 +58,10 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     Prints R^2 of the fit: a low one means that the correlation explains little of the error.
     Raises ValueError for a sampler that is neither DDIM nor PLMS.
     """
+    check_correctable(pipe.scheduler)
     student = common_stack(pipe, calibration, uniform(calibration, recipe.rows, recipe.seed), w, a, recipe)
-    freeze(student.unet)
-    correction = statistics(student.unet, calibration, recipe.guidance, recipe.bias_of)
+    freeze(denoiser_of(student))
+    correction = statistics(denoiser_of(student), calibration, recipe.guidance, recipe.bias_of)
     r_squared = correction.r_squared
     print(
         f"error explained by the prediction, R^2: median {r_squared.median():.3f}, "
@@ -84,7 +86,7 @@ def statistics(
     """
     if bias_of not in BIASES:
         raise ValueError(f"bias_of: {bias_of!r} is not one of {', '.join(BIASES)}")
-    calls = calibration.calls()
+    calls, channels = calibration.calls(), calibration.sample.shape[1]  # without the variances that some predict
     timestep = calibration.timestep[calls[:, 0]]
     measured = []
     for t in calibration.timesteps:
@@ -92,8 +94,8 @@ def statistics(
         exact, quantized = [], []
         for part in rows.split(max(1, batch // rows.shape[1])):
             prediction = denoiser(**calibration.inputs(part.flatten())).sample
-            quantized.append(guide(prediction.unflatten(0, part.shape), guidance))
-            exact.append(guide(calibration.target[part], guidance))
+            quantized.append(guide(prediction.unflatten(0, part.shape), guidance)[:, :channels])
+            exact.append(guide(calibration.target[part], guidance)[:, :channels])
         measured.append(fit(torch.cat(exact), torch.cat(quantized), bias_of))
         if not all(v.isfinite().all() for v in measured[-1]):
             raise FloatingPointError(f"statistics of timestep {t}: the quantized denoiser's error is not finite")

@@ -19,6 +19,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from baselines.adaround import RoundingRecipe, preset_of, round_weights, rounding_work, splits, uniform, uniform_rows
 from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Valid, one_of, takes
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.denoisers import denoiser_of
 from quest.learning.calibrate import calibrate, calibrating, running, static_rows
 from quest.learning.reconstruction import CHECK, reconstruct_activations
 from quest.quantization import ranges
@@ -84,15 +85,15 @@ def common_stack(
         round_weights(student, pipe, drawn, recipe)
     else:
         student = swap(pipe, w, a, **quantizers)
-        load_weights(student.unet, recipe.init)
-        if split_layers(student.unet) != parts:
-            count = len(split_layers(student.unet))
+        load_weights(denoiser_of(student), recipe.init)
+        if split_layers(denoiser_of(student)) != parts:
+            count = len(split_layers(denoiser_of(student)))
             raise ValueError(f"split: {recipe.split}, but {recipe.init} has {count} split layers")
-    axes = scale_axes(student.unet, recipe.granularity, a)
-    for name, q in input_quantizers(student.unet).items():
+    axes = scale_axes(denoiser_of(student), recipe.granularity, a)
+    for name, q in input_quantizers(denoiser_of(student)).items():
         q.spec = replace(q.spec, axis=axes.get(name))
     activation_ranges_of(
-        student.unet,
+        denoiser_of(student),
         drawn,
         recipe.activation_ranges,
         samples=recipe.samples or static_rows(a),
@@ -102,8 +103,8 @@ def common_stack(
     preset = preset_of(recipe)
     if preset.activation_iterations:
         reconstruct_activations(
-            student.unet,
-            pipe.unet,
+            denoiser_of(student),
+            denoiser_of(pipe),
             drawn,
             torch.arange(len(drawn), device="cpu"),
             iterations=preset.activation_iterations,

@@ -29,6 +29,7 @@ from torch import nn
 
 from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Valid, one_of, takes
 from baselines.selection import (
+    SELECTION,
     SELECTIONS,
     default_selection,
     matches,
@@ -39,6 +40,8 @@ from baselines.selection import (
 )
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.denoisers import denoiser_of
+from quest.diffusion.models import CONDITIONED
 from quest.learning.alignment import Stage, Visit, align, joint, teacher_outputs
 from quest.learning.calibrate import calibrate
 from quest.quantization import cost
@@ -139,7 +142,7 @@ class FinetuneRecipe:
     ranges: Annotated[str, one_of((*RANGES, "released"))] = "mse-zero-point"
     samples: Count = 32  # random calibration rows per time group that set the activation ranges
     # What is tuned. The layers of the critical stage; default: those of the kind of pipeline.
-    selection: Annotated[str, one_of(SELECTIONS)] | None = None
+    selection: Annotated[str, SELECTION] | None = None
     # The time embedding: "scales" tuned in the critical stage, all "tuned" in the temporal stage, or "frozen".
     time_embedding: Annotated[str, one_of(("scales", "tuned", "frozen"))] = "scales"
     qkv_as_one: bool = False  # to_q, to_k and to_v of unconditional attention share one input quantizer, as in CompVis
@@ -171,7 +174,8 @@ def resolve(recipe: FinetuneRecipe, pipe, a: int) -> FinetuneRecipe:
     and the learning rates are multiplied.
     """
     selection = recipe.selection or default_selection(pipe)
-    released, (iterations, batch) = RELEASED[selection], sizes(recipe, selection)
+    kind = selection if selection in SELECTIONS else default_selection(pipe)
+    released, (iterations, batch) = RELEASED[kind], sizes(recipe, kind)
     multiplier, temporal = PRESETS[recipe.preset].lr_multiplier, recipe.lr_temporal_scale
     return replace(
         recipe,
@@ -188,11 +192,11 @@ def resolve(recipe: FinetuneRecipe, pipe, a: int) -> FinetuneRecipe:
     )
 
 
-def sizes(recipe, selection: str) -> tuple[tuple[int, int], tuple[int, int]]:
+def sizes(recipe, kind: str) -> tuple[tuple[int, int], tuple[int, int]]:
     """(iterations, rows per iteration) of both stages. The recipe's numbers override those of its preset."""
     preset = PRESETS[recipe.preset]
     share = preset.iterations
-    of_preset = share if isinstance(share, tuple) else [round(share * n) for n in PUBLISHED[selection]]
+    of_preset = share if isinstance(share, tuple) else [round(share * n) for n in PUBLISHED[kind]]
     of_recipe = (recipe.tla_iterations, recipe.cma_iterations)
     first, second = (b if a is None else a for a, b in zip(of_recipe, of_preset, strict=True))
     return (first, second), (recipe.batch, recipe.batch) if recipe.batch else preset.batch
@@ -243,7 +247,7 @@ def quantize_and_finetune(pipe, calibration: CalibrationSet, w: int, a: int, rec
         # All steps of a group share the scale of its noisiest step, which alone is calibrated and trained.
         calibration = calibration.subset(torch.isin(calibration.timestep, groups.starts).nonzero().flatten())
     student = swap(pipe, w, a, keep=recipe.keep, softmax_bits=recipe.softmax_bits, groups=groups)
-    denoiser = student.unet
+    denoiser = denoiser_of(student)
     if recipe.init is None:
         for _, layer in quant_layers(denoiser):
             layer.choose_weight_range(choosers.mse)
@@ -259,7 +263,7 @@ def quantize_and_finetune(pipe, calibration: CalibrationSet, w: int, a: int, rec
     choose = RANGES[recipe.ranges]
     calibrate(denoiser, calibration, choose, samples=recipe.samples, seed=recipe.seed, momentum=momentum)
 
-    finetune(denoiser, pipe.unet, calibration, recipe, learn)
+    finetune(denoiser, denoiser_of(pipe), calibration, recipe, learn)
     return student
 
 
@@ -351,9 +355,10 @@ def work_of(row: str, step: str | None = None) -> Callable:
     """The `work` of QuEST: step `row` for each row of an iteration, and `step` for each iteration."""
 
     def work(recipe, w: int, model, trajectories: int) -> Counter:
-        iterations, batch = sizes(recipe, recipe.selection)
+        kind = recipe.selection if recipe.selection in SELECTIONS else CONDITIONED[model.conditioning]
+        iterations, batch = sizes(recipe, kind)
         rows = [n * rows for n, rows in zip(iterations, batch, strict=True)]
-        cma = RELEASED[recipe.selection]["local_cma"] if recipe.local_cma == "released" else recipe.local_cma
+        cma = RELEASED[kind]["local_cma"] if recipe.local_cma == "released" else recipe.local_cma
         # Targets: full precision on all rows once; on each mini-batch of a large model, whose outputs are not kept.
         once, anew = trajectories * model.calls * model.halves, rows[0] * recipe.local_tla + rows[1] * cma
         steps = Counter({"call": anew if model.origin else once})

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from baselines.method import Bits, Count, Method, one_of
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.denoisers import denoiser_of
 from quest.learning.calibrate import calibrate, static_rows
 from quest.quantization import ranges as choosers
 from quest.quantization.layer_names import Keep
@@ -39,10 +40,10 @@ def quantize(
     """
     choose_weights, choose_activations = RANGES[ranges]
     pipe = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits)
-    for _, layer in quant_layers(pipe.unet):
+    for _, layer in quant_layers(denoiser_of(pipe)):
         layer.choose_weight_range(choose_weights)
     samples = samples or (WHOLE if ranges == "minmax" else static_rows(a))
-    calibrate(pipe.unet, calibration, choose_activations, samples=samples, seed=seed)
+    calibrate(denoiser_of(pipe), calibration, choose_activations, samples=samples, seed=seed)
     return pipe
 
 

@@ -1,34 +1,62 @@
 """Which layers and activation scales each stage of QuEST tunes, as in its released code (arXiv:2402.03666)."""
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatch
 
 import torch
 from torch import nn
 
+from baselines.method import Valid
 from quest.affine import FLOAT
+from quest.diffusion.denoisers import name_of
+from quest.diffusion.models import CONDITIONED
 from quest.quantization.layer_names import KEEP
 from quest.quantization.layers import QuantLayer, attentions, input_quantizers, name_quantizers, quant_layers
 from quest.quantization.quantizer import Quantizer
 from quest.quantization.splitting import split_layers
 
 # The released code's choices, under diffusers' names: CompVis's `emb_layers` is time_emb_proj, and its `time_embed` is
-# time_embedding.
-TEMPORAL = ("*.time_emb_proj",)
-TIME_EMBEDDING = ("time_embedding.*",)
+# time_embedding. A transformer projects its embedding in the modulation of its norms (adaLN).
+TEMPORAL = ("*.time_emb_proj", "*norm*.linear", "adaln_single.linear", "proj_out_1")
+TIME_EMBEDDING = ("time_embedding.*", "*.timestep_embedder.*", "time_text_embed.*", "add_embedding.*")
 SELECTIONS = {
     "lsun": ("*.to_q", "*.to_k", "*.to_v"),
     "imagenet": ("*.ff.net.*", "*.to_q", "*.attn1.to_k", "*.attn1.to_v"),
-    "sd": ("*.ff.net.*",),
+    "sd": ("*.ff.net.*", "*.ff_context.net.*"),
 }
+
+SELECTION = Valid(
+    pattern=rf"^({'|'.join(SELECTIONS)})$|[*.]",
+    description=f"{', '.join(SELECTIONS)}, or globs over names of layers with spaces between",
+)
+
+
+def globs_of(selection: str) -> tuple[str, ...]:
+    """The globs of a key of SELECTIONS, or those that the text itself lists with spaces between them."""
+    return SELECTIONS.get(selection) or tuple(selection.split())
+
+
+def described(denoiser: nn.Module, selection: str) -> str:
+    """Which layers QuEST tunes of a denoiser, quantized or not: a line for each stage, numbers in names as `*`."""
+    names = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    lines = []
+    for stage, globs in (("time embedding", TEMPORAL), (f"attention-related ({selection})", globs_of(selection))):
+        chosen = [name for name in names if matches(name, globs)]
+        counts = Counter(re.sub(r"\b\d+\b", "*", name) for name in chosen)
+        listed = ", ".join(f"{name} ({count})" for name, count in counts.items())
+        lines.append(f"QuEST tunes, {stage}: {len(chosen)} of {len(names)} layers: {listed or 'none'}")
+    return "\n".join(lines)
 
 
 def default_selection(pipe) -> str:
     """The key of SELECTIONS that the released code uses for this kind of pipeline."""
     if getattr(pipe, "text_encoder", None) is not None:
-        return "sd"
-    return "imagenet" if getattr(pipe, "class_embedder", None) is not None else "lsun"
+        return CONDITIONED["text"]
+    classes = getattr(pipe, "class_embedder", None) is not None or name_of(pipe) == "transformer"
+    return CONDITIONED["class" if classes else "none"]
 
 
 def matches(name: str, globs: Iterable[str]) -> bool:
@@ -50,7 +78,7 @@ def selected(
     layers = dict(quant_layers(denoiser))
     temporal_globs = TEMPORAL + (TIME_EMBEDDING if time_embedding == "tuned" else ())
     temporal = {n: m for n, m in layers.items() if matches(n, temporal_globs)}
-    critical = {n: m for n, m in layers.items() if matches(n, SELECTIONS[selection])}
+    critical = {n: m for n, m in layers.items() if matches(n, globs_of(selection))}
     if not temporal or not critical:
         raise ValueError(f"selection {selection!r}: the denoiser has no such layers, or no time embedding projections")
     if control is not None:

@@ -16,6 +16,7 @@ from baselines.adaround import TRAVEL, Preset, RoundingRecipe, preset_of, roundi
 from baselines.method import Bits, Count, Method, Paper, Step, one_of, takes
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.denoisers import denoiser_of
 from quest.learning.calibrate import calibrate, calibrating, static_rows
 from quest.learning.reconstruction import float_activations, learn_rounding, reconstruct_weights
 from quest.quantization import cost, ranges
@@ -41,10 +42,17 @@ RELEASED: Keep = {
 
 
 class TemporalInformationBlock(nn.Module):
-    """The modules of a denoiser, float or quantized, that depend on the timestep alone. They are not copies."""
+    """The modules of a denoiser, float or quantized, that depend on the timestep alone. They are not copies.
+
+    Raises ValueError for a transformer, and for a U-Net with another condition in its time embedding.
+    """
 
     def __init__(self, denoiser: nn.Module):
         super().__init__()
+        config = getattr(denoiser, "config", {})
+        if not hasattr(denoiser, "time_proj") or config.get("addition_embed_type") or config.get("time_cond_proj_dim"):
+            kind = type(denoiser).__name__
+            raise ValueError(f"a {kind}: tfmq-dm takes U-Nets whose time embedding depends on the timestep alone")
         self.positions, self.embedding = denoiser.time_proj, denoiser.time_embedding
         blocks = [(n, m) for n, m in denoiser.named_modules() if getattr(m, "time_emb_proj", None) is not None]
         self.activations = nn.ModuleList(m.nonlinearity for _, m in blocks)
@@ -84,12 +92,12 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     everywhere = recipe.fsc_scope == "all"
     quantizers = dict(keep=recipe.keep, softmax_bits=recipe.softmax_bits, groups=groups if everywhere else None)
     student = swap(pipe, w, a, **quantizers)
-    denoiser = student.unet
+    denoiser = denoiser_of(student)
     if recipe.init is not None:
         load_weights(denoiser, recipe.init)
-    block, exact = TemporalInformationBlock(denoiser), TemporalInformationBlock(pipe.unet)
+    block, exact = TemporalInformationBlock(denoiser), TemporalInformationBlock(denoiser_of(pipe))
     for name, layer in block.layers.items():
-        layer.weight.data.copy_(pipe.unet.get_submodule(name).weight)
+        layer.weight.data.copy_(denoiser_of(pipe).get_submodule(name).weight)
     for name, layer in quant_layers(denoiser):
         if recipe.init is None or name in block.layers:
             layer.choose_weight_range(ranges.mse)
@@ -101,7 +109,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
         drawn = uniform(calibration, recipe.rows, recipe.seed)
         reconstruct_weights(
             denoiser,
-            pipe.unet,
+            denoiser_of(pipe),
             drawn,
             torch.arange(len(drawn), device="cpu"),
             iterations=preset.weight_iterations,
@@ -181,7 +189,7 @@ def work(recipe, w: int, model, trajectories: int) -> Counter:
 
 def round_block(student, pipe, calibration: CalibrationSet, model, iterations: int, batch: int) -> None:
     """The step of the block's AdaRound that is measured."""
-    block, exact = (TemporalInformationBlock(unet) for unet in (student, pipe.unet))
+    block, exact = (TemporalInformationBlock(unet) for unet in (student, denoiser_of(pipe)))
     timesteps, generator = list(range(1, 1 + batch)), torch.Generator().manual_seed(0)
     reconstruct(student, block, exact, timesteps, list(block.layers), Preset(iterations, 0, batch), generator)
 

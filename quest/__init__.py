@@ -1,14 +1,15 @@
 """Quantize, save and load diffusers pipelines by QuEST (arXiv:2402.03666) and its rivals. Imports nothing heavy."""
 
 
-def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration, **recipe):
+def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration=None, **recipe):
     """Quantize the denoiser of a diffusers pipeline. Returns a new pipeline and does not change `pipe`.
 
     Args:
-        pipe: a full-precision pipeline with a `unet`, in float32.
+        pipe: a full-precision pipeline with a `unet` or `transformer`, in float32.
         method: a name in `baselines.METHODS`, or a function quantize(pipe, calibration, w, a, **recipe).
         bits: weight and activation bits, such as "w4a8".
-        calibration: a `CalibrationSet` of this pipeline (`quest.diffusion.calibration_set.collect`).
+        calibration: a `CalibrationSet` of this pipeline (`quest.diffusion.calibration_set.collect`). None draws one,
+            with the steps and guidance that the pipeline's call defaults to; a list of prompts draws it for them.
         recipe: the method's hyperparameters, by keyword; see its file in baselines/.
 
     Raises:
@@ -21,6 +22,8 @@ def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration, **recipe)
     from baselines import METHODS
     from baselines.method import check
     from quest.config import parse_bits
+    from quest.diffusion.calibration_set import draw
+    from quest.diffusion.denoisers import denoiser_of
     from quest.quantization import cost, guards
     from quest.quantization.layers import freeze
 
@@ -30,12 +33,15 @@ def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration, **recipe)
     w, a = parse_bits(bits)
     check(function, recipe)
     guards.check(pipe)
+    if calibration is None or isinstance(calibration, list):
+        calibration, model = draw(pipe, calibration)
+        recipe = {k: v for k, v in model.recipe(function, a).items() if k == "guidance"} | recipe
     guards.check_calibration(pipe, calibration)
     new = function(pipe, calibration, w, a, **recipe)
     if new is not pipe:
-        freeze(new.unet)
+        freeze(denoiser_of(new))
         settings = {n: p.default for n, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
-        new.unet.quantization = {
+        denoiser_of(new).quantization = {
             "method": method if isinstance(method, str) else _named(getattr(method, "func", method)),
             "bits": bits,
             "recipe": {
@@ -43,7 +49,7 @@ def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration, **recipe)
                 for k, v in (settings | recipe).items()
             },
             "timesteps": calibration.timesteps,
-            "cost": cost.summary(new.unet, w, a, calibration),
+            "cost": cost.summary(denoiser_of(new), w, a, calibration),
         }
     return new
 

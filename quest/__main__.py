@@ -57,6 +57,8 @@ def _plan(options):
         raise FileNotFoundError(f"{options.config}: no such file; valid: a config such as workflow/config/paper.yaml")
     config = read(options.config)
     validate(config)
+    if own := [name for name, settings in config["models"].items() if "pipeline" in settings]:
+        raise ValueError(f"models.{own[0]}: costs are known of the suite's models only; leave it out of what you plan")
     costs = measure.read(options.costs or measure.COSTS)
     machines = sorted({row["machine"] for row in costs})
     machine = options.machine or measure.machine("cuda" if _has_gpu() else "cpu")

@@ -140,25 +140,29 @@ def read(file: str | Path) -> dict:
 
 def validate(config: dict) -> None:
     """Raise ConfigError for the first key in `config` that could not run."""
+    from quest.diffusion.declared import of_config
     from quest.diffusion.models import MODELS
 
     _check_schema(config)
-    if "memory" in config:
-        try:
-            memory.parse(config["memory"])
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
     if config["name"] in SHARED:
         raise ConfigError(f"name: {config['name']!r} is a folder that configs share; give the config another name")
-    for name, settings in config["models"].items():
+    for name in [name for name, settings in config["models"].items() if "pipeline" not in settings]:
         _one_of(name, MODELS, f"models.{name}: unknown model")
-        _check_sources(MODELS[name], settings)
-        _check_captions(MODELS[name], settings, config)
-        batches = -(-settings["images"] // MODELS[name].batch_size)
+    try:
+        models = of_config(config)
+        if "memory" in config:
+            memory.parse(config["memory"])
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
+    for name, model in models.items():
+        settings = config["models"][name]
+        _check_sources(model, settings)
+        _check_captions(model, settings, config)
+        batches = -(-settings["images"] // model.batch_size)
         if settings.get("shards", 1) > batches:
             raise ConfigError(
                 f"models.{name}.shards: {settings['shards']} shards of {settings['images']} images in batches of "
-                f"{MODELS[name].batch_size} leave some empty; valid: 1 to {batches}"
+                f"{model.batch_size} leave some empty; valid: 1 to {batches}"
             )
     blocks = {f"grid[{i}]": block for i, block in enumerate(config["grid"])}
     if "seeds" in config:
@@ -245,7 +249,11 @@ def _check_sources(model, settings: dict) -> None:
     """Raise ConfigError unless a model's settings name the files that do not ship with it, and no others."""
     origin = model.origin
     needs: dict[str, str] = {}  # key -> what its path leads to
-    if origin is not None:
+    if "pipeline" in settings:
+        needs |= {
+            key: "a folder of real images, or an npz of them" for key in ("reference", "resize") if key in settings
+        }
+    elif origin is not None:
         needs["checkpoint"] = origin.what
         if origin.captions:
             needs["captions"] = "a text file, one caption per line, or COCO's annotations"

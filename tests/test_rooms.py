@@ -49,7 +49,12 @@ ROOMS = {
         "quest.quantization",
         "quest.learning",
     },
-    "quest": {"quest.config", "quest.quantization", "baselines"},  # quest/__init__.py: quantize, save, load
+    "quest": {
+        "quest.config",
+        "quest.diffusion",
+        "quest.quantization",
+        "baselines",
+    },  # quest/__init__.py: quantize, save, load
     "quest.planning": {
         "quest.runtime",
         "quest.diffusion",

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,15 +32,19 @@ if TYPE_CHECKING:
 
 
 TENSORS = ("sample", "timestep", "target", "trajectory", "call")
+CONDITION_FIRST = ("DiTPipeline",)  # pipelines whose guided batch is [with, without the condition]
 
 
 @dataclass
 class CalibrationSet:
     """N rows in the order in which the denoiser computed them, trajectory by trajectory within a call.
 
-    sample [N, C, h, w], timestep [N] (int64), conditioning {argument: [N, ...]}, target [N, C, h, w] (the prediction of
-    full precision), trajectory [N] (image index), call [N] (0 for the noisiest; a sampler may visit a timestep twice).
+    sample [N, C, h, w], timestep [N] (int64, or float where a sampler visits fractions), conditioning {argument:
+    [N, ...]}, target [N, C', h, w] (the prediction of full precision), trajectory [N] (image index), call [N] (0 for
+    the noisiest; a sampler may visit a timestep twice). C' differs from C where a denoiser also predicts variances, or
+    takes a mask.
     scheduler: the noise schedule it was sampled with (`samplers.trained_on`), None where that is not known.
+    argument: the name under which the denoiser takes `sample`. "a.b" in `conditioning` is the entry b of a mapping a.
     """
 
     sample: Tensor
@@ -48,26 +54,32 @@ class CalibrationSet:
     call: Tensor
     conditioning: dict[str, Tensor] = field(default_factory=dict)
     scheduler: dict | None = None
+    argument: str = "sample"
 
     def __len__(self) -> int:
         return len(self.sample)
 
     @property
-    def timesteps(self) -> list[int]:
+    def timesteps(self) -> list[int | float]:
         """Distinct timesteps, noisiest first."""
         return sorted(set(self.timestep.tolist()), reverse=True)
 
     def inputs(self, rows: Tensor) -> dict[str, Tensor]:
         """Keyword arguments of the denoiser for these rows."""
-        return dict(
-            sample=self.sample[rows], timestep=self.timestep[rows], **{k: v[rows] for k, v in self.conditioning.items()}
-        )
+        inputs = {self.argument: self.sample[rows], "timestep": self.timestep[rows]}
+        for name, value in self.conditioning.items():
+            outer, _, inner = name.rpartition(".")
+            (inputs.setdefault(outer, {}) if outer else inputs)[inner] = value[rows]
+        return inputs
+
+    def replaced(self, change: Callable[[Tensor], Tensor]) -> CalibrationSet:
+        """The set with each of its tensors changed."""
+        tensors = {name: change(getattr(self, name)) for name in TENSORS}
+        return replace(self, **tensors, conditioning={k: change(v) for k, v in self.conditioning.items()})
 
     def subset(self, rows: Tensor) -> CalibrationSet:
         """These rows, in this order; a row may occur more than once."""
-        tensors = {name: getattr(self, name)[rows] for name in TENSORS}
-        conditioning = {k: v[rows] for k, v in self.conditioning.items()}
-        return CalibrationSet(**tensors, conditioning=conditioning, scheduler=self.scheduler)
+        return self.replaced(lambda tensor: tensor[rows])
 
     def calls(self) -> Tensor:
         """Row indices of each sampler call, [calls * trajectories, halves], call by call.
@@ -83,9 +95,7 @@ class CalibrationSet:
 
     def to(self, device) -> CalibrationSet:
         """The same rows on another device, since inputs must be on the device of the denoiser."""
-        tensors = {name: getattr(self, name).to(device) for name in TENSORS}
-        conditioning = {k: v.to(device) for k, v in self.conditioning.items()}
-        return CalibrationSet(**tensors, conditioning=conditioning, scheduler=self.scheduler)
+        return self.replaced(lambda tensor: tensor.to(device))
 
     def save(self, path, metadata: dict | None = None) -> None:
         """Write a safetensors file whose header has `metadata` and the hash of every tensor, atomically."""
@@ -93,7 +103,7 @@ class CalibrationSet:
         tensors |= {f"conditioning.{k}": v for k, v in self.conditioning.items()}
         tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
         hashes = {k: tensor_hash(v) for k, v in tensors.items()}
-        header = (metadata or {}) | {"scheduler": self.scheduler, "hashes": hashes}
+        header = (metadata or {}) | {"scheduler": self.scheduler, "argument": self.argument, "hashes": hashes}
         with atomic(path) as tmp:
             save_file(tensors, tmp, {"quest": dumps(header)})
 
@@ -111,6 +121,9 @@ class CalibrationSet:
             scheduler = header.get("scheduler")
             if not isinstance(scheduler, dict | None):
                 raise ValueError(f"{path} is corrupted: its header names no scheduler by its settings; make it again")
+            argument = header.get("argument", "sample")
+            if not isinstance(argument, str):
+                raise ValueError(f"{path} is corrupted: its header names no argument of a denoiser; make it again")
             tensors = {k: f.get_tensor(k) for k in f.keys()}
         changed = [k for k in hashes if k not in tensors or tensor_hash(tensors[k]) != hashes[k]]
         if changed:
@@ -126,17 +139,24 @@ class CalibrationSet:
                 raise ValueError(f"{path} is not a calibration set: its tensor {one_line(name)} is unknown")
         n = tensors["sample"].shape[:1]
         for name, value in tensors.items():
-            whole = name in ("timestep", "trajectory", "call")
-            if value.shape[:1] != n or whole and (value.dtype != torch.int64 or value.ndim != 1 or (value < 0).any()):
+            kinds = {"timestep": (torch.int64, torch.float32, torch.float64)}
+            kinds |= dict.fromkeys(("trajectory", "call"), (torch.int64,))
+            whole = name in kinds
+            if (
+                value.shape[:1] != n
+                or whole
+                and (value.dtype not in kinds[name] or value.ndim != 1 or (value < 0).any())
+            ):
                 raise ValueError(
                     f"{path}: its tensor {name} is {value.dtype} {tuple(value.shape)}, not one of {n[0]} rows"
                 )
             if not value.isfinite().all():
                 raise ValueError(f"{path}: its tensor {name} is not finite: full precision diverged")
-        if tensors["target"].shape != tensors["sample"].shape or not n[0]:
-            raise ValueError(f"{path}: predictions {tuple(tensors['target'].shape)} are not of the shape of the inputs")
+        target, sample = tensors["target"].shape, tensors["sample"].shape
+        if target[2:] != sample[2:] or len(target) != len(sample) or not n[0]:
+            raise ValueError(f"{path}: predictions {tuple(target)} are not of the size of the inputs {tuple(sample)}")
         conditioning = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
-        return cls(**tensors, conditioning=conditioning, scheduler=scheduler)
+        return cls(**tensors, conditioning=conditioning, scheduler=scheduler, argument=argument)
 
 
 def guide(predictions: Tensor, guidance: float | None) -> Tensor:
@@ -160,38 +180,53 @@ def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int, draw: int
 
     draw: 0 for images 0 to n - 1; each further draw uses the next images, beginning at a whole batch.
     """
+    from quest.diffusion.denoisers import denoiser_of, sample_argument
     from quest.diffusion.samplers import trained_on
     from quest.diffusion.sampling import generate  # imported here, so that the class alone imports no pipelines
 
     first = draw * math.ceil(n / model.batch_size) * model.batch_size
     calls: list[dict] = []
 
-    mine = threading.get_ident()
+    mine, denoiser = threading.get_ident(), denoiser_of(pipe)
+    positions, argument = list(signature(denoiser.forward).parameters), sample_argument(denoiser)
 
     def record(_denoiser, args, kwargs, output):
         if threading.get_ident() != mine:  # of others, who share the denoiser
             return
-        named = dict(zip(("sample", "timestep"), args, strict=False)) | kwargs
-        conditioning = {k: v for k, v in named.items() if isinstance(v, Tensor) and k not in ("sample", "timestep")}
+        named = dict(zip(positions, args, strict=False)) | kwargs
+        sample, t = named.pop(argument), torch.as_tensor(named.pop("timestep")).reshape(-1)[0]
+        for name in [name for name, value in named.items() if isinstance(value, dict)]:
+            named |= {f"{name}.{k}": v for k, v in named.pop(name).items()}
+        conditioning = {k: v for k, v in named.items() if isinstance(v, Tensor)}
         prediction = output.sample if hasattr(output, "sample") else output[0]
-        t = torch.as_tensor(named["timestep"]).reshape(-1)[0].expand(len(prediction))
-        calls.append(dict(sample=named["sample"], timestep=t, target=prediction, **conditioning))
+        calls.append(dict(sample=sample, timestep=t.expand(len(prediction)), target=prediction, **conditioning))
 
     kept: dict[str, list[Tensor]] = {}
-    handle = pipe.unet.register_forward_hook(record, with_kwargs=True)
+    handle = denoiser.register_forward_hook(record, with_kwargs=True)
     try:
         for indices, _, _ in generate(pipe, model, split, n, first=first):
             for number, call in enumerate(calls):
-                halves = len(call["sample"]) // model.batch_size  # 2 under guidance
-                rows = torch.cat([torch.arange(len(indices)) + h * model.batch_size for h in range(halves)])
+                halves = list(range(len(call["sample"]) // model.batch_size))  # 2 under guidance
+                if type(pipe).__name__ in CONDITION_FIRST:
+                    halves.reverse()
+                rows = torch.cat([torch.arange(len(indices)) + h * model.batch_size for h in halves])
                 for name, value in call.items():
                     kept.setdefault(name, []).append(value.cpu()[rows].clone())
-                kept.setdefault("trajectory", []).append(torch.as_tensor(indices).repeat(halves))
+                kept.setdefault("trajectory", []).append(torch.as_tensor(indices).repeat(len(halves)))
                 kept.setdefault("call", []).append(torch.full((len(rows),), number))
             calls.clear()
     finally:
         handle.remove()
     tensors = {k: torch.cat(v) for k, v in kept.items()}
     columns = {k: tensors.pop(k) for k in TENSORS}
-    columns["timestep"] = columns["timestep"].long()
-    return CalibrationSet(**columns, conditioning=tensors, scheduler=trained_on(pipe.scheduler))
+    if (columns["timestep"] == columns["timestep"].long()).all():
+        columns["timestep"] = columns["timestep"].long()
+    return CalibrationSet(**columns, conditioning=tensors, scheduler=trained_on(pipe.scheduler), argument=argument)
+
+
+def draw(pipe: DiffusionPipeline, prompts: Sequence[str] | None = None) -> tuple[CalibrationSet, Model]:
+    """A calibration set of a pipeline in memory, and the protocol it was sampled with: `declared.of_pipeline`."""
+    from quest.diffusion.declared import of_pipeline
+
+    model = of_pipeline(pipe, prompts)
+    return collect(pipe, model, "calibration", model.trajectories), model

@@ -13,8 +13,8 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quest.runtime.files import read_lines
-from quest.runtime.sums import check_sums
+from quest.diffusion.loading import load_pipeline
+from quest.runtime.files import read_json, read_lines
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ZOO = Path(__file__).resolve().parents[2] / "resources" / "zoo"  # the models that ship
 # Image i of a split has seed SEEDS[split] + i, so no two splits ever share noise.
 SEEDS = {"evaluation": 0, "calibration": 1_000_000, "validation": 2_000_000}
+CONDITIONED = {"none": "lsun", "class": "imagenet", "text": "sd"}  # conditioning -> selection in the released QuEST
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,20 @@ class Model:
 
     name: str
     load: Callable[..., DiffusionPipeline]  # load(device="cpu") gives float32 weights in eval mode
-    sampler: str  # "ddim", "ddim-quadratic" or "plms"
+    sampler: str  # a name of `samplers.kind`
     steps: int  # num_inference_steps; PLMS calls the denoiser once more
     conditioning: str  # "none", "class" or "text"
-    selection: str  # which layers QuEST tunes: "lsun", "imagenet" or "sd"
+    selection: str  # which layers QuEST tunes: "lsun", "imagenet", "sd", or globs over their names
     batch_size: int  # images per sampling batch, the same in every run
-    time_groups: int
+    time_groups: int | None  # None: one for every timestep
     eta: float = 0.0
     guidance: float = 1.0  # scale of classifier-free guidance; 1 means none
+    guidance_is_input: bool = False  # whether the denoiser is distilled: it takes the scale, and a call has one half
     source: Callable[[str, int, int], Sequence] | None = (
         None  # source(split, start, stop) gives labels or captions, fewer if there are no more
     )
-    keep: dict[str, int] = field(
-        default_factory=lambda: {"conv_in": 8, "conv_out": 8}, hash=False
-    )  # layer glob -> bits
+    # Layer glob -> bits; None: the first and the last layer at 8.
+    keep: dict[str, int] | None = field(default_factory=lambda: {"conv_in": 8, "conv_out": 8}, hash=False)
     softmax_bits: int = 8
     split: bool = False  # whether Q-Diffusion quantizes the two parts of a decoder shortcut's input separately
     activation_ranges: str = "mse"  # of Q-Diffusion as released, for 8 bits or more: "mse", "ema" or "ema-symmetric"
@@ -67,22 +68,30 @@ class Model:
     clip: str | None = None  # image-text model behind the CLIP score
     classifier: str | None = None  # network that tells whether an image shows the class that was asked for
     reference: Path | None = None  # statistics of real images
+    pictures: Path | None = None  # folder of pictures whose middle an inpainting model fills
     origin: Origin | None = None  # where to get the weights; None if they ship
 
     @property
     def calls(self) -> int:
         """Number of denoiser calls in a trajectory."""
-        return self.steps + (self.sampler == "plms")
+        return 2 * self.steps - 1 if self.sampler == "heun" else self.steps + (self.sampler == "plms")
+
+    @property
+    def has_eta(self) -> bool:
+        """Whether the sampler has the parameter eta of DDIM."""
+        return self.sampler.startswith("ddim")
 
     @property
     def halves(self) -> int:
         """Samples per image in a denoiser call: 2 under guidance (without and with the condition), otherwise 1."""
-        return 2 if self.guidance > 1 else 1
+        return 2 if self.guidance > 1 and not self.guidance_is_input else 1
 
     def __post_init__(self):
         """Raises ValueError for a protocol that no sampler follows."""
         for name in ("steps", "batch_size", "time_groups", "trajectories"):
             count = getattr(self, name)
+            if (name, count) == ("time_groups", None):
+                continue
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"{self.name}: {name}: {count!r} is not a whole number from 1 on")
         if not 0 <= self.eta <= 1:
@@ -93,7 +102,7 @@ class Model:
     @property
     def protocol(self) -> str:
         """How images are sampled, in one line, e.g. "ddim 20, eta 0, guidance 3"."""
-        eta = "" if self.sampler == "plms" else f", eta {self.eta:g}"
+        eta = f", eta {self.eta:g}" if self.has_eta else ""
         return f"{self.sampler} {self.steps}{eta}, guidance {self.guidance:g}"
 
     def recipe(self, method: Callable, activation_bits: int) -> dict:
@@ -105,8 +114,11 @@ class Model:
         names = ("keep", "softmax_bits", "time_groups", "selection", "guidance", "split")
         names += ("activation_ranges",) if activation_bits >= 8 else ()
         accepted = set(signature(method).parameters) - set(getattr(method, "keywords", ()))
+        values = {name: getattr(self, name) for name in names if name in accepted}
+        if self.guidance_is_input and "guidance" in values:
+            values["guidance"] = 1.0  # nothing is left to combine
         published = self.reconstruction if "weight_iterations" in accepted else {}
-        return {name: getattr(self, name) for name in names if name in accepted} | published
+        return {name: value for name, value in values.items() if value is not None} | published
 
     def seeds(self, split: str, indices: Sequence[int]) -> list[int]:
         """The seed of each image. Raises ValueError for an unknown split."""
@@ -150,35 +162,6 @@ def _load_prepared(name: str, device="cpu") -> DiffusionPipeline:
             f"({MODELS[name].origin.what}), and run `snakemake results/models/{name} --configfile CONFIG`"
         )
     return load_pipeline(folder, device)
-
-
-def load_pipeline(folder: Path, device="cpu") -> DiffusionPipeline:
-    """Load a folder in diffusers layout, in float32 and eval mode.
-
-    Raises ValueError for another class of pipeline, and for a file whose hash differs from SHA256SUMS.
-    """
-    import torch
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline
-
-    from quest.diffusion.pipelines import LatentDiffusionPipeline
-
-    check_sums(folder)
-    kinds = {kind.__name__: kind for kind in (LatentDiffusionPipeline, StableDiffusionPipeline)}
-    kind = DiffusionPipeline.load_config(folder)["_class_name"]
-    if kind not in kinds:
-        raise ValueError(f"{folder}: a {kind}; valid: {', '.join(kinds)}")
-    # A safety checker would black out images, and more of them with one method than with another.
-    unchecked = {"safety_checker": None, "requires_safety_checker": False} if "Stable" in kind else {}
-    pipe = kinds[kind].from_pretrained(folder, **unchecked)
-    for part, module in pipe.components.items():
-        if isinstance(module, torch.nn.Module):
-            missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
-            if missing:
-                raise ValueError(f"{folder / part}: its weights lack {missing[0]}, which its config.json asks for")
-            # A text encoder loads in float16, as it is stored. On a CPU, convolutions are 1.5 times as fast with
-            # channels innermost, a layout that passes from a layer's weight to its output.
-            module.float().eval().to(memory_format=torch.channels_last)
-    return pipe.to(device)
 
 
 def _scene_labels(split: str, start: int, stop: int) -> Sequence[int]:
@@ -430,7 +413,14 @@ MODELS = {
 
 
 def get(name: str) -> Model:
-    """The model with this name. Raises ValueError that lists the valid names for any other name."""
-    if name not in MODELS:
-        raise ValueError(f"model: {name!r} is not one of {', '.join(MODELS)}")
-    return MODELS[name]
+    """The model with this name: of MODELS, or one of a config that rule `model` has prepared.
+
+    Raises ValueError that lists the valid names for any other name.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    if (record := PREPARED / name / "origin.json").is_file() and (settings := read_json(record).get("settings")):
+        from quest.diffusion.declared import declared
+
+        return declared(name, settings)
+    raise ValueError(f"model: {name!r} is not one of {', '.join(MODELS)}")

@@ -9,6 +9,7 @@ import importlib
 import math
 import numbers
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -98,7 +99,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Sample images with DDIM (arXiv:2010.02502, equation 12).
+        """Sample images, usually with DDIM (arXiv:2010.02502, equation 12).
 
         Args:
             batch_size: images to make; with `class_labels`, their number is used.
@@ -142,6 +143,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"latents: expected shape {list(shape)}, got {list(latents.shape)}")
         latents = latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma  # [B, C, h, w]
 
+        taken = signature(self.scheduler.step).parameters
+        extra = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in taken}
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         for t in self.progress_bar(self.scheduler.timesteps):
             sample = torch.cat([latents, latents]) if guided else latents
@@ -149,7 +152,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             if guided:
                 unconditional, conditional = noise.chunk(2)
                 noise = unconditional + guidance_scale * (conditional - unconditional)
-            latents = self.scheduler.step(noise, t, latents, eta=eta, generator=generator, return_dict=False)[0]
+            latents = self.scheduler.step(noise, t, latents, **extra, return_dict=False)[0]
 
         images = latents
         if output_type != "latent":

@@ -10,7 +10,9 @@ from quest.diffusion import captions as caption_files
 from quest.diffusion import compvis, samplers
 from quest.diffusion.compvis import load, networks
 from quest.diffusion.compvis.configuration import parameters
-from quest.diffusion.models import CAPTION_LINES, ZOO, Model, load_pipeline
+from quest.diffusion.denoisers import NAMES
+from quest.diffusion.loading import load_pipeline
+from quest.diffusion.models import CAPTION_LINES, ZOO, Model
 from quest.diffusion.pipelines import LatentDiffusionPipeline, forget_origin
 from quest.diffusion.random_checkpoints import COMPVIS
 from quest.diffusion.samplers import QuadraticDDIMScheduler
@@ -19,7 +21,7 @@ from quest.runtime.files import atomic_folder, dumps, read_json, write_lines
 from quest.runtime.provenance import provenance
 from quest.runtime.sums import write_sums
 
-NAMES = "diffusion_pytorch_model.safetensors"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 # DDPM's U-Net for CIFAR-10, the only model in diffusers layout.
 ARCHITECTURE = {
     "sample_size": 32,
@@ -114,7 +116,7 @@ def weights_hash(checkpoint) -> str:
         return sha256_of(checkpoint)
     files = _weights(checkpoint)
     if not files:
-        raise ValueError(f"{checkpoint}: no weights of a denoiser in it or in its unet/; valid: {NAMES}")
+        raise ValueError(f"{checkpoint}: no weights of a denoiser in it or in its unet/; valid: {WEIGHTS}")
     if len(files) == 1:
         return sha256_of(files[0])
     return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
@@ -122,7 +124,7 @@ def weights_hash(checkpoint) -> str:
 
 def _weights(folder: Path) -> list[Path]:
     """The files from which diffusers loads a denoiser's weights: one file, or the parts into which it was split."""
-    for place in (folder / "unet", folder):
+    for place in (*(folder / name for name in NAMES), folder):
         for kind in ("safetensors", "bin"):
             for name in (f"diffusion_pytorch_model.{kind}", f"diffusion_pytorch_model-?????-of-?????.{kind}"):
                 if files := sorted(place.glob(name)):
@@ -138,7 +140,7 @@ def _pixels(folder: Path) -> LatentDiffusionPipeline:
     place = folder / "unet" if (folder / "unet").is_dir() else folder
     if not (place / "config.json").is_file() or not _weights(folder):
         raise ValueError(
-            f"{folder}: no config.json with {NAMES} in it or in its unet/; valid: a U-Net "
+            f"{folder}: no config.json with {WEIGHTS} in it or in its unet/; valid: a U-Net "
             "in diffusers layout, such as google/ddpm-cifar10-32"
         )
     unet = UNet2DModel.from_pretrained(place).float().eval()

@@ -13,15 +13,18 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 # `from_pretrained` looks up the base class of our schedulers in this module.
-from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+from quest.diffusion.declared import SAMPLERS
 
 
 class Correction(NamedTuple):
@@ -127,9 +130,17 @@ CORRECTED = {DDIMScheduler: CorrectedDDIMScheduler, PNDMScheduler: CorrectedPNDM
 
 
 def correct(scheduler, correction: Correction):
-    """The corrected version of a DDIM or PLMS scheduler.
+    """The corrected version of a scheduler. Raises ValueError for one that `check_correctable` refuses."""
+    check_correctable(scheduler)
+    new = CORRECTED[type(scheduler)].from_config(scheduler.config)
+    new.correction = correction
+    return new
 
-    Raises ValueError for other schedulers, for a denoiser that does not predict noise, and for clipped samples, where
+
+def check_correctable(scheduler) -> None:
+    """Raise ValueError for a scheduler that cannot be corrected.
+
+    Those are all but DDIM and PLMS, those of a denoiser that does not predict noise, and those that clip samples, where
     a step is not linear in the prediction.
     """
     if type(scheduler) not in CORRECTED:
@@ -140,9 +151,6 @@ def correct(scheduler, correction: Correction):
         raise ValueError(f"prediction_type: {config.prediction_type!r}; only 'epsilon' can be corrected")
     if config.get("clip_sample") or config.get("thresholding"):
         raise ValueError("clip_sample, thresholding: must be off, a corrected step is linear in the prediction")
-    new = CORRECTED[type(scheduler)].from_config(config)
-    new.correction = correction
-    return new
 
 
 def state(scheduler) -> dict[str, Tensor]:
@@ -246,15 +254,24 @@ class QuadraticDDIMScheduler(DDIMScheduler):
         return DDIMSchedulerOutput(sample, image) if return_dict else (sample, image)
 
 
-KINDS = {"ddim": DDIMScheduler, "ddim-quadratic": QuadraticDDIMScheduler, "plms": PNDMScheduler}
+def kind(sampler: str) -> type:
+    """The class of a scheduler: of a name in SAMPLERS, or of its own name. Raises ValueError for any other name."""
+    name = SAMPLERS.get(sampler, sampler)
+    found = globals().get(name) or getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+        raise ValueError(f"sampler: {sampler!r} is not one of {', '.join(SAMPLERS)}, or a scheduler of diffusers")
+    return found
+
+
+def name_of(scheduler) -> str:
+    """The name of the sampler that a scheduler is: in SAMPLERS, else of its class. Corrected ones have their base's."""
+    own = next(base.__name__ for base in type(scheduler).__mro__ if not issubclass(base, Corrected))
+    return next((name for name, class_name in SAMPLERS.items() if class_name == own), own)
 
 
 def check(scheduler, sampler: str) -> None:
     """Raise ValueError where a scheduler is not the sampler that a model's protocol names."""
-    kind = KINDS[sampler]
-    others = [other for other in KINDS.values() if other is not kind and issubclass(other, kind)]
-    right = isinstance(scheduler, kind) and not isinstance(scheduler, tuple(others))
-    if not right or (sampler == "plms" and not scheduler.config.skip_prk_steps):
+    if name_of(scheduler) != sampler or (sampler == "plms" and not scheduler.config.skip_prk_steps):
         raise ValueError(
             f"scheduler: a {type(scheduler).__name__} is not the sampler {sampler} of the model's protocol"
         )

@@ -9,13 +9,18 @@ import copy
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from inspect import signature
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from quest.diffusion import samplers
+from quest.diffusion.denoisers import denoiser_of
 from quest.diffusion.models import Model
 
 
@@ -26,22 +31,71 @@ def timesteps(model: Model, pipe: DiffusionPipeline) -> list[int]:
     return scheduler.timesteps.tolist()
 
 
-def arguments(model: Model, split: str, indices: list[int]) -> dict:
+def arguments(pipe: DiffusionPipeline, model: Model, split: str, indices: list[int]) -> dict:
     """Keyword arguments with which `pipe(...)` samples these images, without `output_type`.
 
-    Generators are on the CPU, so that the noise is the same on every device.
+    Generators are on the CPU, so that the noise is the same on every device. Raises ValueError where the model's
+    protocol has what the pipeline does not take, or the pipeline needs what no protocol has.
     """
+    taken = signature(type(pipe).__call__).parameters
     keywords = {
         "num_inference_steps": model.steps,
-        "guidance_scale": model.guidance,
         "generator": [torch.Generator().manual_seed(seed) for seed in model.seeds(split, indices)],
         **model.conditions(split, indices),
     }
-    if model.sampler != "plms":
+    if "guidance_scale" in taken or model.guidance != 1:
+        keywords["guidance_scale"] = model.guidance
+    if model.has_eta and ("eta" in taken or model.eta):
         keywords["eta"] = model.eta
     if model.conditioning == "none":
         keywords["batch_size"] = len(indices)
+    if "use_resolution_binning" in taken:  # images have the size that the denoiser was trained for
+        keywords["use_resolution_binning"] = False
+    if model.pictures is not None:
+        keywords |= to_fill(pipe, model.pictures, indices) | {"strength": 1.0}  # from pure noise
+    kind = type(pipe).__name__
+    if unknown := [name for name in keywords if name not in taken]:
+        raise ValueError(f"{model.name}: a {kind} takes no {unknown[0]}; leave it out of the protocol")
+    needed = [name for name, of in taken.items() if of.default is of.empty and of.kind == of.POSITIONAL_OR_KEYWORD]
+    if missing := [name for name in (*needed[1:], *(n for n in taken if n == "image")) if name not in keywords]:
+        raise ValueError(
+            f"{model.name}: a {kind} needs {missing[0]}; valid: pipelines from noise, and inpainting of pictures"
+        )
     return keywords
+
+
+def to_fill(pipe: DiffusionPipeline, folder: Path, indices: list[int]) -> dict:
+    """`image` and `mask_image` of an inpainting pipeline: image i has picture i of the folder, by the order of names.
+
+    After the last one they begin anew. The mask is a square in the middle, half as wide as the picture. Raises
+    ValueError for a folder without pictures.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if not files:
+        raise ValueError(f"{folder}: no picture in it; valid: files .png, .jpg, .jpeg, .webp")
+    side = denoiser_of(pipe).config.sample_size * pipe.vae_scale_factor
+    pictures = [ImageOps.fit(Image.open(files[i % len(files)]).convert("RGB"), (side, side)) for i in indices]
+    mask = Image.new("L", (side, side))
+    mask.paste(255, (side // 4, side // 4, side - side // 4, side - side // 4))
+    return {"image": pictures, "mask_image": [mask] * len(indices)}
+
+
+@contextmanager
+def _last_sample(scheduler) -> Iterator[list[torch.Tensor]]:
+    """A list that holds what the scheduler's last step inside this context gave: the latents, of every pipeline."""
+    step, last = scheduler.step, []
+
+    @wraps(step)  # pipelines look at its signature
+    def recording(*args, **kwargs):
+        output = step(*args, **kwargs)
+        last[:] = [output[0] if isinstance(output, tuple) else output.prev_sample]
+        return output
+
+    scheduler.step = recording
+    try:
+        yield last
+    finally:
+        del scheduler.step
 
 
 def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> np.ndarray:
@@ -54,6 +108,10 @@ def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> np.ndarray:
         with torch.no_grad():
             pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
     pixels = pipe.image_processor.postprocess(pixels, output_type="np")  # [B, H, W, 3] in [0, 1]
+    return _rounded(pixels)
+
+
+def _rounded(pixels: np.ndarray) -> np.ndarray:
     return (np.nan_to_num(pixels) * 255).round().astype(np.uint8)
 
 
@@ -95,9 +153,10 @@ def generate(
         raise ValueError(f"first: {first} is not a multiple of the batch size {size}")
     starts = batches(model, n, shard, first)
     samplers.check(pipe.scheduler, model.sampler)
-    model.seeds(split, [])  # an unknown split, too few captions or an empty one raise now
+    # What is wrong with the protocol, the split or its captions raises now.
+    arguments(pipe, model, split, list(range(first, first + size)))
     model.conditions(split, range(first, first + -(-n // size) * size))
-    groups = getattr(pipe.unet, "time_groups", None)
+    groups = getattr(denoiser_of(pipe), "time_groups", None)
     if groups is not None:
         groups.check(timesteps(model, pipe))
     return _batches(pipe, model, split, first + n, [start for start in starts if start not in skip])
@@ -114,8 +173,10 @@ def _batches(pipe, model, split, end, starts):
     with _quiet(pipe), tqdm(total=total, desc=f"{model.name} {split}", unit="image") as bar:
         for start in starts:
             indices = list(range(start, start + size))
-            latents = pipe(**arguments(model, split, indices), output_type="latent").images
-            images = decode(pipe, latents)
+            with _last_sample(pipe.scheduler) as last:
+                pixels = pipe(**arguments(pipe, model, split, indices), output_type="np").images  # in [0, 1]
+            latents = last[0][:size]  # a pipeline may step both halves of a guided batch
+            images = _rounded(pixels)
             kept = min(size, end - start)
             bar.update(kept)
             yield np.array(indices[:kept]), latents[:kept].float().cpu(), images[:kept]

@@ -52,35 +52,39 @@ def attention(
     v_params: QParams,
     p_params: QParams,
     scale: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """q [B, n, d], k and v [B, m, d] (B counts heads) -> [B, n, d].
 
-    Queries, keys and values are quantized, then the normalised softmax probabilities. Of those, at most AT_ONCE are in
+    Queries, keys and values are quantized, then the normalised softmax probabilities. mask [B, 1 or n, m] is added to
+    the logits; other kernels take none. Of the probabilities, at most AT_ONCE are in
     memory: larger attentions are computed in parts, again in the backward pass, which then sums the gradient of p's
     scale over the parts.
     """
     q, k, v = fake_quantize(q, q_params), fake_quantize(k, k_params), fake_quantize(v, v_params)
+    masks = () if mask is None else (mask,)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.bmm(fake_quantize(probabilities(q, k, scale), p_params), v)
+    def attend(q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
+        return torch.bmm(fake_quantize(probabilities(q, k, scale, *masks), p_params), v)
 
     if len(q) <= (size := _part(q, k)):
-        return attend(q, k, v)
+        return attend(q, k, v, *masks)
     if torch.is_grad_enabled():
         attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([attend(*part) for part in zip(*(x.split(size) for x in (q, k, v)), strict=True)])
+    return torch.cat([attend(*part) for part in zip(*(x.split(size) for x in (q, k, v, *masks)), strict=True)])
 
 
-def observed_probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def observed_probabilities(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """What the range of probabilities is chosen from: all of them, [B, n, m], or of a large attention, [2, n, m].
 
     Those are the least and the largest over the batch, which is all that a range from zero to the maximum depends on.
     """
     if len(q) <= (size := _part(q, k)):
-        return probabilities(q, k, scale)
+        return probabilities(q, k, scale, mask)
     least = most = None
-    for part in zip(q.split(size), k.split(size), strict=True):
-        p = probabilities(*part, scale)
+    masks = [None] * -(-len(q) // size) if mask is None else mask.split(size)
+    for one_q, one_k, one_mask in zip(q.split(size), k.split(size), masks, strict=True):
+        p = probabilities(one_q, one_k, scale, one_mask)
         low, high = p.amin(0), p.amax(0)
         least, most = (low, high) if least is None else (torch.minimum(least, low), torch.maximum(most, high))
     return torch.stack([least, most])
@@ -91,8 +95,10 @@ def _part(q: Tensor, k: Tensor) -> int:
     return max(1, AT_ONCE // (q.shape[1] * k.shape[1]))
 
 
-def probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T), [B, n, m]."""
+def probabilities(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """softmax(scale q k^T + mask), [B, n, m]."""
+    if mask is not None:
+        return torch.baddbmm(mask.to(q.dtype), q, k.transpose(1, 2), alpha=scale).softmax(-1)
     return torch.baddbmm(q.new_zeros(1), q, k.transpose(1, 2), beta=0, alpha=scale).softmax(-1)
 
 

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion.calibration_set import CalibrationSet
@@ -101,7 +102,7 @@ def reconstruct_weights(
         return fill(partial(call, [forwards[name]]), second, 2 * n, waiting, output)
 
     # The first half of the rows runs through the units of full precision, the second through the quantized ones.
-    doubled = {k: v.cpu() for k, v in calibration.inputs(torch.cat([rows, rows])).items()}
+    doubled = tree_map(Tensor.cpu, calibration.inputs(torch.cat([rows, rows])))
     with float_activations(input_quantizers(student).values()), frozen(student):
         walk(student, doubled, visit, "AdaRound", device, waiting)
     cost.record(student, "AdaRound", learned, iterations, batch)
@@ -168,7 +169,7 @@ def reconstruct_activations(
             learned.extend(q.scale for q in quantizers.values())
         return outputs[0]
 
-    inputs = {k: v.cpu() for k, v in calibration.inputs(rows).items()}
+    inputs = tree_map(Tensor.cpu, calibration.inputs(rows))
     with frozen(student):
         walk(student, inputs, visit, "activation steps", device, waiting)
     cost.record(student, "activation steps", learned, iterations, batch)

@@ -9,7 +9,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 
 from quest.quantization.attention import QuantAttention
@@ -18,6 +18,7 @@ from quest.quantization.quantizer import Quantizer
 from quest.runtime.memory import Waiting
 
 ATEN = torch.ops.aten
+WEIGHTS = {ATEN.addmm.default: (0, 2), ATEN.mm.default: (1,), ATEN.embedding.default: (0,)}  # among the arguments
 CHUNK = 64  # rows of one forward pass of a unit where nothing is learned
 
 
@@ -102,9 +103,9 @@ def walk(
     the CPU, as `waiting` allocates them; what happens between units is `Streamed`.
     `forward` and not a call of the denoiser: a pass over all timesteps is in no time group.
     """
-    found = units(denoiser, {k: v[:1].to(device) for k, v in inputs.items()})
+    found = units(denoiser, tree_map(lambda value: value[:1].to(device), inputs))
     modules = {n: m for unit in found for n, m in unit.modules.items()}
-    between = Streamed(len(inputs["sample"]), device, waiting)
+    between = Streamed(len(inputs["timestep"]), device, waiting)
     bar = tqdm(total=len(modules), desc=stage, mininterval=5)
 
     def visited(*args, **kwargs):
@@ -131,8 +132,9 @@ def walk(
 class Streamed(TorchDispatchMode):
     """While inside, an operation on calibration rows takes CHUNK of them at a time to `device`; its results wait.
 
-    A tensor holds rows if it has two dimensions or more, and the first is the number of rows or a multiple. Views and
-    what changes its argument are computed as they are; every other operation must treat rows alike, as a denoiser does.
+    A tensor holds rows if it has two dimensions or more, and the first is the number of rows or a multiple; weights of
+    layers that are called outside of their unit hold none (DiT embeds with those of its first block). Views and what
+    changes its argument are computed as they are; every other operation must treat rows alike, as a denoiser does.
     """
 
     def __init__(self, rows: int, device: torch.device, waiting: Waiting):
@@ -141,7 +143,12 @@ class Streamed(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, _types, args=(), kwargs=None):
         values, tree = tree_flatten((args, kwargs or {}))
-        rows = {i for i, v in enumerate(values) if isinstance(v, Tensor) and v.ndim > 1 and self._holds_rows(v)}
+        weights = WEIGHTS.get(operation, ())
+        rows = {
+            i
+            for i, v in enumerate(values)
+            if isinstance(v, Tensor) and v.ndim > 1 and i not in weights and self._holds_rows(v)
+        }
         as_it_is = operation.is_view or operation._schema.is_mutable or operation is ATEN._unsafe_view.default
         if as_it_is or not rows or self.rows <= CHUNK and self.device.type == "cpu":
             return operation(*args, **(kwargs or {}))

@@ -11,12 +11,18 @@ BATCH = 250  # images per pass of a network
 
 
 def _scenes():
+    import torch.nn.functional as F
+
+    from quest.diffusion.scenes import SIZE
     from quest.metrics import extractor
 
     network = extractor.load()
 
     def features(images):
-        return network(images.float() / 127.5 - 1)
+        images = images.float()
+        if images.shape[2:] != (SIZE, SIZE):  # of a model that a config declares
+            images = F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True)
+        return network(images / 127.5 - 1)
 
     return features
 

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.denoisers import denoiser_of
 from quest.quantization.layer_names import layer_class
 from quest.quantization.splitting import SplitConv2d, split_layers
 
@@ -109,7 +110,7 @@ def activation_ranges(pipe: DiffusionPipeline, calibration: CalibrationSet, samp
     Returns rows {layer_class, timestep, low, high, layers}.
     """
     seen: dict[str, list[tuple[float, float]]] = {}
-    layers = {n: m for n, m in pipe.unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    layers = {n: m for n, m in denoiser_of(pipe).named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
 
     def record(name):
         return lambda _module, args: seen.setdefault(layer_class(name), []).append(
@@ -122,7 +123,7 @@ def activation_ranges(pipe: DiffusionPipeline, calibration: CalibrationSet, samp
         for t in calibration.timesteps:
             seen.clear()
             at_t = (calibration.timestep == t).nonzero().flatten()
-            pipe.unet(**calibration.inputs(at_t[:: max(1, len(at_t) // samples)]))
+            denoiser_of(pipe)(**calibration.inputs(at_t[:: max(1, len(at_t) // samples)]))
             for name, ranges in seen.items():
                 low, high = torch.tensor(ranges, dtype=torch.float64).mean(0).tolist()
                 rows.append(dict(layer_class=name, timestep=t, low=low, high=high, layers=len(ranges)))

@@ -11,6 +11,7 @@ from torch import nn
 
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.denoisers import denoiser_of
 from quest.learning.calibrate import calibrate
 from quest.metrics.noise_prediction import eps_error
 from quest.quantization import ranges
@@ -47,17 +48,17 @@ def lowered(
     Weights take the nearest code, ranges minimize the squared error, and activations have a static range or one for
     each time group. Probabilities have 8 bits or more. Raises ValueError for a name that the denoiser does not have.
     """
-    every = [name for of_class in parts(pipe.unet).values() for name in of_class]
+    every = [name for of_class in parts(denoiser_of(pipe)).values() for name in of_class]
     names = set(names)
     if unknown := names.difference(every):
         raise ValueError(f"names: {sorted(unknown)[0]!r} is no layer or attention processor of the denoiser")
     groups = TimeGroups(grouped(calibration.timesteps, time_groups)) if time_groups > 1 else None
     student = swap(pipe, w, a, keep={name: FLOAT for name in every if name not in names}, groups=groups)
-    for _, layer in quant_layers(student.unet):
+    for _, layer in quant_layers(denoiser_of(student)):
         layer.choose_weight_range(ranges.mse)
-    freeze(student.unet)
+    freeze(denoiser_of(student))
     samples = SAMPLES if groups is None else GROUP_SAMPLES
-    calibrate(student.unet, calibration, ranges.mse_zero_point, samples=samples, seed=seed)
+    calibrate(denoiser_of(student), calibration, ranges.mse_zero_point, samples=samples, seed=seed)
     return student
 
 
@@ -68,11 +69,13 @@ def sensitivities(pipe, calibration: CalibrationSet, evaluation: CalibrationSet,
     `macs` are shares of the whole denoiser, `errors` has the relative squared error of each held-out trajectory, the
     mean over calls. The last class, "all", is every class together except the first and last layer.
     """
-    by_class = parts(pipe.unet)
+    by_class = parts(denoiser_of(pipe))
     by_class["all"] = [name for layer_class, names in by_class.items() if layer_class != ENDS for name in names]
-    work = macs(pipe.unet, calibration.inputs(torch.tensor([0])))
-    size = {n: sum(p.numel() for p in m.parameters()) for n, m in pipe.unet.named_modules() if hasattr(m, "weight")}
-    whole = sum(p.numel() for p in pipe.unet.parameters())
+    work = macs(denoiser_of(pipe), calibration.inputs(torch.tensor([0])))
+    size = {
+        n: sum(p.numel() for p in m.parameters()) for n, m in denoiser_of(pipe).named_modules() if hasattr(m, "weight")
+    }
+    whole = sum(p.numel() for p in denoiser_of(pipe).parameters())
     rows = []
     for name, names in by_class.items():
         share = {

@@ -2,10 +2,11 @@
 
 from types import ModuleType
 
+import torch
 from torch import Tensor, nn
 
 from quest import kernels
-from quest.affine import QuantSpec, fake_quantize
+from quest.affine import QParams, QuantSpec, fake_quantize
 from quest.kernels import reference
 from quest.kernels.cpu import fused
 from quest.quantization.quantizer import Quantizer
@@ -20,6 +21,7 @@ class QuantAttention(nn.Module):
     """
 
     kernel_name = "reference"
+    masked = False  # whether the last call had a mask, with which only the reference computes
 
     @property
     def kernel(self) -> ModuleType:
@@ -39,10 +41,15 @@ class QuantAttention(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-    ) -> Tensor:
-        """hidden_states [B, C, H, W] or [B, n, C], encoder_hidden_states [B, m, C'] -> as hidden_states."""
-        if attention_mask is not None or attn.spatial_norm is not None or attn.norm_cross:
-            raise NotImplementedError("quantized attention has no masks, spatial norms or cross norms")
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """hidden_states [B, C, H, W] or [B, n, C], encoder_hidden_states [B, m, C'] -> as hidden_states.
+
+        attention_mask: [B, 1, m], added to the logits. Joint attention (SD3) gives both of its streams.
+        """
+        if attn.spatial_norm is not None or attn.norm_cross:
+            raise NotImplementedError("quantized attention has no spatial norms or cross norms")
+        if attn.added_kv_proj_dim is not None and encoder_hidden_states is not None:
+            return self.joint(attn, hidden_states, encoder_hidden_states)
         given = hidden_states
         if given.ndim == 4:
             hidden_states = given.flatten(2).transpose(1, 2)
@@ -50,38 +57,75 @@ class QuantAttention(nn.Module):
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        x = fused.attended(attn, hidden_states, context, rows if attn.residual_connection else None)
+        x = None
+        if attention_mask is None and attn.norm_q is None and attn.norm_k is None:
+            x = fused.attended(attn, hidden_states, context, rows if attn.residual_connection else None)
         if x is not None:
             # With the strides of channels that lie innermost, which torch asks for, of a single image, too.
             return x if given.ndim == 3 else x.unflatten(1, given.shape[2:]).permute(0, 3, 1, 2)
-        x = attn.to_out[1](attn.to_out[0](self.attended(attn, hidden_states, context)))
+        mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))  # [B * heads, 1, m]
+        x = attn.to_out[1](attn.to_out[0](self.attended(attn, hidden_states, context, mask)))
         if given.ndim == 4:
             x = x.transpose(1, 2).reshape(given.shape)
         if attn.residual_connection:
             x = x + given
         return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
 
-    def attended(self, attn: nn.Module, x: Tensor, context: Tensor) -> Tensor:
+    def attended(self, attn: nn.Module, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B, n, C], context [B, m, C'] -> [B, n, heads * d], before the last layer."""
-        q, k, v = attn.to_q(x), attn.to_k(context), attn.to_v(context)
-        # Module's own call: hooks and block reconstruction meet the two products as a module of its own.
-        if self.kernel_name == "reference":
-            q, k, v = map(attn.head_to_batch_dim, (q, k, v))  # [B * heads, n, d]
-            return attn.batch_to_head_dim(nn.Module.__call__(self, q, k, v, attn.scale))
-        # Other kernels read rows where they are: no copies.
-        q, k, v = (t.unflatten(2, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, n, d]
-        return nn.Module.__call__(self, q, k, v, attn.scale).transpose(1, 2).flatten(2)
+        q, k, v = _heads(attn, attn.to_q(x), attn.to_k(context), attn.to_v(context), attn.norm_q, attn.norm_k)
+        return self.products(q, k, v, attn.scale, mask)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def joint(self, attn: nn.Module, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of two streams, x [B, n, C] and context [B, m, C], to both of them (arXiv:2403.03206)."""
+        own = _heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x), attn.norm_q, attn.norm_k)
+        added = (attn.add_q_proj(context), attn.add_k_proj(context), attn.add_v_proj(context))
+        added = _heads(attn, *added, attn.norm_added_q, attn.norm_added_k)
+        q, k, v = (torch.cat(pair, 2) for pair in zip(own, added, strict=True))
+        x, context = self.products(q, k, v, attn.scale).split((x.shape[1], context.shape[1]), 1)
+        if not attn.context_pre_only:
+            context = attn.to_add_out(context)
+        return attn.to_out[1](attn.to_out[0](x)), context
+
+    def products(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+        """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, n, heads * d].
+
+        The two products are Module's own call: hooks and block reconstruction meet them as a module of its own.
+        """
+        self.masked = mask is not None
+        if self.masked or self.kernel_name == "reference":
+            flat = (t.flatten(0, 1) for t in (q, k, v))  # [B * heads, n, d]
+            masks = () if mask is None else (mask,)
+            x = nn.Module.__call__(self, *flat, scale, *masks).unflatten(0, (len(q), -1))
+        else:  # other kernels read rows where they are: no copies
+            x = nn.Module.__call__(self, q, k, v, scale)
+        return x.transpose(1, 2).flatten(2)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         """The two products: q [B * heads, n, d], k and v [B * heads, m, d] -> [B * heads, n, d].
 
-        Kernels other than the reference also take [B, heads, n, d].
+        Kernels other than the reference also take [B, heads, n, d]. With a mask, the reference computes.
         """
         q_params, k_params, v_params = self.q(q), self.k(k), self.v(v)
         if self.p.choose is not None:
-            p = reference.observed_probabilities(fake_quantize(q, q_params), fake_quantize(k, k_params), scale)
+            p = reference.observed_probabilities(fake_quantize(q, q_params), fake_quantize(k, k_params), scale, mask)
             self.p.calibrate(p, self.p.choose)
-        return self.kernel.attention(q, k, v, q_params, k_params, v_params, self.p.qparams, scale)
+        parameters = q_params, k_params, v_params, self.p.qparams
+        if mask is None:
+            return self.kernel.attention(q, k, v, *parameters, scale)
+        return reference.attention(q, k, v, *map(_as_tensors, parameters), scale, mask)
+
+
+def _heads(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, norm_q, norm_k) -> list[Tensor]:
+    """Projections [B, n, heads * d] -> [B, heads, n, d], normalised where the attention does so."""
+    q, k, v = (t.unflatten(2, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return [q if norm_q is None else norm_q(q), k if norm_k is None else norm_k(k), v]
+
+
+def _as_tensors(parameters: QParams) -> QParams:
+    """Of plain numbers, in which the integer kernel takes its ranges."""
+    scale, zero_point = (torch.as_tensor(value, dtype=torch.float32) for value in parameters[:2])
+    return QParams(scale, zero_point, parameters.spec)
 
 
 fused.PROCESSORS.append(QuantAttention)

@@ -16,6 +16,7 @@ from torch import nn
 
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion import samplers
+from quest.diffusion.denoisers import denoiser_of, name_of
 from quest.quantization import cost, guards, packing
 from quest.quantization import header as headers
 from quest.quantization.attention import QuantAttention
@@ -43,7 +44,7 @@ def save(pipe, path, floats: bool = False, **extra) -> None:
     provenance, `extra`, and the hash of every tensor and of the header itself.
     Raises ValueError for a pipeline that is not quantized, or no longer as it was, and for weights that are not finite.
     """
-    denoiser = guards.unwrapped(pipe.unet)
+    denoiser = guards.unwrapped(denoiser_of(pipe))
     if not is_quantized(denoiser):
         raise ValueError("the pipeline is not quantized: call quest.quantize first")
     guards.check_whole(denoiser)
@@ -192,7 +193,7 @@ def load(pipe, path, kernel: str = "auto"):
     guards.check(pipe)
     correction = {k.removeprefix(SCHEDULER): tensors.pop(k) for k in list(tensors) if k.startswith(SCHEDULER)}
     coded = [f"{name}.weight" for name in header["layers"] if f"{name}.{CODES}" in tensors]
-    denoiser = copied_without(pipe.unet, coded)
+    denoiser = copied_without(denoiser_of(pipe), coded)
     split_as(denoiser, header, path)
     check_shapes(denoiser, header, tensors, path)
     check_architecture(pipe, header, path)
@@ -213,7 +214,7 @@ def load(pipe, path, kernel: str = "auto"):
             if len(value) == 1:
                 quantizer.groups = None  # the same range in every time group
     denoiser.load_state_dict(tensors)
-    finish(denoiser.to(pipe.unet.device), groups)
+    finish(denoiser.to(denoiser_of(pipe).device), groups)
     place(denoiser, kernel)
     denoiser.quantization = {k: header[k] for k in ("method", "bits", "recipe", "timesteps", "cost") if k in header}
     new = with_denoiser(pipe, denoiser)
@@ -324,13 +325,13 @@ def check_architecture(pipe, header: dict, path) -> None:
 
     Heads or an activation, a prediction type: what shapes of weights do not show.
     """
-    if header["denoiser"] != (kind := type(pipe.unet).__name__):
+    if header["denoiser"] != (kind := type(denoiser_of(pipe)).__name__):
         raise _of_another_model(path, f"of a {header['denoiser']}, not a {kind}")
-    own, stored = architecture(pipe.unet), header.get("config", {})  # earlier files say nothing of it
+    own, stored = architecture(denoiser_of(pipe)), header.get("config", {})  # earlier files say nothing of it
     own, stored = ({k: dumps(v) for k, v in config.items()} for config in (own, stored))
     differ = [f"{k}: {stored[k]} in the file, {own[k]}" for k in sorted(own.keys() & stored) if own[k] != stored[k]]
     if differ:
-        raise _of_another_model(path, f"unet.config.{'; '.join(differ[:5])} in the model")
+        raise _of_another_model(path, f"{name_of(pipe)}.config.{'; '.join(differ[:5])} in the model")
     if differ := samplers.differences(header.get("scheduler"), samplers.trained_on(pipe.scheduler)):
         raise ValueError(
             f"{path} is of a model with another schedule than the pipeline's scheduler: {'; '.join(differ)}"

@@ -43,6 +43,8 @@ def macs(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
             context = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
             tokens = x[0, 0].numel() if x.ndim == 4 else x.shape[1]
             keys = tokens if context is None else context.shape[1]
+            if context is not None and module.added_kv_proj_dim is not None:  # joint attention: both to both
+                tokens = keys = tokens + keys
             counted[name] = counted.get(name, 0) + 2 * tokens * keys * module.to_q.out_features
 
         return hook

@@ -6,15 +6,25 @@ gives an error of its own, so those methods say here what to do instead.
 """
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
 from torch import nn
 
 from quest.diffusion import samplers
+from quest.diffusion.denoisers import name_of
 from quest.quantization.layers import QuantLayer, attentions, is_quantized
 
 # What `QuantAttention` computes: these processors, of an attention that has these parts and no others.
-PROCESSORS = AttnProcessor, AttnProcessor2_0
+PROCESSORS = AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
 PARTS = {"to_q", "to_k", "to_v", "to_out", "group_norm", "processor"}
+NORMED = {"norm_q", "norm_k"}  # parts that all but the first processor compute
+JOINT = {
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+    "norm_added_q",
+    "norm_added_k",
+}  # and the last one alone
 UNSET = ("fused_projections", "is_causal", "pre_only", "only_cross_attention")
 
 _ADAPTER = "load the adapter into the full-precision pipeline, fuse it there, and quantize that"
@@ -28,6 +38,7 @@ REFUSED = {  # of a denoiser, its attentions, and a pipeline, as far as they hav
             "load_lora_weights",
             "load_lora_adapter",
             "load_lora_into_unet",
+            "load_lora_into_transformer",
             "load_ip_adapter",
             "_load_ip_adapter_weights",
             "load_attn_procs",
@@ -132,12 +143,14 @@ def check(pipe, allow_meta: bool = False) -> None:
     convolutions of torch's own classes, and with attention that `QuantAttention` computes exactly. With `allow_meta` it
     may lie on the meta device, where a plan counts what the layers of a model without weights would take.
     """
-    denoiser = getattr(pipe, "unet", None)
+    part = name_of(pipe)
+    denoiser = getattr(pipe, part)
     if not isinstance(denoiser, nn.Module):
-        raise ValueError(f"a {type(pipe).__name__} has no unet; a pipeline of diffusers with a U-Net can be quantized")
+        raise ValueError(f"{part}: a {type(denoiser).__name__}, no denoiser; load the whole pipeline")
     if (name := wrapped(denoiser)) is not None:
         raise ValueError(
-            f"unet: a {type(denoiser).__name__} is around it; set pipe.unet = pipe.unet.{name}, and wrap what comes out"
+            f"{part}: a {type(denoiser).__name__} is around it; set pipe.{part} = pipe.{part}.{name}, and wrap what "
+            "comes out"
         )
     if is_quantized(denoiser):
         raise ValueError("the pipeline is already quantized; take the full-precision one")
@@ -154,12 +167,12 @@ def check(pipe, allow_meta: bool = False) -> None:
         raise ValueError(f"the denoiser lies on {' and '.join(devices)}; {_MOVE}: load it there")
     for name, module in denoiser.named_modules():
         if hasattr(module, "_hf_hook"):
-            raise ValueError(f"{name or 'unet'}: accelerate moves it between devices; load the pipeline without that")
+            raise ValueError(f"{name or part}: accelerate moves it between devices; load the pipeline without that")
         if reason := _unknown(module):
             raise ValueError(f"{name}: {reason}")
     for key, plain in (("attention_type", ("default", None)), ("encoder_hid_dim_type", (None,))):
         if getattr(denoiser, "config", {}).get(key) not in plain:
-            raise ValueError(f"unet.config.{key}: {denoiser.config[key]!r} is not quantized")
+            raise ValueError(f"{part}.config.{key}: {denoiser.config[key]!r} is not quantized")
 
 
 def _unknown(module: nn.Module) -> str | None:
@@ -172,9 +185,11 @@ def _unknown(module: nn.Module) -> str | None:
     if type(module.processor) not in PROCESSORS:
         return (
             f"its attention processor is a {type(module.processor).__name__}, which is not quantized; valid: "
-            f"{' and '.join(p.__name__ for p in PROCESSORS)} (pipe.unet.set_default_attn_processor())"
+            f"{' and '.join(p.__name__ for p in PROCESSORS)} (set_default_attn_processor() of the denoiser)"
         )
-    parts = [name for name, part in module.named_children() if name not in PARTS]
+    known = PARTS | (set() if type(module.processor) is AttnProcessor else NORMED)
+    known |= JOINT if type(module.processor) is JointAttnProcessor2_0 else set()
+    parts = [name for name, part in module.named_children() if name not in known]
     parts += [name for name in UNSET if getattr(module, name, False)]
     if module.inner_kv_dim != module.inner_dim:
         parts.append("kv_heads")

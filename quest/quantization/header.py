@@ -148,8 +148,9 @@ def _mapping_of(holds: Callable) -> Callable:
 
 
 def _steps(value) -> bool:
-    """Timesteps, each once."""
-    return isinstance(value, list) and len(value) > 0 and all(map(_whole, value)) and len(set(value)) == len(value)
+    """Timesteps, each once: all whole, or all floats, as of samplers that visit fractions."""
+    each = isinstance(value, list) and all(_amount(step) and step < 2**31 for step in value)
+    return each and len(set(map(type, value))) == 1 and len(set(value)) == len(value)
 
 
 def _amount(value) -> bool:

@@ -1,4 +1,4 @@
-"""What the name of a layer in a diffusers U-Net says: the bits it keeps at least, and the class it belongs to."""
+"""What the name of a layer in a denoiser of diffusers says: the bits it keeps at least, and the class it belongs to."""
 
 from fnmatch import fnmatch
 
@@ -17,19 +17,24 @@ def layer_bits(name: str, w: int, a: int, keep: Keep) -> tuple[int, int]:
     return w, a
 
 
-KEEP = {"conv_in": 8, "conv_out": 8}  # the released QuEST's exceptions, for weights as well as inputs
+# The first and the last layer, of U-Nets and of transformers: the released QuEST's exceptions, for weights as well as
+# inputs.
+BOUNDARY = ("conv_in", "conv_out", "pos_embed.proj", "proj_out", "proj_out_2")
+KEEP = dict.fromkeys(BOUNDARY, 8)
 
 
-# Layers that not every U-Net has (residual blocks can resample, attention stand in transformers): keep may name them.
-OPTIONAL = ("*.conv_shortcut", "*.downsamplers.*.conv", "*.attentions.?.to_*")
+# Layers that not every denoiser has (residual blocks can resample, attention stand in transformers): keep may name
+# them.
+OPTIONAL = ("*.conv_shortcut", "*.downsamplers.*.conv", "*.attentions.?.to_*", *BOUNDARY[2:])
 
 
-LAYER_CLASSES = (  # first match wins; names are those of diffusers' U-Nets
-    ("boundary", ("conv_in", "conv_out")),
-    ("time embedding", ("time_embedding.*", "*time_emb_proj")),
-    ("attention q, k, v", ("*.to_q", "*.to_k", "*.to_v")),
-    ("attention output", ("*.to_out.*",)),
-    ("feed-forward", ("*.ff.net.*",)),
+LAYER_CLASSES = (  # first match wins; names are those of diffusers' U-Nets and transformers
+    ("boundary", BOUNDARY),
+    ("time embedding", ("time_embedding.*", "*time_emb_proj", "*.timestep_embedder.*", "time_text_embed.*")),
+    ("time embedding", ("add_embedding.*", "*norm*.linear", "adaln_single.*", "proj_out_1")),
+    ("attention q, k, v", ("*.to_q", "*.to_k", "*.to_v", "*.add_?_proj")),
+    ("attention output", ("*.to_out.*", "*.to_add_out")),
+    ("feed-forward", ("*.ff.net.*", "*.ff_context.net.*")),
     ("transformer in, out", ("*.proj_in", "*.proj_out")),
     ("shortcut", ("*.conv_shortcut",)),
     ("resampling", ("*samplers.*",)),

@@ -64,10 +64,12 @@ def realizable(denoiser: nn.Module, work: dict[str, int]) -> float:
     """Share of a placed denoiser's multiply-accumulates that run on integers; 0 on the reference kernel.
 
     work: by layer of the full-precision denoiser, see `cost.macs`. A split convolution counts if both halves do.
+    Products of an attention count if its last call had no mask.
     """
     if denoiser.placement.kernel == "reference":
         return 0.0
     refused = {name.removesuffix(".hidden").removesuffix(".skip") for name in denoiser.placement.refused}
+    refused |= {f"{name}.processor" for name, m in attentions(denoiser) if getattr(m.processor, "masked", False)}
     return sum(count for name, count in work.items() if name not in refused) / sum(work.values())
 
 

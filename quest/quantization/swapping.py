@@ -6,6 +6,7 @@ from fnmatch import fnmatch
 from torch import nn
 
 from quest.affine import QuantSpec
+from quest.diffusion.denoisers import denoiser_of, name_of
 from quest.quantization import guards
 from quest.quantization.attention import QuantAttention
 from quest.quantization.layer_names import KEEP, OPTIONAL, Keep, layer_bits
@@ -45,7 +46,7 @@ def swap(
     """
     keep = KEEP if keep is None else keep
     guards.check(pipe, allow_meta=True)
-    denoiser = copy.deepcopy(pipe.unet)
+    denoiser = copy.deepcopy(denoiser_of(pipe))
     layers = {n: m for n, m in denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
     processors = {f"{n}.processor": m for n, m in attentions(denoiser)}
     check_keep(denoiser, keep)
@@ -61,11 +62,17 @@ def swap(
 
 
 def check_keep(denoiser: nn.Module, keep: Keep) -> None:
-    """Raise ValueError for a glob that names no layer and no attention processor, unless not every U-Net has such."""
+    """Raise ValueError for a glob that names no layer and no attention processor, unless not every denoiser has such.
+
+    Of KEEP, which names the first and last layers of U-Nets and of transformers, one must be there.
+    """
     names = [n for n, m in denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)]
     names += [f"{n}.processor" for n, _ in attentions(denoiser)]
-    for glob in keep:
-        if glob not in OPTIONAL and not any(fnmatch(name, glob) for name in names):
+    absent = [glob for glob in keep if not any(fnmatch(name, glob) for name in names)]
+    if keep is KEEP and len(absent) == len(keep):
+        raise ValueError(f"keep: no first or last layer is named {' or '.join(KEEP)}; say how they are named here")
+    for glob in absent:
+        if keep is not KEEP and glob not in OPTIONAL:
             raise ValueError(f"keep: no layer is named like {glob!r}; names are such as {', '.join(names[:3])}")
 
 
@@ -81,7 +88,7 @@ def finish(denoiser: nn.Module, groups: TimeGroups | None) -> nn.Module:
 def with_denoiser(pipe, denoiser: nn.Module):
     """A copy of the pipeline with another denoiser and a scheduler of its own; all else is shared."""
     new = copy.copy(pipe)
-    new.unet = denoiser
+    setattr(new, name_of(pipe), denoiser)
     new.scheduler = copy.deepcopy(pipe.scheduler)
     guards.guard(new)
     return new

@@ -37,11 +37,12 @@ class TimeGroups:
     has nothing to train and no place in a state dict.
     """
 
-    def __init__(self, starts: list[int]):
-        """starts: the noisiest timestep of every group, any order, no repetition."""
+    def __init__(self, starts: list[int | float]):
+        """starts: the noisiest timestep of every group, any order, no repetition; some samplers visit fractions."""
         if not starts or len(set(starts)) != len(starts):
             raise ValueError(f"time groups need distinct starts, got {list(starts)}")
-        self.starts = torch.tensor(sorted(starts, reverse=True), dtype=torch.long, device="cpu")
+        dtype = torch.long if all(start == int(start) for start in starts) else torch.float64
+        self.starts = torch.tensor(sorted(starts, reverse=True), dtype=dtype, device="cpu")
         self._passes = _Passes()
         self.position: int | None = None  # of `timestep` among the arguments of the denoiser
         self._on_gpu: Tensor | None = None  # the starts, where the timesteps are
@@ -174,7 +175,7 @@ def _tensor(timestep: Tensor | float) -> Tensor:
     return torch.tensor(timestep, dtype=torch.float64 if isinstance(timestep, float) else None, device="cpu")
 
 
-def grouped(timesteps: list[int], groups: int) -> list[int]:
+def grouped(timesteps: list[int | float], groups: int) -> list[int | float]:
     """Starts of `groups` equal stretches of a sampler's distinct timesteps.
 
     Raises ValueError where the number of groups does not divide the number of timesteps.

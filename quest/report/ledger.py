@@ -55,7 +55,7 @@ def fingerprint(model: Model, images: str, n: int, reference_sha256: str = "") -
         "weights": origin["sha256"],
         "sampler": model.sampler,
         "steps": model.steps,
-        "eta": None if model.sampler == "plms" else model.eta,
+        "eta": model.eta if model.has_eta else None,
         "guidance": None if model.conditioning == "none" else model.guidance,
         "n": n,
         "seeds": f"evaluation {images}",
@@ -150,7 +150,7 @@ def ledger(cells: Sequence[dict], numbers: pd.DataFrame) -> pd.DataFrame:
 
 
 def _applies(key, model):
-    return not (key == "eta" and model.sampler == "plms" or key == "guidance" and model.conditioning == "none")
+    return not (key == "eta" and not model.has_eta or key == "guidance" and model.conditioning == "none")
 
 
 def _verdict(number, cell, ours):

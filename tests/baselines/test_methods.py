@@ -89,7 +89,7 @@ def same(a, b) -> bool:
 
 
 def images(pipe, model):
-    return pipe(**arguments(model, "evaluation", [0, 1]), output_type="latent").images
+    return pipe(**arguments(pipe, model, "evaluation", [0, 1]), output_type="latent").images
 
 
 def test_the_given_pipeline_is_as_it_was(cell):

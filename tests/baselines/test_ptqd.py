@@ -101,7 +101,7 @@ def test_nothing_to_correct_changes_nothing(kind, request):
     calibration = request.getfixturevalue(f"{kind}_calibration")
     other = copy.copy(pipe)
     other.scheduler = correct(pipe.scheduler, constant(calibration.timesteps))
-    a, b = (p(**arguments(model, "evaluation", [0, 1]), output_type="latent").images for p in (pipe, other))
+    a, b = (p(**arguments(p, model, "evaluation", [0, 1]), output_type="latent").images for p in (pipe, other))
     assert torch.equal(a, b)
 
 

@@ -90,7 +90,7 @@ def test_split_layers_quantize_save_load_and_start_others(uncond_pipe, uncond_mo
     assert all(layers[n].input_quantizer.scale.isfinite().all() for n in names)
     quest.save(q, path, floats=True)
     loaded = quest.load(uncond_pipe, path, kernel="reference")
-    images = [p(**arguments(uncond_model, "evaluation", [0]), output_type="latent").images for p in (q, loaded)]
+    images = [p(**arguments(p, uncond_model, "evaluation", [0]), output_type="latent").images for p in (q, loaded)]
     assert torch.equal(*images)
     other = quest.quantize(
         uncond_pipe, "q-diffusion", "w4a4", calibration=uncond_calibration, init=str(path), split=True, rows=24, **FEW

@@ -232,7 +232,7 @@ def test_released_granularity_trains_and_survives_saving(kind, request, tmp_path
     loaded = quest.load(pipe, tmp_path / "m.safetensors", kernel="reference")
     for name, quantizer in input_quantizers(loaded.unet).items():
         assert quantizer.spec == quantizers[name].spec
-    a, b = (p(**arguments(model, "evaluation", [0, 1]), output_type="latent").images for p in (q, loaded))
+    a, b = (p(**arguments(p, model, "evaluation", [0, 1]), output_type="latent").images for p in (q, loaded))
     assert torch.equal(a, b)
 
 

@@ -84,10 +84,10 @@ def test_a_calibration_set_that_changed_is_refused(uncond_calibration, tmp_path)
     "change, words",
     [
         (lambda kept: kept["sample"].reshape(-1)[:1].fill_(torch.nan), "sample is not finite"),
-        (lambda kept: kept.update(timestep=kept["timestep"].float()), "timestep is torch.float32"),
+        (lambda kept: kept.update(timestep=kept["timestep"].int()), "timestep is torch.int32"),
         (lambda kept: kept.update(call=kept["call"] - 99), "call is torch.int64"),
         (lambda kept: kept.update(trajectory=kept["trajectory"][1:]), "trajectory is"),
-        (lambda kept: kept.update(target=kept["target"][:, 1:].contiguous()), "predictions"),
+        (lambda kept: kept.update(target=kept["target"][:, :, 1:].contiguous()), "predictions"),
     ],
 )
 def test_a_set_that_is_none_is_refused_whatever_its_hashes(uncond_calibration, tmp_path, change, words):

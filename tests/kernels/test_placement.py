@@ -170,10 +170,10 @@ def test_whole_denoisers(placed, kind):
 def test_samples_are_those_of_the_file_and_of_any_threads(placed, uncond_model, tmp_path):
     pipes, _ = placed("uncond")
     pipe = pipes["integer"]
-    given = dict(**arguments(uncond_model, "evaluation", [0, 1]), output_type="latent")
+    given = dict(**arguments(pipe, uncond_model, "evaluation", [0, 1]), output_type="latent")
     first = pipe(**given).images
     torch.set_num_threads(2)
-    second = pipe(**(given | arguments(uncond_model, "evaluation", [0, 1]))).images
+    second = pipe(**(given | arguments(pipe, uncond_model, "evaluation", [0, 1]))).images
     torch.set_num_threads(1)
     copied = copy.deepcopy(pipe.unet)
     assert torch.equal(first, second)

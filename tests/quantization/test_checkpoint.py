@@ -43,7 +43,7 @@ def test_round_trip_with_time_groups(uncond_pipe, uncond_model, timed):
 
     q, path = timed
     loaded = quest.load(uncond_pipe, path, kernel="reference")
-    a, b = (p(**arguments(uncond_model, "evaluation", [0, 1]), output_type="latent").images for p in (q, loaded))
+    a, b = (p(**arguments(p, uncond_model, "evaluation", [0, 1]), output_type="latent").images for p in (q, loaded))
     assert torch.equal(a, b)
     for name, layer in quant_layers(loaded.unet):
         other = q.unet.get_submodule(name)

@@ -199,7 +199,7 @@ def test_what_is_allowed_is_computed_exactly(config, text_pipe, text_calibration
 
 def test_a_pipeline_without_a_denoiser():
     with pytest.raises(ValueError, match="a SimpleNamespace has no unet"):
-        guards.check(SimpleNamespace(transformer=nn.Linear(1, 1)))
+        guards.check(SimpleNamespace(vae=nn.Linear(1, 1)))
 
 
 def test_what_is_no_longer_quantized_is_not_saved(pipe, tmp_path):

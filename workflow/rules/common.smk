@@ -19,7 +19,7 @@ from quest.config import (
     starting_points,
     validate,
 )
-from quest.diffusion.models import MODELS
+from quest.diffusion.declared import PROTOCOL, of_config
 from quest.metrics import LITE0
 from quest.runtime import memory
 from quest.runtime.provenance import CONFIG, config_hash
@@ -30,6 +30,7 @@ try:
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
+MODELS = of_config(config)
 NAME = config["name"]
 RUNS = runs(config)
 SEED_RUNS = seed_runs(config)
@@ -106,6 +107,19 @@ def file_setting(key):
         return [path] if path and (Path(path).exists() or path.startswith("results/checkpoints/tiny-")) else []
 
     return paths
+
+
+def declaration(wc):
+    """What the config says of a model that it declares itself, as JSON; [] for one of the suite."""
+    settings = config["models"][wc.model]
+    keys = ("pipeline", *PROTOCOL, "reference")
+    return json.dumps({k: settings[k] for k in keys if k in settings}) if "pipeline" in settings else []
+
+
+def pipeline_files(wc):
+    """The files of a pipeline that the config names, so that its model is recorded anew when one of them changes."""
+    folder = config["models"][wc.model].get("pipeline")
+    return sorted(str(file) for file in Path(folder).rglob("*") if file.is_file()) if folder else []
 
 
 def at_size(cpu, cuda):
@@ -185,7 +199,7 @@ def full_precision(kind):
 
 def reference(wc):
     """Statistics of real images: shipped, or made from the file in the config; [] if it says `reference: none`."""
-    if config["models"][wc.model].get("reference") == "none":
+    if config["models"][wc.model].get("reference") == "none" or MODELS[wc.model].reference is None:
         return []
     return os.path.relpath(MODELS[wc.model].reference)
 

@@ -1,5 +1,5 @@
 # The paper's models: rule `model` converts a checkpoint, named in the config or downloaded, to a pipeline in
-# results/models. This happens once for all configs.
+# results/models. This happens once for all configs. Of a model that a config declares itself it keeps a record there.
 
 
 # Random weights in CompVis's format, for the rehearsal.
@@ -26,6 +26,8 @@ rule model:
         checkpoint=file_setting("checkpoint"),
         tokenizer=file_setting("tokenizer"),
         captions=file_setting("captions"),
+        prompts=file_setting("prompts"),
+        pipeline=pipeline_files,
     output:
         directory("results/models/{model}"),
     log:
@@ -40,7 +42,8 @@ rule model:
         checkpoint=setting("checkpoint"),
         tokenizer=setting("tokenizer"),
         captions=setting("captions"),
+        declaration=declaration,
     shell:
         "python -m workflow.scripts.model {wildcards.model:q} --checkpoint {params.checkpoint:q}"
         " --tokenizer {params.tokenizer:q} --captions {params.captions:q}"
-        " --fetched results/checkpoints -o {output:q} > {log:q} 2>&1"
+        " --declaration {params.declaration:q} --fetched results/checkpoints -o {output:q} > {log:q} 2>&1"

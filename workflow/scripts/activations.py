@@ -17,21 +17,22 @@ def main() -> None:
     from baselines import METHODS
     from quest.config import parse_bits
     from quest.diffusion.calibration_set import CalibrationSet
-    from quest.diffusion.models import MODELS
+    from quest.diffusion.denoisers import denoiser_of
+    from quest.diffusion.models import get
     from quest.properties.distributions import EDGES, distributions, spreads
     from quest.runtime.provenance import write_json
 
     torch.set_num_threads(arguments.threads)
-    model = MODELS[arguments.model]
+    model = get(arguments.model)
     recipe = model.recipe(METHODS["quest"].quantize, parse_bits(arguments.bits)[1]) | {"init": str(arguments.init)}
     recipe |= {"tla_iterations": 0, "cma_iterations": 0}
     pipe = model.load()
     calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))
     untuned = quest.quantize(pipe, "quest", arguments.bits, calibration=calibration, **recipe)
     finetuned = quest.load(pipe, arguments.finetuned, kernel="reference")
-    scale = spreads(pipe.unet, evaluation)
+    scale = spreads(denoiser_of(pipe), evaluation)
     pipes = {"full precision": pipe, "before finetuning": untuned, "after finetuning": finetuned}
-    denoisers = {name: distributions(one.unet, evaluation, scale) for name, one in pipes.items()}
+    denoisers = {name: distributions(denoiser_of(one), evaluation, scale) for name, one in pipes.items()}
     content = {"model": arguments.model, "bits": arguments.bits, "edges": EDGES.tolist(), "denoisers": denoisers}
     write_json(arguments.output, content)
 

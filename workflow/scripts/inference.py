@@ -22,22 +22,23 @@ def main() -> None:
     import quest
     from quest import kernels
     from quest.diffusion.calibration_set import CalibrationSet
-    from quest.diffusion.models import MODELS
+    from quest.diffusion.denoisers import denoiser_of
+    from quest.diffusion.models import get
     from quest.planning.measure import seconds_in_turns
     from quest.properties.lookup import look_up, single
     from quest.quantization.cost import stored
     from quest.runtime.provenance import write_json
 
     torch.set_num_threads(arguments.threads)
-    model = MODELS[arguments.model]
+    model = get(arguments.model)
     pipe = model.load()
     evaluation = CalibrationSet.load(arguments.evaluation)
     at = (evaluation.call == evaluation.call.max() // 2).nonzero().flatten()
     inputs = evaluation.inputs(at)
     rows = []
     for kernel in dict.fromkeys(("reference", kernels.choose("auto", torch.device("cpu")))):
-        many = quest.load(pipe, arguments.checkpoint, kernel=kernel).unet
-        one = single(quest.load(pipe, arguments.checkpoint, kernel=kernel).unet, inputs["timestep"][:1])
+        many = denoiser_of(quest.load(pipe, arguments.checkpoint, kernel=kernel))
+        one = single(denoiser_of(quest.load(pipe, arguments.checkpoint, kernel=kernel)), inputs["timestep"][:1])
         with torch.no_grad():
             same = torch.equal(many(**inputs).sample, one(**inputs).sample)
             for batch in (1, len(at)):

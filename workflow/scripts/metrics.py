@@ -16,14 +16,14 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    from quest.diffusion.models import MODELS
+    from quest.diffusion.models import get
     from quest.metrics import Cell, measure
     from quest.metrics.frechet import load_reference
     from quest.report.ledger import fingerprint
     from quest.runtime.download import sha256_of
     from quest.runtime.provenance import write_json
 
-    model = MODELS[arguments.model]
+    model = get(arguments.model)
     cell = Cell.load(arguments.features, arguments.samples)
     fp = None if arguments.method == "fp" else Cell.load(arguments.fp_features, arguments.fp_samples)
     reference, reference_sha256 = None, ""

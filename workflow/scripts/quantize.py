@@ -21,7 +21,8 @@ def main() -> None:
     from baselines import METHODS
     from quest.config import parse_bits
     from quest.diffusion.calibration_set import CalibrationSet
-    from quest.diffusion.models import MODELS
+    from quest.diffusion.denoisers import denoiser_of
+    from quest.diffusion.models import get
     from quest.kernels.cpu.core import identity
     from quest.quantization.cost import peak_memory
     from quest.quantization.header import read as read_header
@@ -31,7 +32,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     gpu_lock.take(arguments.device)
     torch.manual_seed(0)
-    model = MODELS[arguments.model]
+    model = get(arguments.model)
     recipe = model.recipe(METHODS[arguments.method].quantize, parse_bits(arguments.bits)[1]) | arguments.recipe
     started = {}
     if arguments.init:
@@ -62,7 +63,7 @@ def main() -> None:
         seconds = round(time.perf_counter() - start + earlier.seconds, 1)
         spent = {"seconds": seconds, "peak_memory": peak_memory(), **started}
         quest.save(pipe, arguments.output, arguments.floats, model=model.name, **spent)
-    print(json.dumps(pipe.unet.quantization["cost"], indent=1))
+    print(json.dumps(denoiser_of(pipe).quantization["cost"], indent=1))
     print(f"{arguments.model} {arguments.method} {arguments.bits}: {seconds} s, {spent['peak_memory']} MB", flush=True)
 
 

@@ -23,8 +23,9 @@ def main() -> None:
 
     import quest
     from quest.diffusion.calibration_set import CalibrationSet
+    from quest.diffusion.denoisers import denoiser_of
     from quest.diffusion.drawn import earlier, joined
-    from quest.diffusion.models import MODELS, PREPARED, SEEDS, ZOO
+    from quest.diffusion.models import PREPARED, SEEDS, ZOO, get
     from quest.diffusion.sampling import batches, generate, timed
     from quest.kernels.cpu.core import identity
     from quest.metrics.features import class_logits, extract
@@ -39,18 +40,18 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     gpu_lock.take(arguments.device)
     shard, shards = map(int, arguments.shard.split("/"))
-    model = MODELS[arguments.model]
+    model = get(arguments.model)
     pipe = model.load(device=arguments.device)
     evaluation = CalibrationSet.load(arguments.evaluation).to(arguments.device)
-    work = cost.macs(pipe.unet, evaluation.inputs(torch.tensor([0])))
+    work = cost.macs(denoiser_of(pipe), evaluation.inputs(torch.tensor([0])))
     if arguments.checkpoint:
         pipe = quest.load(pipe, arguments.checkpoint, arguments.kernel)
-        placed = pipe.unet.placement
-        kernel = placed._asdict() | {"deviation": placement.deviation(pipe.unet, evaluation)}
-        placed_work = {"kernel": placed.kernel, "realizable": placement.realizable(pipe.unet, work)}
-        footprint = pipe.unet.quantization["cost"]["footprint"] | placed_work
+        placed = denoiser_of(pipe).placement
+        kernel = placed._asdict() | {"deviation": placement.deviation(denoiser_of(pipe), evaluation)}
+        placed_work = {"kernel": placed.kernel, "realizable": placement.realizable(denoiser_of(pipe), work)}
+        footprint = denoiser_of(pipe).quantization["cost"]["footprint"] | placed_work
     else:
-        footprint = cost.footprint(pipe.unet, work)
+        footprint = cost.footprint(denoiser_of(pipe), work)
         kernel = {}
 
     # All that an image depends on: what an earlier run drew of the same is not drawn again.
@@ -66,7 +67,7 @@ def main() -> None:
     wanted, outputs = batches(model, arguments.n, (shard, shards)), [arguments.samples, arguments.features]
     there, (samples, features) = earlier(outputs, job, wanted, model.batch_size, arguments.n)
     start, captions = time.perf_counter(), None
-    with timed(pipe.unet) as calls:
+    with timed(denoiser_of(pipe)) as calls:
         made = list(generate(pipe, model, "evaluation", arguments.n, (shard, shards), skip=there))
     seconds = round(time.perf_counter() - start, 1)
     if made:
@@ -83,8 +84,8 @@ def main() -> None:
         samples = joined(samples, {"index": index, "latents": latents} | kept)
         features = joined(features, {"index": index} | found)
     else:  # one call more, which says how long it takes
-        with timed(pipe.unet) as calls, torch.no_grad():
-            pipe.unet(**evaluation.inputs(torch.arange(min(len(evaluation), model.batch_size))))
+        with timed(denoiser_of(pipe)) as calls, torch.no_grad():
+            denoiser_of(pipe)(**evaluation.inputs(torch.arange(min(len(evaluation), model.batch_size))))
     if arguments.checkpoint and shard == 0:
         errors, timesteps = eps_error(pipe, evaluation)
         features |= {"eps_error": errors.cpu().numpy(), "timesteps": np.array(timesteps)}

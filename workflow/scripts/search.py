@@ -21,11 +21,11 @@ def main() -> None:
 
     import quest
     from quest.diffusion.calibration_set import CalibrationSet, collect
-    from quest.diffusion.models import MODELS
+    from quest.diffusion.models import get
     from quest.metrics.noise_prediction import eps_error
 
     torch.set_num_threads(arguments.threads)
-    model = MODELS[arguments.model]
+    model = get(arguments.model)
     pipe = model.load()
     if not arguments.validation.exists():
         collect(pipe, model, "validation", arguments.n).save(arguments.validation)

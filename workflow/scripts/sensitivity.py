@@ -11,13 +11,13 @@ def main() -> None:
 
     from quest.config import parse_bits
     from quest.diffusion.calibration_set import CalibrationSet
-    from quest.diffusion.models import MODELS
+    from quest.diffusion.models import get
     from quest.properties.sensitivity import sensitivities
     from quest.runtime.provenance import write_json
 
     torch.set_num_threads(arguments.threads)
     calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))
-    rows = sensitivities(MODELS[arguments.model].load(), calibration, evaluation, *parse_bits(arguments.bits))
+    rows = sensitivities(get(arguments.model).load(), calibration, evaluation, *parse_bits(arguments.bits))
     write_json(arguments.output, {"model": arguments.model, "bits": arguments.bits, "rows": rows})
 
 

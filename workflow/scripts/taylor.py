@@ -11,13 +11,14 @@ def main() -> None:
     import torch
 
     from quest.diffusion.calibration_set import CalibrationSet
-    from quest.diffusion.models import MODELS
+    from quest.diffusion.denoisers import denoiser_of
+    from quest.diffusion.models import get
     from quest.properties.taylor import taylor
     from quest.runtime.provenance import write_json
 
     torch.set_num_threads(arguments.threads)
     evaluation = CalibrationSet.load(arguments.evaluation)
-    rows = taylor(MODELS[arguments.model].load().unet, evaluation, arguments.bits)
+    rows = taylor(denoiser_of(get(arguments.model).load()), evaluation, arguments.bits)
     write_json(arguments.output, {"model": arguments.model, "rows": rows})
 
 

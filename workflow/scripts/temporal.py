@@ -18,7 +18,8 @@ def main() -> None:
     import quest
     from quest.config import parse_bits
     from quest.diffusion.calibration_set import CalibrationSet
-    from quest.diffusion.models import MODELS
+    from quest.diffusion.denoisers import denoiser_of
+    from quest.diffusion.models import get
     from quest.metrics.noise_prediction import eps_error
     from quest.properties.embeddings import PATH, embeddings, moved
     from quest.properties.sensitivity import ENDS, lowered, parts
@@ -26,16 +27,16 @@ def main() -> None:
     from quest.runtime.provenance import write_json
 
     torch.set_num_threads(arguments.threads)
-    model, bits = MODELS[arguments.model], parse_bits(arguments.bits)
+    model, bits = get(arguments.model), parse_bits(arguments.bits)
     pipe = model.load()
     calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))
-    exact = embeddings(pipe.unet, evaluation)
-    layers = parts(pipe.unet)  # class of layers -> names
+    exact = embeddings(denoiser_of(pipe), evaluation)
+    layers = parts(denoiser_of(pipe))  # class of layers -> names
     rest = [name for layer_class, names in layers.items() if layer_class not in (PATH, ENDS) for name in names]
     errors, distances = [], []
 
     def measure(ranges, student):
-        for name, value in moved(exact, embeddings(student.unet, evaluation)).items():
+        for name, value in moved(exact, embeddings(denoiser_of(student), evaluation)).items():
             distances.append({"ranges": ranges, "what": name, "values": value.tolist()})
 
     for ranges, time_groups in zip(RANGE_KINDS, (1, len(calibration.timesteps)), strict=True):

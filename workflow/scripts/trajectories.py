@@ -24,7 +24,7 @@ def main() -> None:
     import torch
 
     from quest.diffusion.calibration_set import collect
-    from quest.diffusion.models import MODELS, SEEDS
+    from quest.diffusion.models import SEEDS, get
     from quest.properties.distributions import activation_ranges
     from quest.runtime import gpu_lock
     from quest.runtime.files import atomic
@@ -32,7 +32,7 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     gpu_lock.take(arguments.device)
-    model = MODELS[arguments.model]
+    model = get(arguments.model)
     pipe = model.load(device=arguments.device)
 
     def write(split, n, draw, path):

@@ -27,13 +27,14 @@ def main() -> None:
     from baselines import METHODS
     from quest.config import parse_bits
     from quest.diffusion.calibration_set import CalibrationSet
-    from quest.diffusion.models import MODELS
+    from quest.diffusion.denoisers import denoiser_of
+    from quest.diffusion.models import get
     from quest.metrics.noise_prediction import eps_error
     from quest.runtime.provenance import write_json
     from quest.zoo.noised import noised
 
     torch.set_num_threads(arguments.threads)
-    model = MODELS[arguments.model]
+    model = get(arguments.model)
     recipe = model.recipe(METHODS["quest"].quantize, parse_bits(arguments.bits)[1]) | {"init": str(arguments.init)}
     recipe |= arguments.recipe
     pipe = model.load()
@@ -43,7 +44,7 @@ def main() -> None:
         if arguments.data == "scenes":
             rows = torch.arange(len(calibration)).split(64)
             with torch.no_grad():
-                calibration.target = torch.cat([pipe.unet(**calibration.inputs(r)).sample for r in rows])
+                calibration.target = torch.cat([denoiser_of(pipe)(**calibration.inputs(r)).sample for r in rows])
     held_out = noised(pipe, model, "validation", SCENES, seed=1)
     start = time.perf_counter()
     student = quest.quantize(pipe, "quest", arguments.bits, calibration=calibration, **recipe)

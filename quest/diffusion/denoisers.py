@@ -1,0 +1,29 @@
+"""The network of a diffusers pipeline that predicts the noise: its `unet` or, in newer pipelines, its `transformer`."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+NAMES = ("unet", "transformer")  # the components of a pipeline that can be its denoiser
+
+
+def name_of(pipe) -> str:
+    """The name of the component of a pipeline that is its denoiser. Raises ValueError for a pipeline without one."""
+    for name in NAMES:
+        if getattr(pipe, name, None) is not None:
+            return name
+    raise ValueError(f"a {type(pipe).__name__} has no unet and no transformer; valid: pipelines that have one of both")
+
+
+def denoiser_of(pipe) -> nn.Module:
+    """The denoiser of a pipeline. Raises ValueError for a pipeline without one."""
+    return getattr(pipe, name_of(pipe))
+
+
+def sample_argument(denoiser: nn.Module) -> str:
+    """The name under which a denoiser takes its noisy input: `sample` of a U-Net, `hidden_states` of a transformer."""
+    return next(iter(signature(denoiser.forward).parameters))
