@@ -17,9 +17,10 @@ from inspect import signature
 from pathlib import Path
 
 from quest.diffusion import captions as caption_files
+from quest.diffusion.conditions import scene_captions
 from quest.diffusion.denoisers import NAMES, denoiser_of
 from quest.diffusion.loading import load_pipeline
-from quest.diffusion.models import CONDITIONED, MODELS, PREPARED, REFERENCES, Model, Origin, _scene_captions
+from quest.diffusion.models import CONDITIONED, MODELS, PREPARED, REFERENCES, Model, Origin
 from quest.runtime.files import atomic_folder, dumps, read_lines, read_text, write_lines
 from quest.runtime.provenance import provenance
 from quest.runtime.sums import write_sums
@@ -162,7 +163,7 @@ def of_pipeline(pipe, prompts: Sequence[str] | None = None) -> Model:
     defaults = {name: parameter.default for name, parameter in signature(type(pipe).__call__).parameters.items()}
     config, embedder = denoiser_of(pipe).config, getattr(pipe, "class_embedder", None)
     if "prompt" in defaults:
-        conditioning, source = "text", partial(_cycled, list(prompts)) if prompts else _scene_captions
+        conditioning, source = "text", partial(_cycled, list(prompts)) if prompts else scene_captions
     elif "class_labels" in defaults and (embedder is not None or config.get("num_embeds_ada_norm")):
         classes = config["num_embeds_ada_norm"] if embedder is None else embedder.config.num_classes
         conditioning, source = "class", partial(_classes, classes)

@@ -13,6 +13,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quest.diffusion.conditions import imagenet_labels, photo_labels, scene_captions, scene_labels
 from quest.diffusion.loading import load_pipeline
 from quest.runtime.files import read_json, read_lines
 
@@ -68,7 +69,7 @@ class Model:
     clip: str | None = None  # image-text model behind the CLIP score
     classifier: str | None = None  # network that tells whether an image shows the class that was asked for
     reference: Path | None = None  # statistics of real images
-    pictures: Path | None = None  # folder of pictures whose middle an inpainting model fills
+    pictures: Path | None = None  # of an inpainting model: the folder of pictures that it fills
     origin: Origin | None = None  # where to get the weights; None if they ship
 
     @property
@@ -77,8 +78,7 @@ class Model:
         return 2 * self.steps - 1 if self.sampler == "heun" else self.steps + (self.sampler == "plms")
 
     @property
-    def has_eta(self) -> bool:
-        """Whether the sampler has the parameter eta of DDIM."""
+    def has_eta(self) -> bool:  # the parameter of DDIM
         return self.sampler.startswith("ddim")
 
     @property
@@ -164,31 +164,6 @@ def _load_prepared(name: str, device="cpu") -> DiffusionPipeline:
     return load_pipeline(folder, device)
 
 
-def _scene_labels(split: str, start: int, stop: int) -> Sequence[int]:
-    from quest.diffusion.scenes import draw
-
-    return draw(split, stop - start, start=start).labels()
-
-
-def _scene_captions(split: str, start: int, stop: int) -> Sequence[str]:
-    from quest.diffusion.scenes import draw
-
-    return draw(split, stop - start, start=start).captions()
-
-
-def _photo_labels(split: str, start: int, stop: int) -> Sequence[int]:
-    """Image i has class i mod 10 of CIFAR-10."""
-    return [index % 10 for index in range(start, stop)]
-
-
-def _imagenet_labels(split: str, start: int, stop: int) -> Sequence[int]:
-    """Image i has class (309 i) mod 1000: 50,000 images contain each class 50 times, and a few images spread widely.
-
-    The released code of QuEST calibrates on classes 0 to 25 only: it takes the first 256 images, sorted by class.
-    """
-    return [309 * index % 1000 for index in range(start, stop)]
-
-
 # Line numbers of a caption file: evaluation uses the first lines, in their order, and calibration uses later ones.
 CAPTION_LINES = {"evaluation": (0, 10_000), "calibration": (10_000, 11_000)}
 
@@ -246,7 +221,7 @@ MODELS = {
             steps=20,
             guidance=3.0,
             conditioning="class",
-            source=_scene_labels,
+            source=scene_labels,
             selection="imagenet",
             batch_size=50,
             time_groups=20,
@@ -260,7 +235,7 @@ MODELS = {
             steps=20,
             guidance=3.0,
             conditioning="text",
-            source=_scene_captions,
+            source=scene_captions,
             selection="sd",
             split=True,
             activation_ranges="ema",
@@ -277,7 +252,7 @@ MODELS = {
             steps=20,
             guidance=3.0,
             conditioning="class",
-            source=_photo_labels,
+            source=photo_labels,
             selection="imagenet",
             split=True,
             batch_size=50,
@@ -328,7 +303,7 @@ MODELS = {
             steps=20,
             guidance=3.0,
             conditioning="class",
-            source=_imagenet_labels,
+            source=imagenet_labels,
             selection="imagenet",
             batch_size=64,
             time_groups=20,
@@ -395,7 +370,7 @@ MODELS = {
             sampler="ddim",
             guidance=3.0,
             conditioning="class",
-            source=_imagenet_labels,
+            source=imagenet_labels,
             selection="imagenet",
         ),
         _rehearsed(
@@ -403,7 +378,7 @@ MODELS = {
             sampler="plms",
             guidance=7.5,
             conditioning="text",
-            source=_scene_captions,
+            source=scene_captions,
             selection="sd",
             softmax_bits=16,
             clip="scenes-clip",
@@ -413,10 +388,7 @@ MODELS = {
 
 
 def get(name: str) -> Model:
-    """The model with this name: of MODELS, or one of a config that rule `model` has prepared.
-
-    Raises ValueError that lists the valid names for any other name.
-    """
+    """The model with this name: of MODELS, or of a config, prepared by rule `model`. Raises ValueError for another."""
     if name in MODELS:
         return MODELS[name]
     if (record := PREPARED / name / "origin.json").is_file() and (settings := read_json(record).get("settings")):
