@@ -181,16 +181,14 @@ def validate(config: dict) -> None:
     if "ablations" in config:
         _check_ablations(config)
     for run in [*runs(config), *seed_runs(config), *ablation_runs(config)]:
-        _check_time_groups(config, run)
+        _check_time_groups(config, run, models[run.model])
 
 
-def _check_time_groups(config: dict, run: Run) -> None:
+def _check_time_groups(config: dict, run: Run, model) -> None:
     """Raise ConfigError where the time groups of a recipe do not divide the timesteps of the model."""
-    from quest.diffusion.models import MODELS
-
-    steps, groups = MODELS[run.model].steps, recipe_of(config, run.method)[1].get("time_groups")
+    steps, groups = model.steps, recipe_of(config, run.method)[1].get("time_groups")
     # Quadratic timesteps coincide at the end, so there are fewer than steps; the scheduler knows how many.
-    if groups and steps % groups and MODELS[run.model].sampler != "ddim-quadratic":
+    if groups and steps % groups and model.sampler != "ddim-quadratic":
         method = run.method.partition("@")[0]
         key = "methods" if method in config["methods"] else "ablations.rows"
         valid = [number for number in range(1, steps + 1) if steps % number == 0]
