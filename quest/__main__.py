@@ -1,4 +1,5 @@
 """Commands beside the workflow. `plan CONFIG`: what a config costs. `measure MODEL`: what its steps cost here.
+`rehearse MODEL`: the same of a published model's architecture with random weights.
 `audit FILE`: what a checkpoint contains, to the byte. `doctor`: what works on this machine. `judge A B`: whether the
 images of A are as good as those of B; the exit code is 0 if they are, 1 if they are worse, 2 if the images cannot tell,
 and 3 for input that cannot be used."""
@@ -15,11 +16,17 @@ def main(arguments: list[str] | None = None) -> None:
     plan.add_argument("config", type=Path, help="workflow/config/*.yaml")
     plan.add_argument("--machine", help="a machine of resources/costs.csv; default: this one's processor or GPU")
     plan.add_argument("--costs", type=Path, help="measured costs (default resources/costs.csv)")
-    measure = commands.add_parser("measure", help="measure what a model's steps cost here, and add it to the costs")
-    measure.add_argument("model", help="a name in quest.diffusion.models.MODELS")
-    measure.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    measure.add_argument("--batch", type=int, help="samples per call; default: those of a sampling batch")
-    measure.add_argument("--costs", type=Path, help="file to write (default resources/costs.csv)")
+    measured = {
+        "measure": "measure what a model's steps cost here, and add it to the costs",
+        "rehearse": "the same of a published model's architecture, with random weights",
+    }
+    for name, about in measured.items():
+        measure = commands.add_parser(name, help=about)
+        measure.add_argument("model", help="a name in quest.diffusion.models.MODELS")
+        measure.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+        measure.add_argument("--batch", type=int, help="samples per call; default: those of a sampling batch")
+        measure.add_argument("--repeats", type=int, default=3, help="(default %(default)s)")
+        measure.add_argument("--costs", type=Path, help="file to write (default resources/costs.csv)")
     audit = commands.add_parser("audit", help="bytes, bits per parameter and bit operations of a checkpoint")
     audit.add_argument("file", type=Path, help="model.safetensors, as quest.save writes it")
     commands.add_parser("doctor", help="which kernels, devices and weights work here, and why others do not")
@@ -39,9 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(3 if stop.code and "judge" in given[:1] else stop.code) from None
     sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a character of the tables
     try:
-        {"plan": _plan, "measure": _measure, "audit": _audit, "doctor": _doctor, "judge": _judge}[options.command](
-            options
-        )
+        {"plan": _plan, "measure": _measure, "rehearse": _measure, "audit": _audit, "doctor": _doctor, "judge": _judge}[
+            options.command
+        ](options)
     except (ValueError, FileNotFoundError) as error:
         if options.command == "judge":
             print(f"judge: {error}", file=sys.stderr)
@@ -70,11 +77,15 @@ def _plan(options):
 def _measure(options):
     import torch
 
-    from quest.diffusion.models import get
+    from quest.diffusion.models import MODELS, get
     from quest.planning import measure
 
     torch.set_num_threads(1)
-    rows = measure.measure(get(options.model), options.device, options.batch)
+    model = get(options.model)
+    if options.command == "rehearse" and model.origin is None:
+        valid = ", ".join(name for name, one in MODELS.items() if one.origin)
+        raise ValueError(f"model: {model.name} ships with its weights, use `measure`; valid: {valid}")
+    rows = measure.measure(model, options.device, options.batch, options.repeats, options.command == "rehearse")
     measure.record(rows, options.costs or measure.COSTS)
     for row in rows:
         print(f"{row['model']} on {row['machine']}: {row['what']} {row['value']} {row['unit']}")

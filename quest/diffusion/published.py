@@ -91,6 +91,29 @@ def denoiser(model: Model, device="meta"):
         return diffusers.UNet2DModel(**ARCHITECTURE).eval()
 
 
+def rehearsed(model: Model, device="cpu") -> LatentDiffusionPipeline:
+    """A pipeline of a published model's architecture with random weights, without what turns prompts into conditions.
+
+    Its denoiser takes `encoder_hidden_states` of any values. It costs what the trained model costs.
+    """
+    import torch
+
+    torch.manual_seed(0)
+    unet, vae = denoiser(model, device), None
+    if model.origin.compvis is None:
+        scheduler = QuadraticDDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    else:
+        file = COMPVIS / f"{model.origin.compvis}.yaml"
+        vae, scheduler = (
+            networks.autoencoder(file, device, parameters(file).get("scale_factor", 1)),
+            compvis.scheduler(file),
+        )
+    for module in (unet, vae):
+        if module is not None:
+            module.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    return LatentDiffusionPipeline(unet, vae, scheduler)
+
+
 def convert(model: Model, checkpoint: Path, tokenizer=None):
     """Load a published checkpoint as a pipeline; see `prepare`."""
     if model.name == "cifar10":

@@ -8,7 +8,8 @@ import csv
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,8 @@ WHAT = {
     "start": "seconds until a process has imported and loaded what it needs",
     "memory": "MB at most, of the GPU where one is used, else resident",
 }
+# The same for single steps, with the measured number of rows.
+WHAT |= {f"memory of {what}": WHAT["memory"] for what in WHAT if what not in ("memory", "start") and " row" not in what}
 
 
 def read(path: Path = COSTS) -> list[dict]:
@@ -88,63 +91,53 @@ def machine(device: str) -> str:
     return f"{provenance()['machine']['cpu']}, one thread"
 
 
-def measure(model, device: str, batch: int | None = None, repeats: int = 3) -> list[dict]:
+def measure(model, device: str, batch: int | None = None, repeats: int = 3, random: bool = False) -> list[dict]:
     """Measure a model's steps on this machine. Returns rows with COLUMNS.
 
-    Without the model's weights, only a call of its untrained denoiser is measured, which takes as long.
+    Without a published model's weights, or with `random`, its architecture is measured with random ones.
     batch: samples per call; default: a sampling batch, twice as many under guidance. A value is the minimum of
     `repeats` runs after a warm-up, or the median where it is a difference of two times.
-    Raises FileNotFoundError where weights are missing and there is no configuration to build the denoiser from.
+    Raises FileNotFoundError where the weights of a model that ships are missing.
     """
-    import torch
-
-    try:
-        pipe = model.load(device=device)
-    except FileNotFoundError:
-        if model.origin is None or model.origin.compvis is None:
-            raise
-        pipe = None
-    denoiser = untrained(model, device) if pipe is None else pipe.unet
-    costs = {"start": time.process_time()}  # from the start of the process: imports and loading
-    batch = batch or model.batch_size * (2 if model.guidance > 1 else 1)
-    arguments = inputs(denoiser, model, batch, device, pipe)
-    with torch.no_grad():
-        costs["call"] = _least(lambda: denoiser(**arguments), repeats, device) / batch
-    if pipe is not None:
-        quantized = _quantized(pipe, model, arguments)
-        with torch.no_grad():
-            costs["quantized call"] = _least(lambda: quantized(**arguments), repeats, device) / batch
-        quantized.requires_grad_(True)
-        # A mini-batch has 16 rows, or 4 where the graph of the denoiser takes gigabytes per row.
-        most = 16 if sum(p.numel() for p in denoiser.parameters()) < 1e8 else 4
-        few = inputs(denoiser, model, min(max(batch, 2), most), device, pipe)
-        costs["training step"] = _least(lambda: quantized(**few).sample.sum().backward(), repeats, device) / len(
-            few["sample"]
-        )
-        costs |= _threshold_search(pipe, _calibration(few), 2 * max(batch, 2), repeats, device)
-        costs |= _quantizing(pipe, model, few, repeats, device)
-        costs |= _images(pipe, model, min(model.batch_size, batch), repeats, device)
-    costs["memory"] = _memory(device)
-    where, now = machine(device), datetime.now(UTC).date().isoformat()
-    weights = "untrained" if pipe is None else "trained"
-    return [
-        {"model": model.name, "machine": where, "what": what, "value": f"{value:.4g}"}
-        | {"unit": "MB" if what == "memory" else "s", "batch": batch, "weights": weights, "date": now}
-        for what, value in costs.items()
-    ]
-
-
-def untrained(model, device: str):
-    """A denoiser from its configuration. All parameters are a small constant, since drawing them would take time."""
     import torch
 
     from quest.diffusion import published
 
-    built = published.denoiser(model).to_empty(device=device)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.fill_(0.01)
-    return built.to(memory_format=torch.channels_last)
+    try:
+        pipe = None if random else model.load(device=device)
+    except FileNotFoundError:
+        if model.origin is None:
+            raise
+        pipe = None
+    weights = "random" if pipe is None else "trained"
+    pipe = pipe or published.rehearsed(model, device)
+    denoiser = pipe.unet
+    costs = {"start": time.process_time()}  # from the start of the process: imports and loading
+    batch = batch or model.batch_size * (2 if model.guidance > 1 else 1)
+    arguments = inputs(denoiser, model, batch, device, pipe)
+    with torch.no_grad(), peak_of("call", costs, device):
+        costs["call"] = _least(lambda: denoiser(**arguments), repeats, device) / batch
+    quantized = _quantized(pipe, model, arguments)
+    with torch.no_grad(), peak_of("quantized call", costs, device):
+        costs["quantized call"] = _least(lambda: quantized(**arguments), repeats, device) / batch
+    quantized.requires_grad_(True)
+    # A mini-batch has 16 rows, or 4 where the graph of the denoiser takes gigabytes per row.
+    most = 16 if sum(p.numel() for p in denoiser.parameters()) < 1e8 else 4
+    few = inputs(denoiser, model, min(max(batch, 2), most), device, pipe)
+    with peak_of("training step", costs, device):
+        seconds = _least(lambda: quantized(**few).sample.sum().backward(), repeats, device)
+        costs["training step"] = seconds / len(few["sample"])
+    with peak_of("threshold search", costs, device):
+        costs |= _threshold_search(pipe, _calibration(few), 2 * max(batch, 2), repeats, device)
+    costs |= _quantizing(pipe, model, few, repeats, device)
+    costs |= _images(pipe, model, min(model.batch_size, batch), repeats, device)
+    costs["memory"] = max(value for what, value in costs.items() if what.startswith("memory of "))
+    where, now = machine(device), datetime.now(UTC).date().isoformat()
+    return [
+        {"model": model.name, "machine": where, "what": what, "value": f"{value:.4g}"}
+        | {"unit": "MB" if what.startswith("memory") else "s", "batch": batch, "weights": weights, "date": now}
+        for what, value in costs.items()
+    ]
 
 
 def inputs(denoiser, model, batch: int, device: str, pipe=None) -> dict:
@@ -166,7 +159,7 @@ def tokens(model, pipe=None) -> int:
     """Number of tokens in the condition of a sample, of the pipeline or else of the model as shipped or published."""
     if model.conditioning == "none":
         return 0
-    if pipe is not None:
+    if pipe is not None and (hasattr(pipe, "tokenizer") or pipe.class_embedder is not None):
         return pipe.tokenizer.model_max_length if model.conditioning == "text" else pipe.class_embedder.config.tokens
     if model.origin is not None:
         return {"class": 1, "text": 77}[model.conditioning]
@@ -229,10 +222,12 @@ def _quantizing(pipe, model, arguments, repeats, device):
         for _, layer in quant_layers(denoiser):
             layer.thaw()
     layers = [layer for _, layer in quant_layers(student)]
-    costs = {
-        "weight ranges": _least(lambda: [layer.choose_weight_range(ranges.mse) for layer in layers], 1, device),
-        "ranges": _least(lambda: calibrate(student, calibration, ranges.mse_zero_point, samples=n, seed=0), 1, device),
-    }
+    costs = {}
+    with peak_of("weight ranges", costs, device):
+        costs["weight ranges"] = _least(lambda: [x.choose_weight_range(ranges.mse) for x in layers], 1, device)
+    with peak_of("ranges", costs, device):
+        search = partial(calibrate, student, calibration, ranges.mse_zero_point, samples=n, seed=0)
+        costs["ranges"] = _least(search, 1, device)
     common = dict(lr=0.0, generator=torch.Generator().manual_seed(0))
 
     def rounding(iterations, batch):
@@ -249,11 +244,12 @@ def _quantizing(pipe, model, arguments, repeats, device):
         all_steps[what] = step._replace(learn=partial(step.learn, timed, pipe, calibration, model))
     small = max(1, n // 4)
     for what, step in all_steps.items():
-        if step.rows is None:
-            seconds = [_iteration(step.learn, batch, repeats, device) for batch in (small, n)]
-            costs |= _fixed_and_row(what, small, n, *seconds)
-        else:
-            costs[what] = _iteration(step.learn, step.rows, repeats, device)
+        with peak_of(what, costs, device):
+            if step.rows is None:
+                seconds = [_iteration(step.learn, batch, repeats, device) for batch in (small, n)]
+                costs |= _fixed_and_row(what, small, n, *seconds)
+            else:
+                costs[what] = _iteration(step.learn, step.rows, repeats, device)
     return costs
 
 
@@ -285,14 +281,16 @@ def _images(pipe, model, batch, repeats, device):
 
     config = pipe.unet.config
     latents = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size, device=device)
-    costs = {"decode": _least(lambda: decode(pipe, latents), repeats, device) / batch}
+    costs = {}
+    with peak_of("decode", costs, device):
+        costs["decode"] = _least(lambda: decode(pipe, latents), repeats, device) / batch
     try:
         network = EXTRACTORS[model.extractor]()
     except OSError:  # Inception's weights are missing and cannot be fetched
         return costs
     network = network.to(device) if hasattr(network, "to") else network
     images = torch.from_numpy(decode(pipe, latents)).permute(0, 3, 1, 2).to(device)
-    with torch.no_grad():
+    with torch.no_grad(), peak_of("features", costs, device):
         costs["features"] = _least(lambda: network(images), repeats, device) / batch
     return costs
 
@@ -324,11 +322,20 @@ def _seconds(step: Callable, device: str) -> float:
     return clock() - start
 
 
-def _memory(device):
-    import resource
-
+@contextmanager
+def peak_of(what: str, costs: dict, device: str) -> Iterator[None]:
+    """Add the most memory that the process holds inside to `costs`, in MB: of the GPU, else resident (on Linux)."""
     import torch
 
     if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts in KiB
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is what is held now
+    yield
+    if device == "cuda":
+        costs[f"memory of {what}"] = torch.cuda.max_memory_allocated() / 1e6
+    else:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        costs[f"memory of {what}"] = (
+            next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
+        )

@@ -47,7 +47,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Part:
-    """All jobs of one kind for one model. hours is NaN where a cost was not measured; `missing` names these costs."""
+    """All jobs of one kind for one model. hours is NaN where a cost was not measured; `missing` names these costs.
+
+    memory: MB at most of one job, with the rows per step that were measured; NaN where a step was not.
+    """
 
     model: str
     kind: str
@@ -55,6 +58,7 @@ class Part:
     hours: float
     bytes: float
     missing: tuple[str, ...] = ()
+    memory: float = math.nan
 
 
 def cells(config: dict) -> tuple[list[Run], list[Run]]:
@@ -190,7 +194,8 @@ def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
         hours, missing = _hours(known, len(checkpoints), steps_in_all)
         if unknown:
             hours, missing = math.nan, (*missing, *dict.fromkeys(unknown))
-        all_parts.append(Part(name, "quantize", len(checkpoints), hours, size, missing))
+        memory = math.nan if unknown else _memory(known, steps_in_all)
+        all_parts.append(Part(name, "quantize", len(checkpoints), hours, size, missing, memory))
         for kind, label, call in (
             ("fp", "sample, full precision", "call"),
             (None, "sample, quantized", "quantized call"),
@@ -198,11 +203,11 @@ def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
             of_kind = [run for run in sampled if run.model == name and (run.method == "fp") == (kind == "fp")]
             made_images = images * len(of_kind)
             count = settings.get("shards", 1) * len(of_kind)
-            hours, missing = _hours(
-                known, count, {call: made_images * calls, "decode": made_images, "features": made_images}
-            )
+            steps = {call: made_images * calls, "decode": made_images, "features": made_images}
+            hours, missing = _hours(known, count, steps)
             image_bytes = _image_bytes(model, sizes, settings.get("keep_images", True))
-            all_parts.append(Part(name, label, count, hours, image_bytes * made_images, missing))
+            size = image_bytes * made_images
+            all_parts.append(Part(name, label, count, hours, size, missing, _memory(known, steps)))
     return [part for part in all_parts if part.jobs]
 
 
@@ -224,8 +229,9 @@ def quantizing(method: str, recipe: dict, bits: str, model: Model, trajectories:
 def _trajectories(name, model, known, rows, calls, row_bytes):
     """rows: trajectories of each set, which is a job of its own and has whole batches."""
     padded = sum(-(-count // model.batch_size) * model.batch_size for count in rows)
-    hours, missing = _hours(known, len(rows), {"call": padded * calls + RANGES_SAMPLES * model.steps})
-    return Part(name, "trajectories", len(rows), hours, sum(rows) * calls * row_bytes, missing)
+    steps = {"call": padded * calls + RANGES_SAMPLES * model.steps}
+    hours, missing = _hours(known, len(rows), steps)
+    return Part(name, "trajectories", len(rows), hours, sum(rows) * calls * row_bytes, missing, _memory(known, steps))
 
 
 def _image_bytes(model, sizes, keep):
@@ -242,6 +248,13 @@ def _hours(known, jobs, steps):
     return seconds / 3600, missing
 
 
+def _memory(known, steps):
+    """MB that the largest of these steps takes, NaN where one was not measured."""
+    whole = {step.removesuffix(" row") for step, count in steps.items() if count}
+    found = [known.get(f"memory of {step}", math.nan) for step in whole]
+    return math.nan if any(map(math.isnan, found)) else max(found, default=math.nan)
+
+
 def report(config: dict, costs: list[dict], machine: str) -> str:
     """The plan as Markdown: jobs by rule, work by model, disk, memory, and where each cost was measured."""
     check_keep(config)
@@ -249,10 +262,11 @@ def report(config: dict, costs: list[dict], machine: str) -> str:
     lines = [f"## Plan of `{config['name']}` on {machine}", "", "| rule | jobs |", "|---|---:|"]
     lines += [f"| {rule} | {count} |" for rule, count in of_rule.items()]
     lines += [f"| in all | {sum(of_rule.values())} |", ""]
-    lines += ["| model | jobs | number | hours | disk [GB] |", "|---|---|---:|---:|---:|"]
+    lines += ["| model | jobs | number | hours | disk [GB] | peak memory [GB] |", "|---|---|---:|---:|---:|---:|"]
     for part in all_parts:
         hours = f"{part.hours:.2f}" if math.isfinite(part.hours) else f"not measured: {', '.join(part.missing)}"
-        lines.append(f"| {part.model} | {part.kind} | {part.jobs} | {hours} | {part.bytes / 1e9:.2f} |")
+        memory = f"{part.memory / 1e3:.1f}" if math.isfinite(part.memory) else "not measured"
+        lines.append(f"| {part.model} | {part.kind} | {part.jobs} | {hours} | {part.bytes / 1e9:.2f} | {memory} |")
     lines += ["", *_totals(all_parts), "", *_sizes(config), "", *_measured(config, costs, machine)]
     return "\n".join(lines) + "\n"
 
@@ -288,7 +302,7 @@ def _measured(config, costs, machine):
         here = [row for row in rows if row["machine"] == machine]
         memory = next((row["value"] for row in here if row["what"] == "memory"), None)
         if here:
-            kinds = ", ".join(row["what"] for row in here)
+            kinds = ", ".join(row["what"] for row in here if not row["what"].startswith("memory"))
             row = here[0]
             sentence = f"measured on {row['date']}, batch {row['batch']}, {row['weights']} weights: {kinds}"
             sentence += f"; at most {memory:.0f} MB" if memory is not None else "; memory not measured"

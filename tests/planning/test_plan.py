@@ -1,7 +1,7 @@
 """Plans of the shipped configs, and costs measured on a tiny pipeline."""
 
 import math
-from dataclasses import replace
+import re
 from pathlib import Path
 
 import pytest
@@ -163,6 +163,11 @@ def test_what_was_not_measured_is_said_and_never_guessed():
     known = costs("scenes-class", call=0.002, start=10)
     told = plan.report(config("smoke"), known, "box")
     assert "| scenes-class | sample, quantized | 4 | not measured: quantized call, decode, features |" in told
+    memory = costs("scenes-class", **{"memory_of_call": 1500, "memory_of_decode": 900, "memory_of_features": 2000})
+    told_of_memory = plan.report(config("smoke"), known + memory, "box")
+    assert re.search(r"sample, full precision \| 2 \|.*\| 2.0 \|", told_of_memory)
+    assert re.search(r"trajectories \| 2 \|.*\| 1.5 \|", told_of_memory)
+    assert re.search(r"sample, quantized \| 4 \|.*\| not measured \|", told_of_memory)
     assert "so this is no total" in told and "memory not measured" in told
     elsewhere = plan.report(config("smoke"), known, "another box")
     assert "nothing measured here; `python -m quest measure scenes-class" in elsewhere
@@ -201,6 +206,10 @@ def test_command(tmp_path, capsys):
         ("plan", "nowhere.yaml"): "plan: nowhere.yaml: no such file; valid: a config",
         ("plan", str(CONFIGS / "smoke.yaml"), "--machine", "H100", "--costs", str(file)): "on 'H100'; valid: box",
         ("measure", "sd15"): "measure: model: 'sd15' is not one of",
+        (
+            "rehearse",
+            "scenes-text",
+        ): "rehearse: model: scenes-text ships with its weights, use `measure`; valid: lsun-b",
     }.items():
         with pytest.raises(SystemExit, match=error):
             main(list(arguments))
@@ -251,7 +260,8 @@ def test_measured_costs_of_a_tiny_pipeline(uncond_model, monkeypatch):
     }
     assert {what: found.pop(what) for what in learned} == {w: 0.01 if w.endswith("row") else 0.1 for w in learned}
     assert found.pop("threshold search row") >= 0  # a difference of two times can be lost in their noise
-    assert all(value > 0 for value in found.values()) and found["memory"] > 50
+    assert found.pop("threshold search") >= 0  # likewise
+    assert [what for what, value in found.items() if not value > 0] == [] and found["memory"] > 50
     assert {row["machine"] for row in rows} == {measure.machine("cpu")} and rows[0]["weights"] == "trained"
 
 
@@ -269,13 +279,14 @@ def test_an_iteration_is_what_more_of_them_add(monkeypatch):
     assert measure._fixed_and_row("x", 4, 16, 2.0, 1.0) == {"x": 1.0, "x row": 0.0}
 
 
-def test_measured_costs_without_weights_are_of_the_denoiser():
-    def absent(device):
-        raise FileNotFoundError("no weights")
+@pytest.mark.parametrize("name", ["tiny-imagenet", "tiny-sd"])
+def test_without_weights_everything_is_measured_on_random_ones(name, monkeypatch):
+    monkeypatch.setattr(measure, "_iteration", lambda learn, batch, *_: learn(1, batch) or 0.1)
+    monkeypatch.setitem(features.EXTRACTORS, MODELS[name].extractor, lambda: lambda images: images.float().mean())
 
-    model = replace(MODELS["tiny-imagenet"], load=absent)
-    rows = measure.measure(model, "cpu", batch=2, repeats=1)
-    assert {row["what"] for row in rows} == {"start", "call", "memory"} and rows[0]["weights"] == "untrained"
+    rows = measure.measure(MODELS[name], "cpu", batch=1, repeats=1, random=True)
+    assert {row["what"] for row in rows} == set(measure.WHAT) and rows[0]["weights"] == "random"
+    assert all(50 < float(row["value"]) for row in rows if row["what"].startswith("memory"))
 
 
 @pytest.mark.parametrize(
