@@ -92,7 +92,7 @@ def observed_probabilities(q: Tensor, k: Tensor, scale: float, mask: Tensor | No
 
 def _part(q: Tensor, k: Tensor) -> int:
     """How many of the batch have at most AT_ONCE probabilities, at least one."""
-    return max(1, AT_ONCE // (q.shape[1] * k.shape[1]))
+    return max(1, AT_ONCE // max(1, q.shape[1] * k.shape[1]))
 
 
 def probabilities(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
