@@ -5,7 +5,6 @@ import os
 import re
 import resource
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -347,99 +346,9 @@ def environment(project):
     return {key: project.command()[key] for key in ("cwd", "env")}
 
 
-def test_memory_and_time_grow_with_every_attempt(stubbed):
-    stubbed.write("workflow/scripts/trajectories.py", "raise SystemExit('no')")
-    said = stubbed.snakemake("--retries", "2", "results/default/scenes-class/calibration.safetensors").stdout
-    assert re.findall(r"runtime=(\d+)", said) == ["30", "60", "90"]
-    assert re.findall(r"mem_mb=(\d+)", said) == ["2000", "4000", "6000"]
-
-
-def test_an_empty_output_is_no_output(stubbed):
-    stubbed.write("workflow/scripts/trajectories.py", STUB_EMPTY)
-    run = stubbed.snakemake("results/default/scenes-class/calibration.safetensors")
-    assert run.returncode != 0 and "empty" in run.stdout
-    assert not (stubbed.folder / "results/default/scenes-class/calibration.safetensors").exists()
-
-
-STUB_EMPTY = """
-import sys
-from pathlib import Path
-for option in ("--calibration", "--evaluation", "--ranges"):
-    Path(sys.argv[sys.argv.index(option) + 1]).touch()
-"""
-
-
 def test_lint(stubbed):
     run = stubbed.snakemake("--lint")
     assert run.returncode == 0, run.stdout
-
-
-def test_a_fault_in_a_config_is_one_line_before_any_job(stubbed):
-    config = stubbed.config()
-    config["methods"]["quest"]["lr_wieght"] = 1
-    stubbed.configure(config)
-    run = stubbed.snakemake()
-    assert run.returncode != 0 and "Traceback" not in run.stdout and "rule " not in run.stdout
-    (line,) = [line for line in run.stdout.splitlines() if "lr_wieght" in line]
-    assert "methods.quest" in line and "did you mean 'lr_weight'" in line and "cma_iterations" in line
-
-
-def test_two_configs_with_one_name(stubbed):
-    stubbed.write("mine.yaml", yaml.safe_dump(stubbed.config()))
-    run = stubbed.snakemake("--dry-run", "--configfile", "mine.yaml")
-    assert run.returncode != 0 and "Traceback" not in run.stdout
-    (line,) = [line for line in run.stdout.splitlines() if "'default'" in line]
-    assert "mine.yaml" in line and "workflow/config/default.yaml" in line
-
-
-def test_a_failed_job_tells_where_its_log_is(stubbed):
-    stubbed.write("workflow/scripts/trajectories.py", "raise SystemExit('layer conv_in: the input is constant')")
-    run = stubbed.snakemake("results/default/scenes-class/calibration.safetensors")
-    log = "results/default/scenes-class/trajectories.log"
-    assert run.returncode != 0 and f"log: {log}" in run.stdout
-    assert (stubbed.folder / log).read_text(encoding="utf-8") == "layer conv_in: the input is constant\n"
-
-
-SLOW_WRITER = """
-import sys, time
-from pathlib import Path
-from quest.runtime.files import atomic
-with atomic(sys.argv[sys.argv.index("-o") + 1]) as file:
-    file.write_text("first half, ")
-    if not Path("killed").exists():
-        Path("writing").touch()
-        time.sleep(300)
-    file.write_text("first half, second half")
-"""
-
-
-def test_a_run_killed_in_mid_write_resumes(stubbed):
-    stubbed.write("workflow/scripts/quantize.py", SLOW_WRITER)
-    cell = stubbed.folder / "results/default/scenes-class/rtn/w4a4"
-    target = str((cell / "model.safetensors").relative_to(stubbed.folder))
-    with (stubbed.folder / "killed.log").open("w", encoding="utf-8") as log:
-        run = subprocess.Popen(**stubbed.command(target), stdout=log, stderr=log, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 120
-        while not (stubbed.folder / "writing").exists():
-            assert time.monotonic() < deadline and run.poll() is None, (stubbed.folder / "killed.log").read_text(
-                encoding="utf-8"
-            )
-            time.sleep(0.1)
-    finally:
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)  # Snakemake and the job at once, as when a machine goes down
-        run.wait()
-    assert not (stubbed.folder / target).exists()
-
-    stubbed.write("killed", "")
-    calibration = cell.parents[1] / "calibration.safetensors"
-    made = calibration.stat().st_mtime_ns
-    stubbed.snakemake("--unlock")
-    again = stubbed.snakemake("--rerun-incomplete", target)
-    assert again.returncode == 0, again.stdout
-    assert (stubbed.folder / target).read_text(encoding="utf-8") == "first half, second half"
-    assert calibration.stat().st_mtime_ns == made  # what was whole is not made again
 
 
 @pytest.mark.slow

@@ -1,31 +1,19 @@
 """Reads and checks a config and lists its runs. The Snakefile uses it, so it imports nothing heavy."""
 
-import difflib
-import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from quest.config.schema import ConfigError, check_against, one_of, read, schema_validators, weights_only
 from quest.runtime import memory
-from quest.runtime.files import one_line
-from quest.runtime.yaml_files import read_yaml
 
 FULL_PRECISION = ("fp", "w32a32")
 NAME = "[a-z0-9][a-z0-9-]{0,99}"  # name of a row, which is also a folder
 SHARED = ("zoo", "models", "checkpoints", "references", "networks")  # folders in results/ that all configs share
 FILES = ("checkpoint", "tokenizer", "captions", "reference")  # keys of a model that name a file or folder
-LARGEST = 2**31  # numbers in a config are smaller
 MADE = "results/checkpoints/tiny-"  # start of the paths of checkpoints that a rule makes
-SCHEMA = Path(__file__).parents[1] / "workflow" / "schemas" / "config.schema.yaml"
-
-
-class ConfigError(ValueError):
-    """An invalid config. The message is one line that names the key and the valid values."""
-
-    def __init__(self, message: str):
-        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True)
@@ -127,17 +115,6 @@ def ablation_runs(config: dict) -> list[Run]:
     return [Run(block["model"], method, block["bits"]) for method in dict.fromkeys([*bases, *block["rows"]])]
 
 
-def read(file: str | Path) -> dict:
-    """Read a config file. Raises ConfigError where it is not YAML (see `read_yaml`) or has no keys."""
-    try:
-        content = read_yaml(file)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: no keys with values; needed: name, models, grid, methods")
-    return content
-
-
 def validate(config: dict) -> None:
     """Raise ConfigError for the first key in `config` that could not run."""
     from quest.diffusion.declared import of_config
@@ -147,7 +124,7 @@ def validate(config: dict) -> None:
     if config["name"] in SHARED:
         raise ConfigError(f"name: {config['name']!r} is a folder that configs share; give the config another name")
     for name in [name for name, settings in config["models"].items() if "pipeline" not in settings]:
-        _one_of(name, MODELS, f"models.{name}: unknown model")
+        one_of(name, MODELS, f"models.{name}: unknown model")
     try:
         models = of_config(config)
         if "memory" in config:
@@ -176,7 +153,7 @@ def validate(config: dict) -> None:
         chain = [method]
         while (start := config["methods"][chain[-1]].get("init")) is not None:
             valid = [name for name in config["methods"] if name not in (*chain, FULL_PRECISION[0])]
-            _one_of(start, valid, f"methods.{chain[-1]}.init: {start!r} is no starting point")
+            one_of(start, valid, f"methods.{chain[-1]}.init: {start!r} is no starting point")
             chain.append(start)
     if "ablations" in config:
         _check_ablations(config)
@@ -200,9 +177,9 @@ def _check_time_groups(config: dict, run: Run, model) -> None:
 def _check_cells(key: str, block: dict, config: dict) -> None:
     """Raise ConfigError unless the models, methods and bits of a block exist and fit each other."""
     for model in block["model"]:
-        _one_of(model, config["models"], f"{key}.model: {model!r} is not under models")
+        one_of(model, config["models"], f"{key}.model: {model!r} is not under models")
     for method in block["method"]:
-        _one_of(method, config["methods"], f"{key}.method: {method!r} is not under methods")
+        one_of(method, config["methods"], f"{key}.method: {method!r} is not under methods")
     for bits in block["bits"]:
         try:
             parse_bits(bits)
@@ -219,10 +196,10 @@ def _check_ablations(config: dict) -> None:
     """Raise ConfigError unless every row of `ablations` is a valid recipe under a new name."""
     block, methods = config["ablations"], config["methods"]
     valid = [name for name in methods if name != FULL_PRECISION[0]]
-    _one_of(block["against"], valid, f"ablations.against: {block['against']!r} is not under methods")
+    one_of(block["against"], valid, f"ablations.against: {block['against']!r} is not under methods")
     cell = {key: [block[key]] for key in ("model", "bits")}
     _check_cells("ablations", cell | {"method": [block["against"]]}, config)
-    validator, known = _recipes()
+    validator, known = schema_validators()
     for name, changes in block["rows"].items():
         key = f"ablations.rows.{name}"
         if not re.fullmatch(NAME, str(name)):
@@ -232,13 +209,13 @@ def _check_ablations(config: dict) -> None:
         if {"of", "method"} <= changes.keys():
             raise ConfigError(f"{key}: of {changes['of']!r} and method {changes['method']!r}; give one of the two")
         if "of" in changes:
-            _one_of(changes["of"], valid, f"{key}.of: {changes['of']!r} is not under methods")
+            one_of(changes["of"], valid, f"{key}.of: {changes['of']!r} is not under methods")
         if "method" in changes:
-            _one_of(changes["method"], known, f"{key}.method: unknown method {changes['method']!r}")
+            one_of(changes["method"], known, f"{key}.method: unknown method {changes['method']!r}")
         registered, recipe = recipe_of(config, name)
-        _check_against(validator(registered), recipe, key)
+        check_against(validator(registered), recipe, key)
         if "init" in recipe:
-            _one_of(recipe["init"], valid, f"{key}.init: {recipe['init']!r} is no starting point")
+            one_of(recipe["init"], valid, f"{key}.init: {recipe['init']!r} is no starting point")
         # Check that its method can have these bits.
         _check_cells(key, cell | {"method": [name]}, config | {"methods": methods | {name: {"method": registered}}})
 
@@ -316,97 +293,18 @@ def check_names(files: Iterable[Path]) -> None:
 
 def _check_schema(config: dict) -> None:
     """Check a config against the schema, and each recipe that names its `method` against the schema of that method."""
-    validator, known = _recipes()
+    validator, known = schema_validators()
     methods = config.get("methods") if isinstance(config, dict) else None
     with_method = {}
     if isinstance(methods, dict):
         with_method = {n: r for n, r in methods.items() if isinstance(r, dict) and "method" in r}
         config = config | {"methods": {n: r for n, r in methods.items() if n not in with_method}}
-    _check_against(validator(), config)
+    check_against(validator(), config)
     for name, recipe in with_method.items():
         if not re.fullmatch(NAME, str(name)) or name in known:
             raise ConfigError(
                 f"methods.{name}: a row needs a name of its own: at most 100 small letters, digits and hyphens"
             )
-        _one_of(recipe["method"], known, f"methods.{name}.method: unknown method {recipe['method']!r}")
+        one_of(recipe["method"], known, f"methods.{name}.method: unknown method {recipe['method']!r}")
         keywords = {k: v for k, v in recipe.items() if k != "method"}
-        _check_against(validator(recipe["method"]), keywords, f"methods.{name}")
-
-
-@functools.cache
-def _schema() -> dict:
-    return read(SCHEMA)
-
-
-def weights_only() -> list[str]:
-    """Names of the methods that quantize weights only. Read from the schema, because baselines need torch."""
-    return _schema()["$defs"]["weights-only"]["enum"]
-
-
-@functools.cache
-def _recipes():
-    """(validator, names of all methods). validator() is for a whole config, validator(method) for a recipe."""
-    schema = _schema()
-    methods = schema["$defs"]["methods"]["properties"]
-    kind = _strict()
-
-    def validator(method: str | None = None):
-        return kind(schema if method is None else methods[method] | {"$defs": schema["$defs"]})
-
-    return validator, list(methods)
-
-
-def _strict():
-    """A stricter validator: 120.0 is not an integer, true is not 1, and numbers are finite and below LARGEST."""
-    from jsonschema import Draft202012Validator, ValidationError, validators
-
-    def integer(_checker, value):
-        return type(value) is int and abs(value) < LARGEST
-
-    def number(_checker, value):
-        return type(value) in (int, float) and abs(value) < LARGEST  # neither infinite nor NaN
-
-    def enum(_validator, allowed, value, _schema):
-        if not any(type(value) is type(one) and value == one for one in allowed):
-            yield ValidationError(f"{value!r} is not one of {', '.join(map(str, allowed))}")
-
-    types = Draft202012Validator.TYPE_CHECKER.redefine_many({"integer": integer, "number": number})
-    return validators.extend(Draft202012Validator, {"enum": enum}, type_checker=types)
-
-
-def _check_against(validator, config, where: str = "") -> None:
-    """Raise ConfigError for the first violation of the schema. where: the prefix of its keys in the message."""
-    error = min(validator.iter_errors(config), key=lambda e: list(map(str, e.absolute_path)), default=None)
-    if error is None:
-        return
-    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path)
-    key = (where + path).removeprefix(".") or "config"
-    if error.validator == "additionalProperties":
-        allowed = error.schema.get("properties", {})
-        unknown = next(name for name in error.instance if name not in allowed)
-        _one_of(unknown, allowed, f"{key}: unknown key {unknown!r}")
-    if error.validator == "required":
-        missing = next(name for name in error.validator_value if name not in error.instance)
-        raise ConfigError(f"{key}: key {missing!r} is missing; needed: {', '.join(error.validator_value)}")
-    if error.validator == "enum":
-        _one_of(error.instance, map(str, error.validator_value), f"{key}: {error.instance!r} is not valid")
-    hints = [error.schema["description"]] if "description" in error.schema else []
-    if error.validator == "type" and error.validator_value in ("number", "integer"):
-        if isinstance(error.instance, str):
-            hints.append("YAML reads 1e-4 as text, write 1.0e-4")
-        else:
-            kind = "whole number" if error.validator_value == "integer" else "number"
-            hints.append(f"write a {kind} below {LARGEST}")
-    if error.instance is None:
-        hints.append("write {} for nothing")
-    raise ConfigError("; ".join([f"{key}: {error.message}", *hints]))
-
-
-def _one_of(name, valid: Iterable[str], complaint: str) -> None:
-    """Unless `name` is in `valid`, raise ConfigError with `complaint`, the nearest valid name and all valid names."""
-    valid = list(valid)
-    if name in valid:
-        return
-    near = difflib.get_close_matches(str(name), valid, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ConfigError(f"{complaint}{hint}; valid: {', '.join(valid) or 'nothing'}")
+        check_against(validator(recipe["method"]), keywords, f"methods.{name}")
