@@ -30,7 +30,8 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def write_checkpoint():
     """A function that writes a checkpoint of no layers whose header says so and what it is told."""
-    empty = dict.fromkeys(("splits", "layers", "shapes", "attentions", "granularity", "hashes"), {})
+    empty = dict.fromkeys(("splits", "layers", "shapes", "attentions", "hashes"), {})
+    empty["granularity"] = {"weights": "channel", "activations": "tensor"}
     empty |= {"weights": "codes", "denoiser": "UNet2DModel", "time_groups": None}
 
     def write(path, **told):
