@@ -37,7 +37,7 @@ class Stage:
     """What is tuned together: layers, and scales of activation quantizers.
 
     The loss is the sum over the layers in `local` of the mean squared error of their output, plus global_weight times
-    that of the noise prediction. A `visit` of None interleaves the time groups, see finetune.SCHEDULES.
+    that of the noise prediction. A `visit` of None interleaves the time groups, see baselines.quest.SCHEDULES.
     """
 
     name: str

@@ -26,7 +26,7 @@ CHUNK = 64  # rows of one forward pass of a unit where nothing is learned
 class Unit:
     """What is reconstructed together, with its quantized layers and activation quantizers by name.
 
-    modules: one, or several that read the same input; their outputs are concatenated. lay: turns the output for a
+    modules: one, or several that read the same input; their outputs are concatenated. arrange: turns the output for a
     number of rows into the layout in which the papers' networks have it, dimension 1 of images being channels.
     """
 
@@ -34,7 +34,7 @@ class Unit:
     modules: dict[str, nn.Module]
     layers: dict[str, QuantLayer]
     quantizers: dict[str, Quantizer]
-    lay: Callable[[Tensor, int], Tensor]
+    arrange: Callable[[Tensor, int], Tensor]
 
 
 def _as_it_is(y: Tensor, _rows: int) -> Tensor:
@@ -84,12 +84,12 @@ def units(denoiser: nn.Module, inputs: dict[str, Tensor]) -> list[Unit]:
         modules = {n: found[n] for n in names}
         layers = {f"{n}.{sub}".rstrip("."): m for n in names for sub, m in quant_layers(found[n])}
         quantizers = {f"{n}.{sub}": q for n in names for sub, q in input_quantizers(found[n]).items()}
-        lay = _as_it_is
+        arrange = _as_it_is
         if isinstance(modules[names[0]], QuantAttention):
-            lay = _heads_as_channels
+            arrange = _heads_as_channels
         elif any(unit.startswith(f"{n}.") for n in attention):
-            lay = _channels_first
-        result.append(Unit(unit, modules, layers, quantizers, lay))
+            arrange = _channels_first
+        result.append(Unit(unit, modules, layers, quantizers, arrange))
     return result
 
 
