@@ -47,10 +47,11 @@ CELLS = list(dict.fromkeys((run.model, run.bits) for run in RUNS if run.method !
 PICTURED = [model for model, settings in config["models"].items() if settings.get("keep_images", True)]
 TABLES = ["main.csv", "main.md", "main.tex", "paired.csv", "eps_error.csv", "ledger.csv", "ledger.md", "ledger.tex"]
 PAPER_TABLES = expand("table{number}.{kind}", number=range(2, 12), kind=["csv", "md", "tex"])
-LITE0_USED, OTHERS_USED = ({MODELS[run.model].extractor in LITE0 for run in RUNS} >= {used} for used in (True, False))
 METRICS = ["is", "latent_mse", "eps_error"]
-METRICS += ["kid_64w", "fd_64w_to_fp"] if LITE0_USED else []
-METRICS += ["fid", "sfid", "fid_to_fp"] if OTHERS_USED else []
+for lite0, to_real, to_fp in ((True, ["kid_64w"], ["fd_64w_to_fp"]), (False, ["fid", "sfid"], ["fid_to_fp"])):
+    of_kind = [MODELS[name] for name in config["models"] if (MODELS[name].extractor in LITE0) == lite0]
+    METRICS += to_real if any(model.reference for model in of_kind) else []
+    METRICS += to_fp if of_kind else []
 METRICS += ["psnr"] if PICTURED else []
 METRICS += ["clip"] if any(MODELS[run.model].clip for run in RUNS) else []
 CURVES = [f"{metric}_vs_bits" for metric in METRICS] + ["eps_error_vs_timestep"] if CELLS else []
