@@ -37,7 +37,7 @@ def test_the_same_images_are_as_good(sets):
 def test_a_blur_is_worse_and_the_page_shows_the_pairs(sets, tmp_path):
     verdict = judge(sets["blur"], sets["scenes"], page=tmp_path / "judged.html")
     assert verdict.verdict == "worse" and verdict.estimate > verdict.margin > 0 and verdict.low > 0
-    page = (tmp_path / "judged.html").read_text()
+    page = (tmp_path / "judged.html").read_text(encoding="utf-8")
     assert page.count("<img") == 16 and "A is worse" in page and "PSNR of pairs" in page
 
 
@@ -115,7 +115,7 @@ def test_exit_codes(sets, tmp_path, capsys):
 def test_bad_input_is_named_and_has_its_own_code(sets, tmp_path, capsys, bad, said):
     saved(tmp_path / "few.npz", drawn(0, 5))
     saved(tmp_path / "float.npz", drawn(0, 5) / 255)
-    (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "text.npz").write_text("no archive", encoding="utf-8")
     (tmp_path / "empty").mkdir()
     assert code(tmp_path / bad, sets["scenes"]) == 3
     assert said in capsys.readouterr().err

@@ -17,6 +17,7 @@ from pathlib import Path
 from baselines import METHODS
 from baselines.method import Step
 from quest.diffusion.models import ZOO
+from quest.runtime import memory
 from quest.runtime.files import one_line, read_json, read_rows
 
 COSTS = Path(__file__).parents[2] / "resources" / "costs.csv"
@@ -335,7 +336,4 @@ def peak_of(what: str, costs: dict, device: str) -> Iterator[None]:
     if device == "cuda":
         costs[f"memory of {what}"] = torch.cuda.max_memory_allocated() / 1e6
     else:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        costs[f"memory of {what}"] = (
-            next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
-        )
+        costs[f"memory of {what}"] = memory.field("/proc/self/status", "VmHWM") / 1e6

@@ -51,7 +51,7 @@ def free() -> int:
     """Bytes of host memory that this process may still take: of the machine, of its control group and of `ulimit`."""
     import resource
 
-    found = [_field("/proc/meminfo", "MemAvailable")]
+    found = [field("/proc/meminfo", "MemAvailable")]
     for folder, most, now in (
         ("/sys/fs/cgroup", "memory.max", "memory.current"),
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -59,11 +59,12 @@ def free() -> int:
         found.append(_number(f"{folder}/{most}") - _number(f"{folder}/{now}", 0))
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
-        found.append(limit - _field("/proc/self/status", "VmSize"))
+        found.append(limit - field("/proc/self/status", "VmSize"))
     return max(0, int(min(found + [2**50])))
 
 
-def _field(file: str, name: str) -> float:
+def field(file: str, name: str) -> float:
+    """A field of a file of Linux such as /proc/self/status, in bytes; infinite where there is none."""
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

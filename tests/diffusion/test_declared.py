@@ -211,8 +211,8 @@ def test_what_cannot_be_quantized_is_refused_by_name(folder_of, tmp_path):
     attention.processor = kind()
     with pytest.raises(ValueError, match="mid_block.attentions.0.*attn1: its attention processor is a SlicedAttn"):
         guards.check(pipe)
-    index = json.loads((folder_of("ddpm") / "model_index.json").read_text())
-    (tmp_path / "model_index.json").write_text(json.dumps(index | {"_class_name": "NoPipeline"}))
+    index = json.loads((folder_of("ddpm") / "model_index.json").read_text(encoding="utf-8"))
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"_class_name": "NoPipeline"}), encoding="utf-8")
     with pytest.raises(ValueError, match="a NoPipeline; valid: LatentDiffusionPipeline and the pipelines of diffusers"):
         declared.load_pipeline(tmp_path)
 

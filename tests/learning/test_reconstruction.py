@@ -106,7 +106,7 @@ def test_the_weight_pass_learns_roundings_and_nothing_else(case):
 
 def in_files() -> int:
     """Temporary files without a name that this process has in memory."""
-    return sum("(deleted)" in line for line in Path("/proc/self/maps").read_text().splitlines())
+    return sum("(deleted)" in line for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines())
 
 
 def test_where_tensors_wait_and_what_streams_changes_no_bit(case, monkeypatch):

@@ -10,7 +10,6 @@ from torch.nn.utils import parametrize, prune
 from quest.affine import FLOAT, QParams, QuantSpec, fake_quantize
 from quest.kernels import reference
 from quest.quantization import placement, ranges
-from quest.quantization.attention import QuantAttention
 from quest.quantization.layer_names import LAYER_CLASSES, layer_class
 from quest.quantization.layers import attentions, input_quantizers, quant_layers, quantized
 from quest.quantization.swapping import swap
@@ -197,11 +196,6 @@ def test_attention_quantizes_normalised_probabilities():
     torch.testing.assert_close(y, fake_quantize(p, QParams(scale, zero_point, coarse)) @ v, rtol=1e-3, atol=1e-3)
     assert zero_point == 0 and torch.isclose(scale * 15, p.max())
     assert (y - p @ v).abs().max() > 1e-2  # and that is not the float product
-
-
-def test_masks_are_refused():
-    with pytest.raises(NotImplementedError):
-        QuantAttention(QuantSpec(8), QuantSpec(8))(None, None, attention_mask=torch.zeros(1))
 
 
 @pytest.mark.parametrize("kind", ["uncond", "class", "text"])

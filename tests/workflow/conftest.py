@@ -54,9 +54,10 @@ class Project:
             return
         for name, outputs in OUTPUTS.items():
             self.write(f"workflow/scripts/{name}.py", STUB.format(outputs=outputs, tables=TABLES))
-        for model in ("scenes-uncond", "scenes-class", "scenes-text"):
+        for model in ("scenes-uncond", "scenes-class", "scenes-text", "photos-class"):
             self.write(f"resources/zoo/{model}/unet/weights.safetensors", "")
-        self.write("resources/reference/scenes.npz", "")
+        for file in ("scenes.npz", "photos.npz", "lite0-photos.safetensors"):
+            self.write(f"resources/reference/{file}", "")
         self.write("resources/references.bib", "")
         self.write("resources/published.csv", "")
 
