@@ -83,7 +83,7 @@ def points(models: tuple[str, ...], threads: tuple[int, ...]) -> list[Point]:
 
 def sampling_batch(model: Model) -> int:
     """Samples in one denoiser call while sampling: under guidance both halves of the batch."""
-    return model.batch_size * (2 if model.guidance > 1 else 1)
+    return model.batch_size * model.halves
 
 
 def measure(point: Point) -> list[dict]:

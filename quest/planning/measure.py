@@ -114,7 +114,7 @@ def measure(model, device: str, batch: int | None = None, repeats: int = 3, rand
     pipe = pipe or published.rehearsed(model, device)
     denoiser = pipe.unet
     costs = {"start": time.process_time()}  # from the start of the process: imports and loading
-    batch = batch or model.batch_size * (2 if model.guidance > 1 else 1)
+    batch = batch or model.batch_size * model.halves
     arguments = inputs(denoiser, model, batch, device, pipe)
     with torch.no_grad(), peak_of("call", costs, device):
         costs["call"] = _least(lambda: denoiser(**arguments), repeats, device) / batch

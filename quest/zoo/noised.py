@@ -17,7 +17,7 @@ def noised(pipe, model: Model, split: str, n: int, seed: int = 0) -> Calibration
     """
     drawn = scenes.draw(split, n)
     z = posterior_means(pipe.vae, drawn.images()) * pipe.vae.config.scaling_factor  # [n, C, h, w]
-    halves = 2 if model.guidance > 1 else 1
+    halves = model.halves
     context = _context(pipe, model, drawn)
     generator = torch.Generator().manual_seed(seed)
     calls = []
@@ -50,4 +50,4 @@ def _context(pipe, model: Model, drawn) -> dict:
         tokens, empty = pipe.class_embedder(labels), pipe.class_embedder(no_class)
     else:
         tokens, empty = pipe.encode_prompt(drawn.captions(), pipe.device, 1, True)
-    return {"encoder_hidden_states": torch.cat([empty, tokens]) if model.guidance > 1 else tokens}
+    return {"encoder_hidden_states": torch.cat([empty, tokens]) if model.halves == 2 else tokens}

@@ -91,7 +91,7 @@ def main() -> None:
         features |= {"eps_error": errors.cpu().numpy(), "timesteps": np.array(timesteps)}
 
     # The number of rows of one denoiser call on a whole batch; guidance doubles it.
-    rows = model.batch_size * (2 if model.guidance > 1 else 1)
+    rows = model.batch_size * model.halves
     footprint |= {"latency_ms": 1e3 * statistics.median(calls), "batch": rows, "threads": arguments.threads}
     seeds = {"split": "evaluation", "first": SEEDS["evaluation"], "n": arguments.n, "shard": arguments.shard}
     metadata = {"seeds": seeds, "seconds": seconds, "footprint": footprint, "kernel": kernel, "job": job}
