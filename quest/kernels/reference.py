@@ -57,9 +57,8 @@ def attention(
     """q [B, n, d], k and v [B, m, d] (B counts heads) -> [B, n, d].
 
     Queries, keys and values are quantized, then the normalised softmax probabilities. mask [B, 1 or n, m] is added to
-    the logits; other kernels take none. Of the probabilities, at most AT_ONCE are in
-    memory: larger attentions are computed in parts, again in the backward pass, which then sums the gradient of p's
-    scale over the parts.
+    the logits; other kernels take none. Of the probabilities, at most AT_ONCE are in memory: larger attentions are
+    computed in parts, again in the backward pass, which then sums the gradient of p's scale over the parts.
     """
     q, k, v = fake_quantize(q, q_params), fake_quantize(k, k_params), fake_quantize(v, v_params)
     masks = () if mask is None else (mask,)

@@ -82,8 +82,8 @@ def _number(file: str, otherwise: float = math.inf) -> float:
 class Waiting:
     """Allocates tensors that wait on the CPU: in memory up to `budget` bytes in all, others in temporary files.
 
-    A file has no name once it is open, so that it is gone with its
-    tensor, however the process ends. `held` and `most`: bytes that wait now and that waited at most, in either place.
+    A file has no name once it is open, so it is gone with its tensor, however the process ends. `held` and `most`:
+    bytes that wait now and that waited at most, in either place.
     """
 
     def __init__(self, budget: int):

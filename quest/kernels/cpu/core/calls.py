@@ -59,9 +59,7 @@ def _shaped(tensor: Tensor | None, shape: tuple[int, ...], name: str) -> Tensor 
         return None
     if tensor.shape != shape:
         raise ValueError(f"{name}: its shape is {list(tensor.shape)}, not {list(shape)}")
-    if tensor.dtype is not FLOAT32 or not tensor.is_cpu or (tensor.requires_grad and torch.is_grad_enabled()):
-        _refuse(tensor, name)
-    return tensor.contiguous()
+    return checked(tensor, name).contiguous()
 
 
 def _beside(residual: Tensor | None, out: Tensor, name: str) -> Tensor | None:
