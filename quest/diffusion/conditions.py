@@ -1,5 +1,6 @@
 """Labels and captions of the models that are shipped or published, image by image. No torch."""
 
+import math
 from collections.abc import Sequence
 
 
@@ -20,9 +21,11 @@ def photo_labels(split: str, start: int, stop: int) -> Sequence[int]:
     return [index % 10 for index in range(start, stop)]
 
 
-def imagenet_labels(split: str, start: int, stop: int) -> Sequence[int]:
-    """Image i has class (309 i) mod 1000: 50,000 images contain each class 50 times, and a few images spread widely.
+def spread_labels(classes: int, _split: str, start: int, stop: int) -> Sequence[int]:
+    """Image i has class (309 i) mod `classes`: every class occurs as often, and a few images spread widely.
 
-    The released code of QuEST calibrates on classes 0 to 25 only: it takes the first 256 images, sorted by class.
+    Of ImageNet's 1,000 classes 50,000 images contain each 50 times. The released code of QuEST calibrates on classes 0
+    to 25 only: it takes the first 256 images, sorted by class.
     """
-    return [309 * index % 1000 for index in range(start, stop)]
+    step = 309 if math.gcd(309, classes) == 1 else 1
+    return [step * index % classes for index in range(start, stop)]

@@ -10,14 +10,13 @@ QuEST tunes. Rule `model` records the settings in results/models/<name>, where `
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
 
 from quest.diffusion import captions as caption_files
-from quest.diffusion.conditions import scene_captions
+from quest.diffusion.conditions import scene_captions, spread_labels
 from quest.diffusion.denoisers import NAMES, denoiser_of
 from quest.diffusion.loading import load_pipeline
 from quest.diffusion.models import CONDITIONED, MODELS, PREPARED, REFERENCES, Model, Origin
@@ -92,7 +91,7 @@ def declared(name: str, settings: dict) -> Model:
     if any(part.startswith("text_encoder") for part in parts):
         conditioning, source = "text", partial(_prompts, PREPARED / name / "captions.txt")
     elif denoiser == "transformer" and classes or "class_embedder" in parts:
-        conditioning, source = "class", partial(_classes, classes)
+        conditioning, source = "class", partial(spread_labels, classes)
     else:
         conditioning, source = "none", None
     if ("prompts" in settings) != (conditioning == "text"):
@@ -166,7 +165,7 @@ def of_pipeline(pipe, prompts: Sequence[str] | None = None) -> Model:
         conditioning, source = "text", partial(_cycled, list(prompts)) if prompts else scene_captions
     elif "class_labels" in defaults and (embedder is not None or config.get("num_embeds_ada_norm")):
         classes = config["num_embeds_ada_norm"] if embedder is None else embedder.config.num_classes
-        conditioning, source = "class", partial(_classes, classes)
+        conditioning, source = "class", partial(spread_labels, classes)
     else:
         conditioning, source = "none", None
     return Model(
@@ -210,9 +209,3 @@ def _cycled(lines: list[str], split: str, start: int, stop: int) -> Sequence[str
     After all of them they begin anew. With as many lines as images and trajectories together no two splits share one.
     """
     return [lines[i % len(lines) if split == "evaluation" else -1 - i % len(lines)] for i in range(start, stop)]
-
-
-def _classes(count: int, _split: str, start: int, stop: int) -> Sequence[int]:
-    """Image i has class (309 i) mod count: every class as often, and a few images spread widely (see `models`)."""
-    step = 309 if math.gcd(309, count) == 1 else 1
-    return [step * index % count for index in range(start, stop)]

@@ -13,7 +13,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quest.diffusion.conditions import imagenet_labels, photo_labels, scene_captions, scene_labels
+from quest.diffusion.conditions import photo_labels, scene_captions, scene_labels, spread_labels
 from quest.diffusion.loading import load_pipeline
 from quest.runtime.files import read_json, read_lines
 
@@ -303,7 +303,7 @@ MODELS = {
             steps=20,
             guidance=3.0,
             conditioning="class",
-            source=imagenet_labels,
+            source=partial(spread_labels, 1000),
             selection="imagenet",
             batch_size=64,
             time_groups=20,
@@ -370,7 +370,7 @@ MODELS = {
             sampler="ddim",
             guidance=3.0,
             conditioning="class",
-            source=imagenet_labels,
+            source=partial(spread_labels, 1000),
             selection="imagenet",
         ),
         _rehearsed(
