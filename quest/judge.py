@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from quest.metrics import lite0
 from quest.metrics.intervals import half_width, resample_counts, student
 from quest.metrics.kernel_distance import kernel
 from quest.metrics.per_image import psnr, squared_distances
@@ -165,19 +166,18 @@ def judge(
             raise ValueError(f"{source}: {len(x)} images; at least {FEWEST} are needed")
     if captions is not None and len(captions) < len(first):
         raise ValueError(f"{prompts}: {len(captions)} prompts for {len(first)} images of {a}")
-    found = {name: features(x) for name, x in (("a", first), ("b", second), ("blurred", blurred(second)))}
-    pool = {name: one["features"] for name, one in found.items()}
-    margin = float(
-        Pooled(pool["blurred"], pool["b"], True).distance(*weights(len(second), len(second), True)["all"])[0]
-    )
-    verdict = decide(pool["a"], pool["b"], margin, paired, None if real is None else features(real)["features"])
+    (a_features, a_maps), (b_features, b_maps) = (lite0.computed(x, "features", "maps") for x in (first, second))
+    (blurry,) = lite0.computed(blurred(second), "features")
+    margin = float(Pooled(blurry, b_features, True).distance(*weights(len(second), len(second), True)["all"])[0])
+    real_features = None if real is None else lite0.computed(real, "features")[0]
+    verdict = decide(a_features, b_features, margin, paired, real_features)
     if paired and first.shape == second.shape:
-        apart = squared_distances(found["a"]["maps"], found["b"]["maps"])
+        apart = squared_distances(a_maps, b_maps)
         for name, values in (("PSNR of pairs [dB]", psnr(first, second)), ("Lite0 distance of pairs", apart)):
             mean, low, high = student(values)
             verdict.rows[name] = f"{mean:.4g} ({low:.4g} to {high:.4g})"
     else:
-        apart = _nearest(pool["a"], pool["b"])
+        apart = _nearest(a_features, b_features)
     verdict.worst = np.argsort(-apart)[:SHOWN]
     verdict.rows |= _by_other_networks(first, second, captions)
     if page:
@@ -230,20 +230,6 @@ def generated(folder: Path, prompts: Sequence[str] | None, images: int) -> np.nd
         output = pipe(**given, generator=torch.Generator().manual_seed(i), output_type="np").images[0]
         parts.append((output * 255).round().astype(np.uint8))
     return np.stack(parts)
-
-
-def features(images: np.ndarray) -> dict[str, np.ndarray]:
-    """Lite0's features [N, 1280] and maps [N, 7168] of images, uint8 [N, H, W, 3]."""
-    import torch
-
-    from quest.metrics import lite0
-
-    parts = []
-    with torch.no_grad():
-        for block in torch.from_numpy(images).permute(0, 3, 1, 2).split(50):
-            outputs = lite0.outputs(block)
-            parts.append({name: outputs[name].numpy() for name in ("features", "maps")})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def blurred(images: np.ndarray) -> np.ndarray:

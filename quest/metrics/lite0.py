@@ -20,6 +20,7 @@ from quest.diffusion.models import ZOO
 REFERENCE = ZOO.parent / "reference"
 SIZE = 128  # pictures are resized to this many pixels per side
 COMPONENTS = 64
+STEP = 100  # images per pass
 SPATIAL_CHANNELS = 7  # of a 4x4 map: 112 numbers, as sFID takes the first 7 channels of one of Inception's maps
 # Blocks whose maps `outputs` compares at a grid of so many positions per side; their maps have 32, 16, 8 and 4.
 GRIDS = {1: 8, 2: 8, 4: 4, 6: 2}
@@ -77,6 +78,19 @@ def outputs(images):
         "logits": model.classifier(features),
         "maps": torch.cat(compared, 1).half(),
     }
+
+
+def computed(images: np.ndarray, *names: str) -> list[np.ndarray]:
+    """Return these of the `outputs` for uint8 images [N, S, S, 3], as arrays [N, ...]."""
+    import torch
+    from tqdm import tqdm
+
+    parts = []
+    with torch.no_grad():
+        for start in tqdm(range(0, len(images), STEP), desc="Lite0", unit="pass"):
+            found = outputs(torch.from_numpy(images[start : start + STEP]).permute(0, 3, 1, 2))
+            parts.append([found[name].numpy() for name in names])
+    return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
 class Whitening:

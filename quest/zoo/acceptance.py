@@ -18,14 +18,11 @@ from quest.metrics import classifier
 from quest.metrics.features import extract
 from quest.metrics.frechet import Statistics, frechet_distance, load_reference
 from quest.metrics.kernel_distance import kernel_distance
-from quest.metrics.lite0 import REFERENCE
+from quest.metrics.lite0 import REFERENCE, computed
 from quest.runtime import command_line
-from quest.runtime.files import atomic, dumps
-from quest.runtime.provenance import provenance
 from quest.zoo import neighbours, pictures
 from quest.zoo.architectures import MODELS
-from quest.zoo.judge import grid
-from quest.zoo.picture_statistics import raw_features
+from quest.zoo.judge import write
 from quest.zoo.train_autoencoder import RECIPES
 from quest.zoo.train_extractor import reconstruct
 
@@ -96,9 +93,7 @@ def shows(images, asked, judge):
         model, preprocess, tokenizer = load(judge)
         found = clip_features(images, asked, model, preprocess, tokenizer)
         return caption_first(found["clip_image"], found["clip_text"])
-    net = classifier.load(judge)
-    parts = torch.from_numpy(images).permute(0, 3, 1, 2).split(250)
-    return torch.cat([classifier.logits(net, part) for part in parts]).argmax(1).numpy() == np.array(asked)
+    return classifier.classes_of(classifier.load(judge), images) == np.array(asked)
 
 
 def by_group(right, groups):
@@ -140,7 +135,8 @@ def measure(name, folder, data, n=500, guidance=3.0, judge=None, cache=None):
                 numbers[f"shows what was asked, {what}"] = float(shows(sets[what], labels, judge).mean())
             numbers["good enough"]["class"] = bool(right.mean() >= LEAST)
     known, flips = neighbours.training_features(shown, cache), RECIPES[kind].flips
-    numbers["nearest training pictures"] = neighbours.compare(images, raw_features(images)[0], shown, known, flips)
+    (features,) = computed(images, "features")
+    numbers["nearest training pictures"] = neighbours.compare(images, features, shown, known, flips)
     return numbers, images
 
 
@@ -167,12 +163,7 @@ def main():
         arguments.judge,
         arguments.cache,
     )
-    with atomic(arguments.grid) as temporary:
-        grid(images[:64]).save(temporary)
-    numbers["provenance"] = provenance()
-    with atomic(arguments.output) as temporary:
-        temporary.write_text(dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    print(arguments.output.read_text(encoding="utf-8"))
+    write(numbers, images, arguments.output, arguments.grid)
 
 
 if __name__ == "__main__":

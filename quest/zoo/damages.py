@@ -68,9 +68,7 @@ class Judge:
             per_image["PSNR [dB]"] = psnr(images, self.images)
             per_image["Lite0 distance"] = squared_distances(found["maps"], self.clean["maps"])
         if self.net is not None:
-            parts = torch.from_numpy(images).permute(0, 3, 1, 2).split(250)
-            classes = torch.cat([classifier.logits(self.net, part) for part in parts]).argmax(1).numpy()
-            per_image["class agreement"] = classes == self.labels
+            per_image["class agreement"] = classifier.classes_of(self.net, images) == self.labels
         values = {"KID-64w": [], "FD-64w": [], "IS (Lite0)": []} | {name: [] for name in per_image}
         for rows in self.subsets:
             pool, once = found["pool"][rows], np.ones((1, len(rows)))

@@ -80,6 +80,16 @@ def grid(images, columns=8, scale=2):
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
+def write(numbers, images, output, picture):
+    """Write and print the numbers with their provenance (JSON), and a picture of the first 64 samples."""
+    with atomic(picture) as temporary:
+        grid(images[:64]).save(temporary)
+    text = dumps(numbers | {"provenance": provenance()}, indent=2) + "\n"
+    with atomic(output) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(text)
+
+
 def main():
     parser = command_line.parser(__doc__, "file", "threads")
     parser.add_argument("model", choices=[name for name in MODELS if name.startswith("scenes-")])
@@ -91,12 +101,7 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     numbers, images = judge(arguments.model, arguments.folder, arguments.extractor, arguments.reference, arguments.n)
-    with atomic(arguments.grid) as temporary:
-        grid(images[:64]).save(temporary)
-    numbers["provenance"] = provenance()
-    with atomic(arguments.output) as temporary:
-        temporary.write_text(dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    print(arguments.output.read_text(encoding="utf-8"))
+    write(numbers, images, arguments.output, arguments.grid)
 
 
 if __name__ == "__main__":

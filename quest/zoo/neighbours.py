@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from quest.metrics import lite0
 from quest.runtime import command_line
 from quest.runtime.files import atomic, dumps, read_arrays
 from quest.zoo import pictures
-from quest.zoo.picture_statistics import raw_features
 from quest.zoo.train_autoencoder import RECIPES
 
 SIDE = 16
@@ -60,7 +60,7 @@ def training_features(shown, cache=None):
         if len(features) != len(rows):
             raise ValueError(f"{cache}: features of {len(features)} pictures, not {len(rows)}")
         return features
-    features = raw_features(shown.images[rows])[0].astype(np.float16)
+    features = lite0.computed(shown.images[rows], "features")[0].astype(np.float16)
     if cache is not None:
         with atomic(cache) as temporary:
             np.savez(temporary, features=features)
@@ -77,7 +77,7 @@ def compare(images, features, shown, known, flips=False):
     training, unseen = shown.images[shown.rows("train")], shown.images[shown.rows("evaluation")]
     values = {
         "rms": [nearest_rms(x, training, flips)[0] for x in (images, unseen)],
-        "cosine": [nearest_cosine(x, known)[0] for x in (features, raw_features(unseen)[0])],
+        "cosine": [nearest_cosine(x, known)[0] for x in (features, lite0.computed(unseen, "features")[0])],
     }
     found = {}
     for measure, (of_samples, of_unseen) in values.items():
@@ -106,7 +106,7 @@ def main():
     images = arrays["images"]
     known = training_features(shown, arguments.cache)
     flips = RECIPES[arguments.kind].flips
-    print(dumps(compare(images, raw_features(images)[0], shown, known, flips), indent=2))
+    print(dumps(compare(images, lite0.computed(images, "features")[0], shown, known, flips), indent=2))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from quest.metrics import lite0
 from quest.metrics.frechet import Statistics, save_reference
@@ -19,18 +18,7 @@ from quest.runtime.provenance import provenance
 from quest.zoo import pictures
 
 FITTED = 5000  # training pictures that the components are fitted to
-STEP = 100  # pictures per pass
 SOURCES = {"photos": "CIFAR-10", "emoji": "Noto Emoji, Twemoji and Fluent Emoji"}
-
-
-def raw_features(images):
-    """Lite0's outputs for uint8 images [N, S, S, 3]: features [N, 1280] and spatial [N, 112], float32."""
-    parts = []
-    with torch.no_grad():
-        for start in tqdm(range(0, len(images), STEP), unit="pass"):
-            found = lite0.outputs(torch.from_numpy(images[start : start + STEP]).permute(0, 3, 1, 2))
-            parts.append([found[name].numpy() for name in ("features", "spatial")])
-    return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
 def components(kind, shown):
@@ -38,12 +26,12 @@ def components(kind, shown):
     rows = shown.rows("train")
     rows = np.sort(np.random.default_rng(0).permutation(rows)[:FITTED])
     said = f"{len(rows)} pictures of the training split of {SOURCES[kind]}"
-    return lite0.Whitening.fit(raw_features(shown.images[rows])[0]), said
+    return lite0.Whitening.fit(lite0.computed(shown.images[rows], "features")[0]), said
 
 
 def reference(kind, shown, components_file, path):
     """Write the reference statistics, which belong to the components in a file."""
-    features, spatial = raw_features(shown.images[shown.rows("reference")])
+    features, spatial = lite0.computed(shown.images[shown.rows("reference")], "features", "spatial")
     whitening = lite0.Whitening.load(components_file)
     pool = whitening(features)
     metadata = {
