@@ -1,6 +1,6 @@
 """Write the results of a run into README.md and docs/results.md, between markers, and copy its files to docs/assets.
 
-The README shows the verdicts, a short table and one picture; docs/results.md shows every table and the other figures.
+The README shows the verdicts and one picture; docs/results.md shows every table and the other figures.
 """
 
 import shutil
@@ -34,12 +34,13 @@ def main() -> None:
     every = ", ".join(f"[{file.name}]({{}}assets/{file.name})" for file in tables)
     shown = [
         verdicts(arguments.main, arguments.paired, arguments.seeds),
-        short_table(arguments.main, arguments.paired),
         *(image.replace("(", "(docs/") for image in samples[-1:]),
         f"{source} Every bit width and metric: [results](docs/results.md). Every row: {every.format(*['docs/'] * 3)}.",
     ]
     whole = [
         f"{source} Every row: {every.format(*[''] * 3)}.",
+        "## At the fewest bits",
+        short_table(arguments.main, arguments.paired),
         "## Checkpoint against checkpoint",
         paired_table(arguments.paired),
         "## Every bit width and metric",
