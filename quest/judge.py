@@ -23,7 +23,6 @@ Images are pairs if both sides have equally many of them (in folders: with the s
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -213,23 +212,21 @@ def load(source: str | Path, prompts: Sequence[str] | None, images: int) -> tupl
 
 
 def generated(folder: Path, prompts: Sequence[str] | None, images: int) -> np.ndarray:
-    """Images of a diffusers pipeline, of the seeds 0, 1, ... with its own number of steps and guidance scale."""
-    import torch
+    """Images of a diffusers pipeline, of the seeds 0, 1, ... with its own sampler, number of steps and guidance scale.
 
-    from quest.diffusion.models import load_pipeline
+    Raises ValueError for a pipeline with text without prompts, or without text with them.
+    """
+    from quest.diffusion.declared import of_pipeline
+    from quest.diffusion.loading import load_pipeline
+    from quest.diffusion.sampling import generate
 
     pipe = load_pipeline(folder)
-    takes = signature(pipe.__call__).parameters
-    if "class_labels" in takes or ("prompt" in takes) != (prompts is not None):
-        needs = "a file of --prompts" if "prompt" in takes else "no prompts" if prompts else "images, as a folder"
+    model = of_pipeline(pipe, prompts)
+    if (model.conditioning == "text") != (prompts is not None):
+        needs = "no prompts" if prompts else "a file of --prompts"
         raise ValueError(f"{folder}: a {type(pipe).__name__} needs {needs}")
-    pipe.set_progress_bar_config(disable=True)
-    parts = []
-    for i in range(len(prompts) if prompts else images):
-        given = {"prompt": prompts[i]} if prompts else {}
-        output = pipe(**given, generator=torch.Generator().manual_seed(i), output_type="np").images[0]
-        parts.append((output * 255).round().astype(np.uint8))
-    return np.stack(parts)
+    count = images if prompts is None else len(prompts)
+    return np.concatenate([made for *_, made in generate(pipe, model, "evaluation", count)])
 
 
 def blurred(images: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from PIL import Image
 
 from quest.__main__ import main
 from quest.diffusion import scenes
-from quest.judge import EXIT, blurred, decide, judge
+from quest.judge import EXIT, blurred, decide, generated, judge
 
 
 def drawn(start, n):
@@ -120,3 +120,15 @@ def test_bad_input_is_named_and_has_its_own_code(sets, tmp_path, capsys, bad, sa
     assert code(tmp_path / bad, sets["scenes"]) == 3
     assert said in capsys.readouterr().err
     assert code(sets["scenes"]) == 3  # B is missing
+
+
+def test_a_pipeline_is_sampled_with_its_own_settings(class_pipe, text_pipe, tmp_path):
+    for name, pipe in (("class", class_pipe), ("text", text_pipe)):
+        pipe.save_pretrained(tmp_path / name)
+    first, again = (generated(tmp_path / "class", None, count) for count in (3, 2))
+    assert first.shape[0] == 3 and first.dtype == np.uint8 and np.array_equal(first[:2], again)
+    assert len(generated(tmp_path / "text", ["a red circle", "a blue square"], 200)) == 2
+    with pytest.raises(ValueError, match="text: a StableDiffusionPipeline needs a file of --prompts"):
+        generated(tmp_path / "text", None, 2)
+    with pytest.raises(ValueError, match="class: a LatentDiffusionPipeline needs no prompts"):
+        generated(tmp_path / "class", ["a red circle"], 2)

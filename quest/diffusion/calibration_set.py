@@ -137,16 +137,11 @@ class CalibrationSet:
         for name in tensors.keys() - set(TENSORS):
             if not name.startswith(prefix) or name.removeprefix(prefix) in ("", "sample", "timestep"):
                 raise ValueError(f"{path} is not a calibration set: its tensor {one_line(name)} is unknown")
-        n = tensors["sample"].shape[:1]
+        n, kinds = tensors["sample"].shape[:1], dict.fromkeys(("trajectory", "call"), (torch.int64,))
+        kinds["timestep"] = (torch.int64, torch.float32, torch.float64)
         for name, value in tensors.items():
-            kinds = {"timestep": (torch.int64, torch.float32, torch.float64)}
-            kinds |= dict.fromkeys(("trajectory", "call"), (torch.int64,))
-            whole = name in kinds
-            if (
-                value.shape[:1] != n
-                or whole
-                and (value.dtype not in kinds[name] or value.ndim != 1 or (value < 0).any())
-            ):
+            number = name not in kinds or value.dtype in kinds[name] and value.ndim == 1 and (value >= 0).all()
+            if value.shape[:1] != n or not number:
                 raise ValueError(
                     f"{path}: its tensor {name} is {value.dtype} {tuple(value.shape)}, not one of {n[0]} rows"
                 )
