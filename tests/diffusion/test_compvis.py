@@ -6,9 +6,6 @@
 """
 
 import json
-import os
-import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +17,6 @@ from safetensors.torch import save_file
 
 from quest.diffusion import compvis, random_checkpoints
 from quest.diffusion.compvis import networks
-from quest.diffusion.compvis.checkpoint import read
 from quest.diffusion.compvis.networks import FixedHeadsUNet2DModel
 from quest.diffusion.pipelines import LatentDiffusionPipeline
 
@@ -239,61 +235,6 @@ def test_tensors_of_another_shape_are_listed(tmp_path):
     state["first_stage_model.quantize.embedding.weight"] = torch.zeros(32, 3)
     with pytest.raises(ValueError, match=r"embedding.weight is \[32, 3\], \[64, 3\] by the configuration"):
         compvis.load(written(state, tmp_path / "model.ckpt"), config_of("lsun_bedrooms"))
-
-
-class Code:
-    """Unpickled as usual, this leaves a file behind."""
-
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
-    path = tmp_path / "model.ckpt"
-    torch.save({"state_dict": state_of("imagenet"), "extra": Code(f"touch {tmp_path / 'ran'}")}, path)
-    with pytest.raises(ValueError, match=r"model.ckpt: refused, .*(posix|os)\.system.*nothing was run"):
-        read(path)
-    assert not (tmp_path / "ran").exists()
-    torch.load(path, weights_only=False)  # it would have run
-    assert (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
-@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_a_truncated_file_is_said_to_be_one(tmp_path, suffix, share):
-    path, state = tmp_path / f"model{suffix}", state_of("imagenet")
-    written(state, path) if suffix == ".ckpt" else save_file(state, path)
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(ValueError, match=rf"model{suffix} \({path.stat().st_size} bytes\): truncated, or not a"):
-        read(path)
-
-
-def test_other_files_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.ckpt: no such file; give the path of a CompVis checkpoint"):
-        read(tmp_path / "none.ckpt")
-    (tmp_path / "page.ckpt").write_text("<html>Please log in</html>", encoding="utf-8")
-    with pytest.raises(ValueError, match="page.ckpt .*truncated, or not a PyTorch checkpoint"):
-        read(tmp_path / "page.ckpt")
-    torch.save({"state_dict": {"step": 3}}, tmp_path / "step.ckpt")
-    with pytest.raises(ValueError, match="step.ckpt: holds no state_dict of tensors"):
-        read(tmp_path / "step.ckpt")
-
-
-def test_lightning_checkpoints_are_read_without_lightning(tmp_path, monkeypatch):
-    """Theirs name the class of a callback as the key of its state."""
-    place = "pytorch_lightning.callbacks.model_checkpoint"
-    callback = type("ModelCheckpoint", (), {"__module__": place})
-    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", place):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    sys.modules[place].ModelCheckpoint = callback
-    state = {"model.weight": torch.ones(2)}
-    path = tmp_path / "model.ckpt"
-    torch.save({"state_dict": state, "callbacks": {callback: {"best_model_path": "", "monitor": "val"}}}, path)
-    monkeypatch.undo()
-    assert torch.equal(read(path)["model.weight"], torch.ones(2))
 
 
 def changed(name, keys, value):

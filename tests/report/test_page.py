@@ -385,10 +385,8 @@ def test_in_a_browser(run, written, tmp_path):
     (tmp_path / "phone.html").write_text(f"<!doctype html><body>{frame}{probe}", encoding="utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--allow-file-access-from-files"]
     flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000"]
-    url = (tmp_path / "phone.html").as_uri()
-    shown = subprocess.run(
-        [CHROMIUM, *flags, "--dump-dom", url], capture_output=True, text=True, timeout=120, encoding="utf-8"
-    )
+    command = [CHROMIUM, *flags, "--dump-dom", (tmp_path / "phone.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, encoding="utf-8")
     assert "CONSOLE" not in shown.stderr, [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
     said = json.loads(re.search(r"<body>(\{.*\})", shown.stdout)[1])
     main = pd.read_csv(run / "tables/main.csv")
