@@ -7,7 +7,8 @@ emoji-text     a StableDiffusionPipeline of emoji, with captions such as "noto e
 photos-class   CIFAR-10's photographs, conditioned on the class
 photos-uncond  the same photographs, unconditional
 
-scenes-class starts from the denoiser of scenes-text, which has the same shape. All models predict the noise of the
+scenes-class starts from the denoiser of scenes-text, which has the same shape, and photos-uncond from the convolutions
+of photos-class. All models predict the noise of the
 scaled-linear schedule of latent diffusion (arXiv:2112.10752) over 1000 steps, with min-SNR-5 weights (arXiv:2303.09556;
 here with a floor) and a moving average of the parameters. A tenth of the conditions is dropped for classifier-free
 guidance (arXiv:2207.12598). A stopped run resumes from `OUT.checkpoint`; as long as the learning rate is constant (the
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 
 from quest.diffusion import scenes
 from quest.diffusion.pipelines import ClassEmbedder, forget_origin
@@ -103,6 +105,21 @@ class Trainee:
             return self.unet(noisy, t, encoder_hidden_states=context).sample.float()
 
 
+def copy_weights(unet, folder):
+    """Copy the tensors of another pipeline's denoiser that have the same name and shape; return their share.
+
+    Two models of equal shape share all tensors, a conditional and an unconditional one their convolutions. Raises
+    ValueError where no tensor fits.
+    """
+    theirs = load_file(Path(folder) / "unet" / "diffusion_pytorch_model.safetensors")
+    ours = unet.state_dict()
+    fitting = {name: tensor for name, tensor in theirs.items() if name in ours and tensor.shape == ours[name].shape}
+    if not fitting:
+        raise ValueError(f"{folder}: no tensor of its denoiser has the name and shape of one in this model")
+    unet.load_state_dict(ours | fitting)
+    return sum(t.numel() for t in fitting.values()) / sum(t.numel() for t in ours.values())
+
+
 @torch.no_grad()
 def held_out_error(trainee, z, conditions):
     """Unweighted mean squared error of the predicted noise on latents z, with one fixed timestep and noise for each."""
@@ -148,7 +165,7 @@ def train(
 ):
     """Train model `name` and write its pipeline to the folder `out`; return the held-out error of the result.
 
-    `start_from` is the pipeline folder of another model, whose denoiser (of the same class) training starts from.
+    `start_from` is the pipeline folder of another model, see `copy_weights`.
     `data` is the file of photographs or emoji. State is saved after every `save_every` iterations (None: never for that
     reason), whenever SAVE_SECONDS have passed, and at the end.
     """
@@ -161,8 +178,8 @@ def train(
     batch_size = batch_size or recipe.batch_size
     trainee = Trainee(name, None if recipe.pictures == "scenes" else pictures.load(recipe.pictures, data))
     if start_from:
-        other = type(trainee.unet).from_pretrained(start_from, subfolder="unet")
-        trainee.unet.load_state_dict(other.float().state_dict())
+        copied = copy_weights(trainee.unet, start_from)
+        print(f"{name}: starts from {copied:.0%} of its parameters in {start_from}", flush=True)
     # torch's bfloat16 convolutions are slower with channels_last.
     layout = torch.contiguous_format if recipe.half else torch.channels_last
     trainee.unet.to(memory_format=layout)
