@@ -29,7 +29,7 @@ from quest.learning.reconstruction import CHECK, reconstruct_weights
 from quest.quantization import ranges
 from quest.quantization.layer_names import Keep
 from quest.quantization.layers import quant_layers
-from quest.quantization.splitting import shortcut_splits
+from quest.quantization.splitting import concatenation_splits
 from quest.quantization.swapping import swap
 
 TRAVEL = 20  # learning rate of alpha times iterations, as published: 1e-3 * 20,000
@@ -67,8 +67,11 @@ class RoundingRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(RoundingRecipe):
-    split: bool = False  # quantize the two parts of a decoder shortcut's input apart, as published for SD and CIFAR-10
+class SplitRecipe(RoundingRecipe):
+    """Which convolutions over a concatenation quantize its two parts apart (arXiv:2302.04304, section 4.2)."""
+
+    split: bool = True  # the decoder's shortcuts, as published for Stable Diffusion and CIFAR-10
+    split_conv1: bool = False  # the first convolution of the same residual blocks; not published
 
 
 def preset_of(recipe) -> Preset:
@@ -92,32 +95,34 @@ def uniform(calibration: CalibrationSet, rows: int, seed: int) -> CalibrationSet
     return calibration.subset(calls[:, chosen].flatten())
 
 
-@takes(Recipe)
-def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
+@takes(SplitRecipe)
+def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: SplitRecipe):
     """Round the weights by AdaRound; activations stay in float. Returns a new pipeline.
 
     Departure from the released commands of Q-Diffusion: 1,024 rows by default. The paper's models set the published
     5,120 (20 steps of 256), or 6,400 for Stable Diffusion.
     Raises ValueError for activation bits other than 32.
     """
-    return weights_only(pipe, uniform(calibration, recipe.rows, recipe.seed), w, a, recipe, recipe.split)
+    drawn = uniform(calibration, recipe.rows, recipe.seed)
+    return weights_only(pipe, drawn, w, a, recipe, splits(pipe, drawn, recipe))
 
 
-def weights_only(pipe, drawn: CalibrationSet, w: int, a: int, recipe: RoundingRecipe, split: bool = False):
-    """`quantize` on `drawn`, the rows that a method chose from its calibration set."""
+def weights_only(pipe, drawn: CalibrationSet, w: int, a: int, recipe: RoundingRecipe, parts: dict | None = None):
+    """`quantize` on `drawn`, the rows that a method chose from its calibration set. parts: see `splits`."""
     if a != FLOAT:
         raise ValueError(f"AdaRound quantizes weights only: its bits are w{w}a32, not w{w}a{a}")
-    student = swap(pipe, w, a, keep=recipe.keep, splits=splits(pipe, drawn) if split else None)
+    student = swap(pipe, w, a, keep=recipe.keep, splits=parts)
     round_weights(student, pipe, drawn, recipe)
     return student
 
 
-def splits(pipe, calibration: CalibrationSet) -> dict[str, int]:
-    """Shortcut of the decoder -> channel at which it is split. Raises ValueError for a denoiser without any."""
-    channels = shortcut_splits(denoiser_of(pipe), calibration.inputs(torch.arange(1, device="cpu")))
-    if not channels:
-        raise ValueError("split: the denoiser has no shortcut convolution over a concatenation")
-    return channels
+def splits(pipe, calibration: CalibrationSet, recipe: SplitRecipe) -> dict[str, int]:
+    """Convolution -> channel at which the recipe splits it; empty for a denoiser that concatenates nothing."""
+    kinds = {"conv_shortcut": recipe.split, "conv1": recipe.split_conv1}
+    if not any(kinds.values()):
+        return {}
+    found = concatenation_splits(denoiser_of(pipe), calibration.inputs(torch.arange(1, device="cpu")))
+    return {name: channels for name, channels in found.items() if kinds[name.rpartition(".")[2]]}
 
 
 def round_weights(student, pipe, drawn: CalibrationSet, recipe: RoundingRecipe) -> None:

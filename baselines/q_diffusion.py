@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 
-from baselines.adaround import RoundingRecipe, preset_of, round_weights, rounding_work, splits, uniform, uniform_rows
+from baselines.adaround import SplitRecipe, preset_of, round_weights, rounding_work, splits, uniform, uniform_rows
 from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Valid, one_of, takes
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
@@ -36,14 +36,13 @@ BATCH = 64  # rows per update of a running average
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructionRecipe(RoundingRecipe):
+class ReconstructionRecipe(SplitRecipe):
     """Keywords of Q-Diffusion's stack, on which later papers rerun their rivals."""
 
     init: str | None = None  # AdaRound's checkpoint; default: round the weights here
     activation_iterations: Iterations | None = None  # of every unit; default: the preset's
     activation_lr: Positive | None = None  # of the activation steps; default: the preset's
     softmax_bits: Bits = 8  # published: 16 for Stable Diffusion
-    split: bool = False  # split the decoder's shortcuts, as published for Stable Diffusion and CIFAR-10
     weight_axis: Annotated[
         int | None, one_of((0, None)), Valid(description="0: a weight scale per output channel; null: one per tensor")
     ] = 0  # None: PTQD's released code
@@ -63,8 +62,8 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Reconstr
     - The first and last layer keep 8 bits, as in every row of the common stack.
     - There are 1,024 rows by default. The paper's models set the published 5,120 (6,400 for Stable Diffusion).
 
-    Split shortcuts are part of the method, but its released commands set them only for CIFAR-10 and Stable Diffusion,
-    and so do the models here (`split` in quest.diffusion.models). No command was released for class-conditional models.
+    Split shortcuts are part of the method and the default. Its released commands for LSUN leave them out, and so do the
+    LSUN models here (`split` in quest.diffusion.models).
     Returns a new pipeline. Raises ValueError where init and split disagree, and for time groups with running ranges.
     """
     return common_stack(pipe, calibration, uniform(calibration, recipe.rows, recipe.seed), w, a, recipe)
@@ -78,7 +77,7 @@ def common_stack(
     if groups is not None and (recipe.activation_ranges in RUNNING or recipe.stored_order):
         valid = f"{' or '.join(ranges.SEARCHED)}, shuffled"
         raise ValueError(f"time_groups: running ranges and the stored order hold at all timesteps; valid: {valid}")
-    parts = splits(pipe, drawn) if recipe.split else {}
+    parts = splits(pipe, drawn, recipe)
     quantizers = dict(keep=recipe.keep, softmax_bits=recipe.softmax_bits, groups=groups)
     if recipe.init is None:
         student = swap(pipe, w, a, **quantizers, splits=parts, weight_axis=recipe.weight_axis)
@@ -185,8 +184,7 @@ def stack_work(recipe, w: int, rows: int) -> Counter:
 METHOD = Method(
     "q-diffusion",
     quantize,
-    about="Q-Diffusion: block reconstruction, learned activation steps; shortcuts are split only where its released"
-    " command splits them (scenes-text, Stable Diffusion, CIFAR-10)",
+    about="Q-Diffusion: block reconstruction, split shortcuts, learned activation steps",
     work=lambda recipe, w, model, trajectories: stack_work(recipe, w, uniform_rows(recipe, model, trajectories)),
     fixed={"time_groups": 1},  # one set of ranges for all timesteps
     recipe={"init": "adaround"},

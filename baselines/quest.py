@@ -372,7 +372,7 @@ def work_of(row: str, step: str | None = None) -> Callable:
 
 
 METHOD = Method(
-    "quest",
+    "quest-suite",
     quantize,
     about="this project's recipe for QuEST with TAQuant (one set of activation scales for each time group)",
     work=work_of("training step"),
@@ -388,7 +388,7 @@ METHOD = Method(
     variants={
         "quest-paper": dict(about="QuEST as in the sixth version of its text", fixed=PAPER),
         "quest-official": dict(
-            about="QuEST as in its released code; the docstring of `quest` says where they differ",
+            about="QuEST as in its released code; the docstring of `baselines.quest` says where they differ",
             fixed=OFFICIAL,
         ),
     },

@@ -1,7 +1,7 @@
 """Quantize, save and load diffusers pipelines by QuEST (arXiv:2402.03666) and its rivals. Imports nothing heavy."""
 
 
-def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration=None, **recipe):
+def quantize(pipe, method="quest-suite", bits: str = "w4a8", *, calibration=None, **recipe):
     """Quantize the denoiser of a diffusers pipeline. Returns a new pipeline and does not change `pipe`.
 
     Args:
@@ -22,11 +22,13 @@ def quantize(pipe, method="quest", bits: str = "w4a8", *, calibration=None, **re
     from baselines import METHODS
     from baselines.method import check
     from quest.config import parse_bits
+    from quest.config.old_names import current
     from quest.diffusion.calibration_set import draw
     from quest.diffusion.denoisers import denoiser_of
     from quest.quantization import cost, guards
     from quest.quantization.layers import freeze
 
+    method = current(method)
     if not callable(method) and method not in METHODS:
         raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
     function = method if callable(method) else METHODS[method].quantize

@@ -37,7 +37,7 @@ def test_shipped_configs_are_valid(file):
 def test_default_grid(default):
     cells = runs(default)
     assert len(cells) == len(set(cells)) == 3 * (1 + 5 * 3)
-    assert Run("scenes-text", "quest", "w4a8").path == "scenes-text/quest/w4a8"
+    assert Run("scenes-text", "quest-suite", "w4a8").path == "scenes-text/quest-suite/w4a8"
     assert [run.bits for run in cells if run.method == "fp"] == ["w32a32"] * 3
 
 
@@ -71,7 +71,7 @@ WRONG = {
     "number": [True, "1.0", None, float("nan"), float("inf"), [1.0]],
     "boolean": [0, 1, "true", None],
     "string": [8, True, None, "", []],
-    "array": [[], "quest", {}, None, [8], [None]],
+    "array": [[], "quest-suite", {}, None, [8], [None]],
 }
 
 
@@ -85,8 +85,8 @@ def places(value, path=()):
 
 def test_no_value_of_another_kind_is_taken_anywhere(default):
     default["models"]["scenes-text"] |= {"shards": 2, "trajectories": 8, "evaluation": 4, "keep_images": True}
-    default["seeds"] = {"method": ["quest"], "bits": ["w4a4"], "seed": [0, 1]}
-    default["methods"]["quest"] |= {
+    default["seeds"] = {"method": ["quest-suite"], "bits": ["w4a4"], "seed": [0, 1]}
+    default["methods"]["quest-suite"] |= {
         "samples": 4, "lr_scale": 1e-4, "global_weight": 0.5, "log_scales": False, "keep": {"conv_in": [8, 32]},
     }  # fmt: skip
     default["ablations"]["rows"]["mine"] = {"tla_iterations": 3, "lr_weight": 1e-5, "qkv_as_one": True}
@@ -124,17 +124,32 @@ FAULTS = {
         ["models.scenes-txt", "'scenes-text'", "scenes-class"],
     ),
     "model not configured": (_put(["sd14"], "grid", 0, "model"), ["grid[0].model", "'sd14'", "scenes-class"]),
-    "unknown method": (_put({}, "methods", "rtn_mse"), ["methods", "'rtn_mse'", "did you mean 'rtn-mse'", "quest"]),
+    "unknown method": (
+        _put({}, "methods", "rtn_mse"),
+        ["methods", "'rtn_mse'", "did you mean 'rtn-mse'", "quest-suite"],
+    ),
     "method not configured": (lambda config: config["methods"].pop("rtn"), ["grid[1].method", "'rtn'", "rtn-mse"]),
-    "typo in a recipe": (_put(1, "methods", "quest", "inti"), ["methods.quest", "'inti'", "did you mean 'init'"]),
+    "typo in a recipe": (
+        _put(1, "methods", "quest-suite", "inti"),
+        ["methods.quest-suite", "'inti'", "did you mean 'init'"],
+    ),
     "recipe left empty": (_put(None, "methods", "rtn"), ["methods.rtn", "write {}"]),
-    "init of nothing": (_put("rtnn", "methods", "quest", "init"), ["methods.quest.init", "'rtnn'", "rtn-mse"]),
-    "init of itself": (_put("quest", "methods", "quest", "init"), ["methods.quest.init", "'quest'", "rtn-mse"]),
-    "init of full precision": (_put("fp", "methods", "quest", "init"), ["methods.quest.init", "'fp'", "rtn-mse"]),
+    "init of nothing": (
+        _put("rtnn", "methods", "quest-suite", "init"),
+        ["methods.quest-suite.init", "'rtnn'", "rtn-mse"],
+    ),
+    "init of itself": (
+        _put("quest-suite", "methods", "quest-suite", "init"),
+        ["methods.quest-suite.init", "'quest-suite'", "rtn-mse"],
+    ),
+    "init of full precision": (
+        _put("fp", "methods", "quest-suite", "init"),
+        ["methods.quest-suite.init", "'fp'", "rtn-mse"],
+    ),
     "unknown bits": (_put(["w4a9"], "grid", 1, "bits"), ["grid[1].bits", "'w4a9'", "w<2 to 8>a<2 to 8>"]),
     "whole number as float": (_put(120.0, "models", "scenes-text", "images"), ["images: 120.0", "whole number"]),
     "kept bits as float": (_put({"conv_in": 8.0}, "methods", "rtn", "keep"), ["methods.rtn.keep.conv_in", "2 to 16"]),
-    "not a number": (_put(float("nan"), "methods", "quest", "lr_scale"), ["methods.quest.lr_scale: nan"]),
+    "not a number": (_put(float("nan"), "methods", "quest-suite", "lr_scale"), ["methods.quest-suite.lr_scale: nan"]),
     "seeds of another split": (_put(1_000_001, "models", "scenes-text", "images"), ["images", "maximum of 1000000"]),
     "one trajectory": (_put(1, "models", "scenes-text", "evaluation"), ["evaluation", "minimum of 2"]),
     "more images than captions": (
@@ -189,8 +204,8 @@ FAULTS = {
         ["ablations.rows.mine.method", "'qalara'", "did you mean 'qalora'"],
     ),
     "row with two recipes": (
-        _put({"method": "qalora", "of": "quest"}, "ablations", "rows", "mine"),
-        ["ablations.rows.mine", "'quest'", "'qalora'", "one of the two"],
+        _put({"method": "qalora", "of": "quest-suite"}, "ablations", "rows", "mine"),
+        ["ablations.rows.mine", "'quest-suite'", "'qalora'", "one of the two"],
     ),
     "row named as a method": (
         _put({"time_groups": 1}, "ablations", "rows", "q-diffusion"),
@@ -210,12 +225,12 @@ FAULTS = {
         _put({"init": "adarond"}, "ablations", "rows", "mine"),
         ["ablations.rows.mine.init", "'adarond'", "did you mean 'adaround'"],
     ),
-    "rows against nothing": (_put("qest", "ablations", "against"), ["ablations.against", "'qest'", "'quest'"]),
+    "rows against nothing": (_put("qest", "ablations", "against"), ["ablations.against", "'qest'", "quest-suite"]),
     "rows of no model": (_put("scenes", "ablations", "model"), ["ablations.model", "'scenes'", "scenes-class"]),
     "rows at no bits": (_put("w4a9", "ablations", "bits"), ["ablations.bits", "'w4a9'"]),
     "groups that do not divide the steps": (
-        _put(7, "methods", "quest", "time_groups"),
-        ["methods.quest.time_groups: 7 does not divide the 40 steps of", "valid: [1, 2, 4, 5, 8, 10, 20, 40]"],
+        _put(7, "methods", "quest-suite", "time_groups"),
+        ["methods.quest-suite.time_groups: 7 does not divide the 40 steps of", "valid: [1, 2, 4, 5, 8, 10, 20, 40]"],
     ),
     "groups of a row": (
         _put({"time_groups": 3}, "ablations", "rows", "mine"),
@@ -256,7 +271,7 @@ def test_starting_points_are_found_behind_each_other():
 
 
 def test_methods_start_from_a_checkpoint_of_their_bits_or_of_their_weights_alone(default):
-    default["methods"] |= {"adaround": {}, "q-diffusion": {"init": "adaround"}, "quest": {"init": "q-diffusion"}}
+    default["methods"] |= {"adaround": {}, "q-diffusion": {"init": "adaround"}, "quest-suite": {"init": "q-diffusion"}}
     validate(default)
     found = {bits: start_of(default, Run("scenes-text", "q-diffusion", bits)) for bits in ("w4a8", "w4a4", "w8a8")}
     assert found == {
@@ -264,7 +279,7 @@ def test_methods_start_from_a_checkpoint_of_their_bits_or_of_their_weights_alone
         "w4a4": Run("scenes-text", "adaround", "w4a32"),
         "w8a8": Run("scenes-text", "adaround", "w8a32"),
     }
-    assert start_of(default, Run("scenes-text", "quest", "w4a4")) == Run("scenes-text", "q-diffusion", "w4a4")
+    assert start_of(default, Run("scenes-text", "quest-suite", "w4a4")) == Run("scenes-text", "q-diffusion", "w4a4")
     assert start_of(default, Run("scenes-text", "adaround", "w4a32")) is None
 
 
@@ -287,7 +302,7 @@ def test_all_methods_has_every_method(default):
 
 
 @pytest.mark.parametrize(
-    "method", ["rtn", "rtn-mse", "q-diffusion", "ptq4dm", "ptqd", "tfmq-dm", "quest", "quest-paper"]
+    "method", ["rtn", "rtn-mse", "q-diffusion", "ptq4dm", "ptqd", "tfmq-dm", "quest-suite", "quest-paper"]
 )
 def test_a_method_may_be_given_its_own_defaults(default, method):
     from baselines import METHODS
@@ -304,10 +319,10 @@ def test_a_method_may_be_given_its_own_defaults(default, method):
 
 def test_a_method_stands_in_several_rows(default):
     default["methods"] |= {"q-diffusion": {"init": "weights"}, "weights": {"method": "adaround", "rows": 512}}
-    default["methods"]["quest-one-group"] = {"method": "quest", "time_groups": 1}
+    default["methods"]["quest-one-group"] = {"method": "quest-suite", "time_groups": 1}
     validate(default)
-    assert recipe_of(default, "quest-one-group") == ("quest", {"time_groups": 1})
-    assert recipe_of(default, "quest@2") == ("quest", default["methods"]["quest"] | {"seed": 2})
+    assert recipe_of(default, "quest-one-group") == ("quest-suite", {"time_groups": 1})
+    assert recipe_of(default, "quest-suite@2") == ("quest-suite", default["methods"]["quest-suite"] | {"seed": 2})
     start = start_of(default, Run("scenes-text", "q-diffusion@2", "w4a4"))
     assert start == Run("scenes-text", "weights@2", "w4a32")
 
@@ -315,11 +330,11 @@ def test_a_method_stands_in_several_rows(default):
 @pytest.mark.parametrize(
     "name, recipe, words",
     [
-        ("mine", {"method": "qest"}, ["methods.mine.method", "'qest'", "did you mean 'quest'"]),
-        ("mine", {"method": "quest", "groups": 2}, ["methods.mine", "'groups'", "time_groups"]),
-        ("mine", {"method": "quest", "samples": "1e3"}, ["methods.mine.samples", "'1e3'"]),
-        ("rtn", {"method": "quest"}, ["methods.rtn", "name of its own"]),
-        ("quest@1", {"method": "quest"}, ["methods.quest@1", "name of its own"]),
+        ("mine", {"method": "qest"}, ["methods.mine.method", "'qest'", "quest-suite"]),
+        ("mine", {"method": "quest-suite", "groups": 2}, ["methods.mine", "'groups'", "time_groups"]),
+        ("mine", {"method": "quest-suite", "samples": "1e3"}, ["methods.mine.samples", "'1e3'"]),
+        ("rtn", {"method": "quest-suite"}, ["methods.rtn", "name of its own"]),
+        ("quest-suite@1", {"method": "quest-suite"}, ["methods.quest-suite@1", "name of its own"]),
     ],
 )
 def test_faults_in_a_row_of_its_own(default, name, recipe, words):
@@ -330,10 +345,10 @@ def test_faults_in_a_row_of_its_own(default, name, recipe, words):
 
 
 def test_cells_of_several_seeds(default):
-    default["seeds"] = {"method": ["rtn-mse", "quest"], "bits": ["w4a4"], "seed": [0, 1]}
+    default["seeds"] = {"method": ["rtn-mse", "quest-suite"], "bits": ["w4a4"], "seed": [0, 1]}
     validate(default)
     assert [run.path for run in seed_runs(default)][:4] == [
-        f"scenes-uncond/{method}/w4a4" for method in ("rtn-mse", "rtn-mse@1", "quest", "quest@1")
+        f"scenes-uncond/{method}/w4a4" for method in ("rtn-mse", "rtn-mse@1", "quest-suite", "quest-suite@1")
     ]
     assert {run.model for run in seed_runs(default)} == set(default["models"])
     default["seeds"]["method"] = ["q-diff"]
@@ -343,9 +358,11 @@ def test_cells_of_several_seeds(default):
 
 def test_rows_of_ablations(default):
     cells = ablation_runs(default)
-    assert [cell.path for cell in cells[:3]] == [f"scenes-class/{m}/w4a4" for m in ("quest", "q-diffusion", "ptq4dm")]
+    assert [cell.path for cell in cells[:3]] == [
+        f"scenes-class/{m}/w4a4" for m in ("quest-suite", "q-diffusion", "ptq4dm")
+    ]
     assert {cell.method for cell in cells[3:]} == set(default["ablations"]["rows"])
-    assert recipe_of(default, "quest-groups-1") == ("quest", {"init": "adaround", "time_groups": 1})
+    assert recipe_of(default, "quest-groups-1") == ("quest-suite", {"init": "adaround", "time_groups": 1})
     assert recipe_of(default, "q-diffusion-released") == (
         "q-diffusion",
         {"init": "adaround", "granularity": "released"},
@@ -353,7 +370,11 @@ def test_rows_of_ablations(default):
     assert recipe_of(default, "qalora") == ("qalora", {"init": "adaround"})
     start = Run("scenes-class", "adaround-ndtc", "w4a32")
     assert start_of(default, Run("scenes-class", "ptq4dm-groups", "w4a4")) == start
-    # Nothing is made that the grid does not make.
-    assert set(starting_points(default, cells)) <= set(starting_points(default, runs(default)))
+    # No weights are made that the grid does not make, but those of the rows on splitting.
+    further = set(starting_points(default, cells)) - set(starting_points(default, runs(default)))
+    assert {run.path for run in further} == {
+        f"scenes-class/adaround-{name}/w4a32" for name in ("unsplit", "split-conv1")
+    }
+    assert recipe_of(default, "q-diffusion-unsplit") == ("q-diffusion", {"init": "adaround-unsplit", "split": False})
     del default["ablations"]
     assert ablation_runs(default) == []

@@ -8,7 +8,9 @@ from quest.__main__ import main as command_line
 from quest.config import (
     ConfigError,
     check_names,
+    old_names,
     read,
+    schema_validators,
 )
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("workflow/config/*.yaml"))
@@ -60,3 +62,37 @@ def test_a_config_that_is_no_yaml(tmp_path):
 
 def test_shipped_names_differ():
     check_names(CONFIGS)
+
+
+def test_old_names_of_methods_go_on_working_in_a_file(tmp_path, capsys):
+    """As a row, in the grid, under init, method, of and against; one line says so. Other words stay."""
+    old_names._notice.cache_clear()
+    text = """
+        name: quest
+        models: {quest: {images: 2}}
+        grid: [{model: [quest], method: [rtn, quest], bits: [w4a4]}]
+        seeds: {method: [quest], bits: [w4a4], seed: [0, 1]}
+        methods: {quest: {init: rtn}, mine: {method: quest, init: quest}}
+        ablations: {against: quest, rows: {quest-groups-5: {of: quest}, other: {method: quest}}}
+    """
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    assert read(tmp_path / "a.yaml") == {
+        "name": "quest",
+        "models": {"quest": {"images": 2}},
+        "grid": [{"model": ["quest"], "method": ["rtn", "quest-suite"], "bits": ["w4a4"]}],
+        "seeds": {"method": ["quest-suite"], "bits": ["w4a4"], "seed": [0, 1]},
+        "methods": {"quest-suite": {"init": "rtn"}, "mine": {"method": "quest-suite", "init": "quest-suite"}},
+        "ablations": {
+            "against": "quest-suite",
+            "rows": {"quest-groups-5": {"of": "quest-suite"}, "other": {"method": "quest-suite"}},
+        },
+    }
+    assert capsys.readouterr().err == "quest: the method is called quest-suite now; write the new name\n"
+    (tmp_path / "b.yaml").write_text("methods: {quest: {}, quest-suite: {}}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="methods.quest: the old name of quest-suite, which stands beside it"):
+        read(tmp_path / "b.yaml")
+
+
+def test_no_method_has_an_old_name():
+    known = schema_validators()[1]
+    assert not set(old_names.RENAMED) & set(known) and set(old_names.RENAMED.values()) <= set(known)

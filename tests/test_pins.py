@@ -52,8 +52,8 @@ STARTS = {
     for m, recipe in yaml.safe_load(RECIPES.read_text(encoding="utf-8"))["methods"].items()
     if "init" in recipe
 }
-# What the models' protocols say of the three kinds, on the tiny ones too.
-PROTOCOLS = {"uncond": dict(activation_ranges="ema-symmetric"), "class": {}, "text": dict(split=True)}
+# What the protocols of such models say, on the tiny ones too. Two kinds pin weights without split shortcuts, as LSUN's.
+PROTOCOLS = {"uncond": dict(activation_ranges="ema-symmetric", split=False), "class": dict(split=False), "text": {}}
 QUICK = dict(  # a few steps, at the learning rates of the presets
     samples=4,
     rows=8,

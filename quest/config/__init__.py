@@ -18,9 +18,9 @@ MADE = "results/checkpoints/tiny-"  # start of the paths of checkpoints that a r
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of the grid, e.g. Run("scenes-text", "quest", "w4a8").
+    """One cell of the grid, e.g. Run("scenes-text", "quest-suite", "w4a8").
 
-    `method` is a name under the config's `methods`, or one with a quantization seed: "quest@1".
+    `method` is a name under the config's `methods`, or one with a quantization seed: "quest-suite@1".
     """
 
     model: str
@@ -49,7 +49,7 @@ def parse_bits(bits: str) -> tuple[int, int]:
 
 
 def recipe_of(config: dict, method: str) -> tuple[str, dict]:
-    """(name in baselines.METHODS, keyword arguments) of a row, e.g. "quest", or "quest@1" for seed 1.
+    """(name in baselines.METHODS, keyword arguments) of a row, e.g. "quest-suite", or "quest-suite@1" for seed 1.
 
     A recipe under `methods` may name its method under `method`, so that one method can have several rows. A row under
     `ablations` changes keywords of the recipe that it is compared with, or of the recipe that it names under `of`; if
@@ -146,7 +146,7 @@ def validate(config: dict) -> None:
         blocks["seeds"] = {"model": list(config["models"])} | config["seeds"]
     if "questions" in config:
         question = config["questions"]
-        blocks["questions"] = {"model": [question["model"]], "method": ["quest"], "bits": [question["bits"]]}
+        blocks["questions"] = {"model": [question["model"]], "method": ["quest-suite"], "bits": [question["bits"]]}
     for key, block in blocks.items():
         _check_cells(key, block, config)
     for method in config["methods"]:

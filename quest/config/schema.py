@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterable
 from pathlib import Path
 
+from quest.config.old_names import with_current_names
 from quest.runtime.files import one_line
 from quest.runtime.yaml_files import read_yaml
 
@@ -23,14 +24,22 @@ class ConfigError(ValueError):
 
 
 def read(file: str | Path) -> dict:
-    """Read a config file. Raises ConfigError where it is not YAML (see `read_yaml`) or has no keys."""
+    """Read a config file; old names of methods are replaced. Raises ConfigError where it is no YAML or has no keys."""
     try:
         content = read_yaml(file)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: no keys with values; needed: name, models, grid, methods")
-    return content
+    return renamed(content)
+
+
+def renamed(config: dict) -> dict:
+    """A config with the present names of methods. Raises ConfigError where a row stands under both of its names."""
+    try:
+        return with_current_names(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 @functools.cache

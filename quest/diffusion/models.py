@@ -61,7 +61,7 @@ class Model:
     # Layer glob -> bits; None: the first and the last layer at 8.
     keep: dict[str, int] | None = field(default_factory=lambda: {"conv_in": 8, "conv_out": 8}, hash=False)
     softmax_bits: int = 8
-    split: bool = False  # whether Q-Diffusion quantizes the two parts of a decoder shortcut's input separately
+    split: bool = True  # whether Q-Diffusion quantizes the two parts of a decoder shortcut's input separately
     activation_ranges: str = "mse"  # of Q-Diffusion as released, for 8 bits or more: "mse", "ema" or "ema-symmetric"
     reconstruction: dict = field(default_factory=dict)  # published keywords of methods that reconstruct units
     trajectories: int = 50  # full-precision trajectories in the calibration set; multiples of batch_size waste none
@@ -237,7 +237,6 @@ MODELS = {
             conditioning="text",
             source=scene_captions,
             selection="sd",
-            split=True,
             activation_ranges="ema",
             batch_size=50,
             time_groups=10,
@@ -254,7 +253,6 @@ MODELS = {
             conditioning="class",
             source=photo_labels,
             selection="imagenet",
-            split=True,
             batch_size=50,
             time_groups=20,
             extractor="lite0-photos",
@@ -270,6 +268,7 @@ MODELS = {
             eta=1.0,
             conditioning="none",
             selection="lsun",
+            split=False,  # as Q-Diffusion's released command
             activation_ranges="ema-symmetric",
             batch_size=64,
             time_groups=20,
@@ -288,6 +287,7 @@ MODELS = {
             eta=0.0,
             conditioning="none",
             selection="lsun",
+            split=False,  # as Q-Diffusion's released command
             batch_size=64,
             time_groups=20,
             reconstruction={"rows": 5120},
@@ -323,7 +323,6 @@ MODELS = {
             conditioning="text",
             source=partial(_captions, "sd14"),
             selection="sd",
-            split=True,
             activation_ranges="ema",
             batch_size=16,
             time_groups=25,
@@ -348,7 +347,6 @@ MODELS = {
             steps=100,
             conditioning="none",
             selection="lsun",
-            split=True,
             activation_ranges="ema-symmetric",
             batch_size=256,
             # 96 of the 100 quadratic timesteps are distinct. 20, one group for every fifth step, does not divide 96.

@@ -216,7 +216,7 @@ def _quantizing(pipe, model, arguments, repeats, device):
     rows = torch.arange(n, device=calibration.sample.device)
     student = quest.quantize(pipe, "rtn", "w4a8", calibration=calibration, samples=n, **bits).unet
     timed = quest.quantize(
-        pipe, "quest", "w4a8", calibration=calibration, samples=n, selection=model.selection, **bits,
+        pipe, "quest-suite", "w4a8", calibration=calibration, samples=n, selection=model.selection, **bits,
         tla_iterations=0, cma_iterations=0,
     ).unet  # fmt: skip
     for denoiser in (student, timed):

@@ -44,10 +44,11 @@ def split(conv: nn.Conv2d, channels: int) -> SplitConv2d:
 
 
 @torch.no_grad()
-def shortcut_splits(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
-    """Each shortcut convolution of the decoder that reads a concatenation, with the channels that are not of the skip.
+def concatenation_splits(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
+    """Each convolution of the decoder that reads a concatenation, with the channels that are not of the skip.
 
-    Traced by one forward pass: a resnet of an up block reads [hidden, skip], the skips popped from the block's tuple.
+    These are conv_shortcut and conv1 of its residual blocks. Traced by one forward pass: a residual block of an up
+    block reads [hidden, skip], the skips popped from the block's tuple. A denoiser without up blocks has none.
     """
     found: dict[str, int] = {}
 
@@ -55,15 +56,16 @@ def shortcut_splits(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str,
         def hook(block, args, kwargs):
             skips = signature(block.forward).bind(*args, **kwargs).arguments["res_hidden_states_tuple"]
             for j, resnet in enumerate(block.resnets):
-                if resnet.conv_shortcut is not None:
-                    channels = resnet.conv_shortcut.in_channels - skips[-1 - j].shape[1]
-                    found[f"{name}.resnets.{j}.conv_shortcut"] = channels
+                for kind in ("conv_shortcut", "conv1"):
+                    if isinstance(conv := getattr(resnet, kind, None), nn.Conv2d):
+                        found[f"{name}.resnets.{j}.{kind}"] = conv.in_channels - skips[-1 - j].shape[1]
 
         return hook
 
     handles = [
         block.register_forward_pre_hook(record(f"up_blocks.{i}"), with_kwargs=True)
-        for i, block in enumerate(denoiser.up_blocks)
+        for i, block in enumerate(getattr(denoiser, "up_blocks", ()))
+        if "res_hidden_states_tuple" in signature(block.forward).parameters and hasattr(block, "resnets")
     ]
     try:
         denoiser(**inputs)

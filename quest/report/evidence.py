@@ -103,12 +103,12 @@ def inference_rows(evidence: Evidence) -> list[dict]:
 
 
 def comparisons_rows(evidence: Evidence) -> list[dict]:
-    """Return the comparison of every row with the row "quest", by metric: paired interval and verdict."""
+    """Return the comparison of every row with the row "quest-suite", by metric: paired interval and verdict."""
     rows = []
-    for row in (name for name in evidence.cells if name != "quest" and "quest" in evidence.cells):
-        for metric, comparison in differences(evidence, row, "quest").items():
-            names = {"row": row, "against": "quest", "metric": metric}
-            rows.append(names | comparison.columns | {"verdict": comparison.in_words("quest")})
+    for row in (name for name in evidence.cells if name != "quest-suite" and "quest-suite" in evidence.cells):
+        for metric, comparison in differences(evidence, row, "quest-suite").items():
+            names = {"row": row, "against": "quest-suite", "metric": metric}
+            rows.append(names | comparison.columns | {"verdict": comparison.in_words("quest-suite")})
     return rows
 
 

@@ -30,7 +30,8 @@ STANDS = {
     "cifar10": ("cifar10",),
     "unknown": (),
 }
-VARIANTS = ("", "-paper", "-official", "-as-released")  # suffixes of a method's name; each one that was run has a row
+# Suffixes of a method's name; each one that was run has a row.
+VARIANTS = ("", "-suite", "-paper", "-official", "-as-released")
 FP = "w32a32"
 
 
@@ -103,9 +104,9 @@ TABLES = {
             Row("TLA, L_G alone", "quest-tla-only-global", "quest-tla-only-no-local", "quest-tla-only"),
             Row("CMA without L_G", "quest-cma-without-global", "quest-cma-only-no-global", "quest-cma-only"),
             Row("CMA", "", "quest-cma-only"),
-            Row("both without L_G", "", "quest-no-global", "quest"),
+            Row("both without L_G", "", "quest-no-global", "quest-suite"),
             Row("both", "", "quest"),
-            Row("both, L_G alone", "", "quest-only-global", "quest"),
+            Row("both, L_G alone", "", "quest-only-global", "quest-suite"),
         ),
         ("fid", "fid_change", "sfid", "sfid_change"),
         ("quest-tla-only-no-global", "quest-no-global", "quest-only-global"),

@@ -38,17 +38,21 @@ def _layers(e: Evidence) -> Answer:
             f"({least['value']:.2g}). Of {len(order)} classes, from the largest error to the smallest, the time "
             f"embedding is number {rank['time embedding']} and attention q, k, v is number {rank['attention q, k, v']}."
         )
-    pairs = [("quest", "quest-control"), ("quest-tla-only", "quest-control-only"), ("quest", "full-finetune")]
+    pairs = [
+        ("quest-suite", "quest-control"),
+        ("quest-tla-only", "quest-control-only"),
+        ("quest-suite", "full-finetune"),
+    ]
     answer.lines += [against(e, *pair) for pair in pairs]
     rows = ["quest-untuned", "quest-tla-only", "quest-control-only", "quest-cma-only", "quest-control"]
-    answer.tables.append(comparisons(e, [*rows, "quest-lsun-set", "quest-sd-set", "full-finetune"], "quest"))
+    answer.tables.append(comparisons(e, [*rows, "quest-lsun-set", "quest-sd-set", "full-finetune"], "quest-suite"))
     answer.figures.append("sensitivity")
     return answer
 
 
 def _groups(e: Evidence) -> Answer:
     answer = Answer("2. How many time groups does TAQuant need, and what do they cost?")
-    answer.lines += [against(e, "quest-groups-1", "quest"), against(e, "quest-untuned-groups-1", "quest-untuned")]
+    answer.lines += [against(e, "quest-groups-1", "quest-suite"), against(e, "quest-untuned-groups-1", "quest-untuned")]
     frame = e.properties["time_ranges"]
     for row in frame[frame["quantized"] == "all"].itertuples():
         answer.lines.append(
@@ -64,7 +68,7 @@ def _groups(e: Evidence) -> Answer:
         f"{sum(size.values()) / 1e6:.3f} MB ({size['activation scales'] / sum(size.values()):.1%}); they grow with the "
         "number of groups, and so does the time of calibration. Question 8 has the time of a call."
     )
-    answer.tables.append(comparisons(e, [f"quest-groups-{n}" for n in (10, 5, 2, 1)], "quest"))
+    answer.tables.append(comparisons(e, [f"quest-groups-{n}" for n in (10, 5, 2, 1)], "quest-suite"))
     return answer
 
 
@@ -100,8 +104,8 @@ def _theorem(e: Evidence) -> Answer:
         "tuning of scales. The next lines measure this comparison.",
     ]
     variants = {"untuned": "scales are searched, nothing is learned", "learned-scales": "scales are learned"}
-    variants |= {"learned-weights": "weights are learned", "quest": "both are learned (QuEST)"}
-    answer.lines += _tuned(e, [("learned-weights", "learned-scales"), ("quest", "learned-weights")])
+    variants |= {"learned-weights": "weights are learned", "quest-suite": "both are learned (QuEST)"}
+    answer.lines += _tuned(e, [("learned-weights", "learned-scales"), ("quest-suite", "learned-weights")])
     answer.table(["bits", *names.values()], [[str(b), *(text(b, name) for name in names)] for b in bits])
     answer.tables.append(_tuning_table(e, variants))
     answer.figures.append("taylor")
@@ -144,8 +148,8 @@ def _losses(e: Evidence) -> Answer:
     rows = ["quest-only-global", "quest-no-global", "quest-no-local-tla", "quest-no-local-cma", "quest-global-1"]
     pairs = [("quest-tla-only-no-local", "quest-tla-only"), ("quest-tla-only-no-global", "quest-tla-only")]
     pairs += [("quest-cma-only-no-global", "quest-cma-only")]
-    answer.lines += [against(e, *pair) for pair in [*((row, "quest") for row in rows), *pairs]]
-    answer.tables.append(comparisons(e, rows, "quest"))
+    answer.lines += [against(e, *pair) for pair in [*((row, "quest-suite") for row in rows), *pairs]]
+    answer.tables.append(comparisons(e, rows, "quest-suite"))
     return answer
 
 
@@ -164,11 +168,11 @@ def _order(e: Evidence) -> Answer:
             "ranges. The quantized embedding of a timestep should be nearest to the exact embedding of the same "
             f"timestep. This holds for {', '.join(counts)}."
         )
-    pairs = [("quest-untuned-float-time-embedding", "quest-untuned"), ("quest-cma-tla", "quest")]
-    answer.lines += [against(e, *pair) for pair in [*pairs, ("quest-joint", "quest")]]
+    pairs = [("quest-untuned-float-time-embedding", "quest-untuned"), ("quest-cma-tla", "quest-suite")]
+    answer.lines += [against(e, *pair) for pair in [*pairs, ("quest-joint", "quest-suite")]]
     rows = ["quest-cma-tla", "quest-joint", "quest-cma-only"]
     rows += ["quest-time-embedding-tuned", "quest-time-embedding-frozen"]
-    answer.tables.append(comparisons(e, rows, "quest"))
+    answer.tables.append(comparisons(e, rows, "quest-suite"))
     answer.figures.append("temporal")
     return answer
 
@@ -202,7 +206,7 @@ def _real(e: Evidence) -> Answer:
         "global-trajectories": "targets from full precision, on its own trajectories",
         "global-scenes": "targets from full precision, on real scenes with noise",
         "global-noise": "the true noise as target, on the same scenes",
-        "quest": "QuEST: the first of these, with the losses of layers",
+        "quest-suite": "QuEST: the first of these, with the losses of layers",
     }
     pairs = [("global-noise", "global-scenes"), ("global-scenes", "global-trajectories")]
     answer.lines += [
@@ -244,9 +248,9 @@ def _inference(e: Evidence) -> Answer:
 def _qat(e: Evidence) -> Answer:
     answer = Answer("9. Where does QuEST stand between PTQ and quantization-aware training?")
     rows = ["rtn-mse", "q-diffusion", "q-diffusion-groups", "efficient-dm", "qalora", "full-finetune"]
-    answer.lines += [against(e, "quest", row) for row in ("q-diffusion", "efficient-dm", "full-finetune")]
+    answer.lines += [against(e, "quest-suite", row) for row in ("q-diffusion", "efficient-dm", "full-finetune")]
     lines = []
-    for row in ["quest", *rows]:
+    for row in ["quest-suite", *rows]:
         effort = e.efforts.get(row)
         if effort is None or row not in e.cells:
             lines.append([row, *[NOT_RUN] * 6])
@@ -273,9 +277,9 @@ def _signals(e: Evidence) -> Answer:
         f"{e.signals['bits'].upper()}. Each of the n = {e.signals['n']} signals starts from the same noise as that of "
         "full precision."
     )
-    for other in (name for name in methods if name != "quest"):
-        compared = {m: Comparison.of_pairs(methods["quest"][m], methods[other][m]) for m in metrics}
-        answer.lines.append(f"quest against {other}: {in_words(compared, other)}.")
+    for other in (name for name in methods if name != "quest-suite"):
+        compared = {m: Comparison.of_pairs(methods["quest-suite"][m], methods[other][m]) for m in metrics}
+        answer.lines.append(f"quest-suite against {other}: {in_words(compared, other)}.")
     answer.table(["method", "MSE to FP", "noise-prediction error", "seconds"], rows)
     answer.figures.append("signals")
     return answer
@@ -288,7 +292,7 @@ def document(evidence: Evidence) -> str:
 
 def protocol(evidence: Evidence) -> str:
     """Return what a reader must know about all numbers: seeds, intervals and verdicts."""
-    cell = evidence.cells.get("quest") or next(iter(evidence.cells.values()))
+    cell = evidence.cells.get("quest-suite") or next(iter(evidence.cells.values()))
     drawn = cell["drawn"]
     return (
         f"Unless a line names another model, these are results of {evidence.model} at {evidence.bits.upper()}. Images "
@@ -307,13 +311,17 @@ def findings(evidence: Evidence) -> str:
         "Should the search for activation ranges include the zero point ({}), which the published one does not?"
     )
     questions = [  # question, versus, rows
-        ("Is a true 4-bit grid as good as the released 33 levels?", "quest", "quest-wide", "quest-symmetric"),
-        ("One scale set, or one for each time group?", "quest", "quest-groups-1", "quest-groups-5"),
+        ("Is a true 4-bit grid as good as the released 33 levels?", "quest-suite", "quest-wide", "quest-symmetric"),
+        ("One scale set, or one for each time group?", "quest-suite", "quest-groups-1", "quest-groups-5"),
         ("One scale set, or one for each time group, before finetuning?", "quest-untuned", "quest-untuned-groups-1"),
-        ("Is the local loss of the critical modules needed beside the global loss?", "quest", "quest-no-local-cma"),
+        (
+            "Is the local loss of the critical modules needed beside the global loss?",
+            "quest-suite",
+            "quest-no-local-cma",
+        ),
         (
             "Should 4-bit activations have a scale per channel, as released, or one per tensor?",
-            "quest",
+            "quest-suite",
             "quest-released",
         ),
         (
@@ -321,10 +329,10 @@ def findings(evidence: Evidence) -> str:
             "quest-groups-1",
             "quest-released-groups-1",
         ),
-        (zero_point.format("QuEST"), "quest", "quest-published-ranges"),
+        (zero_point.format("QuEST"), "quest-suite", "quest-published-ranges"),
         (zero_point.format("Q-Diffusion"), "q-diffusion", "q-diffusion-published-ranges"),
         (zero_point.format("PTQ4DM"), "ptq4dm", "ptq4dm-published-ranges"),
-        ("Does finetuning time-embedding layers first help?", "quest", *time_embedding),
+        ("Does finetuning time-embedding layers first help?", "quest-suite", *time_embedding),
     ]
     blocks = [protocol(evidence)]
     for question, versus, *rows in questions:

@@ -28,7 +28,7 @@ COLUMNS += ["seeds", "better", "n", "evaluation", "versions", "commit", "machine
 
 
 def write(paths: Sequence[str | Path], folder: str | Path) -> None:
-    """Write seeds.csv and seeds.md into `folder`; the cells `paths` have methods such as "quest" and "quest@1"."""
+    """Write seeds.csv and seeds.md into `folder`; the cells `paths` have methods such as "rtn" and "rtn@1"."""
     frame = seeds_frame(read_cells(paths))
     rendering.write(Path(folder, "seeds.csv"), frame)
     rendering.write(Path(folder, "seeds.md"), seeds_table(frame))

@@ -19,7 +19,7 @@ def run(method, pipe, calibration, iterations):
 
 @pytest.fixture(scope="module")
 def start(uncond_pipe, uncond_calibration):
-    return run("quest", uncond_pipe, uncond_calibration, 0)
+    return run("quest-suite", uncond_pipe, uncond_calibration, 0)
 
 
 def moved(a, b):

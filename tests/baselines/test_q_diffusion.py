@@ -11,7 +11,7 @@ from baselines import adaround, q_diffusion
 from quest.affine import QuantSpec
 from quest.quantization import ranges
 from quest.quantization.layers import QuantConv2d, input_quantizers, quant_layers, quantized
-from quest.quantization.splitting import SplitConv2d, shortcut_splits, split, split_layers
+from quest.quantization.splitting import SplitConv2d, concatenation_splits, split, split_layers
 from quest.quantization.swapping import released_axes, swap
 
 FEW = dict(weight_iterations=3, activation_iterations=3, batch=4, samples=8)
@@ -47,11 +47,38 @@ def test_splits_lie_where_the_decoder_concatenates(kind, request, monkeypatch):
         return cat(tensors, dim, **kwargs)
 
     monkeypatch.setattr(torch, "cat", watched)
-    found = shortcut_splits(pipe.unet, calibration.inputs(torch.arange(1)))
-    assert list(found.values()) == joined
-    decoder = [n for n, m in pipe.unet.named_modules() if n.endswith("conv_shortcut") and n.startswith("up_blocks")]
-    read = [n for n in decoder if ".upsamplers." not in n]
-    assert list(found) == read
+    found = concatenation_splits(pipe.unet, calibration.inputs(torch.arange(1)))
+    for kind in ("conv_shortcut", "conv1"):
+        of_kind = {name: channels for name, channels in found.items() if name.endswith(kind)}
+        assert list(of_kind.values()) == joined
+        decoder = [n for n, m in pipe.unet.named_modules() if n.endswith(kind) and n.startswith("up_blocks")]
+        assert list(of_kind) == [n for n in decoder if ".upsamplers." not in n]
+
+
+def test_a_denoiser_that_concatenates_nothing_is_not_split(uncond_pipe, uncond_calibration):
+    plain = nn.Sequential(copy.deepcopy(uncond_pipe.unet.conv_in))
+    assert concatenation_splits(plain, {"input": uncond_calibration.sample[:1]}) == {}
+
+
+@pytest.mark.parametrize(
+    "recipe, kinds",
+    [({}, {"conv_shortcut"}), ({"split": False}, set()), ({"split_conv1": True}, {"conv_shortcut", "conv1"})],
+)
+def test_what_is_split_on_both_kernels(uncond_pipe, uncond_model, uncond_calibration, tmp_path, recipe, kinds):
+    """Shortcuts by default; the first convolutions of the decoder's blocks by a switch."""
+    from quest.diffusion.sampling import arguments
+
+    path = tmp_path / "model.safetensors"
+    q = quest.quantize(uncond_pipe, "q-diffusion", "w4a4", calibration=uncond_calibration, rows=24, **recipe, **FEW)
+    assert {name.rpartition(".")[2] for name in split_layers(q.unet)} == kinds
+    quest.save(q, path)
+    images = []
+    for kernel in ("reference", "auto"):
+        loaded = quest.load(uncond_pipe, path, kernel=kernel)
+        assert split_layers(loaded.unet) == split_layers(q.unet)
+        call = arguments(loaded, uncond_model, "evaluation", [0])
+        images.append(loaded(**call, output_type="latent").images)
+    assert torch.nn.functional.mse_loss(*images) < 0.02 * images[0].square().mean()
 
 
 def test_a_split_convolution_is_the_sum_of_two():
@@ -96,14 +123,15 @@ def test_split_layers_quantize_save_load_and_start_others(uncond_pipe, uncond_mo
         uncond_pipe, "q-diffusion", "w4a4", calibration=uncond_calibration, init=str(path), split=True, rows=24, **FEW
     )
     assert all(torch.equal(m.float_weight, layers[n].float_weight) for n, m in quant_layers(other.unet))
+    recipe = dict(init=str(path), split=False) | FEW
     with pytest.raises(ValueError, match="split: False, but .* has 4 split layers"):
-        quest.quantize(uncond_pipe, "q-diffusion", "w4a4", calibration=uncond_calibration, init=str(path), **FEW)
+        quest.quantize(uncond_pipe, "q-diffusion", "w4a4", calibration=uncond_calibration, **recipe)
 
 
 def test_adaround_is_a_file_that_methods_of_any_activation_bits_start_from(class_pipe, class_calibration, tmp_path):
     path = tmp_path / "model.safetensors"
     arguments = dict(calibration=class_calibration, rows=24)
-    start = quest.quantize(class_pipe, "adaround", "w3a32", weight_iterations=6, batch=8, **arguments)
+    start = quest.quantize(class_pipe, "adaround", "w3a32", weight_iterations=6, batch=8, split=False, **arguments)
     quest.save(start, path, floats=True)
     assert all(q.spec.bits == 32 for q in input_quantizers(start.unet).values())
     rounded = {n: m.float_weight for n, m in quant_layers(start.unet)}
@@ -114,7 +142,7 @@ def test_adaround_is_a_file_that_methods_of_any_activation_bits_start_from(class
     inputs = class_calibration.inputs(torch.arange(3))
     assert torch.equal(loaded.unet(**inputs).sample, start.unet(**inputs).sample)
 
-    few = FEW | dict(weight_iterations=6, batch=8)
+    few = FEW | dict(weight_iterations=6, batch=8, split=False)
     here = quest.quantize(class_pipe, "q-diffusion", "w3a8", **arguments, **few)
     there = quest.quantize(class_pipe, "q-diffusion", "w3a8", **arguments, **few, init=str(path))
     states = [q.unet.state_dict() for q in (here, there)]

@@ -8,11 +8,12 @@ import quest
 from baselines import quest as finetune
 from baselines.quest import start_from
 from baselines.selection import SELECTIONS, TEMPORAL, matches, qkv, selected, tuned_layers
+from quest.config import old_names
 from quest.diffusion.sampling import arguments
 from quest.metrics.noise_prediction import eps_error
 from quest.quantization import checkpoint
 from quest.quantization.layers import input_quantizers, quant_layers
-from quest.quantization.splitting import shortcut_splits
+from quest.quantization.splitting import concatenation_splits
 from quest.quantization.swapping import released_axes, swap
 
 FAST = dict(time_groups=3, batch=4, samples=8)
@@ -20,7 +21,7 @@ FAST = dict(time_groups=3, batch=4, samples=8)
 
 def run(pipe, calibration, tla, cma, **recipe):
     iterations = dict(tla_iterations=tla, cma_iterations=cma)
-    return quest.quantize(pipe, "quest", "w4a4", calibration=calibration, **iterations, **(FAST | recipe))
+    return quest.quantize(pipe, "quest-suite", "w4a4", calibration=calibration, **iterations, **(FAST | recipe))
 
 
 def moved(a, b):
@@ -58,10 +59,10 @@ def test_finetuning_lowers_the_error_of_the_noise_prediction(class_pipe, class_m
     held_out = collect(class_pipe, class_model, "validation", 4)
     recipe = dict(FAST, batch=8)
     before = quest.quantize(
-        class_pipe, "quest", "w4a4", calibration=class_calibration, tla_iterations=0, cma_iterations=0, **recipe
+        class_pipe, "quest-suite", "w4a4", calibration=class_calibration, tla_iterations=0, cma_iterations=0, **recipe
     )
     after = quest.quantize(
-        class_pipe, "quest", "w4a4", calibration=class_calibration, tla_iterations=15, cma_iterations=45, **recipe
+        class_pipe, "quest-suite", "w4a4", calibration=class_calibration, tla_iterations=15, cma_iterations=45, **recipe
     )
     a, b = (eps_error(q, held_out)[0].mean() for q in (before, after))
     assert b < 0.9 * a, (a, b)
@@ -69,10 +70,10 @@ def test_finetuning_lowers_the_error_of_the_noise_prediction(class_pipe, class_m
 
 def test_weight_scales_and_zero_points_stay(uncond_pipe, uncond_calibration):
     a = quest.quantize(
-        uncond_pipe, "quest", "w4a4", calibration=uncond_calibration, tla_iterations=0, cma_iterations=0, **FAST
+        uncond_pipe, "quest-suite", "w4a4", calibration=uncond_calibration, tla_iterations=0, cma_iterations=0, **FAST
     )
     b = quest.quantize(
-        uncond_pipe, "quest", "w4a4", calibration=uncond_calibration, tla_iterations=3, cma_iterations=3, **FAST
+        uncond_pipe, "quest-suite", "w4a4", calibration=uncond_calibration, tla_iterations=3, cma_iterations=3, **FAST
     )
     assert not {k for k in moved(a, b) if "zero_point" in k or "weight_quantizer" in k}
 
@@ -81,7 +82,7 @@ def test_divergence_names_stage_and_iteration(uncond_pipe, uncond_calibration):
     with pytest.raises(FloatingPointError, match="temporal layer alignment, iteration 1: the loss is nan"):
         quest.quantize(
             uncond_pipe,
-            "quest",
+            "quest-suite",
             "w4a4",
             calibration=uncond_calibration,
             tla_iterations=3,
@@ -95,10 +96,24 @@ def test_divergence_names_stage_and_iteration(uncond_pipe, uncond_calibration):
 )
 def test_bad_recipes(key, value, said, uncond_pipe, uncond_calibration):
     with pytest.raises(ValueError, match=f"{key}.*{said}"):
-        quest.quantize(uncond_pipe, "quest", "w4a4", calibration=uncond_calibration, **{key: value})
+        quest.quantize(uncond_pipe, "quest-suite", "w4a4", calibration=uncond_calibration, **{key: value})
 
 
-def recipe_of(pipe, calibration, bits, monkeypatch, method="quest", **recipe):
+def test_the_old_name_quantizes_the_same(uncond_pipe, uncond_calibration, capsys):
+    """And the checkpoint has the present name; one line says so, once."""
+    old_names._notice.cache_clear()
+    recipe = dict(tla_iterations=1, cma_iterations=1) | FAST
+    new, old, again = (
+        quest.quantize(uncond_pipe, name, "w4a4", calibration=uncond_calibration, **recipe)
+        for name in ("quest-suite", "quest", "quest")
+    )
+    assert old.unet.quantization["method"] == "quest-suite"
+    exact = new.unet.state_dict()
+    assert all(torch.equal(value, exact[name]) for name, value in old.unet.state_dict().items())
+    assert capsys.readouterr().err.count("quest: the method is called quest-suite now; write the new name\n") == 1
+
+
+def recipe_of(pipe, calibration, bits, monkeypatch, method="quest-suite", **recipe):
     """The stages and switches that `quantize` hands to `align`, without finetuning; and the pipeline."""
     seen = []
     monkeypatch.setattr(finetune, "align", lambda _d, stage, *_a, **switches: seen.append((stage, switches)))
@@ -125,7 +140,7 @@ def test_the_control_tunes_as_many_weights_of_other_layers(class_pipe, class_cal
 
 def test_the_control_draws_layers_that_the_teacher_has(class_pipe, class_calibration):
     """None of the halves of a split shortcut, which are as small as what is drawn."""
-    splits = shortcut_splits(class_pipe.unet, class_calibration.inputs(torch.arange(2)))
+    splits = concatenation_splits(class_pipe.unet, class_calibration.inputs(torch.arange(2)))
     denoiser, drawn = swap(class_pipe, 4, 8, splits=splits).unet, set()
     for seed in range(20):
         (layers, _), _ = selected(denoiser, "imagenet", "scales", seed)
@@ -269,9 +284,9 @@ def test_ends_of_fewer_bits_than_the_checkpoint_has(uncond_pipe, uncond_calibrat
 )
 def test_unknown_values_of_switches(key, value, said, uncond_pipe, uncond_calibration):
     with pytest.raises(ValueError, match=f"{key}: .* is not one of {said}"):
-        quest.quantize(uncond_pipe, "quest", "w4a4", calibration=uncond_calibration, **{key: value})
+        quest.quantize(uncond_pipe, "quest-suite", "w4a4", calibration=uncond_calibration, **{key: value})
     with pytest.raises(ValueError, match="w4a32: QuEST tunes the scales of activations"):
-        quest.quantize(uncond_pipe, "quest", "w4a32", calibration=uncond_calibration)
+        quest.quantize(uncond_pipe, "quest-suite", "w4a32", calibration=uncond_calibration)
 
 
 LSUN = dict(layers_per_block=2, attention_head_dim=32)

@@ -97,7 +97,7 @@ def test_a_model_in_a_config_is_quantized_sampled_and_measured(family, declare, 
     calibration.save(tmp_path / "calibration.safetensors")
     calibration = CalibrationSet.load(tmp_path / "calibration.safetensors")
     recipe = model.recipe(quest_method().quantize, 8) | QUEST
-    student = quest.quantize(pipe, "quest", "w4a8", calibration=calibration, **recipe)
+    student = quest.quantize(pipe, "quest-suite", "w4a8", calibration=calibration, **recipe)
     quest.save(student, tmp_path / "w4a8.safetensors")
 
     again = quest.load(model.load(), tmp_path / "w4a8.safetensors", kernel="reference")
@@ -126,7 +126,7 @@ def test_a_model_in_a_config_is_quantized_sampled_and_measured(family, declare, 
 def quest_method():
     from baselines import METHODS
 
-    return METHODS["quest"]
+    return METHODS["quest-suite"]
 
 
 @pytest.mark.parametrize("family", ["sd1", "ddpm", "dit", "pixart", "sd3", "sdxl", "inpainting"])

@@ -14,7 +14,7 @@ from quest.learning.calibrate import calibrating
 from quest.quantization import audit, checkpoint, ranges
 from quest.quantization.header import header_hash
 from quest.quantization.layers import quant_layers
-from quest.quantization.splitting import shortcut_splits
+from quest.quantization.splitting import concatenation_splits
 from quest.quantization.swapping import swap
 from quest.quantization.timegroups import TimeGroups, grouped
 from quest.runtime.hashing import tensor_hash
@@ -26,7 +26,7 @@ FIELDS += ("recipe", "timesteps", "cost")
 
 def everything(pipe, calibration, w, a):
     """All that a checkpoint can hold: time groups, splits, codes of 4, 5 and 8 bits, corrections of a sampler."""
-    splits = shortcut_splits(pipe.unet, calibration.inputs(torch.arange(2)))
+    splits = concatenation_splits(pipe.unet, calibration.inputs(torch.arange(2)))
     groups = TimeGroups(grouped(calibration.timesteps, 3))
     keep = {"conv_in": 5, "conv_out": 8, "time_embedding.linear_1": 32}
     new = swap(pipe, w, a, keep=keep, groups=groups, splits=splits)

@@ -148,7 +148,7 @@ def test_tables(name, draw, tmp_path):
 @pytest.mark.parametrize("write", [tables.write, seeds.write])
 def test_results(write, draw, tmp_path):
     """No table is made of a result that holds something else than numbers where numbers belong."""
-    cells = [cell("scenes-text", method, "w4a4") for method in ("rtn", "quest")]
+    cells = [cell("scenes-text", method, "w4a4") for method in ("rtn", "quest-suite")]
     if write is seeds.write:
         cells += [one | {"method": f"{one['method']}@1"} for one in cells]
     else:

@@ -214,7 +214,7 @@ def denoisers(text_pipe, text_calibration) -> tuple[nn.Module, nn.Module]:
     """A tiny U-Net with a context and time groups, on the reference and on integers."""
     recipe = dict(tla_iterations=1, cma_iterations=1, time_groups=3, samples=2)
     with torch.enable_grad():
-        plain = quest.quantize(text_pipe, "quest", "w8a8", calibration=text_calibration, **recipe).unet
+        plain = quest.quantize(text_pipe, "quest-suite", "w8a8", calibration=text_calibration, **recipe).unet
     unet = copy.deepcopy(plain)
     place(plain, "reference")
     assert not place(unet, "integer").refused

@@ -106,7 +106,7 @@ def test_upsample_keeps_the_layout_of_large_batches():
 def with_time_groups(request):
     pipe, calibration = (request.getfixturevalue(f"{request.param}_{what}") for what in ("pipe", "calibration"))
     recipe = dict(time_groups=3, tla_iterations=0, cma_iterations=0, samples=8)
-    return quest.quantize(pipe, "quest", "w4a8", calibration=calibration, **recipe).unet, calibration
+    return quest.quantize(pipe, "quest-suite", "w4a8", calibration=calibration, **recipe).unet, calibration
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def no_grad():
 @pytest.fixture(scope="module")
 def with_time_groups(text_pipe, text_calibration):
     recipe = dict(time_groups=3, tla_iterations=0, cma_iterations=0, samples=8)
-    return quest.quantize(text_pipe, "quest", "w4a8", calibration=text_calibration, **recipe).unet
+    return quest.quantize(text_pipe, "quest-suite", "w4a8", calibration=text_calibration, **recipe).unet
 
 
 @pytest.fixture

@@ -42,10 +42,10 @@ def test_jobs_of_the_smoke_config():
 
 
 def test_starting_points_and_full_precision_are_made_though_the_grid_leaves_them_out():
-    small = config("smoke") | {"grid": [{"model": ["scenes-class"], "method": ["quest"], "bits": ["w4a4"]}]}
+    small = config("smoke") | {"grid": [{"model": ["scenes-class"], "method": ["quest-suite"], "bits": ["w4a4"]}]}
     sampled, made = plan.cells(small)
-    assert [run.path for run in sampled] == ["scenes-class/fp/w32a32", "scenes-class/quest/w4a4"]
-    assert [run.path for run in made] == ["scenes-class/quest/w4a4", "scenes-class/rtn/w4a4"]
+    assert [run.path for run in sampled] == ["scenes-class/fp/w32a32", "scenes-class/quest-suite/w4a4"]
+    assert [run.path for run in made] == ["scenes-class/quest-suite/w4a4", "scenes-class/rtn/w4a4"]
     assert plan.jobs(small)["metrics"] == 1
 
 
@@ -143,7 +143,7 @@ def test_work_of_the_rivals():
     assert count("efficient-dm", "w4a4", clas) == {"ranges": 20, "distillation": 1000, "distillation row": 16_000}
     assert count("efficient-dm", "w4a4", preset="full")["distillation row"] == 32_000
     tuned = {"call": 50 * 40, "ranges": 20}
-    assert count("quest", "w4a4", init="adaround") == tuned | {"training step": 300 * 16}
+    assert count("quest-suite", "w4a4", init="adaround") == tuned | {"training step": 300 * 16}
     assert count("quest-paper", "w4a4", init="adaround")["ranges"] == 1
     assert count("full-finetune", "w4a4") == tuned | {
         "weight ranges": 1, "full finetuning": 300, "full finetuning row": 4800
@@ -172,7 +172,7 @@ def test_what_was_not_measured_is_said_and_never_guessed():
     elsewhere = plan.report(config("smoke"), known, "another box")
     assert "nothing measured here; `python -m quest measure scenes-class" in elsewhere
     assert "(measured on box)" in elsewhere and "Hours of one device, of what was measured: 0.0" in elsewhere
-    parts = plan.parts(config("smoke") | {"methods": {"fp": {}, "rtn": {}, "quest": {"init": "rtn"}}}, [], "box")
+    parts = plan.parts(config("smoke") | {"methods": {"fp": {}, "rtn": {}, "quest-suite": {"init": "rtn"}}}, [], "box")
     assert all(math.isnan(part.hours) for part in parts)
 
 

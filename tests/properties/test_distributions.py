@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quest.properties.distributions import EDGES, STATISTICS, activation_ranges, distributions, spreads, statistics
-from quest.quantization.splitting import shortcut_splits
+from quest.quantization.splitting import concatenation_splits
 from quest.quantization.swapping import swap
 
 
@@ -36,7 +36,7 @@ def test_distributions_are_those_of_the_inputs(uncond_pipe, uncond_calibration):
 
 
 def test_a_split_shortcut_is_one_layer_with_one_input(uncond_pipe, uncond_calibration):
-    splits = shortcut_splits(uncond_pipe.unet, uncond_calibration.inputs(torch.arange(1)))
+    splits = concatenation_splits(uncond_pipe.unet, uncond_calibration.inputs(torch.arange(1)))
     split = swap(uncond_pipe, 32, 32, splits=splits).unet
     scale = spreads(uncond_pipe.unet, uncond_calibration)
     assert splits and spreads(split, uncond_calibration) == pytest.approx(scale, rel=1e-4)

@@ -20,7 +20,7 @@ def test_steps_take_turns_after_one_to_warm_up():
 def test_a_single_group_computes_the_same_in_its_own_timesteps_only(class_pipe, class_calibration):
     student = quest.quantize(
         class_pipe,
-        "quest",
+        "quest-suite",
         "w4a4",
         calibration=class_calibration,
         samples=4,

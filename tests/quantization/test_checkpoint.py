@@ -23,7 +23,13 @@ def quantized(uncond_pipe, uncond_calibration, tmp_path_factory):
 @pytest.fixture(scope="module")
 def timed(uncond_pipe, uncond_calibration, tmp_path_factory):
     q = quest.quantize(
-        uncond_pipe, "quest", "w4a4", calibration=uncond_calibration, tla_iterations=1, cma_iterations=1, time_groups=3
+        uncond_pipe,
+        "quest-suite",
+        "w4a4",
+        calibration=uncond_calibration,
+        tla_iterations=1,
+        cma_iterations=1,
+        time_groups=3,
     )
     path = tmp_path_factory.mktemp("checkpoint") / "timed.safetensors"
     quest.save(q, path)
@@ -33,7 +39,7 @@ def timed(uncond_pipe, uncond_calibration, tmp_path_factory):
 def test_the_file_describes_itself(timed):
     with safe_open(timed[1], "pt") as f:
         header = json.loads(f.metadata()["quest"])
-    assert header["method"] == "quest" and header["bits"] == "w4a4" and header["recipe"]["time_groups"] == 3
+    assert header["method"] == "quest-suite" and header["bits"] == "w4a4" and header["recipe"]["time_groups"] == 3
     assert len(header["time_groups"]) == 3 and len(header["timesteps"]) == 6
     assert header["layers"]["conv_in"][0]["bits"] == 8 and header["attentions"]
 

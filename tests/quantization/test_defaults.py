@@ -45,7 +45,7 @@ def test_the_search_for_allocations_finds_them():
 
 RECIPES = {
     "rtn": dict(samples=8),
-    "quest": dict(time_groups=3, tla_iterations=2, cma_iterations=2, samples=8),
+    "quest-suite": dict(time_groups=3, tla_iterations=2, cma_iterations=2, samples=8),
     "q-diffusion": dict(samples=8, weight_iterations=2, activation_iterations=2, rows=16),
 }
 

@@ -20,7 +20,7 @@ from quest.quantization.swapping import swap
 @pytest.fixture(scope="module")
 def quantized(text_pipe, text_calibration):
     recipe = dict(time_groups=3, tla_iterations=0, cma_iterations=0, samples=8)
-    return quest.quantize(text_pipe, "quest", "w4a8", calibration=text_calibration, **recipe)
+    return quest.quantize(text_pipe, "quest-suite", "w4a8", calibration=text_calibration, **recipe)
 
 
 @pytest.fixture

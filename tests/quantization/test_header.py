@@ -18,7 +18,7 @@ def saved(uncond_pipe, uncond_calibration, tmp_path_factory):
     """(header, tensors) of a checkpoint with time groups and codes of 4 bits and of 5."""
     keep = {"conv_in": 5, "conv_out": 8}
     recipe = dict(tla_iterations=1, cma_iterations=1, time_groups=3, samples=2, keep=keep)
-    pipe = quest.quantize(uncond_pipe, "quest", "w4a4", calibration=uncond_calibration, **recipe)
+    pipe = quest.quantize(uncond_pipe, "quest-suite", "w4a4", calibration=uncond_calibration, **recipe)
     path = tmp_path_factory.mktemp("header") / "m.safetensors"
     quest.save(pipe, path)
     with safe_open(path, "pt") as file:
@@ -39,6 +39,12 @@ def forged(saved, folder, change):
 
 def test_what_is_forged_without_a_change_is_read(uncond_pipe, saved, tmp_path):
     quest.load(uncond_pipe, forged(saved, tmp_path, lambda header, tensors: None))
+
+
+def test_a_checkpoint_of_an_old_name_is_read(uncond_pipe, saved, tmp_path):
+    path = forged(saved, tmp_path, lambda header, tensors: header.update(method="quest"))
+    assert headers.read(path)["method"] == "quest"
+    quest.load(uncond_pipe, path)
 
 
 def put(*path):

@@ -126,7 +126,7 @@ KERNELS = ["reference"] + ["integer"] * (integer.unavailable(torch.device("cpu")
 @pytest.fixture(scope="module")
 def grouped_denoiser(text_pipe, text_calibration):
     recipe = dict(time_groups=3, tla_iterations=0, cma_iterations=0, samples=8)
-    return quest.quantize(text_pipe, "quest", "w4a8", calibration=text_calibration, **recipe).unet
+    return quest.quantize(text_pipe, "quest-suite", "w4a8", calibration=text_calibration, **recipe).unet
 
 
 @torch.no_grad()

@@ -106,18 +106,18 @@ def test_doubts_are_said(numbers):
     ],
 )
 def test_verdicts_of_comparable_cells(ours, half, expected, why):
-    assert verdict(number(), cell(BEDROOMS, "quest", "w8a8", fid=(ours, half))) == (expected, why)
+    assert verdict(number(), cell(BEDROOMS, "quest-official", "w8a8", fid=(ours, half))) == (expected, why)
 
 
 def test_clip_scores_have_a_tolerance_of_their_own():
     stated = "sampler=plms; steps=50; guidance=7.5; n=10000; clip=ViT-B-16; prompts=COCO2014 val"
     sd = number("clip", 31.47, stated, model="sd14", table="Table 5")
     for ours, half, expected in ((31.50, 0.01, "PASS"), (31.57, 0.05, "DRIFT"), (31.47, 0.4, "INCONCLUSIVE")):
-        assert verdict(sd, cell(SD, "quest", "w8a8", clip=(ours, half)))[0] == expected
-    row = ledger.ledger([cell(SD, "quest", "w8a8", clip=31.47)], sd).iloc[0]
+        assert verdict(sd, cell(SD, "quest-official", "w8a8", clip=(ours, half)))[0] == expected
+    row = ledger.ledger([cell(SD, "quest-official", "w8a8", clip=31.47)], sd).iloc[0]
     # Whose list of prompts is named there and hashed here cannot be compared; PLMS has no eta to state.
     assert row.not_stated == "weights"
-    assert verdict(sd, cell(SD | {"clip": "ViT-L-14"}, "quest", "w8a8", clip=31.47)) == (
+    assert verdict(sd, cell(SD | {"clip": "ViT-L-14"}, "quest-official", "w8a8", clip=31.47)) == (
         "NOT COMPARABLE",
         "clip: ViT-L-14 here, ViT-B-16 in the source",
     )
@@ -125,40 +125,45 @@ def test_clip_scores_have_a_tolerance_of_their_own():
 
 def test_other_protocols_are_not_comparable_and_it_says_in_what():
     other = BEDROOMS | {"n": 500, "extractor": "clean", "eta": 0.0}
-    found = verdict(number(), cell(other, "quest", "w8a8", fid=3.03))
+    found = verdict(number(), cell(other, "quest-official", "w8a8", fid=3.03))
     assert found == (
         "NOT COMPARABLE",
         "eta: 0.0 here, 1 in the source; n: 500 here, 50000 in the source; extractor: clean here, adm in the source",
     )
     # What the metric does not depend on does not count: another CLIP says nothing of a distance.
-    fine = verdict(number(), cell(BEDROOMS | {"clip": "ViT-L-14"}, "quest", "w8a8", fid=3.03))
+    fine = verdict(number(), cell(BEDROOMS | {"clip": "ViT-L-14"}, "quest-official", "w8a8", fid=3.03))
     assert fine[0] == "PASS"
     guided = number(protocol="sampler=ddim; steps=200; guidance=3; n=50000")
-    assert verdict(guided, cell(BEDROOMS, "quest", "w8a8", fid=3.03))[1] == "guidance: none here, 3 in the source"
+    assert (
+        verdict(guided, cell(BEDROOMS, "quest-official", "w8a8", fid=3.03))[1] == "guidance: none here, 3 in the source"
+    )
 
 
 def test_adm_and_torch_fidelity_share_distances_but_not_inception_scores():
-    ours = cell(BEDROOMS | {"extractor": "torch-fidelity"}, "quest", "w8a8", **{"fid": 3.03, "is": 2.27})
+    ours = cell(BEDROOMS | {"extractor": "torch-fidelity"}, "quest-official", "w8a8", **{"fid": 3.03, "is": 2.27})
     assert verdict(number(), ours)[0] == "PASS"
     assert verdict(number("is", 2.27), ours)[1] == "extractor: torch-fidelity here, adm in the source"
 
 
 def test_not_run_and_no_number_in_the_source():
     assert verdict(number()) == ("NOT RUN", "")
-    assert verdict(number(), cell(BEDROOMS, "quest", "w4a8", fid=3.03)) == ("NOT RUN", "")
-    assert verdict(number("sfid", 6.86), cell(BEDROOMS, "quest", "w8a8", fid=3)) == ("NOT RUN", "the cell has no sfid")
-    failed = verdict(number(value=math.nan), cell(BEDROOMS, "quest", "w8a8", fid=200.0))
+    assert verdict(number(), cell(BEDROOMS, "quest-official", "w4a8", fid=3.03)) == ("NOT RUN", "")
+    assert verdict(number("sfid", 6.86), cell(BEDROOMS, "quest-official", "w8a8", fid=3)) == (
+        "NOT RUN",
+        "the cell has no sfid",
+    )
+    failed = verdict(number(value=math.nan), cell(BEDROOMS, "quest-official", "w8a8", fid=200.0))
     assert failed == ("NOT COMPARABLE", "the source has no number here")
 
 
 def test_what_the_source_does_not_state_is_listed():
-    row = ledger.ledger([cell(BEDROOMS, "quest", "w8a8", fid=3.03)], number(protocol="sampler=ddim")).iloc[0]
+    row = ledger.ledger([cell(BEDROOMS, "quest-official", "w8a8", fid=3.03)], number(protocol="sampler=ddim")).iloc[0]
     assert row.verdict == "PASS" and row.not_stated == "weights, steps, eta, n, extractor, reference"
 
 
 def test_zoo_models_never_stand_against_published_numbers(numbers):
     drawn = {name for name, model in MODELS.items() if model.extractor == "scenes" or model.origin is None}
-    zoo = cell({"model": "scenes-uncond"}, "quest", "w8a8", fid=3.03)
+    zoo = cell({"model": "scenes-uncond"}, "quest-official", "w8a8", fid=3.03)
     frame = ledger.ledger([zoo], numbers)
     assert not drawn & set(frame.model) and set(frame.verdict) == {"NOT RUN"}
     assert set(frame.metric) <= set(METRICS) and set(frame.model) == {m for m in MODELS if m not in drawn}
@@ -168,9 +173,9 @@ def test_zoo_models_never_stand_against_published_numbers(numbers):
 
 def test_beside_prefers_the_tables_of_results(numbers):
     beside = ledger.beside(numbers)
-    assert beside["lsun-bedrooms", "quest", "w4a8", "fid"] == 3.26  # not 3.82 of Table 8
+    assert beside["lsun-bedrooms", "quest-paper", "w4a8", "fid"] == 3.26  # not 3.82 of Table 8
     assert beside["imagenet", "tfmq-dm", "w8a8", "fid"] == 10.79
-    assert ("lsun-bedrooms", "quest", "w4a4", "sfid") not in beside
+    assert ("lsun-bedrooms", "quest-paper", "w4a4", "sfid") not in beside
 
 
 def test_fingerprint_of_a_shipped_and_of_a_published_model(tmp_path, monkeypatch):

@@ -34,16 +34,16 @@ def cell(model, method, bits, **values):
 
 CELLS = [
     cell("scenes-uncond", "fp", "w32a32", fid=280.0),
-    cell("scenes-uncond", "quest", "w8a8", fid=290.0, sfid=9.0, latent_mse=0.5),
-    cell("scenes-uncond", "quest", "w4a8", fid=300.0),
-    cell("scenes-class", "quest", "w4a4", fid=400.0),
+    cell("scenes-uncond", "quest-suite", "w8a8", fid=290.0, sfid=9.0, latent_mse=0.5),
+    cell("scenes-uncond", "quest-suite", "w4a8", fid=300.0),
+    cell("scenes-class", "quest-suite", "w4a4", fid=400.0),
     cell("scenes-class", "quest-paper", "w4a4", fid=450.0),
     cell("scenes-class", "quest-tla-only", "w4a4", fid=500.0, sfid=20.0),
     cell("scenes-class", "quest-tla-only-no-global", "w4a4", fid=510.0, sfid=19.0),
     cell("lsun-bedrooms", "quest-official", "w4a4", fid=11.0),
 ]
 SPENT = {
-    ("scenes-uncond", "quest", "w4a8"): {
+    ("scenes-uncond", "quest-suite", "w4a8"): {
         "seconds": 360.0,
         "seconds_before": 720.0,
         "peak_memory": 2000,
@@ -73,7 +73,10 @@ def test_a_measured_number_stands_beside_what_the_paper_prints_of_another_model(
     assert (bedrooms.published, churches.published) == ("3.03", "6.55")
     text = paper.for_people(3, frame).markdown()
     assert "PAPER, lsun-bedrooms: FID (adm)" in text and "| FID (scenes net) |" in text
-    assert "| scenes-uncond | quest | w8a8 | 3 | 290.0 ± 2.0 | 0.5 ± 2.0 | 279.1 | 3.03 | 330.6 | 6.55 |" in text
+    assert (
+        "| scenes-uncond | quest (quest-suite) | w8a8 | 3 | 290.0 ± 2.0 | 0.5 ± 2.0 | 279.1 | 3.03 | 330.6 | 6.55 |"
+        in text
+    )
     assert "| scenes-uncond | fp | w32a32 | 3 | 280.0 ± 2.0 | – | 1045.6 | 2.95 | 1125.4 | 4.02 |" in text
     not_run = "NOT RUN | NOT RUN | NOT RUN"
     assert f"| scenes-uncond | ptqd | w4a4 | {not_run} | 148.4 | N/A | 189.9 | N/A |" in text
@@ -102,8 +105,8 @@ def test_rows_of_ablations_bring_their_model_and_bits_along():
     assert line(frame, model="scenes-uncond", row="+ TLA", bits="w4a8", quantity="fid").status == "NOT RUN"
     text = paper.for_people(6, frame).markdown()
     assert (
-        "| scenes-uncond | + TLA + CMA | w4a8 | 0.3 | 2000 | 3 | 300.0 ± 2.0 | – | 15.25 | 12178 | 148.4 | 3.26 |"
-        in text
+        "| scenes-uncond | + TLA + CMA (quest-suite) | w4a8 | 0.3 | 2000 | 3 | 300.0 ± 2.0 | – | 15.25 | 12178 | "
+        "148.4 | 3.26 |" in text
     )
     assert "| scenes-class | + TLA + CMA (quest-paper) | w4a4 | – | – | 3 | 450.0 ± 2.0 |" in text
     assert "one process on cpu Some CPU" in text

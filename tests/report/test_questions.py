@@ -12,7 +12,7 @@ from quest.report.tables import SHOWN
 
 def cell(method: str, shift: float) -> dict:
     """A row of a table whose latent MSE lies `shift` above the others', image by image, with a little noise."""
-    rng = np.random.default_rng(len(method))
+    rng = np.random.default_rng(list(method.encode()))
     noise, own = np.random.default_rng(0).normal(size=200), 0.01 * rng.normal(size=200)
     rows = [
         {"metric": m, "value": 1 + shift, "low": 0.9 + shift, "high": 1.1 + shift, "n": 50}
@@ -64,38 +64,42 @@ def evidence() -> Evidence:
     rows = [{"kernel": "reference", "rows": 1, "same_output": True, "seconds": calls}]
     size = {"codes": 900, "weight scales": 50, "activation scales": 40, "float": 10}
     methods = {
-        m: {"eps_error": [e, e], "latent_mse": [e, 2 * e], "seconds": 1.0} for m, e in (("rtn-mse", 2), ("quest", 1))
+        m: {"eps_error": [e, e], "latent_mse": [e, 2 * e], "seconds": 1.0}
+        for m, e in (("rtn-mse", 2), ("quest-suite", 1))
     }
     return Evidence(
         model="m",
         bits="w4a4",
-        cells={m: cell(m, s) for m, s in (("quest", 0.0), ("quest-groups-1", 0.5), ("quest-joint", 0.001))},
-        efforts={"quest": {"seconds": 10.0, "seconds_before": 20.0, "peak_memory": 100, "iterations": 5}},
+        cells={m: cell(m, s) for m, s in (("quest-suite", 0.0), ("quest-groups-1", 0.5), ("quest-joint", 0.001))},
+        efforts={"quest-suite": {"seconds": 10.0, "seconds_before": 20.0, "peak_memory": 100, "iterations": 5}},
         properties=frames,
         taylor={"model": "m", "rows": taylor},
-        tunings={"global-noise": tuning(0.5), "global-scenes": tuning(0.2), "quest": tuning(0.1)},
+        tunings={"global-noise": tuning(0.5), "global-scenes": tuning(0.2), "quest-suite": tuning(0.1)},
         inference={"model": "m", "groups": 20, "bytes": size, "rows": rows},
         signals={"bits": "w4a4", "n": 2, "methods": methods, "classes": ["a"], "signals": {}},
     )
 
 
 def test_rows_are_told_apart_by_their_paired_interval_or_said_not_to_have_run(evidence):
-    assert "worse in latent MSE" in questions.against(evidence, "quest-groups-1", "quest")
-    assert "better in latent MSE" in questions.against(evidence, "quest", "quest-groups-1")
+    assert "worse in latent MSE" in questions.against(evidence, "quest-groups-1", "quest-suite")
+    assert "better in latent MSE" in questions.against(evidence, "quest-suite", "quest-groups-1")
     # Each alone is far wider than what parts the two; but the difference is smaller than its own interval.
-    assert "not told apart in latent MSE" in questions.against(evidence, "quest-joint", "quest")
-    assert questions.against(evidence, "quest-wide", "quest") == "quest-wide against quest: NOT RUN (quest-wide)."
+    assert "not told apart in latent MSE" in questions.against(evidence, "quest-joint", "quest-suite")
+    assert (
+        questions.against(evidence, "quest-wide", "quest-suite")
+        == "quest-wide against quest-suite: NOT RUN (quest-wide)."
+    )
 
 
 def test_what_diverged_is_named_and_neither_wins_nor_ties(evidence):
     broken = cell("quest-joint", 0.001)
     broken["rows"][0]["value"] = float("nan")  # of latent MSE; the other metrics stay finite
     evidence.cells["quest-joint"] = broken
-    assert questions.against(evidence, "quest-joint", "quest") == (
-        "quest-joint against quest: diverged in latent MSE to FP, diverged in FID to FP, diverged in noise-prediction "
-        "error."
+    assert questions.against(evidence, "quest-joint", "quest-suite") == (
+        "quest-joint against quest-suite: diverged in latent MSE to FP, diverged in FID to FP, diverged in "
+        "noise-prediction error."
     )
-    assert "quest-joint diverged in FID to FP" in questions.against(evidence, "quest", "quest-joint")
+    assert "quest-joint diverged in FID to FP" in questions.against(evidence, "quest-suite", "quest-joint")
     assert "| quest-joint | diverged | diverged | diverged |" in questions.document(evidence)
     compared = pd.DataFrame(comparisons_rows(evidence)).set_index(["row", "metric"])
     assert set(compared.loc["quest-joint", "verdict"]) == {"diverged"}
@@ -111,7 +115,7 @@ def test_what_diverged_is_named_and_neither_wins_nor_ties(evidence):
 def test_the_document_answers_ten_questions_with_what_there_is(evidence):
     text = questions.document(evidence)
     assert text.count("\n## ") == 10 and "One calibration draw and one quantization seed" in " ".join(text.split())
-    assert "quest-cma-tla against quest: NOT RUN" in text and "nan" not in text
+    assert "quest-cma-tla against quest-suite: NOT RUN" in text and "nan" not in text
     (line,) = [
         line for line in text.split("\n") if "global-noise against global-scenes, error against the true" in line
     ]
@@ -119,10 +123,10 @@ def test_the_document_answers_ten_questions_with_what_there_is(evidence):
     assert "m, kurtosis: it is lower after finetuning in 1 of 1 classes of layers" in text
     assert "This holds for 1 of 2 (static)" in text
     assert "is largest for shortcut 0.5" in text
-    assert "slower" in text and "| quest | " in text and "10 + 20" in text
+    assert "slower" in text and "| quest-suite | " in text and "10 + 20" in text
     tables = [line for line in text.split("\n") if line.startswith("|")]
     assert all(line.endswith("|") for line in tables)
-    assert "quest-wide against quest: NOT RUN" in questions.findings(evidence)
+    assert "quest-wide against quest-suite: NOT RUN" in questions.findings(evidence)
 
 
 def test_tables_are_tidy(evidence):
@@ -137,6 +141,8 @@ def test_tables_are_tidy(evidence):
 
 def test_figures_are_drawn(evidence, tmp_path):
     property_figures.taylor(pd.DataFrame(taylor_rows(evidence)), tmp_path / "taylor.png")
-    waves = {label: [np.sin(np.arange(64)), np.cos(np.arange(64))] for label in ("data", "full precision", "quest")}
+    waves = {
+        label: [np.sin(np.arange(64)), np.cos(np.arange(64))] for label in ("data", "full precision", "quest-suite")
+    }
     property_figures.signals(waves, ["a", "b"], tmp_path / "signals.png")
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("taylor", "signals"))

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 RECIPES = {
     "q-diffusion": dict(weight_iterations=3, activation_iterations=3, batch=4, rows=16, samples=4),
-    "quest": dict(tla_iterations=3, cma_iterations=3, batch=4, samples=4),
+    "quest-suite": dict(tla_iterations=3, cma_iterations=3, batch=4, samples=4),
 }
 
 
@@ -65,7 +65,7 @@ def test_a_killed_job_goes_on_and_ends_at_the_same_bits(method, uncond_pipe, unc
 
     whole = made()
     parts = list(computed)
-    assert len(parts) > 1 and (method != "quest" or len(parts) == 2)
+    assert len(parts) > 1 and (method != "quest-suite" or len(parts) == 2)
     computed.clear()
     computed.kill_after = len(parts) - 1
     with pytest.raises(Killed), resuming(tmp_path / "parts", {"job": 1}):

@@ -142,9 +142,9 @@ def _finished(tmp_path_factory) -> Path:
             "models": {"scenes-class": {"images": 500}},
             "grid": [
                 {"model": ["scenes-class"], "method": ["fp"], "bits": ["w32a32"]},
-                {"model": ["scenes-class"], "method": ["rtn", "rtn-mse", "quest"], "bits": ["w4a4"]},
+                {"model": ["scenes-class"], "method": ["rtn", "rtn-mse", "quest-suite"], "bits": ["w4a4"]},
             ],
-            "methods": {"fp": {}, "rtn": {}, "rtn-mse": {}, "quest": {"init": "rtn-mse"}},
+            "methods": {"fp": {}, "rtn": {}, "rtn-mse": {}, "quest-suite": {"init": "rtn-mse"}},
         }
     )
     run = project.snakemake()

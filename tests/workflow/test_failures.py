@@ -33,7 +33,7 @@ for option in ("--calibration", "--evaluation", "--ranges"):
 
 def test_a_fault_in_a_config_is_one_line_before_any_job(stubbed):
     config = stubbed.config()
-    config["methods"]["quest"]["lr_wieght"] = 1
+    config["methods"]["quest-suite"]["lr_wieght"] = 1
     stubbed.configure(config)
     run = stubbed.snakemake()
     assert run.returncode != 0 and "Traceback" not in run.stdout and "rule " not in run.stdout

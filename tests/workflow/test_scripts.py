@@ -101,7 +101,7 @@ def test_tables_are_the_same_bytes_in_a_locale_without_their_signs(run, tmp_path
 
 def test_cells_become_tables_and_figures(run):
     main = pd.read_csv(run / "tables/main.csv").set_index(["method", "metric"])
-    assert main.loc[("quest", "latent_mse"), "value"] == pytest.approx(0.01, rel=0.2)
+    assert main.loc[("quest-suite", "latent_mse"), "value"] == pytest.approx(0.01, rel=0.2)
     assert main.loc[("rtn", "latent_mse"), "value"] == pytest.approx(0.25, rel=0.2)
     assert ("fp", "latent_mse") not in main.index
     assert set(main["n"].drop("eps_error", level="metric")) == {N}
@@ -109,7 +109,7 @@ def test_cells_become_tables_and_figures(run):
     assert set(main["size_mb"]) == {1.5} and set(main["bops"]) == {2e9} and set(main["effective_bits"]) == {4.2}
     assert "| fp | w32a32 | 1.5 | 0.002 |" in (run / "tables/main.md").read_text(encoding="utf-8")
     paired = pd.read_csv(run / "tables/paired.csv").set_index(["method", "versus", "metric"])
-    assert paired.loc[("quest", "rtn", "latent_mse"), "better"] == "quest"
+    assert paired.loc[("quest-suite", "rtn", "latent_mse"), "better"] == "quest-suite"
     for figure in (
         "fid_vs_bits",
         "eps_error_vs_timestep",
@@ -124,13 +124,13 @@ def test_cells_become_ablations_and_the_papers_tables(run, tmp_path, write_check
     for cell in cells:
         write_checkpoint(cell / "model.safetensors", seconds=90.0, peak_memory=2000, cost={"stages": []})
     metrics = [cell / "metrics.json" for cell in cells]
-    block = {"against": "rtn", "rows": {"quest": {"method": "quest", "time_groups": 1}}}
+    block = {"against": "rtn", "rows": {"quest-suite": {"method": "quest-suite", "time_groups": 1}}}
     outputs = {f"--{kind}": tmp_path / f"ablations.{kind}" for kind in ("csv", "markdown", "figure")}
     outputs["--figure"] = tmp_path / "ablations.png"
     files = [word for option in outputs.items() for word in option]
     succeed("ablations", *metrics, "--ablations", json.dumps(block), *files)
     rows = pd.read_csv(tmp_path / "ablations.csv").set_index(["row", "metric"])
-    assert rows.loc[("quest", "latent_mse"), "better"] == "quest" and set(rows["seconds"]) == {90.0}
+    assert rows.loc[("quest-suite", "latent_mse"), "better"] == "quest-suite" and set(rows["seconds"]) == {90.0}
     assert "method=quest; time_groups=1" in (tmp_path / "ablations.markdown").read_text(encoding="utf-8")
     assert (tmp_path / "ablations.png").stat().st_size > 1000
     refused = script("ablations", *metrics, "--ablations", "{}", *files)
@@ -181,7 +181,7 @@ def test_results_go_between_the_markers_of_the_readme_and_of_their_page(run, pag
 def test_verdicts_of_the_readme_speak_of_methods_over_seeds_only(run, pages, tmp_path):
     """In the words of the table over seeds, which here contradicts the checkpoints of the run."""
     seeds = tmp_path / "seeds.csv"
-    row = {"model": "scenes-class", "bits": "w4a4", "metric": "psnr", "method": "quest", "versus": "rtn"}
+    row = {"model": "scenes-class", "bits": "w4a4", "metric": "psnr", "method": "quest-suite", "versus": "rtn"}
     pd.DataFrame([row | {"better": "neither", "seeds": "0,1,2", "n": 40}]).to_csv(seeds, index=False)
     assert put_into(pages[0], run, "--seeds", seeds).returncode == 0
     text = pages[0].read_text(encoding="utf-8")

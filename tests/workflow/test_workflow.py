@@ -20,7 +20,7 @@ from quest.planning import plan
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(file.stem for file in ROOT.glob("workflow/config/*.yaml"))
-ALL_METHODS = {"fp", "rtn", "rtn-mse", "quest"}
+ALL_METHODS = {"fp", "rtn", "rtn-mse", "quest-suite"}
 
 
 def of(commands: list[str], script: str) -> list[list[str]]:
@@ -93,7 +93,9 @@ def test_nothing_runs_twice_and_a_comment_reruns_nothing(finished):
     assert finished.planned() == []
 
 
-@pytest.mark.parametrize("edited, rerun", [("rtn", {"rtn"}), ("rtn-mse", {"rtn-mse", "quest"}), ("quest", {"quest"})])
+@pytest.mark.parametrize(
+    "edited, rerun", [("rtn", {"rtn"}), ("rtn-mse", {"rtn-mse", "quest-suite"}), ("quest-suite", {"quest-suite"})]
+)
 def test_editing_a_recipe_reruns_that_method_and_what_starts_from_it(finished, edited, rerun):
     config = finished.config()
     config["methods"][edited]["samples"] = 8
@@ -235,8 +237,8 @@ def test_a_key_that_stands_twice_stops_a_run(stubbed):
 
 def test_another_quantization_seed_has_its_own_calibration_and_start(stubbed):
     config = stubbed.config() | {"models": {"scenes-class": {"images": 500}}}
-    config["grid"] = [{"model": ["scenes-class"], "method": ["quest"], "bits": ["w4a4"]}]
-    config["seeds"] = {"method": ["quest"], "bits": ["w4a4"], "seed": [0, 1]}
+    config["grid"] = [{"model": ["scenes-class"], "method": ["quest-suite"], "bits": ["w4a4"]}]
+    config["seeds"] = {"method": ["quest-suite"], "bits": ["w4a4"], "seed": [0, 1]}
     stubbed.configure(config)
     assert not any("@1" in command for command in stubbed.planned())
     commands = stubbed.planned("seeds")
@@ -245,16 +247,21 @@ def test_another_quantization_seed_has_its_own_calibration_and_start(stubbed):
     made = {words[words.index("-o") + 1].removeprefix(f"{cell}/"): words for words in of(commands, "quantize")}
     assert set(made) == {
         f"{method}/{bits}/model.safetensors"
-        for method, bits in [("adaround", "w4a32"), ("adaround@1", "w4a32"), ("quest", "w4a4"), ("quest@1", "w4a4")]
+        for method, bits in [
+            ("adaround", "w4a32"),
+            ("adaround@1", "w4a32"),
+            ("quest-suite", "w4a4"),
+            ("quest-suite@1", "w4a4"),
+        ]
     }
-    again = made["quest@1/w4a4/model.safetensors"]
+    again = made["quest-suite@1/w4a4/model.safetensors"]
     assert json.loads(again[again.index("--recipe") + 1]) == {"init": "adaround", "seed": 1}
     assert again[again.index("--calibration") + 1] == f"{cell}/calibration-1.safetensors"
     assert again[again.index("--init") + 1] == f"{cell}/adaround@1/w4a32/model.safetensors"
-    first = made["quest/w4a4/model.safetensors"]
+    first = made["quest-suite/w4a4/model.safetensors"]
     assert json.loads(first[first.index("--recipe") + 1]) == {"init": "adaround"}
     (table,) = of(commands, "seeds")
-    assert table[3:5] == [f"{cell}/quest/w4a4/metrics.json", f"{cell}/quest@1/w4a4/metrics.json"]
+    assert table[3:5] == [f"{cell}/quest-suite/w4a4/metrics.json", f"{cell}/quest-suite@1/w4a4/metrics.json"]
 
 
 def test_the_report_takes_what_is_there_and_starts_nothing_else(finished):
@@ -277,7 +284,7 @@ def test_ablations_reuse_the_default_cells_and_change_one_thing_each(stubbed):
     cell = "results/default/scenes-class"
     made_at = {words[words.index("-o") + 1]: words for words in of(commands, "quantize")}
     quantized = {path.removeprefix(f"{cell}/"): words for path, words in made_at.items()}
-    bases = {"adaround/w4a32", "adaround-ndtc/w4a32", "quest/w4a4", "q-diffusion/w4a4", "ptq4dm/w4a4"}
+    bases = {"adaround/w4a32", "adaround-ndtc/w4a32", "quest-suite/w4a4", "q-diffusion/w4a4", "ptq4dm/w4a4"}
     expected = {f"{path}/model.safetensors" for path in bases | {f"{row}/w4a4" for row in rows}}
     assert expected <= set(quantized)
 
@@ -287,12 +294,12 @@ def test_ablations_reuse_the_default_cells_and_change_one_thing_each(stubbed):
         return words[4], json.loads(words[words.index("--recipe") + 1]), init
 
     start = "adaround/w4a32/model.safetensors"
-    assert made("quest-groups-1") == ("quest", {"init": "adaround", "time_groups": 1}, start)
+    assert made("quest-groups-1") == ("quest-suite", {"init": "adaround", "time_groups": 1}, start)
     assert made("q-diffusion-released") == ("q-diffusion", {"init": "adaround", "granularity": "released"}, start)
     assert made("qalora") == ("qalora", {"init": "adaround"}, start)
     (table,) = of(commands, "ablations")
     assert json.loads(table[table.index("--ablations") + 1])["rows"] == rows
-    assert table[3:5] == [f"{cell}/quest/w4a4/metrics.json", f"{cell}/q-diffusion/w4a4/metrics.json"]
+    assert table[3:5] == [f"{cell}/quest-suite/w4a4/metrics.json", f"{cell}/q-diffusion/w4a4/metrics.json"]
     # The paper's tables take the rows that were there, and wait for no others.
     (paper,) = of(commands, "paper_tables")
     grid = {f"results/default/{run.path}/metrics.json" for run in runs(stubbed.config())}
@@ -359,4 +366,4 @@ def test_the_smoke_config_runs_from_beginning_to_end(project):
     run = project.snakemake("--configfile", "workflow/config/smoke.yaml", timeout=900)
     assert run.returncode == 0, run.stdout
     main = (project.folder / "results/smoke/tables/main.csv").read_text(encoding="utf-8")
-    assert all(f"scenes-class,{cell}," in main for cell in ("fp,w32a32", "rtn,w4a4", "quest,w4a4"))
+    assert all(f"scenes-class,{cell}," in main for cell in ("fp,w32a32", "rtn,w4a4", "quest-suite,w4a4"))

@@ -47,7 +47,7 @@ def test_a_trained_denoiser_is_quantized_like_any_other(tmp_path):
     assert {"time embedding", "attention q, k, v", "feed-forward", "attention products"} <= set(parts(pipe.unet))
     assert "other" not in parts(pipe.unet)
     settings = dict(samples=4, time_groups=2, tla_iterations=1, cma_iterations=1, batch=4)
-    student = quest.quantize(pipe, "quest", "w4a4", calibration=calibration, **settings)
+    student = quest.quantize(pipe, "quest-suite", "w4a4", calibration=calibration, **settings)
     assert undeclared(student.unet, 4, 4, KEEP) == []
     inputs = calibration.inputs(torch.arange(4))
     prediction = student.unet(**inputs).sample

@@ -19,6 +19,7 @@ from quest.config import (
     starting_points,
     validate,
 )
+from quest.config.schema import renamed
 from quest.diffusion.declared import PROTOCOL, of_config
 from quest.metrics import LITE0
 from quest.runtime import memory
@@ -26,6 +27,7 @@ from quest.runtime.provenance import CONFIG, config_hash
 
 try:
     check_names([*Path(workflow.basedir, "workflow/config").glob("*.yaml"), *workflow.overwrite_configfiles])
+    config.update(renamed(config))
     validate(config)
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
@@ -231,7 +233,7 @@ def question(key):
 
 def of_question(wc):
     """QuEST's run that a job evaluates: on the job's model if the job has one, else on the model of the questions."""
-    return Run(getattr(wc, "model", None) or question("model"), "quest", question("bits"))
+    return Run(getattr(wc, "model", None) or question("model"), "quest-suite", question("bits"))
 
 
 def question_file(file):

@@ -9,7 +9,7 @@ TUNINGS = {
     "untuned": ({"tla_iterations": 0, "cma_iterations": 0}, "trajectories"),
     "learned-scales": ({"lr_weight": 0}, "trajectories"),
     "learned-weights": ({"lr_scale": 0}, "trajectories"),
-    "quest": ({}, "trajectories"),
+    "quest-suite": ({}, "trajectories"),
     "global-trajectories": (GLOBAL, "trajectories"),
     "global-scenes": (GLOBAL, "scenes"),
     "global-noise": (GLOBAL, "noise"),

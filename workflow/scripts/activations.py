@@ -24,11 +24,13 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     model = get(arguments.model)
-    recipe = model.recipe(METHODS["quest"].quantize, parse_bits(arguments.bits)[1]) | {"init": str(arguments.init)}
+    recipe = model.recipe(METHODS["quest-suite"].quantize, parse_bits(arguments.bits)[1]) | {
+        "init": str(arguments.init)
+    }
     recipe |= {"tla_iterations": 0, "cma_iterations": 0}
     pipe = model.load()
     calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))
-    untuned = quest.quantize(pipe, "quest", arguments.bits, calibration=calibration, **recipe)
+    untuned = quest.quantize(pipe, "quest-suite", arguments.bits, calibration=calibration, **recipe)
     finetuned = quest.load(pipe, arguments.finetuned, kernel="reference")
     scale = spreads(denoiser_of(pipe), evaluation)
     pipes = {"full precision": pipe, "before finetuning": untuned, "after finetuning": finetuned}

@@ -20,6 +20,7 @@ def main() -> None:
     import quest
     from baselines import METHODS
     from quest.config import parse_bits
+    from quest.config.old_names import current
     from quest.diffusion.calibration_set import CalibrationSet
     from quest.diffusion.denoisers import denoiser_of
     from quest.diffusion.models import get
@@ -32,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     gpu_lock.take(arguments.device)
     torch.manual_seed(0)
-    model = get(arguments.model)
+    model, arguments.method = get(arguments.model), current(arguments.method)
     recipe = model.recipe(METHODS[arguments.method].quantize, parse_bits(arguments.bits)[1]) | arguments.recipe
     started = {}
     if arguments.init:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from quest.runtime import command_line
 
-METHODS = ("rtn-mse", "q-diffusion", "quest")
+METHODS = ("rtn-mse", "q-diffusion", "quest-suite")
 
 
 def main() -> None:

@@ -35,7 +35,9 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     model = get(arguments.model)
-    recipe = model.recipe(METHODS["quest"].quantize, parse_bits(arguments.bits)[1]) | {"init": str(arguments.init)}
+    recipe = model.recipe(METHODS["quest-suite"].quantize, parse_bits(arguments.bits)[1]) | {
+        "init": str(arguments.init)
+    }
     recipe |= arguments.recipe
     pipe = model.load()
     calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))
@@ -47,7 +49,7 @@ def main() -> None:
                 calibration.target = torch.cat([denoiser_of(pipe)(**calibration.inputs(r)).sample for r in rows])
     held_out = noised(pipe, model, "validation", SCENES, seed=1)
     start = time.perf_counter()
-    student = quest.quantize(pipe, "quest", arguments.bits, calibration=calibration, **recipe)
+    student = quest.quantize(pipe, "quest-suite", arguments.bits, calibration=calibration, **recipe)
     seconds = round(time.perf_counter() - start, 1)
     errors = {
         "to_full_precision": eps_error(student, evaluation)[0].mean(1).tolist(),
