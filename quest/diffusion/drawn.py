@@ -8,7 +8,12 @@ import numpy as np
 from quest.runtime.files import loads, read_arrays
 
 Arrays = dict[str, np.ndarray]
-OF_THE_CELL = ("eps_error", "timesteps", "metadata")  # arrays about the whole cell, without a row for each image
+OF_THE_CELL = (
+    "eps_error",
+    "guided_eps_error",
+    "timesteps",
+    "metadata",
+)  # arrays about the whole cell, without a row for each image
 
 
 def earlier(

@@ -36,6 +36,7 @@ LITE0 = ("lite0-photos", "lite0-emoji")  # extractors whose distances have names
 SMALLEST_MSE = 1e-10  # stands for the latent MSE of identical latents, whose logarithm is not finite
 # How each protocol of Inception resizes an image to 299x299; the column `protocol` shows this text.
 RESIZE = {"adm": "TensorFlow bilinear", "torch-fidelity": "TensorFlow bilinear", "clean": "Pillow bicubic"}
+OF_TRAJECTORIES = ("eps_error", "guided_eps_error")  # metrics of held-out trajectories, not of images
 INCEPTION_RESAMPLES = 100  # each resample takes seconds for the eigenvalues of a 2048x2048 matrix
 
 
@@ -195,10 +196,13 @@ def _floor_note(features):
     return "" if found is None else "two independent sets of full precision are {:.3g} ± {:.1g} apart".format(*found)
 
 
-def _eps_error(cell, fp, reference, counts, extractor):
+def _eps_error(kind, cell, fp, reference, counts, extractor):
+    errors = getattr(cell, kind)  # [trajectories, calls]
+    if errors is None:  # of a model without guidance
+        return None
     # The bootstrap resamples whole trajectories, because the calls of one trajectory are not independent.
-    counts = intervals.resample_counts(len(cell.eps_error), len(counts))
-    return _mean(cell.eps_error.mean(axis=1, dtype=np.float64), counts, _broken_note(cell.eps_error, "trajectories"))
+    counts = intervals.resample_counts(len(errors), len(counts))
+    return _mean(errors.mean(axis=1, dtype=np.float64), counts, _broken_note(errors, "trajectories"))
 
 
 METRICS = {
@@ -218,7 +222,10 @@ METRICS = {
     "lite0_distance": Metric("Lite0 distance to FP", "lower", _lite0_distance, is_mean=True, paired=True, lite0=True),
     "fd_64w_to_fp": Metric("FD-64w to FP", "lower", _fid_to_fp, paired=True, network="extractor", lite0=True),
     "fid_to_fp": Metric("FID to FP", "lower", _fid_to_fp, paired=True, network="extractor", lite0=False),
-    "eps_error": Metric("noise-prediction error", "lower", _eps_error, is_mean=True, paired=True),
+    "eps_error": Metric("noise-prediction error", "lower", partial(_eps_error, "eps_error"), is_mean=True, paired=True),
+    "guided_eps_error": Metric(
+        "guided noise-prediction error", "lower", partial(_eps_error, "guided_eps_error"), is_mean=True, paired=True
+    ),
 }
 
 
@@ -308,7 +315,7 @@ def compare(a: dict, b: dict) -> dict[str, Comparison]:
     diverged = has_diverged(a), has_diverged(b)
     compared = {}
     for name in (name for name in METRICS if name in of_a and name in of_b):
-        keys = ("images", "trajectories", "timesteps") if name == "eps_error" else ("images",)
+        keys = ("images", "trajectories", "timesteps") if name in OF_TRAJECTORIES else ("images",)
         equal = [(key, a["drawn"][key], b["drawn"][key]) for key in keys]
         equal += [
             (key, of_a[name].get(key), of_b[name].get(key)) for key in ("n", "extractor", "protocol", "reference")

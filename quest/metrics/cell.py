@@ -20,6 +20,7 @@ class Cell:
     images: np.ndarray | None  # uint8 [N, H, W, 3]; None if the run keeps features only
     latents: np.ndarray | None  # [N, ...]
     eps_error: np.ndarray | None = None  # [trajectories, calls], relative squared error of each noise prediction
+    guided_eps_error: np.ndarray | None = None  # the same of the guided prediction; None without guidance
     timesteps: np.ndarray | None = None  # [calls], timestep of each denoiser call; a multistep sampler may repeat one
     sampled: tuple[dict, ...] = ()  # provenance of each shard: machine, commit and package versions
     footprint: dict = field(default_factory=dict)  # size and work of the denoiser, see quest.quantization.cost
@@ -48,12 +49,19 @@ class Cell:
                 f"{features[0]}: eps_error must be [trajectories, calls] and timesteps [calls], "
                 f"got {eps_error.shape} and {timesteps.shape}"
             )
+        guided = errors.get("guided_eps_error")
+        if guided is not None and guided.shape != eps_error.shape:
+            raise ValueError(
+                f"{features[0]}: guided_eps_error must have the shape of eps_error, got {guided.shape} and "
+                f"{eps_error.shape}"
+            )
         return cls(
             index=joined["index"],
             features={name: joined[name] for name in names},
             images=joined_samples.get("images"),
             latents=joined_samples.get("latents"),
             eps_error=eps_error,
+            guided_eps_error=guided,
             timesteps=timesteps,
             sampled=tuple(shard.get("provenance", {}) for shard in metadata if shard),
             footprint=metadata[0].get("footprint", {}),
@@ -68,7 +76,7 @@ def _read(path: str | Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
     index = arrays["index"]
     if index.ndim != 1 or index.dtype.kind not in "iu" or not len(index):
         raise ValueError(f"{path}: index is {index.dtype} {index.shape}, not whole numbers [N]")
-    for name in set(arrays) - {"eps_error", "timesteps", "metadata"}:
+    for name in set(arrays) - {"eps_error", "guided_eps_error", "timesteps", "metadata"}:
         if len(arrays[name]) != len(arrays["index"]):
             raise ValueError(f"{path}: {name} has {len(arrays[name])} rows for {len(arrays['index'])} images")
     return arrays

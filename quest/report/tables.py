@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from quest.metrics import METRICS, compare
+from quest.metrics import METRICS, OF_TRAJECTORIES, compare
 from quest.report import ledger
 from quest.report.cells import read_cells
 from quest.report.rendering import MISSING, Cell, Column, Table, columns, interval, number
@@ -126,7 +126,7 @@ def provenance_of(metric: str, *cells: dict) -> dict[str, str]:
         return " / ".join(dict.fromkeys(filter(None, map(describe, records))))
 
     drawn = cells[0]["drawn"]
-    images = f"0-{drawn['trajectories'] - 1}" if metric == "eps_error" else drawn["images"]
+    images = f"0-{drawn['trajectories'] - 1}" if metric in OF_TRAJECTORIES else drawn["images"]
     return {
         "seeds": f"evaluation {images}",
         "versions": joined(lambda p: ", ".join(f"{name} {v}" for name, v in p.get("versions", {}).items() if v)),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from quest.metrics import METRICS, Cell, compare, index_ranges, measure
+from quest.metrics import METRICS, OF_TRAJECTORIES, Cell, compare, index_ranges, measure
 from quest.metrics.frechet import Reference, Statistics, frechet_distance
 from quest.metrics.inception_score import splits_note
 from quest.metrics.intervals import interval
@@ -18,7 +18,7 @@ SAID = {"extractor": "scenes", "clip": "scenes-clip", "protocol": "DDIM 5", "ref
 N, TIMESTEPS = 200, [901, 601, 601, 301, 1]
 
 
-def draw_cell(noise=0.0, seed=0, n=N, clip=True):
+def draw_cell(noise=0.0, seed=0, n=N, clip=True, guided=True):
     """A synthetic cell: what seed-paired models share, and each one's own deviation of size `noise`."""
     common, own = np.random.default_rng(123), np.random.default_rng(seed)
 
@@ -33,6 +33,7 @@ def draw_cell(noise=0.0, seed=0, n=N, clip=True):
         images=pixels.round().clip(0, 255).astype(np.uint8),
         latents=around(n, 3, 4, 4),
         eps_error=(noise**2 * (1 + own.random((16, len(TIMESTEPS))))).astype(np.float32),
+        guided_eps_error=(noise**2 * (2 + own.random((16, len(TIMESTEPS))))).astype(np.float32) if guided else None,
         timesteps=np.array(TIMESTEPS),
     )
 
@@ -117,7 +118,7 @@ def test_rows_are_complete_and_survive_json(measured):
         for row in cell["rows"]:
             assert list(row) == ["metric", "value", "low", "high", "n", "extractor", "protocol", "reference", "note"]
             assert row["low"] < row["value"] < row["high"]
-            assert row["n"] == (16 if row["metric"] == "eps_error" else N)
+            assert row["n"] == (16 if row["metric"] in OF_TRAJECTORIES else N)
             assert row["protocol"].startswith("DDIM 5")
     rows = by_metric(measured["good"]["rows"])
     assert rows["fid"]["extractor"] == rows["is"]["extractor"] == rows["fid_to_fp"]["extractor"] == "scenes"
@@ -134,6 +135,14 @@ def test_values_are_those_of_the_metrics(measured, reference):
     assert rows["fid_to_fp"]["value"] == pytest.approx(frechet_distance(pool, fp_pool))
     assert rows["latent_mse"]["value"] == pytest.approx(np.mean((cell.latents - fp.latents) ** 2), rel=1e-5)
     assert rows["eps_error"]["value"] == pytest.approx(cell.eps_error.mean(), rel=1e-5)
+    assert rows["guided_eps_error"]["value"] == pytest.approx(cell.guided_eps_error.mean(), rel=1e-5)
+
+
+def test_the_guided_error_is_compared_in_pairs_where_both_have_it(measured, reference):
+    found = compare(measured["good"], measured["bad"])["guided_eps_error"]
+    assert (found.verdict, found.n) == ("better", 16)
+    without = measure(draw_cell(0.2, seed=1, guided=False), reference, draw_cell(), **SAID)
+    assert "guided_eps_error" not in by_metric(without["rows"]) | compare(without, measured["bad"])
 
 
 def test_eps_error_by_call_keeps_repeated_timesteps(measured):
@@ -342,7 +351,8 @@ def write_shards(folder, cell, parts):
     """Shards of a cell as sampling writes them, in the order of `parts` (lists of image places)."""
     features, samples = [], []
     for shard, part in enumerate(parts):
-        errors = {"eps_error": cell.eps_error, "timesteps": cell.timesteps} if shard == 0 else {}
+        names = ("eps_error", "guided_eps_error", "timesteps")
+        errors = {name: getattr(cell, name) for name in names} if shard == 0 else {}
         metadata = json.dumps({"provenance": {"commit": f"c{shard}"}})
         features.append(folder / f"features-{shard}.npz")
         np.savez(features[-1], index=cell.index[part], **{k: v[part] for k, v in cell.features.items()}, **errors)
@@ -359,6 +369,7 @@ def test_shards_join_in_any_order(tmp_path):
     for loaded in (Cell.load(features, samples), Cell.load(features[::-1], samples)):
         assert np.array_equal(loaded.index, cell.index) and np.array_equal(loaded.images, cell.images)
         assert np.array_equal(loaded.latents, cell.latents) and np.array_equal(loaded.eps_error, cell.eps_error)
+        assert np.array_equal(loaded.guided_eps_error, cell.guided_eps_error)
         assert sorted(shard["commit"] for shard in loaded.sampled) == ["c0", "c1"]
         assert all(np.array_equal(loaded.features[name], cell.features[name]) for name in cell.features)
 

@@ -29,7 +29,7 @@ def main() -> None:
     from quest.diffusion.sampling import batches, generate, timed
     from quest.kernels.cpu.core import identity
     from quest.metrics.features import class_logits, extract
-    from quest.metrics.noise_prediction import eps_error
+    from quest.metrics.noise_prediction import eps_errors
     from quest.quantization import cost, placement
     from quest.quantization.header import read as read_header
     from quest.runtime import gpu_lock, sums
@@ -87,8 +87,9 @@ def main() -> None:
         with timed(denoiser_of(pipe)) as calls, torch.no_grad():
             denoiser_of(pipe)(**evaluation.inputs(torch.arange(min(len(evaluation), model.batch_size))))
     if arguments.checkpoint and shard == 0:
-        errors, timesteps = eps_error(pipe, evaluation)
+        errors, guided, timesteps = eps_errors(pipe, evaluation, model.guidance)
         features |= {"eps_error": errors.cpu().numpy(), "timesteps": np.array(timesteps)}
+        features |= {} if guided is None else {"guided_eps_error": guided.cpu().numpy()}
 
     # The number of rows of one denoiser call on a whole batch; guidance doubles it.
     rows = model.batch_size * model.halves
