@@ -59,7 +59,7 @@ def run(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("run")
     model = folder / "scenes-class"
-    cells = {"fp/w32a32": 0.0, "rtn/w4a4": 0.5, "quest/w4a4": 0.1}
+    cells = {"fp/w32a32": 0.0, "rtn/w4a4": 0.5, "quest-suite/w4a4": 0.1}
     for seed, (cell, noise) in enumerate(cells.items(), 1):
         sample(model / cell, seed, noise)
     reference = folder / "reference.npz"
@@ -89,7 +89,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_tables_are_the_same_bytes_in_a_locale_without_their_signs(run, tmp_path):
-    metrics = [run / "scenes-class" / cell / "metrics.json" for cell in ("fp/w32a32", "rtn/w4a4", "quest/w4a4")]
+    metrics = [run / "scenes-class" / cell / "metrics.json" for cell in ("fp/w32a32", "rtn/w4a4", "quest-suite/w4a4")]
     plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
     command = [sys.executable, "-m", "workflow.scripts.tables", *map(str, metrics), "-o", str(tmp_path / "tables")]
     made = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True)
@@ -120,7 +120,7 @@ def test_cells_become_tables_and_figures(run):
 
 
 def test_cells_become_ablations_and_the_papers_tables(run, tmp_path, write_checkpoint):
-    cells = [shutil.copytree(run / "scenes-class" / name, tmp_path / name) for name in ("rtn/w4a4", "quest/w4a4")]
+    cells = [shutil.copytree(run / "scenes-class" / name, tmp_path / name) for name in ("rtn/w4a4", "quest-suite/w4a4")]
     for cell in cells:
         write_checkpoint(cell / "model.safetensors", seconds=90.0, peak_memory=2000, cost={"stages": []})
     metrics = [cell / "metrics.json" for cell in cells]
@@ -131,12 +131,12 @@ def test_cells_become_ablations_and_the_papers_tables(run, tmp_path, write_check
     succeed("ablations", *metrics, "--ablations", json.dumps(block), *files)
     rows = pd.read_csv(tmp_path / "ablations.csv").set_index(["row", "metric"])
     assert rows.loc[("quest-suite", "latent_mse"), "better"] == "quest-suite" and set(rows["seconds"]) == {90.0}
-    assert "method=quest; time_groups=1" in (tmp_path / "ablations.markdown").read_text(encoding="utf-8")
+    assert "method=quest-suite; time_groups=1" in (tmp_path / "ablations.markdown").read_text(encoding="utf-8")
     assert (tmp_path / "ablations.png").stat().st_size > 1000
     refused = script("ablations", *metrics, "--ablations", "{}", *files)
     assert refused.returncode == 2 and "the config has no ablations" in refused.stderr
     succeed("paper_tables", *metrics, "-o", tmp_path)
-    assert "| scenes-class | quest | w4a4 | 1.43 |" in (tmp_path / "table4.md").read_text(encoding="utf-8")
+    assert "| scenes-class | quest (quest-suite) | w4a4 | 1.43 |" in (tmp_path / "table4.md").read_text(encoding="utf-8")
 
 
 MARKED = "before\n<!-- results: begin -->\nstale\n<!-- results: end -->\nafter\n"
@@ -167,8 +167,8 @@ def test_results_go_between_the_markers_of_the_readme_and_of_their_page(run, pag
         assert "stale" not in text and "commit abc" in text
     main = (run / "tables/main.md").read_text(encoding="utf-8").strip()
     assert main in whole and main not in once
-    assert "| scenes-class | w4a4 | quest | rtn |" in whole and "| latent MSE to FP | FID to FP |" in whole
-    assert "In latent MSE to FP, PSNR to FP and FID to FP, quest's checkpoint is better than rtn's on" in once
+    assert "| scenes-class | w4a4 | quest-suite | rtn |" in whole and "| latent MSE to FP | FID to FP |" in whole
+    assert "In latent MSE to FP, PSNR to FP and FID to FP, quest-suite's checkpoint is better than rtn's on" in once
     assert "not on methods" in once
     for link in ("samples-scenes-class-w4a4.png", "main.csv", "paired.csv"):
         assert f"(docs/assets/{link})" in once and f"(assets/{link})" in whole
@@ -186,7 +186,7 @@ def test_verdicts_of_the_readme_speak_of_methods_over_seeds_only(run, pages, tmp
     assert put_into(pages[0], run, "--seeds", seeds).returncode == 0
     text = pages[0].read_text(encoding="utf-8")
     assert "At W4A4, over quantization seeds 0,1,2, the methods as configured here (n = 40):" in text
-    assert "In PSNR to FP, quest is not told apart from rtn on scenes-class." in text
+    assert "In PSNR to FP, quest-suite is not told apart from rtn on scenes-class." in text
     assert "checkpoint is better than rtn" not in text
     assert "(docs/assets/seeds.csv)" in text and (tmp_path / "docs/assets/seeds.csv").is_file()
 
