@@ -15,6 +15,7 @@ def quantize(pipe, method="quest-suite", bits: str = "w4a8", *, calibration=None
     Raises:
         ValueError: the method is unknown, the bits are malformed, a hyperparameter is out of bounds, the pipeline
             cannot be quantized (`quest.quantization.guards.check`), or the calibration set has another noise schedule.
+        FloatingPointError: the method diverged, on its own or in the checkpoint that it starts from.
         TypeError: the method does not have a hyperparameter.
     """
     import inspect

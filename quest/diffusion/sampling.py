@@ -162,6 +162,17 @@ def generate(
     return _batches(pipe, model, split, first + n, [start for start in starts if start not in skip])
 
 
+def nothing(
+    pipe: DiffusionPipeline, model: Model, n: int, shard: tuple[int, int] = (0, 1), skip: Collection[int] = ()
+) -> Iterator[tuple[np.ndarray, torch.Tensor, np.ndarray]]:
+    """What `generate` yields where every noise prediction is NaN, as of a method that diverged: latents of NaN, and
+    black images. Shapes are those of one batch of `pipe`, which is in full precision."""
+    ((_, latents, images),) = generate(pipe, model, "evaluation", model.batch_size)
+    for start in (start for start in batches(model, n, shard) if start not in skip):
+        index = np.arange(start, min(start + model.batch_size, n))
+        yield index, torch.full_like(latents[: len(index)], torch.nan), np.zeros_like(images[: len(index)])
+
+
 def batches(model: Model, n: int, shard: tuple[int, int] = (0, 1), first: int = 0) -> list[int]:
     """Index of the first image of every batch of a shard."""
     return list(range(first, first + n, model.batch_size))[shard[0] :: shard[1]]

@@ -9,7 +9,7 @@ cells resample the same images (see intervals.py), so `compare` needs these valu
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -242,7 +242,8 @@ def measure(
     """Compute every metric of a cell.
 
     fp: the full-precision cell of the same seeds; None if `cell` is that cell. reference: statistics of real images;
-    without it, metrics against real images are left out.
+    without it, metrics against real images are left out. Every value of a cell that diverged is NaN, with the reason in
+    its note.
 
     The result can be written as JSON. It holds
     - "rows": [{metric, value, low, high, n, extractor, protocol, reference, note}], where `reference` is the beginning
@@ -272,6 +273,9 @@ def measure(
         estimate = None if lacking else metric.estimate(cell, fp, reference, counts, extractor)
         if estimate is None:
             continue
+        if cell.diverged:
+            undefined = np.full_like(estimate.resampled, math.nan)
+            estimate = replace(estimate, value=math.nan, resampled=undefined, note=cell.diverged)
         draws = estimate.resampled
         if name == "fid_infinity":
             # All resamples are shifted by the same estimated bias; the spread of that estimate is left out.

@@ -24,6 +24,7 @@ class Cell:
     timesteps: np.ndarray | None = None  # [calls], timestep of each denoiser call; a multistep sampler may repeat one
     sampled: tuple[dict, ...] = ()  # provenance of each shard: machine, commit and package versions
     footprint: dict = field(default_factory=dict)  # size and work of the denoiser, see quest.quantization.cost
+    diverged: str = ""  # why there is no denoiser: the method diverged, and images and features stand for nothing
 
     @classmethod
     def load(cls, features: Sequence[str | Path], samples: Sequence[str | Path]) -> "Cell":
@@ -65,6 +66,7 @@ class Cell:
             timesteps=timesteps,
             sampled=tuple(shard.get("provenance", {}) for shard in metadata if shard),
             footprint=metadata[0].get("footprint", {}),
+            diverged=metadata[0].get("diverged", ""),
         )
 
 

@@ -42,7 +42,8 @@ def save(pipe, path, floats: bool = False, **extra) -> None:
     The header (metadata key "quest", JSON) holds the bits and granularity of every quantizer, the time groups and the
     timesteps they were calibrated on, what `quest.quantize` was called with and what it costs (`cost.summary`),
     provenance, `extra`, and the hash of every tensor and of the header itself.
-    Raises ValueError for a pipeline that is not quantized, or no longer as it was, and for weights that are not finite.
+    Raises ValueError for a pipeline that is not quantized, or no longer as it was, and FloatingPointError, which names
+    the tensor, for one that is not finite.
     """
     denoiser = guards.unwrapped(denoiser_of(pipe))
     if not is_quantized(denoiser):
@@ -70,8 +71,24 @@ def save(pipe, path, floats: bool = False, **extra) -> None:
         **extra,
         "hashes": {name: tensor_hash(value) for name, value in tensors.items()},
     }
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise FloatingPointError(f"tensor {name} is not finite")
     header = headers.sealed(header)
     check_tensors(header, tensors, path)
+    _write(path, tensors, header)
+
+
+def save_diverged(path, reason: str, **fields) -> None:
+    """Write the checkpoint of a method that diverged: a header with `reason` and `fields`, and no tensors.
+
+    `load`, and a method that would start from it (`init`), refuse it with this reason. A cell of it has a row in every
+    table, see `quest.diffusion.sampling.nothing`.
+    """
+    _write(path, {}, headers.sealed({"diverged": reason, **fields, "provenance": provenance()}))
+
+
+def _write(path, tensors: dict[str, torch.Tensor], header: dict) -> None:
     with atomic(path) as tmp:
         save_file(tensors, tmp, {"quest": dumps(header)})
 
@@ -80,7 +97,7 @@ def save(pipe, path, floats: bool = False, **extra) -> None:
 def state(denoiser, floats: bool = False) -> dict[str, torch.Tensor]:
     """The tensors of a quantized denoiser as a file holds them; without `floats`, quantized weights are packed codes.
 
-    Raises ValueError naming a layer whose weight is not finite.
+    Raises FloatingPointError naming a layer whose weight is not finite.
     """
     tensors = denoiser.state_dict()
     for name, layer in quant_layers(denoiser):
@@ -89,7 +106,7 @@ def state(denoiser, floats: bool = False) -> dict[str, torch.Tensor]:
             tensors[f"{name}.weight"] = layer.float_weight
         elif not floats and not layer.is_frozen and layer.weight_quantizer.spec.bits < FLOAT:
             if not tensors.pop(f"{name}.weight").isfinite().all():
-                raise ValueError(f"layer {name}: its weight is not finite")
+                raise FloatingPointError(f"layer {name}: its weight is not finite")
             tensors[f"{name}.{CODES}"] = packing.pack(layer.qweight.codes, layer.weight_quantizer.spec)
     return tensors
 
@@ -97,7 +114,8 @@ def state(denoiser, floats: bool = False) -> dict[str, torch.Tensor]:
 def read(path) -> tuple[dict, dict[str, torch.Tensor]]:
     """Header and tensors of a checkpoint.
 
-    Raises ValueError for a file that `save` did not write, an older version did, or whose bytes have changed since.
+    Raises ValueError for a file that `save` did not write, an older version did, or whose bytes have changed since, and
+    FloatingPointError for one of a method that diverged.
     """
     with opened(path) as file:
         header = headers.of(file, path)
@@ -188,6 +206,7 @@ def load(pipe, path, kernel: str = "auto"):
 
     Raises ValueError for a file that is not a checkpoint or is corrupted, one of another model (the shapes that differ
     are listed), a scheduler whose steps leave the calibrated timesteps, and a kernel that is unknown or not available.
+    Raises FloatingPointError for a file of a method that diverged (`save_diverged`).
     """
     header, tensors = read(path)
     guards.check(pipe)
@@ -240,7 +259,8 @@ def load_weights(denoiser, path) -> None:
     """Take weights, biases and weight quantizers from another method's checkpoint into a swapped denoiser.
 
     Convolutions that the file has split are split. A layer whose weight the denoiser keeps in float keeps its own.
-    Raises ValueError where the file is of another model or other weight bits, or holds codes only.
+    Raises ValueError where the file is of another model or other weight bits, or holds codes only, and
+    FloatingPointError where the other method diverged.
     """
     header, tensors = read(path)
     if header["weights"] != "float":

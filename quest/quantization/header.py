@@ -20,20 +20,21 @@ FLOAT = 32  # as in quest.affine, which loads torch
 
 class Effort(TypedDict):
     """What making a checkpoint took: seconds and peak memory (1e6 bytes) of the quantize job, and of the one before it
-    (0 where it started from full precision), iterations of all stages; NaN where the header says nothing."""
+    (0 where it started from full precision), iterations of all stages; NaN where the header says nothing, as of the
+    iterations of a method that diverged."""
 
     seconds: float
     seconds_before: float
     peak_memory: float
     peak_memory_before: float
-    iterations: int
+    iterations: float
 
 
 def effort(path: str | Path) -> Effort:
     """The effort that a checkpoint's header tells. Raises ValueError as `read`, and where it says nothing of stages."""
-    header = read(path)
+    header = read(path, diverged=True)
     stages = header.get("cost", {}).get("stages")
-    if stages is None:
+    if stages is None and "diverged" not in header:
         raise ValueError(f"{path}: header field cost.stages is None; valid: {OPTIONAL['cost'][1]}; it is missing")
     started = header.get("init") or {"seconds": 0.0, "peak_memory": 0}
     return {
@@ -41,17 +42,22 @@ def effort(path: str | Path) -> Effort:
         "seconds_before": started.get("seconds", math.nan),
         "peak_memory": header.get("peak_memory", math.nan),
         "peak_memory_before": started.get("peak_memory", math.nan),
-        "iterations": sum(stage["iterations"] for stage in stages),
+        "iterations": math.nan if stages is None else sum(stage["iterations"] for stage in stages),
     }
 
 
-def read(path: str | Path) -> dict:
-    """The header of a checkpoint. Raises ValueError for a file that `checkpoint.save` of this version did not write."""
+def read(path: str | Path, diverged: bool = False) -> dict:
+    """The header of a checkpoint.
+
+    diverged: also give that of a method that diverged (see `checkpoint.save_diverged`), which has no layers. Raises
+    ValueError for a file that `checkpoint.save` of this version did not write, and without `diverged`
+    FloatingPointError for a method that diverged.
+    """
     with opened(path, "numpy") as file:
-        return of(file, path)
+        return of(file, path, diverged)
 
 
-def of(file, path) -> dict:
+def of(file, path, diverged: bool = False) -> dict:
     """The header of an open file, see `read`."""
     try:
         header = loads((file.metadata() or {})["quest"], path)
@@ -61,12 +67,18 @@ def of(file, path) -> dict:
             raise ValueError(
                 f"{path} has checkpoint format {header['format']!r}, this version reads {FORMAT}: quantize again"
             )
-        header["layers"]  # a calibration set has a header too
+        if "diverged" not in header:
+            header["layers"]  # a calibration set has a header too
         if header["hash"] != header_hash(header):
             raise ValueError(f"{path} is corrupted: its header is not what was saved")
     except KeyError as error:
         raise ValueError(f"{path} is not a quantized checkpoint: its header lacks {error}") from error
     check(header, path)
+    if "diverged" in header and not diverged:
+        made = " ".join(filter(None, (header.get("method"), header.get("bits"))))
+        raise FloatingPointError(
+            f"{path}: {made or 'the method'} diverged, so there is no denoiser: {header['diverged']}"
+        )
     return header
 
 
@@ -96,13 +108,15 @@ def _faults(header) -> Iterator[tuple[str, object, str]]:
     if not isinstance(header, dict):
         yield "quest", header, "a mapping"
         return
+    for field, (holds, valid) in OPTIONAL.items():
+        if field in header and not holds(header[field]):
+            yield field, header[field], valid
+    if "diverged" in header:  # no denoiser, no other fields
+        return
     for field, (holds, valid) in FIELDS.items():
         if field not in header:
             yield field, None, f"{valid}; it is missing"
         elif not holds(header[field]):
-            yield field, header[field], valid
-    for field, (holds, valid) in OPTIONAL.items():
-        if field in header and not holds(header[field]):
             yield field, header[field], valid
     for name, specs in header["layers"].items():
         yield from _spec_faults(f"layers.{name}", specs, (2, 3))
@@ -209,6 +223,7 @@ FIELDS: dict[str, tuple[Callable, str]] = {
     "hashes": (_mapping_of(_hash), "a SHA-256 for each tensor"),
 }
 OPTIONAL: dict[str, tuple[Callable, str]] = {
+    "diverged": (_text, "where and why the method diverged"),
     "model": (_text, "the name of a model"),
     "method": (_text, "the name of a method"),
     "bits": (lambda value: _text(value) and re.fullmatch(r"w\d+a\d+", value) is not None, "such as w4a8"),

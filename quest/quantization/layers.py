@@ -100,7 +100,7 @@ class QuantLayer(nn.Module):
     def freeze(self, kernel: str = "reference") -> None:
         """Make the weight a QTensor that `kernel` multiplies, and run on that kernel; codes are found only once.
 
-        A parametrized weight becomes a plain one first. Raises ValueError for a weight that is not finite.
+        A parametrized weight becomes a plain one first. Raises FloatingPointError for a weight that is not finite.
         """
         spec = self.weight_quantizer.spec
         if parametrize.is_parametrized(self, "weight"):
@@ -111,7 +111,7 @@ class QuantLayer(nn.Module):
         if not self.is_frozen:
             weight = self.weight
             if not weight.isfinite().all():
-                raise ValueError(f"layer {self.input_quantizer.name}: its weight is not finite")
+                raise FloatingPointError(f"layer {self.input_quantizer.name}: its weight is not finite")
             self.origin, self.layout, self.weight = weight.detach(), layout(weight), None
         self.kernel_name = kernel
         self.operand = self.kernel.pack(qweight)

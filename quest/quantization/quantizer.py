@@ -78,7 +78,7 @@ class Quantizer(nn.Module):
 
         A constant channel takes the range from zero to its value, which it then meets exactly: at a single timestep
         every channel of a time embedding is constant.
-        Raises ValueError for a tensor that is not finite, or constant unless it may be.
+        Raises FloatingPointError for a tensor that is not finite, and ValueError for a constant one unless it may be.
         """
         if self.spec.bits == FLOAT:
             return
@@ -86,7 +86,7 @@ class Quantizer(nn.Module):
         dims = [d for d in range(x.ndim) if self.spec.axis is None or d != self.spec.axis % x.ndim]
         low, high = x.amin(dims), x.amax(dims)
         if not (low.isfinite() & high.isfinite()).all():
-            raise ValueError(f"layer {self.name}: its calibration input holds NaN or infinite values")
+            raise FloatingPointError(f"layer {self.name}: its calibration input holds NaN or infinite values")
         constant = low == high
         if self.spec.axis is None and constant and not self.may_be_constant:
             raise ValueError(f"layer {self.name}: its calibration input is constant ({low.item()})")

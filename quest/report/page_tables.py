@@ -97,13 +97,14 @@ def cost_table(run: Path, main: pd.DataFrame) -> Table:
         file = run / model / method / bits / "model.safetensors"
         if not file.is_file():
             continue
-        header = read_header(file)
+        header = read_header(file, diverged=True)
         start = header.get("init") or {}
         stages = [f"{stage['stage']} {stage['iterations']}" for stage in header.get("cost", {}).get("stages", [])]
         name = f"{start['method']} {start['bits'].upper()}" if start.get("method") else NONE
         row = [model, method, bits.upper(), number(header.get("seconds", math.nan), ".1f")]
         row += [number(header.get("peak_memory", math.nan), ".0f"), name]
-        rows.append([*row, number(start.get("seconds", math.nan), ".1f"), _shortened(stages)])
+        made = "diverged" if "diverged" in header else _shortened(stages)
+        rows.append([*row, number(start.get("seconds", math.nan), ".1f"), made])
     return Table(heads, rows)
 
 

@@ -50,6 +50,21 @@ def test_generate_makes_the_images_of_the_pipeline(kind):
     assert len(np.unique(images)) > 50  # neither flat nor saturated
 
 
+def test_nothing_is_what_a_denoiser_of_nan_generates(kind):
+    pipe, model, _ = kind
+    n, shard, size = 2 * model.batch_size + 1, (0, 2), model.batch_size
+    parts = list(sampling.nothing(pipe, model, n, shard))
+    broken = copy.copy(pipe)
+    broken.unet = copy.deepcopy(pipe.unet).requires_grad_(False)
+    for parameter in broken.unet.parameters():
+        parameter.fill_(torch.nan)
+    for part, other in zip(parts, sampling.generate(broken, model, "evaluation", n, shard), strict=True):
+        for ours, theirs in zip(part, other, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert [len(part[0]) for part in parts] == [size, 1] and not parts[0][2].any() and parts[0][1].isnan().all()
+    assert [part[0].tolist() for part in sampling.nothing(pipe, model, n, shard, skip={0})] == [[2 * size]]
+
+
 def test_images_further_on_are_those_of_a_longer_run(uncond_pipe, uncond_model):
     size = uncond_model.batch_size
     whole = run(uncond_pipe, uncond_model, 2 * size + 2)

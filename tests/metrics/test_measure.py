@@ -270,6 +270,20 @@ def test_identical_images_and_broken_latents_are_said_in_the_row(reference):
     )
 
 
+def test_a_cell_without_a_denoiser_has_no_values_and_loses(measured, reference):
+    """Its images are black, so a distance of them would be finite and mean nothing."""
+    fp = draw_cell()
+    black = replace(draw_cell(0.2, seed=1), images=np.zeros_like(fp.images), diverged="iteration 3: the loss is nan")
+    broken = measure(black, reference, fp, **SAID)
+    assert [row["metric"] for row in broken["rows"]] == [row["metric"] for row in measured["good"]["rows"]]
+    for row in broken["rows"]:
+        assert math.isnan(row["value"]) and math.isnan(row["low"]) and math.isnan(row["high"])
+        assert row["note"] == "diverged; iteration 3: the loss is nan"
+    for other in ("good", "fp"):
+        compared = compare(broken, measured[other])
+        assert compared and {one.verdict for one in compared.values()} == {"diverged"}
+
+
 def test_only_equal_seeds_and_n_are_compared(measured, reference):
     fp, cell = draw_cell(), draw_cell(0.2, seed=1, n=150)
     with pytest.raises(ValueError, match="the cell has 0-149, full precision 0-199"):
@@ -332,65 +346,12 @@ def test_distance_at_infinity_lies_below_that_at_n_and_has_its_interval(referenc
     assert infinite["high"] - infinite["low"] == pytest.approx(fid["high"] - fid["low"])
 
 
-def test_features_alone_are_measured(reference, tmp_path):
-    cell = draw_cell(0.2, n=30)
-    features, samples = write_shards(tmp_path, cell, [np.arange(30)])
-    np.savez(samples[0], index=cell.index)
-    loaded = Cell.load(features, samples)
-    assert loaded.images is None and loaded.latents is None
-    rows = by_metric(measure(loaded, reference, draw_cell(n=30), extractor="scenes")["rows"])
+def test_features_alone_are_measured(reference):
+    cell = replace(draw_cell(0.2, n=30), images=None, latents=None)
+    rows = by_metric(measure(cell, reference, draw_cell(n=30), extractor="scenes")["rows"])
     assert "psnr" not in rows and "latent_mse" not in rows and {"fid", "fid_to_fp", "eps_error"} <= set(rows)
 
 
 def test_index_ranges():
     assert index_ranges(np.arange(500)) == "0-499"
     assert index_ranges(np.array([0, 1, 2, 7, 9, 10])) == "0-2,7,9-10"
-
-
-def write_shards(folder, cell, parts):
-    """Shards of a cell as sampling writes them, in the order of `parts` (lists of image places)."""
-    features, samples = [], []
-    for shard, part in enumerate(parts):
-        names = ("eps_error", "guided_eps_error", "timesteps")
-        errors = {name: getattr(cell, name) for name in names} if shard == 0 else {}
-        metadata = json.dumps({"provenance": {"commit": f"c{shard}"}})
-        features.append(folder / f"features-{shard}.npz")
-        np.savez(features[-1], index=cell.index[part], **{k: v[part] for k, v in cell.features.items()}, **errors)
-        samples.append(folder / f"samples-{shard}.npz")
-        np.savez(
-            samples[-1], index=cell.index[part], images=cell.images[part], latents=cell.latents[part], metadata=metadata
-        )
-    return features, samples
-
-
-def test_shards_join_in_any_order(tmp_path):
-    cell = draw_cell(0.2, n=30)
-    features, samples = write_shards(tmp_path, cell, [np.arange(20, 30), np.arange(20)])
-    for loaded in (Cell.load(features, samples), Cell.load(features[::-1], samples)):
-        assert np.array_equal(loaded.index, cell.index) and np.array_equal(loaded.images, cell.images)
-        assert np.array_equal(loaded.latents, cell.latents) and np.array_equal(loaded.eps_error, cell.eps_error)
-        assert np.array_equal(loaded.guided_eps_error, cell.guided_eps_error)
-        assert sorted(shard["commit"] for shard in loaded.sampled) == ["c0", "c1"]
-        assert all(np.array_equal(loaded.features[name], cell.features[name]) for name in cell.features)
-
-
-def test_bad_shards_name_the_file(tmp_path):
-    cell = draw_cell(n=30)
-    features, samples = write_shards(tmp_path, cell, [np.arange(20), np.arange(10, 30)])
-    with pytest.raises(ValueError, match="features-0.npz.*image 10 occurs more than once"):
-        Cell.load(features, samples)
-    with pytest.raises(ValueError, match="samples-1.npz and .*features-0.npz: .*different images"):
-        Cell.load(features[:1], samples[1:])
-    with pytest.raises(ValueError, match="samples-0.npz: lacks pool, spatial, logits"):
-        Cell.load(samples, samples)
-    whole = features[0].read_bytes()
-    place = whole.index(cell.features["pool"][:20].tobytes())
-    features[0].write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    with pytest.raises(ValueError, match="features-0.npz: not an .npz file of arrays, or corrupted: Bad CRC-32"):
-        Cell.load(features, samples)
-    (tmp_path / "features-0.npz").write_bytes(b"")
-    with pytest.raises(ValueError, match="features-0.npz: not an .npz file"):
-        Cell.load(features, samples)
-    np.savez(features[0], index=np.arange(3), pool=np.zeros((2, 4)), spatial=np.zeros((3, 4)), logits=np.zeros((3, 4)))
-    with pytest.raises(ValueError, match="features-0.npz: pool has 2 rows for 3 images"):
-        Cell.load(features, samples)

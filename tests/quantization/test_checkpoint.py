@@ -1,12 +1,16 @@
 import copy
 import json
+import math
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import quest
 from quest.quantization import checkpoint, packing
+from quest.quantization import header as headers
+from quest.quantization.header import effort
 from quest.quantization.header import read as read_header
 from quest.quantization.layers import quant_layers
 from quest.quantization.swapping import swap
@@ -103,13 +107,54 @@ def test_weights_that_are_not_finite_are_not_packed(uncond_pipe, uncond_calibrat
     q = quest.quantize(uncond_pipe, "rtn", "w4a8", calibration=uncond_calibration)
     q.unet.conv_in.thaw()
     q.unet.conv_in.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="layer conv_in: its weight is not finite"):
+    with pytest.raises(FloatingPointError, match="layer conv_in: its weight is not finite"):
         quest.save(q, tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match="layer conv_in: its weight is not finite"):
+    with pytest.raises(FloatingPointError, match="layer conv_in: its weight is not finite"):
         q.unet.conv_in.freeze()
-    with pytest.raises(ValueError, match="conv_in.weight is not finite"):
+    with pytest.raises(FloatingPointError, match="conv_in.weight is not finite"):
         quest.save(q, tmp_path / "m.safetensors", floats=True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["conv_in.bias", "conv_in.input_quantizer.scale"])
+def test_other_values_that_are_not_finite_are_not_saved(uncond_pipe, uncond_calibration, tmp_path, name):
+    q = quest.quantize(uncond_pipe, "rtn", "w4a8", calibration=uncond_calibration)
+    q.unet.get_parameter(name).data.reshape(-1)[0] = torch.inf
+    with pytest.raises(FloatingPointError, match=f"tensor {name} is not finite"):
+        quest.save(q, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_starts_from_a_method_that_diverged(uncond_pipe, uncond_calibration, tmp_path):
+    path = tmp_path / "m.safetensors"
+    told = {"model": "scenes-uncond", "seconds": 3.0, "peak_memory": 200}
+    checkpoint.save_diverged(
+        path, "distillation, iteration 7: the loss is nan", method="efficient-dm", bits="w4a4", **told
+    )
+    said = "m.safetensors: efficient-dm w4a4 diverged, .*: distillation, iteration 7: the loss is nan"
+    with pytest.raises(FloatingPointError, match=said):
+        quest.load(uncond_pipe, path)
+    for method in ("quest-suite", "qalora"):  # which read the header, and the whole file
+        with pytest.raises(FloatingPointError, match=said):
+            quest.quantize(uncond_pipe, method, "w4a4", calibration=uncond_calibration, init=str(path))
+    with pytest.raises(FloatingPointError, match=said):
+        read_header(path)
+    header = read_header(path, diverged=True)
+    assert header["diverged"].startswith("distillation") and header["provenance"]["versions"]
+    found = effort(path)
+    assert (found["seconds"], found["peak_memory"], found["seconds_before"]) == (3.0, 200, 0)
+    assert math.isnan(found["iterations"])
+
+
+@pytest.mark.parametrize("field, value", [("diverged", 3), ("diverged", None), ("seconds", -1), ("bits", "4")])
+def test_a_header_without_a_denoiser_is_checked_too(field, value, tmp_path):
+    path = tmp_path / "m.safetensors"
+    checkpoint.save_diverged(path, "why", **({"bits": "w4a4"} | {field: value} if field != "diverged" else {}))
+    if field == "diverged":
+        header = {"format": headers.FORMAT, "diverged": value}
+        save_file({}, path, {"quest": json.dumps(header | {"hash": headers.header_hash(header)})})
+    with pytest.raises(ValueError, match=f"header field {field} is"):
+        read_header(path, diverged=True)
 
 
 def test_unquantized_pipelines_cannot_be_saved(uncond_pipe, tmp_path):

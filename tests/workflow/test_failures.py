@@ -6,7 +6,11 @@ import signal
 import subprocess
 import time
 
+import pandas as pd
+import pytest
 import yaml
+
+from quest.runtime.files import read_arrays
 
 
 def test_memory_and_time_grow_with_every_attempt(stubbed):
@@ -97,3 +101,56 @@ def test_a_run_killed_in_mid_write_resumes(stubbed):
     assert again.returncode == 0, again.stdout
     assert (stubbed.folder / target).read_text(encoding="utf-8") == "first half, second half"
     assert calibration.stat().st_mtime_ns == made  # what was whole is not made again
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_method_that_diverges_ends_in_a_row_and_so_does_what_starts_from_it(project, uncond_pipe):
+    """A learning rate that no scale survives: the jobs succeed, and every table says "diverged" and why."""
+    uncond_pipe.save_pretrained(project.folder / "tiny")
+    told = {"pipeline": "tiny", "sampler": "ddim", "steps": 4, "images": 12, "trajectories": 2, "evaluation": 2}
+    project.configure(
+        {
+            "name": "default",
+            "models": {"tiny": told | {"shards": 2}},
+            "grid": [
+                {"model": ["tiny"], "method": ["fp"], "bits": ["w32a32"]},
+                {"model": ["tiny"], "method": ["rtn", "quest-suite", "efficient-dm"], "bits": ["w4a4"]},
+            ],
+            "methods": {
+                "fp": {},
+                "rtn": {},
+                "quest-suite": {
+                    "init": "rtn",
+                    "lr_scale": 1e6,
+                    "tla_iterations": 3,
+                    "cma_iterations": 1,
+                    "time_groups": 2,
+                },
+                "efficient-dm": {"init": "quest-suite", "iterations": 1},
+            },
+        }
+    )
+    run = project.snakemake("all", "report", timeout=1700)
+    assert run.returncode == 0, run.stdout
+    cell = project.folder / "results/default/tiny/quest-suite/w4a4"
+    log = (cell / "quantize.log").read_text(encoding="utf-8")
+    (said,) = re.findall(
+        r"^diverged: (temporal layer alignment, iteration [12]: the loss is .*)$", log, flags=re.MULTILINE
+    )
+    assert not cell.joinpath("model.parts").exists()
+    main = pd.read_csv(project.folder / "results/default/tables/main.csv")
+    broken = main[main["method"].isin(["quest-suite", "efficient-dm"])]
+    assert broken["value"].isna().all() and set(broken["metric"]) == set(main[main["method"] == "rtn"]["metric"])
+    assert set(broken.loc[broken["method"] == "quest-suite", "note"]) == {f"diverged; {said}"}
+    started = f"model.safetensors: quest-suite w4a4 diverged, so there is no denoiser: {said}"
+    (note,) = set(broken.loc[broken["method"] == "efficient-dm", "note"])
+    assert note == f"diverged; results/default/tiny/quest-suite/w4a4/{started}"
+    assert main.loc[main["method"].isin(["fp", "rtn"]), "value"].notna().all()
+    paired = pd.read_csv(project.folder / "results/default/tables/paired.csv").groupby(["method", "versus"])
+    verdicts = {pair: set(rows["better"]) for pair, rows in paired}
+    assert verdicts["quest-suite", "rtn"] == verdicts["quest-suite", "fp"] == {"quest-suite diverged"}
+    assert verdicts["efficient-dm", "quest-suite"] == {"neither (both diverged)"}
+    assert not read_arrays(cell / "samples-1.npz", ["images"])["images"].any()
+    page = (project.folder / "results/default/report.html").read_text(encoding="utf-8")
+    assert said.split(";")[0] in page

@@ -1,4 +1,7 @@
-"""Quantize the denoiser of one model with one method."""
+"""Quantize the denoiser of one model with one method.
+
+A method that diverges ends in a checkpoint without a denoiser, whose header says where and why.
+"""
 
 import json
 import time
@@ -25,6 +28,7 @@ def main() -> None:
     from quest.diffusion.denoisers import denoiser_of
     from quest.diffusion.models import get
     from quest.kernels.cpu.core import identity
+    from quest.quantization.checkpoint import save_diverged
     from quest.quantization.cost import peak_memory
     from quest.quantization.header import read as read_header
     from quest.runtime import gpu_lock
@@ -38,7 +42,7 @@ def main() -> None:
     started = {}
     if arguments.init:
         recipe["init"] = str(arguments.init)
-        header = read_header(arguments.init)
+        header = read_header(arguments.init, diverged=True)
         started = {"init": {k: header.get(k) for k in ("method", "bits", "recipe", "cost", "seconds", "peak_memory")}}
     print(f"{arguments.model} {arguments.method} {arguments.bits}: {json.dumps(recipe)}", flush=True)
 
@@ -54,18 +58,29 @@ def main() -> None:
     }
     with resuming(arguments.output.with_suffix(".parts"), job) as earlier:
         start = time.perf_counter()
-        pipe = quest.quantize(
-            model.load(device=arguments.device),
-            method=arguments.method,
-            bits=arguments.bits,
-            calibration=calibration,
-            **recipe,
-        )
-        seconds = round(time.perf_counter() - start + earlier.seconds, 1)
-        spent = {"seconds": seconds, "peak_memory": peak_memory(), **started}
-        quest.save(pipe, arguments.output, arguments.floats, model=model.name, **spent)
-    print(json.dumps(denoiser_of(pipe).quantization["cost"], indent=1))
-    print(f"{arguments.model} {arguments.method} {arguments.bits}: {seconds} s, {spent['peak_memory']} MB", flush=True)
+
+        def spent():
+            seconds = round(time.perf_counter() - start + earlier.seconds, 1)
+            return {"model": model.name, "seconds": seconds, "peak_memory": peak_memory(), **started}
+
+        try:
+            pipe = quest.quantize(
+                model.load(device=arguments.device),
+                method=arguments.method,
+                bits=arguments.bits,
+                calibration=calibration,
+                **recipe,
+            )
+            quest.save(pipe, arguments.output, arguments.floats, **spent())
+            said = json.dumps(denoiser_of(pipe).quantization["cost"], indent=1)
+        except FloatingPointError as error:
+            of = {"method": arguments.method, "bits": arguments.bits, "recipe": recipe}
+            save_diverged(arguments.output, str(error), **of, **spent())
+            said = f"diverged: {error}"
+    print(said)
+    written = read_header(arguments.output, diverged=True)
+    took = f"{written['seconds']} s, {written['peak_memory']} MB"
+    print(f"{arguments.model} {arguments.method} {arguments.bits}: {took}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Sample the images of one cell and their features; a quantized cell also gets its noise-prediction errors."""
+"""Sample the images of one cell and their features; a quantized cell also gets its noise-prediction errors.
+
+The images of a method that diverged are black, its latents and errors NaN.
+"""
 
 import statistics
 import time
@@ -26,7 +29,7 @@ def main() -> None:
     from quest.diffusion.denoisers import denoiser_of
     from quest.diffusion.drawn import earlier, joined
     from quest.diffusion.models import PREPARED, SEEDS, ZOO, get
-    from quest.diffusion.sampling import batches, generate, timed
+    from quest.diffusion.sampling import batches, generate, nothing, timed
     from quest.kernels.cpu.core import identity
     from quest.metrics.features import class_logits, extract
     from quest.metrics.noise_prediction import eps_errors
@@ -44,7 +47,9 @@ def main() -> None:
     pipe = model.load(device=arguments.device)
     evaluation = CalibrationSet.load(arguments.evaluation).to(arguments.device)
     work = cost.macs(denoiser_of(pipe), evaluation.inputs(torch.tensor([0])))
-    if arguments.checkpoint:
+    header = read_header(arguments.checkpoint, diverged=True) if arguments.checkpoint else {}
+    diverged = header.get("diverged")
+    if arguments.checkpoint and not diverged:
         pipe = quest.load(pipe, arguments.checkpoint, arguments.kernel)
         placed = denoiser_of(pipe).placement
         kernel = placed._asdict() | {"deviation": placement.deviation(denoiser_of(pipe), evaluation)}
@@ -59,7 +64,7 @@ def main() -> None:
     files = [*Path(quest.__file__).parent.rglob("*.py"), folder / sums.NAME]
     job = {
         "model": [model.name, model.protocol, arguments.kernel, arguments.drop_images, arguments.device],
-        "checkpoint": read_header(arguments.checkpoint)["hash"] if arguments.checkpoint else None,
+        "checkpoint": header.get("hash"),
         "files": digest(*(file for file in files if file.is_file())),
         "machine": identity() | {"threads": arguments.threads, "torch version": torch.__version__},
         "gpu": torch.cuda.get_device_name() if arguments.device != "cpu" else None,
@@ -68,7 +73,10 @@ def main() -> None:
     there, (samples, features) = earlier(outputs, job, wanted, model.batch_size, arguments.n)
     start, captions = time.perf_counter(), None
     with timed(denoiser_of(pipe)) as calls:
-        made = list(generate(pipe, model, "evaluation", arguments.n, (shard, shards), skip=there))
+        if diverged:
+            made = list(nothing(pipe, model, arguments.n, (shard, shards), skip=there))
+        else:
+            made = list(generate(pipe, model, "evaluation", arguments.n, (shard, shards), skip=there))
     seconds = round(time.perf_counter() - start, 1)
     if made:
         index, images = (np.concatenate([batch[i] for batch in made]) for i in (0, 2))
@@ -88,20 +96,27 @@ def main() -> None:
             denoiser_of(pipe)(**evaluation.inputs(torch.arange(min(len(evaluation), model.batch_size))))
     if arguments.checkpoint and shard == 0:
         errors, guided, timesteps = eps_errors(pipe, evaluation, model.guidance)
-        features |= {"eps_error": errors.cpu().numpy(), "timesteps": np.array(timesteps)}
-        features |= {} if guided is None else {"guided_eps_error": guided.cpu().numpy()}
+        measured = {"eps_error": errors} | ({} if guided is None else {"guided_eps_error": guided})
+        factor = np.nan if diverged else 1
+        features |= {name: factor * values.cpu().numpy() for name, values in measured.items()}
+        features["timesteps"] = np.array(timesteps)
 
     # The number of rows of one denoiser call on a whole batch; guidance doubles it.
     rows = model.batch_size * model.halves
     footprint |= {"latency_ms": 1e3 * statistics.median(calls), "batch": rows, "threads": arguments.threads}
     seeds = {"split": "evaluation", "first": SEEDS["evaluation"], "n": arguments.n, "shard": arguments.shard}
-    metadata = {"seeds": seeds, "seconds": seconds, "footprint": footprint, "kernel": kernel, "job": job}
-    metadata = dumps(metadata | {"provenance": provenance()})
+    metadata = {"seeds": seeds, "job": job, "provenance": provenance()}
+    if diverged:
+        metadata |= {"diverged": diverged}
+    else:
+        metadata |= {"seconds": seconds, "footprint": footprint, "kernel": kernel}
     for output, arrays in zip(outputs, (samples, features), strict=True):
         with atomic(output) as file:
-            np.savez(file, **arrays, metadata=metadata)
+            np.savez(file, **arrays, metadata=dumps(metadata))
     drawn = sum(len(batch[0]) for batch in made)
     print(f"{drawn} images in {seconds} s, {len(samples['index']) - drawn} were there", flush=True)
+    if diverged:
+        print(f"black images: {diverged}", flush=True)
 
 
 if __name__ == "__main__":
