@@ -36,17 +36,24 @@ rule all:
         expand("results/{name}/figures/{figure}.png", name=NAME, figure=CURVES + GRIDS),
 
 
-# A dry run needs no external files; a real run checks that all of them exist before its first job.
+# A dry run needs no external files; a real run checks before its first job that all of them exist, and that the layers
+# are there whose bits a recipe keeps.
 onstart:
+    jobs = list(workflow.dag.needrun_jobs())
     named = {"model": FILES[:-1], "reference": FILES[-1:]}
     lines = [
         line
-        for job in workflow.dag.needrun_jobs()
+        for job in jobs
         if job.rule.name in named
         for line in missing_files(config, job.wildcards.model, named[job.rule.name])
     ]
     if lines:
         raise WorkflowError("; ".join(lines))
+    wildcards = [job.wildcards for job in jobs if job.rule.name == "quantize"]
+    try:
+        keep.check(config, (Run(wc.model, wc.method, wc.bits) for wc in wildcards))
+    except ConfigError as error:
+        raise WorkflowError(str(error)) from None
 
 
 onerror:

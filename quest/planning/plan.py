@@ -13,7 +13,6 @@ from baselines import METHODS
 from baselines.method import keywords
 from quest.config import (
     FULL_PRECISION,
-    ConfigError,
     Run,
     ablation_runs,
     parse_bits,
@@ -23,7 +22,7 @@ from quest.config import (
 )
 from quest.diffusion.models import MODELS, Model
 from quest.metrics import LITE0, RESIZE
-from quest.planning import measure
+from quest.planning import keep, measure
 
 FLOAT = 4  # bytes of a float32
 INCEPTION_VALUES = 2048 + 2023 + 1008
@@ -155,17 +154,6 @@ def footprint(name: str, bits: str) -> dict:
     return cost.footprint(unet, _work(name))
 
 
-def check_keep(config: dict) -> None:
-    """Raise ConfigError where a recipe keeps the bits of layers that a model does not have."""
-    from quest.quantization import swapping
-
-    for run in [*cells(config)[1], *ablation_runs(config)]:
-        try:
-            swapping.check_keep(_denoiser(run.model), recipe_of(config, run.method)[1].get("keep", {}))
-        except ValueError as error:
-            raise ConfigError(f"{run.method} on {run.model}: {error}") from None
-
-
 def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
     """What all jobs of each kind need, for each model, from the costs measured on `machine`."""
     sampled, made = cells(config)
@@ -257,7 +245,7 @@ def _memory(known, steps):
 
 def report(config: dict, costs: list[dict], machine: str) -> str:
     """The plan as Markdown: jobs by rule, work by model, disk, memory, and where each cost was measured."""
-    check_keep(config)
+    keep.check(config, [*cells(config)[1], *ablation_runs(config)])
     of_rule, all_parts = jobs(config), parts(config, costs, machine)
     lines = [f"## Plan of `{config['name']}` on {machine}", "", "| rule | jobs |", "|---|---:|"]
     lines += [f"| {rule} | {count} |" for rule, count in of_rule.items()]

@@ -1,5 +1,6 @@
 """What the name of a layer in a denoiser of diffusers says: the bits it keeps at least, and the class it belongs to."""
 
+from collections.abc import Sequence
 from fnmatch import fnmatch
 
 Keep = dict[str, int | list[int]]  # globs over layer names -> bits kept at least: of both, or [weight, input]
@@ -26,6 +27,19 @@ KEEP = dict.fromkeys(BOUNDARY, 8)
 # Layers that not every denoiser has (residual blocks can resample, attention stand in transformers): keep may name
 # them.
 OPTIONAL = ("*.conv_shortcut", "*.downsamplers.*.conv", "*.attentions.?.to_*", *BOUNDARY[2:])
+
+
+def check(names: Sequence[str], keep: Keep) -> None:
+    """Raise ValueError for a glob that matches none of these layers and processors, unless not every denoiser has such.
+
+    Of KEEP, which names the first and last layers of U-Nets and of transformers, one must be there.
+    """
+    absent = [glob for glob in keep if not any(fnmatch(name, glob) for name in names)]
+    if keep is KEEP and len(absent) == len(keep):
+        raise ValueError(f"keep: no first or last layer is named {' or '.join(KEEP)}; say how they are named here")
+    for glob in absent:
+        if keep is not KEEP and glob not in OPTIONAL:
+            raise ValueError(f"keep: no layer is named like {glob!r}; names are such as {', '.join(names[:3])}")
 
 
 LAYER_CLASSES = (  # first match wins; names are those of diffusers' U-Nets and transformers

@@ -1,7 +1,6 @@
 """A pipeline whose denoiser has quantized layers in place of the float ones, and which of their ranges have axes."""
 
 import copy
-from fnmatch import fnmatch
 
 from torch import nn
 
@@ -9,7 +8,7 @@ from quest.affine import QuantSpec
 from quest.diffusion.denoisers import denoiser_of, name_of
 from quest.quantization import guards
 from quest.quantization.attention import QuantAttention
-from quest.quantization.layer_names import KEEP, OPTIONAL, Keep, layer_bits
+from quest.quantization.layer_names import KEEP, Keep, check, layer_bits
 from quest.quantization.layers import (
     attentions,
     input_quantizers,
@@ -47,9 +46,8 @@ def swap(
     keep = KEEP if keep is None else keep
     guards.check(pipe, allow_meta=True)
     denoiser = copy.deepcopy(denoiser_of(pipe))
-    layers = {n: m for n, m in denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
-    processors = {f"{n}.processor": m for n, m in attentions(denoiser)}
-    check_keep(denoiser, keep)
+    layers, processors = quantizable(denoiser)
+    check([*layers, *processors], keep)
     for name, layer in layers.items():
         layer_w, layer_a = layer_bits(name, w, a, keep)
         replace(denoiser, name, quantized(layer, QuantSpec(layer_w, axis=weight_axis), QuantSpec(layer_a), groups))
@@ -61,19 +59,10 @@ def swap(
     return with_denoiser(pipe, finish(denoiser, groups))
 
 
-def check_keep(denoiser: nn.Module, keep: Keep) -> None:
-    """Raise ValueError for a glob that names no layer and no attention processor, unless not every denoiser has such.
-
-    Of KEEP, which names the first and last layers of U-Nets and of transformers, one must be there.
-    """
-    names = [n for n, m in denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)]
-    names += [f"{n}.processor" for n, _ in attentions(denoiser)]
-    absent = [glob for glob in keep if not any(fnmatch(name, glob) for name in names)]
-    if keep is KEEP and len(absent) == len(keep):
-        raise ValueError(f"keep: no first or last layer is named {' or '.join(KEEP)}; say how they are named here")
-    for glob in absent:
-        if keep is not KEEP and glob not in OPTIONAL:
-            raise ValueError(f"keep: no layer is named like {glob!r}; names are such as {', '.join(names[:3])}")
+def quantizable(denoiser: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """By name: every Linear and Conv2d of a denoiser, and every attention, under the name of its processor."""
+    layers = {n: m for n, m in denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
+    return layers, {f"{n}.processor": m for n, m in attentions(denoiser)}
 
 
 def finish(denoiser: nn.Module, groups: TimeGroups | None) -> nn.Module:

@@ -53,6 +53,16 @@ def test_two_configs_with_one_name(stubbed):
     assert "mine.yaml" in line and "workflow/config/default.yaml" in line
 
 
+def test_a_layer_that_no_model_has_stops_the_run_before_its_first_job(project):
+    config = project.config("smoke")
+    config["methods"]["quest-suite"]["keep"] = {"conv_inn": 8}
+    project.write("mine.yaml", yaml.safe_dump(config | {"name": "mine"}))
+    run = project.snakemake("--configfile", "mine.yaml")
+    said = "quest-suite on scenes-class: keep: no layer is named like 'conv_inn'; names are such as "
+    assert run.returncode != 0 and said in run.stdout and "Traceback" not in run.stdout
+    assert not (project.folder / "results").exists()
+
+
 def test_a_failed_job_tells_where_its_log_is(stubbed):
     stubbed.write("workflow/scripts/trajectories.py", "raise SystemExit('layer conv_in: the input is constant')")
     run = stubbed.snakemake("results/default/scenes-class/calibration.safetensors")

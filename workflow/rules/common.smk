@@ -22,6 +22,7 @@ from quest.config import (
 from quest.config.schema import renamed
 from quest.diffusion.declared import PROTOCOL, of_config
 from quest.metrics import LITE0
+from quest.planning import keep
 from quest.runtime import memory
 from quest.runtime.provenance import CONFIG, config_hash
 
