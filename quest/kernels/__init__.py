@@ -1,6 +1,7 @@
-"""Kernels: a module each with supports, pack, linear, conv2d and attention. What they mean is `reference`.
+"""Kernels compute quantized layers and attention. Each is a module with the functions of `reference`.
 
-Those that keep a weight as its codes have `unpack`, which gives them back.
+`reference` defines what each function computes: unavailable, supports, supports_attention, pack, linear, conv2d and
+attention. Kernels whose operands contain the codes of a weight also have `unpack`, which returns the codes.
 """
 
 import importlib
@@ -10,12 +11,13 @@ from types import ModuleType
 
 import torch
 
-KERNELS = {  # imported when asked for
+KERNELS = {  # modules by name, imported when they are needed
     "reference": "quest.kernels.reference",
     "integer": "quest.kernels.cpu.integer",
     "triton": "quest.kernels.triton.kernel",
 }
-# What "auto" tries, in order; elsewhere the reference. "triton" joins when it has run on a GPU.
+# Kernels that "auto" tries in this order, by type of device; on others it takes the reference. "triton" will be added
+# once it has run on a GPU.
 FASTEST = {"cpu": ("integer", "reference")}
 
 log = logging.getLogger(__name__)
@@ -23,14 +25,14 @@ log = logging.getLogger(__name__)
 
 @cache
 def get(name: str) -> ModuleType:
-    """The kernel of that name. Raises ValueError with the valid names otherwise."""
+    """Return the kernel of this name. Raises ValueError, which lists the valid names, for another one."""
     if name not in KERNELS:
         raise ValueError(f"kernel: {name!r} is not one of auto, {', '.join(KERNELS)}")
     return importlib.import_module(KERNELS[name])
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """A name in KERNELS that computes on this device, in this dtype: the one asked for; "auto": the fastest.
+    """Return the name of a kernel that computes on this device in this dtype: `name` itself, or for "auto" the fastest.
 
     Raises ValueError for an unknown name and for a kernel that is not available.
     """

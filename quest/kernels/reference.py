@@ -1,4 +1,7 @@
-"""What every quantized operation means: fake-quantize, then the float operation. Also the path that trains."""
+"""The reference kernel: quantize and dequantize the operands, then compute in floats.
+
+It defines what each function of a kernel computes, and it is the only kernel with gradients.
+"""
 
 from functools import partial
 
@@ -9,32 +12,32 @@ from torch.utils.checkpoint import checkpoint
 
 from quest.affine import QParams, QTensor, QuantSpec, fake_quantize
 
-AT_ONCE = 2**26  # attention probabilities
+AT_ONCE = 2**26  # most attention probabilities in memory
 
 
 def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why nothing can run on this kernel here: nothing can be in the way."""
+    """Return why this kernel cannot run on a device; None, because it always can."""
     return None
 
 
 def supports(weight: QTensor, weight_spec: QuantSpec, input: QParams, **conv) -> str | None:
-    """Why a layer cannot run here: every layer can."""
+    """Return why this kernel cannot compute a layer; None, because it computes all."""
     return None
 
 
 def supports_attention(q: QParams, k: QParams, v: QParams, p: QParams) -> str | None:
-    """Why an attention cannot run here: every one can."""
+    """Return why this kernel cannot compute an attention; None, because it computes all."""
     return None
 
 
 def pack(weight: QTensor) -> Tensor:
-    """The form in which a frozen weight is kept: here its dequantized values."""
+    """Return the operand of a frozen weight: here its dequantized values."""
     codes, zero_point, scale = (t.detach() for t in (weight.codes, weight.zero_point, weight.scale))
-    return (codes - zero_point).mul_(scale)  # as `dequantize`, with one tensor less in memory
+    return (codes - zero_point).mul_(scale)  # like `dequantize`, but with one tensor less in memory
 
 
 def linear(x: Tensor, qparams: QParams, weight: QTensor | Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K], weight [N, K] -> [..., N]. qparams quantize x; weight is live codes or what `pack` gave."""
+    """x [..., K], weight [N, K] -> [..., N]. qparams quantize x; weight is a QTensor or the result of `pack`."""
     return F.linear(fake_quantize(x, qparams), _float(weight), bias)
 
 
@@ -56,9 +59,9 @@ def attention(
 ) -> Tensor:
     """q [B, n, d], k and v [B, m, d] (B counts heads) -> [B, n, d].
 
-    Queries, keys and values are quantized, then the normalised softmax probabilities. mask [B, 1 or n, m] is added to
-    the logits; other kernels take none. Of the probabilities, at most AT_ONCE are in memory: larger attentions are
-    computed in parts, again in the backward pass, which then sums the gradient of p's scale over the parts.
+    Queries, keys, values and the normalized softmax probabilities are quantized. mask [B, 1 or n, m] is added to the
+    logits; other kernels take none. At most AT_ONCE probabilities are in memory. A larger attention is computed in
+    parts, which the backward pass computes again; it adds up the gradients of p's scale over the parts.
     """
     q, k, v = fake_quantize(q, q_params), fake_quantize(k, k_params), fake_quantize(v, v_params)
     masks = () if mask is None else (mask,)
@@ -74,9 +77,10 @@ def attention(
 
 
 def observed_probabilities(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """What the range of probabilities is chosen from: all of them, [B, n, m], or of a large attention, [2, n, m].
+    """Return the probabilities from which their range is chosen: all of them, [B, n, m], or [2, n, m].
 
-    Those are the least and the largest over the batch, which is all that a range from zero to the maximum depends on.
+    For a large attention only the smallest and the largest over the batch are returned. A range from zero to the
+    maximum depends on nothing else.
     """
     if len(q) <= (size := _part(q, k)):
         return probabilities(q, k, scale, mask)
@@ -90,16 +94,17 @@ def observed_probabilities(q: Tensor, k: Tensor, scale: float, mask: Tensor | No
 
 
 def _part(q: Tensor, k: Tensor) -> int:
-    """How many of the batch have at most AT_ONCE probabilities, at least one."""
+    """Return how many entries of the batch have at most AT_ONCE probabilities together; at least 1."""
     return max(1, AT_ONCE // max(1, q.shape[1] * k.shape[1]))
 
 
 def probabilities(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """softmax(scale q k^T + mask), [B, n, m]."""
+    """Return softmax(scale q k^T + mask), [B, n, m]."""
     if mask is not None:
         return torch.baddbmm(mask.to(q.dtype), q, k.transpose(1, 2), alpha=scale).softmax(-1)
     return torch.baddbmm(q.new_zeros(1), q, k.transpose(1, 2), beta=0, alpha=scale).softmax(-1)
 
 
 def _float(weight: QTensor | Tensor) -> Tensor:
+    """Return the values of a QTensor; a tensor holds values already."""
     return weight.dequantize() if isinstance(weight, QTensor) else weight

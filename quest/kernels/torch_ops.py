@@ -1,4 +1,4 @@
-"""What kernels on integers share as torch ops: when an op stands in for its function, and what its fake one gives."""
+"""Custom-op registration that the integer kernels share. torch uses ops while it traces, and functions otherwise."""
 
 import torch
 from torch import Tensor
@@ -8,25 +8,27 @@ from quest.kernels.cpu.core.shapes import attended, convolved
 
 
 def run(function, op: str, x: Tensor, *arguments) -> Tensor:
-    """The function itself; as the op torch.ops.quest.<op> where torch traces instead of computing."""
-    # The dispatcher takes longer than a small layer.
+    """Call the function; while torch traces, call the op torch.ops.quest.<op> instead."""
+    # torch's dispatcher takes longer than a small layer, so it is avoided when possible.
     if type(x) is Tensor and not torch.compiler.is_compiling() and not x.is_meta:
         return function(x, *arguments)
     return getattr(torch.ops.quest, op)(x, *arguments)
 
 
 def flat(*params: QParams) -> tuple[tuple, tuple, list[int]]:
-    """Scales, zero points, and lowest and highest code of each in turn: what an op takes of several tensors."""
+    """Flatten the parameters of several tensors for an op: scales, zero points, and (qmin, qmax) one after another."""
     scales, zero_points, specs = zip(*params, strict=True)
     return scales, zero_points, [limit for spec in specs for limit in (spec.qmin, spec.qmax)]
 
 
 def fake_conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation, residual=None):
+    """Return an empty result of the right shape and layout, with which torch traces a convolution."""
     shape = convolved(x, weight, stride, padding, dilation)
     return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
 
 
 def fake_attention(q, k, v, scales, zero_points, limits, scale):
+    """Return an empty result of the right shape and layout, with which torch traces an attention."""
     attended(q, k, v)
     if q.ndim == 3:
         return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -1,4 +1,12 @@
-"""Quantized attention: a diffusers attention processor that quantizes q, k, v and the softmax probabilities."""
+"""Quantized attention: a diffusers attention processor that quantizes q, k, v and the softmax probabilities.
+
+    x ───────── to_q ── q ─┐
+                           ├─ q k^T * scale ── softmax ── p ─┐
+    context ─┬─ to_k ── k ─┘                                 ├─ p v ── to_out
+             └─ to_v ── v ───────────────────────────────────┘
+
+The three projections and `to_out` are quantized layers. The tensors named q, k, v and p each have a quantizer here.
+"""
 
 from types import ModuleType
 
@@ -14,14 +22,14 @@ from quest.quantization.timegroups import TimeGroups
 
 
 class QuantAttention(nn.Module):
-    """Stands in for `AttnProcessor`: the same computation, with both matrix products through the kernel.
+    """Replaces diffusers' `AttnProcessor`. The computation is the same, but the kernel computes both matrix products.
 
-    Probabilities lie in [0, 1] and take the range [0, max] with zero point 0, as in Q-Diffusion; their width is usually
-    8 bits whatever the activations have.
+    Probabilities lie in [0, 1]. Their range is [0, max] with zero point 0, as in Q-Diffusion. They usually have 8 bits,
+    whatever the bits of other activations.
     """
 
     kernel_name = "reference"
-    masked = False  # whether the last call had a mask, with which only the reference computes
+    masked = False  # whether the last call had a mask; only the reference kernel computes with one
 
     @property
     def kernel(self) -> ModuleType:
@@ -31,9 +39,9 @@ class QuantAttention(nn.Module):
         super().__init__()
         self.q, self.k, self.v = (Quantizer(spec, groups=groups) for _ in range(3))
         self.p = Quantizer(probability_spec, groups=groups)
-        self.p.may_be_constant = True  # attention to a single token (a class, in ImageNet's LDM-4) has probability 1
+        self.p.may_be_constant = True  # the probability of a single token (the class in ImageNet's LDM-4) is always 1
 
-    # diffusers reads the processor's arguments off `__call__`.
+    # diffusers inspects the signature of `__call__` to find out which arguments a processor takes.
     def __call__(
         self,
         attn: nn.Module,
@@ -42,9 +50,10 @@ class QuantAttention(nn.Module):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """hidden_states [B, C, H, W] or [B, n, C], encoder_hidden_states [B, m, C'] -> as hidden_states.
+        """Attend from hidden_states, [B, C, H, W] or [B, n, C], to encoder_hidden_states [B, m, C'] or to itself.
 
-        attention_mask: [B, 1, m], added to the logits. Joint attention (SD3) gives both of its streams.
+        attention_mask [B, 1, m] is added to the logits. Returns a tensor of the shape of hidden_states; joint attention
+        (SD3) returns both of its streams. Raises NotImplementedError for an attention with spatial or cross norms.
         """
         if attn.spatial_norm is not None or attn.norm_cross:
             raise NotImplementedError("quantized attention has no spatial norms or cross norms")
@@ -61,7 +70,7 @@ class QuantAttention(nn.Module):
         if attention_mask is None and attn.norm_q is None and attn.norm_k is None:
             x = fused.attended(attn, hidden_states, context, rows if attn.residual_connection else None)
         if x is not None:
-            # With the strides of channels that lie innermost, which torch asks for, of a single image, too.
+            # Channels lie innermost. torch expects the strides of this layout even for a single image.
             return x if given.ndim == 3 else x.unflatten(1, given.shape[2:]).permute(0, 3, 1, 2)
         mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))  # [B * heads, 1, m]
         x = attn.to_out[1](attn.to_out[0](self.attended(attn, hidden_states, context, mask)))
@@ -77,7 +86,7 @@ class QuantAttention(nn.Module):
         return self.products(q, k, v, attn.scale, mask)
 
     def joint(self, attn: nn.Module, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention of two streams, x [B, n, C] and context [B, m, C], to both of them (arXiv:2403.03206)."""
+        """Attend from two streams, x [B, n, C] and context [B, m, C], to both of them (SD3, arXiv:2403.03206)."""
         own = _heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x), attn.norm_q, attn.norm_k)
         added = (attn.add_q_proj(context), attn.add_k_proj(context), attn.add_v_proj(context))
         added = _heads(attn, *added, attn.norm_added_q, attn.norm_added_k)
@@ -90,21 +99,21 @@ class QuantAttention(nn.Module):
     def products(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, n, heads * d].
 
-        The two products are Module's own call: hooks and block reconstruction meet them as a module of its own.
+        They run through `nn.Module.__call__`, so hooks and block reconstruction see the two products as one module.
         """
         self.masked = mask is not None
         if self.masked or self.kernel_name == "reference":
             flat = (t.flatten(0, 1) for t in (q, k, v))  # [B * heads, n, d]
             masks = () if mask is None else (mask,)
             x = nn.Module.__call__(self, *flat, scale, *masks).unflatten(0, (len(q), -1))
-        else:  # other kernels read rows where they are: no copies
+        else:  # other kernels read strided rows, so nothing is copied
             x = nn.Module.__call__(self, q, k, v, scale)
         return x.transpose(1, 2).flatten(2)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         """The two products: q [B * heads, n, d], k and v [B * heads, m, d] -> [B * heads, n, d].
 
-        Kernels other than the reference also take [B, heads, n, d]. With a mask, the reference computes.
+        Kernels other than the reference also take [B, heads, n, d]. With a mask, the reference kernel computes.
         """
         q_params, k_params, v_params = self.q(q), self.k(k), self.v(v)
         if self.p.choose is not None:
@@ -117,13 +126,13 @@ class QuantAttention(nn.Module):
 
 
 def _heads(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, norm_q, norm_k) -> list[Tensor]:
-    """Projections [B, n, heads * d] -> [B, heads, n, d], normalised where the attention does so."""
+    """Split projections [B, n, heads * d] into [B, heads, n, d], and normalize q and k if the attention does."""
     q, k, v = (t.unflatten(2, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
     return [q if norm_q is None else norm_q(q), k if norm_k is None else norm_k(k), v]
 
 
 def _as_tensors(parameters: QParams) -> QParams:
-    """Of plain numbers, in which the integer kernel takes its ranges."""
+    """Return the parameters as tensors; the integer kernel has them as plain numbers."""
     scale, zero_point = (torch.as_tensor(value, dtype=torch.float32) for value in parameters[:2])
     return QParams(scale, zero_point, parameters.spec)
 

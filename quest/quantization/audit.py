@@ -1,4 +1,4 @@
-"""What is in a checkpoint: exact bytes by kind, bits per parameter, bit operations, compression against float32."""
+"""Count what a checkpoint contains: bytes of each kind, bits per parameter, bit operations, compression."""
 
 import math
 from pathlib import Path
@@ -7,10 +7,11 @@ from quest.quantization import checkpoint, cost
 
 
 def account(path) -> dict:
-    """What a checkpoint holds, fit for JSON; every tensor is read and checked against its hash.
+    """Count the bytes of a checkpoint. Every tensor is read and compared with its hash.
 
-    bytes {kind: {class of layers: bytes}}, scheduler (bytes of a sampler's correction), file (bytes in all), parameters
-    of the denoiser, and `header`, the checkpoint's own. Raises ValueError for a file that is no checkpoint.
+    Returns a dictionary for JSON: bytes {kind: {class of layers: bytes}}, scheduler (bytes of a sampler's correction),
+    file (bytes of the whole file), parameters (number of them in the denoiser), and header (see `header`). Raises
+    ValueError for a file that is no checkpoint, and FloatingPointError for that of a method that diverged.
     """
     header, tensors = checkpoint.read(path)
     found: dict[str, dict[str, int]] = {kind: {} for kind in cost.KINDS}
@@ -31,7 +32,7 @@ def account(path) -> dict:
 
 
 def report(path) -> str:
-    """`account` for people."""
+    """Return the numbers of `account` as text for people."""
     found = account(path)
     header, parameters = found["header"], found["parameters"]
     full = 4 * parameters  # bytes in float32

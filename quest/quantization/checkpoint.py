@@ -1,9 +1,16 @@
-"""Save and load a quantized denoiser. The file says what it holds; loading needs the full-precision pipeline and it.
+"""Save and load a quantized denoiser in one .safetensors file. Loading also needs the full-precision pipeline.
 
-A file holds the codes of the quantized weights (`packing`), the scale and zero point of every quantizer, one for
-each time group, and in float32 what is not quantized: biases, norms, layers kept in float. Codes are all that sampling
-needs. A method that starts from another's weights learns from where each of them stands in its cell, which codes do
-not say: what it starts from keeps the weights themselves, in float32 (`floats=True`), and the header says so.
+A file contains
+
+    header                                    formats of all quantizers, time groups, cost, hashes (see `header`)
+    conv_in.codes                             codes of the weight, packed (see `packing`)
+    conv_in.weight_quantizer.scale            one for each output channel, and as many zero points
+    conv_in.input_quantizer.scale             one for each time group, and as many zero points
+    conv_in.bias                              float32, like norms and layers that stay in float
+
+Codes are enough for sampling. A method that goes on learning from another method's weights (`init`) needs more: where
+each weight lies between two codes. Its starting point is therefore saved with float weights in place of codes
+(`floats=True`), and the header says so.
 """
 
 import copy
@@ -29,19 +36,19 @@ from quest.runtime.files import atomic, dumps, one_line
 from quest.runtime.hashing import opened, tensor_hash
 from quest.runtime.provenance import provenance
 
-KINDS = ("weight", "input", "output")  # quantizers of a layer, in the order of its formats in the header
-LEAVES = ("scale", "zero_point")  # of a quantizer
-CODES = "codes"  # name of a layer's packed weight, beside `weight` of a float one
+KINDS = ("weight", "input", "output")  # the quantizers of a layer, in the order of their formats in the header
+LEAVES = ("scale", "zero_point")  # the tensors of a quantizer
+CODES = "codes"  # the name of a layer's packed weight; a float weight is called `weight`
 SCHEDULER = "scheduler."  # prefix of the tensors that belong to the scheduler, not to the denoiser
 
 
 def save(pipe, path, floats: bool = False, **extra) -> None:
-    """Write the quantized denoiser of a pipeline, and what its scheduler corrects, to one safetensors file, atomically.
+    """Write the quantized denoiser of a pipeline and the correction of its scheduler to one file, atomically.
 
-    floats: keep the weights in float32, not as codes, so that another method can start from them (`init`).
-    The header (metadata key "quest", JSON) holds the bits and granularity of every quantizer, the time groups and the
-    timesteps they were calibrated on, what `quest.quantize` was called with and what it costs (`cost.summary`),
-    provenance, `extra`, and the hash of every tensor and of the header itself.
+    floats: write weights in float32, not as codes, so that another method can start from them (`init`).
+    The header (metadata key "quest", JSON) states the bits and granularity of every quantizer, the time groups, the
+    calibrated timesteps, the arguments of `quest.quantize`, the cost (`cost.summary`), provenance, `extra`, and the
+    hashes of every tensor and of the header itself.
     Raises ValueError for a pipeline that is not quantized, or no longer as it was, and FloatingPointError, which names
     the tensor, for one that is not finite.
     """
@@ -95,7 +102,7 @@ def _write(path, tensors: dict[str, torch.Tensor], header: dict) -> None:
 
 @torch.no_grad()
 def state(denoiser, floats: bool = False) -> dict[str, torch.Tensor]:
-    """The tensors of a quantized denoiser as a file holds them; without `floats`, quantized weights are packed codes.
+    """The tensors of a quantized denoiser as a file contains them; without `floats`, weights are packed codes.
 
     Raises FloatingPointError naming a layer whose weight is not finite.
     """
@@ -112,10 +119,10 @@ def state(denoiser, floats: bool = False) -> dict[str, torch.Tensor]:
 
 
 def read(path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Header and tensors of a checkpoint.
+    """Read the header and the tensors of a checkpoint.
 
-    Raises ValueError for a file that `save` did not write, an older version did, or whose bytes have changed since, and
-    FloatingPointError for one of a method that diverged.
+    Raises ValueError for a file that `save` did not write, that an older version wrote, or whose bytes have changed
+    since, and FloatingPointError for the file of a method that diverged.
     """
     with opened(path) as file:
         header = headers.of(file, path)
@@ -132,11 +139,12 @@ def read(path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def check_tensors(header: dict, tensors: dict[str, torch.Tensor], path) -> None:
-    """Raise ValueError, naming file and tensor, for one that is not finite or not what the header says of it.
+    """Raise ValueError, which names file and tensor, for a tensor that is not finite or does not fit the header.
 
-    Scales are positive, zero points whole, codes within their bits, and every quantizer of the header has both.
+    Scales must be positive, zero points whole and codes within their bits. Every quantizer in the header must have a
+    scale and a zero point.
     """
-    quantized = {  # quantizer: its format, and the shape of what it quantizes where that is known
+    quantized = {  # by name of the quantizer: its format, and the shape of its weight; None for activations
         f"{n}.{kind}_quantizer": (spec, header["shapes"][n] if kind == "weight" else None)
         for n, own in header["layers"].items()
         for kind, spec in zip(KINDS, own, strict=False)
@@ -180,9 +188,10 @@ def check_tensors(header: dict, tensors: dict[str, torch.Tensor], path) -> None:
 
 
 def _fits(value: torch.Tensor, scale: torch.Tensor, groups: int, spec: dict, shape: list[int] | None) -> bool:
-    """Whether scales, or the zero points beside them, are [1 or groups, ...], with as many more as the axis has.
+    """Whether scales (or the zero points of these scales) have the shape [1 or groups, ...] that their format asks for.
 
-    A weight quantized per tensor may have scales per channel: those of the checkpoint that it started from (`init`).
+    A weight with one format per tensor may have a scale per channel: that of the checkpoint that it started from
+    (`init`).
     """
     if not value.is_floating_point() or value.ndim == 0 or (value.shape, value.dtype) != (scale.shape, scale.dtype):
         return False
@@ -197,15 +206,16 @@ def _fits(value: torch.Tensor, scale: torch.Tensor, groups: int, spec: dict, sha
 
 
 def load(pipe, path, kernel: str = "auto"):
-    """A quantized pipeline from a full-precision one and a file that `save` wrote; the given one stays as it was.
+    """Make a quantized pipeline of a full-precision one, which does not change, and a file that `save` wrote.
 
-    kernel: a name in `quest.kernels.KERNELS`, or "auto" for the fastest on the pipeline's device. What it cannot
-    compute exactly stays on the reference kernel, see `placement.place`. On the same kernel, samples are bit-equal to
-    those of the pipeline that was saved. Codes of weights reach their kernel as they are; a weight that the file holds
-    as codes is never in memory as floats, but for those of the layers on the reference kernel.
+    kernel: a name in `quest.kernels.KERNELS`, or "auto" for the fastest on the pipeline's device. Layers that it cannot
+    compute exactly stay on the reference kernel, see `placement.place`. On the same kernel, samples equal those of the
+    saved pipeline bit for bit. Codes go to their kernel unchanged. Only layers on the reference kernel expand them to
+    floats.
 
-    Raises ValueError for a file that is not a checkpoint or is corrupted, one of another model (the shapes that differ
-    are listed), a scheduler whose steps leave the calibrated timesteps, and a kernel that is unknown or not available.
+    Raises ValueError for a file that is not a checkpoint or is corrupted, for the file of another model (the message
+    lists the shapes that differ), for a scheduler whose steps leave the calibrated timesteps, and for a kernel that is
+    unknown or not available.
     Raises FloatingPointError for a file of a method that diverged (`save_diverged`).
     """
     header, tensors = read(path)
@@ -225,13 +235,13 @@ def load(pipe, path, kernel: str = "auto"):
     for name, (spec, probability) in header["attentions"].items():
         denoiser.get_submodule(name).set_processor(QuantAttention(QuantSpec(**spec), QuantSpec(**probability), groups))
     for name, value in tensors.items():
-        # Per-channel scales have a shape only the file knows.
+        # Only the file knows the shape of per-channel scales.
         module, _, leaf = name.rpartition(".")
         if leaf in ("scale", "zero_point"):
             quantizer = denoiser.get_submodule(module)
             getattr(quantizer, leaf).data = torch.empty_like(value)
             if len(value) == 1:
-                quantizer.groups = None  # the same range in every time group
+                quantizer.groups = None  # this range is the same in every time group
     denoiser.load_state_dict(tensors)
     finish(denoiser.to(denoiser_of(pipe).device), groups)
     place(denoiser, kernel)
@@ -245,8 +255,8 @@ def load(pipe, path, kernel: str = "auto"):
 
 
 def copied_without(denoiser, names: list[str]):
-    """A copy of a denoiser in which these parameters lie on the meta device: with a shape and layout, but no values."""
-    # p.to("meta") gives a 1x1 convolution other strides, and float sums depend on the layout.
+    """Copy a denoiser without the values of these parameters, which lie on the meta device with shape and layout."""
+    # p.to("meta") gives the weight of a 1x1 convolution other strides, and float sums depend on the layout.
     memo = {
         id(p): nn.Parameter(torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta"), requires_grad=False)
         for name, p in denoiser.named_parameters()
@@ -256,11 +266,11 @@ def copied_without(denoiser, names: list[str]):
 
 
 def load_weights(denoiser, path) -> None:
-    """Take weights, biases and weight quantizers from another method's checkpoint into a swapped denoiser.
+    """Copy weights, biases and weight quantizers of another method's checkpoint into a swapped denoiser.
 
-    Convolutions that the file has split are split. A layer whose weight the denoiser keeps in float keeps its own.
-    Raises ValueError where the file is of another model or other weight bits, or holds codes only, and
-    FloatingPointError where the other method diverged.
+    Convolutions that are split in the file are split here too. A layer that stays in float keeps its own weight.
+    Raises ValueError if the file is of another model or has other weight bits or only codes, and FloatingPointError if
+    the other method diverged.
     """
     header, tensors = read(path)
     if header["weights"] != "float":
@@ -288,7 +298,7 @@ def _of_another_model(path, what: str) -> ValueError:
 
 
 def split_as(denoiser, header: dict, path) -> None:
-    """Split the convolutions that a checkpoint has split. Raises ValueError where the denoiser has no such layer."""
+    """Split the convolutions that are split in a checkpoint. Raises ValueError if the denoiser has no such layer."""
     own = split_layers(denoiser)
     for name, channels in header.get("splits", {}).items():
         if name in own:
@@ -301,7 +311,7 @@ def split_as(denoiser, header: dict, path) -> None:
 
 
 def check_shapes(denoiser, header: dict, tensors: dict[str, torch.Tensor], path) -> None:
-    """Raise ValueError listing where a checkpoint's weights and other floats have another shape than the denoiser's."""
+    """Raise ValueError if tensors of a checkpoint have other shapes than the denoiser's; the message lists them."""
     quantizers = ("scale", "zero_point")
     kept = denoiser.state_dict()
     own = {k: v.shape for k, v in kept.items() if k.rpartition(".")[2] not in quantizers}
@@ -327,7 +337,7 @@ def check_shapes(denoiser, header: dict, tensors: dict[str, torch.Tensor], path)
 
 
 def check_names(denoiser, header: dict, path) -> None:
-    """Raise ValueError where the header quantizes what is no layer, or no attention, of the denoiser."""
+    """Raise ValueError if the header names a layer or an attention that the denoiser does not have."""
     modules, known = dict(denoiser.named_modules()), dict(attentions(denoiser))
     layers = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)}
     unknown = sorted(header["layers"].keys() - layers) + sorted(header["attentions"].keys() - known.keys())
@@ -336,18 +346,18 @@ def check_names(denoiser, header: dict, path) -> None:
 
 
 def architecture(denoiser) -> dict:
-    """What a denoiser's configuration says that its weights do not."""
+    """The part of a denoiser's configuration that shapes of weights do not show."""
     return {k: v for k, v in denoiser.config.items() if not k.startswith("_") and k not in ("sample_size", "dropout")}
 
 
 def check_architecture(pipe, header: dict, path) -> None:
-    """Raise ValueError where a checkpoint's denoiser or its noise schedule is not the pipeline's.
+    """Raise ValueError if a checkpoint belongs to another architecture or noise schedule than the pipeline's.
 
-    Heads or an activation, a prediction type: what shapes of weights do not show.
+    It compares what shapes of weights do not show, such as the number of heads, activations and the prediction type.
     """
     if header["denoiser"] != (kind := type(denoiser_of(pipe)).__name__):
         raise _of_another_model(path, f"of a {header['denoiser']}, not a {kind}")
-    own, stored = architecture(denoiser_of(pipe)), header.get("config", {})  # earlier files say nothing of it
+    own, stored = architecture(denoiser_of(pipe)), header.get("config", {})  # earlier files do not state it
     own, stored = ({k: dumps(v) for k, v in config.items()} for config in (own, stored))
     differ = [f"{k}: {stored[k]} in the file, {own[k]}" for k in sorted(own.keys() & stored) if own[k] != stored[k]]
     if differ:
@@ -359,7 +369,7 @@ def check_architecture(pipe, header: dict, path) -> None:
 
 
 def check_schedule(pipe, groups: TimeGroups | None, header: dict, path) -> None:
-    """Raise ValueError if the pipeline's scheduler, at the calibrated number of steps, leaves the time groups."""
+    """Raise ValueError if the pipeline's scheduler, with the calibrated number of steps, leaves the time groups."""
     if groups is None:
         return
     if not header.get("timesteps"):

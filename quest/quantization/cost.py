@@ -1,7 +1,7 @@
-"""What a quantized denoiser is and what it took to make: what two rows of a table must share to be comparable.
+"""Size, work and training cost of a quantized denoiser. Two rows of a table can be compared if these are equal.
 
-Papers that write "W4A8" keep different layers in float, learn different parameters and give activations different
-granularities. All of it is measured on the denoiser itself and stands in its checkpoint.
+Papers that write "W4A8" keep different layers in float, learn different parameters and use different granularities of
+activations. All of this is measured on the denoiser itself and written into its checkpoint.
 """
 
 import math
@@ -23,16 +23,17 @@ from quest.runtime.provenance import resident_memory
 
 @torch.no_grad()
 def macs(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
-    """Multiply-accumulates of one denoiser call on one sample, by layer.
+    """Count the multiply-accumulates of one denoiser call on one sample, by layer.
 
-    Both matrix products of an attention stand under the name of its `processor`. inputs: keyword arguments of the
-    denoiser, batch size 1.
+    Both matrix products of an attention count under the name of its `processor`. inputs: keyword arguments of the
+    denoiser, with batch size 1.
     """
     counted: dict[str, int] = {}
 
     def layer(name):
         def hook(module, _args, output):
-            per_value = math.prod(module.weight.shape[1:])  # an output value is a dot product with a row of the weight
+            # An output value is a dot product with a row of the weight.
+            per_value = math.prod(module.weight.shape[1:])
             counted[name] = counted.get(name, 0) + output.numel() * per_value
 
         return hook
@@ -43,7 +44,9 @@ def macs(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
             context = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
             tokens = x[0, 0].numel() if x.ndim == 4 else x.shape[1]
             keys = tokens if context is None else context.shape[1]
-            if context is not None and module.added_kv_proj_dim is not None:  # joint attention: both to both
+            if (
+                context is not None and module.added_kv_proj_dim is not None
+            ):  # joint attention: both streams attend to both
                 tokens = keys = tokens + keys
             counted[name] = counted.get(name, 0) + 2 * tokens * keys * module.to_q.out_features
 
@@ -64,21 +67,22 @@ def macs(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
 
 
 def bops(denoiser: nn.Module, work: dict[str, int]) -> int:
-    """Bit operations of one denoiser call on one sample: multiply-accumulates times the bits of either operand.
+    """Count the bit operations of one denoiser call on one sample: multiply-accumulates times bits of both operands.
 
-    Summed over layers (weight bits x bits of the input that is multiplied) and the products of attention (q x k bits,
-    probabilities x v bits), as in arXiv:2005.07093; what is not quantized counts as 32 bits. Norms, activations,
-    softmax and additions are no multiply-accumulates and are left out. work: of `macs`.
+    For example, 1000 multiply-accumulates of 4-bit weights with 8-bit inputs are 32,000 bit operations
+    (arXiv:2005.07093). The sum runs over layers (weight bits times input bits) and the two products of each attention
+    (q bits times k bits, probability bits times v bits). Operands that are not quantized have 32 bits. Norms,
+    activations, softmax and additions are not multiply-accumulates and do not count. work: the result of `macs`.
 
-    Published numbers differ in what they count: Q-Diffusion (arXiv:2302.04304) counts two operations for a
-    multiply-accumulate, and float32 as 23 bits.
+    Papers count differently: Q-Diffusion (arXiv:2302.04304) counts a multiply-accumulate as two operations, and float32
+    as 23 bits.
     """
     layers = dict(quant_layers(denoiser))
     total = 0
     for name, count in work.items():
         if name.endswith(".processor"):
             q, k, v, p = _product_bits(denoiser.get_submodule(name.removesuffix(".processor")))
-            total += count // 2 * (q * k + p * v)  # `macs` counts the two products, which are of one size, together
+            total += count // 2 * (q * k + p * v)  # `macs` adds up the two products, which have equal size
         elif name in layers:
             total += count * layers[name].weight_quantizer.spec.bits * layers[name].input_quantizer.spec.bits
         else:
@@ -87,10 +91,10 @@ def bops(denoiser: nn.Module, work: dict[str, int]) -> int:
 
 
 def stored(denoiser: nn.Module) -> dict[str, dict[str, int]]:
-    """Bytes of a denoiser's packed file, {kind: {class of layers: bytes}}; works on the meta device, too.
+    """Count the bytes of a denoiser's packed file without its header: {kind: {class of layers: bytes}}.
 
-    Kinds: "codes" of quantized weights, "weight scales" and "activation scales" (with their zero points), "float" for
-    all the rest. Classes are those of `layer_class`. The file has a header besides.
+    Kinds are those of KINDS: codes of quantized weights, scales of weights and of activations (with zero points), and
+    floats. Classes are those of `layer_class`. The denoiser may lie on the meta device.
     """
     layers = dict(quant_layers(denoiser))
     found: dict[str, dict[str, int]] = {kind: {} for kind in KINDS}
@@ -105,7 +109,7 @@ def stored(denoiser: nn.Module) -> dict[str, dict[str, int]]:
     return found
 
 
-KINDS = {  # of a checkpoint's tensors -> what a reader calls them
+KINDS = {  # kinds of a checkpoint's tensors, and their names in texts
     "codes": "codes of weights",
     "weight scales": "scales and zero points of weights",
     "activation scales": "scales and zero points of activations",
@@ -114,7 +118,7 @@ KINDS = {  # of a checkpoint's tensors -> what a reader calls them
 
 
 def kind(name: str) -> str:
-    """What a tensor of a checkpoint is by its name, one of KINDS."""
+    """The kind of a checkpoint's tensor, one of KINDS, by its name."""
     module, _, leaf = name.rpartition(".")
     if leaf == "codes":
         return "codes"
@@ -124,7 +128,7 @@ def kind(name: str) -> str:
 
 
 def tensor_class(name: str) -> str:
-    """The class of the layer a tensor of a checkpoint belongs to; "norm" for those of normalisation."""
+    """The class of the layer to which a checkpoint's tensor belongs, by its name; "norm" for normalization layers."""
     layer = name.rpartition(".")[0]
     for quantizer in (".weight_quantizer", ".input_quantizer", ".output_quantizer"):
         layer = layer.removesuffix(quantizer)
@@ -137,15 +141,15 @@ def tensor_class(name: str) -> str:
 
 
 def parameters(denoiser: nn.Module) -> int:
-    """Parameters of the denoiser itself, scales of quantizers left out."""
+    """Count the parameters of the denoiser itself, without the scales of quantizers."""
     frozen = sum(math.prod(layer.weight_shape) for _, layer in quant_layers(denoiser) if layer.is_frozen)
     return _numel(denoiser.parameters()) - _numel(_scales(denoiser)) + frozen
 
 
 def footprint(denoiser: nn.Module, work: dict[str, int]) -> dict[str, float]:
-    """What a row of a table says of size and work: parameters, macs, bops, bytes (packed), effective_bits.
+    """Size and work in a row of a table: parameters, macs, bops, bytes (of the packed file), effective_bits.
 
-    effective_bits: bits that a parameter takes as stored, scales and what stays float included. work: of `macs`.
+    effective_bits: stored bits per parameter, with scales and all that stays float. work: the result of `macs`.
     """
     count, size = parameters(denoiser), sum(sum(of_kind.values()) for of_kind in stored(denoiser).values())
     return {
@@ -158,9 +162,9 @@ def footprint(denoiser: nn.Module, work: dict[str, int]) -> dict[str, float]:
 
 
 def undeclared(denoiser: nn.Module, w: int, a: int, keep: Keep, softmax_bits: int = 8) -> list[str]:
-    """Layers and attention products with other bits than w, a and `keep` say, each as "name: bits, not bits".
+    """List layers and attention products whose bits differ from w, a and `keep`, each as "name: bits, not bits".
 
-    A Linear, Conv2d or attention that is not quantized at all is among them.
+    A Linear, Conv2d or attention that is not quantized at all is in the list too.
     """
     found = {n: _bits(m) for n, m in quant_layers(denoiser)}
     wrong = []
@@ -180,13 +184,13 @@ def undeclared(denoiser: nn.Module, w: int, a: int, keep: Keep, softmax_bits: in
 
 
 def _bits(layer: QuantLayer) -> tuple[int, int]:
-    """Bits of a layer's weight and of the activation it quantizes, at its input or at its output."""
+    """Bits of a layer's weight, and of the activation that it quantizes: its input or its output."""
     activation = layer.output_quantizer or layer.input_quantizer
     return layer.weight_quantizer.spec.bits, activation.spec.bits
 
 
 def _attention_bits(module: Attention) -> tuple[int, int]:
-    """Bits of q, k and v (the most of the three), and of the probabilities."""
+    """The largest of the bits of q, k and v, and the bits of the probabilities."""
     *bits, probability = _product_bits(module)
     return max(bits), probability
 
@@ -198,13 +202,17 @@ def _product_bits(module: Attention) -> list[int]:
 
 
 def summary(denoiser: nn.Module, w: int, a: int, calibration: CalibrationSet) -> dict:
-    """What a table row must say about a quantized denoiser beside its bits, fit for JSON.
+    """Describe a quantized denoiser beyond its bits, in a dictionary for JSON:
 
-    weights, activations: granularities. kept: layers with more than w and a bits, by their bits ("w32a32" is float):
-    count, names, share of the denoiser's parameters and of its multiply-accumulates. attention: bits of q, k, v and of
-    the probabilities, and the products' share. quantized_at: which side of a layer. split: layers that quantize the two
-    parts of a concatenated input apart. calibration: rows, trajectories, timesteps, halves of a call (2 under
-    guidance). stages: what was optimised, see `record`. footprint: size and work, see there.
+    - weights, activations: granularities.
+    - footprint: size and work, see `footprint`.
+    - quantized_at: "input" or "output", the side of a layer at which its activation is quantized.
+    - split: number of layers that quantize the two parts of a concatenated input separately.
+    - kept: layers with more than w or a bits, by their bits ("w32a32" is float): number, names, share of the denoiser's
+      parameters and of its multiply-accumulates.
+    - attention: bits of q, k and v and of the probabilities, and the share of the two products.
+    - calibration: rows, trajectories, timesteps, and halves of a call (2 with guidance).
+    - stages: what was optimized, see `record`.
     """
     work = macs(denoiser, calibration.inputs(torch.tensor([0], dtype=torch.long, device="cpu")))
     all_work, all_parameters = sum(work.values()), parameters(denoiser)
@@ -240,13 +248,16 @@ def summary(denoiser: nn.Module, w: int, a: int, calibration: CalibrationSet) ->
 
 
 def record(denoiser: nn.Module, stage: str, learned: Iterable[Tensor], iterations: int, batch: int) -> None:
-    """Note a stage of optimisation on the denoiser: how many values it learned, iterations (of every unit), batch."""
+    """Record a stage of optimization on the denoiser.
+
+    learned: the tensors that it learned, whose values are counted. iterations: of each unit. batch: rows per iteration.
+    """
     row = {"stage": stage, "parameters": _numel(learned), "iterations": iterations, "batch": batch}
     denoiser.stages = [*getattr(denoiser, "stages", []), row]
 
 
 def peak_memory() -> int:
-    """Most memory this process has held so far, in MB (1e6 bytes): on the GPU where it used one, else resident."""
+    """The peak memory of this process so far, in MB (1e6 bytes): of the GPU if it used one, else resident memory."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 1e6)
     return resident_memory()
@@ -261,7 +272,7 @@ def _scales(denoiser: nn.Module) -> Iterable[Tensor]:
 
 
 def granularity(denoiser: nn.Module) -> dict[str, str]:
-    """How many scales there are, of the weights and of the activations."""
+    """The granularities of the weight scales and of the activation scales, in words."""
     return {
         "weights": _granularity(layer.weight_quantizer for _, layer in quant_layers(denoiser)),
         "activations": _granularity(input_quantizers(denoiser).values()),
@@ -269,7 +280,7 @@ def granularity(denoiser: nn.Module) -> dict[str, str]:
 
 
 def _granularity(quantizers: Iterable[Quantizer]) -> str:
-    """ "per tensor", "per channel 0, 20 time groups", ...; the different ones of a denoiser joined by "; "."""
+    """Return "per tensor", "per channel 0, 20 time groups" and the like; different ones are joined by "; "."""
     found = set()
     for q in quantizers:
         if q.spec.bits == FLOAT:

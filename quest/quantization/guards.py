@@ -1,8 +1,8 @@
-"""What a pipeline must be to be quantized, and what of diffusers is refused on a quantized one.
+"""Checks whether a pipeline can be quantized, and refuses methods of diffusers that would break a quantized one.
 
-A quantized denoiser is still a model of diffusers, with all its methods. Some of them would put float attention in
-place of the quantized one, write into weights that are codes, or save a file that reads as a float model. None of that
-gives an error of its own, so those methods say here what to do instead.
+A quantized denoiser is still a model of diffusers and has all its methods. Some of these would replace quantized
+attention by float attention, write into weights that are codes, or save a file that looks like a float model. diffusers
+raises no error then. So each of these methods is replaced by one that raises an error and says what to do.
 """
 
 import torch
@@ -13,10 +13,10 @@ from quest.diffusion import samplers
 from quest.diffusion.denoisers import name_of
 from quest.quantization.layers import QuantLayer, attentions, is_quantized
 
-# What `QuantAttention` computes: these processors, of an attention that has these parts and no others.
+# `QuantAttention` computes what these processors compute, for an attention with these parts and no others.
 PROCESSORS = AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
 PARTS = {"to_q", "to_k", "to_v", "to_out", "group_norm", "processor"}
-NORMED = {"norm_q", "norm_k"}  # parts that all but the first processor compute
+NORMED = {"norm_q", "norm_k"}  # parts that all processors but the first compute
 JOINT = {
     "add_q_proj",
     "add_k_proj",
@@ -24,14 +24,14 @@ JOINT = {
     "to_add_out",
     "norm_added_q",
     "norm_added_k",
-}  # and the last one alone
+}  # parts that only the last processor computes
 UNSET = ("fused_projections", "is_causal", "pre_only", "only_cross_attention")
 
 _ADAPTER = "load the adapter into the full-precision pipeline, fuse it there, and quantize that"
 _ATTENTION = "its attention is quantized, and this would put float attention in its place"
 _SAVE = "write it with quest.save(pipe, path) and read it with quest.load(full_precision_pipe, path)"
 _MOVE = "a quantized denoiser stays whole, on one device"
-REFUSED = {  # of a denoiser, its attentions, and a pipeline, as far as they have a method of this name
+REFUSED = {  # methods of a denoiser, its attentions or a pipeline -> what to do instead, or why it is refused
     **dict.fromkeys(("save_pretrained", "push_to_hub", "save_lora_adapter", "save_attn_procs"), _SAVE),
     **dict.fromkeys(
         (
@@ -99,7 +99,7 @@ OF_ATTENTION = [name for name, why in REFUSED.items() if why is _ATTENTION]
 
 
 class Refusal:
-    """Stands in for a method; raises ValueError when it is called. A class, so that a pipeline can be pickled."""
+    """Replaces a method and raises ValueError when it is called. It is a class because pipelines must be picklable."""
 
     def __init__(self, name: str, instead: str):
         self.name, self.instead = name, instead
@@ -109,14 +109,17 @@ class Refusal:
 
 
 def guard(thing, names=REFUSED) -> None:
-    """Put a `Refusal` in place of each of these methods that a module or pipeline has."""
+    """Replace each of these methods that a module or pipeline has by a `Refusal`."""
     for name in names:
         if callable(getattr(thing, name, None)):
             vars(thing)[name] = Refusal(name, REFUSED[name])
 
 
 def guard_denoiser(denoiser: nn.Module) -> None:
-    """Refuse on a denoiser and each of its attentions what would undo quantization; `.to(dtype)` by diffusers' own."""
+    """Refuse methods of a denoiser and its attentions that would undo quantization.
+
+    `is_quantized` makes diffusers itself refuse `.to(dtype)`.
+    """
     guard(denoiser)
     for _, attention in attentions(denoiser):
         guard(attention, OF_ATTENTION)
@@ -124,24 +127,24 @@ def guard_denoiser(denoiser: nn.Module) -> None:
 
 
 def wrapped(denoiser) -> str | None:
-    """The attribute of a wrapper (torch.compile, DataParallel and its kind) that holds the module; None of others."""
+    """The attribute in which a wrapper (torch.compile, DataParallel, ...) holds the module; None for other modules."""
     names = {name for name, _ in denoiser.named_children()} if isinstance(denoiser, nn.Module) else set()
     return next((name for name in ("_orig_mod", "module", "_fsdp_wrapped_module") if names == {name}), None)
 
 
 def unwrapped(denoiser):
-    """The module that a wrapper is around."""
+    """The module inside all wrappers."""
     while (name := wrapped(denoiser)) is not None:
         denoiser = getattr(denoiser, name)
     return denoiser
 
 
 def check(pipe, allow_meta: bool = False) -> None:
-    """Raise ValueError where a pipeline cannot be quantized, saying why: the same for `quantize` and `load`.
+    """Raise ValueError, which says why, if a pipeline cannot be quantized. `quantize` and `load` both call this.
 
-    Its denoiser must be a plain module, not quantized, in float32, all on one device, with linear layers and
-    convolutions of torch's own classes, and with attention that `QuantAttention` computes exactly. With `allow_meta` it
-    may lie on the meta device, where a plan counts what the layers of a model without weights would take.
+    The denoiser must be a module without a wrapper, not quantized, in float32 and on one device. Its linear layers and
+    convolutions must be of torch's own classes, and its attention must be one that `QuantAttention` computes exactly.
+    allow_meta: the denoiser may lie on the meta device, as when a plan counts the layers of a model without weights.
     """
     part = name_of(pipe)
     denoiser = getattr(pipe, part)
@@ -176,7 +179,7 @@ def check(pipe, allow_meta: bool = False) -> None:
 
 
 def _unknown(module: nn.Module) -> str | None:
-    """Why a module cannot be quantized exactly; None of one that can, or that stays as it is."""
+    """Why a module cannot be quantized exactly; None if it can, or if it is not quantized at all."""
     kind = type(module).__name__
     if isinstance(module, nn.Linear | nn.Conv2d) and type(module) not in (nn.Linear, nn.Conv2d):
         return f"a {kind}, neither nn.Linear nor nn.Conv2d; fuse or remove what it adds"
@@ -199,18 +202,18 @@ def _unknown(module: nn.Module) -> str | None:
 
 
 def check_calibration(pipe, calibration) -> None:
-    """Raise ValueError where a calibration set was sampled with another noise schedule than the pipeline's.
+    """Raise ValueError if a calibration set was sampled with another noise schedule than the pipeline's.
 
-    Steps of another sampler over the same schedule are met by a model as well.
+    Another sampler with the same noise schedule is allowed, because the model can meet its steps too.
     """
-    if calibration.scheduler is None:  # of an earlier version, or made by hand
+    if calibration.scheduler is None:  # the set is from an earlier version, or made by hand
         return
     if differ := samplers.differences(calibration.scheduler, samplers.trained_on(pipe.scheduler)):
         raise ValueError(f"calibration: made with another schedule than the pipeline's scheduler: {'; '.join(differ)}")
 
 
 def check_whole(denoiser: nn.Module) -> None:
-    """Raise ValueError where a quantized denoiser is not as it was quantized: what a file could not give back."""
+    """Raise ValueError if parts of a quantized denoiser are not quantized any more, which a file could not restore."""
     for name, attention in attentions(denoiser):
         if not hasattr(attention.processor, "kernel_name"):
             kind = type(attention.processor).__name__

@@ -1,7 +1,7 @@
-"""The header of a checkpoint: read and checked here alone, without torch, which reports do not load.
+"""Reads and checks the header of a checkpoint, without torch, because reports do not load torch.
 
-A hash says that a file is as it was written, not that it was written well: every field that is used has its type and
-its range checked here, so that a wrong one is named and does not fail, or compute, somewhere else.
+A hash shows that a file was not changed after it was written, not that its content is valid. So the type and range of
+every field are checked here. A wrong field is named in an error and cannot cause a failure, or a wrong result, later.
 """
 
 import hashlib
@@ -19,9 +19,12 @@ FLOAT = 32  # as in quest.affine, which loads torch
 
 
 class Effort(TypedDict):
-    """What making a checkpoint took: seconds and peak memory (1e6 bytes) of the quantize job, and of the one before it
-    (0 where it started from full precision), iterations of all stages; NaN where the header says nothing, as of the
-    iterations of a method that diverged."""
+    """The cost of making a checkpoint; NaN where the header does not state a value.
+
+    seconds, peak_memory (1e6 bytes): of the quantize job. seconds_before, peak_memory_before: of the job whose
+    checkpoint it started from; 0 if it started from full precision. iterations: of all stages; NaN if the method
+    diverged.
+    """
 
     seconds: float
     seconds_before: float
@@ -31,7 +34,7 @@ class Effort(TypedDict):
 
 
 def effort(path: str | Path) -> Effort:
-    """The effort that a checkpoint's header tells. Raises ValueError as `read`, and where it says nothing of stages."""
+    """Read the effort from a checkpoint's header. Raises ValueError as `read` does, and if it does not list stages."""
     header = read(path, diverged=True)
     stages = header.get("cost", {}).get("stages")
     if stages is None and "diverged" not in header:
@@ -47,18 +50,18 @@ def effort(path: str | Path) -> Effort:
 
 
 def read(path: str | Path, diverged: bool = False) -> dict:
-    """The header of a checkpoint.
+    """Read the header of a checkpoint.
 
-    diverged: also give that of a method that diverged (see `checkpoint.save_diverged`), which has no layers. Raises
-    ValueError for a file that `checkpoint.save` of this version did not write, and without `diverged`
-    FloatingPointError for a method that diverged.
+    diverged: whether to return the header of a method that diverged too, which has no layers (see
+    `checkpoint.save_diverged`). Raises ValueError for a file that `checkpoint.save` of this version did not write, and
+    without `diverged` FloatingPointError for a method that diverged.
     """
     with opened(path, "numpy") as file:
         return of(file, path, diverged)
 
 
 def of(file, path, diverged: bool = False) -> dict:
-    """The header of an open file, see `read`."""
+    """Read the header of an open file, see `read`."""
     try:
         header = loads((file.metadata() or {})["quest"], path)
         if not isinstance(header, dict):
@@ -83,18 +86,18 @@ def of(file, path, diverged: bool = False) -> dict:
 
 
 def sealed(fields: dict) -> dict:
-    """A header of these fields, with its format and hash."""
+    """Return a header of these fields, with the format version and the hash added."""
     header = {"format": FORMAT} | fields
     return header | {"hash": header_hash(header)}
 
 
 def header_hash(header: dict) -> str:
-    """SHA-256 of a header as JSON, without its own hash."""
+    """Return the SHA-256 of a header as JSON without the hash itself."""
     return hashlib.sha256(dumps({k: v for k, v in header.items() if k != "hash"}).encode()).hexdigest()
 
 
 def check(header, path) -> None:
-    """Raise ValueError, naming the file and the first field, unless every field has its type and range."""
+    """Raise ValueError, which names the file and the first wrong field, unless all types and ranges are right."""
     for field, value, valid in _faults(header):
         raise ValueError(f"{path}: header field {field} is {_short(value)}; valid: {valid}")
 
@@ -162,7 +165,7 @@ def _mapping_of(holds: Callable) -> Callable:
 
 
 def _steps(value) -> bool:
-    """Timesteps, each once: all whole, or all floats, as of samplers that visit fractions."""
+    """Whether a value is a list of different timesteps: all whole numbers, or all floats, as some samplers visit."""
     each = isinstance(value, list) and all(_amount(step) and step < 2**31 for step in value)
     return each and len(set(map(type, value))) == 1 and len(set(value)) == len(value)
 
@@ -172,7 +175,7 @@ def _amount(value) -> bool:
 
 
 def _init(value) -> bool:
-    """What a checkpoint started from; what its own header lacked is null."""
+    """Whether a value describes the checkpoint that this one started from; what that header lacked is null."""
     kinds = {"method": _text, "bits": _text, "seconds": _amount, "peak_memory": _amount}
     return isinstance(value, dict) and all(value.get(k) is None or holds(value[k]) for k, holds in kinds.items())
 
@@ -188,7 +191,7 @@ def _cost(value) -> bool:
 
 
 def _schedule(value) -> bool:
-    """What `samplers.trained_on` gives."""
+    """Whether a value has the form of what `samplers.trained_on` returns."""
     kinds = {"prediction_type": _text, "num_train_timesteps": _count, "betas": _betas}
     return isinstance(value, dict) and value.keys() <= kinds.keys() and all(kinds[k](v) for k, v in value.items())
 

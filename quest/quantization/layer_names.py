@@ -1,15 +1,19 @@
-"""What the name of a layer in a denoiser of diffusers says: the bits it keeps at least, and the class it belongs to."""
+"""Layers by their names in denoisers of diffusers: their minimum bits, and the class to which each belongs.
+
+For example, `keep: {"conv_in": 8, "*.conv_shortcut": 32}` means: `conv_in` has at least 8 bits, all shortcuts stay in
+float, and all other layers have the bits of the cell. The first pattern that matches counts.
+"""
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
 
-Keep = dict[str, int | list[int]]  # globs over layer names -> bits kept at least: of both, or [weight, input]
+Keep = dict[str, int | list[int]]  # glob over layer names -> minimum bits of weight and input, or [weight, input]
 
 
 def layer_bits(name: str, w: int, a: int, keep: Keep) -> tuple[int, int]:
-    """Weight and input bits of the layer: at least those of the first glob in `keep` that matches it, else (w, a).
+    """Return weight and input bits of a layer: at least those of the first glob in `keep` that matches, else (w, a).
 
-    For an attention's `processor`: bits of q, k and v, and of the probabilities.
+    For the `processor` of an attention they are the bits of q, k and v, and those of the probabilities.
     """
     for glob, bits in keep.items():
         if fnmatch(name, glob):
@@ -18,14 +22,13 @@ def layer_bits(name: str, w: int, a: int, keep: Keep) -> tuple[int, int]:
     return w, a
 
 
-# The first and the last layer, of U-Nets and of transformers: the released QuEST's exceptions, for weights as well as
-# inputs.
+# The first and the last layer of U-Nets and of transformers. The released QuEST keeps both at 8 bits.
 BOUNDARY = ("conv_in", "conv_out", "pos_embed.proj", "proj_out", "proj_out_2")
 KEEP = dict.fromkeys(BOUNDARY, 8)
 
 
-# Layers that not every denoiser has (residual blocks can resample, attention stand in transformers): keep may name
-# them.
+# Layers that some denoisers lack: residual blocks may resample instead of convolutions, and attention may stand in
+# transformers. `keep` may name them for any model.
 OPTIONAL = ("*.conv_shortcut", "*.downsamplers.*.conv", "*.attentions.?.to_*", *BOUNDARY[2:])
 
 
@@ -57,5 +60,5 @@ LAYER_CLASSES = (  # first match wins; names are those of diffusers' U-Nets and 
 
 
 def layer_class(name: str) -> str:
-    """The class of a layer by its name in a diffusers denoiser, for figures and sensitivity tables."""
+    """Return the class of a layer by its name in a denoiser of diffusers, for figures and sensitivity tables."""
     return next((c for c, globs in LAYER_CLASSES if any(fnmatch(name, g) for g in globs)), "other")

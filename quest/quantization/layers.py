@@ -1,4 +1,8 @@
-"""Quantized layers. One forward pass: whether codes are simulated or multiplied is the kernel's business."""
+"""Quantized linear layers and convolutions. Their kernel decides whether codes are multiplied or simulated in floats.
+
+x ── input_quantizer: scale, zero point ─┐
+weight: Parameter or QTensor ────────────┴─ kernel ── (output_quantizer) ── y
+"""
 
 from collections.abc import Iterator
 from types import ModuleType
@@ -16,27 +20,31 @@ from quest.quantization.timegroups import TimeGroups
 
 
 class QuantLayer(nn.Module):
-    """What QuantLinear and QuantConv2d share: two quantizers, a kernel, and a weight that can be frozen.
+    """The common part of QuantLinear and QuantConv2d: quantizers, a kernel, and a weight that can be frozen.
 
-    weight_quantizer: asymmetric, one scale per output channel, as in every method of the paper. input_quantizer: of the
-    layer's input, one scale per time group. output_quantizer: of the layer's output, for a method that quantizes there
-    (no integer kernel can multiply the float input it leaves behind); else None.
+    weight_quantizer: asymmetric, one scale per output channel, as in every method of the paper. input_quantizer: for
+    the layer's input, one scale per time group. output_quantizer: None, or the quantizer of the layer's output for a
+    method that quantizes there; then the input stays in float, and no integer kernel can multiply it.
 
-    `fused`: what the integer kernel computes in the same pass (see `kernels.cpu.blocks`); others take nothing.
+    The weight has two states:
 
-    `weight` is a Parameter while it is learned: every forward pass quantizes it anew, with a gradient. `freeze` makes
-    it a QTensor, whose codes do not change any more, `thaw` a Parameter again; so does assigning a Parameter. Nothing
-    writes into what is frozen: `QTensor` refuses. A weight of 32 bits stays a Parameter. In a state dict a learned
-    weight is `weight`, a frozen one `codes`, packed as in a file (`packing`).
+        learned   `weight` is a Parameter. Every forward pass quantizes it again, with a gradient.
+        frozen    `weight` is a QTensor. Its codes do not change, and QTensor refuses to be written.
 
-    What a frozen layer keeps, each in a buffer of its own:
+    `freeze` and `thaw` change the state. Assigning a Parameter also thaws. A weight of 32 bits is always a Parameter. A
+    state dict contains a learned weight as `weight`, and a frozen one as `codes`, packed as in a file (`packing`).
 
-        operand   what its kernel multiplies, as the kernel packed it; of the reference kernel dequantized floats
-        codes     packed as in a file; None where the operand itself can be unpacked to codes
-        origin    the floats that were quantized, from which `thaw` goes on learning; None in a layer loaded from codes
+    A frozen layer has these buffers:
+
+        operand   what its kernel multiplies, in the kernel's format; for the reference kernel dequantized floats
+        codes     packed as in a file; None if the kernel can unpack codes from the operand
+        origin    the floats that were quantized, with which `thaw` continues; None in a layer that was loaded as codes
+
+    Keywords `fused` of a forward pass: further work that the integer kernel does in the same pass (see
+    `kernels.cpu.blocks`). Other kernels take none.
     """
 
-    kernel_name = "reference"  # a name, because modules of Python cannot be copied with the layer
+    kernel_name = "reference"  # a name, because a copy of the layer could not contain a Python module
 
     @property
     def kernel(self) -> ModuleType:
@@ -45,6 +53,7 @@ class QuantLayer(nn.Module):
     def add_quantizers(
         self, weight: QuantSpec, input: QuantSpec, groups: TimeGroups | None, output: QuantSpec | None = None
     ) -> None:
+        """Add quantizers of these formats, without ranges, and the buffers of a frozen weight."""
         self.weight_quantizer = Quantizer(weight, (len(self.weight),) + (1,) * (self.weight.ndim - 1))
         self.input_quantizer = Quantizer(input, groups=groups)
         self.output_quantizer = None if output is None else Quantizer(output, groups=groups)
@@ -52,9 +61,9 @@ class QuantLayer(nn.Module):
             self.register_buffer(name, None, persistent=False)
 
     def choose_weight_range(self, choose=ranges.minmax) -> None:
-        """Take the weight's scales and zero points from the weight itself. A zero channel keeps a tiny scale.
+        """Choose the weight's scales and zero points from the weight itself. A channel of zeros gets a tiny scale.
 
-        Raises RuntimeError for a frozen weight: its codes have the scales they were made with.
+        Raises RuntimeError for a frozen weight, because its codes belong to the scales it has.
         """
         if self.weight_quantizer.spec.bits == FLOAT:
             return
@@ -72,17 +81,17 @@ class QuantLayer(nn.Module):
         if self.is_frozen:
             return self.qweight
         if "weight" not in self._parameters:
-            raise AttributeError("weight")  # none yet, as torch asks before it registers one
+            raise AttributeError("weight")  # torch asks whether there is one before it registers it
         return self._parameters["weight"]
 
     @property
     def qweight(self) -> QTensor:
-        """The codes that a frozen weight holds; of a learned one the nearest, with a gradient."""
+        """The codes of a frozen weight; for a learned weight the nearest codes, with a gradient."""
         scale, zero_point, spec = qparams = self.weight_quantizer.qparams
         if not self.is_frozen:
             return quantize(self.weight, qparams)
         shape, packed = self.weight_shape, self.codes
-        # In the memory layout of the weight: float sums depend on it.
+        # Codes get the memory layout of the weight, because float sums depend on it.
         if packed is not None:
             return QTensor(packing.unpack(packed, spec, shape, self.layout), scale, zero_point)
         codes = self.kernel.unpack(self.operand, shape)
@@ -91,16 +100,17 @@ class QuantLayer(nn.Module):
 
     @property
     def float_weight(self) -> Tensor:
-        """The weight in floats: those that are learned, or were before it was frozen; else what its codes mean."""
+        """The weight in floats: as it is learned, or as it was before freezing; if unknown, its dequantized codes."""
         if not self.is_frozen:
             return self.weight
         return self.qweight.dequantize() if self.origin is None else self.origin
 
     @torch.no_grad()
     def freeze(self, kernel: str = "reference") -> None:
-        """Make the weight a QTensor that `kernel` multiplies, and run on that kernel; codes are found only once.
+        """Make the weight a QTensor and run on `kernel`. The codes of a weight are computed only once.
 
-        A parametrized weight becomes a plain one first. Raises FloatingPointError for a weight that is not finite.
+        The parametrizations of a weight are merged into it first. Raises FloatingPointError for a weight that is not
+        finite.
         """
         spec = self.weight_quantizer.spec
         if parametrize.is_parametrized(self, "weight"):
@@ -118,7 +128,7 @@ class QuantLayer(nn.Module):
         self.codes = None if hasattr(self.kernel, "unpack") else packing.pack(qweight.codes, spec)
 
     def thaw(self) -> None:
-        """Make the weight a Parameter, quantized in every call on the reference kernel: the one with a gradient."""
+        """Make the weight a Parameter again and run on the reference kernel, the only one that has gradients."""
         if self.is_frozen:
             self.weight = nn.Parameter(self.float_weight, requires_grad=False)
         self.input_quantizer.as_numbers(False)
@@ -140,12 +150,15 @@ class QuantLayer(nn.Module):
             destination[f"{prefix}codes"] = packing.pack(self.qweight.codes, spec) if own is None else own
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
-        """Codes make any weight a frozen one, at a kernel when it is first needed; a frozen weight takes no floats."""
+        """Load codes or floats. Codes freeze the weight; the kernel packs them when it first needs them.
+
+        A frozen weight refuses floats.
+        """
         codes, quantizer = state_dict.pop(f"{prefix}codes", None), self.weight_quantizer
         if codes is not None and packing.fits(codes, self.weight_shape, quantizer.spec):
             at_kernel, self.layout = self.operand is not None, self.layout if self.is_frozen else layout(self.weight)
             self._hold(None, codes.to(quantizer.scale.device))
-            if at_kernel:  # where scales and zero points are packed with the codes
+            if at_kernel:  # a kernel packs scales and zero points together with codes
                 quantizer._load_from_state_dict(state_dict, f"{prefix}weight_quantizer.", metadata, strict, [], [], [])
                 self.freeze(self.kernel_name)
         elif codes is not None or self.is_frozen and f"{prefix}weight" in state_dict:
@@ -156,12 +169,12 @@ class QuantLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def _apply(self, fn, recurse=True):
-        # What another kernel than the reference packed are bytes in its own order, which no memory format may change.
+        # An operand of another kernel than the reference has bytes in its own order; memory formats must not change it.
         packed = None if self.kernel_name == "reference" else self.operand
         return super()._apply(lambda t: fn(t.flatten()).view(t.shape) if t is packed else fn(t), recurse)
 
     def multiplied(self) -> Tensor | QTensor:
-        """What the kernel multiplies: the operand, or while the weight is learned its nearest codes."""
+        """What the kernel multiplies: the operand of a frozen weight, or the nearest codes of a learned one."""
         operand = self.operand
         if operand is not None:
             return operand
@@ -175,6 +188,8 @@ class QuantLayer(nn.Module):
 
 
 class QuantLinear(QuantLayer, nn.Linear):
+    """A linear layer, x [..., K] -> [..., N]."""
+
     @property
     def weight_shape(self) -> tuple[int, ...]:
         return self.out_features, self.in_features
@@ -185,6 +200,8 @@ class QuantLinear(QuantLayer, nn.Linear):
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
+    """A convolution, x [N, C, H, W] -> [N, O, H', W']. Padding is zero, after quantization."""
+
     @property
     def weight_shape(self) -> tuple[int, ...]:
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
@@ -196,9 +213,9 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
 
 def layout(weight: Tensor) -> tuple[int, ...]:
-    """The strides that codes of a weight have. Those of a 1x1 convolution are ambiguous; torch gives sums these ones.
+    """Return the strides of a weight's codes. Those of a 1x1 convolution are ambiguous; then torch uses these.
 
-    Float sums depend on the layout, so a layer loaded from codes must have the one that the quantized layer had.
+    Float sums depend on the layout, so a layer loaded from codes must have the layout of the layer that was quantized.
     """
     if not weight.is_contiguous():
         return weight.stride()
@@ -208,7 +225,10 @@ def layout(weight: Tensor) -> tuple[int, ...]:
 def quantized(
     layer: nn.Module, weight: QuantSpec, input: QuantSpec, groups: TimeGroups | None, output: QuantSpec | None = None
 ) -> QuantLayer:
-    """The quantized twin of a float Linear or Conv2d, sharing its weight and bias; ranges not yet chosen."""
+    """Return the quantized form of a float Linear or Conv2d with the same weight and bias. It has no ranges yet.
+
+    Raises NotImplementedError for a padding mode other than zeros.
+    """
     if isinstance(layer, nn.Linear):
         new = QuantLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     else:
@@ -222,35 +242,40 @@ def quantized(
 
 
 def name_quantizers(denoiser: nn.Module) -> None:
+    """Tell each activation quantizer the name of its layer, for error messages."""
     for name, quantizer in input_quantizers(denoiser).items():
         quantizer.name = name.removesuffix(".input_quantizer").removesuffix(".output_quantizer")
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one that has this name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
 def is_quantized(denoiser: nn.Module) -> bool:
+    """Return whether a denoiser has a quantizer."""
     return any(isinstance(m, Quantizer) for m in denoiser.modules())
 
 
 def quant_layers(denoiser: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
+    """Iterate over the quantized layers with their names."""
     return ((n, m) for n, m in denoiser.named_modules() if isinstance(m, QuantLayer))
 
 
 def freeze(denoiser: nn.Module) -> None:
-    """Freeze every layer that is not yet: what sampling runs on."""
+    """Freeze every layer that is not frozen, as sampling needs it."""
     for _, layer in quant_layers(denoiser):
         layer.freeze(layer.kernel_name)
 
 
 def attentions(denoiser: nn.Module) -> Iterator[tuple[str, Attention]]:
+    """Iterate over the attentions with their names."""
     return ((n, m) for n, m in denoiser.named_modules() if isinstance(m, Attention))
 
 
 def input_quantizers(denoiser: nn.Module) -> dict[str, Quantizer]:
-    """Every activation quantizer by name: layer inputs (or outputs), and q, k, v and p of each attention."""
+    """Return all activation quantizers by name: of layer inputs (or outputs), and q, k, v and p of attentions."""
     return {
         n: m for n, m in denoiser.named_modules() if isinstance(m, Quantizer) and not n.endswith("weight_quantizer")
     }

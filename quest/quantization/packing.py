@@ -1,8 +1,12 @@
-"""Codes of a weight as they lie in a file: two to a byte, one to a byte, or two bytes each.
+"""Packs the codes of a weight for a file. Stored values are code minus qmin, so they are unsigned.
 
-Up to 16 levels (2 to 4 bits, asymmetric) two codes share a byte, the first in its low half; up to 256 each has a byte;
-more, two bytes. A row is an output channel with its other dimensions in their order (C, kh, kw); a row of odd length
-ends in a half that is zero. What is stored is code less qmin, so that it is unsigned.
+    levels      codes per byte      example: a row of three codes
+    up to 16    two                 codes 1 2 15       ->  bytes 0x21 0x0F    (the first code in the low half)
+    up to 256   one                 codes 1 2 255      ->  bytes 0x01 0x02 0xFF
+    more        half a code         codes 1 2 300      ->  uint16 1 2 300
+
+A row is an output channel, with its other dimensions in their order (C, kh, kw). If a row of half-byte codes has odd
+length, its last half byte is zero. Formats of 2 to 4 bits have at most 16 levels; `wide` ones have more.
 """
 
 import math
@@ -12,31 +16,32 @@ from torch import Tensor
 
 from quest.affine import QuantSpec
 
-BLOCK = 64  # output channels that are unpacked at a time
+BLOCK = 64  # output channels that are unpacked at once
 
 
 def shape(weight: tuple[int, ...], spec: QuantSpec) -> tuple[int, int]:
-    """Shape of the packed codes of a weight of this shape: [rows, bytes or, of more than 256 levels, pairs of them]."""
+    """Return the shape of the packed codes of a weight of this shape: [rows, values of `dtype`]."""
     row = math.prod(weight[1:])
     return weight[0], (row + 1) // 2 if _levels(spec) <= 16 else row
 
 
 def dtype(spec: QuantSpec) -> torch.dtype:
+    """Return the dtype of packed codes of a format."""
     return torch.uint8 if _levels(spec) <= 256 else torch.uint16
 
 
 def nbytes(weight: tuple[int, ...], spec: QuantSpec) -> int:
-    """Bytes that the codes of a weight of this shape take."""
+    """Return how many bytes the packed codes of a weight of this shape take."""
     return math.prod(shape(weight, spec)) * dtype(spec).itemsize
 
 
 def fits(packed: Tensor, weight: tuple[int, ...], spec: QuantSpec) -> bool:
-    """Whether a tensor can be the packed codes of a weight of this shape."""
+    """Return whether a tensor has the shape and dtype of packed codes of a weight of this shape."""
     return (tuple(packed.shape), packed.dtype) == (shape(weight, spec), dtype(spec))
 
 
 def pack(codes: Tensor, spec: QuantSpec) -> Tensor:
-    """codes [O, ...], whole numbers from spec.qmin to spec.qmax of any dtype -> uint8 or uint16, see `shape`."""
+    """Pack codes [O, ...], whole numbers of any dtype from spec.qmin to spec.qmax, to `dtype` in the shape `shape`."""
     rows = (codes.flatten(1) - spec.qmin).to(torch.int32).to(dtype(spec))
     if _levels(spec) > 16:
         return rows.contiguous()
@@ -46,11 +51,11 @@ def pack(codes: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def unpack(packed: Tensor, spec: QuantSpec, weight: tuple[int, ...], stride: tuple[int, ...] | None = None) -> Tensor:
-    """The codes that `pack` was given, float32 of the shape `weight`, in the memory layout `stride`."""
+    """Return the codes that `pack` packed, float32 of the shape `weight`, with these strides (default: contiguous)."""
     codes = torch.empty(weight, dtype=torch.float32, device=packed.device)
     if stride is not None:
         codes = codes.as_strided(weight, stride)
-    # In blocks, so that no other tensor is as large as the weight.
+    # Blocks limit the memory: no second tensor is as large as the weight.
     for block, rows in zip(codes.split(BLOCK), packed.split(BLOCK), strict=True):
         if _levels(spec) <= 16:
             rows = torch.stack([rows & 15, rows >> 4], 2).flatten(1)[:, : math.prod(weight[1:])]
@@ -59,7 +64,7 @@ def unpack(packed: Tensor, spec: QuantSpec, weight: tuple[int, ...], stride: tup
 
 
 def largest(packed: Tensor, spec: QuantSpec) -> int:
-    """The largest of the codes that `pack` packed, less qmin. What fills up a row is zero."""
+    """Return the largest stored value, which is code minus qmin. The unused half byte of an odd row is zero."""
     parts = (rows.to(torch.int32) for rows in packed.split(BLOCK))
     if _levels(spec) <= 16:
         return max(int(torch.maximum(part & 15, part >> 4).max()) for part in parts)

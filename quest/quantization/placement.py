@@ -1,4 +1,4 @@
-"""Which kernel each layer and each attention of a quantized denoiser runs on."""
+"""Decides on which kernel each layer and each attention of a quantized denoiser runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,18 +17,17 @@ from quest.quantization.quantizer import Quantizer
 
 
 class Placement(NamedTuple):
-    """kernel: a name in KERNELS. refused: why a layer or attention stays on the reference kernel, by its name."""
+    """kernel: a name in KERNELS. refused: by name, why a layer or an attention stays on the reference kernel."""
 
     kernel: str
     refused: dict[str, str]
 
 
 def place(denoiser: nn.Module, kernel: str = "auto") -> Placement:
-    """Pack every layer for a kernel, and let it and every attention run there if the kernel supports it exactly.
+    """Put every layer and every attention that a kernel computes exactly on it, and the others on the reference kernel.
 
-    The others run on the reference kernel. A weight that is still learned is frozen. Norms and activations around
-    integer layers are fused (`kernels.cpu.blocks`), the reference leaves the blocks as diffusers has them. The result
-    is also kept as `denoiser.placement`.
+    Weights that are still learned are frozen first. With the integer kernel, blocks of the denoiser are also fused
+    (`kernels.cpu.blocks`); with others they are those of diffusers. The result is also stored as `denoiser.placement`.
     Raises ValueError for an unknown kernel and for one that is not available on the denoiser's device.
     """
     name = kernels.choose(kernel, denoiser.device, denoiser.dtype)
@@ -61,10 +60,10 @@ def place(denoiser: nn.Module, kernel: str = "auto") -> Placement:
 
 
 def realizable(denoiser: nn.Module, work: dict[str, int]) -> float:
-    """Share of a placed denoiser's multiply-accumulates that run on integers; 0 on the reference kernel.
+    """Return the share of a placed denoiser's multiply-accumulates that run on integers; 0 on the reference kernel.
 
-    work: by layer of the full-precision denoiser, see `cost.macs`. A split convolution counts if both halves do.
-    Products of an attention count if its last call had no mask.
+    work: the result of `cost.macs` for the full-precision denoiser. A split convolution counts if both of its halves
+    run on integers, and the products of an attention count if its last call had no mask.
     """
     if denoiser.placement.kernel == "reference":
         return 0.0
@@ -75,7 +74,7 @@ def realizable(denoiser: nn.Module, work: dict[str, int]) -> float:
 
 @torch.no_grad()
 def refusal(layer: QuantLayer, kernel: str) -> str | None:
-    """Why a kernel cannot compute a layer exactly; None where it can."""
+    """Return why a kernel cannot compute a layer exactly; None if it can."""
     conv = {}
     if isinstance(layer, QuantConv2d):
         conv = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups)
@@ -84,13 +83,13 @@ def refusal(layer: QuantLayer, kernel: str) -> str | None:
 
 
 def every_group(quantizer: Quantizer) -> QParams:
-    """Scale and zero point of all time groups, [T, ...]."""
+    """Return scale and zero point of all time groups, [T, ...]."""
     return QParams(quantizer.scale.data, quantizer.zero_point, quantizer.spec)
 
 
 @contextmanager
 def on_reference(denoiser: nn.Module) -> Iterator[None]:
-    """Compute on the reference kernel for a few calls: what is packed is kept, and used again afterwards."""
+    """Run a denoiser on the reference kernel inside this context; operands of its own kernel are kept."""
     layers = [(layer, layer.operand, layer.codes, layer.kernel_name) for _, layer in quant_layers(denoiser)]
     processors = [m.processor for _, m in attentions(denoiser) if isinstance(m.processor, QuantAttention)]
     kernels_of = [processor.kernel_name for processor in processors]
@@ -117,13 +116,13 @@ def on_reference(denoiser: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def deviation(denoiser: nn.Module, evaluation: CalibrationSet, rows: int = 8) -> float:
-    """Relative difference |e - e_r| / |e_r| of the noise prediction from that of the reference kernel.
+    """Measure the relative difference |e - e_r| / |e_r| of the noise prediction e to e_r of the reference kernel.
 
-    Of a few rows of a call in the middle of held-out full-precision trajectories. The denoiser is on its kernel again
-    afterwards. Rounding moves some values to a neighbouring code and layers multiply such differences; one that exceeds
-    the error of quantization itself has another cause.
+    It uses a few rows of one call in the middle of held-out full-precision trajectories. Afterwards the denoiser is on
+    its kernel again. Rounding moves some values to a neighbouring code, and later layers amplify such differences. A
+    difference above the error of quantization itself must have another cause.
 
-    Raises RuntimeError where the prediction is further from the reference's than that is from full precision.
+    Raises RuntimeError if the prediction is further from the reference kernel's than that one is from full precision.
     """
     kernel = denoiser.placement.kernel
     if kernel == "reference":

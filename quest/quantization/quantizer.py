@@ -1,4 +1,13 @@
-"""The quantizer of one tensor: a spec, and a scale and zero point for each time group."""
+"""The quantizer of one tensor: its format, and a scale and a zero point for each time group.
+
+A layer's input with a range of [-1, 2] in noisy steps and of [-0.5, 1] in the last ones, at 4 bits (codes 0 to 15):
+
+    group   timesteps    scale     zero point    code 0     code 15
+    0       951..502     0.2           5         -1.0        2.0
+    1       501..0       0.1           5         -0.5        1.0
+
+With one group, all steps would share the first row, and the last steps would use only half of the codes.
+"""
 
 from collections.abc import Callable
 
@@ -11,10 +20,11 @@ from quest.quantization.timegroups import TimeGroups
 
 
 class Numbers:
-    """Scales and zero points of all groups, [T] each, read where the tensors lie: what is written there is seen."""
+    """Scales and zero points of all groups, [T] each, as plain numbers. They are read from the memory of the tensors,
+    so that they follow what is written there."""
 
     def __init__(self, *tensors: Tensor):
-        self.views = [memoryview(t.detach().numpy()) for t in tensors]  # which keep the memory, too
+        self.views = [memoryview(t.detach().numpy()) for t in tensors]  # a view also keeps the memory alive
         self.addresses = [t.data_ptr() for t in tensors]
 
     def __reduce__(self):
@@ -30,26 +40,26 @@ class Numbers:
 class Quantizer(nn.Module):
     """scale [T, *shape] (a parameter), zero_point [T, *shape] (a buffer).
 
-    T is the number of time groups, 1 without. Called with a tensor it gives the `QParams` to quantize that tensor with;
-    quantizing is the kernel's business. TAQuant is a Quantizer with time groups.
+    T is the number of time groups, 1 without them. A call with a tensor returns the `QParams` with which to quantize
+    it; the kernel quantizes. TAQuant is a Quantizer with time groups.
     """
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, ...] = (), groups: TimeGroups | None = None):
         super().__init__()
         self.spec, self.groups = spec, groups
-        self.name = ""  # in its denoiser, for error messages
-        # NaN until calibrated: an uncalibrated quantizer cannot pass for a calibrated one. Float needs no calibration.
+        self.name = ""  # the name of its layer, for error messages
+        # NaN until calibration, so that nobody takes an uncalibrated quantizer for a calibrated one. Float needs none.
         scale, zero_point = (1.0, 0.0) if spec.bits == FLOAT else (torch.nan, torch.nan)
         shape = (len(groups) if groups else 1, *shape)
-        start = torch.full(shape, scale, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+        start = torch.full(shape, scale, dtype=torch.float32, device="cpu")  # independent of torch's defaults
         self.scale = nn.Parameter(start, requires_grad=False)
         self.register_buffer("zero_point", torch.full_like(self.scale.data, zero_point))
-        self.choose: Callable | None = None  # a range chooser while calibrating, see calibration.calibrating
+        self.choose: Callable | None = None  # chooses ranges during calibration, see quest.learning.calibrate
         self.numbers: Numbers | None = None  # see `as_numbers`
         self.may_be_constant = False
 
     def as_numbers(self, wanted: bool) -> None:
-        """Answer with plain numbers from now on, which a kernel reads at no cost; or with tensors again."""
+        """Return plain numbers in `QParams` from now on, which the integer kernel reads fast; or tensors again."""
         self.numbers = Numbers(self.scale, self.zero_point) if wanted else None
 
     def _load_from_state_dict(self, *args) -> None:
@@ -57,7 +67,7 @@ class Quantizer(nn.Module):
         self.as_numbers(self.numbers is not None)
 
     def _apply(self, fn, recurse=True):
-        # Memory formats are of images and of the weights of convolutions: a scale [T, O, 1, 1, 1] has none.
+        # Memory formats are for images and weights of convolutions. A flat scale is not affected by them.
         return super()._apply(lambda t: fn(t.flatten()).view(t.shape), recurse)
 
     @property
@@ -67,17 +77,17 @@ class Quantizer(nn.Module):
             if not self.numbers.are_of(self.scale, self.zero_point):
                 self.as_numbers(True)
             return QParams(*self.numbers.of(0 if self.groups is None else self.groups.number), self.spec)
-        if self.groups is None or self.spec.bits == FLOAT:  # a float tensor has no range, at any timestep
+        if self.groups is None or self.spec.bits == FLOAT:  # a float tensor has the same (no) range at all timesteps
             return QParams(self.scale[0], self.zero_point[0], self.spec)
         group = self.groups.current
         return QParams(self.scale[group].squeeze(0), self.zero_point[group].squeeze(0), self.spec)
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, choose: Callable) -> None:
-        """Take scale and zero point of the current group from x; nothing to do where the spec is float.
+        """Choose scale and zero point of the current group for x; do nothing if the format is float.
 
-        A constant channel takes the range from zero to its value, which it then meets exactly: at a single timestep
-        every channel of a time embedding is constant.
+        The range of a constant channel reaches from zero to its value, which is then exact. For example, every channel
+        of a time embedding is constant at a single timestep.
         Raises FloatingPointError for a tensor that is not finite, and ValueError for a constant one unless it may be.
         """
         if self.spec.bits == FLOAT:
@@ -96,7 +106,7 @@ class Quantizer(nn.Module):
             whole = ranges.minmax(x, self.spec)
             scale, zero_point = (torch.where(constant, a, b) for a, b in zip(whole, (scale, zero_point), strict=True))
         if self.scale.shape[1:] != scale.shape:
-            # The shape of a per-channel scale is known from the first tensor it meets.
+            # The first tensor determines the shape of a per-channel scale.
             self.scale.data = scale.new_full((len(self.scale), *scale.shape), torch.nan)
             self.zero_point = torch.full_like(self.scale.data, torch.nan)
         group = self.groups.current if self.groups else 0

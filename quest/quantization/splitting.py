@@ -1,4 +1,4 @@
-"""Convolutions over a concatenation in two parts, each with quantizers of its own."""
+"""Splits a convolution over a concatenated input into two convolutions, each with its own quantizers."""
 
 from inspect import signature
 
@@ -10,10 +10,13 @@ from quest.quantization.layers import QuantLayer
 
 
 class SplitConv2d(nn.Module):
-    """A convolution over the concatenation [hidden, skip] as the sum of two, each with quantizers of its own.
+    """A convolution over the concatenation [hidden, skip], computed as the sum of two convolutions.
 
-    The two halves of a decoder's shortcut have different ranges (Q-Diffusion, arXiv:2302.04304, section 4.2). Its code
-    concatenates the dequantized halves again; a sum of two convolutions is the same and multiplies integers twice.
+        conv([hidden, skip])  =  hidden_conv(hidden)  +  skip_conv(skip)
+
+    The two inputs of a decoder's shortcut have different ranges, so each gets its own quantizers (Q-Diffusion,
+    arXiv:2302.04304, section 4.2). Q-Diffusion's code dequantizes both and concatenates them again. The result is the
+    same, but the input is float then; here both convolutions multiply integers.
     """
 
     def __init__(self, hidden: nn.Conv2d, skip: nn.Conv2d):
@@ -26,9 +29,9 @@ class SplitConv2d(nn.Module):
 
 
 def split(conv: nn.Conv2d, channels: int) -> SplitConv2d:
-    """A float or quantized convolution as two: over its first `channels` inputs, with the bias, and over the others.
+    """Split a float or quantized convolution into one over its first `channels` inputs, with the bias, and the rest.
 
-    Quantizers are new and of the same specs; their ranges are not yet chosen.
+    Both have new quantizers of the same formats, without ranges.
     """
     halves = []
     for weight, bias in ((conv.weight[:, :channels], conv.bias), (conv.weight[:, channels:], None)):
@@ -45,10 +48,11 @@ def split(conv: nn.Conv2d, channels: int) -> SplitConv2d:
 
 @torch.no_grad()
 def concatenation_splits(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
-    """Each convolution of the decoder that reads a concatenation, with the channels that are not of the skip.
+    """Find the convolutions of the decoder that read a concatenation: {name: channels of its first part}.
 
-    These are conv_shortcut and conv1 of its residual blocks. Traced by one forward pass: a residual block of an up
-    block reads [hidden, skip], the skips popped from the block's tuple. A denoiser without up blocks has none.
+    These are conv_shortcut and conv1 of its residual blocks. One forward pass shows them. A residual block of an up
+    block reads [hidden, skip], and takes its skip from the end of the tuple that the up block receives. A denoiser
+    without up blocks has none.
     """
     found: dict[str, int] = {}
 
@@ -76,5 +80,5 @@ def concatenation_splits(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict
 
 
 def split_layers(denoiser: nn.Module) -> dict[str, int]:
-    """The split convolutions by name, with the channels of their first half."""
+    """Return the split convolutions by name, with the number of channels of their first part."""
     return {n: m.hidden.in_channels for n, m in denoiser.named_modules() if isinstance(m, SplitConv2d)}

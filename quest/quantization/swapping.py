@@ -1,4 +1,4 @@
-"""A pipeline whose denoiser has quantized layers in place of the float ones, and which of their ranges have axes."""
+"""Replaces the layers of a pipeline's denoiser by quantized ones, and says which activations have several scales."""
 
 import copy
 
@@ -20,7 +20,7 @@ from quest.quantization.layers import (
 from quest.quantization.splitting import split
 from quest.quantization.timegroups import TimeGroups
 
-# How many scales an activation has: one, or one for every index of a dimension, as in the released QuEST at 4 bits.
+# Scales of an activation: one per tensor, or one for every index of a dimension, as in the released QuEST at 4 bits.
 GRANULARITIES = ("tensor", "released")
 
 
@@ -35,12 +35,12 @@ def swap(
     weight_axis: int | None = 0,
     splits: dict[str, int] | None = None,
 ):
-    """A pipeline with every Linear, Conv2d and attention of the denoiser in its quantized twin; ranges not yet chosen.
+    """Return a pipeline whose denoiser has a quantized form of every Linear, Conv2d and attention, without ranges yet.
 
-    The pipeline that is given stays as it was; the new one shares all but denoiser and scheduler with it.
-    keep: globs over the names of layers and attention processors to the bits such a one keeps at least (default: KEEP).
-    softmax_bits: of the attention probabilities. weight_axis: 0 for one weight scale per output channel, None for one
-    per tensor. splits: convolutions to split at a channel, see `shortcut_splits`.
+    The given pipeline does not change. The new one shares everything with it but the denoiser and the scheduler.
+    keep: minimum bits by globs over names of layers and attention processors (default: KEEP). softmax_bits: bits of
+    attention probabilities. weight_axis: 0 for one weight scale per output channel, None for one per tensor. splits:
+    convolutions to split and where, see `concatenation_splits`.
     Raises ValueError for a pipeline that cannot be quantized (`guards.check`), and for a glob that matches nothing.
     """
     keep = KEEP if keep is None else keep
@@ -60,13 +60,13 @@ def swap(
 
 
 def quantizable(denoiser: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """By name: every Linear and Conv2d of a denoiser, and every attention, under the name of its processor."""
+    """Return by name every Linear and Conv2d of a denoiser, and every attention under the name of its processor."""
     layers = {n: m for n, m in denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
     return layers, {f"{n}.processor": m for n, m in attentions(denoiser)}
 
 
 def finish(denoiser: nn.Module, groups: TimeGroups | None) -> nn.Module:
-    """Name the quantizers, attach the time groups, freeze every parameter, refuse what would undo quantization."""
+    """Name quantizers, attach time groups, turn off gradients, and refuse methods that would undo quantization."""
     name_quantizers(denoiser)
     guards.guard_denoiser(denoiser)
     if groups is not None:
@@ -75,7 +75,7 @@ def finish(denoiser: nn.Module, groups: TimeGroups | None) -> nn.Module:
 
 
 def with_denoiser(pipe, denoiser: nn.Module):
-    """A copy of the pipeline with another denoiser and a scheduler of its own; all else is shared."""
+    """Copy the pipeline with another denoiser and a copied scheduler; everything else is shared."""
     new = copy.copy(pipe)
     setattr(new, name_of(pipe), denoiser)
     new.scheduler = copy.deepcopy(pipe.scheduler)
@@ -84,9 +84,10 @@ def with_denoiser(pipe, denoiser: nn.Module):
 
 
 def scale_axes(denoiser: nn.Module, granularity: str, a: int) -> dict[str, int]:
-    """Activation quantizer -> the dimension along which it has its scales; one that is not there has a single scale.
+    """Return by name the dimension of the scales of each activation quantizer that has several; others have one scale.
 
-    "tensor": nothing. "released": `released_axes` at 4 bits, nothing at others. Raises ValueError for another name.
+    granularity "tensor" gives none, "released" gives `released_axes` at 4 bits and none at other bits. Raises
+    ValueError for another name.
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity: {granularity!r} is not one of {', '.join(GRANULARITIES)}")
@@ -94,12 +95,16 @@ def scale_axes(denoiser: nn.Module, granularity: str, a: int) -> dict[str, int]:
 
 
 def released_axes(denoiser: nn.Module) -> dict[str, int]:
-    """The dimension along which the released code has a scale of its own for every index, for 4-bit activations.
+    """Return the dimension of each 4-bit activation along which the released QuEST has one scale per index.
 
-    Of [N, C, H, W] and [N, C] the channels, of three dimensions the last. The products' inputs and transformers' tokens
-    are [B, n, C], so again the channels; an unconditional attention of CompVis works on [B, C, n], so its scales go by
-    token. Probabilities [B, n, m] have one scale per key. Most of these dimensions are summed over in the product, so
-    that no integer kernel can compute it.
+        activation                                  shape             scales
+        input of a convolution                      [N, C, H, W]      one per channel
+        input of a linear layer                     [N, C]            one per channel
+        tokens, and inputs of attention products    [B, n, C]         one per channel
+        the same in CompVis's unconditional models  [B, C, n]         one per token
+        probabilities                               [B, n, m]         one per key
+
+    Most of these dimensions are summed over in a product, so no integer kernel can compute them.
     """
     by_token = tuple(f"{n}." for n, m in attentions(denoiser) if m.residual_connection)
     convolutions = {f"{n}.input_quantizer" for n, m in quant_layers(denoiser) if isinstance(m, nn.Conv2d)}

@@ -1,4 +1,10 @@
-"""Time groups: which stretch of the diffusion trajectory the denoiser is in (the time in TAQuant)."""
+"""Time groups: stretches of the diffusion trajectory, each with its own activation ranges (the "time" in TAQuant).
+
+Activation ranges change a lot between noisy and clean timesteps. With time groups, a quantizer has a scale for each
+stretch of timesteps. A forward pass looks up the group of its timestep once, and all quantizers then use that group:
+
+    denoiser(x, timestep=120) ── TimeGroups.enter(120) ── group 1 ── every Quantizer returns scale[1], zero_point[1]
+"""
 
 import threading
 from collections.abc import Iterator
@@ -10,48 +16,54 @@ from torch import Tensor, nn
 
 
 class _Pass:
-    """The forward pass in progress in one thread."""
+    """The forward pass that one thread is computing."""
 
     current: Tensor | None = None  # its group; None outside of a forward pass
-    number: int | None = None  # the same as a plain number, once it was asked for
-    outer: tuple | None = None  # current and outer of the forward pass around this one, where a hook made this call
+    number: int | None = None  # the group as a plain number, once somebody has asked for it
+    outer: tuple | None = None  # current and outer of the surrounding forward pass, if a hook of it made this call
 
 
 class _Passes(threading.local):
-    """Threads may share a denoiser; each has a pass of its own. `torch.compile` can write to that, not to a local."""
+    """The passes of all threads, because threads may share a denoiser.
+
+    `torch.compile` can write to attributes of a `_Pass`, but not to those of a thread-local object.
+    """
 
     def __init__(self):
         self.mine = _Pass()
 
 
 class TimeGroups:
-    """Maps a timestep to its group and holds the group of the forward pass in progress, for every thread its own.
+    """Maps a timestep to its group, and stores for each thread the group of its current forward pass.
 
         timestep   951 ......... 502 | 501 ......... 52 | 51 ......... 0
         group      0                 | 1                | 2                   TimeGroups([951, 501, 51])
 
-    A group is a stretch of timesteps: from its start (its noisiest step) down to just above the next group's start, the
-    last one down to 0. It covers every timestep in between, whatever the number of sampling steps.
+    A group reaches from its start, which is its noisiest timestep, down to just above the start of the next group. The
+    last group ends at 0. A group contains every timestep in between, so the number of sampling steps may change.
 
-    A quantized denoiser owns one and shares it by reference with its time-aware quantizers. It is not an nn.Module: it
-    has nothing to train and no place in a state dict.
+    A quantized denoiser has one TimeGroups object, which its quantizers share. It is not an nn.Module, because it has
+    nothing to train and does not belong into a state dict.
     """
 
     def __init__(self, starts: list[int | float]):
-        """starts: the noisiest timestep of every group, any order, no repetition; some samplers visit fractions."""
+        """starts: the noisiest timestep of each group, in any order; floats too, as some samplers visit fractions.
+
+        Raises ValueError for no starts and for equal ones.
+        """
         if not starts or len(set(starts)) != len(starts):
             raise ValueError(f"time groups need distinct starts, got {list(starts)}")
         dtype = torch.long if all(start == int(start) for start in starts) else torch.float64
         self.starts = torch.tensor(sorted(starts, reverse=True), dtype=dtype, device="cpu")
         self._passes = _Passes()
-        self.position: int | None = None  # of `timestep` among the arguments of the denoiser
-        self._on_gpu: Tensor | None = None  # the starts, where the timesteps are
+        self.position: int | None = None  # index of `timestep` among the arguments of the denoiser
+        self._on_gpu: Tensor | None = None  # the starts on the GPU of the timesteps
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def __getstate__(self) -> dict:
-        """A copy is in no forward pass."""
+        """Leave out the passes: a copy is in no forward pass."""
         return {k: v for k, v in vars(self).items() if k != "_passes"}
 
     def __setstate__(self, state: dict) -> None:
@@ -59,10 +71,10 @@ class TimeGroups:
 
     @property
     def current(self) -> Tensor:
-        """The group of the forward pass in progress, [1].
+        """The group of the current forward pass, [1].
 
-        1-D, so that indexing with it is a gather; a 0-d index would be read on the host and recompile per group.
-        Raises RuntimeError outside of a forward pass.
+        It has one dimension, so that indexing with it is a gather. An index without dimensions would be read by the
+        host, and torch.compile would compile again for each group. Raises RuntimeError outside of a forward pass.
         """
         current = self._passes.mine.current
         if current is None:
@@ -71,20 +83,20 @@ class TimeGroups:
 
     @property
     def number(self) -> int:
-        """The current group as a plain number; one wait for the device in each forward pass."""
+        """The current group as a plain number. This waits for the device once per forward pass."""
         mine = self._passes.mine
         if mine.number is None:
             mine.number = int(self.current)
         return mine.number
 
     def index(self, timestep: Tensor | float) -> Tensor:
-        """Group of each timestep, [N]; -1 for one above the first start."""
+        """Return the group of each timestep, [N]; -1 for a timestep above the first start."""
         t = _tensor(timestep).reshape(-1, 1)
         starts = self._starts_on(t.device) if t.is_cuda and type(t) is Tensor else self.starts.to(t.device)
         return (starts >= t).sum(1) - 1
 
     def rows(self, timestep: Tensor) -> list[Tensor]:
-        """Of N rows, those of each group, on the CPU.
+        """Return the indices of the rows in each group for the timesteps of N rows, on the CPU.
 
         Raises ValueError for a timestep above all groups, and for a group without a row.
         """
@@ -98,19 +110,19 @@ class TimeGroups:
         return found
 
     def _starts_on(self, gpu: torch.device) -> Tensor:
-        """Copied once: a copy for every forward pass would wait for the device, and no CUDA graph can hold it."""
+        """Copy the starts to the GPU once. A copy in each pass would wait for the device and break CUDA graphs."""
         if self._on_gpu is None or self._on_gpu.device != gpu:
             self._on_gpu = self.starts.to(gpu)
         return self._on_gpu
 
     def enter(self, timestep: Tensor | float) -> None:
-        """Make the group of this timestep current in this thread, until another is or a call of the denoiser ends.
+        """Make the group of this timestep the current one of this thread, until the denoiser's call ends.
 
-        Raises ValueError for a timestep above the calibrated range and for two groups in one batch. On a GPU both are
-        asynchronous asserts, so that sampling never waits for the device.
+        Raises ValueError for a timestep above the calibrated range and for two groups in one batch. On a GPU these are
+        asynchronous assertions, so that sampling never waits for the device.
         """
         group = self.index(timestep)
-        if not len(group):  # a batch without rows, of which nothing depends on the group
+        if not len(group):  # the batch has no rows, so any group will do
             group = group.new_zeros(1)
         if group.is_cuda:
             torch._assert_async((group >= 0).all() & (group == group[0]).all())
@@ -127,7 +139,7 @@ class TimeGroups:
 
     @contextmanager
     def inside(self, timestep: Tensor | float) -> Iterator[None]:
-        """As during a forward pass at this timestep: for those who call parts of a denoiser on their own."""
+        """Inside this context, parts of a denoiser can be called as in a forward pass at this timestep."""
         self._begin(timestep)
         try:
             yield
@@ -153,11 +165,11 @@ class TimeGroups:
             )
 
     def attach(self, denoiser: nn.Module) -> None:
-        """Follow the `timestep` argument of every forward pass of the denoiser; no sampler is edited."""
+        """Read the `timestep` argument of every forward pass of the denoiser by hooks; samplers need no change."""
         self.position = list(signature(denoiser.forward).parameters).index("timestep")
-        # Bound methods, not closures: a deep copy of the denoiser then takes its own copy of this object along.
+        # Hooks are bound methods and not closures, so that a deep copy of the denoiser gets hooks of its own copy.
         denoiser.register_forward_pre_hook(self._enter_from_call, with_kwargs=True)
-        # Also after an error, so that nothing computes with the group of a call that is over.
+        # This hook also runs after an error, so that no later call uses this group.
         denoiser.register_forward_hook(self._leave_after_call, always_call=True)
         denoiser.time_groups = self
 
@@ -169,16 +181,17 @@ class TimeGroups:
 
 
 def _tensor(timestep: Tensor | float) -> Tensor:
-    """A number with all its digits, which torch's default dtype may not have."""
+    """Return a timestep as a tensor, floats in float64, because torch's default dtype may round them."""
     if isinstance(timestep, Tensor):
         return timestep
     return torch.tensor(timestep, dtype=torch.float64 if isinstance(timestep, float) else None, device="cpu")
 
 
 def grouped(timesteps: list[int | float], groups: int) -> list[int | float]:
-    """Starts of `groups` equal stretches of a sampler's distinct timesteps.
+    """Return the starts of `groups` stretches of a sampler's timesteps with equally many timesteps each.
 
-    Raises ValueError where the number of groups does not divide the number of timesteps.
+    For example, [901, 601, 301, 1] in two groups gives [901, 301]. Raises ValueError if the number of groups does not
+    divide the number of different timesteps.
     """
     distinct = sorted(set(timesteps), reverse=True)
     if groups < 1 or len(distinct) % groups:

@@ -1,10 +1,13 @@
-"""Blocks of diffusers' U-Nets with their float operations fused, for a denoiser whose layers run on integers.
+"""Fused forms of the blocks of diffusers' U-Nets, for a denoiser whose layers run on integers.
 
-Convolutions and products that take a third of their float time leave norms, activations and Python as the larger part.
-Here norms and activations are one pass each over channels that lie innermost, nothing is copied into another layout on
-the way, and a block whose layers all run on integers is one call of the core (`fused`). Results equal those of
-diffusers' own modules but for float rounding. Where torch traces or has to differentiate, the modules do what they
-always did.
+Integer convolutions and products take a third of the time of float ones. Norms, activations and Python then take most
+of a step. Here a norm and its activation are one pass over tensors whose channels lie innermost, and no tensor is
+copied to another layout. A block whose layers all run on integers is one call of the core (`fused`):
+
+    FusedResnetBlock   norm + SiLU ── conv1 ── norm + modulation + SiLU ── conv2 + residual
+
+Results equal those of diffusers' modules except for float rounding. While torch traces or needs gradients, the modules
+compute as diffusers does.
 """
 
 import torch
@@ -24,16 +27,20 @@ from quest.kernels.cpu.integer import bare, computes, fuses, on_integers, plus
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm, silu: bool, **more: Tensor | None) -> Tensor:
-    """Group norm of x, then SiLU if asked for; more: `shift`, `modulation` (see `calls.group_norm`)."""
+    """Compute the group norm of x, and then SiLU if `silu`. more: `shift`, `modulation` (see `calls.group_norm`)."""
     return calls.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, **more)
 
 
 class FusedGroupNorm(nn.GroupNorm):
+    """A group norm in one pass."""
+
     def forward(self, x: Tensor) -> Tensor:
         return group_norm(x, self, silu=False) if computes(x) and x.ndim in (3, 4) else super().forward(x)
 
 
 class FusedLayerNorm(nn.LayerNorm):
+    """A layer norm in one pass."""
+
     def forward(self, x: Tensor) -> Tensor:
         if not computes(x) or len(self.normalized_shape) != 1:
             return super().forward(x)
@@ -41,6 +48,8 @@ class FusedLayerNorm(nn.LayerNorm):
 
 
 class FusedGEGLU(GEGLU):
+    """The gated layer of a feed-forward: the product and its gelu are one call."""
+
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         if not fuses(self.proj, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
@@ -48,6 +57,8 @@ class FusedGEGLU(GEGLU):
 
 
 class FusedTransformerBlock(BasicTransformerBlock):
+    """A transformer block in one call: norms, one or two attentions, and the feed-forward."""
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -67,7 +78,7 @@ class FusedTransformerBlock(BasicTransformerBlock):
 
 
 def transformer_block(block: FusedTransformerBlock) -> fused.Block | None:
-    """What the core needs to compute it; None where it cannot."""
+    """Return what the core needs to compute the block; None if it cannot."""
     modules = [a for a in (block.attn1, block.attn2) if a is not None]
     plain = (
         block.norm_type == "layer_norm"
@@ -100,8 +111,10 @@ def transformer_block(block: FusedTransformerBlock) -> fused.Block | None:
 
 
 class FusedResnetBlock(ResnetBlock2D):
+    """A residual block in one call, or, if it resamples or has other convolutions, with norm and SiLU in one pass."""
+
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
-        # diffusers adds the embedding of one sample to all.
+        # diffusers allows an embedding of one sample for all samples; the core does not.
         plain = computes(input_tensor) and (temb is None or (computes(temb) and len(temb) == len(input_tensor)))
         struct = fused.struct_of(self, resnet_block) if plain else None
         if struct is None and not (plain and self.known()):
@@ -128,7 +141,7 @@ class FusedResnetBlock(ResnetBlock2D):
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
 
     def known(self) -> bool:
-        """Whether norms, activation and dropout are those that are computed here, and nobody listens to them."""
+        """Return whether norms, activation and dropout are of the kinds computed here, without hooks."""
         return (
             self.time_embedding_norm in ("default", "scale_shift")
             and type(self.norm1) is type(self.norm2) is FusedGroupNorm
@@ -139,7 +152,7 @@ class FusedResnetBlock(ResnetBlock2D):
 
 
 def resnet_block(block: FusedResnetBlock) -> fused.Block | None:
-    """What the core needs to compute it; None where it cannot."""
+    """Return what the core needs to compute the block; None if it cannot."""
     layers = [block.conv1, block.conv2] + ([] if block.time_emb_proj is None else [block.time_emb_proj])
     if not block.known() or not on_integers(*layers):
         return None
@@ -149,7 +162,7 @@ def resnet_block(block: FusedResnetBlock) -> fused.Block | None:
         return None
 
     def struct():
-        embedding = layers[2] if len(layers) == 3 else layers[0]  # not read where there is none
+        embedding = layers[2] if len(layers) == 3 else layers[0]  # the core does not read it if there is none
         return calls.ResnetBlock(
             (fused.norm(block.norm1), fused.norm(block.norm2)),
             *map(fused.layer, (block.conv1, embedding, block.conv2)),
@@ -160,11 +173,13 @@ def resnet_block(block: FusedResnetBlock) -> fused.Block | None:
 
 
 class FusedUpsample(Upsample2D):
+    """Upsampling that keeps channels innermost."""
+
     def forward(self, hidden_states: Tensor, output_size=None, *args, **kwargs) -> Tensor:
         plain = self.norm is None and self.interpolate and not self.use_conv_transpose
         if not computes(hidden_states) or not plain or output_size is not None:
             return super().forward(hidden_states, output_size, *args, **kwargs)
-        # diffusers leaves the layout of large batches, which a GPU's function cannot handle.
+        # diffusers changes the layout of large batches here, because a function for GPUs cannot handle theirs.
         hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
         if not self.use_conv:
             return hidden_states
@@ -172,16 +187,20 @@ class FusedUpsample(Upsample2D):
 
 
 class FusedUNet2DModel(UNet2DModel):
+    """A U-Net whose dtype is looked up fast."""
+
     @property
     def dtype(self) -> torch.dtype:
-        # diffusers looks at every module for it, in each forward pass.
+        # diffusers searches all modules for the dtype in each forward pass.
         return next(self.parameters()).dtype
 
 
 class FusedTransformer(Transformer2DModel):
+    """A transformer that keeps channels innermost around its blocks."""
+
     def _get_output_for_continuous_inputs(self, hidden_states, residual, batch_size, height, width, inner_dim):
         if not self.use_linear_projection and computes(hidden_states):
-            # diffusers copies into another layout here.
+            # diffusers would copy the tensor to another layout here.
             hidden_states = hidden_states.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
             return plus(self.proj_out, hidden_states, residual)
         return super()._get_output_for_continuous_inputs(hidden_states, residual, batch_size, height, width, inner_dim)
@@ -200,14 +219,14 @@ FUSED = {
 
 
 def fuse(denoiser: nn.Module) -> None:
-    """Let every block of a kind in FUSED take its fused form: other code over the same weights."""
+    """Give every module of a class in FUSED its fused class: other code, the same weights."""
     fused.forget(denoiser)
     for module in denoiser.modules():
         module.__class__ = FUSED.get(type(module), type(module))
 
 
 def unfuse(denoiser: nn.Module) -> None:
-    """Back to the blocks of diffusers."""
+    """Give every module its class in diffusers again."""
     fused.forget(denoiser)
     plain = {mine: kind for kind, mine in FUSED.items()}
     for module in denoiser.modules():

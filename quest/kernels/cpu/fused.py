@@ -1,7 +1,8 @@
-"""Whole blocks that the compiled core computes in one call (`csrc/blocks.cpp`): C structs of what it must know of them.
+"""ctypes mirrors of the structs in `csrc/abi.h` that describe whole blocks, which the core computes in one call.
 
-A struct holds addresses and the ranges of one time group. It is made when the group is first met and kept until what
-it was made of changes (`Block`), or until `forget`, which whoever packs layers anew calls (`blocks.fuse`, `.unfuse`).
+A struct contains addresses of tensors and the ranges of one time group. It is made when a call first needs that group.
+It is kept until something that it was made of changes (`Block`), or until `forget`, which `blocks.fuse` and
+`blocks.unfuse` call after layers were packed again.
 """
 
 import ctypes
@@ -17,11 +18,12 @@ from torch.nn.modules import module as torch_module
 from quest.kernels.cpu.core import calls
 from quest.kernels.cpu.integer import computes, on_integers
 
-# Classes of attention processors that `attention` can read; quantization adds its own, kernels know no layers.
+# Classes of attention processors that `attention` can read. quest.quantization adds its own, because kernels do not
+# import layers.
 PROCESSORS: list[type] = []
 
 
-# What of a module a struct copies, or decides whether there is one.
+# Attributes that a struct contains, or that decide whether the core can compute the block.
 READ = {
     nn.GroupNorm: ("eps", "num_groups"),
     nn.LayerNorm: ("eps",),
@@ -31,26 +33,26 @@ READ = {
     BasicTransformerBlock: ("norm_type", "pos_embed", "_chunk_size", "only_cross_attention"),
     ResnetBlock2D: ("time_embedding_norm", "output_scale_factor", "upsample", "downsample"),
 }
-UNREAD = ("weight", "codes", "origin")  # of a layer, beside what its kernel packed
-# Hooks of every module there is.
+UNREAD = ("weight", "codes", "origin")  # tensors of a layer that its kernel does not read
+# Hooks that apply to all modules.
 everywhere = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
 
 
 class Block:
-    """A block of which all layers run on integers, and all that its structs were made of.
+    """A block whose layers all run on integers, with everything that its structs were made of.
 
-    make: makes its struct for the current time group. parts: it itself, then every module in it.
+    make: makes the struct for the current time group. parts: the block's module, then every module in it.
 
-    Nothing stops anybody from changing a module between two calls: an adapter is put around a layer, a weight gets
-    other memory, a scale another value. So each call compares, before it believes a struct, children, tensors and their
-    addresses, attributes (READ), and the values of ranges with what they were. Tensors are kept: what a struct points
-    to stays, whatever becomes of the modules, and no other tensor can come to lie at its address.
+    Modules can change between two calls. For example, an adapter is put around a layer, a weight gets other memory, or
+    a scale gets another value. So each call compares children, tensors, addresses, attributes (READ) and values of
+    ranges with what they were, before it uses a struct. The tensors are kept alive. So the addresses in a struct stay
+    valid, and no other tensor can get the same address.
     """
 
     def __init__(self, make: Callable[[], ctypes.Structure], parts: Iterable[nn.Module]):
         self.parts = parts = tuple(dict.fromkeys(parts))
         quantizers = [q for part in parts for q in part.children() if is_range(q)]
-        quantizers = [q for q in quantizers if q.spec.axis is None]  # those of weights are packed with them
+        quantizers = [q for q in quantizers if q.spec.axis is None]  # ranges of weights are packed with them
         self.make = make
         groups = list({id(q.groups): q.groups for q in quantizers if q.groups is not None}.values())
         self.groups, self.divided = groups[0] if groups else None, len(groups) > 1
@@ -78,10 +80,10 @@ class Block:
         self.known = b"".join(self.ranges)
 
     def __reduce__(self):
-        return type(None), ()  # a copy of the module asks anew: addresses are not copied
+        return type(None), ()  # a copy of the module makes its own Block, because addresses must not be copied
 
     def unchanged(self) -> bool:
-        """Whether modules, tensors, addresses and attributes are those that structs were made of."""
+        """Return whether modules, tensors, addresses, attributes and ranges are those that structs were made of."""
         try:
             for state, name, value in self.entries:
                 if state[name] is not value:
@@ -94,7 +96,7 @@ class Block:
         return list(map(Tensor.data_ptr, self.pointed)) == self.addresses and b"".join(self.ranges) == self.known
 
     def struct(self) -> ctypes.Structure | None:
-        """For the current time group; None where the core would pass over a hook, another forward, or a gradient."""
+        """Return the struct for the current time group; None if there is a hook, another forward, or a gradient."""
         if any(self.hooks) or self.divided:
             return None
         for state in self.inner:
@@ -105,45 +107,50 @@ class Block:
         number = 0 if self.groups is None else self.groups.number
         if number not in self.structs:
             struct = self.structs[number] = self.make()
-            struct.kept = self.kept  # also while another thread replaces this block
+            struct.kept = self.kept  # keeps tensors alive even if another thread replaces this block
         return self.structs[number]
 
 
 def is_range(module: nn.Module) -> bool:
-    """Whether a module holds the scales and zero points of a tensor; kernels do not know its class."""
+    """Return whether a module is a quantizer; kernels do not import its class."""
     return "zero_point" in module._buffers
 
 
 def forget(denoiser: nn.Module) -> None:
+    """Delete the blocks of all modules, so that the next call makes them again."""
     for module in denoiser.modules():
         vars(module).pop("one_call", None)
 
 
 def struct_of(module: nn.Module, look: Callable[[nn.Module], Block | None]) -> ctypes.Structure | None:
-    """The struct of a block for the current time group; None where the core cannot compute it, as `look` finds."""
+    """Return the struct of a module for the current time group; None if the core cannot compute it.
+
+    look: returns a new Block for the module; None if the core cannot compute it.
+    """
     block = vars(module).get("one_call")
     if block is None:
         block = module.one_call = look(module) or False
     elif block and not block.unchanged():
         block = look(module)
-        if block is not None:  # else what is known stays known as changed, and the next call looks again
+        if block is not None:  # otherwise the old block stays: it is still changed, so the next call looks again
             module.one_call = block
     return block.struct() if block else None
 
 
 def layer(module: nn.Module) -> ctypes.Structure:
-    """Of a quantized layer that runs on integers."""
+    """Return the struct of a quantized layer that runs on integers."""
     return calls.layer(module.operand, module.bias, _range(module.input_quantizer))
 
 
 def norm(module: nn.Module) -> ctypes.Structure:
+    """Return the struct of a group norm or a layer norm."""
     if isinstance(module, nn.GroupNorm):
         return calls.norm(module.weight, module.bias, module.eps, module.num_channels, module.num_groups)
     return calls.norm(module.weight, module.bias, module.eps, module.normalized_shape[0])
 
 
 def attention(module: nn.Module) -> Block | None:
-    """Of an `Attention` of diffusers whose processor is one of PROCESSORS."""
+    """Return the Block of diffusers' `Attention` with a processor in PROCESSORS; None if the core cannot compute it."""
     processor, out = module.processor, module.to_out
     layers = (module.to_q, module.to_k, module.to_v, out[0])
     if type(processor) not in PROCESSORS or processor.kernel_name != "integer" or not on_integers(*layers):
@@ -161,20 +168,21 @@ def attention(module: nn.Module) -> Block | None:
 
 
 def attended(module: nn.Module, x: Tensor, context: Tensor, residual: Tensor | None) -> Tensor | None:
-    """An `Attention` of x [B, n, C] to context [B, m, C'], plus residual, in one call of the core.
+    """Compute an `Attention` of x [B, n, C] to context [B, m, C'], plus residual, in one call of the core.
 
-    None where the core cannot compute it: not these modules, or not this x.
+    Returns None if the core cannot compute it for these modules or this x.
     """
     block = struct_of(module, attention) if computes(x) else None
     return None if block is None else calls.attention_block(block, x, context, residual)
 
 
 def idle(dropout: nn.Module) -> bool:
-    """Whether a dropout passes on what it gets."""
+    """Return whether a dropout returns its input unchanged."""
     return type(dropout) is nn.Dropout and not (dropout.training and dropout.p)
 
 
 def _range(quantizer: nn.Module) -> tuple[float, float, float]:
+    """Return scale, and lowest and highest code minus zero point, of the current time group."""
     number, spec = 0 if quantizer.groups is None else quantizer.groups.number, quantizer.spec
     scale, zero_point = quantizer.scale[number].item(), quantizer.zero_point[number].item()
     return scale, spec.qmin - zero_point, spec.qmax - zero_point

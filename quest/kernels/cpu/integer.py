@@ -1,8 +1,14 @@
-"""Quantized layers on integers, on a CPU: the compiled core in `csrc` behind the same functions as `reference`.
+"""The integer kernel for CPUs: the functions of `reference`, computed by the compiled core in `csrc`.
 
-Codes less zero point are multiplied and summed in 32 bits, exactly, whatever the instruction set; scale and bias are
-applied to the sum. Results differ from the reference's by the rounding of its float sums only (about 1e-7 of the
-largest output). In attention such a difference in the scores can move a probability to the neighbouring code.
+The core multiplies codes minus zero points and sums them in 32 bits, exactly, with every instruction set. Scale and
+bias are applied to the sum. For a linear layer with 4-bit weights and 8-bit inputs:
+
+    input codes 130 90, zero point 100    ->   30 -10
+    weight codes 9 2, zero point 8        ->    1  -6
+    sum 30 * 1 + (-10) * (-6) = 90;  output = 90 * input scale * weight scale + bias
+
+Results differ from the reference's only by the rounding of its float sums, about 1e-7 of the largest output. In
+attention, such a difference in a score can move a probability to the neighbouring code.
 """
 
 import torch
@@ -12,12 +18,12 @@ from quest.affine import FLOAT, QParams, QTensor, QuantSpec
 from quest.kernels.cpu.core import calls, core
 from quest.kernels.torch_ops import fake_attention, fake_conv2d, flat, run
 
-LARGEST = 32767  # of codes less zero point, in int16
-SUM = 2**31 - 1  # of an accumulator
+LARGEST = 32767  # largest code minus zero point, in int16
+SUM = 2**31 - 1  # largest sum, in int32
 
 
 def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why nothing can run on this kernel here; None where it can."""
+    """Return why this kernel cannot run on a device in a dtype; None if it can."""
     if device.type != "cpu":
         return f"it computes on a CPU, not on {device.type}"
     if dtype != torch.float32:
@@ -30,10 +36,10 @@ def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str
 
 
 def supports(weight: QTensor, weight_spec: QuantSpec, input: QParams, **conv) -> str | None:
-    """Why a layer cannot run here; None where it can.
+    """Return why this kernel cannot compute a layer exactly; None if it can.
 
-    weight: its codes. input: scale and zero point of every time group. conv: as in `conv2d`; nothing if linear.
-    Zero points may lie outside the codes: the padding of a convolution is the real zero, which is exact here.
+    weight: the codes. input: scale and zero point of all time groups. conv: the keywords of `conv2d`; none for a linear
+    layer. Zero points may lie outside the codes, because padding is the exact zero here and needs no code.
     """
     if conv and (conv["groups"] != 1 or isinstance(conv["padding"], str)):
         return "grouped convolution" if conv["groups"] != 1 else "padding given by name"
@@ -57,14 +63,17 @@ def supports(weight: QTensor, weight_spec: QuantSpec, input: QParams, **conv) ->
 
 
 def supports_attention(q: QParams, k: QParams, v: QParams, p: QParams) -> str | None:
-    """Why the two products of an attention cannot run here; None where they can. Each with every time group."""
+    """Return why this kernel cannot compute the products of an attention exactly; None if it can.
+
+    Each argument has the scales and zero points of all time groups.
+    """
     for name, qparams in zip("qkvp", (q, k, v, p), strict=True):
         if reason := _format(qparams.spec, name) or _too_large(qparams.zero_point, qparams.spec, name):
             return reason
         if reason := _scales(qparams.scale, name):
             return reason
     for a, b in ((q, k), (p, v)):
-        # The longest sum: 4096 tokens of 64 x 64 latents, and any head's channels.
+        # The longest sum is over 4096 tokens (latents of 64 x 64); heads have fewer channels.
         if 4096 * _magnitude(a.zero_point, a.spec) * _magnitude(b.zero_point, b.spec) > SUM:
             return "sums exceed 32 bits"
     return None
@@ -74,7 +83,7 @@ def _format(spec: QuantSpec, what: str) -> str | None:
     if spec.bits == FLOAT:
         return f"{what} in float"
     if spec.symmetric and what == "weight":
-        return "weight: signed codes"  # packed without a sign; activations are never packed
+        return "weight: signed codes"  # codes are packed without a sign; activations are not packed
     if spec.bits > 8:
         return f"{what}: {spec.bits} bits, more than 8"
     if what != "weight" and spec.axis is not None:
@@ -98,21 +107,21 @@ def _too_large(zero_point: Tensor, spec: QuantSpec, what: str) -> str | None:
 
 
 def _magnitude(zero_point: Tensor, spec: QuantSpec) -> float:
-    """Largest |code - zero point|."""
+    """Return the largest |code - zero point|."""
     return max((spec.qmax - zero_point).abs().max().item(), (spec.qmin - zero_point).abs().max().item())
 
 
 def pack(weight: QTensor) -> Tensor:
-    """Codes, scales and zero points in the order in which they are read: uint8 [O, kh, kw, bytes] (1 x 1 if linear).
+    """Pack codes, scales and zero points in the order in which the core reads them: uint8 [O, kh, kw, bytes].
 
-    Codes of at most 4 bits take half a byte.
+    kh and kw are 1 for a linear layer. Codes of at most 4 bits take half a byte.
     """
     codes, scale, zero_point = (t.detach() for t in (weight.codes, weight.scale, weight.zero_point))
     return calls.pack(codes, zero_point, scale)
 
 
 def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The codes that `pack` was given, float32 of the weight's shape, on the device of `packed`."""
+    """Return the codes that `pack` packed, float32 of the weight's shape, on the device of `packed`."""
     return calls.unpack(packed.cpu(), shape).to(packed.device).float()
 
 
@@ -125,10 +134,10 @@ def linear(
     gated: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """x [..., K], weight what `pack` gave -> [..., N], float32.
+    """x [..., K], weight the result of `pack` -> [..., N], float32.
 
-    gated: -> [..., N / 2], the first half of the outputs times gelu of the second. residual [..., N], not if gated, is
-    added to the result.
+    gated: return [..., N / 2], the first half of the outputs times gelu of the second half. residual [..., N] is added
+    to the result; a gated layer takes none.
     """
     scale, zero_point, spec = qparams
     limits = spec.qmin, spec.qmax
@@ -147,7 +156,7 @@ def conv2d(
     *,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """x [N, C, H, W] -> [N, O, H', W'], channels innermost. Padding is zero, after quantization; groups is 1.
+    """x [N, C, H, W] -> [N, O, H', W'] with channels innermost. Padding is zero, after quantization. groups must be 1.
 
     residual [N, O, H', W'] is added to the result.
     """
@@ -168,16 +177,16 @@ def attention(
     p_params: QParams,
     scale: float,
 ) -> Tensor:
-    """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, heads, n, d], or without `heads` (B counts them).
+    """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, heads, n, d]; also without `heads`, then B counts heads.
 
-    Rows need not lie together. The normalised probabilities are quantized, as in the reference.
+    Rows may have any strides. The normalized probabilities are quantized, as in the reference.
     """
     params = flat(q_params, k_params, v_params, p_params)
     return run(_attention, "integer_attention", q, k, v, *params, scale)
 
 
 def computes(x: Tensor) -> bool:
-    """Whether the compiled core can take this tensor."""
+    """Return whether the compiled core can compute with this tensor."""
     return (
         type(x) is Tensor
         and x.dtype == torch.float32
@@ -188,25 +197,25 @@ def computes(x: Tensor) -> bool:
 
 
 def on_integers(*layers: nn.Module) -> bool:
-    """Whether all these layers run on this kernel, and nothing quantizes their outputs."""
-    # Of the class: what is put around a layer may pass on its attributes.
+    """Return whether all these layers run on this kernel and none has an output quantizer."""
+    # The class must have `kernel_name`, because a wrapper around a layer may pass on the attributes of the layer.
     return all(
         hasattr(type(m), "kernel_name") and m.kernel_name == "integer" and m.output_quantizer is None for m in layers
     )
 
 
 def bare(*modules: nn.Module) -> bool:
-    """Whether calling these modules is their forward and nothing else: no hook, and no function in its place."""
+    """Return whether a call of these modules runs only the forward of their class: no hook, no replaced forward."""
     return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
 
 
 def fuses(layer: nn.Module, x: Tensor) -> bool:
-    """Whether a layer computes on x what else this kernel does in the same pass: `gated`, `residual`."""
+    """Return whether a layer can compute further work in the same pass over x: `gated`, `residual`."""
     return on_integers(layer) and bare(layer) and computes(x)
 
 
 def plus(layer: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
-    """layer(x) + residual, in one pass where the layer runs on integers."""
+    """Return layer(x) + residual, in one pass if the layer runs on integers."""
     return layer(x, residual=residual) if fuses(layer, x) else layer(x) + residual
 
 

@@ -1,14 +1,14 @@
-"""Quantized layers on integers, on a CUDA GPU: Triton programs behind the same functions as `reference`.
+"""The kernel for CUDA GPUs: the functions of `reference`, computed on integers by Triton programs.
 
-Codes less zero point are multiplied by the tensor cores and summed in 32 bits, exactly; scale and bias are applied to
-the sum. 4-bit weights lie two to a byte and become signed bytes in registers: no tensor core after Ampere's takes
-4-bit operands. Inputs may also be float16 or bfloat16: their codes are those of the same values in float32, and the
-result has their dtype. NaN in gives NaN out, where the reference has it.
+Tensor cores multiply codes minus zero points and sum them in 32 bits, exactly. Scale and bias are applied to the sum.
+Two 4-bit weights share a byte. They become signed bytes in registers, because tensor cores after Ampere's take no
+4-bit operands. Inputs may also be float16 or bfloat16. Their codes are those of the same values in float32, and the
+result has their dtype. A NaN in the input gives NaN in the output at the same places as in the reference.
 
-Scales and zero points stay on the device and nothing waits for it, so calls can be captured in a CUDA graph, once each
-shape has been met: the first call times a few tilings. Results depend on none of that, see `programs`.
+Scales and zero points stay on the device, and the host never waits for it. So calls can be captured in a CUDA graph,
+after a first call of each shape, which times a few tilings. They do not change results, see `programs`.
 
-With TRITON_INTERPRET=1 in the environment, set before anything imports triton, the programs run on a CPU, slowly.
+With the environment variable TRITON_INTERPRET=1, set before triton is imported, the programs run slowly on a CPU.
 """
 
 import torch
@@ -22,14 +22,14 @@ from quest.kernels.torch_ops import fake_attention, fake_conv2d, flat, run
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HEADER = 16  # bytes
-LONGEST = 2**17 - 1  # of a sum: codes less 128 are also summed in float32, exact below 2^24
-# Outputs up to which a linear layer quantizes its input while multiplying. Every tile of outputs does it anew, which a
-# pass of its own before saves where there are many. Reasoned, not measured.
+LONGEST = 2**17 - 1  # products in a sum: codes minus 128 are also summed in float32, which is exact below 2^24
+# A linear layer with at most this many outputs quantizes its input while it multiplies. Every tile of outputs then
+# quantizes again, so with many outputs a separate pass before is faster. This number is an estimate, not measured.
 FUSED_OUTPUTS = 512
 
 
 def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why nothing can run on this kernel here; None where it can. dtype: of scales and weights, not of inputs."""
+    """Return why this kernel cannot run on a device; None if it can. dtype: that of scales and weights."""
     if device.type not in ("cuda", "cpu"):
         return f"it computes on a CUDA GPU, not on {device.type}"
     if dtype != torch.float32:
@@ -47,10 +47,11 @@ def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str
 
 
 def supports(weight: QTensor, weight_spec: QuantSpec, input: QParams, **conv) -> str | None:
-    """Why a layer cannot run here; None where it can: as the `integer` kernel, less signed inputs and very long sums.
+    """Return why this kernel cannot compute a layer exactly; None if it can.
 
-    weight: its codes. input: scale and zero point of every time group. conv: as in `conv2d`; nothing if linear.
-    Zero points may lie outside the codes: the padding of a convolution is the real zero, which is exact here.
+    It computes what the `integer` kernel computes, except signed inputs and very long sums. weight: the codes. input:
+    scale and zero point of all time groups. conv: the keywords of `conv2d`; none for a linear layer. Zero points may
+    lie outside the codes, because padding is the exact zero here and needs no code.
     """
     if weight.codes[0].numel() > LONGEST:
         return f"sums of {weight.codes[0].numel()} products, more than {LONGEST}"
@@ -58,26 +59,33 @@ def supports(weight: QTensor, weight_spec: QuantSpec, input: QParams, **conv) ->
 
 
 def supports_attention(q: QParams, k: QParams, v: QParams, p: QParams) -> str | None:
-    """Why the two products of an attention cannot run here; None where they can. Each with every time group."""
+    """Return why this kernel cannot compute the products of an attention exactly; None if it can.
+
+    Each argument has the scales and zero points of all time groups.
+    """
     return _signed(q=q, k=k, v=v, p=p) or integer.supports_attention(q, k, v, p)
 
 
 def _signed(**inputs: QParams) -> str | None:
-    """Codes are taken less 128 as signed bytes, which those below 0 would leave."""
+    """Return why signed codes are refused: signed bytes hold codes minus 128, which codes below 0 would exceed."""
     return next((f"{name}: signed codes" for name, qparams in inputs.items() if qparams.spec.symmetric), None)
 
 
 def _width(channels: int) -> int:
-    """Channels with those added that make whole vectors for the tensor cores; their codes contribute nothing."""
+    """Round the number of channels up to whole vectors of the tensor cores. Added channels contribute nothing."""
     return -(-channels // 32) * 32
 
 
 def pack(weight: QTensor) -> Tensor:
-    """Codes, scales and zero points in the order in which they are read: [O, kh, kw, bytes] (1 x 1 if linear).
+    """Pack codes, scales and zero points in the order in which they are read: [O, kh, kw, bytes], 1 x 1 if linear.
 
-    int8: codes less 128; uint8: codes of at most 4 bits, those of the first half of the (padded) channels in the low
-    nibbles and of the second half in the high ones. After each tap 16 bytes: the sum of its codes less zero point
-    (int32), scale (float32), zero point less 128, or 8 for nibbles, and the sum over all taps (int32).
+    8-bit codes are int8, minus 128. Codes of at most 4 bits are uint8: the first half of the (padded) channels in the
+    low half bytes, the second half in the high ones. 16 bytes follow the codes of each tap:
+
+        int32     sum of the tap's codes minus zero point
+        float32   scale
+        int32     zero point minus 128, or minus 8 for half bytes
+        int32     sum of codes minus zero point over all taps
     """
     codes, scale, zero_point = (t.detach() for t in (weight.codes, weight.scale, weight.zero_point))
     outputs, channels = codes.shape[:2]
@@ -99,7 +107,7 @@ def pack(weight: QTensor) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The codes that `pack` was given, float32 of the weight's shape."""
+    """Return the codes that `pack` packed, float32 of the weight's shape."""
     channels, codes = shape[1], packed[..., :-HEADER]
     if packed.dtype == torch.uint8:
         codes = torch.cat([codes & 15, codes >> 4], dim=-1).float()
@@ -109,13 +117,13 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def linear(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K], weight what `pack` gave -> [..., N], in the dtype of x."""
+    """x [..., K], weight the result of `pack` -> [..., N], in the dtype of x."""
     scale, zero_point, spec = qparams
     return run(_linear, "triton_linear", x, weight, bias, scale, zero_point, spec.qmin, spec.qmax)
 
 
 def conv2d(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups):
-    """x [N, C, H, W] -> [N, O, H', W'], channels innermost. Padding is zero, after quantization; groups is 1."""
+    """x [N, C, H, W] -> [N, O, H', W'], channels innermost. Padding is zero, after quantization; groups must be 1."""
     scale, zero_point, spec = qparams
     limits = spec.qmin, spec.qmax
     return run(_conv2d, "triton_conv2d", x, weight, bias, scale, zero_point, *limits, stride, padding, dilation)
@@ -131,9 +139,9 @@ def attention(
     p_params: QParams,
     scale: float,
 ) -> Tensor:
-    """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, heads, n, d], or without `heads` (B counts them).
+    """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, heads, n, d]; also without `heads`, then B counts heads.
 
-    Any strides. The normalised probabilities are quantized, as in the reference.
+    Tensors may have any strides. The normalized probabilities are quantized, as in the reference.
     """
     params = flat(q_params, k_params, v_params, p_params)
     return run(_attention, "triton_attention", q, k, v, *params, scale)
@@ -149,7 +157,7 @@ def _check(x: Tensor, name: str) -> None:
 
 
 def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
-    """x [A, B, C, D] -> codes less 128, int8 [A * B * C, D rounded up to 32], and their sums, float32 [A * B * C]."""
+    """x [A, B, C, D] -> codes minus 128, int8 [A * B * C, D rounded up to 32], and their sums, float32 [A * B * C]."""
     from quest.kernels.triton.programs import INTERPRETED, quantize
 
     channels = x.shape[3]
@@ -169,7 +177,7 @@ def _multiply(
     x, sums, weight, bias, scale, zero_point, y, rows, channels, x_row, qmin, qmax,
     size=(1, 1), out_size=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1),
 ):  # fmt: skip
-    """y [rows, outputs] of codes and their sums, or of the floats themselves where `sums` is None."""
+    """Compute y [rows, outputs] from codes and their sums, or from floats if `sums` is None."""
     from quest.kernels.triton.programs import multiply
 
     outputs, kh, kw, span = weight.shape
@@ -208,7 +216,7 @@ def _linear(x, weight, bias, scale, zero_point, qmin, qmax):
 
 def _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation):
     _check(x, "conv2d")
-    # Each pixel is read by every tap and every tile of outputs, so it is quantized once, before.
+    # Every tap and every tile of outputs reads each pixel, so pixels are quantized once, in a pass before.
     codes, sums = _quantize(x.permute(0, 2, 3, 1), scale, zero_point, qmin, qmax)
     shape = convolved(x, weight, stride, padding, dilation)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

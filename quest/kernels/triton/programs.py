@@ -1,14 +1,15 @@
-"""The Triton programs of `quest.kernels.triton.kernel`. Importing this needs the package triton.
+"""The Triton programs of `quest.kernels.triton.kernel`. Importing this module needs the package triton.
 
-8-bit codes are unsigned and the tensor cores multiply signed bytes, so activation codes are taken less 128 and weight
-codes less 128, or less 8 where they are nibbles. With a, w such codes and z_a, z_w their zero points less the same,
+Tensor cores multiply signed bytes, but 8-bit codes are unsigned. So 128 is subtracted from activation codes, and 128
+(or 8, of half bytes) from weight codes. Let a and w be such codes, and z_a and z_w their zero points minus the same:
 
-    sum (a - z_a)(w - z_w) = sum a w  -  z_w sum a  -  z_a sum (w - z_w).
+    sum (a - z_a)(w - z_w) = sum a w  -  z_w sum a  -  z_a sum (w - z_w)
 
-Every term is an integer modulo 2^32 and their total is below 2^31 (`supports`), so zero points that are no codes are
-exact too. Sums of a are kept in float32, where they are exact below 2^24, because there a NaN in the input survives.
+Every term is an integer modulo 2^32, and `supports` ensures that their total is below 2^31. So results are exact even
+for zero points outside the codes. Sums of a are kept in float32, because there a NaN of the input survives; they are
+exact below 2^24.
 
-TRITON_INTERPRET=1, set before anything imports triton, makes these programs run on a CPU.
+With TRITON_INTERPRET=1, set before triton is imported, these programs run on a CPU.
 """
 
 import os
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# 1.5 * 2^23: float32 has no fractions above it, so adding it rounds to the nearest integer, ties to even.
+# 1.5 * 2^23. float32 has no fractions at this size, so adding it rounds to the nearest integer, ties to even.
 ROUND = tl.constexpr(12582912.0)
 
 
@@ -26,13 +27,13 @@ def _tiling(rows: int, outputs: int, depth: int, warps: int, stages: int) -> tri
     return triton.Config(blocks, num_warps=warps, num_stages=stages)
 
 
-# Integer sums do not depend on the tiling, so which one is timed as the fastest changes no result.
+# Integer sums do not depend on the tiling. So results are the same whichever tiling is the fastest.
 TILINGS = [
     _tiling(128, 128, 128, 8, 3),
     _tiling(128, 64, 128, 4, 3),
     _tiling(64, 128, 64, 4, 4),
     _tiling(64, 64, 128, 4, 4),
-    _tiling(16, 64, 128, 4, 4),  # a time embedding has a row for each image
+    _tiling(16, 64, 128, 4, 4),  # for time embeddings, which have one row per image
 ]
 if INTERPRETED:
     TILINGS = [_tiling(32, 32, 32, 1, 1)]
@@ -40,11 +41,11 @@ if INTERPRETED:
 
 @triton.jit
 def encode(x, scale, zero_point, QMIN: tl.constexpr, QMAX: tl.constexpr):
-    """Codes of x less 128, as float32. NaN stays NaN."""
+    """Return codes of x minus 128, as float32. NaN stays NaN."""
     v = tl.div_rn(x.to(tl.float32), scale)  # `/` would be an approximate division
     v = tl.maximum(v, QMIN - zero_point, propagate_nan=tl.PropagateNan.ALL)
     v = tl.minimum(v, QMAX - zero_point, propagate_nan=tl.PropagateNan.ALL)
-    # Clamped between integers first: the same code, and small enough for the addition to round.
+    # Values are clamped between integers first. The code is the same, and small enough for the addition to round.
     return ((v + ROUND) - ROUND) + (zero_point - 128.0)
 
 
@@ -58,9 +59,9 @@ def quantize(
     x, scale, zero_point, codes, sums, rows, channels, width, size_1, size_2, stride_0, stride_1, stride_2, stride_3,
     QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """x [size_0, size_1, size_2, channels] of any strides -> codes less 128, int8 [rows, width]; sums, float32 [rows].
+    """x [size_0, size_1, size_2, channels] of any strides -> codes minus 128, int8 [rows, width]; sums, float32 [rows].
 
-    rows is size_0 * size_1 * size_2; the codes after the last channel are 0.
+    rows is size_0 * size_1 * size_2. Codes after the last channel are 0.
     """
     s, z = tl.load(scale).to(tl.float32), tl.load(zero_point).to(tl.float32)
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -86,12 +87,12 @@ def multiply(
     FUSED: tl.constexpr, POINTWISE: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A convolution over channels-last pixels, or a linear layer: y [rows, outputs].
+    """Compute a convolution over pixels whose channels lie innermost, or a linear layer: y [rows, outputs].
 
-    x: codes [pixels, x_row] and their sums [pixels], from `quantize`; FUSED: floats [rows, x_row], quantized here.
-    weight: as `pack` gives it, `span` bytes for each tap, `depth` of them codes (BITS 4: the first half of the channels
-    in the low nibbles, the second in the high ones). POINTWISE: row m of y belongs to pixel m. PADDED: some taps can
-    lie outside the image.
+    x: codes [pixels, x_row] and their sums [pixels], from `quantize`; if FUSED, floats [rows, x_row], quantized here.
+    weight: the result of `pack`, `span` bytes for each tap, of which `depth` are codes (BITS 4: the first half of the
+    channels in the low half bytes, the second in the high ones). POINTWISE: row m of y belongs to pixel m. PADDED: some
+    taps can lie outside of the image.
     """
     TAPS: tl.constexpr = KH * KW
     tiles = tl.cdiv(outputs, BLOCK_N)
@@ -100,7 +101,7 @@ def multiply(
     k = tl.arange(0, BLOCK_K)
     s, z = tl.load(scale).to(tl.float32), tl.load(zero_point).to(tl.float32)
     column = n.to(tl.int64) * (TAPS * span)
-    # A tap outside the image reads the code of zero, or the code next to it where zero has none.
+    # A tap outside of the image reads the code of zero, or the nearest code if zero has none.
     outside = (tl.minimum(tl.maximum(z, QMIN), QMAX) - 128.0).to(tl.int8)
 
     image = m // (out_height * out_width) * (height * width)
@@ -167,7 +168,7 @@ def multiply(
     acc -= integers(total)[:, None] * zero_w[None, :] + zero_a * total_w[None, :]
     if PADDED:
         beyond = zero_a - outside.to(tl.int32)
-        if beyond != 0:  # zero has no code: take back what the taps outside have added
+        if beyond != 0:  # zero has no code: subtract what the taps outside of the image have added
             for tap in range(0, TAPS):
                 py = top + tap // KW * dilation_y
                 px = left + tap % KW * dilation_x
@@ -185,7 +186,7 @@ def multiply(
 
 @triton.jit
 def scores(q, q_sums, k, k_sums, head, j, c, m, width, zero_q, zero_k, factor, depth):
-    """factor * (q - zero_q)(k - zero_k)^T of one tile, float32; -inf for keys after the last, NaN for one of NaN."""
+    """Return factor * (q - zero_q)(k - zero_k)^T of one tile, float32; -inf after the last key, NaN for keys of NaN."""
     there = (c < width)[:, None] & (j < m)[None, :]
     keys = tl.load(k + (head * m + j)[None, :] * width + c[:, None], mask=there, other=0)
     sums = tl.load(k_sums + head * m + j, mask=j < m, other=0.0)
@@ -201,11 +202,11 @@ def attend(
     n, m, depth, width, v_width, heads, y_batch, y_head, y_row, scale,
     QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one block of queries of one head. QMIN and QMAX are those of the probabilities.
+    """Compute the attention of one block of queries of one head. QMIN and QMAX are those of the probabilities.
 
-    q [B * heads, n, width], k [B * heads, m, width] and v [B * heads, depth, v_width] (keys innermost): codes less 128
-    from `quantize`, with their sums. The scores are computed twice: for maximum and sum of each row, then for the codes
-    of the normalised probabilities. No matrix of probabilities is kept.
+    q [B * heads, n, width], k [B * heads, m, width] and v [B * heads, depth, v_width] (keys innermost) are codes minus
+    128 from `quantize`, with their sums. Scores are computed twice: first for the maximum and sum of each row, then for
+    the codes of the normalized probabilities. The matrix of probabilities is never stored.
     """
     blocks = tl.cdiv(n, BLOCK_M)
     head = (tl.program_id(0) // blocks).to(tl.int64)

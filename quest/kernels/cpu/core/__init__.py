@@ -1,6 +1,6 @@
-"""The compiled core in `csrc`: a plain C library, built where there was a C++ compiler when the package was installed.
+"""Loads the compiled core in `csrc`, a C library that the installation builds if there is a C++ compiler.
 
-`QUEST_ISA` (one of ISAS) chooses another instruction set than the best of the machine.
+The environment variable `QUEST_ISA` (one of ISAS) chooses another instruction set than the best one of the machine.
 """
 
 import ctypes
@@ -10,22 +10,22 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-import torch  # loads the OpenMP runtime whose threads compute here as well
+import torch  # loads the OpenMP runtime, whose threads the core uses too
 
 from quest.kernels.cpu.core import abi
 
-ISAS = ("portable", "avx2", "avx512vnni", "amx")  # instruction sets, each with what the ones before it have
-# What a function's result means, other than 0 (`Status` in csrc/driver.h).
+ISAS = ("portable", "avx2", "avx512vnni", "amx")  # instruction sets; each contains the ones before it
+# Results of functions other than 0 (`Status` in csrc/driver.h), and the errors that they stand for.
 INVALID = 3
 ERRORS = {1: ValueError, 2: ValueError, INVALID: ValueError, 4: MemoryError, 5: RuntimeError}
 
 
 @cache
 def core() -> ctypes.CDLL:
-    """The compiled core.
+    """Return the compiled core.
 
-    Raises OSError saying why there is none, RuntimeError for one of older source, and ValueError where QUEST_ISA names
-    no instruction set of this machine.
+    Raises OSError, which says why, if there is none, RuntimeError if it was built from older source, and ValueError if
+    QUEST_ISA is not an instruction set of this machine.
     """
     folder = Path(__file__).parents[1]
     found = [file for suffix in EXTENSION_SUFFIXES if (file := folder / f"_core{suffix}").is_file()]
@@ -49,7 +49,7 @@ def core() -> ctypes.CDLL:
 
 
 def use(isa: str, library: ctypes.CDLL | None = None) -> None:
-    """Compute with this instruction set from now on. Raises ValueError for one that this machine does not have."""
+    """Compute with this instruction set from now on. Raises ValueError if this machine does not have it."""
     library = library or core()
     if isa not in ISAS:
         raise ValueError(f"{isa!r} is no instruction set; valid here: {', '.join(instruction_sets(library))}")
@@ -58,12 +58,12 @@ def use(isa: str, library: ctypes.CDLL | None = None) -> None:
 
 
 def instruction_sets(library: ctypes.CDLL | None = None) -> list[str]:
-    """Those of ISAS that this machine has."""
+    """Return the instruction sets in ISAS that this machine has."""
     return (library or core()).quest_isas().decode().split(",")
 
 
 def best() -> str:
-    """The instruction set that computes: the best of this machine, unless another one was asked for."""
+    """Return the instruction set in use: the best one of this machine, unless another one was chosen."""
     return core().quest_isa().decode()
 
 
@@ -73,9 +73,10 @@ def _sha256(file: str) -> str:
 
 
 def identity() -> dict:
-    """What computes in this process: {sha256, abi and isa of the core, all None where there is none; torch}.
+    """Return what decides the last bits of results in this process: {sha256, abi, isa, torch}.
 
-    isa and torch are the instruction sets that the core and torch chose; with others, sums of floats have other bits.
+    sha256, abi and isa (instruction set) are those of the core; None if there is none. torch is the instruction set of
+    torch. With other instruction sets, sums of floats have other bits.
     """
     torchs = torch.backends.cpu.get_cpu_capability()
     if not available():
@@ -84,7 +85,10 @@ def identity() -> dict:
 
 
 def check(status: int, name: str, **inputs: torch.Tensor | None) -> None:
-    """Raise what a function of the core that returned `status` failed with. name: what it computed, inputs: of what."""
+    """Raise the error for the `status` that a function of the core returned; do nothing for 0.
+
+    name: what the function computed. inputs: its tensors by name, whose shapes the message states.
+    """
     if not status:
         return
     shapes = ", ".join(f"{i} {list(t.shape)}" for i, t in inputs.items() if t is not None) if status == INVALID else ""
@@ -93,7 +97,7 @@ def check(status: int, name: str, **inputs: torch.Tensor | None) -> None:
 
 @cache
 def available() -> bool:
-    """Whether there is a compiled core here."""
+    """Return whether there is a compiled core."""
     try:
         core()
     except OSError:

@@ -1,6 +1,7 @@
-"""The C functions of the compiled core as `../csrc/abi.h` declares them: what ctypes must know of them, and their hash.
+"""Makes ctypes signatures and structs from `../csrc/abi.h`, which declares the C functions of the compiled core.
 
-The header is the only description. `setup.py` compiles its hash into the core, and `core` compares it when loading.
+The header is their only description. `setup.py` compiles its hash into the core, and `core` compares the hash when it
+loads the core.
 """
 
 import ctypes
@@ -19,17 +20,17 @@ TYPES = {
 
 
 def declarations() -> str:
-    """The header without comments and line breaks."""
+    """Return the header without comments and line breaks."""
     return " ".join(re.sub(r"//.*", "", HEADER.read_text(encoding="utf-8")).split())
 
 
 def digest() -> str:
-    """Changes with every declaration, and with nothing else."""
+    """Return a hash that changes if a declaration changes, and only then."""
     return hashlib.sha256(declarations().encode()).hexdigest()[:16]
 
 
 def functions() -> dict[str, tuple[type | None, list[type]]]:
-    """Result and arguments of each function by its name."""
+    """Return the types of result and arguments of each function by its name."""
     found = re.findall(r"([\w: ]+?\*?) (quest_\w+)\(([^)]*)\);", declarations())
     return {
         name: (_type(result), [_type(a.rpartition(" ")[0]) for a in arguments.split(", ") if a])
@@ -38,7 +39,7 @@ def functions() -> dict[str, tuple[type | None, list[type]]]:
 
 
 def structs() -> dict[str, type[ctypes.Structure]]:
-    """Each struct by its name."""
+    """Return each struct by its name."""
     made: dict[str, type[ctypes.Structure]] = {}
     for name, body in re.findall(r"struct (\w+) \{([^}]*)\};", declarations()):
         fields = []
@@ -52,6 +53,7 @@ def structs() -> dict[str, type[ctypes.Structure]]:
 
 
 def _type(declared: str) -> type | None:
+    """Return the ctypes type for a type in C; pointers but strings are addresses."""
     declared = declared.strip()
     return TYPES[declared] if declared in TYPES or not declared.endswith("*") else ctypes.c_void_p
 

@@ -1,12 +1,12 @@
-"""The functions of the compiled core on tensors: the one place where tensors become addresses.
+"""Calls the functions of the compiled core with tensors. Only this module turns tensors into addresses.
 
-The core believes what it is told of the memory behind an address. Here dtype, device, shape and strides of every tensor
-are checked, once for each call, and every result is allocated; sizes that a packed weight knows are compared in
-`csrc/core.cpp`. A tensor that torch's own layer would read wherever its values lie is copied if the core cannot.
+The core cannot check the memory behind an address. So this module checks dtype, device, shape and strides of every
+tensor once per call, and allocates every result. `csrc/core.cpp` compares the sizes that a packed weight states. If the
+core cannot read the strides of a tensor that torch's own layer could read, the tensor is copied.
 
 Each function raises TypeError for a tensor that is not float32 on a CPU (torch does not mix dtypes either), ValueError
-for shapes that do not belong together and for an input that holds NaN, RuntimeError where a gradient would be lost, and
-MemoryError. No rows give no rows, as in torch.
+for shapes that do not fit together and for an input that contains NaN, RuntimeError if a gradient would be lost, and
+MemoryError. An input without rows gives an output without rows, as in torch.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from torch import Tensor
 from quest.kernels.cpu.core import abi, check, core
 from quest.kernels.cpu.core.shapes import attended, convolved
 
-Limits = tuple[float, float, float]  # scale, and lowest and highest code less zero point
+Limits = tuple[float, float, float]  # scale, and lowest and highest code minus zero point
 
 STRUCTS = abi.structs()
 Layer, Norm, AttentionBlock, TransformerBlock, ResnetBlock = (
@@ -25,12 +25,12 @@ Layer, Norm, AttentionBlock, TransformerBlock, ResnetBlock = (
 )
 
 
-# Looked up once, and errors put together apart: a small layer takes a few microseconds in all.
+# A small layer takes a few microseconds. So these are looked up once, and errors have functions of their own.
 FLOAT32, CPU = torch.float32, torch.device("cpu")
 
 
 def checked(tensor: Tensor, name: str) -> Tensor:
-    """The tensor, if the core can read its values; `name`: of what is computed, and of the tensor in it."""
+    """Return the tensor if the core can read its values. name: the operation and its tensor, for errors."""
     if tensor.dtype is not FLOAT32 or not tensor.is_cpu or (tensor.requires_grad and torch.is_grad_enabled()):
         _refuse(tensor, name)
     return tensor.resolve_neg() if tensor.is_neg() else tensor
@@ -43,18 +43,19 @@ def _refuse(tensor: Tensor, name: str) -> None:
 
 
 def address(tensor: Tensor | None) -> int | None:
+    """Return the address of a tensor's first value; None for None."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def packed(weight: Tensor, name: str) -> tuple[int, int]:
-    """Address and size of a packed weight."""
+    """Return address and size of a packed weight."""
     if weight.dtype is not torch.uint8 or not weight.is_cpu or not weight.is_contiguous():
         raise TypeError(f"{name}: a packed weight is uint8 on a CPU, not {weight.dtype} on {weight.device}")
     return weight.data_ptr(), weight.numel()
 
 
 def _shaped(tensor: Tensor | None, shape: tuple[int, ...], name: str) -> Tensor | None:
-    """The tensor without gaps, if it is of that shape; None of None."""
+    """Return the tensor without gaps if it has this shape; None for None."""
     if tensor is None:
         return None
     if tensor.shape != shape:
@@ -63,7 +64,7 @@ def _shaped(tensor: Tensor | None, shape: tuple[int, ...], name: str) -> Tensor 
 
 
 def _beside(residual: Tensor | None, out: Tensor, name: str) -> Tensor | None:
-    """The residual in the memory layout of the output."""
+    """Return the residual in the memory layout of the output; None for None."""
     if residual is None:
         return None
     residual = checked(residual, name)
@@ -79,7 +80,10 @@ def _dimensions(tensor: Tensor, number: int, name: str) -> Tensor:
 
 
 def pack(codes: Tensor, zero_point: Tensor, scale: Tensor) -> Tensor:
-    """codes [O, C] or [O, C, kh, kw] of 0 to 255, zero_point and scale one or [O, ...] -> uint8 [O, kh, kw, bytes]."""
+    """Pack codes [O, C] or [O, C, kh, kw] from 0 to 255, with one zero_point and scale or [O, ...], to uint8.
+
+    Returns [O, kh, kw, bytes]. Raises ValueError for other codes, none at all, or zero points beyond 16 bits.
+    """
     outputs, channels, kh, kw = (*codes.shape, 1, 1)[:4]
     if not codes.numel() or not all(t.is_cpu for t in (codes, zero_point, scale)):
         raise ValueError(f"pack: codes of shape {list(codes.shape)} on {codes.device}; it takes some, on a CPU")
@@ -100,7 +104,7 @@ def pack(codes: Tensor, zero_point: Tensor, scale: Tensor) -> Tensor:
 
 
 def unpack(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The codes that `pack` was given, uint8 of that shape."""
+    """Return the codes that `pack` packed, uint8 of this shape."""
     codes = torch.empty(shape, dtype=torch.uint8, device="cpu")
     check(core().quest_unpack(*packed(weight, "unpack"), *(*shape, 1, 1)[:4], codes.data_ptr()), "unpack")
     return codes
@@ -109,7 +113,7 @@ def unpack(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits, gated: bool = False, residual: Tensor | None = None
 ) -> Tensor:
-    """x [..., K], weight what `pack` gave, bias [N] -> [..., N]; gated: [..., N / 2], see `integer.linear`."""
+    """x [..., K], weight the result of `pack`, bias [N] -> [..., N]; gated: [..., N / 2], see `integer.linear`."""
     x = checked(x, "linear")
     if not x.ndim or not x.shape[-1]:
         raise ValueError(f"linear: an input of shape {list(x.shape)} has no channels")
@@ -140,7 +144,7 @@ def conv2d(
     dilation: tuple[int, int],
     residual: Tensor | None = None,
 ) -> Tensor:
-    """x [N, C, H, W] or [C, H, W], weight what `pack` gave, bias [O] -> [N, O, H', W'], channels innermost."""
+    """x [N, C, H, W] or [C, H, W], weight the result of `pack`, bias [O] -> [N, O, H', W'], channels innermost."""
     x = checked(x, "conv2d")
     if x.ndim != 4:
         if x.ndim != 3:
@@ -164,7 +168,10 @@ def conv2d(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, limits: tuple[float, ...], scale: float) -> Tensor:
-    """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, heads, n, d], or without `heads`; limits of q, k, v and p."""
+    """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, heads, n, d]; all also without `heads`.
+
+    limits: those of q, k, v and the probabilities, 12 numbers. scale: the factor of the scores.
+    """
     q, k, v = checked(q, "attention, q"), checked(k, "attention, k"), checked(v, "attention, v")
     attended(q, k, v)
     q4, k4, v4 = (t if t.ndim == 4 else t[:, None] for t in (q, k, v))
@@ -182,14 +189,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, limits: tuple[float, ...], scale:
 
 
 def layer(weight: Tensor, bias: Tensor | None, limits: Limits) -> ctypes.Structure:
-    """The struct of a quantized layer; it holds addresses of what it is given."""
+    """Return the struct of a quantized layer. It contains addresses, so the caller must keep the tensors alive."""
     if bias is not None and (checked(bias, "bias").shape != weight.shape[:1] or not bias.is_contiguous()):
         raise ValueError(f"a bias of shape {list(bias.shape)} for {weight.shape[0]} outputs")
     return Layer(*packed(weight, "layer"), address(bias), limits)
 
 
 def norm(weight: Tensor | None, bias: Tensor | None, eps: float, channels: int, groups: int = 0) -> ctypes.Structure:
-    """The struct of a group norm or layer norm; it holds addresses of what it is given."""
+    """Return the struct of a group norm or layer norm. The caller must keep the tensors alive."""
     for tensor in (weight, bias):
         if tensor is not None and (checked(tensor, "norm").shape != (channels,) or not tensor.is_contiguous()):
             raise ValueError(f"norm: a weight or bias of shape {list(tensor.shape)} for {channels} channels")
@@ -199,7 +206,7 @@ def norm(weight: Tensor | None, bias: Tensor | None, eps: float, channels: int, 
 def attention_block(
     block: ctypes.Structure, x: Tensor, context: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """x [B, n, C], context [B, m, C'], None: x -> [B, n, C], plus residual, if there is one."""
+    """x [B, n, C], context [B, m, C'] (default: x) -> [B, n, C], plus residual if there is one."""
     x, context = _tokens(x, context, "attention block")
     context = x if context is None else context
     residual = _shaped(residual, x.shape, "attention block, residual")
@@ -227,7 +234,7 @@ def transformer_block(block: ctypes.Structure, x: Tensor, context: Tensor | None
 
 
 def _tokens(x: Tensor, context: Tensor | None, name: str) -> tuple[Tensor, Tensor | None]:
-    """Both without gaps."""
+    """Check tokens x [B, n, C] and context [B, m, C'], and return both without gaps."""
     if x.ndim != 3 or (context is not None and (context.ndim != 3 or len(context) != len(x))):
         shapes = [list(t.shape) for t in (x, context) if t is not None]
         raise ValueError(f"{name}: input and context of shape {' and '.join(map(str, shapes))}; it takes [B, n, C]")
@@ -236,7 +243,10 @@ def _tokens(x: Tensor, context: Tensor | None, name: str) -> tuple[Tensor, Tenso
 
 
 def resnet_block(block: ctypes.Structure, x: Tensor, embedding: Tensor | None, residual: Tensor) -> Tensor:
-    """x [N, C, H, W], embedding [N, E] activated, residual [N, O, H, W] -> [N, O, H, W], channels innermost."""
+    """x [N, C, H, W], embedding [N, E] after its activation, residual [N, O, H, W] -> [N, O, H, W].
+
+    Channels of the result lie innermost.
+    """
     x = _dimensions(checked(x, "residual block"), 4, "residual block").contiguous(memory_format=torch.channels_last)
     samples, channels, height, width = x.shape
     residual = _dimensions(checked(residual, "residual block, residual"), 4, "residual block, residual")
@@ -268,9 +278,9 @@ def group_norm(
     shift: Tensor | None = None,
     modulation: Tensor | None = None,
 ) -> Tensor:
-    """Group norm of x [N, C, H, W] or [N, C, L], then SiLU if asked for; channels innermost.
+    """Compute the group norm of x [N, C, H, W] or [N, C, L], then SiLU if `silu`. Channels of the result lie innermost.
 
-    shift [N, C] is added before; modulation [N, 2 C], the factor less 1 and the offset, is applied after the norm.
+    shift [N, C] is added to x before. modulation [N, 2 C] contains f and o; after the norm, y becomes y * (1 + f) + o.
     """
     x = checked(x, "group norm")
     if x.ndim not in (3, 4) or 0 in x.shape[2:]:
@@ -294,12 +304,12 @@ def group_norm(
 
 
 def _pixel(x: Tensor) -> int:
-    """From one pixel of [N, C, H, W] to the next; the stride of a side of one pixel says nothing."""
+    """Return the stride from one pixel of [N, C, H, W] to the next. A side of one pixel has an arbitrary stride."""
     return x.stride(3) if x.shape[3] > 1 else x.stride(2) if x.shape[2] > 1 else x.shape[1]
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Layer norm over the last dimension of x."""
+    """Compute the layer norm over the last dimension of x."""
     x = checked(x, "layer norm").contiguous()
     shape = x.shape[-1:]
     if not x.ndim:
@@ -315,13 +325,13 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def dense(x: Tensor) -> Tensor:
-    """x, if there are no gaps between its values and none is shared; else such a copy."""
+    """Return x, or a copy if there are gaps between its values or values that share memory."""
     x, twin = checked(x, "fake quantization"), torch.empty_like(x)
     return x if x.stride() == twin.stride() else twin.copy_(x)
 
 
 def fake_quantize(x: Tensor, limits: Limits) -> Tensor:
-    """scale * clamp(round(x / scale), low, high) of a `dense` x, in its layout."""
+    """Return scale * clamp(round(x / scale), low, high) for a `dense` x, in the layout of x."""
     out = torch.empty_like(x)
     check(
         core().quest_fake_quantize(x.data_ptr(), x.numel(), *limits, out.data_ptr(), torch.get_num_threads()),
@@ -331,7 +341,7 @@ def fake_quantize(x: Tensor, limits: Limits) -> Tensor:
 
 
 def fake_quantize_backward(x: Tensor, grad: Tensor, limits: Limits) -> tuple[Tensor, float]:
-    """The gradients of a `dense` x and of the scale from that of the result, of the shape of x."""
+    """Return the gradients of a `dense` x and of the scale. grad: that of the result, in the shape of x."""
     out = torch.empty_like(x)
     grad = _beside(grad, out, "fake quantization, gradient")
     of_scale = ctypes.c_double()

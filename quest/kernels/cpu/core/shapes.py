@@ -1,12 +1,12 @@
-"""Shapes of what kernels on integers compute, where torch traces and where it computes."""
+"""Shapes of the results of integer kernels, for computing and for tracing."""
 
 from torch import Tensor
 
 
 def convolved(x: Tensor, weight: Tensor, stride, padding, dilation) -> list[int]:
-    """Shape of a convolution's result; weight packed, [O, kh, kw, bytes].
+    """Return the shape of a convolution's result, for a packed weight [O, kh, kw, bytes].
 
-    Raises ValueError for an input that is smaller than the kernel.
+    Raises ValueError for an input that has other than four dimensions or is smaller than the kernel.
     """
     if x.ndim != 4:
         raise ValueError(f"a convolution of an input of shape {list(x.shape)}; it takes [N, C, H, W]")
@@ -18,6 +18,6 @@ def convolved(x: Tensor, weight: Tensor, stride, padding, dilation) -> list[int]
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless q [..., n, d], k and v [..., m, d] are of the same batch and heads."""
+    """Raise ValueError unless q [..., n, d], k and v [..., m, d] have the same batch, heads and channels."""
     if q.ndim not in (3, 4) or k.shape != v.shape or k.shape[:-2] != q.shape[:-2] or k.shape[-1:] != q.shape[-1:]:
         raise ValueError(f"attention of q {list(q.shape)} to k {list(k.shape)} and v {list(v.shape)}")
