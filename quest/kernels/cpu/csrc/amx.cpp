@@ -1,4 +1,4 @@
-// AMX: products of bytes in tiles of 16 rows by 64 bytes, sums of 16 by 16. All else is that of AVX-512.
+// AMX: products of bytes in tiles of 16 rows of 64 bytes, with tiles of 16 x 16 sums. Everything else is that of AVX-512.
 #include "core.h"
 
 #if QUEST_X86
@@ -17,7 +17,7 @@
 
 namespace quest {
 
-// The system grants the tiles' registers to a process that asks for them.
+// The system gives a process the registers of tiles when it asks for them.
 bool amx_allowed() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
@@ -25,7 +25,7 @@ bool amx_allowed() {
   return syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
 }
 
-// Eight tiles of 16 rows of 64 bytes.
+// The configuration of eight tiles, each of 16 rows of 64 bytes.
 static const struct {
   uint8_t palette, start, reserved[14];
   uint16_t bytes[16];
@@ -48,7 +48,7 @@ int64_t amx_peak(int64_t iterations) {
   return iterations * 4 * 16 * 16 * 64;
 }
 
-// Four tiles of sums, or fewer; a tile of rows and one of the weight serve two products each.
+// Computes up to four tiles of sums. Each tile of rows and each tile of the weight is used for two products.
 static void multiply(const uint8_t* a, ptrdiff_t stride, int rows, int segments, const ptrdiff_t* offset, int64_t bytes,
                      const int8_t* b, ptrdiff_t panel, int panels, int32_t* out, ptrdiff_t out_stride) {
   const bool low = rows > 16, right = panels > 1;

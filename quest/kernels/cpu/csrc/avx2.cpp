@@ -1,4 +1,4 @@
-// Integers with AVX2 and FMA. See core.h for what each function computes.
+// Integer functions with AVX2 and FMA. core.h says what each function computes.
 #include "core.h"
 
 #if QUEST_X86
@@ -80,7 +80,8 @@ void unpack4(const uint8_t* codes, const int16_t* zero_point, int64_t steps, int
   }
 }
 
-// R x 16 sums in 2 R registers. vpmaddwd multiplies pairs of int16 and adds them in int32: nothing saturates.
+// Computes R x 16 sums in 2 R registers. vpmaddwd multiplies pairs of int16 and adds both products in int32, so nothing
+// saturates.
 template <int R>
 inline void accumulate(const int16_t* const* a, int taps, const ptrdiff_t* offset, int64_t pairs, const int16_t* panel,
                        __m256i (&c)[R][2]) {
@@ -186,7 +187,7 @@ void third_of_weight(const int16_t* in, int64_t numbers, int16_t* out, ptrdiff_t
       for (int y = 0; y < 3; y++)
         g[y] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + (3 * y + x) * numbers + n));
       weight_transform(g, v);
-      for (int i = 0; i < 2; i++) half[i][x] = v[WINOGRAD_ROWS[Third][i]];  // the compiler drops the others
+      for (int i = 0; i < 2; i++) half[i][x] = v[WINOGRAD_ROWS[Third][i]];  // the compiler removes the other rows
     }
     for (int i = 0; i < 2; i++) {
       weight_transform(half[i], v);
@@ -234,7 +235,7 @@ void winograd_input(const int16_t* in, ptrdiff_t row, ptrdiff_t pixel, int64_t c
   }
 }
 
-// 24 A^T of F(4x4, 3x3) over the integer kernel transform's scales, modulo 2^32.
+// 24 A^T of F(4x4, 3x3), divided by the scales of the integer kernel transform, modulo 2^32.
 inline void output_transform(const __m256i m[6], __m256i out[4]) {
   const __m256i s12 = _mm256_add_epi32(m[1], m[2]), d12 = _mm256_sub_epi32(m[1], m[2]);
   const __m256i s34 = _mm256_add_epi32(m[3], m[4]), d34 = _mm256_sub_epi32(m[3], m[4]);

@@ -1,4 +1,4 @@
-// What the two files of AVX2 share. To be included where the target has these instructions.
+// Functions that both files of AVX2 use. Include this only where the compiler's target has these instructions.
 #pragma once
 #include "core.h"
 
@@ -25,7 +25,7 @@ inline __m256i to_int16(__m256i a, __m256i b) {
   return _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
 }
 
-// Rest of a row, as a whole vector.
+// The rest of a row, as a whole vector.
 inline __m256 load_part(const float* x, int64_t n) {
   alignas(32) float part[8] = {};
   std::memcpy(part, x, n * sizeof(float));

@@ -1,4 +1,4 @@
-// Float passes with AVX2 and FMA. See core.h for what each function computes.
+// Float passes with AVX2 and FMA. core.h says what each function computes.
 #include "core.h"
 #include "group_norm.h"
 
@@ -26,7 +26,8 @@ inline float sum(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
 
-// exp to about one unit in the last place: exp(x) = 2^n exp(r), |r| <= ln(2) / 2, exp(r) by the polynomial of Cephes.
+// exp with an error of about one unit in the last place: exp(x) = 2^n exp(r) with |r| <= ln(2) / 2, where exp(r) is the
+// polynomial of Cephes.
 inline __m256 exp(__m256 x) {
   x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-87.3f)), _mm256_set1_ps(88.3f));
   __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -48,7 +49,7 @@ inline __m256 silu(__m256 x) {
   return _mm256_div_ps(x, _mm256_add_ps(one, exp(_mm256_sub_ps(_mm256_setzero_ps(), x))));
 }
 
-// x (1 + erf(x / sqrt 2)) / 2, erf by Abramowitz and Stegun 7.1.26: absolute error of erf 1.5e-7.
+// gelu(x) = x (1 + erf(x / sqrt 2)) / 2. erf is Abramowitz and Stegun 7.1.26, with an absolute error of 1.5e-7.
 inline __m256 gelu(__m256 x) {
   const __m256 one = _mm256_set1_ps(1.f), sign = _mm256_set1_ps(-0.f);
   __m256 z = _mm256_mul_ps(x, _mm256_set1_ps(0.70710678f)), a = _mm256_andnot_ps(sign, z);
@@ -63,7 +64,7 @@ inline __m256 gelu(__m256 x) {
   return _mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(0.5f), x), _mm256_add_ps(one, erf));
 }
 
-// In three passes over all rows, so that the end of one row's sum need not be waited for.
+// Each of the three passes runs over all rows. So the processor need not wait for the end of one row's sum.
 void softmax(int rows, const int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
              float* work, int16_t* out) {
   const __m256 by = _mm256_set1_ps(factor), least = _mm256_set1_ps(-INFINITY);
@@ -81,7 +82,7 @@ void softmax(int rows, const int32_t* scores, int64_t width, int64_t m, int64_t 
       _mm256_storeu_ps(work + r * width + i, scaled);
       most = _mm256_max_ps(most, scaled);
     }
-    if (whole < m) {  // the row goes on, with columns of a panel that no key fills
+    if (whole < m) {  // the vector also contains columns of the panel without a key
       const __m256 f = _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + whole)));
       const __m256 scaled = _mm256_blendv_ps(least, _mm256_mul_ps(f, by), _mm256_castsi256_ps(there));
       _mm256_storeu_ps(work + r * width + whole, scaled);
@@ -118,7 +119,7 @@ void softmax(int rows, const int32_t* scores, int64_t width, int64_t m, int64_t 
   }
 }
 
-// Sums over pixels of x, or with MEAN of (x - mean)^2, for V vectors of channels.
+// Sums of x over pixels, or with MEAN of (x - mean)^2, for V vectors of channels.
 template <int V, bool MEAN>
 inline void pixel_sums(const float* x, ptrdiff_t pixel, int64_t pixels, const float* mean, float* out) {
   __m256 total[V];
@@ -216,7 +217,7 @@ void geglu(const float* hidden, const float* gate, int64_t n, float* y) {
   if (i < n) store_part(y + i, n - i, _mm256_mul_ps(load_part(hidden + i, n - i), gelu(load_part(gate + i, n - i))));
 }
 
-// The operand that may be NaN comes second: it passes.
+// If one operand is NaN, min and max return the second one. So x comes second, and its NaN stays.
 inline __m256 clamp(__m256 q, __m256 low, __m256 high) { return _mm256_min_ps(high, _mm256_max_ps(low, q)); }
 inline __m256 rounded(__m256 v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 

@@ -1,4 +1,4 @@
-// What the AVX-512 functions share. To be included where the target has these instructions.
+// Functions that the AVX-512 files use. Include this only where the compiler's target has these instructions.
 #pragma once
 #include "core.h"
 
@@ -8,7 +8,7 @@ namespace quest {
 
 static inline __mmask16 first(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
 
-// As in avx2.cpp.
+// The same exp as in avx2_float.cpp.
 static inline __m512 exp(__m512 x) {
   x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.3f));
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
@@ -25,9 +25,9 @@ static inline __m512 exp(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
-// Codes of 16 numbers less zero point: clamp(round(x / scale)). A product with 1 / scale is within 2^-22 of the quotient,
-// so they round to the same integer unless the product is that near to the middle of two; then it is divided, which
-// takes longer than all the rest.
+// Codes of 16 numbers minus zero point: clamp(round(x / scale)). Multiplying with 1 / scale is much faster than dividing.
+// The relative difference of the two results is at most 2^-22. So both round to the same integer, unless the product is this
+// close to the middle between two integers. Only then this divides.
 struct Encoder {
   __m512 scale, inverse, low, high, tie;
   explicit Encoder(Range r)

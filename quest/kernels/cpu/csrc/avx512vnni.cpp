@@ -1,5 +1,5 @@
-// The register tiles of AVX-512 with VNNI, where vpdpwssd multiplies pairs of int16 and adds them to int32 in one
-// instruction, and float passes with AVX-512.
+// Register tiles with AVX-512 VNNI, and float passes with AVX-512. The instruction vpdpwssd multiplies pairs of int16 and
+// adds both products to an int32.
 #include "core.h"
 #include "group_norm.h"
 
@@ -47,7 +47,7 @@ void avx512_geglu(const float* hidden, const float* gate, int64_t n, float* y) {
   }
 }
 
-// Sums over pixels of x, or with MEAN of (x - mean)^2, four vectors of channels at a time.
+// Sums of x over pixels, or with MEAN of (x - mean)^2, for four vectors of channels at once.
 template <bool MEAN>
 static void pixel_sums(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, const float* mean, float* out) {
   for (int64_t c = 0; c < channels; c += 64) {
@@ -100,7 +100,7 @@ void avx512_group_norm(const GroupNorm& norm, const float* x, float* y, float* w
 
 typedef int32_t pair_of_int16 __attribute__((may_alias, aligned(2)));
 
-// R x 16 sums in R registers; twelve rows hide the latency of the sums.
+// Computes R x 16 sums in R registers. With twelve rows, no addition has to wait for the one before.
 template <int R>
 static inline void accumulate(const int16_t* const* a, int taps, const ptrdiff_t* offset, int64_t pairs,
                               const int16_t* panel, __m512i (&c)[R]) {
@@ -173,7 +173,7 @@ bool avx512_quantize(const float* x, int64_t n, int64_t padded, Range range, int
   return nan;
 }
 
-// The operand that may be NaN comes second: it passes.
+// If one operand is NaN, min and max return the second one. So x comes second, and its NaN stays.
 static inline __m512 clamp(__m512 q, __m512 low, __m512 high) { return _mm512_min_ps(high, _mm512_max_ps(low, q)); }
 static inline __m512 rounded(__m512 v) {
   return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

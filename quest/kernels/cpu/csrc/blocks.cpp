@@ -1,11 +1,11 @@
-// Blocks of a denoiser in one call each: what lies between their layers stays in memory that is used again, and a caller in
-// Python, whose code the data of a large batch has driven out of the caches, has less to do.
+// Computes a whole block of a denoiser in one call. Tensors between its layers are in memory that is used again. Python also
+// has less to do, which matters because the data of a large batch has displaced Python's code from the caches.
 #include "driver.h"
 
 namespace quest {
 namespace {
 
-// Places in the memory of the calling thread; a block that calls another one uses others.
+// Places in the memory of the calling thread. A block and the blocks that it calls use different places.
 enum Place { QUERIES, KEYS, VALUES, ATTENDED, NORMED, HIDDEN, STREAM, OTHER_STREAM, EMBEDDING, PLACES };
 
 float* memory(Place place, int64_t numbers) {
@@ -17,7 +17,7 @@ Status linear(const Layer& l, const float* x, int64_t rows, bool gated, const fl
   return linear(*l.weight, x, rows, l.weight->channels, l.bias, l.range, gated, residual, out, threads);
 }
 
-// A 3x3 convolution of stride 1 with its padding, between images whose channels lie innermost.
+// A 3x3 convolution with stride 1 and padding 1. Channels of input and output lie innermost.
 Status conv(const Layer& l, const float* x, int64_t samples, int64_t height, int64_t width, const float* residual,
             float* out, int threads) {
   const int64_t pixel = l.weight->channels, row = width * pixel;

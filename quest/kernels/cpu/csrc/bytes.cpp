@@ -6,11 +6,11 @@
 namespace quest {
 namespace {
 
-// A panel as bytes, [segments][bytes / 4][NR][4]; zeros fill up a segment. `sums` are those of each output.
+// Unpacks a panel to bytes [segments][bytes / 4][NR][4]; the rest of a segment is zeros. sums gets the sum of each output.
 void unpack(const Weight& w, int64_t panel, int64_t segments, int64_t bytes, int8_t* out, int32_t* sums) {
   const auto unpack = w.bits == 4 ? isa->bytes->unpack4 : isa->bytes->unpack8;
   const uint8_t* codes = reinterpret_cast<const uint8_t*>(w.base() + w.codes) + panel * w.panel_codes();
-  // Where quadruples of channels are full, all taps of a segment are one stretch.
+  // If the number of channels is a multiple of four, all taps of a segment are contiguous and are unpacked together.
   const int64_t taps = w.taps() / segments, together = w.pairs() % 2 ? 1 : taps, pairs = w.pairs() * together;
   for (int64_t s = 0; s < segments; s++, out += bytes * NR) {
     int64_t at = 0;
@@ -20,23 +20,23 @@ void unpack(const Weight& w, int64_t panel, int64_t segments, int64_t bytes, int
   }
 }
 
-// Some neighbouring panels as bytes, and what is taken off their products.
+// Some neighbouring panels as bytes, and the constants that are subtracted from their products.
 struct Panels {
   int64_t first;
   int count;
   int8_t* codes;
-  int64_t size;  // of one
+  int64_t size;  // of one panel, in bytes
   int32_t constant[MAX_PANELS * NR];
 
   Panels(const Weight& w, const Terms& t, const Rows& a, int64_t first, int count, int8_t* memory)
       : first(first), count(count), codes(memory), size(a.segments * a.bytes * NR), constant{} {
     const uint32_t terms = static_cast<uint32_t>(w.channels * w.taps());
     for (int i = 0; i < count; i++) unpack(w, first + i, a.segments, a.bytes, codes + i * size, constant + i * NR);
-    for (int i = 0; i < count * NR; i++)  // zero_a times the sum of codes less zero point, modulo 2^32
+    for (int i = 0; i < count * NR; i++)  // zero_a times the sum of codes minus zero point, modulo 2^32
       constant[i] = static_cast<int32_t>(t.zero_a * (constant[i] - terms * static_cast<uint32_t>(t.zero[first * NR + i])));
   }
 
-  // Outputs of rows r..r + rows, `products` between; they go to out[..] + from.
+  // Computes the outputs of rows r..r + rows and stores them at out[..] + from. `products` is memory for the products.
   void multiply(const Weight& w, const Terms& t, const Rows& a, int64_t r, int rows, int32_t* products, float* const* out,
                 const float* const* residual, ptrdiff_t from) const {
     const int columns = static_cast<int>(std::min(count * int64_t{NR}, w.outputs - first * NR));
@@ -64,8 +64,8 @@ bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
   static thread_local Scratch<float> halves;
   const Bytes& on = *isa->bytes;
   const int64_t size = on.panels * a.segments * a.bytes * NR, width = on.panels * NR, half = w.panels() / 2;
-  // So many panels are unpacked together as a second cache holds: rows then lie in the first one, and what is written of
-  // each is a longer stretch.
+  // As many panels as fit into the second cache are unpacked together. Rows then stay in the first cache, and each row of
+  // the output is written in longer stretches.
   const int64_t calls = std::max<int64_t>(1, std::min<int64_t>(PANELS / (gated ? 2 * size : size), MAX_CALLS));
   int8_t* b = codes.get((gated ? 2 : 1) * calls * size);
   int32_t* m = products.get(on.rows * width);
@@ -73,7 +73,7 @@ bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
   float *hidden[MAX_ROWS], *gate[MAX_ROWS];
   for (int r = 0; r < on.rows; r++) hidden[r] = h + r * width, gate[r] = h + (on.rows + r) * width;
   std::vector<Panels> panels, others;
-  panels.reserve(calls), others.reserve(gated ? calls : 0);  // from here on nothing throws
+  panels.reserve(calls), others.reserve(gated ? calls : 0);  // nothing below throws
   bool nan = false;
   on.begin();
   for (int64_t begin = first; begin < last; begin += calls * on.panels) {
@@ -109,14 +109,14 @@ bool bytes_fit(Range range) { return range.high - range.low <= 255.f; }
 
 namespace {
 
-// A linear layer on codes that source(first row, how many, NaN?) gives. next: as in Rows, of all rows.
+// Computes a linear layer on the codes of source(first row, number of rows, NaN?). next: as in Rows, for all rows.
 template <class Source>
 bool multiply_rows(const Weight& w, const float* bias, Range range, int64_t rows, bool gated, const float* residual, float* out,
                    uint8_t* next, Range next_range, int threads, const Source& source) {
   const Terms t(w, bias, range);
   const int64_t padded = round_up(w.channels, 4), tiles = ceil_div(rows, 16), work = rows * w.channels * w.outputs;
   const int64_t width = gated ? w.outputs / 2 : w.outputs;
-  // Each block unpacks the whole weight, which few rows would not repay.
+  // Each block unpacks the whole weight. This only pays if a block has many rows.
   const int64_t blocks = blocks_of(tiles, std::max<int64_t>(16, BLOCK / padded / 16), useful(threads, work));
   std::atomic<bool> nan{false};
   share(gated ? w.panels() / 2 : w.panels(), blocks, threads, work, [&](int64_t i, int64_t from, int64_t to) {
@@ -142,7 +142,7 @@ bool multiply_rows(const Weight& w, const float* bias, Range range, int64_t rows
   return nan;
 }
 
-// The codes of rows of floats, `stride` apart.
+// Returns a source that quantizes rows of floats, which are `stride` apart.
 auto quantizing(const Weight& w, const float* x, int64_t stride, Range range) {
   return [channels = w.channels, x, stride, range](int64_t first, int64_t count, bool& nan) -> const uint8_t* {
     static thread_local Scratch<uint8_t> codes;

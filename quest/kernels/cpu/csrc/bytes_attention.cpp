@@ -6,7 +6,7 @@ namespace quest {
 bool bytes_attention(const Attention& a, int threads) {
   const Bytes& on = *isa->bytes;
   const int64_t n = a.n, m = a.m, d = a.d, heads = a.heads;
-  const int64_t depth = round_up(d, on.depth), length = round_up(m, on.depth);  // bytes of a row of each product
+  const int64_t depth = round_up(d, on.depth), length = round_up(m, on.depth);  // bytes per row of the two products
   const int64_t key_panels = ceil_div(m, NR), value_panels = ceil_div(d, NR), width = round_up(key_panels, on.panels) * NR;
   const int64_t value_width = round_up(value_panels, on.panels) * NR;
   const std::vector<float> scale(value_width, a.range[3].scale * a.range[2].scale), none(value_width, 0.f);

@@ -6,15 +6,15 @@
 namespace quest {
 namespace {
 
-// Codes of the lines of a block of samples, or of a part of the lines of one, with the padding between them.
+// The lines of some samples, or some lines of one sample, with padding between them.
 struct Block {
   int64_t stride;               // pixels from one line to the next
-  int64_t lines;                // from one sample to the next
-  int64_t sample, samples;      // whole samples, or one
-  int64_t first, count;         // output lines of each
+  int64_t lines;                // lines from one sample to the next
+  int64_t sample, samples;      // the first sample, and their number
+  int64_t first, count;         // output lines of each sample
 };
 
-// Pixels of the code of zero, zeros in what fills up their channels.
+// Writes pixels with the code of zero. Channels after the last one get 0.
 void pad(uint8_t* to, int64_t pixels, int64_t channels, int64_t padded, Range range) {
   std::memset(to, zero_of(range), pixels * padded);
   for (int64_t i = 0; channels < padded && i < pixels; i++) std::memset(to + i * padded + channels, 0, padded - channels);
@@ -43,16 +43,17 @@ bool quantize(const Conv& c, const Block& b, int64_t channels, int64_t padded, i
   return nan;
 }
 
-// The padding of a block ends with the first pixels of a line that there is not.
+// Convolutions with stride 1 and dilation 1, see bytes.h. The padding after the last line of a block is the beginning of one
+// more line.
 bool conv_stretches(const Weight& w, const Conv& c, const Terms& t, Range range, int threads) {
   const int64_t padded = round_up(w.channels, 4);
   const int64_t columns = c.out_width + w.width - 1, needed = c.out_height + w.height - 1;
   Block all;
-  // Padding that is wider than the kernel gives outputs that see nothing else: each of these, too, has a place of its own.
+  // If padding is wider than the kernel, some outputs see only padding. They need places of their own too.
   all.stride = std::max({c.width + c.left, columns - c.left, c.out_width});
   all.lines = std::max({c.height + c.top, needed - c.top, c.out_height});
   const int64_t line = all.stride * padded;
-  const int64_t samples = BLOCK / (all.lines * line);  // of a block
+  const int64_t samples = BLOCK / (all.lines * line);  // samples per block
   const int64_t strips = samples ? 1 : blocks_of(c.out_height, BLOCK / line - (w.height - 1), threads);
   const int64_t groups = samples ? blocks_of(c.samples, samples, threads) : c.samples;
   std::vector<ptrdiff_t> offset;
@@ -95,7 +96,7 @@ bool conv_stretches(const Weight& w, const Conv& c, const Terms& t, Range range,
   return nan;
 }
 
-// For other strides: the taps of each output pixel are copied into a row of their own.
+// Other strides: the taps of each output pixel are copied to one row.
 bool conv_gathered(const Weight& w, const Conv& c, const Terms& t, Range range, int threads) {
   const int64_t padded = round_up(w.channels, 4), row = w.taps() * padded, total = c.out_height * c.samples;
   const int64_t blocks = blocks_of(total, BLOCK / (row * c.out_width), threads);
@@ -137,7 +138,7 @@ bool conv_gathered(const Weight& w, const Conv& c, const Terms& t, Range range, 
 }  // namespace
 
 bool bytes_fit(const Conv& c, Range range) {
-  const bool padded = c.top || c.left;  // with a code for zero
+  const bool padded = c.top || c.left;  // padding needs a code for zero
   return bytes_fit(range) && (!padded || (range.low <= 0 && range.high >= 0));
 }
 

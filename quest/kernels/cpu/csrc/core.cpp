@@ -1,5 +1,5 @@
-// The C functions of abi.h: what they are given is checked here, and no exception leaves them. What a check cannot see is
-// whether addresses are those of so many numbers; the callers in Python answer for that (quest/kernels/cpu/core/calls.py).
+// The C functions of abi.h. They check their arguments, and no exception leaves them. Whether an address really has enough
+// numbers behind it cannot be checked here; the Python callers are responsible for that (quest/kernels/cpu/core/calls.py).
 #include "driver.h"
 
 #include <cstdio>
@@ -21,7 +21,7 @@ int failed(Status status, const char* why) {
   return status;
 }
 
-// What `compute` returns, or the status of what it throws.
+// Returns the result of `compute`, or the status for the exception that it throws.
 template <class Compute>
 int guarded(const Compute& compute) noexcept {
   try {
@@ -41,7 +41,7 @@ int guarded(const Compute& compute) noexcept {
   }
 }
 
-// Sizes are not negative.
+// Checks that sizes are not negative.
 template <class... Sizes>
 void check_sizes(int threads, Sizes... sizes) {
   require(((sizes >= 0) && ...), "a size is negative");

@@ -1,4 +1,4 @@
-// What the drivers share: packed weights, convolutions, threads and their memory.
+// Declarations that the drivers share: packed weights, convolutions, threads and their memory.
 #pragma once
 #include "core.h"
 
@@ -16,12 +16,12 @@
 
 namespace quest {
 
-extern const Isa* isa;  // in use
+extern const Isa* isa;  // the instruction set in use
 const char* instruction_sets();
-// Computes with this instruction set from now on; false where the machine lacks it.
+// Computes with this instruction set from now on. Returns false if the machine does not have it.
 bool use(const char* name);
 
-// What a function of the ABI returns. INVALID: arguments that do not belong together; nothing was computed.
+// The result of a function of the ABI. INVALID: the arguments do not fit together, and nothing was computed.
 enum Status { OK = 0, HAS_NAN = 1, OUT_OF_RANGE = 2, INVALID = 3, NO_MEMORY = 4, FAILED = 5 };
 
 inline void require(bool condition, const char* otherwise) {
@@ -31,7 +31,7 @@ inline void require(bool condition, const char* otherwise) {
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// Memory that one thread keeps between calls. Throws std::bad_alloc where there is not enough, and is empty then.
+// Memory that a thread keeps between calls. If there is not enough, get throws std::bad_alloc and the object is empty.
 template <class T>
 class Scratch {
  public:
@@ -55,7 +55,7 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// The first exception of several threads, which may not leave any of them.
+// The first exception of several threads. An exception must not leave a thread, so it is stored here.
 class Failure {
  public:
   void keep() {
@@ -71,19 +71,21 @@ class Failure {
   std::exception_ptr first_;
 };
 
-// Calls work(), which must not throw, on this thread and, where they are free, on up to `others` more of `threads` in all.
+// Calls work(), which must not throw, on this thread and on up to `others` other threads if they are free. The runtime may
+// use `threads` threads altogether.
 void run(int others, int threads, const std::function<void()>& work);
-// Threads of an OpenMP runtime from now on, whose GOMP_parallel this is.
+// Uses the threads of an OpenMP runtime from now on. entry: the address of its GOMP_parallel.
 void use_region(void* entry);
 
-// Multiply-accumulates that a thread does while another one wakes up; of other operations, a tenth.
+// The number of multiply-accumulates that a thread computes while another one wakes up. Other operations count tenfold.
 constexpr int64_t WAKE = 1 << 20;
 
-// Threads that are worth waking for so much work, of those allowed.
+// How many of the allowed threads are worth waking up for this much work.
 inline int64_t useful(int threads, int64_t work) { return std::min<int64_t>(threads, 1 + work / WAKE); }
 
-// Calls task(0..tasks) on up to `threads` threads, fewer for little `work` (multiply-accumulates). Tasks write to places
-// of their own, so their order does not matter. Throws what one of them threw; the rest are then not begun.
+// Calls task(0), ..., task(tasks - 1) on up to `threads` threads, on fewer for little `work` (multiply-accumulates). Each
+// task writes to its own memory, so their order does not matter. If a task throws, no further task begins, and the
+// exception is thrown again here.
 template <class Task>
 void parallel(int64_t tasks, int threads, int64_t work, const Task& task) {
   const int busy = static_cast<int>(std::min(tasks, useful(threads, work)));
@@ -104,11 +106,16 @@ void parallel(int64_t tasks, int threads, int64_t work, const Task& task) {
   failure.rethrow();
 }
 
-// A packed weight: this header, then zero points, scales and codes by panel. `pack` writes it, `weight_of` checks it.
+// A packed weight: this header, then zero points, scales, and the codes of each panel of NR outputs. `pack` writes it, and
+// `weight_of` checks it.
+//
+//   header | zero points, int16 | scales, float | codes of outputs 0..15 | codes of outputs 16..31 | ...
+//
+// Within a panel, codes are ordered [tap][channel pair][output][channel of the pair].
 struct Weight {
   int64_t magic, outputs, channels, height, width, bits;
-  int64_t largest;   // |code - zero point|
-  int64_t row_sum;   // of |code - zero point| over an output's weights, the largest
+  int64_t largest;   // the largest |code - zero point|
+  int64_t row_sum;   // the sum of |code - zero point| over the weights of an output; the largest of all outputs
   int64_t zero_points, scales, codes, bytes;  // offsets
 
   const char* base() const { return reinterpret_cast<const char*>(this); }
@@ -127,14 +134,14 @@ struct Weight {
   }
 };
 
-// Where the codes of an output and tap lie: channel k at byte(k), shifted. Of 4 bits, those of the panel's first half of
-// outputs in the low halves of bytes, those of the second half in the high ones.
+// The place of the codes of one output and tap: channel k is in byte(k), shifted by `shift`. With 4 bits, the first half of
+// a panel's outputs is in the low halves of bytes, and the second half in the high ones.
 struct Row {
   int64_t first, pair;
   int shift;
   Row(const Weight& w, int64_t output, int64_t tap) {
     int64_t together = w.bits == 8 ? NR : NR / 2, column = output % NR;
-    pair = 2 * together;  // bytes from two channels to the next two
+    pair = 2 * together;  // bytes from one channel pair to the next
     first = w.codes + output / NR * w.panel_codes() + tap * w.pairs() * pair + column % together * 2;
     shift = column < together ? 0 : 4;
   }
@@ -153,17 +160,17 @@ struct Epilogue {
 
 inline int64_t largest(Range r) { return static_cast<int64_t>(std::max(std::fabs(r.low), std::fabs(r.high))); }
 
-// Throws std::invalid_argument where these sizes are none of a weight, and where `packed` is no weight of `bytes` bytes.
+// Throw std::invalid_argument if a weight cannot have these sizes, and if `packed` is no packed weight of `bytes` bytes.
 Weight layout(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits);
 const Weight& weight_of(const void* packed, int64_t bytes);
 void pack(const uint8_t* codes, const int32_t* zero_points, const float* scales, const Weight& given, Weight& w);
 void unpack(const Weight& w, uint8_t* codes);
 
-enum Kind { LAYERS, ATTENTION, NORMS };  // of work, whose seconds quest_time asks for
+enum Kind { LAYERS, ATTENTION, NORMS };  // kinds of work that quest_time measures
 
-extern double* seconds;  // of each Kind, or null
+extern double* seconds;  // for each Kind; null if nobody measures
 
-// While it lives, time counts as spent on a kind of work.
+// Adds the time of its life to the seconds of a kind of work.
 class Clock {
  public:
   explicit Clock(Kind kind) : kind_(kind) {
@@ -188,7 +195,7 @@ struct Conv {
   const float* x;
   int64_t samples, height, width, sample, row, pixel;  // shape and strides of x
   int64_t stride_y, stride_x, top, left, dilation_y, dilation_x;
-  const float* residual;  // added to the output, of its layout; null: nothing
+  const float* residual;  // null, or added to the output, in its layout
   float* out;
   int64_t out_height, out_width;
 
@@ -197,13 +204,14 @@ struct Conv {
   }
 };
 
-// The drivers on bytes (bytes.cpp). They take what `bytes_fit` says, and gates whose halves are whole panels. True where the
-// input holds a NaN.
+// The drivers on bytes (bytes.cpp), for arguments that `bytes_fit` accepts; the halves of a gated layer must be whole
+// panels. They return true if the input contains a NaN.
 bool bytes_fit(Range range);
 bool bytes_fit(const Conv& c, Range range);
 bool bytes_linear(const Weight& w, const float* x, int64_t rows, int64_t stride, const float* bias, Range range,
                   bool gated, const float* residual, float* out, int threads);
-// A gated layer and the one that reads its output, between them only codes; `bytes_fit` says whether.
+// A gated layer and the layer that reads its output. Between the two there are only codes. `bytes_fit` says whether this
+// is possible.
 bool bytes_fit(const Layer& gated, const Layer& last);
 bool bytes_feed_forward(const Layer& gated, const Layer& last, const float* x, int64_t rows, const float* residual,
                         float* out, int threads);
@@ -211,14 +219,15 @@ bool bytes_conv(const Weight& w, const Conv& c, const float* bias, Range range, 
 
 struct Attention {
   const float *q, *k, *v;
-  const int64_t* strides;  // batch, head and row of q, k, v and out
+  const int64_t* strides;  // of batch, head and row, for q, k, v and out
   int64_t batch, heads, n, m, d;
-  const Range* range;  // of q, k, v and the probabilities
+  const Range* range;  // those of q, k, v and the probabilities
   float scale;
   float* out;
 
   int64_t macs() const { return 2 * batch * heads * n * m * d; }
-  // Codes of part `part` of `parts` of the heads of sample b: `to`[i] gets [n or m, heads, d]. True where there is a NaN.
+  // Quantizes heads first..last of sample b: to[0], to[1] and to[2] get codes [n or m, heads, d] of q, k and v. Returns
+  // true if they contain a NaN.
   template <class Code>
   bool quantize(bool (*quantize)(const float*, int64_t, int64_t, Range, Code*), int64_t b, int64_t first, int64_t last,
                 Code* const* to) const {
@@ -232,7 +241,7 @@ struct Attention {
         nan |= quantize(x, lengths[i] * columns, lengths[i] * columns, range[i], to[i]);
         continue;
       }
-      // Neighbouring heads are quantized together: their rows are longer.
+      // Neighbouring heads are quantized together, because longer rows are faster.
       const int64_t together = s[1] == d ? columns : d;
       for (int64_t r = 0; r < lengths[i]; r++)
         for (int64_t h = 0; h < columns / together; h++)
@@ -243,13 +252,13 @@ struct Attention {
 };
 bool bytes_attention(const Attention& a, int threads);
 
-// The drivers: what the functions of the ABI of these names compute, of arguments that belong together. Of no rows they
-// compute nothing.
+// The drivers compute what the functions of the ABI with these names compute. Their arguments are already checked. They
+// compute nothing if there are no rows.
 Status linear(const Weight& w, const float* x, int64_t rows, int64_t stride, const float* bias, Range range, bool gated,
               const float* residual, float* out, int threads);
 Status conv2d(const Weight& w, const Conv& c, const float* bias, Range range, int threads);
 Status attention(const Attention& a, int threads);
-// x [rows, channels] -> out: a gated layer and another one, plus residual; bytes_fit(gated, last).
+// x [rows, channels] -> out: a gated layer, then another layer, plus residual. bytes_fit(gated, last) must be true.
 Status feed_forward(const Layer& gated, const Layer& last, const float* x, int64_t rows, const float* residual, float* out,
                     int threads);
 void group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, int64_t pixels, const Norm& norm,
@@ -263,8 +272,8 @@ Status transformer_block(const TransformerBlock& t, const float* x, const float*
                          int64_t m, bool outside, float* out, int threads);
 Status resnet_block(const ResnetBlock& b, const float* x, int64_t samples, int64_t height, int64_t width,
                     const float* embedding, const float* residual, float* out, int threads);
-// Throw std::invalid_argument where the layers of a block, or its inputs, do not belong together. Where there is no
-// context, or no embedding, it has 0 channels.
+// Throw std::invalid_argument if the layers of a block, or its inputs, do not fit together. A missing context or embedding
+// has 0 channels.
 void check(const AttentionBlock& a, int64_t channels, int64_t context_channels, int64_t outputs);
 void check(const TransformerBlock& t, int64_t channels, int64_t context_channels);
 void check(const ResnetBlock& b, int64_t channels, int64_t embedding_channels, int64_t outputs);

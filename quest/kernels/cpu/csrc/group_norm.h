@@ -1,4 +1,4 @@
-// Group norm of one sample for the instruction sets that compute its three passes over pixels.
+// The group norm of one sample, for instruction sets that provide its three passes over pixels.
 #pragma once
 #include "core.h"
 
@@ -6,13 +6,13 @@
 
 namespace quest {
 
-// Of `pixels` pixels of `channels` channels, `pixel` apart.
+// The passes over `pixels` pixels of `channels` channels; pixels are `pixel` apart.
 struct Passes {
-  // out[c] = the sum of x.
+  // out[c] = the sum of x[c] over pixels.
   void (*sums)(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, float* out);
-  // out[c] = the sum of (x - mean[c])^2.
+  // out[c] = the sum of (x[c] - mean[c])^2 over pixels.
   void (*squares)(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, const float* mean, float* out);
-  // y = x a[c] + b[c], then SiLU if asked for; pixels of y are y_pixel apart.
+  // y = x a[c] + b[c], then SiLU if `silu`. Pixels of y are y_pixel apart.
   void (*scale)(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, const float* a, const float* b,
                 bool silu, float* y, ptrdiff_t y_pixel);
 };
@@ -26,7 +26,7 @@ inline void group_norm(const Passes& passes, const GroupNorm& n, const float* x,
   for (int64_t g = 0; g < n.groups; g++) {
     double total = 0;
     for (int64_t c = g * per; c < (g + 1) * per; c++) total += sums[c] + static_cast<double>(shift(c)) * n.pixels;
-    // From here on relative to x itself: its own shift is taken off the mean.
+    // The passes read x without its shift, so the shift is subtracted from the mean.
     for (int64_t c = g * per; c < (g + 1) * per; c++) mean[c] = static_cast<float>(total / count - shift(c));
   }
   passes.squares(x, n.x_pixel, n.pixels, n.channels, mean, sums);

@@ -1,4 +1,4 @@
-// Which instruction set computes.
+// Chooses the instruction set that computes.
 #include "driver.h"
 
 #include <cstring>
@@ -7,7 +7,7 @@ namespace quest {
 namespace {
 
 #if QUEST_X86
-// AVX2's functions with wider register tiles, and products of bytes.
+// The functions of AVX2, but with wider register tiles and products of bytes.
 Isa with(const char* name, const Bytes& bytes) {
   Isa one = avx2;
   one.name = name;

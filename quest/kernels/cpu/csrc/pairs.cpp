@@ -33,8 +33,8 @@ Status linear(const Weight& w, const float* x, int64_t rows, int64_t stride, con
     return bytes_linear(w, x, rows, stride, bias, range, gated, residual, out, threads) ? HAS_NAN : OK;
   Epilogue e(w, bias, range.scale);
   int64_t padded = round_up(w.channels, 16);
-  int64_t row = 2 * padded + (gated ? 4 * w.outputs : 0);  // bytes that stay in the cache
-  // Each block unpacks the whole weight, which few rows would not repay: long ones lie in a larger cache instead.
+  int64_t row = 2 * padded + (gated ? 4 * w.outputs : 0);  // bytes per row that stay in the cache
+  // Each block unpacks the whole weight. This only pays if a block has many rows, so long rows may leave this cache.
   int64_t block = std::max<int64_t>(8 * MAX_MR, std::min<int64_t>(CACHE / 2 / row, 960) / MAX_MR * MAX_MR);
   std::atomic<bool> nan{false};
   block = std::min(block, round_up(ceil_div(rows, threads), MAX_MR));

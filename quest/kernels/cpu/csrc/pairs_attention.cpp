@@ -10,7 +10,7 @@ Status attention(const Attention& a, int threads) {
   const int64_t batch = a.batch, heads = a.heads, n = a.n, m = a.m, d = a.d;
   const Range* range = a.range;
   if (!batch || !heads || !n || !d) return OK;
-  if (!m) {  // the sum over nothing
+  if (!m) {  // without keys the sum is 0
     for (int64_t b = 0; b < batch; b++)
       for (int64_t h = 0; h < heads; h++)
         for (int64_t i = 0; i < n; i++)
@@ -35,9 +35,9 @@ Status attention(const Attention& a, int threads) {
     static thread_local Scratch<float> work;
     int64_t b = task / parts, first = task % parts * heads / parts, last = (task % parts + 1) * heads / parts;
     int64_t columns = (last - first) * d, lengths[3] = {n, m, m};
-    int16_t* c[3];  // [n or m, heads, d] codes of q, k, v
+    int16_t* c[3];  // codes of q, k and v, [n or m, heads, d]
     for (int i = 0; i < 3; i++) {
-      // Some numbers more than there are: rows are read in pairs.
+      // Rows are read in pairs, so there must be room after the last number.
       c[i] = codes[i].get(lengths[i] * columns + 16);
       std::memset(c[i] + lengths[i] * columns, 0, 16 * sizeof(int16_t));
     }

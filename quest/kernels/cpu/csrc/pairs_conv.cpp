@@ -1,4 +1,4 @@
-// Convolutions on pairs of int16: directly, or those of 3x3 kernels by Winograd's algorithm (see pairs.h).
+// Convolutions on pairs of int16: directly, or for 3x3 kernels by Winograd's algorithm (see pairs.h).
 #include "pairs.h"
 
 #include <cstring>
@@ -6,12 +6,12 @@
 namespace quest {
 namespace {
 
-constexpr int64_t TRANSFORM_TILES = 3;    // to transform a weight takes about as long as to multiply so many tiles with it
-constexpr int64_t TRANSFORM_GAIN = 49;    // of the kernel's transform: largest result for inputs of 1
-constexpr int64_t INPUT_GAIN = 100;       // of the input's
+constexpr int64_t TRANSFORM_TILES = 3;    // transforming a weight takes about as long as multiplying this many tiles
+constexpr int64_t TRANSFORM_GAIN = 49;    // largest result of the kernel transform for inputs of 1
+constexpr int64_t INPUT_GAIN = 100;       // largest result of the input transform for inputs of 1
 constexpr int64_t EXACT = int64_t{1} << 25;
 
-// Quantizes input rows first..first + count, with the padding left and right of them, to [count, columns, channels].
+// Quantizes input rows first..first + count, with padding on the left and right, to [count, columns, channels].
 bool quantize_rows(const Conv& c, int64_t channels, int64_t padded, int64_t sample, int64_t first, int64_t count,
                    int64_t columns, Range range, int16_t* out) {
   bool nan = false;
@@ -36,7 +36,7 @@ bool quantize_rows(const Conv& c, int64_t channels, int64_t padded, int64_t samp
 bool conv_direct(const Weight& w, const Conv& c, Range range, const Epilogue& e, int threads) {
   int64_t padded = round_up(w.channels, 16);
   int64_t columns = (c.out_width - 1) * c.stride_x + (w.width - 1) * c.dilation_x + 1;
-  int64_t reach = (w.height - 1) * c.dilation_y + 1;  // input rows of one output row
+  int64_t reach = (w.height - 1) * c.dilation_y + 1;  // input rows that one output row reads
   int64_t lines = (CACHE / (columns * padded * 2) - reach) / c.stride_y + 1;
   lines = std::max(lines, ceil_div(4 * MAX_MR, c.out_width));
   lines = std::min(lines, c.out_height);
@@ -67,15 +67,15 @@ bool conv_direct(const Weight& w, const Conv& c, Range range, const Epilogue& e,
   return nan;
 }
 
-// One panel of the weight after another is taken to the transformed domain, and multiplied with all tiles of a block
-// before the next: it lies in the first caches and is nowhere kept.
+// Each panel of the weight is transformed and then multiplied with all tiles of a block, before the next panel. So it stays
+// in the first caches, and no transformed weight is stored.
 bool conv_winograd(const Weight& w, const Conv& c, Range range, const Epilogue& e, int threads) {
   int64_t padded = round_up(w.channels, 16);
-  int64_t across = ceil_div(c.out_width, 4), down = ceil_div(c.out_height, 4);  // tiles of an image
+  int64_t across = ceil_div(c.out_width, 4), down = ceil_div(c.out_height, 4);  // tiles per image
   int64_t tiles = CACHE / (POINTS * (2 * padded + 4 * NR));
-  int64_t units = std::max<int64_t>(1, std::max<int64_t>(tiles, MAX_MR) / across);  // rows of tiles in a block
+  int64_t units = std::max<int64_t>(1, std::max<int64_t>(tiles, MAX_MR) / across);  // rows of tiles per block
   int64_t columns = 4 * across + 2, total = c.samples * down, blocks = ceil_div(total, units);
-  // Where there are few tiles the outputs are shared out, too.
+  // If there are few tiles, outputs are divided among threads too.
   int64_t parts = std::min(w.panels(), ceil_div(useful(threads, c.macs(w) / 4), blocks));
   std::atomic<bool> nan{false};
   parallel(blocks * parts, threads, c.macs(w) / 4, [&](int64_t task) {
@@ -83,8 +83,8 @@ bool conv_winograd(const Weight& w, const Conv& c, Range range, const Epilogue& 
     static thread_local Scratch<int32_t> products;
     int64_t first = task / parts * units, count = std::min(units, total - first), n = count * across;
     int64_t panel = task % parts * w.panels() / parts, end = (task % parts + 1) * w.panels() / parts;
-    int64_t numbers = w.pairs() * NR * 2;  // of a panel, for each tap
-    // An odd number of cache lines apart, or the points would meet in few sets of the cache.
+    int64_t numbers = w.pairs() * NR * 2;  // numbers of a panel per tap
+    // Points are an odd number of cache lines apart. Otherwise they would share few sets of the cache.
     int64_t in_stride = round_up(n * padded, 64) + 32, out_stride = round_up(n * NR, 32) + 16;
     int64_t weight_stride = round_up(numbers, 64) + 32;
     int16_t* q = codes.get(6 * columns * padded);

@@ -9,7 +9,7 @@ void group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, 
   if (!samples || !pixels || !norm.channels) return;
   const int64_t channels = norm.channels, groups = norm.groups, per = channels / groups;
   const int64_t work = 10 * samples * pixels * channels;
-  // Where there are few samples their groups are shared out, too.
+  // If there are few samples, their groups are divided among threads too.
   const int64_t parts = std::min(groups, ceil_div(useful(threads, work), samples));
   parallel(samples * parts, threads, work, [&](int64_t task) {
     static thread_local Scratch<float> memory;
@@ -34,7 +34,7 @@ void layer_norm(const float* x, int64_t rows, const Norm& norm, float* y, int th
 }
 
 namespace {
-constexpr int64_t CHUNK = 1 << 14;  // numbers of a task
+constexpr int64_t CHUNK = 1 << 14;  // numbers per task
 }
 
 void fake_quantize(const float* x, int64_t n, Range range, float* out, int threads) {

@@ -1,4 +1,4 @@
-// The most multiply-accumulates a second that the instructions of a kernel allow: the same ones, on registers alone.
+// Measures how many multiply-accumulates per second a kernel can reach at most: it runs the same instructions on registers.
 #include "core.h"
 
 #include <cstring>
@@ -15,10 +15,10 @@
 namespace quest {
 namespace {
 
-constexpr int SUMS = 12;  // enough to hide the latency of each
+constexpr int SUMS = 12;  // with this many sums, no addition has to wait for the one before
 
-// A function that sets each of the sums c[j] to `add`, which multiplies registers a and b, over and over. `opaque` is the
-// constraint of an empty asm: the compiler may not foresee what an iteration multiplies.
+// Defines a function that sets each of the sums c[j] to `add`, which multiplies registers a and b, in each iteration. An empty
+// asm statement with the constraint `opaque` hides their values, so the compiler cannot compute them beforehand.
 #define QUEST_PEAK(name, isa, vector, opaque, factor, other, zero, add)                        \
   QUEST_TARGET(isa) void name(int64_t iterations) {                                            \
     vector a = factor, b = other, c[SUMS];                                                     \

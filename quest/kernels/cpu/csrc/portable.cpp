@@ -1,4 +1,4 @@
-// Plain C++ for every machine. See core.h for what each function computes.
+// Plain C++ for every machine. core.h says what each function computes.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -36,7 +36,7 @@ void unpack4(const uint8_t* codes, const int16_t* zero_point, int64_t steps, int
     }
 }
 
-// Unsigned, because the transformed domain computes modulo 2^32.
+// Numbers are unsigned, because the transformed domain computes modulo 2^32.
 void accumulate(const int16_t* a, int taps, const ptrdiff_t* offset, int64_t pairs, const int16_t* panel,
                 uint32_t* sums) {
   std::fill(sums, sums + NR, 0u);
@@ -117,7 +117,7 @@ void winograd_input(const int16_t* in, ptrdiff_t row, ptrdiff_t pixel, int64_t c
   }
 }
 
-// 24 A^T of F(4x4, 3x3) over the integer kernel transform's scales, modulo 2^32.
+// 24 A^T of F(4x4, 3x3), divided by the scales of the integer kernel transform, modulo 2^32.
 void output_transform(const uint32_t m[6], uint32_t out[4]) {
   out[0] = 6 * m[0] - 4 * (m[1] + m[2]) + (m[3] + m[4]);
   out[1] = 2 * (m[3] - m[4]) - 4 * (m[1] - m[2]);
@@ -137,7 +137,7 @@ void winograd_output(const int32_t* in, ptrdiff_t stride, int64_t channels, cons
     for (int i = 0; i < height; i++) {
       output_transform(half[i], y);
       for (int j = 0; j < width; j++) {
-        // 9 * 954437177 = 1 modulo 2^32; the product is exact, so the shift divides.
+        // 9 * 954437177 = 1 modulo 2^32. The number is a multiple of 64 then, so the shift divides exactly.
         const int32_t product = static_cast<int32_t>(y[j] * 954437177u) >> 6;
         out[i * row + j * pixel + c] = static_cast<float>(product) * scale[c] + bias[c];
       }
@@ -195,7 +195,7 @@ void geglu(const float* hidden, const float* gate, int64_t n, float* y) {
   for (int64_t i = 0; i < n; i++) y[i] = hidden[i] * (gate[i] / 2 * (1 + std::erf(gate[i] * 0.70710678f)));
 }
 
-// A NaN is smaller and larger than nothing: it passes.
+// Comparisons with NaN are false, so NaN stays NaN.
 float clamped(float q, Range range) {
   q = q < range.low ? range.low : q;
   return q > range.high ? range.high : q;

@@ -1,5 +1,5 @@
-// Threads that compute a layer together: those of the OpenMP runtime that torch has loaded, where there is one. Its threads
-// keep a processor busy for milliseconds after each of torch's own operations, and would take it from others.
+// The threads that compute a layer together. If torch has loaded an OpenMP runtime, they are its threads. These keep their
+// processors busy for milliseconds after each operation of torch, so other threads would have to share the processors.
 #include "driver.h"
 
 #include <condition_variable>
@@ -20,17 +20,17 @@ inline void pause() {
 #endif
 }
 
-// Threads that wait between calls and keep their memory: to start one takes longer than a small layer.
+// Threads that wait between calls and keep their memory, because starting a thread takes longer than a small layer.
 class Pool {
  public:
   // Calls work() on this thread and on up to `others` more.
   void run(int others, const std::function<void()>& work) {
     std::unique_lock<std::mutex> only(caller_, std::try_to_lock);
-    if (!only.owns_lock()) return work();  // somebody else has the threads
+    if (!only.owns_lock()) return work();  // another caller uses the threads
     try {
       for (; started_ < others; started_++) std::thread([this] { serve(); }).detach();
     } catch (const std::system_error&) {
-      if (others = started_; !others) return work();  // the system has no more threads to give
+      if (others = started_; !others) return work();  // the system gives no thread at all
     }
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -40,7 +40,7 @@ class Pool {
     wake_.notify_all();
     work();
     std::unique_lock<std::mutex> lock(mutex_);
-    wanted_ = 0;  // nothing is left for one that has not begun
+    wanted_ = 0;  // a thread that has not begun finds nothing left to do
     while (running_) {
       lock.unlock();
       for (int i = 0; i < SPINS && running_; i++) pause();
@@ -50,7 +50,7 @@ class Pool {
   }
 
  private:
-  static constexpr int SPINS = 2000;  // tens of microseconds: what lies between two layers
+  static constexpr int SPINS = 2000;  // tens of microseconds, about the time between two layers
 
   void serve() {
     for (;;) {
@@ -74,13 +74,13 @@ class Pool {
   int started_ = 0;
 };
 
-// GCC's entry to a parallel region, which the runtimes of LLVM and Intel have as well.
+// GCC's entry point of a parallel region. The runtimes of LLVM and Intel have it too.
 using Region = void (*)(void (*task)(void*), void* argument, unsigned threads, unsigned flags);
 
 Region region = nullptr;
 
-// Never destroyed: its threads wait until the process ends. A child of fork() has none of them and makes its own; those of
-// the runtime it would wait for forever.
+// The pool is never destroyed, because its threads wait until the process ends. A child of fork() has none of these threads
+// and makes its own pool. It must not use the runtime either, because it would wait for its threads forever.
 Pool* pool = new Pool;
 #if !defined(_WIN32)
 const int forgotten = pthread_atfork(nullptr, nullptr, [] { pool = new Pool, region = nullptr; });
@@ -92,7 +92,7 @@ void use_region(void* entry) { region = reinterpret_cast<Region>(entry); }
 
 void run(int others, int threads, const std::function<void()>& work) {
   if (!region) return pool->run(others, work);
-  // Always all of them: a runtime ends threads that a region has no use for.
+  // The region always asks for all threads, because a runtime ends threads that a region does not use.
   region([](void* w) { (*static_cast<const std::function<void()>*>(w))(); },
          const_cast<std::function<void()>*>(&work), static_cast<unsigned>(threads), 0);
 }

@@ -1,4 +1,4 @@
-// Products of bytes with AVX-512 VNNI (see Bytes in core.h): vpdpbusd adds four of them to an int32.
+// Products of bytes with AVX-512 VNNI (see Bytes in core.h). The instruction vpdpbusd adds four products to an int32.
 #include "core.h"
 
 #if QUEST_X86
@@ -54,7 +54,7 @@ static void sums(const uint8_t* a, ptrdiff_t stride, int64_t rows, int64_t n, in
   }
 }
 
-// Two channels of each output beside the next two.
+// Puts two channels of each output next to the following two.
 static inline __m512i interleave(__m256i even, __m256i odd) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
@@ -94,7 +94,7 @@ static void unpack4(const uint8_t* codes, int64_t pairs, int8_t* out, int32_t* s
 
 typedef int32_t four_bytes __attribute__((may_alias, aligned(1)));
 
-// R x 16 P sums in registers.
+// Computes R x 16 P sums in registers.
 template <int R, int P>
 static void multiply_tile(const uint8_t* a, ptrdiff_t stride, int segments, const ptrdiff_t* offset, int64_t bytes,
                           const int8_t* b, ptrdiff_t panel, int32_t* out, ptrdiff_t out_stride) {
@@ -171,7 +171,7 @@ static void pack_keys(const uint8_t* k, ptrdiff_t stride, int64_t m, int64_t d, 
   const __m512i ones = _mm512_set1_epi8(1), sign = _mm512_set1_epi8(-128), zero = _mm512_setzero_si512();
   const __m512i rows = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                           _mm512_set1_epi32(static_cast<int>(stride)));
-  const int last = static_cast<int>((1u << 8 * (d % 4)) - 1);  // bytes of the last quadruple that are there
+  const int last = static_cast<int>((1u << 8 * (d % 4)) - 1);  // mask of the bytes that exist in the last quadruple
   for (int64_t j = 0; j < m; j += NR, k += NR * stride, sums += NR) {
     const __mmask16 there = first(m - j);
     __m512i total = zero;
@@ -211,7 +211,7 @@ static void pack_values(const uint8_t* v, ptrdiff_t stride, int64_t m, int64_t d
   }
 }
 
-// 2^x for x <= 0, to about one unit in the last place: the polynomial is exp's of avx2.cpp on another scale.
+// 2^x for x <= 0, with an error of about one unit in the last place. The polynomial is that of exp in avx2_float.cpp, scaled.
 static inline __m512 exp2(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
   __m512 p = _mm512_set1_ps(1.5403530e-4f);
@@ -223,8 +223,8 @@ static inline __m512 exp2(__m512 x) {
   return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f)), n);
 }
 
-// In three passes over some rows, so that the end of one row's sum need not be waited for. The first one finds the largest
-// score, of integers.
+// Each of the three passes runs over some rows. So the processor need not wait for the end of one row's sum. The first pass
+// finds the largest score, among integers.
 static void softmax(int rows, int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
                     const int32_t* column, uint8_t* out, int32_t* totals) {
   constexpr int TOGETHER = 4;

@@ -37,11 +37,11 @@ const Weight& weight_of(const void* packed, int64_t bytes) {
   return w;
 }
 
-// given: its layout.
+// Packs a weight. given: its layout.
 void pack(const uint8_t* codes, const int32_t* zero_points, const float* scales, const Weight& given, Weight& w) {
   const int64_t outputs = given.outputs, channels = given.channels, taps = given.taps(), bits = given.bits;
-  // What fills up pairs and panels meets the zeros that fill up the quantized input, or gives an output that is not
-  // stored; it is the code that counts as a byte of 0 (see Bytes).
+  // Unused places of pairs and panels are multiplied with the zeros at unused places of the quantized input, or belong to
+  // outputs that are not stored. They get the code that is a signed byte of 0 (see Bytes).
   const uint8_t fill = bits == 8 ? 128 : 8;
   std::memset(static_cast<void*>(&w), 0, given.codes);
   w = given;
