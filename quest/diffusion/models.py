@@ -13,9 +13,9 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quest.diffusion.conditions import photo_labels, scene_captions, scene_labels, spread_labels
+from quest.diffusion.conditions import file_captions, photo_labels, scene_captions, scene_labels, spread_labels
 from quest.diffusion.loading import load_pipeline
-from quest.runtime.files import read_json, read_lines
+from quest.runtime.files import read_json
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -166,16 +166,11 @@ def _load_prepared(name: str, device="cpu") -> DiffusionPipeline:
 
 # Line numbers of a caption file: evaluation uses the first lines, in their order, and calibration uses later ones.
 CAPTION_LINES = {"evaluation": (0, 10_000), "calibration": (10_000, 11_000)}
+EMOJI_LINES = {"evaluation": (0, 2000), "calibration": (2000, 3000), "validation": (3000, 3500)}
 
-
-def _captions(name: str, split: str, start: int, stop: int) -> Sequence[str]:
-    """Captions of images start .. stop - 1 of a split, from the file that `published.prepare` wrote."""
-    first, end = CAPTION_LINES.get(split, (0, 0))
-    lines = read_lines(PREPARED / name / "captions.txt")
-    return lines[min(first + start, end) : min(first + stop, end)]
-
-
-SCENES = ZOO.parent / "reference" / "scenes.npz"
+SHIPPED = ZOO.parent / "reference"  # statistics of real images, and captions, that ship
+SCENES, PHOTOS, EMOJI = (SHIPPED / f"{kind}.npz" for kind in ("scenes", "photos", "emoji"))
+EMOJI_CAPTIONS = SHIPPED / "emoji-captions.txt"
 PREPARED = ZOO.parents[1] / "results" / "models"  # the folder that rule `model` writes into
 REFERENCES = ZOO.parents[1] / "results" / "references"  # statistics of real images that do not ship
 
@@ -256,7 +251,42 @@ MODELS = {
             batch_size=50,
             time_groups=20,
             extractor="lite0-photos",
-            reference=ZOO.parent / "reference" / "photos.npz",
+            reference=PHOTOS,
+        ),
+        # The same photographs without a condition, in place of LSUN, with fresh noise in every step.
+        Model(
+            name="photos-uncond",
+            load=partial(_load_zoo, "photos-uncond"),
+            sampler="ddim",
+            steps=40,
+            eta=1.0,
+            conditioning="none",
+            selection="lsun",
+            split=True,
+            activation_ranges="ema-symmetric",
+            batch_size=50,
+            time_groups=20,
+            extractor="lite0-photos",
+            reference=PHOTOS,
+        ),
+        # Emoji from captions such as "noto emoji: red apple", in place of Stable Diffusion. The captions are of the
+        # training split: what held-out ones give is in the model's README.
+        Model(
+            name="emoji-text",
+            load=partial(_load_zoo, "emoji-text"),
+            sampler="plms",
+            steps=20,
+            guidance=3.0,
+            conditioning="text",
+            source=partial(file_captions, EMOJI_CAPTIONS, EMOJI_LINES),
+            selection="sd",
+            split=True,
+            activation_ranges="ema",
+            batch_size=50,
+            time_groups=10,
+            extractor="lite0-emoji",
+            clip="emoji-clip",
+            reference=EMOJI,
         ),
         # The models of arXiv:2402.03666, with the settings of its experiments and released code: 8 bits for the first
         # and the last layer and for attention probabilities, which have 16 bits in Stable Diffusion.
@@ -321,7 +351,7 @@ MODELS = {
             steps=50,
             guidance=7.5,
             conditioning="text",
-            source=partial(_captions, "sd14"),
+            source=partial(file_captions, PREPARED / "sd14" / "captions.txt", CAPTION_LINES),
             selection="sd",
             activation_ranges="ema",
             batch_size=16,

@@ -32,6 +32,7 @@ from quest.metrics.per_image import (
 )
 from quest.runtime.files import one_line
 
+SHIPPED_CLIPS = ("scenes-clip", "emoji-clip")  # image-text models in resources/zoo
 LITE0 = ("lite0-photos", "lite0-emoji")  # extractors whose distances have names of their own, never FID
 SMALLEST_MSE = 1e-10  # stands for the latent MSE of identical latents, whose logarithm is not finite
 # How each protocol of Inception resizes an image to 299x299; the column `protocol` shows this text.

@@ -1,14 +1,13 @@
-"""The image-text model that computes the CLIP score for the zoo; open_clip loads it from a local folder."""
+"""The image-text models that compute the CLIP score for the zoo; open_clip loads them from a local folder."""
 
 import logging
 
 import open_clip
 
-from quest.diffusion.models import ZOO
 from quest.runtime.sums import check_sums
 
 
-def load(folder=ZOO / "scenes-clip"):
+def load(folder):
     """Return (model, preprocess, tokenizer), the model in float32 and eval mode.
 
     preprocess takes a PIL image, tokenizer a list of str. Raises ValueError if a file differs from its known hash.

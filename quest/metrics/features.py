@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from quest.metrics import SHIPPED_CLIPS
 from quest.runtime.sums import check_archive
 
 BATCH = 250  # images per pass of a network
@@ -50,10 +51,11 @@ def _inception(protocol):
     return Inception(weights.path("inception"), protocol)
 
 
-def _scenes_clip():
+def _shipped_clip(name):
+    from quest.diffusion.models import ZOO
     from quest.metrics import clip
 
-    return clip.load()
+    return clip.load(ZOO / name)
 
 
 def _clip(architecture, name):
@@ -114,7 +116,8 @@ EXTRACTORS = {
 }
 # Name -> loader of open_clip's (model, preprocess, tokenizer). OpenAI's models use the activation that open_clip calls
 # quickgelu.
-CLIPS = {"scenes-clip": _scenes_clip, "ViT-B-16": partial(_clip, "ViT-B-16-quickgelu", "ViT-B-16")}
+CLIPS = {name: partial(_shipped_clip, name) for name in SHIPPED_CLIPS}
+CLIPS["ViT-B-16"] = partial(_clip, "ViT-B-16-quickgelu", "ViT-B-16")
 
 
 def _photos_classifier():

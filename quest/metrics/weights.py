@@ -54,7 +54,7 @@ def sha256(name: str) -> str | None:
     Networks that ship with the project are hashed here. For the others it is the known hash, which `path` compares.
     """
     from quest.diffusion.models import ZOO
-    from quest.metrics import RESIZE
+    from quest.metrics import RESIZE, SHIPPED_CLIPS
     from quest.metrics.lite0 import components_file
 
     if name in RESIZE:
@@ -62,6 +62,6 @@ def sha256(name: str) -> str | None:
     if name in WEIGHTS:
         return WEIGHTS[name].sha256
     shipped = {"scenes": ZOO / "scenes-extractor" / "model.safetensors"}
-    shipped["scenes-clip"] = ZOO / "scenes-clip" / "open_clip_model.safetensors"
+    shipped |= {clip: ZOO / clip / "open_clip_model.safetensors" for clip in SHIPPED_CLIPS}
     shipped |= {f"lite0-{kind}": components_file(kind) for kind in ("photos", "emoji")}  # they name Lite0's hash
     return sha256_of(shipped[name]) if name in shipped else None

@@ -21,7 +21,7 @@ from quest.config import (
     starting_points,
 )
 from quest.diffusion.models import MODELS, Model
-from quest.metrics import LITE0, RESIZE
+from quest.metrics import LITE0, RESIZE, SHIPPED_CLIPS
 from quest.planning import keep, measure
 
 FLOAT = 4  # bytes of a float32
@@ -30,7 +30,7 @@ FEATURE_VALUES = {"scenes": 64 + 112 + 48, "adm": INCEPTION_VALUES}
 FEATURE_VALUES |= dict.fromkeys(LITE0, 64 + 112 + 1000 + 7168 // 2)  # the last are in float16
 FEATURE_VALUES |= {"torch-fidelity": INCEPTION_VALUES, "clean": INCEPTION_VALUES}
 CLASSES = 10  # of a classifier of photographs
-CLIP_VALUES = {None: 0, "scenes-clip": 2 * 64, "ViT-B-16": 2 * 512}
+CLIP_VALUES = {None: 0, "scenes-clip": 2 * 64, "emoji-clip": 2 * 64, "ViT-B-16": 2 * 512}
 RANGES_SAMPLES = 32  # samples per timestep, for the figure of activation ranges
 
 
@@ -97,7 +97,7 @@ def jobs(config: dict) -> Counter:
 
 def _networks(model):
     """Networks for a model's metrics that do not ship and are fetched."""
-    return ({"inception"} if model.extractor in RESIZE else set()) | ({model.clip} - {None, "scenes-clip"})
+    return ({"inception"} if model.extractor in RESIZE else set()) | ({model.clip} - {None, *SHIPPED_CLIPS})
 
 
 def _has_reference(name, settings):

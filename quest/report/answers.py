@@ -33,6 +33,12 @@ class Answer:
         return rendering.document("md", f"## {self.question}", text, *self.tables, *images)
 
 
+def shown(evidence: Evidence) -> list[str]:
+    """Return the metrics of SHOWN that the model of the questions has."""
+    measured = {row["metric"] for cell in evidence.cells.values() for row in cell["rows"]}
+    return [name for name in SHOWN if name in measured]
+
+
 def against(evidence: Evidence, row: str, versus: str) -> str:
     """Return a sentence that says whether `row` is better than `versus`."""
     compared = differences(evidence, row, versus)
@@ -56,7 +62,8 @@ def with_number(one: Comparison, text: str, form: str = "{1} ({0})") -> str:
 
 def comparisons(evidence: Evidence, rows: Sequence[str], versus: str) -> Table | str:
     """Return a table that compares rows with `versus`: differences with intervals and verdicts, size and time."""
-    heads = ["row", *(f"{METRICS[m].label}, minus {versus}" for m in SHOWN), "size [MB]", "seconds"]
+    metrics = shown(evidence)
+    heads = ["row", *(f"{METRICS[m].label}, minus {versus}" for m in metrics), "size [MB]", "seconds"]
     missing = [row for row in (versus, *rows) if row not in evidence.cells]
     if versus in missing:
         return f"{NOT_RUN}: {', '.join(missing)}."
@@ -64,11 +71,11 @@ def comparisons(evidence: Evidence, rows: Sequence[str], versus: str) -> Table |
     for row in (row for row in (versus, *rows) if row not in missing):
         size = evidence.cells[row]["footprint"].get("bytes", math.nan) / 1e6
         cost = [f"{size:.3f}", seconds(evidence, row)]
-        texts = {m: value(evidence.cells[row], m) for m in SHOWN}
+        texts = {m: value(evidence.cells[row], m) for m in metrics}
         if row != versus:
             compared = differences(evidence, row, versus)
             texts = {m: with_number(one, one.in_words(versus), "{0} ({1})") for m, one in compared.items()}
-        lines.append([row, *(texts.get(m, NONE) for m in SHOWN), *cost])
+        lines.append([row, *(texts.get(m, NONE) for m in metrics), *cost])
     below = f"The first row is {versus} itself, with its own values; the others are differences."
     if missing:
         below += f" {NOT_RUN}: {', '.join(missing)}."

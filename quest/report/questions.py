@@ -10,11 +10,10 @@ from quest.metrics import METRICS
 from quest.metrics.comparison import Comparison
 from quest.metrics.intervals import student
 from quest.report import rendering
-from quest.report.answers import NOT_RUN, Answer, against, comparisons, in_words, not_run, seconds, value, with_number
+from quest.report.answers import NOT_RUN, Answer, against, comparisons, in_words, not_run, seconds, shown, value, with_number
 from quest.report.evidence import Evidence, inference_rows
 from quest.report.properties import RANGE_KINDS
 from quest.report.rendering import Table, columns, plus_minus
-from quest.report.tables import SHOWN
 
 
 def answers(evidence: Evidence) -> list[Answer]:
@@ -249,15 +248,15 @@ def _qat(e: Evidence) -> Answer:
     answer = Answer("9. Where does QuEST stand between PTQ and quantization-aware training?")
     rows = ["rtn-mse", "q-diffusion", "q-diffusion-groups", "efficient-dm", "qalora", "full-finetune"]
     answer.lines += [against(e, "quest-suite", row) for row in ("q-diffusion", "efficient-dm", "full-finetune")]
-    lines = []
+    lines, metrics = [], shown(e)
     for row in ["quest-suite", *rows]:
         effort = e.efforts.get(row)
         if effort is None or row not in e.cells:
-            lines.append([row, *[NOT_RUN] * 6])
+            lines.append([row, *[NOT_RUN] * (len(metrics) + 3)])
             continue
-        quality = [value(e.cells[row], m) for m in SHOWN]
+        quality = [value(e.cells[row], m) for m in metrics]
         lines.append([row, *quality, f"{effort['iterations']:,}", seconds(e, row), f"{effort['peak_memory']:.0f}"])
-    heads = ["row", *(METRICS[m].label for m in SHOWN), "iterations", "seconds", "peak memory [MB]"]
+    heads = ["row", *(METRICS[m].label for m in metrics), "iterations", "seconds", "peak memory [MB]"]
     answer.table(
         heads, lines, "The seconds are those of the method + those of the checkpoint it starts from, on one thread."
     )

@@ -15,7 +15,8 @@ from quest.report.cells import read_cells
 from quest.report.rendering import MISSING, Cell, Column, Table, columns, interval, number
 from quest.report.rendering import write as write_table
 
-SHOWN = ("latent_mse", "fid_to_fp", "eps_error")  # the metrics that need the fewest images to tell methods apart
+# The metrics that need the fewest images to tell methods apart. Models of pictures have KID-64w, models of scenes FID.
+SHOWN = ("log_latent_mse", "kid_64w", "fid_to_fp", "eps_error")
 PROVENANCE = ["seeds", "versions", "commit", "machine"]
 MAIN = ["model", "method", "bits", "metric", "value", "low", "high", "published", "n", "extractor", "protocol"]
 # Size and work of the denoiser, as quest.quantization.cost defines them. size_mb: bytes of the packed file over 1e6.

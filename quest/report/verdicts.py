@@ -10,7 +10,7 @@ from quest.report import tables
 
 # The metrics of the verdicts; all of them judge images. The noise-prediction error is left out, because QuEST's global
 # loss minimizes it, and because a guided sampler uses another combination of the two predictions.
-HEADLINE = ("kid_64w", "latent_mse", "psnr", "fd_64w_to_fp", "fid_to_fp", "fid", "agreement", "retrieval", "clip")
+HEADLINE = ("kid_64w", "log_latent_mse", "psnr", "fid_to_fp", "fid", "agreement", "retrieval", "clip")
 OUTCOMES = ("better", "worse", "neither", "diverged", "rival diverged")  # for a method and a rival on one model
 
 

@@ -1,7 +1,7 @@
 """Statistics of photographs or emoji under EfficientNet-Lite0: whitened components and reference statistics.
 
 The components come from pictures of the training split; the reference from those of the reference split. Both files
-hold features and moments only, no pictures.
+hold features and moments only, no pictures. A third file has captions of the training split, for sampling.
 """
 
 from pathlib import Path
@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from quest.diffusion.models import EMOJI_LINES
 from quest.metrics import lite0
 from quest.metrics.frechet import Statistics, save_reference
 from quest.runtime import command_line
 from quest.runtime.download import sha256_of
-from quest.runtime.files import atomic
+from quest.runtime.files import atomic, write_lines
 from quest.runtime.provenance import provenance
 from quest.zoo import pictures
 
@@ -44,14 +45,27 @@ def reference(kind, shown, components_file, path):
         save_reference(temporary, *map(Statistics.from_features, (pool, spatial)), metadata, pool)
 
 
+def captions(shown):
+    """Captions to sample with, drawn without repetition from the training split, concepts evenly; [] for photographs."""
+    if not shown.captions:
+        return []
+    rows = shown.rows("train")
+    weights = pictures.concept_weights([shown.concepts[i] for i in rows])
+    count = max(end for _, end in EMOJI_LINES.values())
+    return [shown.captions[i] for i in np.random.default_rng(0).choice(rows, count, replace=False, p=weights)]
+
+
 def main():
     parser = command_line.parser(__doc__, "file", "threads")
     parser.add_argument("kind", choices=pictures.LOADERS)
     parser.add_argument("--data", type=Path, required=True, help="data file (.npz), or folder of CIFAR-10")
     parser.add_argument("--components", type=Path, required=True, help="file of the whitened components to write")
+    parser.add_argument("--captions", type=Path, required=True, help="text file of captions to write")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     shown = pictures.load(arguments.kind, arguments.data)
+    with atomic(arguments.captions) as temporary:
+        write_lines(temporary, captions(shown))
     whitening, said = components(arguments.kind, shown)
     with atomic(arguments.components) as temporary:
         whitening.save(temporary, {"data": said, "network_sha256": lite0.SHA256})

@@ -28,7 +28,7 @@ def cell(method, value, images="0-499"):
     """A metrics.json as measure() returns it: resampled values of all cells scatter together."""
     common = np.random.default_rng(0).normal(size=intervals.RESAMPLES)
     own = np.random.default_rng(int(value * 1000)).normal(size=intervals.RESAMPLES)
-    resampled = {"latent_mse": value + 0.05 * common + 0.005 * own, "is": 40 - value + 0.05 * common + 0.005 * own}
+    resampled = {"log_latent_mse": value + 0.05 * common + 0.005 * own, "is": 40 - value + 0.05 * common + 0.005 * own}
     row = {"n": N, "extractor": "", "protocol": "ddim", "reference": "", "note": ""}
     return {
         "model": "scenes-class",
@@ -64,7 +64,7 @@ def frame(tmp_path, write_checkpoint):
     return ablations.write(paths, BLOCK, tmp_path / "tables/ablations.csv", tmp_path / "tables/ablations.md")
 
 
-def of(frame, row, versus, metric="latent_mse"):
+def of(frame, row, versus, metric="log_latent_mse"):
     (found,) = frame[(frame["row"] == row) & (frame["versus"] == versus) & (frame["metric"] == metric)].itertuples()
     return found
 
@@ -100,21 +100,21 @@ def test_the_table_for_people_says_better_only_where_the_interval_does(frame, tm
     words = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
     assert " worse |" in words["quest-groups-1"] and "| 50% |" in words["quest-groups-1"]
     assert "worse" not in words["full-finetune"] and "better" not in words["full-finetune"]
-    assert words["quest"].count("| – |") and "latent MSE to FP | minus that of quest" in words["row"]
+    assert words["quest"].count("| – |") and "log10 latent MSE to FP | minus that of quest" in words["row"]
     assert "4 comparisons" in lines[-1]
 
 
 def test_the_figure_has_a_line_for_every_row(frame, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
-    figures.paired_differences(frame, "quest", "latent_mse", tmp_path / "ablations.png")
+    figures.paired_differences(frame, "quest", "log_latent_mse", tmp_path / "ablations.png")
     (axes,) = drawn[0].axes
     names = [text.get_text() for text in axes.get_yticklabels()]
     assert names == ["q-diffusion", "quest-groups-1", "q-diffusion-groups", "full-finetune"]
     legend = {text.get_text() for text in drawn[0].legends[0].get_texts()}
     assert legend == {"worse", "not told apart"}
-    with pytest.raises(ValueError, match="no difference to 'rtn' in 'latent_mse'"):
-        figures.paired_differences(frame, "rtn", "latent_mse", tmp_path / "ablations.png")
+    with pytest.raises(ValueError, match="no difference to 'rtn' in 'log_latent_mse'"):
+        figures.paired_differences(frame, "rtn", "log_latent_mse", tmp_path / "ablations.png")
 
 
 def test_what_cannot_be_compared_is_an_error(tmp_path):

@@ -252,7 +252,7 @@ def test_what_other_rules_made_is_taken(run, tmp_path, monkeypatch):
     full = shutil.copytree(run, tmp_path / "tiny")
     columns = {"model": "scenes-class", "bits": "w4a4", "metric": "fid_to_fp", "method": "quest"}
     seeds = columns | {"versus": "rtn", "value": -2.0, "low": -3.0, "high": -1.0, "seeds": "0,1,2", "better": "quest"}
-    pd.DataFrame([seeds, seeds | {"metric": "latent_mse", "better": "neither"}]).to_csv(full / "tables/seeds.csv")
+    pd.DataFrame([seeds, seeds | {"metric": "log_latent_mse", "better": "neither"}]).to_csv(full / "tables/seeds.csv")
     pd.DataFrame([{"switch": "no groups", "difference": 0.25}]).to_csv(full / "tables/ablations.csv", index=False)
     shutil.copy(full / "figures/eps_error_vs_timestep.png", full / "figures/sensitivity.png")
     (full / "questions").mkdir()
@@ -274,8 +274,8 @@ def test_what_other_rules_made_is_taken(run, tmp_path, monkeypatch):
     said = said[said.rindex("In words") :]
     assert said.split()[2] == "W4A4" and "W8A8" not in said
     assert "In FID to FP, quest is better than rtn on scenes-class." in said
-    assert "In latent MSE to FP, quest is not told apart from rtn on scenes-class." in said
-    assert texts(page.matrices[-1][0])[:3] == ["", "latent MSE to FP", "FID to FP"]
+    assert "In log10 latent MSE to FP, quest is not told apart from rtn on scenes-class." in said
+    assert texts(page.matrices[-1][0])[:3] == ["", "log10 latent MSE to FP", "FID to FP"]
     assert texts(page.matrices[-1][1])[:3] == ["rtn", "○", "▲"]
     assert texts(page.tables["ablations-table"][1]) == ["no groups", "0.25"]
     slow, fast = page.tables["kernels-1"][1:]
@@ -293,7 +293,7 @@ def test_questions_that_show_a_missing_image(tmp_path):
 def test_verdicts_take_the_fewest_bits_first(run, page):
     paired = pd.read_csv(run / "tables/paired.csv")
     assert [found["bits"] for found in verdicts.verdict_sentences(paired, "quest")] == ["w4a4", "w8a8"]
-    assert "In latent MSE to FP" in page.sections["verdicts"]
+    assert "In log10 latent MSE to FP" in page.sections["verdicts"]
     assert len(page.matrices) == 2 and [texts(row)[0] for row in page.matrices[0]] == ["", "rtn", "full precision"]
 
 

@@ -81,10 +81,10 @@ def evidence() -> Evidence:
 
 
 def test_rows_are_told_apart_by_their_paired_interval_or_said_not_to_have_run(evidence):
-    assert "worse in latent MSE" in questions.against(evidence, "quest-groups-1", "quest-suite")
-    assert "better in latent MSE" in questions.against(evidence, "quest-suite", "quest-groups-1")
+    assert "worse in log10 latent MSE" in questions.against(evidence, "quest-groups-1", "quest-suite")
+    assert "better in log10 latent MSE" in questions.against(evidence, "quest-suite", "quest-groups-1")
     # Each alone is far wider than what parts the two; but the difference is smaller than its own interval.
-    assert "not told apart in latent MSE" in questions.against(evidence, "quest-joint", "quest-suite")
+    assert "not told apart in log10 latent MSE" in questions.against(evidence, "quest-joint", "quest-suite")
     assert (
         questions.against(evidence, "quest-wide", "quest-suite")
         == "quest-wide against quest-suite: NOT RUN (quest-wide)."
@@ -96,7 +96,7 @@ def test_what_diverged_is_named_and_neither_wins_nor_ties(evidence):
     broken["rows"][0]["value"] = float("nan")  # of latent MSE; the other metrics stay finite
     evidence.cells["quest-joint"] = broken
     assert questions.against(evidence, "quest-joint", "quest-suite") == (
-        "quest-joint against quest-suite: diverged in latent MSE to FP, diverged in FID to FP, diverged in "
+        "quest-joint against quest-suite: diverged in log10 latent MSE to FP, diverged in FID to FP, diverged in "
         "noise-prediction error."
     )
     assert "quest-joint diverged in FID to FP" in questions.against(evidence, "quest-suite", "quest-joint")
@@ -135,7 +135,7 @@ def test_tables_are_tidy(evidence):
     (inference,) = inference_rows(evidence)
     assert inference["difference"] == pytest.approx(2e-4) and inference["low"] > 0
     compared = pd.DataFrame(comparisons_rows(evidence)).set_index(["row", "metric"])
-    assert compared.loc[("quest-groups-1", "latent_mse"), "verdict"] == "worse"
+    assert compared.loc[("quest-groups-1", "log_latent_mse"), "verdict"] == "worse"
     assert {"variant", "error", "value", "low", "high"} <= set(pd.DataFrame(tunings_rows(evidence)))
 
 

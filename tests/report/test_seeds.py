@@ -11,7 +11,7 @@ from quest.report import seeds
 N, SPREAD = 500, 0.05
 
 
-def cell(method, value, metric="latent_mse", images="0-499"):
+def cell(method, value, metric="log_latent_mse", images="0-499"):
     """A metrics.json as measure() returns it: resampled values of all cells scatter together."""
     common = np.random.default_rng(0).normal(size=intervals.RESAMPLES)
     own = np.random.default_rng(int(value * 100) if math.isfinite(value) else 0).normal(size=intervals.RESAMPLES)
@@ -89,6 +89,6 @@ def test_files(tmp_path):
         paths[-1].write_text(json.dumps(one), encoding="utf-8")
     seeds.write(paths, tmp_path / "tables")
     text = (tmp_path / "tables" / "seeds.md").read_text(encoding="utf-8")
-    assert "| scenes-text | w4a4 | latent MSE to FP | quest | q-diffusion | -1.00 ± 0.25 |" in text
+    assert "| scenes-text | w4a4 | log10 latent MSE to FP | quest | q-diffusion | -1.00 ± 0.25 |" in text
     assert "Quantization seeds 0,1,2" in text and "n = 500, evaluation seeds 0-499" in text
     assert (tmp_path / "tables" / "seeds.csv").read_text(encoding="utf-8").count("\n") == 4

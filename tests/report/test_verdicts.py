@@ -28,15 +28,15 @@ def paired_rows(outcomes):
               "(b); not told apart on 1 of 3 models (c).")],
         ),
         (
-            {("rtn", "fid"): ["neither"] * 3, ("rtn", "latent_mse"): ["neither"] * 3},
-            [("same", "In latent MSE to FP and FID, quest's checkpoint is not told apart from rtn's on all 3 models.")],
+            {("rtn", "fid"): ["neither"] * 3, ("rtn", "log_latent_mse"): ["neither"] * 3},
+            [("same", "In log10 latent MSE to FP and FID, quest's checkpoint is not told apart from rtn's on all 3 models.")],
         ),
         (
             {("rtn", "fid"): ["quest", "rtn diverged", "quest diverged"],
-             ("rtn", "latent_mse"): ["quest diverged"] * 3},
+             ("rtn", "log_latent_mse"): ["quest diverged"] * 3},
             [("mixed", "In FID, quest's checkpoint is better than rtn's on 1 of 3 models (a); quest diverged on 1 of 3 "
               "models (c); rtn diverged on 1 of 3 models (b)."),
-             ("worse", "In latent MSE to FP, quest diverged on all 3 models.")],
+             ("worse", "In log10 latent MSE to FP, quest diverged on all 3 models.")],
         ),
         (
             {("rtn", "fid"): ["rtn diverged", "neither (both diverged)", "rtn diverged"]},
@@ -69,14 +69,14 @@ def test_the_matrix_has_an_outcome_for_each_model():
     rows = paired_rows(
         {
             ("rtn", "fid"): ["quest", "rtn", "neither"],
-            ("rtn", "latent_mse"): ["quest"] * 3,
+            ("rtn", "log_latent_mse"): ["quest"] * 3,
             ("fp", "fid"): ["fp", "fp", "neither"],
         }
     )
-    rows = rows[~((rows["metric"] == "latent_mse") & (rows["model"] == "b"))]
+    rows = rows[~((rows["metric"] == "log_latent_mse") & (rows["model"] == "b"))]
     (found,) = verdicts.verdict_matrix(rows, "quest")
     assert (found["bits"], found["models"]) == ("w4a4", ["a", "b", "c"])
-    assert found["metrics"] == ["latent MSE to FP", "FID"]
+    assert found["metrics"] == ["log10 latent MSE to FP", "FID"]
     assert found["rows"] == [
         {"versus": "rtn", "cells": [["better", None, "better"], ["better", "worse", "neither"]]},
         {"versus": "full precision", "cells": [[None, None, None], ["worse", "worse", "neither"]]},

@@ -54,9 +54,9 @@ class Project:
             return
         for name, outputs in OUTPUTS.items():
             self.write(f"workflow/scripts/{name}.py", STUB.format(outputs=outputs, tables=TABLES))
-        for model in ("scenes-uncond", "scenes-class", "scenes-text", "photos-class"):
+        for model in ("scenes-uncond", "scenes-class", "scenes-text", "photos-class", "photos-uncond", "emoji-text"):
             self.write(f"resources/zoo/{model}/unet/weights.safetensors", "")
-        for file in ("scenes.npz", "photos.npz", "lite0-photos.safetensors"):
+        for file in ("scenes.npz", "photos.npz", "emoji.npz", "lite0-photos.safetensors", "lite0-emoji.safetensors"):
             self.write(f"resources/reference/{file}", "")
         self.write("resources/references.bib", "")
         self.write("resources/published.csv", "")

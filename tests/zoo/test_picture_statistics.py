@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from quest.diffusion.models import EMOJI_LINES, MODELS
 from quest.metrics import LITE0, lite0, weights
 from quest.metrics.features import extract
 from quest.metrics.frechet import load_reference
@@ -28,6 +29,24 @@ def test_components_are_fitted_to_training_pictures_and_the_reference_to_others(
     assert made.features == pytest.approx(extract(images[80:88], "lite0-photos")["pool"], abs=0.02)
     train = extract(images[:80], "lite0-photos")["pool"]
     assert np.allclose(np.cov(train.T), np.eye(64), atol=0.01)
+
+
+def test_captions_to_sample_with_are_of_the_training_split_and_do_not_repeat(monkeypatch):
+    monkeypatch.setattr(picture_statistics, "EMOJI_LINES", {"evaluation": (0, 4), "calibration": (4, 6)})
+    captions = [f"noto emoji: {i}" for i in range(12)]
+    split = np.array(["train"] * 8 + ["evaluation"] * 4)
+    shown = Pictures(np.zeros((12, 64, 64, 3), np.uint8), split, captions=captions, concepts=["a"] * 6 + list("bcdefg"))
+    drawn = picture_statistics.captions(shown)
+    assert len(set(drawn)) == 6 and set(drawn) <= set(captions[:8])
+    assert picture_statistics.captions(Pictures(shown.images, split)) == []
+
+
+def test_every_split_has_captions_of_its_own():
+    model = MODELS["emoji-text"]
+    of = {split: model.conditions(split, range(end - start))["prompt"] for split, (start, end) in EMOJI_LINES.items()}
+    assert sum(map(len, of.values())) == len(set().union(*of.values()))
+    with pytest.raises(ValueError, match="'evaluation' has fewer than 2001 captions"):
+        model.conditions("evaluation", [2000])
 
 
 @pytest.mark.parametrize("name", LITE0)

@@ -21,7 +21,7 @@ from quest.config import (
 )
 from quest.config.schema import renamed
 from quest.diffusion.declared import PROTOCOL, of_config
-from quest.metrics import LITE0
+from quest.metrics import LITE0, SHIPPED_CLIPS
 from quest.planning import keep
 from quest.runtime import memory
 from quest.runtime.provenance import CONFIG, config_hash
@@ -145,9 +145,9 @@ def networks(wc):
 
 def network(name):
     """The input that represents a network: its shipped weights, or the record that its download was checked."""
-    if name.startswith("scenes"):
-        return shipped("scenes-clip" if name == "scenes-clip" else f"{name}-extractor")
-    if name == "photos-classifier":
+    if name == "scenes":
+        return shipped("scenes-extractor")
+    if name in SHIPPED_CLIPS or name == "photos-classifier":
         return shipped(name)
     if name in LITE0:
         return [f"resources/reference/{name}.safetensors"]

@@ -24,6 +24,7 @@ rule zoo_pictures:
     input:
         expand("results/zoo/{model}", model=ZOO_PICTURES),
         expand("results/zoo/{kind}-reference.npz", kind=ZOO_DATA),
+        "results/zoo/emoji-clip",
 
 
 rule zoo_emoji:
@@ -65,6 +66,7 @@ rule zoo_picture_statistics:
     output:
         components=ensure("results/zoo/lite0-{kind}.safetensors", non_empty=True),
         reference=ensure("results/zoo/{kind}-reference.npz", non_empty=True),
+        captions="results/zoo/{kind}-captions.txt",  # empty for photographs
     log:
         "results/zoo/{kind}-statistics.log",
     wildcard_constraints:
@@ -77,7 +79,26 @@ rule zoo_picture_statistics:
         runtime=growing(60),
     shell:
         "python -u -m quest.zoo.picture_statistics {wildcards.kind:q} --data {input:q} --components {output.components:q}"
-        " -o {output.reference:q} --threads {threads:q} > {log:q} 2>&1"
+        " --captions {output.captions:q} -o {output.reference:q} --threads {threads:q} > {log:q} 2>&1"
+
+
+# The image-text model that tells whether an image of emoji shows its caption.
+rule zoo_emoji_clip:
+    input:
+        ZOO_DATA["emoji"],
+    output:
+        directory("results/zoo/emoji-clip"),
+    log:
+        "results/zoo/emoji-clip.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=growing(3000),
+        runtime=growing(120),
+    shell:
+        "python -u -m quest.zoo.train_clip --pictures emoji --data {input:q} -o {output:q} --iterations 2000"
+        " --threads {threads:q} > {log:q} 2>&1"
 
 
 rule zoo_pictures_autoencoder:
@@ -126,6 +147,7 @@ rule zoo_pictures_denoiser:
         autoencoder=lambda wc: f"results/zoo/autoencoder-{ZOO_PICTURES[wc.model]}",
         latents=lambda wc: f"results/zoo/latents-{ZOO_PICTURES[wc.model]}.safetensors",
         data=lambda wc: ZOO_DATA[ZOO_PICTURES[wc.model]],
+        start=lambda wc: "results/zoo/photos-class" if wc.model == "photos-uncond" else [],
     output:
         directory("results/zoo/{model}"),
     log:
@@ -138,9 +160,11 @@ rule zoo_pictures_denoiser:
     resources:
         mem_mb=growing(4000),
         runtime=growing(900),
+    params:
+        start=lambda wc, input: ["--start-from", input.start] if input.start else [],
     shell:
         "python -u -m quest.zoo.train_denoiser {wildcards.model:q} --autoencoder {input.autoencoder:q}"
-        " --latents {input.latents:q} --data {input.data:q} -o {output:q} --threads {threads:q} > {log:q} 2>&1"
+        " {params.start:q} --latents {input.latents:q} --data {input.data:q} -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
 
 rule zoo_autoencoder:

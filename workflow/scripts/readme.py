@@ -126,17 +126,21 @@ def paired_table(file: Path) -> str:
 
     from quest.metrics import METRICS
     from quest.metrics.comparison import outcome
-    from quest.report.rendering import Cell, Table, columns, interval
+    from quest.report.rendering import MISSING, Cell, Table, columns, interval
 
-    shown = ["latent_mse", "fid_to_fp"]
     frame = pd.read_csv(file)
+    shown = [name for name in ("kid_64w", "log_latent_mse", "fid_to_fp") if name in set(frame["metric"])]
     frame = frame[(frame["versus"] != "fp") & (frame["bits"] == frame.groupby("model")["bits"].transform("last"))]
     frame = frame[frame["method"] == frame.groupby("model")["method"].transform("last")]
     heads = columns("model", "bits", "method", "versus", *(METRICS[name].label for name in shown), texts=4)
     lines = []
     for names, rows in frame.groupby(["model", "bits", "method", "versus"], sort=False):
         cells = []
-        for row in (rows[rows["metric"] == name].iloc[0] for name in shown):
+        by_metric = {row["metric"]: row for _, row in rows.iterrows()}
+        for row in map(by_metric.get, shown):
+            if row is None:  # a metric that other models have
+                cells.append(MISSING)
+                continue
             verdict = outcome(row["better"], row["method"])
             cell = interval(row["difference"], row["low"], row["high"], "best" if verdict == "better" else "")
             cells.append(Cell(row["better"]) if verdict.endswith("diverged") else cell)
