@@ -152,6 +152,10 @@ FAULTS = {
     "not a number": (_put(float("nan"), "methods", "quest-suite", "lr_scale"), ["methods.quest-suite.lr_scale: nan"]),
     "seeds of another split": (_put(1_000_001, "models", "scenes-text", "images"), ["images", "maximum of 1000000"]),
     "one trajectory": (_put(1, "models", "scenes-text", "evaluation"), ["evaluation", "minimum of 2"]),
+    "more images than captions that ship": (
+        _put({"images": 2001}, "models", "emoji-text"),
+        ["models.emoji-text.images", "2001 captions", "2000 at most"],
+    ),
     "more images than captions": (
         _put({"images": 10_001, "captions": "c", "tokenizer": "t", "reference": "none"}, "models", "sd14"),
         ["models.sd14.images: 10001", "those of 10000 at most"],

@@ -260,9 +260,7 @@ def missing_files(config: dict, model: str, keys: Iterable[str]) -> list[str]:
 
 def _check_captions(model, settings: dict, config: dict) -> None:
     """Raise ConfigError where a model needs more captions than its file may have lines for."""
-    from quest.diffusion.models import CAPTION_LINES
-
-    if model.origin is None or not model.origin.captions:
+    if model.caption_lines is None:
         return
     # The draw of every seed starts with a whole batch, and its last batch is filled up.
     draws = 1 + max(config.get("seeds", {}).get("seed", [0]))
@@ -273,7 +271,8 @@ def _check_captions(model, settings: dict, config: dict) -> None:
         "trajectories": ("calibration", draws * batches * model.batch_size),
     }
     for key, (split, count) in counts.items():
-        most = CAPTION_LINES[split][1] - CAPTION_LINES[split][0]
+        first, end = model.caption_lines[split]
+        most = end - first
         if count > most:
             raise ConfigError(
                 f"models.{model.name}.{key}: {count} captions are needed (whole batches of every seed); for {split} "

@@ -58,6 +58,7 @@ class Model:
     source: Callable[[str, int, int], Sequence] | None = (
         None  # source(split, start, stop) gives labels or captions, fewer if there are no more
     )
+    caption_lines: dict | None = field(default=None, hash=False)  # of a file of captions: split -> first line, end
     # Layer glob -> bits; None: the first and the last layer at 8.
     keep: dict[str, int] | None = field(default_factory=lambda: {"conv_in": 8, "conv_out": 8}, hash=False)
     softmax_bits: int = 8
@@ -279,6 +280,7 @@ MODELS = {
             guidance=3.0,
             conditioning="text",
             source=partial(file_captions, EMOJI_CAPTIONS, EMOJI_LINES),
+            caption_lines=EMOJI_LINES,
             selection="sd",
             split=True,
             activation_ranges="ema",
@@ -352,6 +354,7 @@ MODELS = {
             guidance=7.5,
             conditioning="text",
             source=partial(file_captions, PREPARED / "sd14" / "captions.txt", CAPTION_LINES),
+            caption_lines=CAPTION_LINES,
             selection="sd",
             activation_ranges="ema",
             batch_size=16,

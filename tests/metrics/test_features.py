@@ -96,7 +96,7 @@ def test_bad_input(images, monkeypatch):
     monkeypatch.setitem(features.CLIPS, "tiny", tiny_clip)
     with pytest.raises(ValueError, match="'inception' is not one of scenes, lite0-photos, .*, clean, mean-colour"):
         extract(images, "inception")
-    with pytest.raises(ValueError, match="clip: 'ViT-H-14' is not one of scenes-clip, ViT-B-16, tiny"):
+    with pytest.raises(ValueError, match="clip: 'ViT-H-14' is not one of scenes-clip, emoji-clip, ViT-B-16, tiny"):
         extract(images, "mean-colour", "ViT-H-14", ["a"] * 7)
     with pytest.raises(ValueError, match=r"uint8 array \[N, H, W, 3\], got float32 \(7, 16, 16, 3\)"):
         extract(images.astype(np.float32), "mean-colour")
