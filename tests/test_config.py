@@ -36,8 +36,8 @@ def test_shipped_configs_are_valid(file):
 
 def test_default_grid(default):
     cells = runs(default)
-    assert len(cells) == len(set(cells)) == 3 * (1 + 5 * 3)
-    assert Run("scenes-text", "quest-suite", "w4a8").path == "scenes-text/quest-suite/w4a8"
+    assert len(cells) == len(set(cells)) == 3 * (1 + 2 + 3 + 6)
+    assert Run("emoji-text", "quest-suite", "w4a8").path == "emoji-text/quest-suite/w4a8"
     assert [run.bits for run in cells if run.method == "fp"] == ["w32a32"] * 3
 
 
@@ -84,7 +84,7 @@ def places(value, path=()):
 
 
 def test_no_value_of_another_kind_is_taken_anywhere(default):
-    default["models"]["scenes-text"] |= {"shards": 2, "trajectories": 8, "evaluation": 4, "keep_images": True}
+    default["models"]["emoji-text"] |= {"shards": 2, "trajectories": 8, "evaluation": 4, "keep_images": True}
     default["seeds"] = {"method": ["quest-suite"], "bits": ["w4a4"], "seed": [0, 1]}
     default["methods"]["quest-suite"] |= {
         "samples": 4, "lr_scale": 1e-4, "global_weight": 0.5, "log_scales": False, "keep": {"conv_in": [8, 32]},
@@ -120,10 +120,10 @@ FAULTS = {
     "unknown key": (_put({}, "modles"), ["config", "'modles'", "did you mean 'models'", "grid"]),
     "missing key": (lambda config: config.pop("grid"), ["config", "'grid' is missing"]),
     "unknown model": (
-        _put({"images": 9}, "models", "scenes-txt"),
-        ["models.scenes-txt", "'scenes-text'", "scenes-class"],
+        _put({"images": 9}, "models", "emoji-txt"),
+        ["models.emoji-txt", "'emoji-text'", "photos-class"],
     ),
-    "model not configured": (_put(["sd14"], "grid", 0, "model"), ["grid[0].model", "'sd14'", "scenes-class"]),
+    "model not configured": (_put(["sd14"], "grid", 0, "model"), ["grid[0].model", "'sd14'", "photos-class"]),
     "unknown method": (
         _put({}, "methods", "rtn_mse"),
         ["methods", "'rtn_mse'", "did you mean 'rtn-mse'", "quest-suite"],
@@ -147,11 +147,11 @@ FAULTS = {
         ["methods.quest-suite.init", "'fp'", "rtn-mse"],
     ),
     "unknown bits": (_put(["w4a9"], "grid", 1, "bits"), ["grid[1].bits", "'w4a9'", "w<2 to 8>a<2 to 8>"]),
-    "whole number as float": (_put(120.0, "models", "scenes-text", "images"), ["images: 120.0", "whole number"]),
+    "whole number as float": (_put(120.0, "models", "emoji-text", "images"), ["images: 120.0", "whole number"]),
     "kept bits as float": (_put({"conv_in": 8.0}, "methods", "rtn", "keep"), ["methods.rtn.keep.conv_in", "2 to 16"]),
     "not a number": (_put(float("nan"), "methods", "quest-suite", "lr_scale"), ["methods.quest-suite.lr_scale: nan"]),
-    "seeds of another split": (_put(1_000_001, "models", "scenes-text", "images"), ["images", "maximum of 1000000"]),
-    "one trajectory": (_put(1, "models", "scenes-text", "evaluation"), ["evaluation", "minimum of 2"]),
+    "seeds of another split": (_put(1_000_001, "models", "emoji-text", "images"), ["images", "maximum of 1000000"]),
+    "one trajectory": (_put(1, "models", "emoji-text", "evaluation"), ["evaluation", "minimum of 2"]),
     "more images than captions that ship": (
         _put({"images": 2001}, "models", "emoji-text"),
         ["models.emoji-text.images", "2001 captions", "2000 at most"],
@@ -176,14 +176,14 @@ FAULTS = {
     "bits no list": (_put("w4a4", "grid", 1, "bits"), ["grid[1].bits", "'w4a4'", "a list"]),
     "quantized full precision": (_put(["w8a8"], "grid", 0, "bits"), ["grid[0]", "fp at w8a8", "w32a32"]),
     "unquantized method": (_put(["w32a32"], "grid", 1, "bits"), ["grid[1]", "rtn at w32a32"]),
-    "images as text": (_put("1e3", "models", "scenes-text", "images"), ["models.scenes-text.images", "'1e3'", "text"]),
-    "too few images": (_put(1, "models", "scenes-text", "images"), ["models.scenes-text.images", "minimum of 2"]),
-    "empty shards": (_put(11, "models", "scenes-text", "shards"), ["models.scenes-text.shards", "11", "1 to 10"]),
+    "images as text": (_put("1e3", "models", "emoji-text", "images"), ["models.emoji-text.images", "'1e3'", "text"]),
+    "too few images": (_put(1, "models", "emoji-text", "images"), ["models.emoji-text.images", "minimum of 2"]),
+    "empty shards": (_put(11, "models", "emoji-text", "shards"), ["models.emoji-text.shards", "11", "1 to 6"]),
     "name taken": (_put("zoo", "name"), ["name", "'zoo'", "another name"]),
     "name of what configs share": (_put("models", "name"), ["name", "'models'", "another name"]),
     "weights that ship": (
-        _put("a.ckpt", "models", "scenes-class", "checkpoint"),
-        ["models.scenes-class.checkpoint", "ships with its own"],
+        _put("a.ckpt", "models", "photos-class", "checkpoint"),
+        ["models.photos-class.checkpoint", "ships with its own"],
     ),
     "weights that do not": (_put({"images": 9}, "models", "imagenet"), ["models.imagenet.checkpoint", "cin256-v2"]),
     "no captions": (_put({"images": 9}, "models", "sd14"), ["models.sd14.captions", "one caption per line"]),
@@ -230,7 +230,7 @@ FAULTS = {
         ["ablations.rows.mine.init", "'adarond'", "did you mean 'adaround'"],
     ),
     "rows against nothing": (_put("qest", "ablations", "against"), ["ablations.against", "'qest'", "quest-suite"]),
-    "rows of no model": (_put("scenes", "ablations", "model"), ["ablations.model", "'scenes'", "scenes-class"]),
+    "rows of no model": (_put("photos", "ablations", "model"), ["ablations.model", "'photos'", "photos-class"]),
     "rows at no bits": (_put("w4a9", "ablations", "bits"), ["ablations.bits", "'w4a9'"]),
     "groups that do not divide the steps": (
         _put(7, "methods", "quest-suite", "time_groups"),
@@ -268,31 +268,31 @@ def test_the_snakefile_imports_nothing_heavy():
 def test_starting_points_are_found_behind_each_other():
     config = {
         "methods": {"fp": {}, "adaround": {}, "q-diffusion": {"init": "adaround"}, "ptqd": {"init": "q-diffusion"}},
-        "grid": [{"model": ["scenes-text"], "method": ["ptqd"], "bits": ["w4a8", "w4a4"]}],
+        "grid": [{"model": ["emoji-text"], "method": ["ptqd"], "bits": ["w4a8", "w4a4"]}],
     }
     found = [run.path for run in starting_points(config, runs(config))]
-    assert found == [f"scenes-text/q-diffusion/{bits}" for bits in ("w4a8", "w4a4")] + ["scenes-text/adaround/w4a32"]
+    assert found == [f"emoji-text/q-diffusion/{bits}" for bits in ("w4a8", "w4a4")] + ["emoji-text/adaround/w4a32"]
 
 
 def test_methods_start_from_a_checkpoint_of_their_bits_or_of_their_weights_alone(default):
     default["methods"] |= {"adaround": {}, "q-diffusion": {"init": "adaround"}, "quest-suite": {"init": "q-diffusion"}}
     validate(default)
-    found = {bits: start_of(default, Run("scenes-text", "q-diffusion", bits)) for bits in ("w4a8", "w4a4", "w8a8")}
+    found = {bits: start_of(default, Run("emoji-text", "q-diffusion", bits)) for bits in ("w4a8", "w4a4", "w8a8")}
     assert found == {
-        "w4a8": Run("scenes-text", "adaround", "w4a32"),
-        "w4a4": Run("scenes-text", "adaround", "w4a32"),
-        "w8a8": Run("scenes-text", "adaround", "w8a32"),
+        "w4a8": Run("emoji-text", "adaround", "w4a32"),
+        "w4a4": Run("emoji-text", "adaround", "w4a32"),
+        "w8a8": Run("emoji-text", "adaround", "w8a32"),
     }
-    assert start_of(default, Run("scenes-text", "quest-suite", "w4a4")) == Run("scenes-text", "q-diffusion", "w4a4")
-    assert start_of(default, Run("scenes-text", "adaround", "w4a32")) is None
+    assert start_of(default, Run("emoji-text", "quest-suite", "w4a4")) == Run("emoji-text", "q-diffusion", "w4a4")
+    assert start_of(default, Run("emoji-text", "adaround", "w4a32")) is None
 
 
 def test_only_methods_that_have_recipes_run_and_weights_only_ones_at_their_bits(default):
     default["methods"]["adaround"] = {}
-    default["grid"].append({"model": ["scenes-text"], "method": ["adaround"], "bits": ["w4a32"]})
+    default["grid"].append({"model": ["emoji-text"], "method": ["adaround"], "bits": ["w4a32"]})
     validate(default)
     default["grid"][-1]["bits"] = ["w4a8"]
-    with pytest.raises(ConfigError, match=r"grid\[2\]: adaround at w4a8; it quantizes weights only, e.g. at w4a32"):
+    with pytest.raises(ConfigError, match=r"grid\[4\]: adaround at w4a8; it quantizes weights only, e.g. at w4a32"):
         validate(default)
 
 
@@ -327,8 +327,8 @@ def test_a_method_stands_in_several_rows(default):
     validate(default)
     assert recipe_of(default, "quest-one-group") == ("quest-suite", {"time_groups": 1})
     assert recipe_of(default, "quest-suite@2") == ("quest-suite", default["methods"]["quest-suite"] | {"seed": 2})
-    start = start_of(default, Run("scenes-text", "q-diffusion@2", "w4a4"))
-    assert start == Run("scenes-text", "weights@2", "w4a32")
+    start = start_of(default, Run("emoji-text", "q-diffusion@2", "w4a4"))
+    assert start == Run("emoji-text", "weights@2", "w4a32")
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_cells_of_several_seeds(default):
     default["seeds"] = {"method": ["rtn-mse", "quest-suite"], "bits": ["w4a4"], "seed": [0, 1]}
     validate(default)
     assert [run.path for run in seed_runs(default)][:4] == [
-        f"scenes-uncond/{method}/w4a4" for method in ("rtn-mse", "rtn-mse@1", "quest-suite", "quest-suite@1")
+        f"photos-uncond/{method}/w4a4" for method in ("rtn-mse", "rtn-mse@1", "quest-suite", "quest-suite@1")
     ]
     assert {run.model for run in seed_runs(default)} == set(default["models"])
     default["seeds"]["method"] = ["q-diff"]
@@ -363,7 +363,7 @@ def test_cells_of_several_seeds(default):
 def test_rows_of_ablations(default):
     cells = ablation_runs(default)
     assert [cell.path for cell in cells[:3]] == [
-        f"scenes-class/{m}/w4a4" for m in ("quest-suite", "q-diffusion", "ptq4dm")
+        f"photos-class/{m}/w4a4" for m in ("quest-suite", "q-diffusion", "ptq4dm")
     ]
     assert {cell.method for cell in cells[3:]} == set(default["ablations"]["rows"])
     assert recipe_of(default, "quest-groups-1") == ("quest-suite", {"init": "adaround", "time_groups": 1})
@@ -372,12 +372,12 @@ def test_rows_of_ablations(default):
         {"init": "adaround", "granularity": "released"},
     )
     assert recipe_of(default, "qalora") == ("qalora", {"init": "adaround"})
-    start = Run("scenes-class", "adaround-ndtc", "w4a32")
-    assert start_of(default, Run("scenes-class", "ptq4dm-groups", "w4a4")) == start
+    start = Run("photos-class", "adaround-ndtc", "w4a32")
+    assert start_of(default, Run("photos-class", "ptq4dm-groups", "w4a4")) == start
     # No weights are made that the grid does not make, but those of the rows on splitting.
     further = set(starting_points(default, cells)) - set(starting_points(default, runs(default)))
     assert {run.path for run in further} == {
-        f"scenes-class/adaround-{name}/w4a32" for name in ("unsplit", "split-conv1")
+        f"photos-class/adaround-{name}/w4a32" for name in ("unsplit", "split-conv1")
     }
     assert recipe_of(default, "q-diffusion-unsplit") == ("q-diffusion", {"init": "adaround-unsplit", "split": False})
     del default["ablations"]

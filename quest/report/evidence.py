@@ -85,6 +85,7 @@ def tunings_rows(evidence: Evidence) -> list[dict]:
         | interval(tuning[error])
         for variant, tuning in evidence.tunings.items()
         for error in ("to_full_precision", "to_noise")
+        if error in tuning
     ]
 
 

@@ -115,8 +115,9 @@ def _tuned(e: Evidence, pairs, metric: str = "to_full_precision") -> list[str]:
     label = {"to_full_precision": "error against full precision", "to_noise": "error against the true noise"}[metric]
     lines = []
     for one, other in pairs:
-        verdict = not_run((one, other), e.tunings)
-        if {one, other} <= set(e.tunings):
+        measured = {variant: tuning for variant, tuning in e.tunings.items() if metric in tuning}
+        verdict = not_run((one, other), measured)
+        if {one, other} <= set(measured):
             comparison = Comparison.of_pairs(e.tunings[one][metric], e.tunings[other][metric])
             verdict = with_number(comparison, comparison.in_words(other), "{0}, {1}")
         lines.append(f"{one} against {other}, {label}: {verdict}.")
@@ -129,10 +130,12 @@ def _tuning_table(e: Evidence, names: dict[str, str]) -> Table:
         if (tuning := e.tunings.get(variant)) is None:
             rows.append([name, *[NOT_RUN] * 3])
             continue
-        errors = [plus_minus(*student(tuning[error])) for error in ("to_full_precision", "to_noise")]
+        kinds = ("to_full_precision", "to_noise")
+        errors = [plus_minus(*student(tuning[kind])) if kind in tuning else NOT_RUN for kind in kinds]
         rows.append([name, *errors, f"{tuning['seconds']:.0f}"])
     sizes = ""
-    if any_tuning := next(iter(e.tunings.values()), None):
+    any_tuning = next(iter(e.tunings.values()), {})
+    if "to_noise" in any_tuning:
         rows.append(["full precision", "0", plus_minus(*student(any_tuning["full_precision_to_noise"])), "–"])
         counts = len(any_tuning["to_full_precision"]), len(any_tuning["to_noise"])
         sizes = f" They are means over {counts[0]} trajectories and {counts[1]} scenes."
@@ -212,6 +215,11 @@ def _real(e: Evidence) -> Answer:
         f"With the global loss alone, {line}" for m in ("to_full_precision", "to_noise") for line in _tuned(e, pairs, m)
     ]
     answer.tables.append(_tuning_table(e, names))
+    if "global-scenes" not in e.tunings:
+        answer.lines.append(
+            f"The real pictures of {e.model} do not ship, so nothing was finetuned on them. The models of drawn scenes "
+            "have theirs: `snakemake questions --configfile workflow/config/scenes.yaml`."
+        )
     return answer
 
 

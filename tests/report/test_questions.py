@@ -91,13 +91,20 @@ def test_rows_are_told_apart_by_their_paired_interval_or_said_not_to_have_run(ev
     )
 
 
+def test_without_real_pictures_nothing_is_said_of_them(evidence):
+    evidence.tunings = {"quest-suite": {key: v for key, v in tuning(0.1).items() if "to_noise" not in key}}
+    text = questions.document(evidence)
+    assert "NOT RUN (global-noise, global-scenes)" in text and "real pictures of m do not ship" in text
+    assert len(tunings_rows(evidence)) == 1
+
+
 def test_what_diverged_is_named_and_neither_wins_nor_ties(evidence):
     broken = cell("quest-joint", 0.001)
     broken["rows"][0]["value"] = float("nan")  # of latent MSE; the other metrics stay finite
     evidence.cells["quest-joint"] = broken
     assert questions.against(evidence, "quest-joint", "quest-suite") == (
-        "quest-joint against quest-suite: diverged in log10 latent MSE to FP, diverged in FID to FP, diverged in "
-        "noise-prediction error."
+        "quest-joint against quest-suite: diverged in log10 latent MSE to FP, diverged in KID-64w, diverged in "
+        "FID to FP, diverged in noise-prediction error."
     )
     assert "quest-joint diverged in FID to FP" in questions.against(evidence, "quest-suite", "quest-joint")
     assert "| quest-joint | diverged | diverged | diverged |" in questions.document(evidence)

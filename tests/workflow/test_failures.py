@@ -15,16 +15,16 @@ from quest.runtime.files import read_arrays
 
 def test_memory_and_time_grow_with_every_attempt(stubbed):
     stubbed.write("workflow/scripts/trajectories.py", "raise SystemExit('no')")
-    said = stubbed.snakemake("--retries", "2", "results/default/scenes-class/calibration.safetensors").stdout
+    said = stubbed.snakemake("--retries", "2", "results/default/photos-class/calibration.safetensors").stdout
     assert re.findall(r"runtime=(\d+)", said) == ["30", "60", "90"]
     assert re.findall(r"mem_mb=(\d+)", said) == ["2000", "4000", "6000"]
 
 
 def test_an_empty_output_is_no_output(stubbed):
     stubbed.write("workflow/scripts/trajectories.py", STUB_EMPTY)
-    run = stubbed.snakemake("results/default/scenes-class/calibration.safetensors")
+    run = stubbed.snakemake("results/default/photos-class/calibration.safetensors")
     assert run.returncode != 0 and "empty" in run.stdout
-    assert not (stubbed.folder / "results/default/scenes-class/calibration.safetensors").exists()
+    assert not (stubbed.folder / "results/default/photos-class/calibration.safetensors").exists()
 
 
 STUB_EMPTY = """
@@ -65,8 +65,8 @@ def test_a_layer_that_no_model_has_stops_the_run_before_its_first_job(project):
 
 def test_a_failed_job_tells_where_its_log_is(stubbed):
     stubbed.write("workflow/scripts/trajectories.py", "raise SystemExit('layer conv_in: the input is constant')")
-    run = stubbed.snakemake("results/default/scenes-class/calibration.safetensors")
-    log = "results/default/scenes-class/trajectories.log"
+    run = stubbed.snakemake("results/default/photos-class/calibration.safetensors")
+    log = "results/default/photos-class/trajectories.log"
     assert run.returncode != 0 and f"log: {log}" in run.stdout
     assert (stubbed.folder / log).read_text(encoding="utf-8") == "layer conv_in: the input is constant\n"
 
@@ -86,7 +86,7 @@ with atomic(sys.argv[sys.argv.index("-o") + 1]) as file:
 
 def test_a_run_killed_in_mid_write_resumes(stubbed):
     stubbed.write("workflow/scripts/quantize.py", SLOW_WRITER)
-    cell = stubbed.folder / "results/default/scenes-class/rtn/w4a4"
+    cell = stubbed.folder / "results/default/photos-class/rtn/w4a4"
     target = str((cell / "model.safetensors").relative_to(stubbed.folder))
     with (stubbed.folder / "killed.log").open("w", encoding="utf-8") as log:
         run = subprocess.Popen(**stubbed.command(target), stdout=log, stderr=log, start_new_session=True)

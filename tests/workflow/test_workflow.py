@@ -280,9 +280,9 @@ def test_the_report_takes_what_is_there_and_starts_nothing_else(finished):
 
 def test_ablations_reuse_the_default_cells_and_change_one_thing_each(stubbed):
     rows = stubbed.config()["ablations"]["rows"]
-    stubbed.write("results/default/scenes-class/quest-joint/w4a4/metrics.json", "")
+    stubbed.write("results/default/photos-class/quest-joint/w4a4/metrics.json", "")
     commands = stubbed.planned("ablations", "paper_tables")
-    cell = "results/default/scenes-class"
+    cell = "results/default/photos-class"
     made_at = {words[words.index("-o") + 1]: words for words in of(commands, "quantize")}
     quantized = {path.removeprefix(f"{cell}/"): words for path, words in made_at.items()}
     bases = {"adaround/w4a32", "adaround-ndtc/w4a32", "quest-suite/w4a4", "q-diffusion/w4a4", "ptq4dm/w4a4"}
@@ -308,15 +308,17 @@ def test_ablations_reuse_the_default_cells_and_change_one_thing_each(stubbed):
 
 
 def test_questions_take_the_rows_that_have_been_run(stubbed):
-    row = "results/default/scenes-class/quest-wide/w4a4/metrics.json"
+    row = "results/default/photos-class/quest-wide/w4a4/metrics.json"
     stubbed.write(row, "{}")
     commands = stubbed.planned("questions")
     (answers,) = of(commands, "questions")
     cells = answers[answers.index("--cells") + 1 : answers.index("--taylor")]
-    assert row in cells and "results/default/scenes-class/q-diffusion/w4a4/metrics.json" in cells
+    assert row in cells and "results/default/photos-class/q-diffusion/w4a4/metrics.json" in cells
     assert not any("quest-joint" in cell for cell in cells)
     data = {words[words.index("--data") + 1] for words in of(commands, "tuning")}
-    assert data == {"trajectories", "scenes", "noise"}
+    assert data == {"trajectories"}  # photographs do not ship, scenes are drawn
+    drawn = of(stubbed.planned("questions", "--configfile", "workflow/config/scenes.yaml"), "tuning")
+    assert {words[words.index("--data") + 1] for words in drawn} == {"trajectories", "scenes", "noise"}
     for script in ("activations", "temporal", "sensitivity"):
         assert {words[3] for words in of(commands, script)} == set(stubbed.config()["models"])
     del (config := stubbed.config())["questions"]

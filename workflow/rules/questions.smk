@@ -14,6 +14,9 @@ TUNINGS = {
     "global-scenes": (GLOBAL, "scenes"),
     "global-noise": (GLOBAL, "noise"),
 }
+# A program draws the pictures of scenes. Photographs and emoji do not ship, so no question can ask for them.
+if not QUESTIONS.get("model", "").startswith("scenes"):
+    TUNINGS = {variant: (recipe, data) for variant, (recipe, data) in TUNINGS.items() if data == "trajectories"}
 ANSWERS = ["questions.md", "findings.md", "taylor.csv", "tunings.csv", "inference.csv", "comparisons.csv"]
 ANSWERS += ["figures/taylor.png", "figures/signals.png"]
 
