@@ -41,7 +41,8 @@ def test_every_config_runs_its_own_recipes(stubbed, name):
     commands = stubbed.planned(*([] if name == "default" else ["--configfile", f"workflow/config/{name}.yaml"]))
     config = stubbed.config(name)
     recipes = {(words[4], words[words.index("--recipe") + 1]) for words in of(commands, "quantize")}
-    rows = {name: dict(recipe) for name, recipe in config["methods"].items() if name != "fp"}
+    used = {run.method for run in runs(config) + starting_points(config, runs(config))}
+    rows = {name: dict(recipe) for name, recipe in config["methods"].items() if name in used - {"fp"}}
     assert recipes == {(row.pop("method", name), json.dumps(row, sort_keys=True)) for name, row in rows.items()}
     # What another method starts from keeps float weights.
     starts = [f"results/{name}/{run.path}/model.safetensors" for run in starting_points(config, runs(config))]
@@ -237,7 +238,7 @@ def test_a_key_that_stands_twice_stops_a_run(stubbed):
 
 
 def test_another_quantization_seed_has_its_own_calibration_and_start(stubbed):
-    config = stubbed.config() | {"models": {"scenes-class": {"images": 500}}}
+    config = stubbed.config("scenes") | {"name": "default", "models": {"scenes-class": {"images": 500}}}
     config["grid"] = [{"model": ["scenes-class"], "method": ["quest-suite"], "bits": ["w4a4"]}]
     config["seeds"] = {"method": ["quest-suite"], "bits": ["w4a4"], "seed": [0, 1]}
     stubbed.configure(config)
