@@ -4,6 +4,7 @@
 ZOO_DENOISERS = ["scenes-text", "scenes-class", "scenes-uncond"]
 # Models of real pictures -> the kind of pictures. Each kind has its own autoencoder and latents.
 ZOO_PICTURES = {"emoji-text": "emoji", "photos-class": "photos", "photos-uncond": "photos"}
+PICTURE_JUDGES = {"emoji-text": "results/zoo/emoji-clip", "photos-class": "results/zoo/photos-classifier"}
 ZOO_DATA = {"emoji": "results/zoo/emoji.npz", "photos": "results/zoo/photos.data"}
 
 
@@ -11,6 +12,7 @@ localrules:
     zoo,
     zoo_pictures,
     zoo_accept,
+    zoo_pictures_accept,
 
 
 rule zoo:
@@ -19,12 +21,12 @@ rule zoo:
         expand("results/zoo/{denoiser}{part}", denoiser=ZOO_DENOISERS, part=["", ".json", ".png"]),
 
 
-# Trains the models of real pictures: about 20 hours of CPU time. The data need npm, librsvg and internet access.
+# Trains the models of real pictures and judges them: about 10 hours of CPU time. The data need npm, librsvg and internet
+# access.
 rule zoo_pictures:
     input:
-        expand("results/zoo/{model}", model=ZOO_PICTURES),
+        expand("results/zoo/{model}{part}", model=ZOO_PICTURES, part=["", ".json", ".png"]),
         expand("results/zoo/{kind}-reference.npz", kind=ZOO_DATA),
-        "results/zoo/emoji-clip",
 
 
 rule zoo_emoji:
@@ -80,6 +82,24 @@ rule zoo_picture_statistics:
     shell:
         "python -u -m quest.zoo.picture_statistics {wildcards.kind:q} --data {input:q} --components {output.components:q}"
         " --captions {output.captions:q} -o {output.reference:q} --threads {threads:q} > {log:q} 2>&1"
+
+
+# The network that tells whether a photograph shows its class. It does not ship: see docs/protocols.md.
+rule zoo_photos_classifier:
+    input:
+        ZOO_DATA["photos"],
+    output:
+        directory("results/zoo/photos-classifier"),
+    log:
+        "results/zoo/photos-classifier.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=growing(3000),
+        runtime=growing(120),
+    shell:
+        "python -u -m quest.zoo.train_classifier --data {input:q} -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
 
 # The image-text model that tells whether an image of emoji shows its caption.
@@ -165,6 +185,54 @@ rule zoo_pictures_denoiser:
     shell:
         "python -u -m quest.zoo.train_denoiser {wildcards.model:q} --autoencoder {input.autoencoder:q}"
         " {params.start:q} --latents {input.latents:q} --data {input.data:q} -o {output:q} --threads {threads:q} > {log:q} 2>&1"
+
+
+# Distances to held-out pictures, whether samples show what was asked for, copies, and a grid: look at them first.
+rule zoo_pictures_judge:
+    input:
+        model="results/zoo/{model}",
+        data=lambda wc: ZOO_DATA[ZOO_PICTURES[wc.model]],
+        judge=lambda wc: PICTURE_JUDGES.get(wc.model, []),
+    output:
+        numbers=ensure("results/zoo/{model}.json", non_empty=True),
+        grid=ensure("results/zoo/{model}.png", non_empty=True),
+    log:
+        "results/zoo/{model}.judge.log",
+    wildcard_constraints:
+        model="|".join(ZOO_PICTURES),
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=growing(4000),
+        runtime=growing(60),
+    params:
+        judge=lambda wc, input: ["--judge", input.judge] if input.judge else [],
+    shell:
+        "python -u -m quest.zoo.acceptance {input.model:q} --model {wildcards.model:q} --data {input.data:q}"
+        " {params.judge:q} -o {output.numbers:q} --grid {output.grid:q} --threads {threads:q} > {log:q} 2>&1"
+
+
+# This rule replaces the models of pictures that the suite ships, with their statistics and captions.
+rule zoo_pictures_accept:
+    input:
+        rules.zoo_pictures.input,
+    log:
+        "results/zoo/accept_pictures.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=200,
+        runtime=5,
+    params:
+        folders=expand("results/zoo/{part}", part=[*ZOO_PICTURES, "emoji-clip"]),
+        accepted=expand("resources/zoo/{part}", part=[*ZOO_PICTURES, "emoji-clip"]),
+        components=expand("results/zoo/lite0-{kind}.safetensors", kind=ZOO_DATA),
+    shell:
+        "{{ cp -rv {params.folders:q} -t resources/zoo && cp -v {params.components:q} -t resources/reference"
+        " && for kind in emoji photos; do cp -v results/zoo/$kind-reference.npz resources/reference/$kind.npz; done"
+        " && cp -v results/zoo/emoji-captions.txt resources/reference"
+        " && python -m quest.runtime.sums {params.accepted:q}; }} > {log:q} 2>&1"
 
 
 rule zoo_autoencoder:
