@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from quest.metrics import clip
 from quest.metrics.features import clip_features
 from quest.zoo import emoji_data, latents, pictures, train_autoencoder, train_clip, train_denoiser
+from quest.zoo.architectures import build_unet
 from quest.zoo.vocabulary import MAX_LENGTH, build_tokenizer, caption_words, encode
 
 STYLES = ("noto", "twemoji", "fluent flat", "fluent modern")
@@ -156,6 +157,18 @@ def test_resumed_training_on_photographs_equals_an_uninterrupted_one(name, laten
     for file in (tmp_path / "whole").rglob("*.safetensors"):
         other = load_file(tmp_path / "cut" / file.relative_to(tmp_path / "whole"))
         assert all(x.equal(other[key]) for key, x in load_file(file).items())
+
+
+def test_an_unconditional_model_starts_from_the_convolutions_of_a_conditional_one(tmp_path):
+    other, unet = build_unet("photos-class"), build_unet("photos-uncond")
+    other.save_pretrained(tmp_path / "unet")
+    attention = unet.mid_block.attentions[0].to_q.weight.clone()
+    assert 0.6 < train_denoiser.copy_weights(unet, tmp_path) < 0.9
+    theirs = other.mid_block.resnets[0].conv1.weight
+    assert torch.equal(unet.mid_block.resnets[0].conv1.weight, theirs)
+    assert torch.equal(unet.mid_block.attentions[0].to_q.weight, attention)
+    with pytest.raises(ValueError, match="no tensor of its denoiser"):
+        train_denoiser.copy_weights(torch.nn.Linear(2, 2), tmp_path)
 
 
 def test_emoji_model_learns_from_captions_and_draws_concepts_evenly(emoji):
