@@ -24,9 +24,7 @@ def photo_labels(split: str, start: int, stop: int) -> Sequence[int]:
     return [index % 10 for index in range(start, stop)]
 
 
-def file_captions(
-    file: Path, lines: Mapping[str, tuple[int, int]], split: str, start: int, stop: int
-) -> Sequence[str]:
+def file_captions(file: Path, lines: Mapping[str, tuple[int, int]], split: str, start: int, stop: int) -> Sequence[str]:
     """Captions of images start .. stop - 1 of a split, fewer if there are no more.
 
     `lines` has the first line of a split in the file, and the line after its last; other splits have none.

@@ -10,7 +10,18 @@ from quest.metrics import METRICS
 from quest.metrics.comparison import Comparison
 from quest.metrics.intervals import student
 from quest.report import rendering
-from quest.report.answers import NOT_RUN, Answer, against, comparisons, in_words, not_run, seconds, shown, value, with_number
+from quest.report.answers import (
+    NOT_RUN,
+    Answer,
+    against,
+    comparisons,
+    in_words,
+    not_run,
+    seconds,
+    shown,
+    value,
+    with_number,
+)
 from quest.report.evidence import Evidence, inference_rows
 from quest.report.properties import RANGE_KINDS
 from quest.report.rendering import Table, columns, plus_minus
