@@ -55,7 +55,7 @@ MODELS = {
     "emoji-text": Recipe(
         pictures="emoji",
         conditioning="text",
-        iterations=36000,
+        iterations=9000,
         batch_size=64,
         size=16,
         latent_channels=4,
@@ -66,7 +66,7 @@ MODELS = {
         half=True,
     ),
     "photos-class": Recipe(conditioning="class", iterations=21000, **_PHOTOS),
-    "photos-uncond": Recipe(conditioning="none", iterations=60000, **_PHOTOS),
+    "photos-uncond": Recipe(conditioning="none", iterations=10000, **_PHOTOS),
 }
 
 
