@@ -1,5 +1,6 @@
 """The shipped weights do what their READMEs say, on scenes they were not trained on."""
 
+import dataclasses
 import hashlib
 
 import numpy as np
@@ -75,7 +76,7 @@ def test_reference_belongs_to_the_extractor(net):
 
 @torch.no_grad()
 def test_clip_score_tells_captions_apart(unseen):
-    model, preprocess, tokenizer = clip.load()
+    model, preprocess, tokenizer = clip.load(ZOO / "scenes-clip")
     drawn, images = unseen[0][:100], unseen[1][:100]
     image = model.encode_image(torch.stack([preprocess(Image.fromarray(i)) for i in images]), normalize=True)
     text = model.encode_text(tokenizer(drawn.captions()), normalize=True)
@@ -86,7 +87,7 @@ def test_clip_score_tells_captions_apart(unseen):
 
 
 def test_preprocessing_of_clip_is_that_of_training(unseen):
-    _, preprocess, _ = clip.load()
+    _, preprocess, _ = clip.load(ZOO / "scenes-clip")
     assert torch.allclose(preprocess(Image.fromarray(unseen[1][0])), to_tensor(unseen[1][:1])[0], atol=1e-5)
 
 
@@ -102,3 +103,15 @@ def test_unconditional_samples_are_scenes(pipelines, net):
     assert torch.isfinite(latents).all() and len({image.tobytes() for image in images}) == 16
     sure = extractor.outputs(net, to_tensor(images))["logits"].softmax(1).amax(1)
     assert sure.mean() > 0.7
+
+
+def test_emoji_show_their_captions():
+    """Of 100 captions, the image-text model ranks the caption of most samples first; chance is 1 in 100."""
+    model, n = dataclasses.replace(MODELS["emoji-text"], batch_size=12), 12
+    images = np.concatenate([batch[2] for batch in generate(model.load(), model, "evaluation", n)])
+    captions = model.conditions("evaluation", range(100))["prompt"]
+    judge, _, tokenizer = clip.load(ZOO / "emoji-clip")
+    with torch.no_grad():
+        shown = judge.encode_image(to_tensor(images), normalize=True)
+        said = judge.encode_text(tokenizer(captions), normalize=True)
+    assert ((shown @ said.T).argmax(1) == torch.arange(n)).float().mean() > 0.6
