@@ -21,6 +21,7 @@ include: "workflow/rules/references.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/questions.smk"
 include: "workflow/rules/ablations.smk"
+include: "workflow/rules/settle.smk"
 include: "workflow/rules/zoo.smk"
 include: "workflow/rules/kernels.smk"
 

@@ -2,7 +2,7 @@
 `rehearse MODEL`: the same of a published model's architecture with random weights.
 `audit FILE`: what a checkpoint contains, to the byte. `doctor`: what works on this machine. `judge A B`: whether the
 images of A are as good as those of B; the exit code is 0 if they are, 1 if they are worse, 2 if the images cannot tell,
-and 3 for input that cannot be used."""
+and 3 for input that cannot be used. `settle`: every verdict of PROTOCOL.md again, from results/settled alone."""
 
 import argparse
 import sys
@@ -39,6 +39,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--images", type=int, default=200, help="images of a pipeline without prompts (default %(default)s)"
     )
     judge.add_argument("-o", "--output", type=Path, default=Path("judged.html"), help="page (default %(default)s)")
+    settle = commands.add_parser("settle", help="verdicts on methods from results/settled, without a model")
+    settle.add_argument("store", type=Path, nargs="?", default=Path("results/settled"), help="(default %(default)s)")
+    settle.add_argument(
+        "--config", type=Path, default=Path("workflow/config/settle.yaml"), help="(default %(default)s)"
+    )
+    settle.add_argument("-o", "--output", type=Path, help="folder for settled.csv and settled.md; default: none")
     try:
         options = parser.parse_args(arguments)
     except SystemExit as stop:
@@ -46,9 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(3 if stop.code and "judge" in given[:1] else stop.code) from None
     sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a character of the tables
     try:
-        {"plan": _plan, "measure": _measure, "rehearse": _measure, "audit": _audit, "doctor": _doctor, "judge": _judge}[
-            options.command
-        ](options)
+        of_name = {"plan": _plan, "measure": _measure, "rehearse": _measure, "audit": _audit, "doctor": _doctor}
+        (of_name | {"judge": _judge, "settle": _settle})[options.command](options)
     except (ValueError, FileNotFoundError) as error:
         if options.command == "judge":
             print(f"judge: {error}", file=sys.stderr)
@@ -115,6 +120,21 @@ def _judge(options):
     print(verdict.text(), end="")
     print(f"page: {options.output}")
     raise SystemExit(EXIT[verdict.verdict])
+
+
+def _settle(options):
+    from quest.config import read
+    from quest.report.settle import cells, verdicts
+
+    if not options.store.is_dir():
+        raise FileNotFoundError(f"{options.store}: no such folder; valid: results/settled of a checkout")
+    families = read(options.config).get("settle", {}).get("families")
+    if not isinstance(families, dict):
+        raise ValueError(f"{options.config}: settle.families: missing; valid: workflow/config/settle.yaml")
+    judged = verdicts.frame(cells.read(options.store), families)
+    print(verdicts.table(judged).markdown() if len(judged) else "no pair of these families has records yet")
+    if options.output:
+        verdicts.write(judged, options.output)
 
 
 def _has_gpu():

@@ -91,6 +91,7 @@ ROOMS = {
         "quest.planning",
         "quest.doctor",
         "quest.judge",
+        "quest.report",  # settle
     },
 }
 

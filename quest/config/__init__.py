@@ -11,7 +11,7 @@ from quest.runtime import memory
 
 FULL_PRECISION = ("fp", "w32a32")
 NAME = "[a-z0-9][a-z0-9-]{0,99}"  # name of a row, which is also a folder
-SHARED = ("zoo", "models", "checkpoints", "references", "networks")  # folders in results/ that all configs share
+SHARED = ("zoo", "models", "checkpoints", "references", "networks", "settled")  # in results/, of all configs
 FILES = ("checkpoint", "tokenizer", "captions", "reference")  # keys of a model that name a file or folder
 MADE = "results/checkpoints/tiny-"  # start of the paths of checkpoints that a rule makes
 
@@ -136,6 +136,10 @@ def validate(config: dict) -> None:
         _check_sources(model, settings)
         _check_captions(model, settings, config)
         batches = -(-settings["images"] // model.batch_size)
+        if settings.get("first", 0) % model.batch_size:
+            raise ConfigError(
+                f"models.{name}.first: {settings['first']}; valid: a multiple of the batch, {model.batch_size} images"
+            )
         if settings.get("shards", 1) > batches:
             raise ConfigError(
                 f"models.{name}.shards: {settings['shards']} shards of {settings['images']} images in batches of "
@@ -144,6 +148,12 @@ def validate(config: dict) -> None:
     blocks = {f"grid[{i}]": block for i, block in enumerate(config["grid"])}
     if "seeds" in config:
         blocks["seeds"] = {"model": list(config["models"])} | config["seeds"]
+    if "settle" in config:
+        for family, pairs in config["settle"]["families"].items():
+            rows = [name for pair in pairs for name in pair if name != FULL_PRECISION[0]]
+            key = f"settle.families.{family}"
+            blocks[key] = {"model": list(config["models"]), "method": rows, "bits": config["settle"]["bits"]}
+            _check_pairs(key, pairs)
     if "questions" in config:
         question = config["questions"]
         blocks["questions"] = {"model": [question["model"]], "method": ["quest-suite"], "bits": [question["bits"]]}
@@ -172,6 +182,13 @@ def _check_time_groups(config: dict, run: Run, model) -> None:
         raise ConfigError(
             f"{key}.{method}.time_groups: {groups} does not divide the {steps} steps of {run.model}; valid: {valid}"
         )
+
+
+def _check_pairs(key: str, pairs: list) -> None:
+    """Raise ConfigError for a pair of one row, or with full precision first."""
+    for place, (row, versus) in enumerate(pairs):
+        if row == versus or row == FULL_PRECISION[0]:
+            raise ConfigError(f"{key}[{place}]: {row} against {versus}; valid: a row, and another row or fp")
 
 
 def _check_cells(key: str, block: dict, config: dict) -> None:
@@ -266,7 +283,7 @@ def _check_captions(model, settings: dict, config: dict) -> None:
     draws = 1 + max(config.get("seeds", {}).get("seed", [0]))
     batches = -(-settings.get("trajectories", model.trajectories) // model.batch_size)
     counts = {
-        "images": ("evaluation", settings["images"]),
+        "images": ("evaluation", settings.get("first", 0) + settings["images"]),
         "evaluation": ("evaluation", settings.get("evaluation", 16)),
         "trajectories": ("calibration", draws * batches * model.batch_size),
     }

@@ -4,9 +4,9 @@ import functools
 import sys
 
 RENAMED = {"quest": "quest-suite"}  # old name -> present one
-PARTS = ("methods", "grid", "seeds", "ablations")  # of a config, in which methods are named
+PARTS = ("methods", "grid", "seeds", "ablations", "settle")  # of a config, in which methods are named
 LISTED = ("methods", "rows")  # mappings whose keys are methods or rows
-NAMING = ("method", "init", "of", "against")  # keys whose values are
+NAMING = ("method", "init", "of", "against", "families")  # keys whose values are
 
 
 def current(name):
@@ -34,7 +34,8 @@ def _replaced(value, key):
         raise ValueError(
             f"{key}.{twice[0]}: the old name of {RENAMED[twice[0]]}, which stands beside it; leave one out"
         )
-    return {current(name) if key in LISTED else name: _replaced(one, name) for name, one in value.items()}
+    inside = key if key in NAMING else None  # of families, whose pairs stand under names of their own
+    return {current(name) if key in LISTED else name: _replaced(one, inside or name) for name, one in value.items()}
 
 
 @functools.cache  # once in a process

@@ -163,13 +163,18 @@ def generate(
 
 
 def nothing(
-    pipe: DiffusionPipeline, model: Model, n: int, shard: tuple[int, int] = (0, 1), skip: Collection[int] = ()
+    pipe: DiffusionPipeline,
+    model: Model,
+    n: int,
+    shard: tuple[int, int] = (0, 1),
+    first: int = 0,
+    skip: Collection[int] = (),
 ) -> Iterator[tuple[np.ndarray, torch.Tensor, np.ndarray]]:
     """What `generate` yields where every noise prediction is NaN, as of a method that diverged: latents of NaN, and
     black images. Shapes are those of one batch of `pipe`, which is in full precision."""
     ((_, latents, images),) = generate(pipe, model, "evaluation", model.batch_size)
-    for start in (start for start in batches(model, n, shard) if start not in skip):
-        index = np.arange(start, min(start + model.batch_size, n))
+    for start in (start for start in batches(model, n, shard, first) if start not in skip):
+        index = np.arange(start, min(start + model.batch_size, first + n))
         yield index, torch.full_like(latents[: len(index)], torch.nan), np.zeros_like(images[: len(index)])
 
 

@@ -170,7 +170,9 @@ def test_results_go_between_the_markers_of_the_readme_and_of_their_page(run, pag
     main = (run / "tables/main.md").read_text(encoding="utf-8").strip()
     assert main in whole and main not in once
     assert "| scenes-class | w4a4 | quest-suite | rtn |" in whole and "| log10 latent MSE to FP | FID to FP |" in whole
-    assert "In log10 latent MSE to FP, PSNR to FP and FID to FP, quest-suite's checkpoint is better than rtn's on" in once
+    assert (
+        "In log10 latent MSE to FP, PSNR to FP and FID to FP, quest-suite's checkpoint is better than rtn's on" in once
+    )
     assert "not on methods" in once
     for link in ("samples-scenes-class-w4a4.png", "main.csv", "paired.csv"):
         assert f"(docs/assets/{link})" in once and f"(assets/{link})" in whole

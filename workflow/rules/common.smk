@@ -20,11 +20,17 @@ from quest.config import (
     validate,
 )
 from quest.config.schema import renamed
+from quest.config.settled import settled_runs, told
 from quest.diffusion.declared import PROTOCOL, of_config
 from quest.metrics import LITE0, SHIPPED_CLIPS
 from quest.planning import keep
+from quest.report.settle import LOOKS, SEEDS, VERSION, identity
 from quest.runtime import memory
 from quest.runtime.provenance import CONFIG, config_hash
+
+HOURS = config.pop("hours", None)  # of `snakemake settle --config hours=6`; no setting of a result
+if HOURS is not None and (not isinstance(HOURS, (int, float)) or isinstance(HOURS, bool) or HOURS <= 0):
+    raise WorkflowError(f"hours: {HOURS!r} is no number above 0")
 
 try:
     check_names([*Path(workflow.basedir, "workflow/config").glob("*.yaml"), *workflow.overwrite_configfiles])
@@ -38,7 +44,8 @@ NAME = config["name"]
 RUNS = runs(config)
 SEED_RUNS = seed_runs(config)
 ABLATION_RUNS = ablation_runs(config)
-STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS + ABLATION_RUNS)
+SETTLE_RUNS = settled_runs(config, SEEDS)
+STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS + ABLATION_RUNS + SETTLE_RUNS)
 METHODS = [*config["methods"], *config.get("ablations", {}).get("rows", {})]
 # {model, bits}: the cell whose questions need finetuning. Properties are measured on every model.
 QUESTIONS = config.get("questions", {})
@@ -184,6 +191,13 @@ def checkpoint_of(wc):
 
 def shards(wc):
     return config["models"][wc.model].get("shards", 1)
+
+
+def sampled_images(wc):
+    """Flags of sampling: which image is the first, and whether images are kept."""
+    first = config["models"][wc.model].get("first", 0)
+    flags = [f"--first {first}"] if first else []
+    return " ".join(flags + ([] if wc.model in PICTURED else ["--drop-images"]))
 
 
 def arrays(kind, model, method, bits):

@@ -20,7 +20,7 @@ rule sample:
     params:
         n=setting("images"),
         shards=shards,
-        images=lambda wc: "" if wc.model in PICTURED else "--drop-images",
+        images=sampled_images,
         device=DEVICE,
     shell:
         "python -m workflow.scripts.sample {wildcards.model:q} --checkpoint {input.checkpoint:q} -n {params.n:q}"

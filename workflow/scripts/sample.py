@@ -14,6 +14,7 @@ def main() -> None:
     parser = command_line.parser(__doc__, "model", "evaluation", "threads", "device")
     parser.add_argument("--checkpoint", type=Path, nargs="?", help="quantized denoiser; without it, full precision")
     parser.add_argument("-n", type=int, required=True, help="number of images of the whole cell")
+    parser.add_argument("--first", type=int, default=0, help="index of the first image (default %(default)s)")
     parser.add_argument("--shard", default="0/1", help="K/N: the K-th of N parts, from 0")
     parser.add_argument("--samples", type=Path, required=True, help="file to write: index, images, latents")
     parser.add_argument("--features", type=Path, required=True, help="file to write: index, features of the images")
@@ -69,14 +70,15 @@ def main() -> None:
         "machine": identity() | {"threads": arguments.threads, "torch version": torch.__version__},
         "gpu": torch.cuda.get_device_name() if arguments.device != "cpu" else None,
     }
-    wanted, outputs = batches(model, arguments.n, (shard, shards)), [arguments.samples, arguments.features]
-    there, (samples, features) = earlier(outputs, job, wanted, model.batch_size, arguments.n)
+    first, outputs = arguments.first, [arguments.samples, arguments.features]
+    wanted = batches(model, arguments.n, (shard, shards), first)
+    there, (samples, features) = earlier(outputs, job, wanted, model.batch_size, first + arguments.n)
     start, captions = time.perf_counter(), None
     with timed(denoiser_of(pipe)) as calls:
         if diverged:
-            made = list(nothing(pipe, model, arguments.n, (shard, shards), skip=there))
+            made = list(nothing(pipe, model, arguments.n, (shard, shards), first, there))
         else:
-            made = list(generate(pipe, model, "evaluation", arguments.n, (shard, shards), skip=there))
+            made = list(generate(pipe, model, "evaluation", arguments.n, (shard, shards), first, there))
     seconds = round(time.perf_counter() - start, 1)
     if made:
         index, images = (np.concatenate([batch[i] for batch in made]) for i in (0, 2))
@@ -104,7 +106,7 @@ def main() -> None:
     # The number of rows of one denoiser call on a whole batch; guidance doubles it.
     rows = model.batch_size * model.halves
     footprint |= {"latency_ms": 1e3 * statistics.median(calls), "batch": rows, "threads": arguments.threads}
-    seeds = {"split": "evaluation", "first": SEEDS["evaluation"], "n": arguments.n, "shard": arguments.shard}
+    seeds = {"split": "evaluation", "first": SEEDS["evaluation"] + first, "n": arguments.n, "shard": arguments.shard}
     metadata = {"seeds": seeds, "job": job, "provenance": provenance()}
     if diverged:
         metadata |= {"diverged": diverged}

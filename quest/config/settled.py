@@ -1,0 +1,48 @@
+"""The part `settle` of a config: which rows run with which seeds, and what identifies a row. Imports nothing heavy."""
+
+from itertools import product
+from pathlib import Path
+
+from quest.config import FULL_PRECISION, Run, recipe_of, start_of
+from quest.diffusion.models import PREPARED, ZOO, Model
+from quest.runtime import sums
+from quest.runtime.download import sha256_of
+
+
+def settled_runs(config: dict, seeds: tuple[int, ...]) -> list[Run]:
+    """The cells of every row in `settle` with each of these seeds, and full precision of each model."""
+    if "settle" not in config:
+        return []
+    block = config["settle"]
+    cells = product(config["models"], block["bits"], settled_rows(config), seeds)
+    cells = [Run(model, f"{row}@{seed}", bits) for model, bits, row, seed in cells]
+    return [*(Run(model, *FULL_PRECISION) for model in config["models"]), *cells]
+
+
+def settled_rows(config: dict) -> list[str]:
+    """The rows in the families of `settle`, each once, without full precision."""
+    pairs = [pair for family in config["settle"]["families"].values() for pair in family]
+    return list(dict.fromkeys(name for pair in pairs for name in pair if name != FULL_PRECISION[0]))
+
+
+def told(config: dict, run: Run, model: Model, version: int) -> dict:
+    """What all seeds of a row share, ready for JSON: weights, images, calibration, and the recipes it starts from."""
+    settings = config["models"][run.model]
+    chain, step = [], Run(run.model, run.method.partition("@")[0], run.bits)
+    while step is not None:
+        chain.append([*recipe_of(config, step.method), step.bits])
+        step = start_of(config, step)
+    first = settings.get("first", 0)
+    return {
+        "protocol": version,
+        "weights": _weights(model),
+        "images": f"{first}-{first + settings['images'] - 1}",
+        "trajectories": settings.get("trajectories", model.trajectories),
+        "recipes": chain,
+    }
+
+
+def _weights(model: Model) -> str | None:
+    """Hash of the list of hashes of a model's files; None before they are there."""
+    path = Path((PREPARED if model.origin else ZOO) / model.name / sums.NAME)
+    return sha256_of(path) if path.is_file() else None

@@ -1,0 +1,177 @@
+"""What a cell leaves in results/settled: enough to judge methods again without a model, in a few tens of kilobytes.
+
+Endpoints that are means keep the value of every image (of every trajectory), so that two cells can be paired image by
+image. Distances of whole sets keep their values on the joint resamples of `quest.metrics.intervals`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from quest.metrics import METRICS, SMALLEST_MSE, Cell
+from quest.metrics.per_image import CANDIDATES, caption_first, latent_mse, psnr, squared_distances
+from quest.report.settle import VERSION, identity
+from quest.runtime.files import dumps, one_line, read_json
+
+STORE = Path(__file__).parents[3] / "results" / "settled"
+DIGITS = 6  # of stored values
+SETS = ("kid_64w", "fid")  # distances of sets, of which a model has one
+FIELDS = ("version", "model", "bits", "method", "seed", "draw", "isa", "identity", "images", "n", "values", "sets")
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """One cell. values: {endpoint: [n]}. sets: {endpoint: (value, [R])}. about: machine, versions, hashes, seconds."""
+
+    model: str
+    bits: str
+    method: str
+    seed: int  # of the method
+    draw: int  # of the calibration trajectories
+    isa: str  # the instruction sets of the core and of torch
+    identity: str  # hash of what all seeds share: weights, recipe, images
+    images: str
+    values: dict[str, np.ndarray]
+    sets: dict[str, tuple[float, np.ndarray]]
+    about: dict
+
+    @property
+    def key(self) -> tuple:
+        """What two cells must share to be seeds of one row."""
+        return (self.model, self.bits, self.method, self.identity)
+
+    def value(self, endpoint: str) -> float:
+        return self.sets[endpoint][0] if endpoint in self.sets else float(self.values[endpoint].mean())
+
+    @property
+    def diverged(self) -> bool:
+        """Whether any value is not finite. Such a cell counts as diverged in all its endpoints."""
+        return not all(np.isfinite(one).all() for one in (*self.values.values(), *(v for v, _ in self.sets.values())))
+
+    @property
+    def endpoints(self) -> list[str]:
+        return [*self.values, *self.sets]
+
+
+def per_image(cell: Cell, fp: Cell | None) -> dict[str, np.ndarray]:
+    """The values of every image of a cell, by endpoint; of every trajectory for noise-prediction errors.
+
+    fp: the full-precision cell of the same seeds; None where `cell` is it.
+    """
+    found, features = {}, cell.features
+    if "class_logits" in features and "labels" in features:
+        found["agreement"] = features["class_logits"].argmax(axis=1) == features["labels"]
+    if "clip_text" in features and len(cell.index) >= CANDIDATES:
+        found["retrieval"] = caption_first(features["clip_image"], features["clip_text"], CANDIDATES)
+    if fp is not None:
+        if cell.images is not None and fp.images is not None:
+            found["psnr"] = psnr(cell.images, fp.images)
+        if cell.latents is not None and fp.latents is not None:
+            found["log_latent_mse"] = np.log10(np.maximum(latent_mse(cell.latents, fp.latents), SMALLEST_MSE))
+        if "maps" in features and "maps" in fp.features:
+            found["lite0_distance"] = squared_distances(features["maps"], fp.features["maps"])
+        for kind in ("eps_error", "guided_eps_error"):
+            if (errors := getattr(cell, kind)) is not None:
+                found[kind] = errors.mean(axis=1, dtype=np.float64)
+    return {name: np.asarray(values, np.float64) for name, values in found.items()}
+
+
+def content(cell: Cell, fp: Cell | None, measured: dict, seed: int, draw: int, told: dict, about: dict) -> dict:
+    """The record of a cell, ready for JSON.
+
+    measured: its metrics.json. told: what its identity is the hash of, such as weights, recipe and images.
+    """
+    machine = next((one["core"] for one in measured["sampled"] if one.get("core")), None) or {}
+    rows = {row["metric"]: row["value"] for row in measured["rows"]}
+    sets = {name: [rows[name], measured["resampled"][name]] for name in SETS if name in rows}
+    return {
+        "version": VERSION,
+        "model": measured["model"],
+        "bits": measured["bits"],
+        "method": measured["method"].partition("@")[0],
+        "seed": seed,
+        "draw": draw,
+        "isa": isa_of(machine),
+        "identity": identity(told),
+        "images": measured["drawn"]["images"],
+        "n": len(cell.index),
+        "values": {name: _rounded(values) for name, values in per_image(cell, fp).items()},
+        "sets": {name: [_rounded(value)[0], _rounded(resampled)] for name, (value, resampled) in sets.items()},
+        "about": told | about,
+    }
+
+
+def isa_of(machine: dict) -> str:
+    """The instruction sets of `quest.kernels.cpu.core.identity` in one word, as part of a file's name."""
+    return "-".join(str(machine.get(name)) for name in ("isa", "torch")).lower()
+
+
+def _rounded(values) -> list[float]:
+    return [float(f"{value:.{DIGITS}g}") for value in np.atleast_1d(np.asarray(values, np.float64)).tolist()]
+
+
+def place(record: dict, store: Path) -> Path:
+    """Where the record of a cell lies: model, bits, row with its draw and seed, instruction sets, identity."""
+    name = f"{record['method']}@{record['draw']}.{record['seed']}-{record['isa']}-{record['identity']}.json"
+    return store / record["model"] / record["bits"] / name
+
+
+def write(record: dict, store: Path) -> Path:
+    """Write a record to its place; one value to a line would make thousands of lines, so each array is one."""
+    path = place(record, store)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f" {dumps(key)}: {_nested(value) if key in ('values', 'sets') else dumps(value)}"
+        for key, value in record.items()
+    ]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    return path
+
+
+def _nested(value: dict) -> str:
+    return "{" + ",".join(f"\n  {dumps(name)}: {dumps(one)}" for name, one in value.items()) + "}"
+
+
+def read(store: Path = STORE) -> list[Evidence]:
+    """All records, sorted by place. Raises ValueError that names the file for one that is not as `content` makes it."""
+    return [read_one(path) for path in sorted(store.glob("*/*/*.json"))]
+
+
+def read_one(path: Path) -> Evidence:
+    record = read_json(path)
+    try:
+        return _checked(record, path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no record of a cell: {one_line(error)}") from None
+
+
+def _checked(record: dict, path: Path) -> Evidence:
+    if missing := [field for field in FIELDS if field not in record]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    if record["version"] != VERSION:
+        raise ValueError(f"version {record['version']!r}; this is version {VERSION} of PROTOCOL.md")
+    if path.name != place(record, Path()).name:
+        raise ValueError(f"its name should be {place(record, Path()).name}")
+    if unknown := [name for name in (*record["values"], *record["sets"]) if name not in METRICS]:
+        raise ValueError(f"unknown endpoint {unknown[0]}")
+    values = {name: _numbers(name, one) for name, one in record["values"].items()}
+    for name, one in values.items():
+        if not name.endswith("eps_error") and len(one) != record["n"]:
+            raise ValueError(f"{name} has {len(one)} values for {record['n']} images")
+    sets = {name: (float(value), _numbers(name, drawn)) for name, (value, drawn) in record["sets"].items()}
+    names = ("model", "bits", "method", "seed", "draw", "isa", "identity", "images")
+    return Evidence(*(record[name] for name in names), values, sets, record.get("about", {}))
+
+
+def _numbers(name: str, values: Sequence[float]) -> np.ndarray:
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        raise ValueError(f"{name} is no list of numbers")
+    return np.array(values, np.float64)
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of independent values [n]."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan

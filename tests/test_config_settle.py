@@ -1,0 +1,75 @@
+"""The part `settle` of a config: which cells it has, what identifies a row, and which faults are refused."""
+
+import copy
+
+import pytest
+
+from quest.config import ConfigError, Run, starting_points, validate
+from quest.config.settled import settled_runs, told
+from quest.diffusion.models import MODELS
+
+
+@pytest.fixture
+def settling():
+    methods = {"fp": {}, "rtn": {}, "adaround": {}}
+    return {
+        "name": "settling",
+        "models": {"scenes-uncond": {"images": 500}, "scenes-class": {"images": 500}},
+        "grid": [{"model": ["scenes-class"], "method": ["fp"], "bits": ["w32a32"]}],
+        "methods": methods | {"q-diffusion": {"init": "adaround"}, "quest-suite": {"init": "adaround"}},
+        "settle": {"bits": ["w4a4"], "families": {"rivals": [["quest-suite", "q-diffusion"], ["rtn", "fp"]]}},
+    }
+
+
+def _put(value, *path):
+    def change(config):
+        *parents, last = path
+        for key in parents:
+            config = config[key]
+        config[last] = value
+
+    return change
+
+
+def test_cells_that_settle_a_family(settling):
+    validate(settling)
+    cells = [run.path for run in settled_runs(settling, (3, 4))]
+    assert cells[:2] == [f"{model}/fp/w32a32" for model in settling["models"]]
+    assert cells[2:8] == [
+        f"scenes-uncond/{row}@{s}/w4a4" for row in ("quest-suite", "q-diffusion", "rtn") for s in (3, 4)
+    ]
+    assert settled_runs({}, (3,)) == []
+    starts = [run.path for run in starting_points(settling, settled_runs(settling, (3,)))]
+    assert "scenes-uncond/adaround@3/w4a32" in starts
+
+
+def test_what_identifies_a_row_is_the_same_for_all_seeds_and_changes_with_its_recipe_and_start(settling):
+    def of(method, config=settling):
+        return told(config, Run("scenes-class", method, "w4a4"), MODELS["scenes-class"], 1)
+
+    assert of("quest-suite@3") == of("quest-suite@7") == of("quest-suite")
+    assert of("quest-suite")["images"] == "0-499" and len(of("quest-suite")["weights"]) == 64
+    assert [name for name, _, _ in of("quest-suite")["recipes"]] == ["quest-suite", "adaround"]
+    changed = copy.deepcopy(settling)
+    changed["methods"]["adaround"] = {"rows": 512}
+    assert of("quest-suite", changed) != of("quest-suite") and of("rtn", changed) == of("rtn")
+    changed["models"]["scenes-class"]["first"] = 500
+    assert of("rtn", changed)["images"] == "500-999"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (_put([["rtn", "rtn"]], "settle", "families", "x"), ["settle.families.x[0]: rtn against rtn"]),
+        (_put([["fp", "rtn"]], "settle", "families", "x"), ["settle.families.x[0]: fp against rtn"]),
+        (_put([["rtnn", "rtn"]], "settle", "families", "x"), ["settle.families.x.method: 'rtnn'", "'rtn'"]),
+        (_put([["rtn"]], "settle", "families", "x"), ["settle.families.x[0]"]),
+        (_put(["w4"], "settle", "bits"), ["settle.families.rivals.bits", "'w4'"]),
+        (_put(30, "models", "scenes-class", "first"), ["models.scenes-class.first: 30", "50"]),
+    ],
+)
+def test_faults_in_what_is_to_be_settled(settling, change, words):
+    change(settling)
+    with pytest.raises(ConfigError) as caught:
+        validate(settling)
+    assert [word for word in words if word not in str(caught.value)] == []

@@ -1,0 +1,115 @@
+# `snakemake settle`: compare the pairs of rows in `settle` after 3, 5, 8 and 12 quantization seeds, until each is decided. Not part
+# of `all`. Each look says which cells the next one needs. What cells show accumulates in results/settled, which is tracked;
+# so looks have no file of it as an input, and begin anew in every run.
+import time
+
+STARTED = time.time()
+
+
+localrules:
+    settle,
+    look,
+
+
+rule settle:
+    input:
+        expand("results/{name}/settle/settled.{kind}", name=NAME, kind=["csv", "md"]),
+
+
+def look_before(wc):
+    """What the look before decided; nothing for the first one."""
+    before = int(wc.look) - 1
+    return checkpoints.look.get(name=wc.name, look=before).output[0] if before >= 0 else []
+
+
+def asked_for(wc):
+    """Records of the cells that the look before asked for."""
+    before = look_before(wc)
+    runs = json.loads(Path(before).read_text(encoding="utf-8"))["wanted"] if before else []
+    return [f"results/{wc.name}/{run}/evidence.json" for run in runs]
+
+
+def families(wc):
+    if "settle" not in config:
+        raise WorkflowError(
+            "settle: the config has no such key; e.g. settle: {bits: [w4a4], families: {mine: [[rtn-mse, rtn]]}}, or "
+            "--configfile workflow/config/settle.yaml"
+        )
+    return json.dumps(config["settle"]["families"])
+
+
+def identities(wc):
+    """[[model, bits, row, identity]] of all rows of `settle`."""
+    rows = dict.fromkeys((run.model, run.bits, run.method.partition("@")[0]) for run in SETTLE_RUNS)
+    return json.dumps(
+        [[*row, identity(told(config, Run(row[0], row[2], row[1]), MODELS[row[0]], VERSION))] for row in rows]
+    )
+
+
+checkpoint look:
+    input:
+        script="workflow/scripts/settle.py",
+        before=look_before,
+        evidence=asked_for,
+    output:
+        "results/{name}/settle/look-{look}.json",
+    log:
+        "results/{name}/settle/look-{look}.log",
+    wildcard_constraints:
+        look="[0-4]",
+    conda:
+        "../../environment.yml"
+    params:
+        families=families,
+        identities=identities,
+        started=round(STARTED),  # another value in every run, so that looks begin anew
+        hours=HOURS or 0,
+    shell:
+        "python -m workflow.scripts.settle {wildcards.look:q} --evidence {input.evidence:q} --families {params.families:q}"
+        " --identities {params.identities:q} --started {params.started:q} --hours {params.hours:q} -o {output:q} > {log:q} 2>&1"
+
+
+rule settled_table:
+    input:
+        last=f"results/{{name}}/settle/look-{len(LOOKS)}.json",
+    output:
+        multiext("results/{name}/settle/settled", ".csv", ".md"),
+    log:
+        "results/{name}/settle/settled.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        folder=subpath(output[0], parent=True),
+    shell:
+        "python -m workflow.scripts.settle {input.last:q} --tables {params.folder:q} > {log:q} 2>&1"
+
+
+rule evidence:
+    input:
+        script="workflow/scripts/evidence.py",
+        metrics="results/{name}/{model}/{method}/{bits}/metrics.json",
+        checkpoint=checkpoint_of,
+        features=cell("features"),
+        samples=cell("samples"),
+        fp_features=full_precision("features"),
+        fp_samples=full_precision("samples"),
+    output:
+        ensure("results/{name}/{model}/{method}/{bits}/evidence.json", non_empty=True),
+    log:
+        "results/{name}/{model}/{method}/{bits}/evidence.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=growing(1500, 32000),
+        runtime=growing(15, 60),
+    params:
+        told=lambda wc: json.dumps(told(config, Run(wc.model, wc.method, wc.bits), MODELS[wc.model], VERSION)),
+    shell:
+        "python -m workflow.scripts.evidence --metrics {input.metrics:q} --checkpoint {input.checkpoint:q}"
+        " --features {input.features:q} --samples {input.samples:q} --fp-features {input.fp_features:q}"
+        " --fp-samples {input.fp_samples:q} --told {params.told:q} -o {output:q} > {log:q} 2>&1"

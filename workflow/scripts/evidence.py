@@ -1,0 +1,54 @@
+"""Write what a cell leaves in results/settled: values per image and resamples, with machine, versions and hashes."""
+
+import json
+from pathlib import Path
+
+from quest.runtime import command_line
+
+
+def main() -> None:
+    parser = command_line.parser(__doc__, "file")
+    parser.add_argument("--metrics", type=Path, required=True, help="metrics.json of the cell")
+    parser.add_argument("--checkpoint", type=Path, nargs="?", help="its quantized denoiser; full precision has none")
+    for name in ("features", "samples", "fp-features", "fp-samples"):
+        parser.add_argument(f"--{name}", type=Path, nargs="+", required=True, help=f"{name}-*.npz, as for metrics")
+    parser.add_argument("--told", type=json.loads, required=True, help="what all seeds share, see quest.config.settled")
+    arguments = parser.parse_args()
+
+    from quest.metrics import Cell
+    from quest.quantization.header import read as read_header
+    from quest.report.cells import read_cells
+    from quest.report.settle import cells
+    from quest.runtime.download import sha256_of
+    from quest.runtime.files import atomic, dumps, loads, read_arrays
+
+    (measured,) = read_cells([arguments.metrics])
+    cell = Cell.load(arguments.features, arguments.samples)
+    exact = measured["method"] == "fp"
+    fp = None if exact else Cell.load(arguments.fp_features, arguments.fp_samples)
+    _, at, draw = measured["method"].partition("@")
+    seed = int(draw) if at else arguments.told["recipes"][0][1].get("seed", 0)
+    header = read_header(arguments.checkpoint, diverged=True) if arguments.checkpoint else {}
+    metadata = [loads(str(read_arrays(file)["metadata"]), file) for file in arguments.samples]
+    # What is not known of an old file is left out of the sum.
+    spent = [
+        header.get("seconds"),
+        (header.get("init") or {}).get("seconds"),
+        *(one.get("seconds") for one in metadata),
+    ]
+    about = {
+        "seconds": round(sum(seconds for seconds in spent if seconds), 1),
+        "commits": sorted({str(one.get("commit")) for one in [*measured["sampled"], measured["provenance"]]}),
+        "versions": measured["provenance"].get("versions"),
+        "machine": next((one.get("machine") for one in measured["sampled"]), None),
+        "date": measured["provenance"].get("date"),
+        "checkpoint": header.get("hash"),
+        "samples": [sha256_of(file) for file in arguments.samples],
+    }
+    record = cells.content(cell, fp, measured, seed, int(draw or 0), arguments.told, about)
+    with atomic(arguments.output) as file:
+        file.write_text(dumps(record), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
