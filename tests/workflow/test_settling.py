@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from quest.report.settle import LOOKS, SEEDS
 
@@ -53,10 +54,11 @@ def looks(project) -> list[dict]:
     return [json.loads((folder / f"look-{look}.json").read_text(encoding="utf-8")) for look in range(len(LOOKS) + 1)]
 
 
+@pytest.mark.timeout(900)
 def test_pairs_stop_when_decided_and_a_later_run_goes_on_from_the_records(stubbed):
     stubbed.write("workflow/scripts/evidence.py", EVIDENCE)
     stubbed.configure(CONFIG)
-    run = stubbed.snakemake("settle", "--config", "hours=5")
+    run = stubbed.snakemake("settle", "--config", "hours=5", timeout=800)
     assert run.returncode == 0, run.stdout
     # Three seeds decide one pair. Of the other, four cells of an hour fit into five hours, and the next six do not.
     assert made(stubbed, "good") == list(SEEDS[:3]) and made(stubbed, "close") == list(SEEDS[: LOOKS[1]])
@@ -79,7 +81,7 @@ def test_pairs_stop_when_decided_and_a_later_run_goes_on_from_the_records(stubbe
     # On another machine: a fresh clone has the records only, and makes nothing again that is decided.
     for folder in ("results/default", ".snakemake"):
         (stubbed.folder / folder).rename(stubbed.folder / f"old-{Path(folder).name.strip('.')}")
-    again = stubbed.snakemake("settle")
+    again = stubbed.snakemake("settle", timeout=800)
     assert again.returncode == 0, again.stdout
     assert made(stubbed, "good") == [] and made(stubbed, "close") == list(SEEDS[LOOKS[1] :])
     table = pd.read_csv(stubbed.folder / "results/default/settle/settled.csv").set_index("method")
