@@ -103,7 +103,7 @@ def cost_table(run: Path, main: pd.DataFrame) -> Table:
         name = f"{start['method']} {start['bits'].upper()}" if start.get("method") else NONE
         row = [model, method, bits.upper(), number(header.get("seconds", math.nan), ".1f")]
         row += [number(header.get("peak_memory", math.nan), ".0f"), name]
-        made = "diverged" if "diverged" in header else _shortened(stages)
+        made = f"diverged: {header['diverged']}" if "diverged" in header else _shortened(stages)
         rows.append([*row, number(start.get("seconds", math.nan), ".1f"), made])
     return Table(heads, rows)
 
