@@ -48,6 +48,15 @@ onstart:
         if job.rule.name in named
         for line in missing_files(config, job.wildcards.model, named[job.rule.name])
     ]
+    # What the config's `memory` is too little for, by the plan's jobs.
+    most = memory.parse(config["memory"]) if "memory" in config else math.inf
+    for job in workflow.dag.needrun_jobs():
+        needed = of_plan(job.rule.name, job.wildcards).get("least_mb", 0) if PLANNED else 0
+        if needed * 10**6 > most:
+            cell = " ".join(job.wildcards)
+            lines.append(
+                f"{job.rule.name} {cell}: needs {needed / 1e3:.1f} GB; memory: {most / 1e9:.1f} GB is too little"
+            )
     if lines:
         raise WorkflowError("; ".join(lines))
     wildcards = [job.wildcards for job in jobs if job.rule.name == "quantize"]

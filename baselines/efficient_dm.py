@@ -26,6 +26,7 @@ from quest.diffusion.calibration_set import CalibrationSet, guide
 from quest.diffusion.denoisers import denoiser_of
 from quest.learning.alignment import ScaleAdam
 from quest.learning.calibrate import calibrate
+from quest.learning.recomputing import recomputing
 from quest.quantization import cost, ranges
 from quest.quantization.checkpoint import load_weights
 from quest.quantization.layer_names import KEEP, Keep
@@ -174,7 +175,10 @@ def distil(denoiser: nn.Module, calibration: CalibrationSet, tuned: dict[str, Qu
     )
     decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda i: 1 - i / max(iterations, 1))
     try:
-        with tqdm(range(iterations), desc="distillation", mininterval=5) as bar:
+        with (
+            recomputing(denoiser, calibration.inputs(calls[0, 0, :1]), recipe.batch * calls.shape[2]),
+            tqdm(range(iterations), desc="distillation", mininterval=5) as bar,
+        ):
             for i in bar:
                 if i % len(calls) == 0:
                     chosen = torch.randperm(calls.shape[1], generator=generator, device="cpu")[: recipe.batch]
@@ -202,7 +206,8 @@ def distil(denoiser: nn.Module, calibration: CalibrationSet, tuned: dict[str, Qu
 def work(recipe, w: int, model, trajectories: int) -> Counter:
     iterations, batch = sizes(recipe)
     rows = iterations * batch * model.halves
-    return Counter({"ranges": model.steps, "distillation": iterations, "distillation row": rows})
+    ranged = {"ranges": model.steps, "ranges row": model.steps * recipe.samples}
+    return Counter(ranged | {"distillation": iterations, "distillation row": rows})
 
 
 def distil_all(student, pipe, calibration: CalibrationSet, model, iterations: int, batch: int) -> None:

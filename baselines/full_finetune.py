@@ -36,7 +36,7 @@ METHOD = Method(
     "full-finetune",
     quantize,
     about="QuEST's losses and schedule, learning all weights",
-    work=quest.work_of("full finetuning row", "full finetuning"),
+    work=quest.work_of("full finetuning", "full finetuning"),
     steps={"full finetuning": Step(finetune_all, quest.STAGES)},
     recipe={"init": "adaround"},
     paper=quest.METHOD.paper,

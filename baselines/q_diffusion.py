@@ -171,7 +171,8 @@ def activation_ranges_of(
 def stack_work(recipe, w: int, rows: int) -> Counter:
     """The `work` of `common_stack` on `rows` rows."""
     preset = preset_of(recipe)
-    work = rounding_work(recipe, w, rows) + Counter({"ranges": 1})
+    ranged = recipe.time_groups * (recipe.samples or static_rows(8))  # at 4 bits fewer
+    work = rounding_work(recipe, w, rows) + Counter({"ranges": recipe.time_groups, "ranges row": ranged})
     if recipe.activation_ranges in RUNNING:  # over all rows
         work["quantized call"] += rows
     if preset.activation_iterations:

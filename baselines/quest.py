@@ -27,7 +27,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import nn
 
-from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Valid, one_of, takes
+from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Step, Valid, one_of, takes
 from baselines.selection import (
     SELECTION,
     SELECTIONS,
@@ -351,8 +351,8 @@ def start_from(denoiser: nn.Module, init: str, keep: Keep) -> None:
         layers[name].choose_weight_range(choosers.mse)
 
 
-def work_of(row: str, step: str | None = None) -> Callable:
-    """The `work` of QuEST: step `row` for each row of an iteration, and `step` for each iteration."""
+def work_of(*steps: str) -> Callable:
+    """The `work` of QuEST; steps: what an iteration of each of the two stages is called in `quest.planning.costs`."""
 
     def work(recipe, w: int, model, trajectories: int) -> Counter:
         kind = recipe.selection if recipe.selection in SELECTIONS else CONDITIONED[model.conditioning]
@@ -361,21 +361,47 @@ def work_of(row: str, step: str | None = None) -> Callable:
         cma = RELEASED[kind]["local_cma"] if recipe.local_cma == "released" else recipe.local_cma
         # Targets: full precision on all rows once; on each mini-batch of a large model, whose outputs are not kept.
         once, anew = trajectories * model.calls * model.halves, rows[0] * recipe.local_tla + rows[1] * cma
-        steps = Counter({"call": anew if model.origin else once})
-        steps["ranges"] = recipe.time_groups or model.steps
+        counted = Counter({"call": anew if model.origin else once})
+        counted["ranges"] = recipe.time_groups or model.steps
+        counted["ranges row"] = counted["ranges"] * recipe.samples
         if not recipe.init:
-            steps["weight ranges"] = 1
-        steps[row] = sum(rows)
-        return steps if step is None else steps + Counter({step: sum(iterations)})
+            counted["weight ranges"] = 1
+        for step, n, of_stage in zip(steps, iterations, rows, strict=True):
+            counted += Counter({step: n, f"{step} row": of_stage})
+        return counted
 
     return work
+
+
+def _stage_alone(stage: int) -> Callable:
+    """The measured step of one stage: iterations of it, and none of the other."""
+
+    def learn(student, pipe, calibration: CalibrationSet, model, iterations: int, batch: int) -> None:
+        counts = [0, 0]
+        counts[stage] = iterations
+        recipe = FinetuneRecipe(
+            tla_iterations=counts[0],
+            cma_iterations=counts[1],
+            batch=batch,
+            lr_weight=0.0,
+            lr_scale=0.0,
+            selection=model.selection,
+            time_embedding="tuned",
+        )
+        finetune(student, denoiser_of(pipe), calibration, resolve(recipe, pipe, 8), weights_and_biases)
+
+    return learn
 
 
 METHOD = Method(
     "quest-suite",
     quantize,
     about="this project's recipe for QuEST with TAQuant (one set of activation scales for each time group)",
-    work=work_of("training step"),
+    work=work_of("temporal alignment", "critical alignment"),
+    steps={
+        "temporal alignment": Step(_stage_alone(0), STAGES[:1]),
+        "critical alignment": Step(_stage_alone(1), STAGES[1:]),
+    },
     recipe={"init": "adaround"},
     paper=Paper(
         "wang2025quest",

@@ -50,7 +50,7 @@ def quantize(
 def work(recipe, w: int, model, trajectories: int) -> Counter:
     searched = recipe.ranges != "minmax"
     rows = recipe.samples or (static_rows(8) if searched else WHOLE)  # at 4 bits fewer
-    return Counter({"weight ranges": 1, "ranges": 1} if searched else {}) + Counter({"quantized call": rows})
+    return Counter({"weight ranges": 1, "ranges": 1, "ranges row": rows} if searched else {"quantized call": rows})
 
 
 METHOD = Method(

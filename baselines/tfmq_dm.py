@@ -179,9 +179,10 @@ def finite_set(denoiser: nn.Module, block: TemporalInformationBlock, groups: Tim
 
 
 def work(recipe, w: int, model, trajectories: int) -> Counter:
-    preset = preset_of(recipe)
+    preset, everywhere = preset_of(recipe), recipe.fsc_scope == "all"
     steps = rounding_work(recipe, w, uniform_rows(recipe, model, trajectories))
-    steps["ranges"] += model.steps if recipe.fsc_scope == "all" else 1
+    steps["ranges"] += model.steps if everywhere else 1
+    steps["ranges row"] += steps["ranges"] * (recipe.samples or static_rows(8))  # at 4 bits fewer
     if w < preset.nearest_from:
         steps["temporal rounding"] += preset.weight_iterations
     return steps
@@ -190,6 +191,8 @@ def work(recipe, w: int, model, trajectories: int) -> Counter:
 def round_block(student, pipe, calibration: CalibrationSet, model, iterations: int, batch: int) -> None:
     """The step of the block's AdaRound that is measured."""
     block, exact = (TemporalInformationBlock(unet) for unet in (student, denoiser_of(pipe)))
+    for layer in block.layers.values():
+        layer.thaw()
     timesteps, generator = list(range(1, 1 + batch)), torch.Generator().manual_seed(0)
     reconstruct(student, block, exact, timesteps, list(block.layers), Preset(iterations, 0, batch), generator)
 

@@ -14,19 +14,32 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", help="jobs, hours, disk and memory of a config, before anything starts")
     plan.add_argument("config", type=Path, help="workflow/config/*.yaml")
-    plan.add_argument("--machine", help="a machine of resources/costs.csv; default: this one's processor or GPU")
+    plan.add_argument("--machine", help="a machine of resources/costs.csv, or a GPU to forecast; default: here")
     plan.add_argument("--costs", type=Path, help="measured costs (default resources/costs.csv)")
+    plan.add_argument(
+        "--jobs", action="store_true", help="write results/NAME/jobs.csv: memory and time that the workflow asks for"
+    )
     measured = {
         "measure": "measure what a model's steps cost here, and add it to the costs",
-        "rehearse": "the same of a published model's architecture, with random weights",
+        "rehearse": "the same of a published model with random weights, with as little work as that takes",
     }
     for name, about in measured.items():
         measure = commands.add_parser(name, help=about)
         measure.add_argument("model", help="a name in quest.diffusion.models.MODELS")
         measure.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-        measure.add_argument("--batch", type=int, help="samples per call; default: those of a sampling batch")
-        measure.add_argument("--repeats", type=int, default=3, help="(default %(default)s)")
+        measure.add_argument("--batch", type=int, help="samples per call; default: a sampling batch, or rehearsed two")
         measure.add_argument("--costs", type=Path, help="file to write (default resources/costs.csv)")
+        measure.add_argument("--memory", help='what the process may address, as "ulimit -v" limits it, e.g. 20GB')
+        measure.add_argument(
+            "--steps", nargs="+", help="only these, e.g. call decode; default: all that is planned with"
+        )
+    commands.choices["measure"].add_argument("--repeats", type=int, default=3, help="(default %(default)s)")
+    commands.choices["rehearse"].add_argument(
+        "--config",
+        type=Path,
+        default=Path("workflow/config/paper.yaml"),
+        help="whose methods to rehearse (default %(default)s)",
+    )
     audit = commands.add_parser("audit", help="bytes, bits per parameter and bit operations of a checkpoint")
     audit.add_argument("file", type=Path, help="model.safetensors, as quest.save writes it")
     commands.add_parser("doctor", help="which kernels, devices and weights work here, and why others do not")
@@ -54,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         of_name = {"plan": _plan, "measure": _measure, "rehearse": _measure, "audit": _audit, "doctor": _doctor}
         (of_name | {"judge": _judge, "settle": _settle})[options.command](options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, MemoryError) as error:
         if options.command == "judge":
             print(f"judge: {error}", file=sys.stderr)
             raise SystemExit(3) from None
@@ -63,37 +76,65 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _plan(options):
     from quest.config import read, validate
-    from quest.planning import measure, plan
+    from quest.planning import budget, costs, plan
+    from quest.planning.forecast import GPUS
 
     if not options.config.is_file():
         raise FileNotFoundError(f"{options.config}: no such file; valid: a config such as workflow/config/paper.yaml")
     config = read(options.config)
     validate(config)
-    if own := [name for name, settings in config["models"].items() if "pipeline" in settings]:
-        raise ValueError(f"models.{own[0]}: costs are known of the suite's models only; leave it out of what you plan")
-    costs = measure.read(options.costs or measure.COSTS)
-    machines = sorted({row["machine"] for row in costs})
-    machine = options.machine or measure.machine("cuda" if _has_gpu() else "cpu")
-    if options.machine and options.machine not in machines:
-        raise ValueError(f"--machine: nothing was measured on {options.machine!r}; valid: {', '.join(machines)}")
-    print(plan.report(config, costs, machine), end="")
+    known = costs.read(options.costs or costs.COSTS)
+    machines = sorted({row["machine"] for row in known})
+    here = costs.machine("cuda" if _has_gpu() else "cpu")
+    machine = options.machine or here
+    if machine in GPUS and machine not in machines:
+        measured = here if here in machines else next((m for m in machines if m.endswith("one thread")), here)
+        known = plan.forecasts(config, known, measured, machine)
+    elif options.machine and options.machine not in machines:
+        valid = ", ".join([*machines, *(f"{gpu} (a forecast)" for gpu in GPUS)])
+        raise ValueError(f"--machine: nothing was measured on {options.machine!r}; valid: {valid}")
+    print(plan.report(config, known, machine), end="")
+    if options.jobs:
+        file = Path("results", config["name"], "jobs.csv")
+        found = budget.jobs(config, known, machine)
+        budget.write(found, file)
+        print(f"\n{file}: memory and time of {len(found)} kinds of jobs, which the workflow asks a cluster for")
 
 
 def _measure(options):
     import torch
 
     from quest.diffusion.models import MODELS, get
-    from quest.planning import measure
+    from quest.planning import costs, measure
 
     torch.set_num_threads(1)
-    model = get(options.model)
-    if options.command == "rehearse" and model.origin is None:
+    model, random = get(options.model), options.command == "rehearse"
+    if random and model.origin is None:
         valid = ", ".join(name for name, one in MODELS.items() if one.origin)
         raise ValueError(f"model: {model.name} ships with its weights, use `measure`; valid: {valid}")
-    rows = measure.measure(model, options.device, options.batch, options.repeats, options.command == "rehearse")
-    measure.record(rows, options.costs or measure.COSTS)
-    for row in rows:
-        print(f"{row['model']} on {row['machine']}: {row['what']} {row['value']} {row['unit']}")
+    if unknown := set(options.steps or ()) - set(costs.HELD):
+        raise ValueError(f"--steps: {sorted(unknown)[0]!r} is not one of {', '.join(costs.HELD)}")
+    wanted = set(options.steps) if options.steps else None
+    if random and wanted is None:
+        wanted = _rehearsed(options.config, model.name)
+
+    def done(rows):
+        costs.record(rows, options.costs or costs.COSTS)
+        for row in rows:
+            print(f"{row['model']}: {row['what']} {row['value']} {row['unit']}", flush=True)
+
+    repeats = 1 if random else options.repeats
+    measure.measure(model, options.device, options.batch, repeats, random, wanted, options.memory, done)
+
+
+def _rehearsed(file, name):
+    """The steps that the jobs of a config take for a model; None, for all, where it leaves the model out."""
+    from quest.config import read, validate
+    from quest.planning import plan
+
+    config = read(file)
+    validate(config)
+    return plan.steps(config, name) if name in config["models"] else None
 
 
 def _audit(options):

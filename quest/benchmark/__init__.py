@@ -22,7 +22,7 @@ from quest.benchmark.single_layers import ATTENTION_KERNELS, LAYER_KERNELS, abse
 from quest.benchmark.stopwatch import seconds_in_rounds, shares, timed
 from quest.diffusion import published
 from quest.diffusion.models import MODELS, Model
-from quest.planning.measure import inputs
+from quest.planning.shapes import inputs
 from quest.report import speed
 
 

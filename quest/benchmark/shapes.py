@@ -9,7 +9,7 @@ from torch import nn
 
 from quest.diffusion import published
 from quest.diffusion.models import Model
-from quest.planning.measure import inputs
+from quest.planning.shapes import inputs
 from quest.quantization.layer_names import layer_class
 
 ZOO = ("scenes-uncond", "scenes-class", "scenes-text")

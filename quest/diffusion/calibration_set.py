@@ -212,7 +212,7 @@ def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int, draw: int
             calls.clear()
     finally:
         handle.remove()
-    tensors = {k: torch.cat(v) for k, v in kept.items()}
+    tensors = {k: torch.cat(kept.pop(k)) for k in list(kept)}  # one at a time, so that little is in memory twice
     columns = {k: tensors.pop(k) for k in TENSORS}
     if (columns["timestep"] == columns["timestep"].long()).all():
         columns["timestep"] = columns["timestep"].long()

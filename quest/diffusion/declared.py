@@ -122,7 +122,7 @@ def declared(name: str, settings: dict) -> Model:
         pictures=pictures,
         extractor="adm" if known else "scenes",
         reference=REFERENCES / f"{name}.npz" if known else None,
-        origin=Origin("the folder of a pipeline in diffusers layout, models.<name>.pipeline"),
+        origin=Origin("the folder of a pipeline in diffusers layout, models.<name>.pipeline", folder=folder),
     )
 
 

@@ -38,6 +38,7 @@ class Origin:
     url: str | None = None  # download address if a config names no checkpoint; always with its sha256
     sha256: str | None = None
     captions: bool = False  # whether sampling needs a file of captions, which the config names
+    folder: Path | None = None  # of the pipeline in diffusers layout, of a model that a config declares
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ This happens once per model, so a checkpoint is read, checked and hashed once an
 """
 
 import hashlib
+import importlib
 from pathlib import Path
 
 from quest.diffusion import captions as caption_files
@@ -13,7 +14,7 @@ from quest.diffusion.compvis.configuration import parameters
 from quest.diffusion.denoisers import NAMES
 from quest.diffusion.loading import load_pipeline
 from quest.diffusion.models import CAPTION_LINES, ZOO, Model
-from quest.diffusion.pipelines import LatentDiffusionPipeline, forget_origin
+from quest.diffusion.pipelines import CLASSES, LatentDiffusionPipeline, forget_origin
 from quest.diffusion.random_checkpoints import COMPVIS
 from quest.diffusion.samplers import QuadraticDDIMScheduler
 from quest.runtime.download import sha256_of
@@ -80,9 +81,12 @@ def denoiser(model: Model, device="meta"):
     import diffusers
     import torch
 
-    if model.origin is None:
-        config = read_json(ZOO / model.name / "unet" / "config.json")
-        kind = getattr(diffusers, config["_class_name"])
+    folder = ZOO / model.name if model.origin is None else model.origin.folder
+    if folder is not None:
+        file = next(folder / name / "config.json" for name in NAMES if (folder / name / "config.json").is_file())
+        config = read_json(file)
+        kind = config["_class_name"]
+        kind = getattr(importlib.import_module(CLASSES[kind]) if kind in CLASSES else diffusers, kind)
         with torch.device(device):
             return kind.from_config(config).eval()
     if model.origin.compvis is not None:

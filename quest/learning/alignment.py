@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.learning.recomputing import recomputing
 from quest.quantization.layers import QuantLayer
 from quest.quantization.quantizer import Quantizer
 from quest.quantization.ranges import EPS
 from quest.quantization.timegroups import TimeGroups
+from quest.runtime import memory
 
 KEPT = 2**31  # bytes of the teacher's outputs that are kept rather than computed again
 
@@ -79,7 +81,8 @@ def align(
     """Tune a stage, so that its layers and the noise prediction agree with the full-precision model.
 
     learned: the parameters to tune beside the scales, by layer, usually the weights and biases of the stage's layers.
-    targets: what `teacher_outputs` gives for the layers with a local loss. Raises FloatingPointError naming stage,
+    targets: what `teacher_outputs` gives for the layers with a local loss. Where memory is short, blocks are computed
+    again for their gradients (`recomputing`). Raises FloatingPointError naming stage,
     iteration and layer if the loss is not finite.
     """
     weights = [p.requires_grad_() for parameters in learned.values() for p in parameters]
@@ -91,6 +94,7 @@ def align(
     turns = scheduled(groups, calibration, stage, generator)
     try:
         with (
+            recomputing(denoiser, calibration.inputs(torch.arange(1, device="cpu")), stage.batch),
             outputs_of(denoiser, stage.layers) as outputs,
             tqdm(turns, desc=stage.name, total=stage.iterations, mininterval=5) as bar,
         ):
@@ -123,11 +127,12 @@ def align(
 
 
 def teacher_outputs(
-    teacher: nn.Module, names: list[str], calibration: CalibrationSet, budget: int = KEPT, batch: int = 64
+    teacher: nn.Module, names: list[str], calibration: CalibrationSet, budget: int | None = None, batch: int = 64
 ) -> Callable[[Tensor], dict[str, Tensor]]:
     """A function that gives the outputs of the teacher's layers for some calibration rows, by name, in half precision.
 
-    It looks them up where those of all rows take at most `budget` bytes. Otherwise the teacher runs anew on these rows,
+    It looks them up where those of all rows take at most `budget` bytes (default: KEPT, or half of the memory of the
+    job where that is less). Otherwise the teacher runs anew on these rows,
     and memory does not depend on the number of rows in the set. Both differ by the rounding of sums over a batch.
     """
 
@@ -137,6 +142,8 @@ def teacher_outputs(
             teacher(**calibration.inputs(rows))
         return {name: output.half() for name, output in outputs.items()}
 
+    if budget is None:
+        budget = min(KEPT, int(memory.SHARE * memory.budget(calibration.sample.device.type)))
     first = computed(torch.arange(1, device="cpu")) if names else {}
     if len(calibration) * sum(output.nbytes for output in first.values()) > budget:
         return computed

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.learning.rounding import Rounding, beta
-from quest.learning.units import Unit, call_modules, chunked, fill, side_by_side, walk
+from quest.learning.units import CHUNK, Unit, call_modules, chunked, fill, side_by_side, walk
 from quest.quantization import cost
 from quest.quantization.layers import QuantLayer, freeze, input_quantizers, quant_layers
 from quest.quantization.quantizer import Quantizer
@@ -92,6 +92,7 @@ def reconstruct_weights(
                     batch=batch,
                     lr=lr,
                     generator=generator,
+                    chunk=waiting.chunk,
                 ),
                 generator,
             )
@@ -160,6 +161,7 @@ def reconstruct_activations(
                     batch=batch,
                     lr=lr,
                     generator=generator,
+                    chunk=waiting.chunk,
                 )
                 scales = {name: q.scale for name, q in quantizers.items()}
                 kept = f"activation-steps-{unit.name}" + (f"-{g}" if groups is not None else "")
@@ -187,15 +189,16 @@ def learn_rounding(
     batch: int,
     lr: float,
     generator: torch.Generator,
+    chunk: int = CHUNK,
 ) -> tuple[float, float]:
     """AdaRound of one unit (arXiv:2004.10568, equations 21 to 25): Adam on alpha, mini-batches drawn anew each time.
 
     run(rows) gives the unit's output on some of n rows, target(rows) the output to reach. Loss: `error` with power 2
     plus LAMBDA times the regulariser, a sum over all weights of the unit. The layers are not frozen, before and after.
-    Returns the error before and after.
+    chunk: rows at once where nothing is learned. Returns the error before and after.
     """
     check = _check(n)
-    before = _judge(run, target, check, 2)
+    before = _judge(run, target, check, 2, chunk)
     rounding = Rounding(list(layers.values()))
     adam = torch.optim.Adam([rounding.alpha.requires_grad_()], lr=lr, fused=True)
     with torch.enable_grad():
@@ -210,7 +213,7 @@ def learn_rounding(
     weights = [layer.weight.data for layer in layers.values()]
     for layer, weight in zip(layers.values(), rounding.folded(), strict=True):
         layer.weight.data = weight
-    after = _judge(run, target, check, 2)
+    after = _judge(run, target, check, 2, chunk)
     if not after < before:
         for layer, weight in zip(layers.values(), weights, strict=True):
             layer.weight.data = weight
@@ -228,6 +231,7 @@ def learn_steps(
     batch: int,
     lr: float,
     generator: torch.Generator,
+    chunk: int = CHUNK,
 ) -> tuple[float, float]:
     """Adam on the scales of one unit's activation quantizers, its rate falling to zero as a cosine.
 
@@ -237,7 +241,7 @@ def learn_steps(
     scales = [q.scale for q in quantizers.values()]
     first = [s.detach().clone() for s in scales]
     check = _check(n)
-    before = _judge(run, target, check, ACTIVATION_POWER)
+    before = _judge(run, target, check, ACTIVATION_POWER, chunk)
     adam = torch.optim.Adam([s.requires_grad_() for s in scales], lr=lr, fused=True)
     with torch.enable_grad():
         for i in range(iterations):
@@ -252,7 +256,7 @@ def learn_steps(
                 torch._foreach_clamp_min_(scales, EPS)
     for s in scales:
         s.requires_grad_(False).grad = None
-    after = _judge(run, target, check, ACTIVATION_POWER)
+    after = _judge(run, target, check, ACTIVATION_POWER, chunk)
     if not after < before:
         for s, value in zip(scales, first, strict=True):
             s.copy_(value)
@@ -329,8 +333,8 @@ def _check(n: int) -> Tensor:
 
 
 @torch.no_grad()
-def _judge(run: Callable[[Tensor], Tensor], target: Callable[[Tensor], Tensor], rows: Tensor, power: float) -> float:
-    return error(chunked(run, rows), target(rows), power).item()
+def _judge(run: Callable, target: Callable, rows: Tensor, power: float, chunk: int) -> float:
+    return error(chunked(run, rows, chunk), target(rows), power).item()
 
 
 def _finite(loss: Tensor, stage: str, unit: str, iteration: int) -> None:

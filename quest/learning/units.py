@@ -15,11 +15,13 @@ from tqdm import tqdm
 from quest.quantization.attention import QuantAttention
 from quest.quantization.layers import QuantLayer, attentions, input_quantizers, quant_layers
 from quest.quantization.quantizer import Quantizer
+from quest.runtime import memory
 from quest.runtime.memory import Waiting
 
 ATEN = torch.ops.aten
 WEIGHTS = {ATEN.addmm.default: (0, 2), ATEN.mm.default: (1,), ATEN.embedding.default: (0,)}  # among the arguments
-CHUNK = 64  # rows of one forward pass of a unit where nothing is learned
+CHUNK = 64  # rows of one forward pass of a unit where nothing is learned, or fewer where memory is short
+ALIVE = 8  # tensors as large as a layer's largest output that are in memory in such a pass
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,9 @@ def walk(
     the CPU, as `waiting` allocates them; what happens between units is `Streamed`.
     `forward` and not a call of the denoiser: a pass over all timesteps is in no time group.
     """
-    found = units(denoiser, tree_map(lambda value: value[:1].to(device), inputs))
+    first = tree_map(lambda value: value[:1].to(device), inputs)
+    found = units(denoiser, first)
+    waiting.chunk = chunk_rows(denoiser, first)
     modules = {n: m for unit in found for n, m in unit.modules.items()}
     between = Streamed(len(inputs["timestep"]), device, waiting)
     bar = tqdm(total=len(modules), desc=stage, mininterval=5)
@@ -129,8 +133,30 @@ def walk(
             del module.forward
 
 
+@torch.no_grad()
+def chunk_rows(denoiser: nn.Module, inputs: dict[str, Tensor]) -> int:
+    """Rows of one forward pass of a unit: CHUNK, or as many as fit into half of the memory.
+
+    inputs: of one row.
+    """
+    largest = 1
+
+    def look(_module, _args, output):
+        nonlocal largest
+        largest = max(largest, output.nbytes)
+
+    handles = [m.register_forward_hook(look) for m in denoiser.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    try:
+        denoiser(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    room = int(memory.SHARE * memory.budget(inputs["timestep"].device.type))
+    return max(1, min(CHUNK, room // (ALIVE * largest)))
+
+
 class Streamed(TorchDispatchMode):
-    """While inside, an operation on calibration rows takes CHUNK of them at a time to `device`; its results wait.
+    """While inside, an operation on calibration rows takes a chunk of them at a time to `device`; its results wait.
 
     A tensor holds rows if it has two dimensions or more, and the first is the number of rows or a multiple; weights of
     layers that are called outside of their unit hold none (DiT embeds with those of its first block). Views and what
@@ -150,7 +176,7 @@ class Streamed(TorchDispatchMode):
             if isinstance(v, Tensor) and v.ndim > 1 and i not in weights and self._holds_rows(v)
         }
         as_it_is = operation.is_view or operation._schema.is_mutable or operation is ATEN._unsafe_view.default
-        if as_it_is or not rows or self.rows <= CHUNK and self.device.type == "cpu":
+        if as_it_is or not rows or self.rows <= self.waiting.chunk and self.device.type == "cpu":
             return operation(*args, **(kwargs or {}))
 
         def run(chunk: Tensor):
@@ -197,17 +223,17 @@ def _take(value, rows: Tensor, n: int):
     return value.unflatten(0, (n, -1))[rows].flatten(0, 1)
 
 
-def chunked(run: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """What `run` gives for these rows, CHUNK of them at a time."""
-    return torch.cat([run(chunk) for chunk in rows.split(CHUNK)])
+def chunked(run: Callable[[Tensor], Tensor], rows: Tensor, size: int) -> Tensor:
+    """What `run` gives for these rows, `size` of them at a time."""
+    return torch.cat([run(chunk) for chunk in rows.split(size)])
 
 
 def fill(run: Callable, rows: Tensor, n: int, waiting: Waiting, into=None):
-    """What `run` gives for consecutive rows, CHUNK of them at a time, in their place among n rows that wait.
+    """What `run` gives for consecutive rows, a chunk of them at a time, in their place among n rows that wait.
 
     run(rows) -> a tensor or a tuple of them. into: what an earlier call returned, whose other rows stay as they are.
     """
-    for chunk in rows.split(CHUNK):
+    for chunk in rows.split(waiting.chunk):
         results, tree = tree_flatten(run(chunk))
         if into is None:
             into = tree_unflatten([waiting.rows(part, len(part) // len(chunk) * n) for part in results], tree)

@@ -179,11 +179,35 @@ def extract(
     if clip is not None and len(captions or []) != len(images):
         raise ValueError(f"clip needs one caption per image: {len(captions or [])} captions for {len(images)} images")
 
-    features = _image_features(images, _on(EXTRACTORS[extractor](), device), device, batch)
+    return of_networks(images, *loaded(extractor, clip), captions, device, batch)
+
+
+def loaded(extractor: str, clip: str | None) -> tuple:
+    """The networks of a name in EXTRACTORS and of one in CLIPS or None, for `of_networks`."""
+    return EXTRACTORS[extractor](), CLIPS[clip]() if clip else None
+
+
+def untrained(extractor: str, clip: str | None) -> tuple:
+    """The same, with random weights where those of a network do not ship: features cost what they cost."""
+    from quest.metrics import inception
+
+    network = inception.Inception(None, extractor) if extractor in inception.RESIZE else EXTRACTORS[extractor]()
+    if clip in (None, *SHIPPED_CLIPS):
+        return network, CLIPS[clip]() if clip else None
+    import open_clip
+
+    architecture = CLIPS[clip].args[0]
+    model, _, preprocess = open_clip.create_model_and_transforms(architecture, load_weights=False)
+    return network, (model.eval().requires_grad_(False), preprocess, open_clip.get_tokenizer(architecture))
+
+
+def of_networks(images, network, clip, captions=None, device="cpu", batch=None) -> dict[str, np.ndarray]:
+    """`extract` by networks that are there already."""
+    found = _image_features(images, _on(network, device), device, batch)
     if clip is None:
-        return features
-    model, preprocess, tokenizer = CLIPS[clip]()
-    return features | clip_features(images, captions, _on(model, device), preprocess, tokenizer, device, batch)
+        return found
+    model, preprocess, tokenizer = clip
+    return found | clip_features(images, captions, _on(model, device), preprocess, tokenizer, device, batch)
 
 
 def _on(network, device):

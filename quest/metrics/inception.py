@@ -13,10 +13,12 @@ sFID (arXiv:2103.03841) is the Fréchet distance of 7x17x17 numbers: the first 7
 """
 
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
@@ -51,13 +53,19 @@ RESIZE = {"adm": _tensorflow, "torch-fidelity": _tensorflow, "clean": _pillow}
 class Inception(nn.Module):
     """Maps uint8 images [B, 3, H, W] to pool [B, 2048], spatial [B, 2023] and logits [B, 1008] without bias."""
 
-    def __init__(self, weights: str | Path, protocol: str):
-        """Load the weights. Raises ValueError, which names the file, if it does not hold this network's tensors."""
+    def __init__(self, weights: str | Path | None, protocol: str):
+        """Load the weights; None leaves them random, for a measurement of what the network costs.
+
+        Raises ValueError, which names the file, if it does not hold this network's tensors.
+        """
         super().__init__()
         if protocol not in RESIZE:
             raise ValueError(f"protocol: {protocol!r} is not one of {', '.join(RESIZE)}")
-        _check(weights)
-        self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights))
+        if weights is None:
+            self.network = _untrained()
+        else:
+            _check(weights)
+            self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights))
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
         self.resize = RESIZE[protocol]
 
@@ -76,6 +84,15 @@ class Inception(nn.Module):
         pool = x.flatten(1)
         spatial = self.branch[:, :SPATIAL_CHANNELS].flatten(1)
         return {"pool": pool, "spatial": spatial, "logits": pool @ self.network.fc.weight.T}
+
+
+def _untrained():
+    """torch-fidelity's network as it is built, without the weights that its constructor would fetch and load."""
+    with (
+        patch.object(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_args, **_settings: {}),
+        patch.object(FeatureExtractorInceptionV3, "load_state_dict", lambda *_args: None),
+    ):
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
 
 
 def _check(weights):

@@ -1,173 +1,89 @@
-"""Measures what the steps of a run cost on this machine: seconds of denoiser calls, training and decoding, and memory.
+"""Measures what the steps of a run cost on this machine: seconds and memory of each, for the table of `costs`.
 
-`python -m quest measure` adds rows to `resources/costs.csv`; `python -m quest plan` multiplies them by how often a
-config takes each step. On a CPU, seconds are processor time of one thread, which other processes hardly change.
+Most steps are measured with few and with many rows, which gives a fixed part and a part per row of both. A rehearsal is
+the same on random weights, with as little work as that takes: one repeat, one or two rows of a large model, AdaRound
+in the unit with the most work.
 """
 
-import csv
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-from baselines import METHODS
 from baselines.method import Step
-from quest.diffusion.models import ZOO
+from quest.planning import shapes
+from quest.planning.costs import MEASURED, PROPORTIONAL, SAMPLED, SCALED, STEPS
+from quest.planning.meter import Meter
 from quest.runtime import memory
-from quest.runtime.files import one_line, read_json, read_rows
 
-COSTS = Path(__file__).parents[2] / "resources" / "costs.csv"
-# Steps that only some methods take.
-STEPS = {what: step for method in METHODS.values() for what, step in method.steps.items()}
-COLUMNS = ["model", "machine", "what", "value", "unit", "batch", "weights", "date"]
-# What is measured, and in which unit.
-WHAT = {
-    "call": "seconds per sample of one denoiser call, full precision",
-    "quantized call": "the same with fake quantization at W8A8",
-    "training step": "seconds per sample of one forward and backward pass of the quantized denoiser",
-    "weight ranges": "seconds of the MSE search of every weight's range",
-    "ranges": "seconds of the MSE search of every activation's range, of one time group",
-    # A fixed cost, and "... row": the cost per row of the calibration set or mini-batch.
-    "threshold search": "seconds of the released PTQ4DM",
-    "threshold search row": "seconds",
-    "rounding": "seconds of one AdaRound iteration in every unit",
-    "rounding row": "seconds",
-    "step learning": "seconds of one iteration in every unit that learns activation steps",
-    "step learning row": "seconds",
-    **{what: "seconds of one iteration" for what in STEPS},
-    **{f"{what} row": "seconds" for what, step in STEPS.items() if step.rows is None},
-    "decode": "seconds per image",
-    "features": "seconds per image",
-    "start": "seconds until a process has imported and loaded what it needs",
-    "memory": "MB at most, of the GPU where one is used, else resident",
-}
-# The same for single steps, with the measured number of rows.
-WHAT |= {f"memory of {what}": WHAT["memory"] for what in WHAT if what not in ("memory", "start") and " row" not in what}
+LARGE = 1e8  # parameters of a denoiser from which the graph of a row takes gigabytes
+EVERY = 16  # of the layers of a large model, in the search of weight ranges
 
 
-def read(path: Path = COSTS) -> list[dict]:
-    """Rows of the measured costs. Raises ValueError, naming file and line, for one that is malformed."""
-    rows = read_rows(path, COLUMNS)
-    for line, row in enumerate(rows, start=2):
-        if row["what"] not in WHAT:
-            raise ValueError(f"{path}, line {line}: {one_line(repr(row['what']))} is not one of {', '.join(WHAT)}")
-        if empty := [column for column in COLUMNS if not row[column]]:
-            raise ValueError(f"{path}, line {line}: {empty[0]} is missing")
-        try:
-            row["value"], _ = float(row["value"]), int(row["batch"])
-        except ValueError as error:
-            raise ValueError(f"{path}, line {line}: {one_line(error)}") from None
-        if not 0 <= row["value"] < math.inf:
-            raise ValueError(f"{path}, line {line}: value {row['value']}; needed: a finite number from 0 on")
-    return rows
+def measure(
+    model,
+    device: str,
+    batch: int | None = None,
+    repeats: int = 3,
+    random: bool = False,
+    wanted: set[str] | None = None,
+    limit: str | None = None,
+    done: Callable[[list[dict]], object] = lambda rows: None,
+) -> list[dict]:
+    """Measure a model's steps on this machine. Returns rows with `costs.COLUMNS`; done(rows) sees those of each step.
 
-
-def record(rows: list[dict], path: Path = COSTS) -> None:
-    """Add rows to the measured costs. They replace rows of the same model, machine and kind."""
-    from quest.runtime.files import atomic
-
-    def key(row):
-        return row["model"], row["machine"], row["what"]
-
-    new = {key(row) for row in rows}
-    kept = [row for row in read(path) if key(row) not in new] if path.is_file() else []
-    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept + rows)
-
-
-def machine(device: str) -> str:
-    """Name of the GPU or processor, as in `resources/costs.csv`. Jobs on a CPU have one thread."""
-    import torch
-
-    from quest.runtime.provenance import provenance
-
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{provenance()['machine']['cpu']}, one thread"
-
-
-def measure(model, device: str, batch: int | None = None, repeats: int = 3, random: bool = False) -> list[dict]:
-    """Measure a model's steps on this machine. Returns rows with COLUMNS.
-
-    Without a published model's weights, or with `random`, its architecture is measured with random ones.
-    batch: samples per call; default: a sampling batch, twice as many under guidance. A value is the minimum of
-    `repeats` runs after a warm-up, or the median where it is a difference of two times.
-    Raises FileNotFoundError where the weights of a model that ships are missing.
+    Without a published model's weights, or with `random`, its architecture is rehearsed with random ones. wanted: the
+    steps to measure, names of `costs.SECONDS`; default: all. limit: what the process may address, e.g. "20GB".
+    batch: samples per call; default: a sampling batch, twice as many under guidance, or of a rehearsal two.
+    Raises FileNotFoundError where the weights of a model that ships are missing, MemoryError where a step does not fit,
+    and ValueError for a transformer.
     """
     import torch
 
     from quest.diffusion import published
+    from quest.diffusion.denoisers import denoiser_of, name_of
 
+    if limit:
+        memory.limit(memory.parse(limit))
     try:
         pipe = None if random else model.load(device=device)
     except FileNotFoundError:
         if model.origin is None:
             raise
         pipe = None
-    weights = "random" if pipe is None else "trained"
+    random = pipe is None
     pipe = pipe or published.rehearsed(model, device)
-    denoiser = pipe.unet
-    costs = {"start": time.process_time()}  # from the start of the process: imports and loading
-    batch = batch or model.batch_size * model.halves
-    arguments = inputs(denoiser, model, batch, device, pipe)
-    with torch.no_grad(), peak_of("call", costs, device):
-        costs["call"] = _least(lambda: denoiser(**arguments), repeats, device) / batch
-    quantized = _quantized(pipe, model, arguments)
-    with torch.no_grad(), peak_of("quantized call", costs, device):
-        costs["quantized call"] = _least(lambda: quantized(**arguments), repeats, device) / batch
-    quantized.requires_grad_(True)
-    # A mini-batch has 16 rows, or 4 where the graph of the denoiser takes gigabytes per row.
-    most = 16 if sum(p.numel() for p in denoiser.parameters()) < 1e8 else 4
-    few = inputs(denoiser, model, min(max(batch, 2), most), device, pipe)
-    with peak_of("training step", costs, device):
-        seconds = _least(lambda: quantized(**few).sample.sum().backward(), repeats, device)
-        costs["training step"] = seconds / len(few["sample"])
-    with peak_of("threshold search", costs, device):
-        costs |= _threshold_search(pipe, _calibration(few), 2 * max(batch, 2), repeats, device)
-    costs |= _quantizing(pipe, model, few, repeats, device)
-    costs |= _images(pipe, model, min(model.batch_size, batch), repeats, device)
-    costs["memory"] = max(value for what, value in costs.items() if what.startswith("memory of "))
-    where, now = machine(device), datetime.now(UTC).date().isoformat()
-    return [
-        {"model": model.name, "machine": where, "what": what, "value": f"{value:.4g}"}
-        | {"unit": "MB" if what.startswith("memory") else "s", "batch": batch, "weights": weights, "date": now}
-        for what, value in costs.items()
-    ]
+    if name_of(pipe) != "unet":
+        raise ValueError(f"model: {model.name} has a {type(denoiser_of(pipe)).__name__}; valid: models with a U-Net")
+    denoiser = denoiser_of(pipe)
+    weights = sum(p.numel() for p in denoiser.parameters())
+    meter = Meter(model.name, device, "random" if random else "trained", 1 if random else repeats, wanted, done)
+    meter.add(1, start=time.process_time())  # from the start of the process: imports and loading
+    block = torch.ones(2**27, dtype=torch.float64, device=device)
+    meter.add(1, copy=min(meter.seconds(block.clone) for _ in range(3)) / (block.nbytes / 1e9))
+    del block
+    # Rows of calls, and of mini-batches.
+    calls = batch or (2 if random else model.batch_size * model.halves)
+    few_calls = max(1, calls // 2 if random else calls // 4)
+    many = 2 if random else min(max(calls, 2), 4 if weights >= LARGE else 16)
+    few = max(1, many // 4)
+    arguments = shapes.inputs(denoiser, model, max(calls, many), device, pipe)
 
+    def first(rows):
+        return {name: value[:rows] for name, value in arguments.items()}
 
-def inputs(denoiser, model, batch: int, device: str, pipe=None) -> dict:
-    """Random arguments of one call on `batch` samples."""
-    import torch
-
-    size, config = denoiser.config.sample_size, denoiser.config
-    arguments = {
-        "sample": torch.randn(batch, config.in_channels, size, size, device=device),
-        "timestep": torch.full((batch,), 500, device=device),
-    }
-    if model.conditioning != "none":
-        count = tokens(model, pipe)
-        arguments["encoder_hidden_states"] = torch.randn(batch, count, config.cross_attention_dim, device=device)
-    return arguments
-
-
-def tokens(model, pipe=None) -> int:
-    """Number of tokens in the condition of a sample, of the pipeline or else of the model as shipped or published."""
-    if model.conditioning == "none":
-        return 0
-    if pipe is not None and (hasattr(pipe, "tokenizer") or pipe.class_embedder is not None):
-        return pipe.tokenizer.model_max_length if model.conditioning == "text" else pipe.class_embedder.config.tokens
-    if model.origin is not None:
-        return {"class": 1, "text": 77}[model.conditioning]
-    encoder, key = {"class": ("class_embedder", "tokens"), "text": ("text_encoder", "max_position_embeddings")}[
-        model.conditioning
-    ]
-    return read_json(ZOO / model.name / encoder / "config.json")[key]
+    with torch.no_grad():
+        meter.per_row("call", lambda rows: denoiser(**first(rows)), few_calls, calls)
+        _images(meter, pipe, model, 1 if random else min(model.batch_size, calls), random)
+    student = _student(pipe, model, _calibration(first(1)))
+    # Of a quantized pipeline that samples, neither the network it came from nor the floats of its layers are there.
+    unneeded = sum(p.nbytes for p in denoiser.parameters())
+    unneeded += sum(b.nbytes for n, b in student.named_buffers() if n.rpartition(".")[2] == "origin")
+    with torch.no_grad():
+        meter.per_row("quantized call", lambda rows: student(**first(rows)), few_calls, calls, unneeded)
+    _quantizing(meter, pipe, student, model, first, few, many, scaled=random)
+    meter.add(many, memory=meter.most)
+    return meter.rows
 
 
 def _calibration(arguments):
@@ -182,158 +98,168 @@ def _calibration(arguments):
     return CalibrationSet(sample, timestep, torch.zeros_like(sample), order, torch.zeros_like(order), arguments)
 
 
-def _quantized(pipe, model, arguments):
-    import quest
+def _student(pipe, model, calibration):
+    """The denoiser at W4A8 with whole ranges, those of activations in one time group; frozen, as it is sampled."""
+    from quest.learning.calibrate import calibrate
+    from quest.quantization import ranges
+    from quest.quantization.layers import freeze, quant_layers
+    from quest.quantization.swapping import swap
+    from quest.quantization.timegroups import TimeGroups
 
-    few = _calibration({key: value[:4] for key, value in arguments.items()})
-    return quest.quantize(pipe, "rtn", "w8a8", calibration=few, samples=4).unet
-
-
-def _threshold_search(pipe, calibration, rows, repeats, device):
-    """Costs of the released PTQ4DM. It may draw more rows than the calibration set has."""
-    import quest
-
-    def search(count):
-        quest.quantize(pipe, "ptq4dm-as-released", "w8a8", calibration=calibration, rows=count)
-
-    small = len(calibration)
-    seconds = [_least(partial(search, count), repeats, device) for count in (small, rows)]
-    return _fixed_and_row("threshold search", small, rows, *seconds)
+    groups = TimeGroups(calibration.timesteps)
+    student = swap(pipe, 4, 8, keep=model.keep, softmax_bits=model.softmax_bits, groups=groups).unet
+    for _, layer in quant_layers(student):
+        layer.choose_weight_range()
+    freeze(student)
+    calibrate(student, calibration, ranges.minmax, samples=len(calibration), seed=0)
+    return student
 
 
-def _quantizing(pipe, model, arguments, repeats, device):
-    """Costs of the steps of methods at W4A8. Learning rates are zero, so no measurement changes the next one."""
-    import torch
-
+def _quantizing(meter, pipe, student, model, first, few, many, scaled):
+    """Costs of the steps of methods. Learning rates are zero, so no measurement changes the next one."""
     import quest
     from quest.learning.calibrate import calibrate
-    from quest.learning.reconstruction import reconstruct_activations, reconstruct_weights
     from quest.quantization import ranges
-    from quest.quantization.layers import quant_layers
+    from quest.quantization.layers import freeze, quant_layers
 
-    calibration, bits = _calibration(arguments), {"keep": model.keep, "softmax_bits": model.softmax_bits}
-    n = len(calibration)
-    rows = torch.arange(n, device=calibration.sample.device)
-    student = quest.quantize(pipe, "rtn", "w4a8", calibration=calibration, samples=n, **bits).unet
-    timed = quest.quantize(
-        pipe, "quest-suite", "w4a8", calibration=calibration, samples=n, selection=model.selection, **bits,
-        tla_iterations=0, cma_iterations=0,
-    ).unet  # fmt: skip
-    for denoiser in (student, timed):
-        for _, layer in quant_layers(denoiser):
-            layer.thaw()
-    layers = [layer for _, layer in quant_layers(student)]
-    costs = {}
-    with peak_of("weight ranges", costs, device):
-        costs["weight ranges"] = _least(lambda: [x.choose_weight_range(ranges.mse) for x in layers], 1, device)
-    with peak_of("ranges", costs, device):
-        search = partial(calibrate, student, calibration, ranges.mse_zero_point, samples=n, seed=0)
-        costs["ranges"] = _least(search, 1, device)
-    common = dict(lr=0.0, generator=torch.Generator().manual_seed(0))
+    calibration = _calibration(first(many))
+
+    def search(rows):
+        calibrate(student, calibration, ranges.mse_zero_point, samples=rows, seed=0)
+
+    meter.line("ranges", search, few, many)
+    layers = sorted((m for _, m in quant_layers(student)), key=lambda layer: -math.prod(layer.weight_shape))
+    searched = layers[::EVERY] if scaled else layers
+    share = sum(math.prod(x.weight_shape) for x in layers) / sum(math.prod(x.weight_shape) for x in searched)
+
+    def search_weights():
+        for layer in searched:
+            ranges.mse(layer.float_weight, layer.weight_quantizer.spec)
+
+    meter.once("weight ranges", search_weights, 1, share, SAMPLED if scaled else MEASURED)
+    steps = {}
+    if meter.wanted & {"rounding", "step learning"}:
+        largest = partial(_of_largest_unit, student, pipe.unet, shapes.work(model), first, many)
+        steps = largest() if scaled else _of_all_units(student, pipe, calibration)
+    for what, (step, scales) in steps.items():
+        meter.iterations(what, step, few, many, scales, SCALED if scaled else MEASURED)
+        freeze(student)
+    for what, step in STEPS.items():
+        # The fixed part of an iteration is that of the weights it learns; where these are all, it is no small one.
+        few_learn = step.rows is None and what not in ("distillation", "full finetuning")
+        proportional = scaled and few_learn and sum(p.numel() for p in pipe.unet.parameters()) >= LARGE
+
+        def learn(iterations, batch, step=step):
+            step.learn(student, pipe, _calibration(first(batch)), model, iterations, batch)
+
+        how = PROPORTIONAL if proportional else MEASURED
+        meter.iterations(what, step._replace(learn=learn), few, many, how=how)
+        freeze(student)
+
+    def thresholds(rows):
+        quest.quantize(pipe, "ptq4dm-as-released", "w8a8", calibration=calibration, rows=rows)
+
+    meter.line("threshold search", thresholds, many, 2 * many)  # it may draw more rows than the set has
+
+
+def _of_all_units(student, pipe, calibration):
+    """{step: (Step, scales)} of a pass over all units, which learn one after the other."""
+    import torch
+
+    from quest.learning.reconstruction import reconstruct_activations, reconstruct_weights
+
+    def step(reconstruct):
+        def learn(iterations, batch):
+            rows = torch.arange(len(calibration), device="cpu")
+            common = dict(iterations=iterations, batch=batch, lr=0.0, generator=torch.Generator().manual_seed(0))
+            reconstruct(student, pipe.unet, calibration, rows, **common)
+
+        return Step(learn, ()), (1, 1)
+
+    return {"rounding": step(reconstruct_weights), "step learning": step(reconstruct_activations)}
+
+
+def _of_largest_unit(student, teacher, work, first, many):
+    """The same of the unit with the most work alone.
+
+    Its fixed cost is in proportion to weights, or to activation quantizers; that of a row to multiply-accumulates.
+    """
+    import torch
+    from torch.utils._pytree import tree_map
+
+    from quest.learning import reconstruction
+    from quest.learning.units import call_modules, units
+    from quest.quantization.layers import input_quantizers, quant_layers
+
+    def of_unit(unit):
+        return sum(n for name, n in work.items() if any(f"{name}.".startswith(f"{m}.") for m in unit.modules))
+
+    met: dict[torch.nn.Module, dict] = {}  # module -> arguments
+
+    def keep(module, args, kwargs):
+        met[module] = {"args": args, "kwargs": kwargs}
+
+    handles = [m.register_forward_pre_hook(keep, with_kwargs=True) for n, m in student.named_modules() if n]
+    unit = max((unit for unit in units(student, first(1)) if unit.layers), key=of_unit)
+    for handle in handles:
+        handle.remove()
+    arguments = met[next(iter(unit.modules.values()))]
+    met.clear()
+    # As many rows as are wanted, all equal: what they hold changes no cost.
+    arguments = tree_map(lambda v: v.repeat(many, *[1] * (v.ndim - 1)) if isinstance(v, torch.Tensor) else v, arguments)
+    call = partial(call_modules, **arguments, n=many, device=student.device)
+    forwards = [module.forward for module in unit.modules.values()]
+    exact = [teacher.get_submodule(name).forward for name in unit.modules]
+
+    def learn(function, learned, iterations, batch):
+        rows = torch.arange(batch, device="cpu")
+        with torch.no_grad():
+            target = unit.arrange(call(exact, rows), batch)
+        run, wanted = lambda r: unit.arrange(call(forwards, r), len(r)), lambda r: target[r]
+        common = dict(iterations=iterations, batch=batch, lr=0.0, generator=torch.Generator().manual_seed(0))
+        function(unit.name, learned, run, wanted, batch, **common)
 
     def rounding(iterations, batch):
-        reconstruct_weights(student, pipe.unet, calibration, rows, iterations=iterations, batch=batch, **common)
+        for layer in unit.layers.values():
+            layer.thaw()
+        with reconstruction.float_activations(input_quantizers(student).values()):
+            learn(reconstruction.learn_rounding, unit.layers, iterations, batch)
 
     def step_learning(iterations, batch):
-        reconstruct_activations(student, pipe.unet, calibration, rows, iterations=iterations, batch=batch, **common)
+        with student.time_groups.inside(student.time_groups.starts[0]):
+            learn(reconstruction.learn_steps, unit.quantizers, iterations, batch)
 
-    all_steps = {
-        "rounding": Step(rounding, ("AdaRound",)),
-        "step learning": Step(step_learning, ("activation steps",)),
+    weights = {name: math.prod(layer.weight_shape) for name, layer in quant_layers(student)}
+    rows = sum(work.values()) / of_unit(unit)
+    return {
+        "rounding": (Step(rounding, ()), (sum(weights.values()) / sum(map(weights.get, unit.layers)), rows)),
+        "step learning": (Step(step_learning, ()), (len(input_quantizers(student)) / len(unit.quantizers), rows)),
     }
-    for what, step in STEPS.items():
-        all_steps[what] = step._replace(learn=partial(step.learn, timed, pipe, calibration, model))
-    small = max(1, n // 4)
-    for what, step in all_steps.items():
-        with peak_of(what, costs, device):
-            if step.rows is None:
-                seconds = [_iteration(step.learn, batch, repeats, device) for batch in (small, n)]
-                costs |= _fixed_and_row(what, small, n, *seconds)
-            else:
-                costs[what] = _iteration(step.learn, step.rows, repeats, device)
-    return costs
 
 
-def _fixed_and_row(name, small, large, few, many):
-    """Fixed and per-row seconds of a step that takes `few` seconds with `small` rows and `many` with `large` rows."""
-    row = max(0.0, many - few) / (large - small)
-    return {name: max(0.0, many - large * row), f"{name} row": row}
-
-
-def _iteration(learn: Callable, batch: int, repeats: int, device: str) -> float:
-    """Seconds of one iteration: the median difference between five iterations and one, divided by four.
-
-    Both times of a difference are taken together, so that other load affects them alike; it would not affect their two
-    minima alike.
-    """
-    learn(1, batch)  # to warm up
-    differences = []
-    for _ in range(repeats):
-        one, five = (_seconds(partial(learn, count, batch), device) for count in (1, 5))
-        differences.append(five - one)
-    return max(0.0, statistics.median(differences)) / 4
-
-
-def _images(pipe, model, batch, repeats, device):
+def _images(meter, pipe, model, batch, random):
     import torch
 
     from quest.diffusion.sampling import decode
-    from quest.metrics.features import EXTRACTORS
+    from quest.metrics import features
 
     config = pipe.unet.config
-    latents = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size, device=device)
-    costs = {}
-    with peak_of("decode", costs, device):
-        costs["decode"] = _least(lambda: decode(pipe, latents), repeats, device) / batch
+    latents = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size, device=meter.device)
+    images = []
+
+    def decoding(rows):
+        images[:] = [decode(pipe, latents[:rows])]
+
+    meter.per_row("decode", decoding, batch, batch)
+    if "features" not in meter.wanted:
+        return
+    images = images or [decode(pipe, latents)]
     try:
-        network = EXTRACTORS[model.extractor]()
+        networks = (features.untrained if random else features.loaded)(model.extractor, model.clip)
     except OSError:  # Inception's weights are missing and cannot be fetched
-        return costs
-    network = network.to(device) if hasattr(network, "to") else network
-    images = torch.from_numpy(decode(pipe, latents)).permute(0, 3, 1, 2).to(device)
-    with torch.no_grad(), peak_of("features", costs, device):
-        costs["features"] = _least(lambda: network(images), repeats, device) / batch
-    return costs
+        return
 
+    def extracting(rows):
+        features.of_networks(images[0][:rows], *networks, ["a photograph"] * rows, meter.device)
 
-def _least(step: Callable, repeats: int, device: str) -> float:
-    step()  # to warm up
-    return min(_seconds(step, device) for _ in range(repeats))
-
-
-def seconds_in_turns(steps: dict[str, Callable], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each step, run in turns so that other load affects all alike. One more turn warms up."""
-    measured: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats + 1):
-        for name, step in steps.items():
-            seconds = _seconds(step, device)
-            if turn:
-                measured[name].append(seconds)
-    return measured
-
-
-def _seconds(step: Callable, device: str) -> float:
-    import torch
-
-    clock = time.perf_counter if device == "cuda" else time.process_time
-    start = clock()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
-
-
-@contextmanager
-def peak_of(what: str, costs: dict, device: str) -> Iterator[None]:
-    """Add the most memory that the process holds inside to `costs`, in MB: of the GPU, else resident (on Linux)."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is what is held now
-    yield
-    if device == "cuda":
-        costs[f"memory of {what}"] = torch.cuda.max_memory_allocated() / 1e6
-    else:
-        costs[f"memory of {what}"] = memory.field("/proc/self/status", "VmHWM") / 1e6
+    meter.per_row("features", extracting, batch, batch)

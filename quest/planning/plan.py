@@ -3,11 +3,11 @@
 Costs that were not measured on a machine are reported as unknown. No total contains a guess.
 """
 
-import functools
 import math
 from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import NamedTuple
 
 from baselines import METHODS
 from baselines.method import keywords
@@ -20,9 +20,13 @@ from quest.config import (
     runs,
     starting_points,
 )
-from quest.diffusion.models import MODELS, Model
+from quest.diffusion.declared import of_config
+from quest.diffusion.models import Model
 from quest.metrics import LITE0, RESIZE, SHIPPED_CLIPS
-from quest.planning import keep, measure
+from quest.planning import keep
+from quest.planning.costs import MEASURED, SECONDS
+from quest.planning.forecast import GPUS, assumptions, forecast
+from quest.planning.shapes import footprint, shape, work
 
 FLOAT = 4  # bytes of a float32
 INCEPTION_VALUES = 2048 + 2023 + 1008
@@ -31,24 +35,25 @@ FEATURE_VALUES |= dict.fromkeys(LITE0, 64 + 112 + 1000 + 7168 // 2)  # the last 
 FEATURE_VALUES |= {"torch-fidelity": INCEPTION_VALUES, "clean": INCEPTION_VALUES}
 CLASSES = 10  # of a classifier of photographs
 CLIP_VALUES = {None: 0, "scenes-clip": 2 * 64, "emoji-clip": 2 * 64, "ViT-B-16": 2 * 512}
+ROWS = 64  # of a denoiser call where nothing is learned, see quest.learning.units.CHUNK
+# While a model is quantized, full precision and the quantized denoiser are in memory, as in the search of ranges.
+TOGETHER = {"at_once": dict.fromkeys(("call", "quantized call"), ROWS), "beside": "ranges"}
 RANGES_SAMPLES = 32  # samples per timestep, for the figure of activation ranges
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Number of denoiser parameters, and number of values in a latent, an image and the context of a sample."""
+class Needs(NamedTuple):
+    """What a job needs: seconds and MB at most, NaN where a step was not measured; `missing` names these steps."""
 
-    parameters: int
-    latent: int
-    image: int
-    context: int
+    seconds: float
+    memory: float
+    missing: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Part:
     """All jobs of one kind for one model. hours is NaN where a cost was not measured; `missing` names these costs.
 
-    memory: MB at most of one job, with the rows per step that were measured; NaN where a step was not.
+    memory: MB at most of one of the jobs; NaN where the memory of a step was not measured.
     """
 
     model: str
@@ -58,6 +63,7 @@ class Part:
     bytes: float
     missing: tuple[str, ...] = ()
     memory: float = math.nan
+    longest: float = math.nan  # hours of the longest of the jobs
 
 
 def cells(config: dict) -> tuple[list[Run], list[Run]]:
@@ -71,16 +77,16 @@ def cells(config: dict) -> tuple[list[Run], list[Run]]:
 def jobs(config: dict) -> Counter:
     """Number of jobs of each rule, as `snakemake -n` counts them in a fresh clone."""
     grid, (sampled, made) = runs(config), cells(config)
-    settings = config["models"]
+    settings, of_name = config["models"], of_config(config)
     models = dict.fromkeys(run.model for run in sampled)
-    prepared = [name for name in settings if MODELS[name].origin]
+    prepared = [name for name in settings if of_name[name].origin]
     pairs = {(run.model, run.bits) for run in grid if run.method != FULL_PRECISION[0]}
     count = Counter(
         {
             "model": len(prepared),
-            "network": len({net for name in models for net in _networks(MODELS[name])}),
+            "network": len({net for name in models for net in _networks(of_name[name])}),
             "tiny_checkpoint": sum(settings[n].get("checkpoint", "").startswith("results/") for n in prepared),
-            "reference": sum(_has_reference(name, settings[name]) for name in models),
+            "reference": sum(_has_reference(of_name[name], settings[name]) for name in models),
             "trajectories": len(settings),
             "evaluation": len(models),
             "quantize": len(made),
@@ -100,107 +106,132 @@ def _networks(model):
     return ({"inception"} if model.extractor in RESIZE else set()) | ({model.clip} - {None, *SHIPPED_CLIPS})
 
 
-def _has_reference(name, settings):
-    return MODELS[name].origin is not None and MODELS[name].extractor in RESIZE and settings["reference"] != "none"
-
-
-def shape(model: Model) -> Shape:
-    """The Shape of a model. It is exact and needs no weights."""
-    unet = _denoiser(model.name)
-    config, width = unet.config, measure.tokens(model)
-    if model.origin is None:
-        side = 64
-    elif model.origin.compvis is None:
-        side = config.sample_size  # its latents are the pixels
-    else:
-        side = config.sample_size * (8 if config.in_channels == 4 else 4)  # KL-f8 has four channels, VQ-f4 three
-    return Shape(
-        parameters=sum(p.numel() for p in unet.parameters()),
-        latent=config.in_channels * config.sample_size**2,
-        image=3 * side**2,
-        context=width * config.cross_attention_dim if width else 0,
-    )
-
-
-@functools.cache
-def _denoiser(name):
-    from quest.diffusion import published
-
-    return published.denoiser(MODELS[name])
-
-
-@functools.cache
-def _work(name):
-    from quest.quantization import cost
-
-    unet = _denoiser(name)
-    return cost.macs(unet, measure.inputs(unet, MODELS[name], 1, "meta"))
-
-
-@functools.cache
-def footprint(name: str, bits: str) -> dict:
-    """`quest.quantization.cost.footprint` of a model at some bits. It is exact and needs no weights.
-
-    It assumes the common stack: every layer is quantized, with the model's exceptions, one scale per output channel of
-    a weight and one per activation tensor. Each further scale, of time groups or split shortcuts, takes 8 bytes.
-    """
-    from quest.quantization import cost
-    from quest.quantization.swapping import swap
-
-    model, unet = MODELS[name], _denoiser(name)
-    if bits != FULL_PRECISION[1]:
-        pipe = SimpleNamespace(unet=unet, scheduler=None)
-        unet = swap(pipe, *parse_bits(bits), keep=model.keep, softmax_bits=model.softmax_bits).unet
-    return cost.footprint(unet, _work(name))
+def _has_reference(model, settings):
+    return model.origin is not None and model.extractor in RESIZE and settings.get("reference", "none") != "none"
 
 
 def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
     """What all jobs of each kind need, for each model, from the costs measured on `machine`."""
     sampled, made = cells(config)
     starts = starting_points(config, runs(config))
-    all_parts = []
+    all_parts, models = [], of_config(config)
     for name, settings in config["models"].items():
-        model, sizes = MODELS[name], shape(MODELS[name])
-        known = {row["what"]: row["value"] for row in costs if (row["model"], row["machine"]) == (name, machine)}
-        images, calls = settings["images"], model.calls * model.halves  # denoiser samples per image
-        trajectories = settings.get("trajectories", model.trajectories)
-        rows = [trajectories]
+        model, sizes = models[name], shape(models[name])
+        known = known_of(costs, name, machine)
+
+        def part(kind, jobs, size, name=name):
+            if jobs:
+                hours, memory = [job.seconds / 3600 for job in jobs], [job.memory for job in jobs]
+                missing = tuple(dict.fromkeys(step for job in jobs for step in job.missing))
+                all_parts.append(Part(name, kind, len(jobs), sum(hours), size, missing, _most(memory), _most(hours)))
+
+        drawn = [settings.get("trajectories", model.trajectories)]
         if any(run.model == name for run in sampled):
-            rows.append(settings.get("evaluation", 16))
-        row_bytes = FLOAT * (2 * sizes.latent + sizes.context)
-        all_parts.append(_trajectories(name, model, known, rows, calls, row_bytes))
+            drawn.append(settings.get("evaluation", 16))
+        part("trajectories", [trajectories(model, known, n) for n in drawn], sum(set_bytes(model, n) for n in drawn))
         checkpoints = [run for run in made if run.model == name]
         # Checkpoints from which other methods start keep float weights.
         size = sum(
-            FLOAT * sizes.parameters if run in starts else footprint(name, run.bits)["bytes"] for run in checkpoints
+            FLOAT * sizes.parameters if run in starts else footprint(model, run.bits)["bytes"] for run in checkpoints
         )
-        steps_in_all, unknown = Counter(), []
-        for run in checkpoints:
-            steps = quantizing(*recipe_of(config, run.method), run.bits, model, trajectories)
-            steps_in_all.update(steps or {})
-            unknown += [] if steps is not None else [f"what {run.method} does"]
-        hours, missing = _hours(known, len(checkpoints), steps_in_all)
-        if unknown:
-            hours, missing = math.nan, (*missing, *dict.fromkeys(unknown))
-        memory = math.nan if unknown else _memory(known, steps_in_all)
-        all_parts.append(Part(name, "quantize", len(checkpoints), hours, size, missing, memory))
-        for kind, label, call in (
-            ("fp", "sample, full precision", "call"),
-            (None, "sample, quantized", "quantized call"),
-        ):
-            of_kind = [run for run in sampled if run.model == name and (run.method == "fp") == (kind == "fp")]
-            made_images = images * len(of_kind)
-            count = settings.get("shards", 1) * len(of_kind)
-            steps = {call: made_images * calls, "decode": made_images, "features": made_images}
-            hours, missing = _hours(known, count, steps)
-            image_bytes = _image_bytes(model, sizes, settings.get("keep_images", True))
-            size = image_bytes * made_images
-            all_parts.append(Part(name, label, count, hours, size, missing, _memory(known, steps)))
-    return [part for part in all_parts if part.jobs]
+        part("quantize", [quantize(config, run, model, known) for run in checkpoints], size)
+        image_bytes = _image_bytes(model, sizes, settings.get("keep_images", True))
+        for label, exact in (("sample, full precision", True), ("sample, quantized", False)):
+            of_kind = [run for run in sampled if run.model == name and (run.method == FULL_PRECISION[0]) == exact]
+            shards = settings.get("shards", 1)
+            job = sample(model, known, settings["images"] / shards, exact)
+            part(label, [job] * shards * len(of_kind), image_bytes * settings["images"] * len(of_kind))
+    return all_parts
+
+
+def _most(values):
+    """The largest; NaN where one is NaN, which max() would do in some orders only."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def known_of(costs: list[dict], model: str, machine: str) -> dict[str, float]:
+    """{step: value} of a model's costs on one machine."""
+    return {row["what"]: row["value"] for row in costs if (row["model"], row["machine"]) == (model, machine)}
+
+
+def trajectories(model: Model, known: dict, n: int) -> Needs:
+    """The job that draws n full-precision trajectories, in whole batches, which the sampler also decodes."""
+    padded = -(-n // model.batch_size) * model.batch_size
+    calls = model.calls * model.halves
+    steps = Counter({"call": padded * calls + RANGES_SAMPLES * model.steps, "decode": padded})
+    # Each tensor of the set is joined from those of the batches, the largest of them as well.
+    sizes = shape(model)
+    largest = max(sizes.latent, sizes.context) / (2 * sizes.latent + sizes.context)
+    return _needs(known, steps, _batches(model), held=(1 + largest) * set_bytes(model, n))
+
+
+def sample(model: Model, known: dict, images: float, exact: bool) -> Needs:
+    """The job that samples so many images, in full precision (`exact`) or quantized."""
+    calls = images * model.calls * model.halves
+    return _needs(
+        known,
+        Counter({"call" if exact else "quantized call": calls, "decode": images, "features": images}),
+        _batches(model),
+    )
+
+
+def quantize(config: dict, run: Run, model: Model, known: dict) -> Needs:
+    """The job that makes the checkpoint of a cell."""
+    n = config["models"][run.model].get("trajectories", model.trajectories)
+    steps = quantizing(*recipe_of(config, run.method), run.bits, model, n)
+    if steps is None:
+        return Needs(math.nan, math.nan, (f"what {run.method} does",))
+    return _needs(known, steps, **TOGETHER)
+
+
+def steps(config: dict, name: str) -> set[str]:
+    """All steps that the jobs of a config take for a model."""
+    model, settings = of_config(config)[name], config["models"][name]
+    taken = {"call", "quantized call", "decode", "features", "ranges"}
+    for run in cells(config)[1]:
+        if run.model == name:
+            n = settings.get("trajectories", model.trajectories)
+            taken |= set(quantizing(*recipe_of(config, run.method), run.bits, model, n) or ())
+    return taken
+
+
+def set_bytes(model: Model, n: int) -> int:
+    """Bytes of a calibration set of n trajectories."""
+    sizes = shape(model)
+    return n * model.calls * model.halves * FLOAT * (2 * sizes.latent + sizes.context)
+
+
+def _batches(model):
+    """Rows of each step of sampling that are in memory at once."""
+    batch = model.batch_size * model.halves
+    extracted = min(model.batch_size, 50)  # images of a pass of Inception
+    return {"call": batch, "quantized call": batch, "decode": model.batch_size, "features": extracted}
+
+
+def _needs(known: dict, steps: Counter, at_once: dict, held: float = 0, beside: str | None = None) -> Needs:
+    """What one process needs for these steps, which has `held` bytes in memory all the time; see `peaks`."""
+    counts = Counter({step: count for step, count in steps.items() if count}) + Counter({"start": 1})
+    seconds = sum(known.get(step, math.nan) * count for step, count in counts.items())
+    memory = [fixed + (rows and rows * row) for fixed, row, rows in peaks(known, steps, at_once, beside).values()]
+    return Needs(seconds, _most(memory) + held / 1e6, tuple(step for step in counts if step not in known))
+
+
+def peaks(known: dict, steps: Counter, at_once: dict, beside: str | None = None) -> dict[str, tuple]:
+    """{step: (MB beside its rows, MB of a row, rows)} that are in memory at once; NaN where it was not measured.
+
+    at_once: the rows, where the steps themselves do not say it (rows of an iteration, of a range).
+    beside: a step whose fixed part of memory is also that of the steps in at_once.
+    """
+    found = {}
+    for step in {step.removesuffix(" row") for step, count in steps.items() if count}:
+        rows = min(at_once[step], steps[step]) if step in at_once else steps[f"{step} row"] / max(1, steps[step])
+        fixed = known.get(f"memory of {beside if beside and step in at_once else step}", math.nan)
+        found[step] = fixed, known.get(f"memory of {step} row", math.nan), rows
+    return found
 
 
 def quantizing(method: str, recipe: dict, bits: str, model: Model, trajectories: int) -> Counter | None:
-    """How often making a checkpoint takes each step of `measure.WHAT`; None where a method has no `work`.
+    """How often making a checkpoint takes each step of `costs.WHAT`; None where a method has no `work`.
 
     method: a name in baselines.METHODS. recipe: its keyword arguments. trajectories: number in the calibration set.
     """
@@ -214,33 +245,10 @@ def quantizing(method: str, recipe: dict, bits: str, model: Model, trajectories:
     return METHODS[method].work(SimpleNamespace(**recipe), w, model, trajectories)
 
 
-def _trajectories(name, model, known, rows, calls, row_bytes):
-    """rows: trajectories of each set, which is a job of its own and has whole batches."""
-    padded = sum(-(-count // model.batch_size) * model.batch_size for count in rows)
-    steps = {"call": padded * calls + RANGES_SAMPLES * model.steps}
-    hours, missing = _hours(known, len(rows), steps)
-    return Part(name, "trajectories", len(rows), hours, sum(rows) * calls * row_bytes, missing, _memory(known, steps))
-
-
 def _image_bytes(model, sizes, keep):
     values = FEATURE_VALUES[model.extractor] + CLIP_VALUES[model.clip] + sizes.latent
     values += CLASSES + 2 if model.classifier else 0  # logits, and the label in 64 bits
     return FLOAT * values + (sizes.image if keep else 0)
-
-
-def _hours(known, jobs, steps):
-    """Hours of {step: count} in `jobs` processes, and the steps without a measured cost."""
-    counts = {step: count for step, count in steps.items() if count} | {"start": jobs}
-    missing = tuple(step for step in counts if step not in known)
-    seconds = sum(known.get(step, math.nan) * count for step, count in counts.items())
-    return seconds / 3600, missing
-
-
-def _memory(known, steps):
-    """MB that the largest of these steps takes, NaN where one was not measured."""
-    whole = {step.removesuffix(" row") for step, count in steps.items() if count}
-    found = [known.get(f"memory of {step}", math.nan) for step in whole]
-    return math.nan if any(map(math.isnan, found)) else max(found, default=math.nan)
 
 
 def report(config: dict, costs: list[dict], machine: str) -> str:
@@ -256,7 +264,29 @@ def report(config: dict, costs: list[dict], machine: str) -> str:
         memory = f"{part.memory / 1e3:.1f}" if math.isfinite(part.memory) else "not measured"
         lines.append(f"| {part.model} | {part.kind} | {part.jobs} | {hours} | {part.bytes / 1e9:.2f} | {memory} |")
     lines += ["", *_totals(all_parts), "", *_sizes(config), "", *_measured(config, costs, machine)]
+    if machine not in GPUS and all(math.isfinite(part.hours) for part in all_parts):
+        lines += ["", *_forecasts(config, costs, machine)]
     return "\n".join(lines) + "\n"
+
+
+def forecasts(config: dict, costs: list[dict], machine: str, gpu: str) -> list[dict]:
+    """The rows of costs that `gpu` would have, from those of `machine`; see `quest.planning.forecast`."""
+    return forecast(costs, machine, gpu, {name: sum(work(m).values()) for name, m in of_config(config).items()})
+
+
+def _forecasts(config, costs, machine):
+    lines = ["### Forecasts for GPUs, not measurements", ""]
+    lines += ["| GPU | hours of one GPU | longest job [h] | most memory of a job [GB] | the GPU has [GB] |"]
+    lines += ["|---|---:|---:|---:|---:|"]
+    for gpu, sheet in GPUS.items():
+        found = parts(config, forecasts(config, costs, machine, gpu), gpu)
+        longest = max(part.longest for part in found)
+        memory = (
+            "not measured" if any(math.isnan(p.memory) for p in found) else f"{max(p.memory for p in found) / 1e3:.1f}"
+        )
+        hours = sum(part.hours for part in found)
+        lines.append(f"| {gpu} | {hours:,.1f} | {longest:,.1f} | {memory} | {sheet.memory:g} |")
+    return [*lines, "", assumptions(machine)]
 
 
 def _totals(all_parts):
@@ -271,10 +301,10 @@ def _totals(all_parts):
 
 def _sizes(config):
     lines = ["| model | bits | size [MB] | bits per parameter | TBOPs | times fewer |", "|---|---|---:|---:|---:|---:|"]
-    for name in config["models"]:
+    for name, model in of_config(config).items():
         quantized = [run.bits for run in runs(config) if run.model == name]
         for bits in dict.fromkeys([FULL_PRECISION[1], *quantized]):
-            size = footprint(name, bits)
+            size = footprint(model, bits)
             times = size["macs"] * 32**2 / size["bops"]
             lines.append(
                 f"| {name} | {bits} | {size['bytes'] / 1e6:.1f} | {size['effective_bits']:.3f} "
@@ -283,16 +313,17 @@ def _sizes(config):
     return [*lines, "", "Sizes are of packed denoisers, scales included; bit operations of one call on one sample."]
 
 
-def _measured(config, costs, machine):
+def _measured(config, known, machine):
     lines = []
     for name in config["models"]:
-        rows = [row for row in costs if row["model"] == name]
+        rows = [row for row in known if row["model"] == name]
         here = [row for row in rows if row["machine"] == machine]
         memory = next((row["value"] for row in here if row["what"] == "memory"), None)
         if here:
-            kinds = ", ".join(row["what"] for row in here if not row["what"].startswith("memory"))
-            row = here[0]
-            sentence = f"measured on {row['date']}, batch {row['batch']}, {row['weights']} weights: {kinds}"
+            row, steps = here[0], [row for row in here if row["what"] in SECONDS]
+            scaled = [row["what"] for row in steps if row["how"] != MEASURED]
+            sentence = f"{len(steps)} costs, measured on {row['date']} with {row['weights']} weights"
+            sentence += f" ({', '.join(scaled)}: of a part, scaled)" if scaled else ""
             sentence += f"; at most {memory:.0f} MB" if memory is not None else "; memory not measured"
         else:
             others = sorted({row["machine"] for row in rows})

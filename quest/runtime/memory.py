@@ -63,6 +63,21 @@ def free() -> int:
     return max(0, int(min(found + [2**50])))
 
 
+def trim() -> None:
+    """Give memory that is free, but still with the C library's allocator, back to the system (glibc only)."""
+    import ctypes
+
+    if release := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        release(0)
+
+
+def limit(size: int) -> None:
+    """Let this process address no more than so many bytes, as `ulimit -v` does."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (size, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
 def field(file: str, name: str) -> float:
     """A field of a file of Linux such as /proc/self/status, in bytes; infinite where there is none."""
     try:
@@ -88,6 +103,7 @@ class Waiting:
 
     def __init__(self, budget: int):
         self.budget = budget
+        self.chunk = 1  # rows that are computed at once, see `quest.learning.units.walk`
         self.held = self.most = self.in_memory = 0
 
     def rows(self, part: Tensor, n: int) -> Tensor:

@@ -12,7 +12,7 @@ from quest.diffusion import published
 from quest.diffusion.models import MODELS
 from quest.kernels.cpu import integer
 from quest.kernels.cpu.core import core
-from quest.planning import measure
+from quest.planning.shapes import inputs
 from quest.quantization import cost
 from quest.report import speed
 
@@ -26,7 +26,7 @@ def test_layers_are_those_of_the_architecture(name):
     denoiser = published.denoiser(model)
     layers = shapes.layers(model)
     assert len({layer.name for layer in layers}) == len(layers)
-    work = cost.macs(denoiser, measure.inputs(denoiser, model, 1, "meta"))
+    work = cost.macs(denoiser, inputs(denoiser, model, 1, "meta"))
     assert sum(layer.count * layer.macs(1) for layer in layers) == sum(work.values())
     assert sum(layer.count for layer in layers) == len(work)
 

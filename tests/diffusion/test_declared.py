@@ -18,6 +18,7 @@ from quest.learning import units
 from quest.metrics import Cell, measure
 from quest.metrics.features import extract
 from quest.metrics.noise_prediction import eps_error
+from quest.planning import plan, shapes
 from quest.quantization import cost, guards, placement
 from quest.quantization.layers import quant_layers
 from quest.quantization.swapping import swap
@@ -127,6 +128,23 @@ def quest_method():
     from baselines import METHODS
 
     return METHODS["quest-suite"]
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_a_plan_reckons_with_a_declared_model(family, declare):
+    """Sizes and work from the files of its folder, as those of the pipeline that it loads."""
+    model = declare(family)
+    pipe = model.load()
+    denoiser, calibration = denoiser_of(pipe), collect(pipe, model, "calibration", 1)
+    shape = shapes.shape(model)
+    assert shape.parameters == sum(p.numel() for p in denoiser.parameters())
+    assert shape.latent == calibration.sample[0].numel()
+    assert shapes.work(model) == cost.macs(denoiser, calibration.inputs(torch.tensor([0])))
+    settings = {"pipeline": str(model.origin.folder), "images": 4} | SETTINGS[family][0]
+    config = {"name": "mine", "models": {"my-model": settings}, "methods": {"fp": {}, "rtn": {}}}
+    config["grid"] = [{"model": ["my-model"], "method": ["rtn"], "bits": ["w4a8"]}]
+    told = plan.report(config, [], "box")
+    assert "| my-model | quantize | 1 | not measured: quantized call, start |" in told and "| my-model | w4a8 |" in told
 
 
 @pytest.mark.parametrize("family", ["sd1", "ddpm", "dit", "pixart", "sd3", "sdxl", "inpainting"])

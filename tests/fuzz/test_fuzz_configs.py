@@ -10,7 +10,7 @@ import yaml
 from cases import damaged, mutated, refusals
 
 from quest import config as configs
-from quest.planning import measure, plan
+from quest.planning import costs, plan
 
 pytestmark = pytest.mark.fuzz
 ROOT = Path(__file__).parents[2]
@@ -48,13 +48,13 @@ def config_file(draw, path: Path) -> dict | None:
 
 @pytest.mark.fuzz(share=5)
 def test_configs(draw, tmp_path):
-    config, costs = config_file(draw, tmp_path / "config.yaml"), measure.read()
+    config, known = config_file(draw, tmp_path / "config.yaml"), costs.read()
     if config is not None:
         cells = [*configs.runs(config), *configs.seed_runs(config), *configs.ablation_runs(config)]
         for run in cells + configs.starting_points(config, cells):
             assert re.fullmatch(r"[a-z0-9][a-z0-9-]*/[a-z0-9][a-z0-9@-]*/w\d+a\d+", run.path), run
             configs.start_of(config, run)
-        plan.report(config, costs, costs[0]["machine"])
+        plan.report(config, known, known[0]["machine"])
 
 
 @pytest.mark.fuzz(share=0.02)  # Snakemake takes seconds to start

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -26,6 +27,7 @@ from quest.metrics import LITE0, SHIPPED_CLIPS
 from quest.planning import keep
 from quest.report.settle import LOOKS, SEEDS, VERSION, identity
 from quest.runtime import memory
+from quest.runtime.files import read_rows
 from quest.runtime.provenance import CONFIG, config_hash
 
 HOURS = config.pop("hours", None)  # of `snakemake settle --config hours=6`; no setting of a result
@@ -70,6 +72,14 @@ GRIDS = [f"samples-{model}-{bits}" for model, bits in CELLS if model in PICTURED
 # Figures of the README: for each model the last bits in the grid, at which methods differ most.
 SHOWN = [f"samples-{model}-{bits}" for model, bits in dict(CELLS).items() if model in PICTURED]
 SHOWN += [figure for figure in CURVES if figure.startswith(("latent_mse_vs_bits", "eps_error_vs_t", "activation"))]
+
+# What `python -m quest plan CONFIG --jobs` wrote: (rule, model, method, bits) -> memory and time.
+PLAN = Path("results", NAME, "jobs.csv")
+PLANNED_KEYS, PLANNED_NUMBERS = ("rule", "model", "method", "bits"), ("least_mb", "mem_mb", "runtime")
+PLANNED = {
+    tuple(row[key] for key in PLANNED_KEYS): {key: int(row[key]) for key in PLANNED_NUMBERS}
+    for row in (read_rows(PLAN, PLANNED_KEYS + PLANNED_NUMBERS) if PLAN.is_file() else [])
+}
 
 # Progress bars write to logs every five seconds instead of ten times a second, so that logs stay readable.
 # glibc returns freed large arrays to the system, so every new array costs page faults: a fifth of the time of a
@@ -138,10 +148,22 @@ def at_size(cpu, cuda):
     return cuda if DEVICE == "cuda" else cpu
 
 
-def growing(cpu, cuda=None):
-    """Memory [MB] or time [minutes] of a job. With `--retries`, attempt k gets k times as much."""
+def growing(cpu, cuda=None, planned=None):
+    """Memory [MB] or time [minutes] of a job. With `--retries`, attempt k gets k times as much.
+
+    planned: (rule, column) of the plan's jobs. Its number comes first where there is one.
+    """
     first = at_size(cpu, cuda or cpu)
-    return lambda wc, attempt: first * attempt
+
+    def resource(wc, attempt):
+        return (of_plan(planned[0], wc).get(planned[1], first) if planned else first) * attempt
+
+    return resource
+
+
+def of_plan(rule, wc):
+    """{least_mb, mem_mb, runtime} that the plan has for a job; {} without one."""
+    return PLANNED.get((rule, *(getattr(wc, key, "") for key in PLANNED_KEYS[1:])), {})
 
 
 def networks(wc):

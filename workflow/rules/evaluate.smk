@@ -14,8 +14,8 @@ rule sample:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=growing(3000, 64000),
-        runtime=growing(60, 1440),
+        mem_mb=growing(3000, 64000, planned=("sample", "mem_mb")),
+        runtime=growing(60, 1440, planned=("sample", "runtime")),
         gpu=at_size(0, 1),
     params:
         n=setting("images"),

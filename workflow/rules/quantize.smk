@@ -12,8 +12,8 @@ rule trajectories:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=growing(2000, 64000),
-        runtime=growing(30, 720),
+        mem_mb=growing(2000, 64000, planned=("trajectories", "mem_mb")),
+        runtime=growing(30, 720, planned=("trajectories", "runtime")),
         gpu=at_size(0, 1),
     params:
         device=DEVICE,
@@ -37,8 +37,8 @@ rule evaluation:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=growing(2000, 64000),
-        runtime=growing(30, 720),
+        mem_mb=growing(2000, 64000, planned=("evaluation", "mem_mb")),
+        runtime=growing(30, 720, planned=("evaluation", "runtime")),
         gpu=at_size(0, 1),
     params:
         device=DEVICE,
@@ -62,8 +62,8 @@ rule redraw:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=growing(2000, 64000),
-        runtime=growing(30, 720),
+        mem_mb=growing(2000, 64000, planned=("redraw", "mem_mb")),
+        runtime=growing(30, 720, planned=("redraw", "runtime")),
         gpu=at_size(0, 1),
     params:
         device=DEVICE,
@@ -87,8 +87,8 @@ rule quantize:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=growing(3000, 128000),
-        runtime=growing(60, 4320),
+        mem_mb=growing(3000, 128000, planned=("quantize", "mem_mb")),
+        runtime=growing(60, 4320, planned=("quantize", "runtime")),
         gpu=at_size(0, 1),
     params:
         method=lambda wc: recipe_of(config, wc.method)[0],

@@ -28,6 +28,7 @@ def main() -> None:
     from quest.diffusion.denoisers import denoiser_of
     from quest.diffusion.models import get
     from quest.kernels.cpu.core import identity
+    from quest.planning import budget
     from quest.quantization.checkpoint import save_diverged
     from quest.quantization.cost import peak_memory
     from quest.quantization.header import read as read_header
@@ -46,7 +47,10 @@ def main() -> None:
         started = {"init": {k: header.get(k) for k in ("method", "bits", "recipe", "cost", "seconds", "peak_memory")}}
     print(f"{arguments.model} {arguments.method} {arguments.bits}: {json.dumps(recipe)}", flush=True)
 
-    calibration = CalibrationSet.load(arguments.calibration).to(arguments.device)
+    calibration = CalibrationSet.load(arguments.calibration)
+    drawn = len(calibration.trajectory.unique())
+    print(budget.check(model, arguments.method, recipe, arguments.bits, drawn, arguments.device), flush=True)
+    calibration = calibration.to(arguments.device)
     files = [arguments.calibration, *([arguments.init] if arguments.init else [])]
     job = {
         "job": [arguments.model, arguments.method, arguments.bits, arguments.device, arguments.threads],

@@ -1,0 +1,88 @@
+"""The table of measured costs, `resources/costs.csv`: seconds and memory of the steps of a run, by model and machine.
+
+`python -m quest measure` and `rehearse` add rows; `python -m quest plan` multiplies them by how often a config takes
+each step. On a CPU, seconds are processor time of one thread, which other processes hardly change.
+"""
+
+import csv
+import math
+from pathlib import Path
+
+from baselines import METHODS
+from quest.runtime.files import atomic, one_line, read_rows
+
+COSTS = Path(__file__).parents[2] / "resources" / "costs.csv"
+# Steps that only some methods take.
+STEPS = {what: step for method in METHODS.values() for what, step in method.steps.items()}
+COLUMNS = ["model", "machine", "what", "value", "unit", "batch", "weights", "how", "date"]
+# How a value was found, as a row says.
+MEASURED = "measured"
+SCALED = "of the unit with the most work; scaled to all by weights and multiply-accumulates"
+PROPORTIONAL = "of one row; seconds are taken to be in proportion to the rows"
+SAMPLED = "of every 16th layer by size; scaled to all by weights"
+# What costs seconds. A step is a fixed cost and, under "... row", a cost per row of the calibration set or mini-batch.
+SECONDS = {
+    "call": "seconds per sample of one denoiser call, full precision",
+    "quantized call": "the same with fake quantization",
+    "weight ranges": "seconds of the MSE search of every weight's range",
+    "ranges": "seconds of the MSE search of every activation's range, of one time group",
+    "ranges row": "seconds",
+    "threshold search": "seconds of the released PTQ4DM",
+    "threshold search row": "seconds",
+    "rounding": "seconds of one AdaRound iteration in every unit",
+    "rounding row": "seconds",
+    "step learning": "seconds of one iteration in every unit that learns activation steps",
+    "step learning row": "seconds",
+    **{what: "seconds of one iteration" for what in STEPS},
+    **{f"{what} row": "seconds" for what, step in STEPS.items() if step.rows is None},
+    "decode": "seconds per image",
+    "features": "seconds per image",
+    "start": "seconds until a process has imported and loaded what it needs",
+    "copy": "seconds to copy 1 GB of memory",
+}
+HELD = [what for what in SECONDS if what not in ("start", "copy") and not what.endswith(" row")]
+WHAT = SECONDS | {f"memory of {what}": "MB at most beside its rows, of the GPU or else resident" for what in HELD}
+WHAT |= {f"memory of {what} row": "MB per row, sample or image" for what in HELD if what != "weight ranges"}
+WHAT |= {"memory": "MB at most that were in use while all this was measured"}
+
+
+def read(path: Path = COSTS) -> list[dict]:
+    """Rows of the measured costs. Raises ValueError, naming file and line, for one that is malformed."""
+    rows = read_rows(path, COLUMNS)
+    for line, row in enumerate(rows, start=2):
+        if row["what"] not in WHAT:
+            raise ValueError(f"{path}, line {line}: {one_line(repr(row['what']))} is not one of {', '.join(WHAT)}")
+        if empty := [column for column in COLUMNS if not row[column]]:
+            raise ValueError(f"{path}, line {line}: {empty[0]} is missing")
+        try:
+            row["value"], _ = float(row["value"]), int(row["batch"])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: {one_line(error)}") from None
+        if not 0 <= row["value"] < math.inf:
+            raise ValueError(f"{path}, line {line}: value {row['value']}; needed: a finite number from 0 on")
+    return rows
+
+
+def record(rows: list[dict], path: Path = COSTS) -> None:
+    """Add rows to the measured costs. They replace rows of the same model, machine and kind."""
+
+    def key(row):
+        return row["model"], row["machine"], row["what"]
+
+    new = {key(row) for row in rows}
+    kept = [row for row in read(path) if key(row) not in new] if path.is_file() else []
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept + rows)
+
+
+def machine(device: str) -> str:
+    """Name of the GPU or processor, as in `resources/costs.csv`. Jobs on a CPU have one thread."""
+    import torch
+
+    from quest.runtime.provenance import provenance
+
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{provenance()['machine']['cpu']}, one thread"

@@ -1,0 +1,99 @@
+"""What the memory budget of a job is good for: with a small one the process holds less, and computes the same."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+
+import quest
+from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.pipelines import LatentDiffusionPipeline
+from quest.runtime import memory
+
+# Few iterations: memory does not depend on how many there are.
+RECIPES = {
+    "adaround": ("w4a32", dict(weight_iterations=2, batch=8, rows=256)),
+    "quest-suite": ("w4a4", dict(tla_iterations=0, cma_iterations=1, batch=32, samples=4, time_groups=4)),
+}
+CALLS = 4
+
+
+def pipeline() -> LatentDiffusionPipeline:
+    """A U-Net of 32x32 pixels that is small, but whose tensors of 256 rows take tens of megabytes."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=None,
+    )
+    unet.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    return LatentDiffusionPipeline(unet, None, DDIMScheduler())
+
+
+def rows_of(unet: UNet2DModel, trajectories: int) -> CalibrationSet:
+    """A calibration set of random numbers, for a denoiser without a condition."""
+    n, generator = CALLS * trajectories, torch.Generator().manual_seed(1)
+    size = (n, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    call = torch.arange(CALLS).repeat_interleave(trajectories)
+    sample, target = (torch.randn(size, generator=generator) for _ in range(2))
+    return CalibrationSet(sample, 900 - 200 * call, target, torch.arange(trajectories).repeat(CALLS), call)
+
+
+def anonymous(step: Callable[[], object]) -> tuple[float, object]:
+    """(MB of anonymous memory that the process held at most while `step` ran beyond what it held before, its result).
+
+    Anonymous: pages of no file, which the system can only keep or swap. Looked at every two milliseconds.
+    """
+    seen, done = [], threading.Event()
+
+    def look():
+        while not done.is_set():
+            seen.append(memory.field("/proc/self/status", "RssAnon"))
+            time.sleep(0.002)
+
+    memory.trim()
+    before = memory.field("/proc/self/status", "RssAnon")
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        result = step()
+    finally:
+        done.set()
+        watcher.join()
+    return (max(seen) - before) / 1e6, result
+
+
+def peak(method: str, pipe, calibration: CalibrationSet, **changes) -> tuple[float, dict]:
+    """(MB of anonymous memory at most that a method takes, the state of the denoiser it makes)."""
+    bits, recipe = RECIPES[method]
+    most, made = anonymous(
+        lambda: quest.quantize(pipe, method, bits, calibration=calibration, **recipe | changes).unet.state_dict()
+    )
+    return most, made
+
+
+@pytest.mark.parametrize("method, times", [("adaround", 2.0), ("quest-suite", 1.3)])
+def test_a_small_budget_lowers_the_peak(method, times, monkeypatch):
+    pipe = pipeline()
+    calibration = rows_of(pipe.unet, 64)
+    found = {}
+    for budget in ("64MB", "4GB"):  # what is built once, by the first run, is held by the smaller one
+        monkeypatch.setenv(memory.VARIABLE, budget)
+        found[budget], state = peak(method, pipe, calibration)
+        found[f"{budget} state"] = state
+    large, small = found.pop("4GB state"), found.pop("64MB state")
+    print(method, found)  # the table in docs/reproduce.md
+    assert found["4GB"] > times * found["64MB"], found
+    # Other chunks and batches round sums differently, by which a weight may take the neighbouring code.
+    codes = [name for name in large if name.endswith("codes")]
+    equal = sum((large[name] == small[name]).float().mean().item() for name in codes) / len(codes)
+    assert large.keys() == small.keys() and equal > 0.99
