@@ -50,7 +50,7 @@ onstart:
     ]
     # What the config's `memory` is too little for, by the plan's jobs.
     most = memory.parse(config["memory"]) if "memory" in config else math.inf
-    for job in workflow.dag.needrun_jobs():
+    for job in jobs:
         needed = of_plan(job.rule.name, job.wildcards).get("least_mb", 0) if PLANNED else 0
         if needed * 10**6 > most:
             cell = " ".join(job.wildcards)

@@ -63,6 +63,18 @@ def test_a_layer_that_no_model_has_stops_the_run_before_its_first_job(project):
     assert not (project.folder / "results").exists()
 
 
+def test_a_job_asks_for_what_the_plan_has_and_stops_the_run_where_memory_is_too_little(project):
+    rows = "rule,model,method,bits,least_mb,mem_mb,runtime\nquantize,scenes-class,rtn,w4a4,5000,6000,77\n"
+    project.write("results/smoke/jobs.csv", rows)
+    smoke = ("--configfile", "workflow/config/smoke.yaml")
+    asked = project.snakemake("--dry-run", *smoke, "--forcerun", "quantize").stdout
+    assert "runtime=77, gpu=0, mem_mb=6000," in asked and "runtime=60, gpu=0, mem_mb=3000," in asked
+    run = project.snakemake(*smoke, "--config", "memory=4GB")
+    said = "quantize smoke scenes-class rtn w4a4: needs 5.0 GB; memory: 4.0 GB is too little"
+    assert run.returncode != 0 and said in run.stdout
+    assert [file.name for file in (project.folder / "results/smoke").iterdir()] == ["jobs.csv"]
+
+
 def test_a_failed_job_tells_where_its_log_is(stubbed):
     stubbed.write("workflow/scripts/trajectories.py", "raise SystemExit('layer conv_in: the input is constant')")
     run = stubbed.snakemake("results/default/photos-class/calibration.safetensors")
