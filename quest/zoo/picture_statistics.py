@@ -46,7 +46,7 @@ def reference(kind, shown, components_file, path):
 
 
 def captions(shown):
-    """Captions to sample with, drawn without repetition from the training split, concepts evenly; [] for photographs."""
+    """Captions to sample with: of the training split, drawn without repetition, concepts evenly; [] for photographs."""
     if not shown.captions:
         return []
     rows = shown.rows("train")

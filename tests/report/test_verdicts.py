@@ -29,7 +29,13 @@ def paired_rows(outcomes):
         ),
         (
             {("rtn", "fid"): ["neither"] * 3, ("rtn", "log_latent_mse"): ["neither"] * 3},
-            [("same", "In log10 latent MSE to FP and FID, quest's checkpoint is not told apart from rtn's on all 3 models.")],
+            [
+                (
+                    "same",
+                    "In log10 latent MSE to FP and FID, quest's checkpoint is not told apart from rtn's on all 3 "
+                    "models.",
+                )
+            ],
         ),
         (
             {("rtn", "fid"): ["quest", "rtn diverged", "quest diverged"],
