@@ -1,5 +1,8 @@
 """The work that TAQuant adds to a denoiser call: find the time group, then look up each quantizer's scales for it."""
 
+import time
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -29,3 +32,15 @@ def single(denoiser: nn.Module, timestep: Tensor) -> nn.Module:
     denoiser.time_groups.starts = denoiser.time_groups.starts[:1]
     place(denoiser, denoiser.placement.kernel)
     return denoiser
+
+
+def seconds_in_turns(steps: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
+    """Processor seconds of each step, run in turns so that other load affects all alike. One more turn warms up."""
+    measured: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + 1):
+        for name, step in steps.items():
+            start = time.process_time()
+            step()
+            if turn:
+                measured[name].append(time.process_time() - start)
+    return measured

@@ -62,6 +62,7 @@ def contents(run: Path, kernels: Iterable[str | Path], methods: dict[str, str], 
     """Return all values that the template shows, by name; the arguments are those of `write`."""
     main, paired, verdicts = (read_csv(run / "tables" / name) for name in ("main.csv", "paired.csv", "ledger.csv"))
     shown = list(dict.fromkeys(main["method"]))
+    focus = main["method"].iloc[-1]  # the last row of the config
     bits = sorted(set(main.loc[main["method"] != "fp", "bits"]), key=tables.by_bits)
     cells = {model: illustrated(run, of_model, bits) for model, of_model in main.groupby("model", sort=False)}
     optional = {name: run / file for name, (file, _) in OPTIONAL.items() if (run / file).is_file()}
@@ -76,8 +77,8 @@ def contents(run: Path, kernels: Iterable[str | Path], methods: dict[str, str], 
             for place, method in enumerate(method for method in shown if method != "fp")
         ],
         "n": int(main["n"].max()),
-        "verdicts": verdict_sentences(paired, shown[-1]),
-        "matrices": verdict_matrix(paired, shown[-1]),
+        "verdicts": verdict_sentences(paired, focus),
+        "matrices": verdict_matrix(paired, focus),
         "comparisons": comparisons(paired),
         "diverged": paired["better"].str.endswith(" diverged").any(),
         "over_seeds": [] if seeds is None else seed_sentences(seeds),

@@ -4,8 +4,7 @@ from functools import partial
 import torch
 
 import quest
-from quest.planning.measure import seconds_in_turns
-from quest.properties.lookup import look_up, single
+from quest.properties.lookup import look_up, seconds_in_turns, single
 from quest.quantization.layers import input_quantizers
 from quest.quantization.placement import place
 

@@ -24,8 +24,7 @@ def main() -> None:
     from quest.diffusion.calibration_set import CalibrationSet
     from quest.diffusion.denoisers import denoiser_of
     from quest.diffusion.models import get
-    from quest.planning.measure import seconds_in_turns
-    from quest.properties.lookup import look_up, single
+    from quest.properties.lookup import look_up, seconds_in_turns, single
     from quest.quantization.cost import stored
     from quest.runtime.provenance import write_json
 
