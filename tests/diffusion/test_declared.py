@@ -80,11 +80,11 @@ def declare(folder_of, tmp_path, monkeypatch):
     return declare
 
 
-def cell_of(pipe, model, errors=(None, None)) -> Cell:
+def cell_of(pipe, model, **errors) -> Cell:
     made = list(generate(pipe, model, "evaluation", 4))
     index, latents, images = (np.concatenate([np.asarray(batch[i]) for batch in made]) for i in range(3))
     assert images.dtype == np.uint8 and len(np.unique(images)) > 20 and np.isfinite(latents).all()
-    return Cell(index, extract(images, model.extractor), images, latents, *errors)
+    return Cell(index, extract(images, model.extractor), images, latents, **errors)
 
 
 @pytest.mark.parametrize("family", SETTINGS)
@@ -117,7 +117,7 @@ def test_a_model_in_a_config_is_quantized_sampled_and_measured(family, declare, 
 
     errors, steps = eps_error(fast, collect(pipe, model, "evaluation", 2))
     assert 0 < errors.mean() < 0.5
-    kernel = cell_of(fast, model, (errors.numpy(), np.array(steps)))
+    kernel = cell_of(fast, model, eps_error=errors.numpy(), timesteps=np.array(steps))
     found = measure(kernel, None, cell_of(pipe, model), extractor=model.extractor, protocol=model.protocol)
     values = {row["metric"]: row["value"] for row in found["rows"]}
     assert {"latent_mse", "psnr", "eps_error"} <= values.keys() and all(map(np.isfinite, values.values()))
