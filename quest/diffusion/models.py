@@ -166,6 +166,11 @@ def _load_prepared(name: str, device="cpu") -> DiffusionPipeline:
     return load_pipeline(folder, device)
 
 
+def _captions(name: str, split: str, start: int, stop: int) -> Sequence[str]:
+    """Captions of images start .. stop - 1 of a split, from the file that `published.prepare` wrote."""
+    return file_captions(PREPARED / name / "captions.txt", CAPTION_LINES, split, start, stop)
+
+
 # Line numbers of a caption file: evaluation uses the first lines, in their order, and calibration uses later ones.
 CAPTION_LINES = {"evaluation": (0, 10_000), "calibration": (10_000, 11_000)}
 EMOJI_LINES = {"evaluation": (0, 2000), "calibration": (2000, 3000), "validation": (3000, 3500)}
@@ -352,7 +357,7 @@ MODELS = {
             steps=50,
             guidance=7.5,
             conditioning="text",
-            source=partial(file_captions, PREPARED / "sd14" / "captions.txt", CAPTION_LINES),
+            source=partial(_captions, "sd14"),
             caption_lines=CAPTION_LINES,
             selection="sd",
             activation_ranges="ema",
