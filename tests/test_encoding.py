@@ -60,6 +60,7 @@ def python_of(file: Path) -> str:
         if line and not line[0].isspace():
             python = word not in (
                 "rule",
+                "checkpoint",
                 "report",
                 "include",
                 "onerror",
@@ -84,10 +85,14 @@ JSON_ELSEWHERE = {
     "quest/runtime/resume.py",
     "quest/report/ablations.py",
     "quest/report/evidence.py",
+    "quest/report/settle/__init__.py",
+    "quest/report/settle/lottery.py",
     "workflow/scripts/ablations.py",
+    "workflow/scripts/evidence.py",
     "workflow/scripts/model.py",
     "workflow/scripts/quantize.py",
     "workflow/scripts/search.py",
+    "workflow/scripts/settle.py",
     "workflow/scripts/tuning.py",
 }
 

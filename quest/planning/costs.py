@@ -42,7 +42,8 @@ SECONDS = {
 }
 HELD = [what for what in SECONDS if what not in ("start", "copy") and not what.endswith(" row")]
 WHAT = SECONDS | {f"memory of {what}": "MB at most beside its rows, of the GPU or else resident" for what in HELD}
-WHAT |= {f"memory of {what} row": "MB per row, sample or image" for what in HELD if what != "weight ranges"}
+FIXED = {"weight ranges"} | {what for what, step in STEPS.items() if step.rows is not None}  # whose rows never change
+WHAT |= {f"memory of {what} row": "MB per row, sample or image" for what in HELD if what not in FIXED}
 WHAT |= {"memory": "MB at most that were in use while all this was measured"}
 
 

@@ -139,8 +139,10 @@ def _quantizing(meter, pipe, student, model, first, few, many, scaled):
     meter.once("weight ranges", search_weights, 1, share, SAMPLED if scaled else MEASURED)
     steps = {}
     if meter.wanted & {"rounding", "step learning"}:
-        largest = partial(_of_largest_unit, student, pipe.unet, shapes.work(model), first, many)
-        steps = largest() if scaled else _of_all_units(student, pipe, calibration)
+        if scaled:
+            steps = _of_largest_unit(student, pipe.unet, shapes.work(model), first, many)
+        else:
+            steps = _of_all_units(student, pipe, calibration)
     for what, (step, scales) in steps.items():
         meter.iterations(what, step, few, many, scales, SCALED if scaled else MEASURED)
         freeze(student)

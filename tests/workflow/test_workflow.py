@@ -83,7 +83,8 @@ def test_every_config_runs_its_own_recipes(stubbed, name):
         undrawn.add("clip")
     if not any(settings.get("keep_images", True) for settings in config["models"].values()):
         undrawn.add("psnr")
-    assert drawn == set(METRICS) - undrawn
+    # settle.yaml has no cells of its own but full precision.
+    assert drawn == (set(METRICS) - undrawn if any(run.method != "fp" for run in runs(config)) else set())
 
 
 def test_nothing_runs_twice_and_a_comment_reruns_nothing(finished):

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import re
+import time
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -47,6 +48,7 @@ RUNS = runs(config)
 SEED_RUNS = seed_runs(config)
 ABLATION_RUNS = ablation_runs(config)
 SETTLE_RUNS = settled_runs(config, SEEDS)
+STARTED = round(time.time())
 STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS + ABLATION_RUNS + SETTLE_RUNS)
 METHODS = [*config["methods"], *config.get("ablations", {}).get("rows", {})]
 # {model, bits}: the cell whose questions need finetuning. Properties are measured on every model.
@@ -308,3 +310,33 @@ def measured(wc):
 def shown(path, caption, category, **labels):
     """An output that must not be empty and that `snakemake --report` shows, with workflow/report/{caption}.rst."""
     return ensure(report(path, caption=f"../report/{caption}.rst", category=category, labels=labels), non_empty=True)
+
+
+def look_before(wc):
+    """What the look before decided; nothing for the first one."""
+    before = int(wc.look) - 1
+    return checkpoints.look.get(name=wc.name, look=before).output[0] if before >= 0 else []
+
+
+def asked_for(wc):
+    """Records of the cells that the look before asked for."""
+    before = look_before(wc)
+    runs = json.loads(Path(before).read_text(encoding="utf-8"))["wanted"] if before else []
+    return [f"results/{wc.name}/{run}/evidence.json" for run in runs]
+
+
+def families(wc):
+    if "settle" not in config:
+        raise WorkflowError(
+            "settle: the config has no such key; e.g. settle: {bits: [w4a4], families: {mine: [[rtn-mse, rtn]]}}, or "
+            "--configfile workflow/config/settle.yaml"
+        )
+    return json.dumps(config["settle"]["families"])
+
+
+def identities(wc):
+    """[[model, bits, row, identity]] of all rows of `settle`."""
+    rows = dict.fromkeys((run.model, run.bits, run.method.partition("@")[0]) for run in SETTLE_RUNS)
+    return json.dumps(
+        [[*row, identity(told(config, Run(row[0], row[2], row[1]), MODELS[row[0]], VERSION))] for row in rows]
+    )
