@@ -20,7 +20,7 @@ from quest.diffusion import captions
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.metrics import reference
 from quest.metrics.frechet import Statistics, load_reference, save_reference
-from quest.planning import measure
+from quest.planning import costs
 from quest.report import ledger, seeds, tables
 from quest.runtime import resume
 
@@ -125,7 +125,7 @@ def test_captions(draw, tmp_path):
             assert len(found) == content.count(b"\n") + (content != b"" and not content.endswith(b"\n"))
 
 
-TABLES = {"costs": (measure.COSTS, measure.read), "published": (ledger.PUBLISHED, ledger.published)}
+TABLES = {"costs": (costs.COSTS, costs.read), "published": (ledger.PUBLISHED, ledger.published)}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -148,7 +148,7 @@ def test_tables(name, draw, tmp_path):
 @pytest.mark.parametrize("write", [tables.write, seeds.write])
 def test_results(write, draw, tmp_path):
     """No table is made of a result that holds something else than numbers where numbers belong."""
-    cells = [cell("scenes-text", method, "w4a4") for method in ("rtn", "quest-suite")]
+    cells = [cell("scenes-text", method, "w4a4") for method in ("rtn", "quest")]
     if write is seeds.write:
         cells += [one | {"method": f"{one['method']}@1"} for one in cells]
     else:
