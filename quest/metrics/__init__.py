@@ -132,18 +132,18 @@ def _clip(cell, fp, reference, counts, extractor):
     return _mean(clip_scores(cell.features["clip_image"], cell.features["clip_text"]), counts)
 
 
-def _retrieval(cell, fp, reference, counts, extractor):
+def _retrieval(cell, fp):
     image, text = cell.features.get("clip_image"), cell.features.get("clip_text")
     if image is None or text is None or len(image) < CANDIDATES:
         return None
-    return _mean(caption_first(image, text, CANDIDATES).astype(np.float64), counts)
+    return caption_first(image, text, CANDIDATES).astype(np.float64)
 
 
-def _agreement(cell, fp, reference, counts, extractor):
+def _agreement(cell, fp):
     logits, labels = cell.features.get("class_logits"), cell.features.get("labels")
     if logits is None or labels is None:
         return None
-    return _mean((logits.argmax(axis=1) == labels).astype(np.float64), counts)
+    return (logits.argmax(axis=1) == labels).astype(np.float64)
 
 
 def _mean(values, counts, note="", protocol=""):
@@ -151,31 +151,37 @@ def _mean(values, counts, note="", protocol=""):
     return Estimate(float(np.mean(values)), resampled, len(values), protocol=protocol, note=note)
 
 
-def _psnr(cell, fp, reference, counts, extractor):
-    if cell.images is None or fp.images is None:
+def _psnr(cell, fp):
+    if fp is None or cell.images is None or fp.images is None:
         return None
+    return psnr(cell.images, fp.images)
+
+
+def _identical_note(cell, fp):
     identical = int((cell.images == fp.images).all(axis=(1, 2, 3)).sum())
-    note = f"{identical} of {len(cell.images)} images identical, counted as one level apart" if identical else ""
-    return _mean(psnr(cell.images, fp.images), counts, note)
+    return f"{identical} of {len(cell.images)} images identical, counted as one level apart" if identical else ""
 
 
-def _lite0_distance(cell, fp, reference, counts, extractor):
-    if "maps" not in cell.features or "maps" not in fp.features:
+def _lite0_distance(cell, fp):
+    if fp is None or "maps" not in cell.features or "maps" not in fp.features:
         return None
-    return _mean(squared_distances(cell.features["maps"], fp.features["maps"]), counts)
+    return squared_distances(cell.features["maps"], fp.features["maps"])
 
 
-def _log_latent_mse(cell, fp, reference, counts, extractor):
-    if cell.latents is None or fp.latents is None:
+def _latent_mse(cell, fp):
+    if fp is None or cell.latents is None or fp.latents is None:
         return None
-    errors = np.maximum(latent_mse(cell.latents, fp.latents), SMALLEST_MSE)
-    return _mean(np.log10(errors), counts, _broken_note(cell.latents, "latents"))
+    return latent_mse(cell.latents, fp.latents)
 
 
-def _latent_mse(cell, fp, reference, counts, extractor):
-    if cell.latents is None or fp.latents is None:
-        return None
-    return _mean(latent_mse(cell.latents, fp.latents), counts, _broken_note(cell.latents, "latents"))
+def _log_latent_mse(cell, fp):
+    errors = _latent_mse(cell, fp)
+    return None if errors is None else np.log10(np.maximum(errors, SMALLEST_MSE))
+
+
+def _trajectory_errors(kind, cell, fp):
+    errors = getattr(cell, kind)  # [trajectories, calls]; of a model without guidance, none of the guided prediction
+    return None if errors is None else errors.mean(axis=1, dtype=np.float64)
 
 
 def _broken_note(values, what):
@@ -197,13 +203,35 @@ def _floor_note(features):
     return "" if found is None else "two independent sets of full precision are {:.3g} ± {:.1g} apart".format(*found)
 
 
-def _eps_error(kind, cell, fp, reference, counts, extractor):
-    errors = getattr(cell, kind)  # [trajectories, calls]
-    if errors is None:  # of a model without guidance
+# Metric -> function of a cell and of full precision (None where the cell is it) that gives the value of every image, of
+# every trajectory for the errors of the noise prediction; None if an input is missing.
+PER_IMAGE = {
+    "agreement": _agreement,
+    "retrieval": _retrieval,
+    "psnr": _psnr,
+    "latent_mse": _latent_mse,
+    "log_latent_mse": _log_latent_mse,
+    "lite0_distance": _lite0_distance,
+    "eps_error": partial(_trajectory_errors, "eps_error"),
+    "guided_eps_error": partial(_trajectory_errors, "guided_eps_error"),
+}
+NOTES = {
+    "psnr": _identical_note,
+    "latent_mse": lambda cell, fp: _broken_note(cell.latents, "latents"),
+    "log_latent_mse": lambda cell, fp: _broken_note(cell.latents, "latents"),
+    "eps_error": lambda cell, fp: _broken_note(cell.eps_error, "trajectories"),
+    "guided_eps_error": lambda cell, fp: _broken_note(cell.guided_eps_error, "trajectories"),
+}
+
+
+def _mean_of(name, cell, fp, reference, counts, extractor):
+    values = PER_IMAGE[name](cell, fp)
+    if values is None:
         return None
-    # The bootstrap resamples whole trajectories, because the calls of one trajectory are not independent.
-    counts = intervals.resample_counts(len(errors), len(counts))
-    return _mean(errors.mean(axis=1, dtype=np.float64), counts, _broken_note(errors, "trajectories"))
+    if name.endswith("eps_error"):
+        # The bootstrap resamples whole trajectories, because the calls of one trajectory are not independent.
+        counts = intervals.resample_counts(len(values), len(counts))
+    return _mean(values, counts, NOTES[name](cell, fp) if name in NOTES else "")
 
 
 METRICS = {
@@ -215,17 +243,21 @@ METRICS = {
     "precision": Metric("precision", "higher", _precision, is_mean=True, network="extractor", real=True),
     "fid_infinity": Metric("FID at infinity", "lower", _fid_infinity, network="extractor", real=True),
     "clip": Metric("CLIP score", "higher", _clip, is_mean=True, network="clip"),
-    "agreement": Metric("class agreement", "higher", _agreement, is_mean=True),
-    "retrieval": Metric("caption first of 100", "higher", _retrieval, is_mean=True, network="clip"),
-    "psnr": Metric("PSNR to FP [dB]", "higher", _psnr, is_mean=True, paired=True),
-    "latent_mse": Metric("latent MSE to FP", "lower", _latent_mse, is_mean=True, paired=True),
-    "log_latent_mse": Metric("log10 latent MSE to FP", "lower", _log_latent_mse, is_mean=True, paired=True),
-    "lite0_distance": Metric("Lite0 distance to FP", "lower", _lite0_distance, is_mean=True, paired=True, lite0=True),
+    "agreement": Metric("class agreement", "higher", partial(_mean_of, "agreement"), is_mean=True),
+    "retrieval": Metric("caption first of 100", "higher", partial(_mean_of, "retrieval"), is_mean=True, network="clip"),
+    "psnr": Metric("PSNR to FP [dB]", "higher", partial(_mean_of, "psnr"), is_mean=True, paired=True),
+    "latent_mse": Metric("latent MSE to FP", "lower", partial(_mean_of, "latent_mse"), is_mean=True, paired=True),
+    "log_latent_mse": Metric(
+        "log10 latent MSE to FP", "lower", partial(_mean_of, "log_latent_mse"), is_mean=True, paired=True
+    ),
+    "lite0_distance": Metric(
+        "Lite0 distance to FP", "lower", partial(_mean_of, "lite0_distance"), is_mean=True, paired=True, lite0=True
+    ),
     "fd_64w_to_fp": Metric("FD-64w to FP", "lower", _fid_to_fp, paired=True, network="extractor", lite0=True),
     "fid_to_fp": Metric("FID to FP", "lower", _fid_to_fp, paired=True, network="extractor", lite0=False),
-    "eps_error": Metric("noise-prediction error", "lower", partial(_eps_error, "eps_error"), is_mean=True, paired=True),
+    "eps_error": Metric("noise-prediction error", "lower", partial(_mean_of, "eps_error"), is_mean=True, paired=True),
     "guided_eps_error": Metric(
-        "guided noise-prediction error", "lower", partial(_eps_error, "guided_eps_error"), is_mean=True, paired=True
+        "guided noise-prediction error", "lower", partial(_mean_of, "guided_eps_error"), is_mean=True, paired=True
     ),
 }
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from quest.metrics import METRICS, SMALLEST_MSE, Cell
-from quest.metrics.per_image import CANDIDATES, caption_first, latent_mse, psnr, squared_distances
+from quest.metrics import METRICS, PER_IMAGE, Cell
 from quest.report.settle import VERSION, identity
 from quest.runtime.files import dumps, one_line, read_json
 
 STORE = Path(__file__).parents[3] / "results" / "settled"
 DIGITS = 6  # of stored values
+MEANS = ("agreement", "retrieval", "psnr", "log_latent_mse", "lite0_distance", "eps_error", "guided_eps_error")
 SETS = ("kid_64w", "fid")  # distances of sets, of which a model has one
 FIELDS = ("version", "model", "bits", "method", "seed", "draw", "isa", "identity", "images", "n", "values", "sets")
 
@@ -57,26 +57,11 @@ class Evidence:
 
 
 def per_image(cell: Cell, fp: Cell | None) -> dict[str, np.ndarray]:
-    """The values of every image of a cell, by endpoint; of every trajectory for noise-prediction errors.
+    """The values of MEANS for every image of a cell (or trajectory), of those whose inputs it has.
 
     fp: the full-precision cell of the same seeds; None where `cell` is it.
     """
-    found, features = {}, cell.features
-    if "class_logits" in features and "labels" in features:
-        found["agreement"] = features["class_logits"].argmax(axis=1) == features["labels"]
-    if "clip_text" in features and len(cell.index) >= CANDIDATES:
-        found["retrieval"] = caption_first(features["clip_image"], features["clip_text"], CANDIDATES)
-    if fp is not None:
-        if cell.images is not None and fp.images is not None:
-            found["psnr"] = psnr(cell.images, fp.images)
-        if cell.latents is not None and fp.latents is not None:
-            found["log_latent_mse"] = np.log10(np.maximum(latent_mse(cell.latents, fp.latents), SMALLEST_MSE))
-        if "maps" in features and "maps" in fp.features:
-            found["lite0_distance"] = squared_distances(features["maps"], fp.features["maps"])
-        for kind in ("eps_error", "guided_eps_error"):
-            if (errors := getattr(cell, kind)) is not None:
-                found[kind] = errors.mean(axis=1, dtype=np.float64)
-    return {name: np.asarray(values, np.float64) for name, values in found.items()}
+    return {name: values for name in MEANS if (values := PER_IMAGE[name](cell, fp)) is not None}
 
 
 def content(cell: Cell, fp: Cell | None, measured: dict, seed: int, draw: int, told: dict, about: dict) -> dict:
