@@ -198,98 +198,40 @@ def _rehearsed(architecture: str, **protocol) -> Model:
     )
 
 
+# How the zoo's models in the role of a model of the paper are sampled and quantized.
+ROLES = {
+    # LSUN: unconditional, with fresh noise in every step.
+    "lsun": dict(
+        sampler="ddim", steps=40, eta=1.0, conditioning="none", activation_ranges="ema-symmetric", time_groups=20
+    ),
+    # ImageNet LDM-4: conditioned on a class, guided, deterministic.
+    "imagenet": dict(sampler="ddim", steps=20, guidance=3.0, conditioning="class", time_groups=20),
+    # Stable Diffusion: conditioned on text, guided, sampled with PLMS.
+    "sd": dict(sampler="plms", steps=20, guidance=3.0, conditioning="text", activation_ranges="ema", time_groups=10),
+}
+
+
+def _zoo(name: str, role: str, **protocol) -> Model:
+    """A shipped model; `role` is also the name of its selection in QuEST."""
+    return Model(name=name, load=partial(_load_zoo, name), selection=role, batch_size=50, **ROLES[role], **protocol)
+
+
 MODELS = {
     model.name: model
     for model in (
-        # Stands for the paper's LSUN models: unconditional, with fresh noise in every step.
-        Model(
-            name="scenes-uncond",
-            load=partial(_load_zoo, "scenes-uncond"),
-            sampler="ddim",
-            steps=40,
-            eta=1.0,
-            conditioning="none",
-            selection="lsun",
-            activation_ranges="ema-symmetric",
-            batch_size=50,
-            time_groups=20,
-            reference=SCENES,
-        ),
-        # Stands for ImageNet LDM-4: conditioned on a class, guided, deterministic.
-        Model(
-            name="scenes-class",
-            load=partial(_load_zoo, "scenes-class"),
-            sampler="ddim",
-            steps=20,
-            guidance=3.0,
-            conditioning="class",
-            source=scene_labels,
-            selection="imagenet",
-            batch_size=50,
-            time_groups=20,
-            reference=SCENES,
-        ),
-        # Stands for Stable Diffusion: conditioned on text, guided, sampled with PLMS.
-        Model(
-            name="scenes-text",
-            load=partial(_load_zoo, "scenes-text"),
-            sampler="plms",
-            steps=20,
-            guidance=3.0,
-            conditioning="text",
-            source=scene_captions,
-            selection="sd",
-            activation_ranges="ema",
-            batch_size=50,
-            time_groups=10,
-            clip="scenes-clip",
-            reference=SCENES,
-        ),
-        # Photographs of CIFAR-10's classes in place of ImageNet.
-        Model(
-            name="photos-class",
-            load=partial(_load_zoo, "photos-class"),
-            sampler="ddim",
-            steps=20,
-            guidance=3.0,
-            conditioning="class",
-            source=photo_labels,
-            selection="imagenet",
-            batch_size=50,
-            time_groups=20,
-            extractor="lite0-photos",
-            reference=PHOTOS,
-        ),
-        # The same photographs without a condition, in place of LSUN, with fresh noise in every step.
-        Model(
-            name="photos-uncond",
-            load=partial(_load_zoo, "photos-uncond"),
-            sampler="ddim",
-            steps=40,
-            eta=1.0,
-            conditioning="none",
-            selection="lsun",
-            activation_ranges="ema-symmetric",
-            batch_size=50,
-            time_groups=20,
-            extractor="lite0-photos",
-            reference=PHOTOS,
-        ),
-        # Emoji from captions such as "noto emoji: red apple", in place of Stable Diffusion. The captions are of the
-        # training split: what held-out ones give is in the model's README.
-        Model(
-            name="emoji-text",
-            load=partial(_load_zoo, "emoji-text"),
-            sampler="plms",
-            steps=20,
-            guidance=3.0,
-            conditioning="text",
+        _zoo("scenes-uncond", "lsun", reference=SCENES),
+        _zoo("scenes-class", "imagenet", source=scene_labels, reference=SCENES),
+        _zoo("scenes-text", "sd", source=scene_captions, clip="scenes-clip", reference=SCENES),
+        # Photographs of CIFAR-10, by class and without a condition.
+        _zoo("photos-class", "imagenet", source=photo_labels, extractor="lite0-photos", reference=PHOTOS),
+        _zoo("photos-uncond", "lsun", extractor="lite0-photos", reference=PHOTOS),
+        # Emoji from captions such as "noto emoji: red apple". The captions are of the training split: what held-out
+        # ones give is in the model's README.
+        _zoo(
+            "emoji-text",
+            "sd",
             source=partial(file_captions, EMOJI_CAPTIONS, EMOJI_LINES),
             caption_lines=EMOJI_LINES,
-            selection="sd",
-            activation_ranges="ema",
-            batch_size=50,
-            time_groups=10,
             extractor="lite0-emoji",
             clip="emoji-clip",
             reference=EMOJI,

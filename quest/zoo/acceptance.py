@@ -7,12 +7,14 @@
 - a grid of the first 64 samples, not chosen. Of emoji-text these have trained captions.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from quest.diffusion.models import Model, load_pipeline
+from quest.diffusion import models
+from quest.diffusion.loading import load_pipeline
 from quest.diffusion.sampling import generate
 from quest.metrics import classifier
 from quest.metrics.features import extract
@@ -26,8 +28,6 @@ from quest.zoo.judge import write
 from quest.zoo.train_autoencoder import RECIPES
 from quest.zoo.train_extractor import reconstruct
 
-# Conditioning -> how it is sampled: sampler, steps, eta.
-SAMPLERS = {"none": ("ddim", 40, 1.0), "class": ("ddim", 20, 0.0), "text": ("plms", 20, 0.0)}
 MOST = 1.6  # times the distance of the autoencoder's reconstructions may samples be away from held-out pictures
 LEAST = 0.7  # share of samples whose class the classifier has to see
 
@@ -51,25 +51,10 @@ def conditions(shown, conditioning, n):
 
 
 def protocol(name, asked, guidance):
-    """The protocol under which a model is sampled here. `asked`: the label or caption of each image, or None."""
-    recipe = MODELS[name]
-    sampler, steps, eta = SAMPLERS[recipe.conditioning]
-    return Model(
-        name=name,
-        load=load_pipeline,
-        sampler=sampler,
-        steps=steps,
-        eta=eta,
-        guidance=1.0 if recipe.conditioning == "none" else guidance,
-        conditioning=recipe.conditioning,
-        # The last batch is filled up with further images.
-        source=None
-        if asked is None
-        else lambda split, start, stop: [asked[i % len(asked)] for i in range(start, stop)],
-        selection="lsun",
-        batch_size=50,
-        time_groups=1,
-    )
+    """The protocol of the suite's model, for other labels or captions. `asked`: that of each image, or None."""
+    # The last batch is filled up with further images.
+    source = None if asked is None else lambda split, start, stop: [asked[i % len(asked)] for i in range(start, stop)]
+    return replace(models.get(name), guidance=1.0 if asked is None else guidance, source=source)
 
 
 def distances(features, reference):
