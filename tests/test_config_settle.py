@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+from test_config import _put
 
 from quest.config import ConfigError, Run, starting_points, validate
 from quest.config.settled import settled_runs, told
@@ -19,16 +20,6 @@ def settling():
         "methods": methods | {"q-diffusion": {"init": "adaround"}, "quest-suite": {"init": "adaround"}},
         "settle": {"bits": ["w4a4"], "families": {"rivals": [["quest-suite", "q-diffusion"], ["rtn", "fp"]]}},
     }
-
-
-def _put(value, *path):
-    def change(config):
-        *parents, last = path
-        for key in parents:
-            config = config[key]
-        config[last] = value
-
-    return change
 
 
 def test_cells_that_settle_a_family(settling):

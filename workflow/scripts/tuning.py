@@ -36,14 +36,13 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     model = get(arguments.model)
-    recipe = model.recipe(METHODS["quest-suite"].quantize, parse_bits(arguments.bits)[1]) | {
-        "init": str(arguments.init)
-    }
-    recipe |= arguments.recipe
+    drawn = model.name.startswith("scenes")  # a program draws their pictures; those of other models do not ship
+    if arguments.data != "trajectories" and not drawn:
+        parser.error(f"--data: the real pictures of {model.name} do not ship; valid: trajectories")
+    recipe = model.recipe(METHODS["quest-suite"].quantize, parse_bits(arguments.bits)[1])
+    recipe |= {"init": str(arguments.init)} | arguments.recipe
     pipe = model.load()
     calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))
-    if arguments.data != "trajectories" and not arguments.model.startswith("scenes"):
-        parser.error(f"--data: the real pictures of {arguments.model} do not ship; valid: trajectories")
     if arguments.data != "trajectories":
         calibration = noised(pipe, model, "train", len(calibration.trajectory.unique()))
         if arguments.data == "scenes":
@@ -54,7 +53,7 @@ def main() -> None:
     student = quest.quantize(pipe, "quest-suite", arguments.bits, calibration=calibration, **recipe)
     seconds = round(time.perf_counter() - start, 1)
     errors = {"to_full_precision": eps_error(student, evaluation)[0].mean(1).tolist()}
-    if arguments.model.startswith("scenes"):
+    if drawn:
         held_out = noised(pipe, model, "validation", SCENES, seed=1)
         errors["to_noise"] = eps_error(student, held_out)[0].mean(1).tolist()
         errors["full_precision_to_noise"] = eps_error(pipe, held_out)[0].mean(1).tolist()
