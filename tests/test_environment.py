@@ -1,4 +1,6 @@
 import ast
+import json
+import re
 import sys
 import tomllib
 from importlib.metadata import version
@@ -53,3 +55,38 @@ def test_what_code_imports_is_declared():
                     known = pip_names.get(name, name.replace("_", "-")) in declared
                     undeclared |= set() if known else {f"{file.name}: {name}"}
     assert undeclared == set()
+
+
+def test_locks_pin_every_dependency_within_its_range():
+    """By versions alone: a lock file with addresses would not install from another index."""
+    lines = (ROOT / "locks/pip.txt").read_text(encoding="utf-8").splitlines()[1:]
+    pinned = dict(re.fullmatch(r"([a-z0-9-]+)==([0-9][\w.]*)", line).groups() for line in lines)
+    assert list(pinned) == sorted(pinned) and pinned["torch"] != "2.13.0"
+    needed = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"][1:]
+    for requirement in map(Requirement, needed + PROJECT["optional-dependencies"]["cluster"]):
+        version = Version(pinned[requirement.name.lower().replace("_", "-")])
+        assert requirement.specifier.contains(version), requirement
+    conda = yaml.safe_load((ROOT / "locks/conda.yml").read_text(encoding="utf-8"))["dependencies"]
+    assert {"pip": ["--requirement pip.txt"]} in conda
+
+
+def test_every_description_has_the_version_of_the_package():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    codemeta = json.loads((ROOT / "codemeta.json").read_text(encoding="utf-8"))
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    (released, day), *_ = re.findall(r"^## (\d[\d.]*) \((\d{4}-\d\d-\d\d)\)$", changes, re.MULTILINE)
+    assert PROJECT["version"] == citation["version"] == codemeta["version"] == released
+    assert str(citation["date-released"]) == codemeta["dateModified"] == day
+    assert codemeta["description"] == PROJECT["description"]
+
+
+def test_hosts_of_the_code_run_its_own_checks():
+    def steps(file):
+        (job,) = yaml.safe_load((ROOT / ".github/workflows" / file).read_text(encoding="utf-8"))["jobs"].values()
+        return [step.get("run", "") + step.get("uses", "") for step in job["steps"]]
+
+    assert ".ci/run" in steps("ci.yml") and any("cibuildwheel" in step for step in steps("wheels.yml"))
+    for form in (ROOT / ".github/ISSUE_TEMPLATE").glob("[!c]*.yml"):
+        fields = yaml.safe_load(form.read_text(encoding="utf-8"))["body"]
+        names = [field["id"] for field in fields]
+        assert len(set(names)) == len(names) and all(field["attributes"]["label"] for field in fields)

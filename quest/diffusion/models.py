@@ -6,6 +6,7 @@ The models in `resources/zoo` ship with the suite. The paper's are made from pub
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -178,8 +179,10 @@ EMOJI_LINES = {"evaluation": (0, 2000), "calibration": (2000, 3000), "validation
 SHIPPED = ZOO.parent / "reference"  # statistics of real images, and captions, that ship
 SCENES, PHOTOS, EMOJI = (SHIPPED / f"{kind}.npz" for kind in ("scenes", "photos", "emoji"))
 EMOJI_CAPTIONS = SHIPPED / "emoji-captions.txt"
-PREPARED = ZOO.parents[1] / "results" / "models"  # the folder that rule `model` writes into
-REFERENCES = ZOO.parents[1] / "results" / "references"  # statistics of real images that do not ship
+# Another workflow that takes this one as a module has its results elsewhere (see Snakefile).
+RESULTS = Path(os.environ.get("QUEST_RESULTS") or ZOO.parents[1] / "results")
+PREPARED = RESULTS / "models"  # the folder that rule `model` writes into
+REFERENCES = RESULTS / "references"  # statistics of real images that do not ship
 
 
 def _rehearsed(architecture: str, **protocol) -> Model:

@@ -7,7 +7,7 @@ rule ablations:
 
 rule ablation_table:
     input:
-        script="workflow/scripts/ablations.py",
+        script=project("workflow/scripts/ablations.py"),
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in ABLATION_RUNS]),
         checkpoints=expand("results/{{name}}/{run}/model.safetensors", run=[run.path for run in ABLATION_RUNS]),
     output:
@@ -37,8 +37,8 @@ rule paper_tables:
 
 rule paper_table:
     input:
-        script="workflow/scripts/paper_tables.py",
-        published="resources/published.csv",
+        script=project("workflow/scripts/paper_tables.py"),
+        published=project("resources/published.csv"),
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in RUNS]),
         ablations=ablations_run,
     output:

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import re
+import shlex
 import time
 from pathlib import Path
 
@@ -89,7 +90,8 @@ PLANNED = {
 # PYTHONUTF8 makes text UTF-8 in every locale, also in other packages. Jobs write the config's hash into their results.
 # `memory` is in the environment, since it changes no result: jobs should not run again where it changes.
 shell.prefix(
-    f"export {CONFIG}={config_hash(config)} {memory.VARIABLE}={config.get('memory', '')!r}"
+    (f"export PYTHONPATH={shlex.quote(str(CLONE))}; " if CLONE else "")
+    + f"export {CONFIG}={config_hash(config)} {memory.VARIABLE}={config.get('memory', '')!r}"
     " PYTHONUTF8=1 TQDM_MININTERVAL=5 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_TOP_PAD_=67108864"
     " MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824; "
 )
@@ -106,7 +108,7 @@ wildcard_constraints:
 
 def shipped(name):
     """The files with weights in one folder of resources/zoo."""
-    return sorted(str(file) for file in Path("resources/zoo", name).rglob("*.safetensors"))
+    return sorted(str(file) for file in Path(project("resources/zoo"), name).rglob("*.safetensors"))
 
 
 def weights(wc):
@@ -181,7 +183,7 @@ def network(name):
     if name in SHIPPED_CLIPS or name == "photos-classifier":
         return shipped(name)
     if name in LITE0:
-        return [f"resources/reference/{name}.safetensors"]
+        return [project(f"resources/reference/{name}.safetensors")]
     return [f"results/networks/{name if name in CLIPS else 'inception'}.json"]
 
 

@@ -1,6 +1,6 @@
 rule sample:
     input:
-        script="workflow/scripts/sample.py",
+        script=project("workflow/scripts/sample.py"),
         evaluation="results/{name}/{model}/evaluation.safetensors",
         checkpoint=checkpoint_of,
         networks=networks,
@@ -30,7 +30,7 @@ rule sample:
 
 rule metrics:
     input:
-        script="workflow/scripts/metrics.py",
+        script=project("workflow/scripts/metrics.py"),
         features=cell("features"),
         samples=cell("samples"),
         fp_features=full_precision("features"),

@@ -2,7 +2,7 @@
 # it is requested. It takes all cores, so that no other job disturbs the times.
 rule kernels:
     input:
-        script="workflow/scripts/kernels.py",
+        script=project("workflow/scripts/kernels.py"),
     log:
         "results/kernels/kernels.log",
     conda:

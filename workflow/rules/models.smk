@@ -22,7 +22,7 @@ rule tiny_checkpoint:
 
 rule model:
     input:
-        script="workflow/scripts/model.py",
+        script=project("workflow/scripts/model.py"),
         checkpoint=file_setting("checkpoint"),
         tokenizer=file_setting("tokenizer"),
         captions=file_setting("captions"),

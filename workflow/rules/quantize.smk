@@ -1,6 +1,6 @@
 rule trajectories:
     input:
-        script="workflow/scripts/trajectories.py",
+        script=project("workflow/scripts/trajectories.py"),
         weights=weights,
     output:
         calibration=ensure("results/{name}/{model}/calibration.safetensors", non_empty=True),
@@ -26,7 +26,7 @@ rule trajectories:
 # A separate rule from the calibration set, so that another number of held-out trajectories does not rerun quantization.
 rule evaluation:
     input:
-        script="workflow/scripts/trajectories.py",
+        script=project("workflow/scripts/trajectories.py"),
         weights=weights,
     output:
         ensure("results/{name}/{model}/evaluation.safetensors", non_empty=True),
@@ -51,7 +51,7 @@ rule evaluation:
 # Draws other calibration trajectories for another quantization seed.
 rule redraw:
     input:
-        script="workflow/scripts/trajectories.py",
+        script=project("workflow/scripts/trajectories.py"),
         weights=weights,
     output:
         ensure("results/{name}/{model}/calibration-{draw}.safetensors", non_empty=True),
@@ -75,7 +75,7 @@ rule redraw:
 
 rule quantize:
     input:
-        script="workflow/scripts/quantize.py",
+        script=project("workflow/scripts/quantize.py"),
         calibration=calibration,
         init=init,
     output:

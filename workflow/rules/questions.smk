@@ -33,7 +33,7 @@ rule questions:
 
 rule activations:
     input:
-        script="workflow/scripts/activations.py",
+        script=project("workflow/scripts/activations.py"),
         calibration="results/{name}/{model}/calibration.safetensors",
         evaluation="results/{name}/{model}/evaluation.safetensors",
         init=question_init,
@@ -58,7 +58,7 @@ rule activations:
 
 rule temporal:
     input:
-        script="workflow/scripts/temporal.py",
+        script=project("workflow/scripts/temporal.py"),
         calibration="results/{name}/{model}/calibration.safetensors",
         evaluation="results/{name}/{model}/evaluation.safetensors",
         finetuned=question_file("model.safetensors"),
@@ -81,7 +81,7 @@ rule temporal:
 
 rule sensitivity:
     input:
-        script="workflow/scripts/sensitivity.py",
+        script=project("workflow/scripts/sensitivity.py"),
         calibration="results/{name}/{model}/calibration.safetensors",
         evaluation="results/{name}/{model}/evaluation.safetensors",
     output:
@@ -103,7 +103,7 @@ rule sensitivity:
 
 rule properties:
     input:
-        script="workflow/scripts/properties.py",
+        script=project("workflow/scripts/properties.py"),
         activations=expand("results/{{name}}/questions/{model}/activations.json", model=config["models"]),
         temporal=expand("results/{{name}}/questions/{model}/temporal.json", model=config["models"]),
         sensitivity=expand("results/{{name}}/questions/{model}/sensitivity.json", model=config["models"]),
@@ -125,7 +125,7 @@ rule properties:
 
 rule taylor:
     input:
-        script="workflow/scripts/taylor.py",
+        script=project("workflow/scripts/taylor.py"),
         evaluation=question_file("evaluation.safetensors"),
     output:
         "results/{name}/questions/taylor.json",
@@ -146,7 +146,7 @@ rule taylor:
 
 rule tuning:
     input:
-        script="workflow/scripts/tuning.py",
+        script=project("workflow/scripts/tuning.py"),
         calibration=question_file("calibration.safetensors"),
         evaluation=question_file("evaluation.safetensors"),
         init=question_init,
@@ -176,7 +176,7 @@ rule tuning:
 # This rule times calls, so it is most accurate when nothing else runs.
 rule inference:
     input:
-        script="workflow/scripts/inference.py",
+        script=project("workflow/scripts/inference.py"),
         checkpoint=question_file("model.safetensors"),
         evaluation=question_file("evaluation.safetensors"),
     output:
@@ -213,7 +213,7 @@ rule train_signals:
 
 rule signals:
     input:
-        script="workflow/scripts/signals.py",
+        script=project("workflow/scripts/signals.py"),
         weights="results/{name}/questions/signals.safetensors",
     output:
         "results/{name}/questions/signals.json",
@@ -234,7 +234,7 @@ rule signals:
 
 rule answers:
     input:
-        script="workflow/scripts/questions.py",
+        script=project("workflow/scripts/questions.py"),
         properties=expand("results/{{name}}/questions/{table}.csv", table=PROPERTIES),
         cells=measured,
         taylor="results/{name}/questions/taylor.json",
@@ -260,7 +260,7 @@ rule answers:
 # It has no output, because it edits a tracked file, so it always runs when it is requested.
 rule findings:
     input:
-        script="workflow/scripts/findings.py",
+        script=project("workflow/scripts/findings.py"),
         findings=f"results/{NAME}/questions/findings.md",
     log:
         f"results/{NAME}/questions/edit.log",

@@ -10,7 +10,7 @@ localrules:
 
 rule tables:
     input:
-        script="workflow/scripts/tables.py",
+        script=project("workflow/scripts/tables.py"),
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in RUNS]),
     output:
         [
@@ -35,9 +35,9 @@ rule tables:
 # if they exist. They are a parameter, so that new results rerun the report, but the report never starts hours of work.
 rule report:
     input:
-        script="workflow/scripts/report.py",
-        template=expand("workflow/report/report.{kind}", kind=["html.j2", "css", "js"]),
-        references="resources/references.bib",
+        script=project("workflow/scripts/report.py"),
+        template=expand(project("workflow/report/report.{kind}"), kind=["html.j2", "css", "js"]),
+        references=project("resources/references.bib"),
         tables=expand("results/{name}/tables/{table}", name=NAME, table=TABLES),
         figures=expand("results/{name}/figures/{figure}.png", name=NAME, figure=CURVES),
         samples=[
@@ -72,7 +72,7 @@ rule seeds:
 
 rule seed_table:
     input:
-        script="workflow/scripts/seeds.py",
+        script=project("workflow/scripts/seeds.py"),
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in SEED_RUNS]),
     output:
         [
@@ -93,7 +93,7 @@ rule seed_table:
 
 rule curves:
     input:
-        script="workflow/scripts/curves.py",
+        script=project("workflow/scripts/curves.py"),
         main="results/{name}/tables/main.csv",
         eps_error="results/{name}/tables/eps_error.csv",
         ranges=expand("results/{{name}}/{model}/ranges.csv", model=config["models"]),
@@ -117,7 +117,7 @@ rule curves:
 
 rule grid:
     input:
-        script="workflow/scripts/grid.py",
+        script=project("workflow/scripts/grid.py"),
         samples=first_samples,
     output:
         shown("results/{name}/figures/samples-{model}-{bits}.png", "samples", "Samples", model="{model}", bits="{bits}"),
@@ -137,7 +137,7 @@ rule grid:
 # quantization seeds if `snakemake seeds` has made it, and does not make it, because that takes hours.
 rule readme:
     input:
-        script="workflow/scripts/readme.py",
+        script=project("workflow/scripts/readme.py"),
         table=f"results/{NAME}/tables/main.md",
         main=f"results/{NAME}/tables/main.csv",
         paired=f"results/{NAME}/tables/paired.csv",

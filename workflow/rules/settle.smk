@@ -15,7 +15,7 @@ rule settle:
 
 checkpoint look:
     input:
-        script="workflow/scripts/settle.py",
+        script=project("workflow/scripts/settle.py"),
         before=look_before,
         evidence=asked_for,
     output:
@@ -57,7 +57,7 @@ rule settled_table:
 
 rule evidence:
     input:
-        script="workflow/scripts/evidence.py",
+        script=project("workflow/scripts/evidence.py"),
         metrics="results/{name}/{model}/{method}/{bits}/metrics.json",
         checkpoint=checkpoint_of,
         features=cell("features"),
