@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 
 from quest.metrics import METRICS
 from quest.report import figures, ledger, page_tables, style, tables
+from quest.report.page_details import details
 from quest.report.page_images import drawings, farthest, grids, illustrated, picture
 from quest.report.rendering import read_csv
 from quest.report.verdicts import comparisons, seed_matrix, seed_sentences, verdict_matrix, verdict_sentences
@@ -53,6 +54,7 @@ def write(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     html = environment.get_template(template.name).render(contents(Path(run), kernels, methods or {}, references))
     with atomic(output) as file:
         file.write_text(html, encoding="utf-8")
@@ -90,6 +92,7 @@ def contents(run: Path, kernels: Iterable[str | Path], methods: dict[str, str], 
         "grids": [grid for model in cells for grid in grids(model, cells[model], bits)],
         "pairs": [pairs for model in cells for pairs in farthest(model, cells[model], bits)],
         "lowest": bits[-1] if bits else "",
+        "details": details(run, main, methods),
         "paired": page_tables.paired_table(paired),
         "panels": _panels(main, DRAWN, ("bits",)),
         "cost_panels": _panels(main, AGAINST_COST, ("size_mb", "tbops")),

@@ -48,6 +48,7 @@ def grids(model: str, cells: dict[tuple[str, str], Cell], bits: list[str]) -> It
             "bits": width,
             "seeds": ", ".join(map(str, seeds)),
             "rows": [(label, strip(cell.images[:COLUMNS])) for label, cell in rows],
+            "columns": len(seeds),
         }
 
 

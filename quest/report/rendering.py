@@ -16,6 +16,7 @@ import csv
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,8 +187,12 @@ class Table:
         return text.getvalue().removesuffix("\n")
 
     def html(self, caption: str, id: str) -> Markup:
-        """Return an HTML table that the script of the page can sort and filter."""
-        heads, rows = [], []
+        """Return an HTML table that the script of the page can sort and filter, and whose rows can be linked to.
+
+        The id of a row is that of the table and the row's first cells of text, with a number where two are equal.
+        """
+        heads, rows, ids = [], [], Counter()
+        texts = next((n for n, column in enumerate(self.columns) if column.kind != "text"), len(self.columns))
         for column in self.columns:
             better, data = column.direction, " data-choose" if column.choose else ""
             arrow = f' <span title="{better} is better">{ARROWS[better]}</span>' if better else ""
@@ -203,7 +208,10 @@ class Table:
                     shown = f' class="number{" " if mark else ""}{mark}" data-value="{sort}"'
                 note = f"<small>{escape(cell.note)}</small>" if cell.note else ""
                 row.append(f"<td{shown}>{escape(cell.text)}{note}</td>")
-            rows.append(f"<tr>{''.join(row)}</tr>\n")
+            name = re.sub(r"[^\w@]+", "-", " ".join([id, "row", *(cell.text for cell in cells[:texts])]).lower())
+            ids[name] += 1
+            name += f"-{ids[name]}" if ids[name] > 1 else ""
+            rows.append(f'<tr id="{escape(name)}">{"".join(row)}</tr>\n')
         return Markup(
             f'<div class="table" id="{escape(id)}">\n'
             f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">\n'

@@ -13,7 +13,7 @@ import pytest
 
 from quest.metrics import METRICS, Cell, measure
 from quest.metrics.frechet import Reference, Statistics
-from quest.report import figures, page_images, page_tables, rendering, tables, verdicts
+from quest.report import figures, page_details, page_images, page_tables, rendering, tables, verdicts
 from quest.report import page as report
 from quest.runtime.files import dumps
 
@@ -47,6 +47,7 @@ def draw(folder: Path, model: str, method: str, bits: str, write_checkpoint) -> 
         samples = {name: arrays[name][index] for name in ("images", "latents")}
         np.savez(cell / f"samples-{shard}.npz", index=index, **samples, metadata=metadata)
     if method != "fp":
+        (cell / "quantize.log").write_text("unit 1\nunit 2:  0%\runit 2: 100%\n</script><b>done\n", encoding="utf-8")
         header = {"seconds": 12.3, "peak_memory": 456, "init": {"method": "adaround", "bits": "w4a32", "seconds": 65.4}}
         write_checkpoint(cell / "model.safetensors", **header)
     files = [sorted(cell.glob(f"{kind}-*.npz")) for kind in ("features", "samples")]
@@ -234,6 +235,28 @@ def test_cost_and_speed_come_from_checkpoints_and_samples(page):
     assert "slower" in by_cell["scenes-class", "quest", "W4A4"][6]["class"]  # red where quantization does not pay
 
 
+def test_every_cell_has_its_recipe_provenance_and_log(run, written):
+    main = pd.read_csv(run / "tables/main.csv")
+    found = page_details.details(run, main, METHODS)
+    assert [(d["model"], d["method"], d["bits"]) for d in found] == list(
+        dict.fromkeys(zip(main["model"], main["method"], main["bits"], strict=True))
+    )
+    by_cell = {(d["model"], d["method"], d["bits"]): d for d in found}
+    quest, full = by_cell["scenes-class", "quest", "w4a4"], by_cell["scenes-class", "fp", "w32a32"]
+    assert quest["about"] == METHODS["quest"] and json.loads(quest["parts"]["Provenance"]) == MADE
+    assert json.loads(quest["parts"]["Recipe"])["init"]["method"] == "adaround"
+    assert quest["parts"]["End of quantize.log"] == "unit 1\nunit 2: 100%\n</script><b>done"
+    assert set(full["parts"]) == {"Provenance"}  # nothing was quantized
+    (kept,) = re.findall(r'<script type="application/json" id="details">(.*?)</script>', written.read_text("utf-8"))
+    assert json.loads(kept) == found
+    assert list(json.loads(kept)[1]["parts"]) == ["Recipe", "Provenance", "End of quantize.log"]  # in this order
+
+
+def test_rows_can_be_linked_to():
+    table = rendering.Table(rendering.columns("model", "x", texts=1), [["a b", rendering.number(1)], ["a b", "2"]])
+    assert re.findall(r'<tr id="(.*?)"', table.html("caption", "t")) == ["t-row-a-b", "t-row-a-b-2"]
+
+
 def test_what_was_not_run_says_so(page):
     for section, target in (
         ("speed", "snakemake kernels"),
@@ -339,36 +362,86 @@ def test_every_method_is_described_and_every_reference_cited():
     assert named == set(cited)
 
 
-# What a reader does with the first table, by the heads' own buttons and the filter's own fields.
+# What a reader does, by the page's own buttons, menus and links.
 CLICKS = """
 <script>
 const said = {};
+const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 const table = document.querySelector("#main-table table");
-const column = (place) => [...table.tBodies[0].rows].filter((row) => !row.hidden).map((row) => row.cells[place]);
-const head = table.tHead.rows[0].cells[3];
-said.before = column(3).map((cell) => cell.dataset.value);
-head.querySelector("button").focus();
-said.focused = document.activeElement === head.querySelector("button");
-head.querySelector("button").click();
-said.once = column(3).map((cell) => cell.dataset.value);
-said.sort = head.getAttribute("aria-sort");
-head.querySelector("button").click();
-said.twice = column(3).map((cell) => cell.dataset.value);
-head.querySelector("button").click();
-said.thrice = column(3).map((cell) => cell.dataset.value);
-const [menu] = document.querySelectorAll("#main-table select");
-menu.value = "scenes-class";
-menu.dispatchEvent(new Event("input", { bubbles: true }));
-said.filtered = column(0).map((cell) => cell.textContent);
-said.count = document.querySelector("#main-table output").textContent;
-const images = [...document.images];
-for (const details of document.querySelectorAll("details")) details.open = true;
-said.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-Promise.all(images.map((image) => image.decode())).then(() => {
+const visible = () => [...table.tBodies[0].rows].filter((row) => !row.hidden);
+const column = (place) => visible().map((row) => row.cells[place]);
+const texts = (place) => column(place).map((cell) => cell.textContent);
+const choose = (menu, value) => {
+  menu.value = value;
+  menu.dispatchEvent(new Event("input", { bubbles: true }));
+};
+(async () => {
+  const head = table.tHead.rows[0].cells[3];
+  said.before = column(3).map((cell) => cell.dataset.value);
+  head.querySelector("button").focus();
+  said.focused = document.activeElement === head.querySelector("button");
+  head.querySelector("button").click();
+  said.once = column(3).map((cell) => cell.dataset.value);
+  said.sort = head.getAttribute("aria-sort");
+  head.querySelector("button").click();
+  said.twice = column(3).map((cell) => cell.dataset.value);
+  head.querySelector("button").click();
+  said.thrice = column(3).map((cell) => cell.dataset.value);
+  const [menu] = document.querySelectorAll("#main-table select");
+  choose(menu, "scenes-class");
+  said.filtered = texts(0);
+  said.count = document.querySelector("#main-table output").textContent;
+  choose(menu, "");
+
+  const [ofModel, ofMethod, ofBits] = document.querySelectorAll("#show select");
+  choose(ofModel, "scenes-class");
+  choose(ofMethod, "rtn");
+  choose(ofBits, "W4A4");
+  said.page = visible().map((row) => [...row.cells].slice(0, 3).map((cell) => cell.textContent).join(" "));
+  said.versus = [...document.querySelectorAll("#paired-table tbody tr:not([hidden])")].map((row) => row.textContent);
+  said.strips = [...document.querySelectorAll("#samples figure")]
+    .filter((figure) => !figure.closest("[hidden]"))
+    .map((figure) => figure.textContent.trim());
+  const rtn = visible()[0];
+  location.hash = document.querySelector("#main-table tbody tr[hidden]").id;
+  await pause(200);
+  said.linked = document.querySelector(":target").hidden;
+  said.reset = visible().length;
+
+  const opener = rtn.querySelector("button");
+  opener.focus();
+  opener.click();
+  const dialog = document.querySelector("dialog");
+  const title = document.querySelector("#cell-title").textContent;
+  said.dialog = [dialog.open, dialog.contains(document.activeElement), title];
+  said.body = document.querySelector("#cell-body").textContent;
+  said.shown = dialog.querySelectorAll("img").length;
+  dialog.querySelector("form button").click();
+  said.closed = !dialog.open && document.activeElement === opener;
+
+  const [canvas, line] = [document.querySelector("#both"), document.querySelector("#line")];
+  const pixels = async (place) => {
+    line.value = place;
+    line.dispatchEvent(new Event("input", { bubbles: true }));
+    await pause(300);
+    return canvas.toDataURL();
+  };
+  said.lines = [await pixels(0), await pixels(100), await pixels(50)];
+  said.label = canvas.getAttribute("aria-label");
+
+  for (const details of document.querySelectorAll("details")) details.open = false;
+  dispatchEvent(new Event("beforeprint"));
+  said.printed = document.querySelectorAll("main details:not([open])").length;
+  dispatchEvent(new Event("afterprint"));
+  said.unprinted = document.querySelectorAll("main details[open]").length;
+  const images = [...document.images];
+  for (const details of document.querySelectorAll("details")) details.open = true;
+  said.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  await Promise.all(images.map((image) => image.decode()));
   said.images = images.length;
   said.broken = images.filter((image) => !image.naturalWidth).length;
   document.body.replaceChildren(JSON.stringify(said));
-});
+})();
 </script>
 """
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -376,12 +449,12 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt-get install chromium)")
 def test_in_a_browser(run, written, tmp_path):
-    """No error on the console, images decode, tables sort and filter, and nothing is wider than a phone."""
+    """No error on the console, everything that a reader can do works, and nothing is wider than a phone."""
     text = written.read_text(encoding="utf-8")
     (tmp_path / "report.html").write_text(text.replace("</body>", CLICKS + "</body>"), encoding="utf-8")
     frame = "<iframe src=report.html style='width:390px;height:800px;border:0'></iframe>"
     read = "document.body.textContent = frames[0].document.body.textContent"
-    probe = f"<script>onload = () => setTimeout(() => {{ {read}; }}, 1000)</script>"
+    probe = f"<script>onload = () => setTimeout(() => {{ {read}; }}, 5000)</script>"
     (tmp_path / "phone.html").write_text(f"<!doctype html><body>{frame}{probe}", encoding="utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--allow-file-access-from-files"]
     flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000"]
@@ -397,3 +470,13 @@ def test_in_a_browser(run, written, tmp_path):
     assert set(said["filtered"]) == {"scenes-class"} and said["count"] == "5 of 10 rows"
     assert said["images"] > 10 and said["broken"] == 0
     assert said["wide"] == 0
+    assert said["page"] == ["scenes-class rtn W4A4"]
+    assert len(said["versus"]) > 2 and all("rtn" in row and "W4A4" in row for row in said["versus"])
+    assert said["strips"] == ["full precision", "rtn"]
+    assert not said["linked"] and said["reset"] == 10  # the link shows its row although the menus had hidden it
+    assert said["dialog"] == [True, True, "scenes-class, rtn, W4A4"] and said["closed"] and said["shown"] == 2
+    assert all(text in said["body"] for text in ("Link to its row", "adaround", "Some CPU", "unit 2: 100%"))
+    assert len(set(said["lines"])) == 3 and said["label"].startswith(
+        "scenes-uncond, W4A4: full precision left of the line, quest"
+    )
+    assert said["printed"] == 0 == said["unprinted"]
