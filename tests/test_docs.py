@@ -23,7 +23,7 @@ from quest.config import validate
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What installs or checks; .ci/run runs them.
-TOOLS = {"pip", "pytest", "ruff", "snakefmt"}
+TOOLS = {"pip", "pytest", "ruff", "snakefmt", "mkdocs"}
 
 
 def blocks(kind: str) -> list[tuple[str, str]]:

@@ -152,7 +152,7 @@ def _load_zoo(name: str, device="cpu") -> DiffusionPipeline:
     """Load a shipped model from resources/zoo. Its weights are stored in float16 and used in float32."""
     folder = ZOO / name
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{name}: no trained model in {folder}; it ships with a clone; `snakemake zoo` trains it")
+        raise FileNotFoundError(f"{name}: no trained model in {folder}; clones have it, and `snakemake zoo` trains it")
     return load_pipeline(folder, device)
 
 
