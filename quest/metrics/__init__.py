@@ -17,6 +17,7 @@ import numpy as np
 from quest.metrics import intervals
 from quest.metrics.cell import Cell
 from quest.metrics.comparison import Comparison, has_diverged
+from quest.metrics.floors import doubted
 from quest.metrics.frechet import Reference, Statistics, fid_infinity, floor, frechet_distance
 from quest.metrics.inception_score import inception_score, partition, resampled_inception_scores, splits_note
 from quest.metrics.kernel_distance import mean_of_pairs, resampled_kernel_distances
@@ -345,6 +346,9 @@ def measure(
 def compare(a: dict, b: dict) -> dict[str, Comparison]:
     """Compare two cells that `measure` returned: the difference "a minus b" in every metric that both have.
 
+    Neither is better where the one that seems so is compared with full precision (`method` of a cell), or where the two
+    are nearer to each other than full precision is to itself (`floors`), see `quest.metrics.floors`.
+
     Raises ValueError if the two differ in images, networks or protocol, or if their noise-prediction errors were
     measured on different trajectories.
     """
@@ -362,10 +366,12 @@ def compare(a: dict, b: dict) -> dict[str, Comparison]:
             if left != right:
                 values = one_line(f"{left} and {right}")
                 raise ValueError(f"{name}: only cells of equal {key} are compared, got {values}")
-        metric, n, difference = METRICS[name], of_a[name]["n"], of_a[name]["value"] - of_b[name]["value"]
+        metric, n, values = METRICS[name], of_a[name]["n"], (of_a[name]["value"], of_b[name]["value"])
+        difference = values[0] - values[1]
         resampled = np.subtract(a["resampled"][name], b["resampled"][name])
         low, high = intervals.interval(difference, resampled, n if metric.is_mean else None)
-        compared[name] = Comparison(difference, float(low), float(high), n, metric.better, diverged)
+        found = Comparison(difference, float(low), float(high), n, metric.better, diverged)
+        compared[name] = doubted(found, name, values, (a, b))
     return compared
 
 

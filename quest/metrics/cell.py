@@ -1,7 +1,7 @@
 """What one denoiser produced on the evaluation seeds, read from the files of its shards. Imports no torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,15 @@ class Cell:
             footprint=metadata[0].get("footprint", {}),
             diverged=metadata[0].get("diverged", ""),
         )
+
+    def only(self, index: np.ndarray) -> "Cell":
+        """The same cell with these images alone. Raises ValueError if it lacks one."""
+        if missing := sorted(set(index.tolist()) - set(self.index.tolist())):
+            raise ValueError(f"image {missing[0]} is not there; there are {self.index[0]} to {self.index[-1]}")
+        rows = np.searchsorted(self.index, index)
+        images, latents = (None if one is None else one[rows] for one in (self.images, self.latents))
+        features = {name: one[rows] for name, one in self.features.items()}
+        return replace(self, index=index, features=features, images=images, latents=latents)
 
 
 def _read(path: str | Path, needed: Sequence[str]) -> dict[str, np.ndarray]:

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from quest.metrics.intervals import student
 
+BEYOND = "beyond full precision"  # a doubt: quantizing cannot improve a model, so the metric errs
+BELOW = "below the floor"  # a doubt: full precision is as far from itself, see `quest.metrics.floors`
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -20,7 +23,7 @@ class Comparison:
     The interval is paired: both methods were measured on the same images or trajectories, so the variation that they
     share cancels in the difference. n: number of pairs. direction: which values are better, "lower" or "higher".
     diverged: whether the first and the second method produced values that are not finite. A method that diverged loses,
-    whatever the estimate is.
+    whatever the estimate is. doubt: why neither wins although the interval excludes 0, such as BEYOND and BELOW.
     """
 
     estimate: float
@@ -29,6 +32,7 @@ class Comparison:
     n: int = 0
     direction: str = "lower"
     diverged: tuple[bool, bool] = (False, False)
+    doubt: str = ""
 
     @classmethod
     def of_pairs(cls, first: Sequence[float], second: Sequence[float], direction: str = "lower") -> "Comparison":
@@ -46,31 +50,41 @@ class Comparison:
     def verdict(self) -> str:
         """What the interval says about the first method.
 
-        "better" or "worse" if the interval excludes 0, otherwise "neither". "diverged" if one of the two diverged;
-        "neither" if both did.
+        "better" or "worse" if the interval excludes 0 and nothing speaks against it, otherwise "neither". "diverged" if
+        one of the two diverged; "neither" if both did.
         """
         first, second = self.diverged
         if first != second or not (first or math.isfinite(self.estimate)):
             return "diverged"
-        if first or not (self.low > 0 or self.high < 0):
+        if first or self.doubt or not (self.low > 0 or self.high < 0):
             return "neither"
         return "better" if (self.high < 0) == (self.direction == "lower") else "worse"
 
     def better(self, first: str, second: str) -> str:
-        """Return the entry of a column `better`: the better name, "neither" or "NAME diverged". See `outcome`."""
+        """Return the entry of a column `better`: the better name, "neither" or "NAME diverged". See `outcome`.
+
+        "neither" has its reason in brackets where it is a doubt, or where both diverged.
+        """
         diverged = f"{second if self.diverged[1] else first} diverged"
-        neither = "neither (both diverged)" if all(self.diverged) else "neither"
+        reason = "both diverged" if all(self.diverged) else self.doubt
+        neither = f"neither ({reason})" if reason else "neither"
         return {"better": first, "worse": second, "diverged": diverged, "neither": neither}[self.verdict]
 
     def in_words(self, second: str) -> str:
         """Return the verdict for a sentence about the first method."""
         if self.verdict == "neither":
-            return "not told apart" + (" (both diverged)" if all(self.diverged) else "")
+            reason = "both diverged" if all(self.diverged) else self.doubt
+            return "not told apart" + (f" ({reason})" if reason else "")
         return f"{second} diverged" if self.diverged == (False, True) else self.verdict
 
 
 def outcome(better: str, first: str) -> str:
-    """Return the verdict on the first method from a column `better`; "rival diverged" if the second one diverged."""
+    """Return the verdict on the first method from a column `better`; "rival diverged" if the second one diverged.
+
+    "flag" if one of the two is full precision, and the other is beyond it.
+    """
+    if better == f"neither ({BEYOND})":
+        return "flag"
     name = better.removesuffix(" diverged")
     if better.startswith("neither"):
         return "neither"

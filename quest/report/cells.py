@@ -10,8 +10,11 @@ from pathlib import Path
 from jsonschema import Draft202012Validator
 
 from quest.metrics import METRICS
-from quest.runtime.files import one_line, read_json
+from quest.runtime.files import one_line, read_json, read_rows
 
+# The columns of nulls.csv, see `quest.report.nulls`.
+NULLS = ("model", "null", "metric", "value", "full_precision", "apart", "n", "isa")
+NULLS += ("seeds", "versions", "commit", "machine")
 TEXT, NUMBER, COUNT = {"type": "string"}, {"type": "number"}, {"type": "integer", "minimum": 0}
 
 
@@ -53,9 +56,11 @@ CELL = _mapping(
 def read_cells(paths: Sequence[str | Path]) -> list[dict]:
     """Read cells: the results of quest.metrics.measure, each with model, method, bits and provenance.
 
+    A cell of a run for which `snakemake nulls` has measured floors also gets `floors`, {metric: error}.
+
     Raises ValueError, which names the file and the field, if the content is invalid or two files hold the same cell.
     """
-    cells, seen, validator = [], {}, Draft202012Validator(CELL)
+    cells, seen, floors, validator = [], {}, {}, Draft202012Validator(CELL)
     for path in paths:
         cell = read_json(path)
         for error in itertools.islice(validator.iter_errors(cell), 1):
@@ -70,8 +75,29 @@ def read_cells(paths: Sequence[str | Path]) -> list[dict]:
         if key in seen:
             raise ValueError(f"{path}: {key} is also in {seen[key]}")
         seen[key] = path
+        run = Path(*Path(path).parts[:-4])  # results/NAME of results/NAME/MODEL/METHOD/BITS/metrics.json
+        if run not in floors:
+            floors[run] = read_floors(run / "tables" / "nulls.csv")
+        if cell["model"] in floors[run]:
+            cell["floors"] = floors[run][cell["model"]]
         cells.append(cell)
     return cells
+
+
+def read_floors(path: Path) -> dict[str, dict[str, float]]:
+    """{model: {metric: floor}} of nulls.csv: the largest error of all null controls. Empty if there is no such file.
+
+    Raises ValueError, which names the file and the line, for a value that is no number.
+    """
+    floors: dict[str, dict[str, float]] = {}
+    for line, row in enumerate(read_rows(path, NULLS) if path.is_file() else [], start=2):
+        try:
+            apart = float(row["apart"])
+        except ValueError:
+            raise ValueError(f"{path}: line {line}: apart: {row['apart']!r} is no number") from None
+        of_model = floors.setdefault(row["model"], {})
+        of_model[row["metric"]] = max(apart, of_model.get(row["metric"], 0.0))
+    return floors
 
 
 def _check_resampled(cell: dict, path) -> None:

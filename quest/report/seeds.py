@@ -17,6 +17,7 @@ from scipy.special import stdtrit
 
 from quest.metrics import METRICS, compare
 from quest.metrics.comparison import Comparison, has_diverged
+from quest.metrics.floors import doubted
 from quest.metrics.intervals import half_width
 from quest.report import rendering
 from quest.report.cells import read_cells
@@ -78,13 +79,17 @@ def _rows(ours: list[dict], theirs: list[dict], method: str, versus: str) -> lis
         if not all(name in cell["resampled"] for cell in (*ours, *theirs)):
             continue
         values, resampled, n = _of(ours, name)
+        means = (float(values.mean()), 0.0)
         if theirs:
             values_b, resampled_b, _ = _of(theirs, name)
+            means = (float(values.mean()), float(values_b.mean()))
             values, resampled = values - values_b, resampled - resampled_b
         images = half_width(resampled.mean(0), n if metric.is_mean else None)
         seeds = stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(len(values))
         value, half = float(values.mean()), math.hypot(images, seeds)
         comparison = Comparison(value, value - half, value + half, n, metric.better, diverged)
+        if theirs:
+            comparison = doubted(comparison, name, means, (ours[0], theirs[0]))
         rows.append(
             {"metric": name, "value": value, "low": comparison.low, "high": comparison.high, "n": n}
             | {"over_images": float(images), "over_seeds": float(seeds)}

@@ -4,12 +4,14 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from quest.metrics import METRICS, OF_TRAJECTORIES, compare
+from quest.metrics.comparison import BEYOND
 from quest.report import ledger
 from quest.report.cells import read_cells
 from quest.report.rendering import MISSING, Cell, Column, Table, columns, interval, number
@@ -80,24 +82,36 @@ def paired_frame(cells: list[dict]) -> pd.DataFrame:
             pairs += [(cell, full_precision[model]) for cell in of_bits if model in full_precision]
             for a, b in pairs:
                 names = {"model": model, "bits": bits, "method": a["method"], "versus": b["method"]}
-                rows += [names | row | provenance_of(row["metric"], a, b) for row in paired_rows(a, b)]
+                found = paired_rows(a, b, full_precision.get(model))
+                rows += [names | row | provenance_of(row["metric"], a, b) for row in found]
     return pd.DataFrame(rows, columns=PAIRED)
 
 
-def paired_rows(a: dict, b: dict) -> list[dict]:
+def paired_rows(a: dict, b: dict, fp: dict | None = None) -> list[dict]:
     """Return the differences "a minus b", one row per metric; `better` is the entry of `Comparison.better`.
 
-    Raises ValueError, which names both cells, if they differ in images or protocol.
+    fp: the full-precision cell. Where a and b are both better than it, neither counts as the better one. Raises
+    ValueError, which names both cells, if they differ in images or protocol.
     """
     method, versus = a["method"], b["method"]
     try:
         compared = compare(a, b)
     except ValueError as error:
         raise ValueError(f"{a['model']} {a['bits']}: {method} against {versus}: {error}") from None
+    for metric in _both_beyond(a, b, fp) if fp is not None else ():
+        if metric in compared and compared[metric].verdict in ("better", "worse"):
+            compared[metric] = replace(compared[metric], doubt=f"both {BEYOND}")
     return [
         {"metric": metric} | one.columns | {"n": one.n, "better": one.better(method, versus)}
         for metric, one in compared.items()
     ]
+
+
+def _both_beyond(a: dict, b: dict, fp: dict) -> list[str]:
+    """The metrics in which both cells are better than full precision."""
+    values = [{row["metric"]: row["value"] for row in cell["rows"]} for cell in (a, b, fp)]
+    signs = {name: 1 if metric.better == "lower" else -1 for name, metric in METRICS.items()}
+    return [m for m in values[2] if all(signs[m] * of.get(m, math.nan) < signs[m] * values[2][m] for of in values[:2])]
 
 
 def eps_error_frame(cells: list[dict]) -> pd.DataFrame:
@@ -270,9 +284,10 @@ def footer(of_model: pd.DataFrame, heads: dict[str, str]) -> list[str]:
         f"Protocol: {'; '.join([common, *others])}. {'; '.join(counts)}. "
         "± is half of a 95 % interval: 1.96 bootstrap standard deviations over images (noise-prediction error: over "
         "trajectories, with Student's factor). Only equal n compares. Bold: better than the runner-up at the same "
-        "bits, by the paired interval of their difference on the same seeds, and not beyond full precision. Size: the "
-        "denoiser as packed, scales and what stays float included (1e6 bytes). TBOPs: 1e12 bit operations of one "
-        "denoiser call on one image, multiply-accumulates times the bits of both operands (float: 32)."
+        "bits, by the paired interval of their difference on the same seeds, not beyond full precision, and by no less "
+        "than the floor where `snakemake nulls` measured one. Size: the denoiser as packed, scales and what stays "
+        "float included (1e6 bytes). TBOPs: 1e12 bit operations of one denoiser call on one image, "
+        "multiply-accumulates times the bits of both operands (float: 32)."
     ]
     if of_model["published"].notna().any():
         lines.append(f"In parentheses: the number of {ledger.PAPER}; the ledger says whether the two may be compared.")

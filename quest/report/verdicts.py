@@ -11,7 +11,8 @@ from quest.report import tables
 # The metrics of the verdicts; all of them judge images. The noise-prediction error is left out, because QuEST's global
 # loss minimizes it, and because a guided sampler uses another combination of the two predictions.
 HEADLINE = ("kid_64w", "log_latent_mse", "psnr", "fid_to_fp", "fid", "agreement", "retrieval", "clip")
-OUTCOMES = ("better", "worse", "neither", "diverged", "rival diverged")  # for a method and a rival on one model
+# For a method and a rival on one model; "flag": it seems better than full precision, so the metric errs.
+OUTCOMES = ("better", "worse", "neither", "flag", "diverged", "rival diverged")
 
 
 def verdict_sentences(paired: pd.DataFrame, focus: str, over_seeds: bool = False) -> list[dict]:
@@ -87,6 +88,9 @@ def _sentence(focus, rivals, metrics, outcomes, over_seeds):
         if models_with[word]:
             predicate = text.rpartition(" ")[0] if clauses else f"{subject} is {text} {against}"
             clauses.append(f"{predicate} {_on(models_with[word], total)}")
+    if models_with["flag"]:
+        predicate = "beyond" if clauses else f"{subject} is beyond full precision"
+        clauses.append(f"{predicate} {_on(models_with['flag'], total)}, which says that the metric errs")
     for word, who in {"diverged": focus, "rival diverged": listed(rivals)}.items():
         clauses += [f"{who} diverged {_on(models_with[word], total)}"] if models_with[word] else []
     lost = models_with["worse"] or models_with["diverged"]

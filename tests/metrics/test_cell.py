@@ -51,6 +51,16 @@ def test_shards_join_in_any_order(tmp_path):
         assert all(np.array_equal(loaded.features[name], cell.features[name]) for name in cell.features)
 
 
+def test_some_images_of_a_cell():
+    cell = draw_cell()
+    part = cell.only(np.array([3, 7]))
+    assert part.index.tolist() == [3, 7] and np.array_equal(part.latents, cell.latents[[3, 7]])
+    assert all(np.array_equal(part.features[name], cell.features[name][[3, 7]]) for name in cell.features)
+    assert np.array_equal(part.eps_error, cell.eps_error)
+    with pytest.raises(ValueError, match="image 30 is not there; there are 0 to 29"):
+        cell.only(np.array([29, 30]))
+
+
 def test_bad_shards_name_the_file(tmp_path):
     cell = draw_cell()
     features, samples = write_shards(tmp_path, cell, [np.arange(20), np.arange(10, 30)])

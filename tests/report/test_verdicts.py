@@ -55,6 +55,11 @@ def paired_rows(outcomes):
              ("worse", "In FID, quest's checkpoint is worse than full precision on 2 of 3 models (a and b); "
               "not told apart on 1 of 3 models (c).")],
         ),
+        (
+            {("fp", "fid"): ["neither (beyond full precision)", "fp", "neither (below the floor)"]},
+            [("worse", "In FID, quest's checkpoint is worse than full precision on 1 of 3 models (b); not told apart "
+              "on 1 of 3 models (c); beyond on 1 of 3 models (a), which says that the metric errs.")],
+        ),
     ],
 )  # fmt: skip
 def test_verdicts_say_what_the_intervals_say(outcomes, sentences):

@@ -361,6 +361,15 @@ def environment(project):
     return {key: project.command()[key] for key in ("cwd", "env")}
 
 
+def test_null_controls_sample_full_precision_in_other_ways(stubbed):
+    """100 images each, and nothing is quantized for them. Tables take floors that exist, and make none."""
+    commands = stubbed.planned("nulls")
+    sampled = re.findall(r"scripts\.sample .* --null (\S+) -n 100", "\n".join(commands))
+    assert sorted(sampled) == sorted(3 * ["batches", "threads", "isa", "bf16"])
+    assert not any("scripts.quantize" in command for command in commands)
+    assert sum("scripts.metrics" in command and " --null " in command for command in commands) == len(sampled)
+
+
 def test_lint(stubbed):
     run = stubbed.snakemake("--lint")
     assert run.returncode == 0, run.stdout

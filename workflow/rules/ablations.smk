@@ -9,6 +9,7 @@ rule ablation_table:
     input:
         script=project("workflow/scripts/ablations.py"),
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in ABLATION_RUNS]),
+        floors=floors,
         checkpoints=expand("results/{{name}}/{run}/model.safetensors", run=[run.path for run in ABLATION_RUNS]),
     output:
         csv="results/{name}/tables/ablations.csv",

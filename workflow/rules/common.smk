@@ -25,6 +25,7 @@ from quest.config import (
 from quest.config.schema import renamed
 from quest.config.settled import settled_runs, told
 from quest.diffusion.declared import PROTOCOL, of_config
+from quest.diffusion.nulls import KINDS
 from quest.metrics import LITE0, SHIPPED_CLIPS
 from quest.planning import keep
 from quest.report.settle import LOOKS, SEEDS, VERSION, identity
@@ -298,6 +299,12 @@ def ablations_run(wc):
     rows = [run for run in ABLATION_RUNS if run not in RUNS]
     metrics = [f"results/{wc.name}/{run.path}/metrics.json" for run in rows]
     return [path for path in metrics if Path(path).exists()]
+
+
+def floors(wc):
+    """The floors of `snakemake nulls` where it has run; tables do not cause it to run."""
+    path = f"results/{wc.name}/tables/nulls.csv"
+    return [path] if Path(path).exists() else []
 
 
 def measured(wc):

@@ -237,6 +237,7 @@ rule answers:
         script=project("workflow/scripts/questions.py"),
         properties=expand("results/{{name}}/questions/{table}.csv", table=PROPERTIES),
         cells=measured,
+        floors=floors,
         taylor="results/{name}/questions/taylor.json",
         tunings=expand("results/{{name}}/questions/tuning/{variant}.json", variant=TUNINGS),
         inference="results/{name}/questions/inference.json",

@@ -12,6 +12,7 @@ rule tables:
     input:
         script=project("workflow/scripts/tables.py"),
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in RUNS]),
+        floors=floors,
     output:
         [
             shown(
@@ -74,6 +75,7 @@ rule seed_table:
     input:
         script=project("workflow/scripts/seeds.py"),
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in SEED_RUNS]),
+        floors=floors,
     output:
         [
             shown(f"results/{{name}}/tables/seeds.{kind}", "seeds", "Tables", table="seeds", kind=kind)

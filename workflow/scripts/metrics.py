@@ -14,6 +14,7 @@ def main() -> None:
     parser.add_argument(
         "--reference", type=Path, nargs="?", help="statistics of real images, for FID, sFID and precision"
     )
+    parser.add_argument("--null", action="store_true", help="a null control of full precision, on fewer of its images")
     arguments = parser.parse_args()
 
     from quest.diffusion.models import get
@@ -30,15 +31,14 @@ def main() -> None:
     if arguments.reference:
         reference, reference_sha256 = load_reference(arguments.reference), sha256_of(arguments.reference)
         reference.check(model.extractor, str(arguments.reference))
-    measured = measure(
-        cell,
-        reference,
-        fp,
-        extractor=model.extractor,
-        clip=model.clip,
-        protocol=model.protocol,
-        reference_sha256=reference_sha256,
-    )
+    settings = {"extractor": model.extractor, "clip": model.clip, "protocol": model.protocol}
+    if arguments.null:
+        fp = fp.only(cell.index)
+    measured = measure(cell, reference, fp, **settings, reference_sha256=reference_sha256)
+    if arguments.null:  # what full precision itself has on these images
+        measured["full_precision"] = {
+            row["metric"]: row["value"] for row in measure(fp, reference, None, **settings)["rows"]
+        }
     run = {"model": arguments.model, "method": arguments.method, "bits": arguments.bits}
     measured["fingerprint"] = fingerprint(model, measured["drawn"]["images"], len(cell.index), reference_sha256)
     write_json(arguments.output, run | measured)

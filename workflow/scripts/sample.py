@@ -3,6 +3,7 @@
 The images of a method that diverged are black, its latents and errors NaN.
 """
 
+import os
 import statistics
 import time
 from pathlib import Path
@@ -20,7 +21,17 @@ def main() -> None:
     parser.add_argument("--features", type=Path, required=True, help="file to write: index, features of the images")
     parser.add_argument("--drop-images", action="store_true", help="keep latents and features only")
     parser.add_argument("--kernel", default="auto", help="a name in quest.kernels.KERNELS; auto: the fastest here")
+    parser.add_argument("--null", help="a null control, of quest.diffusion.nulls: full precision in another way")
     arguments = parser.parse_args()
+
+    from quest.diffusion import nulls
+
+    if arguments.null and (arguments.null not in nulls.KINDS or arguments.checkpoint):
+        parser.error(f"--null {arguments.null}: one of {', '.join(nulls.KINDS)}, of full precision, so no --checkpoint")
+    if arguments.null == "isa":
+        os.environ.update(nulls.environment())
+    if arguments.null == "threads":
+        arguments.threads = nulls.threads(arguments.threads)
 
     import numpy as np
     import torch
@@ -59,6 +70,8 @@ def main() -> None:
     else:
         footprint = cost.footprint(denoiser_of(pipe), work)
         kernel = {}
+    if arguments.null:
+        model = nulls.altered(pipe, model, arguments.null)
 
     # All that an image depends on: what an earlier run drew of the same is not drawn again.
     folder = (PREPARED if model.origin else ZOO) / model.name
@@ -69,6 +82,7 @@ def main() -> None:
         "files": digest(*(file for file in files if file.is_file())),
         "machine": identity() | {"threads": arguments.threads, "torch version": torch.__version__},
         "gpu": torch.cuda.get_device_name() if arguments.device != "cpu" else None,
+        **({"null": arguments.null} if arguments.null else {}),
     }
     first, outputs = arguments.first, [arguments.samples, arguments.features]
     wanted = batches(model, arguments.n, (shard, shards), first)
@@ -96,7 +110,7 @@ def main() -> None:
     else:  # one call more, which says how long it takes
         with timed(denoiser_of(pipe)) as calls, torch.no_grad():
             denoiser_of(pipe)(**evaluation.inputs(torch.arange(min(len(evaluation), model.batch_size))))
-    if arguments.checkpoint and shard == 0:
+    if (arguments.checkpoint or arguments.null) and shard == 0:
         errors, guided, timesteps = eps_errors(pipe, evaluation, model.guidance)
         measured = {"eps_error": errors} | ({} if guided is None else {"guided_eps_error": guided})
         factor = np.nan if diverged else 1
