@@ -182,6 +182,7 @@ def test_the_paired_table_has_every_row_of_the_csv(run, page):
     assert [float(row[5]["value"]) for row in rows] == paired["difference"].tolist()
     assert [row[6]["text"] for row in rows] == paired["better"].tolist()
     marks = {"quest": "better", "rtn": "worse", "fp": "worse", "neither": ""}
+    marks |= {f"neither ({doubt})": "" for doubt in ("beyond full precision", "both beyond full precision")}
     for row, better, method in zip(rows, paired["better"], paired["method"], strict=True):
         expected = "better" if better == method else marks[better]
         assert row[5]["class"].replace("number", "").strip() == expected

@@ -16,7 +16,7 @@ rule nulls:
 
 rule null_sample:
     input:
-        script="workflow/scripts/sample.py",
+        script=project("workflow/scripts/sample.py"),
         evaluation="results/{name}/{model}/evaluation.safetensors",
         networks=networks,
     output:
@@ -45,7 +45,7 @@ rule null_sample:
 
 rule null_metrics:
     input:
-        script="workflow/scripts/metrics.py",
+        script=project("workflow/scripts/metrics.py"),
         features="results/{name}/{model}/fp-{null}/w32a32/features-0.npz",
         samples="results/{name}/{model}/fp-{null}/w32a32/samples-0.npz",
         fp_features=full_precision("features"),
@@ -71,7 +71,7 @@ rule null_metrics:
 
 rule null_table:
     input:
-        script="workflow/scripts/nulls.py",
+        script=project("workflow/scripts/nulls.py"),
         metrics=expand("results/{{name}}/{model}/fp-{null}/w32a32/metrics.json", model=config["models"], null=NULLS),
     output:
         [
