@@ -8,6 +8,7 @@ MODULES = (
     "full_precision",
     "rtn",
     "adaround",
+    "gptq",
     "ptq4dm",
     "q_diffusion",
     "ptqd",

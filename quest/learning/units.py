@@ -20,6 +20,7 @@ from quest.runtime.memory import Waiting
 
 ATEN = torch.ops.aten
 WEIGHTS = {ATEN.addmm.default: (0, 2), ATEN.mm.default: (1,), ATEN.embedding.default: (0,)}  # among the arguments
+KINDS = (ResnetBlock2D, BasicTransformerBlock, QuantLayer, QuantAttention)  # of modules that are reconstructed together
 CHUNK = 64  # rows of one forward pass of a unit where nothing is learned, or fewer where memory is short
 ALIVE = 8  # tensors as large as a layer's largest output that are in memory in such a pass
 
@@ -54,18 +55,17 @@ def _heads_as_channels(y: Tensor, rows: int) -> Tensor:
 
 
 @torch.no_grad()
-def units(denoiser: nn.Module, inputs: dict[str, Tensor]) -> list[Unit]:
+def units(denoiser: nn.Module, inputs: dict[str, Tensor], kinds: tuple[type, ...] = KINDS) -> list[Unit]:
     """The units of a quantized denoiser in the order in which a forward pass on `inputs` meets them.
 
     As in Q-Diffusion (arXiv:2302.04304) with quantized activations: every ResnetBlock2D with its time embedding
     projection, every BasicTransformerBlock, every other quantized layer alone. Attention outside a transformer block is
     no unit: to_q, to_k and to_v together are (CompVis has them as one layer), to_out is, and the two products are a
-    unit without weights.
+    unit without weights. kinds: of modules that are units; those inside of others of them are none.
     """
     found: dict[str, nn.Module] = {}
     for name, module in denoiser.named_modules():
-        whole = isinstance(module, ResnetBlock2D | BasicTransformerBlock | QuantLayer | QuantAttention)
-        if whole and not any(name.startswith(f"{outer}.") for outer in found):
+        if isinstance(module, kinds) and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = module
     order: list[str] = []
     handles = [m.register_forward_pre_hook(lambda *_, n=n: order.append(n)) for n, m in found.items()]
@@ -97,7 +97,13 @@ def units(denoiser: nn.Module, inputs: dict[str, Tensor]) -> list[Unit]:
 
 @torch.no_grad()
 def walk(
-    denoiser: nn.Module, inputs: dict[str, Tensor], visit: Callable, stage: str, device: torch.device, waiting: Waiting
+    denoiser: nn.Module,
+    inputs: dict[str, Tensor],
+    visit: Callable,
+    stage: str,
+    device: torch.device,
+    waiting: Waiting,
+    kinds: tuple[type, ...] = KINDS,
 ) -> None:
     """One forward pass in which visit(unit, forwards, name, *args, **kwargs) stands in for every unit's modules.
 
@@ -106,7 +112,7 @@ def walk(
     `forward` and not a call of the denoiser: a pass over all timesteps is in no time group.
     """
     first = tree_map(lambda value: value[:1].to(device), inputs)
-    found = units(denoiser, first)
+    found = units(denoiser, first, kinds)
     waiting.chunk = chunk_rows(denoiser, first)
     modules = {n: m for unit in found for n, m in unit.modules.items()}
     between = Streamed(len(inputs["timestep"]), device, waiting)

@@ -15,7 +15,7 @@ from quest.runtime.files import atomic
 KEYS = {"ranges": "samples", "rounding": "batch", "step learning": "batch", "threshold search": "rows"}
 # Steps that fit themselves to the memory there is: blocks are computed again (quest.learning.recomputing), units take
 # fewer rows at once (quest.learning.units).
-SHRINK = {"distillation", "full finetuning", "temporal alignment", "critical alignment", "call"}
+SHRINK = {"distillation", "full finetuning", "temporal alignment", "critical alignment", "call", "gptq"}
 JOBS = ["rule", "model", "method", "bits", "least_mb", "mem_mb", "runtime"]
 MARGIN = {"mem_mb": 1.2, "runtime": 1.5}  # that a job asks for beyond what the plan has
 

@@ -29,6 +29,8 @@ SECONDS = {
     "ranges row": "seconds",
     "threshold search": "seconds of the released PTQ4DM",
     "threshold search row": "seconds",
+    "gptq": "seconds of weight ranges and of rounding every layer by GPTQ",
+    "gptq row": "seconds of one row through full precision and in every Hessian",
     "rounding": "seconds of one AdaRound iteration in every unit",
     "rounding row": "seconds",
     "step learning": "seconds of one iteration in every unit that learns activation steps",

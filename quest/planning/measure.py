@@ -163,6 +163,11 @@ def _quantizing(meter, pipe, student, model, first, few, many, scaled):
 
     meter.line("threshold search", thresholds, many, 2 * many)  # it may draw more rows than the set has
 
+    def hessians(rows):
+        quest.quantize(pipe, "gptq", "w4a32", calibration=calibration, rows=rows)
+
+    meter.line("gptq", hessians, few, many)
+
 
 def _of_all_units(student, pipe, calibration):
     """{step: (Step, scales)} of a pass over all units, which learn one after the other."""

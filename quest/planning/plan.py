@@ -37,7 +37,7 @@ CLASSES = 10  # of a classifier of photographs
 CLIP_VALUES = {None: 0, "scenes-clip": 2 * 64, "emoji-clip": 2 * 64, "ViT-B-16": 2 * 512}
 ROWS = 64  # of a denoiser call where nothing is learned, see quest.learning.units.CHUNK
 # While a model is quantized, full precision and the quantized denoiser are in memory, as in the search of ranges.
-TOGETHER = {"at_once": dict.fromkeys(("call", "quantized call"), ROWS), "beside": "ranges"}
+TOGETHER = {"at_once": dict.fromkeys(("call", "quantized call", "gptq"), ROWS), "beside": "ranges"}
 RANGES_SAMPLES = 32  # samples per timestep, for the figure of activation ranges
 
 
@@ -220,12 +220,12 @@ def peaks(known: dict, steps: Counter, at_once: dict, beside: str | None = None)
     """{step: (MB beside its rows, MB of a row, rows)} that are in memory at once; NaN where it was not measured.
 
     at_once: the rows, where the steps themselves do not say it (rows of an iteration, of a range).
-    beside: a step whose fixed part of memory is also that of the steps in at_once.
+    beside: a step whose fixed part of memory is also that of calls.
     """
     found = {}
     for step in {step.removesuffix(" row") for step, count in steps.items() if count}:
         rows = min(at_once[step], steps[step]) if step in at_once else steps[f"{step} row"] / max(1, steps[step])
-        fixed = known.get(f"memory of {beside if beside and step in at_once else step}", math.nan)
+        fixed = known.get(f"memory of {beside if beside and step.endswith('call') else step}", math.nan)
         found[step] = fixed, known.get(f"memory of {step} row", math.nan), rows
     return found
 

@@ -143,6 +143,7 @@ def test_effective_bits(cell, monkeypatch):
 
 STAGES = {  # of the steps of quest.planning.costs
     "rounding": ("AdaRound",),
+    "gptq": ("GPTQ",),
     "step learning": ("activation steps",),
     **{what: step.stages for what, step in costs.STEPS.items()},
 }

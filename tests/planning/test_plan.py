@@ -144,6 +144,9 @@ def test_work_of_the_rivals():
     assert count("ptqd", "w4a4", init="adaround") == q_diffusion | {"quantized call": 512 + 50 * 40}
     here = count("ptqd-as-released", "w4a4")
     assert here["rounding"] == 1000 and here["call"] == 2 * 1000 + 2 * 256 + 1000
+    assert count("gptq", "w4a32") == {"gptq": 1, "gptq row": 640}
+    assert count("gptq-mse", "w4a4", clas) == {"gptq": 1, "gptq row": 640, "ranges": 1, "ranges row": 64}
+    assert count("gptq-mse", "w4a4", inputs="quantized")["ranges row"] == 128
     assert count("ptq4dm-as-released", "w8a8") == {"threshold search": 1, "threshold search row": 1024}
     assert count("tfmq-dm", "w4a8", init="adaround") == {"ranges": 1, "ranges row": 64, "temporal rounding": 1000}
     assert count("tfmq-dm-as-released", "w4a8", clas)["ranges row"] == 20 * 64
