@@ -3,17 +3,22 @@
 `quantize(...).dequantize()` is what every quantizer of the suite means. `fake_quantize` computes the same values in one
 fused autograd function (four passes over one buffer instead of an autograd node per operation); an integer kernel
 multiplies the codes of the same `QTensor`. The three cannot disagree about rounding, clamping or the zero point.
+
+A dynamic format takes scales and zero points from the tensor itself (`measured`), so both functions do that first.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from quest.kernels.cpu.core import available, calls
 
 FLOAT = 32  # bits of a tensor that is not quantized
+ROWS = ("tensor", "token")  # what has a scale of its own in a dynamic format
+TINY = 1e-10  # least scale of a dynamic format, so that zeros stay zeros
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,28 @@ class QuantSpec:
     axis: None for one scale per tensor, else the dimension that has a scale of its own for every index.
     wide: the symmetric rule of the released QuEST before August 2024: twice the codes that the bits allow and two more.
     A range of +-max takes 2^(bits + 1) + 1 of them, 33 at "4 bit".
+    rows: None for a static format. A dynamic one computes its scales from each tensor that it quantizes: one for each
+    sample ("tensor"), or one for each position of a sample, over all its channels ("token": a pixel, a token).
+    Symmetric codes then end at +-(2^(bits - 1) - 1). `axis` is the dimension that the product sums over.
+    group: of a dynamic format, the scales are of that many consecutive indices of `axis`; the last ones may be fewer.
     """
 
     bits: int
     symmetric: bool = False
     axis: int | None = None
     wide: bool = False
+    rows: str | None = None
+    group: int | None = None
 
     def __post_init__(self):
+        if self.rows not in (None, *ROWS):
+            raise ValueError(f"rows: {self.rows!r} is not one of {', '.join(ROWS)}, or None for a static format")
+        if self.rows is None and self.group is not None:
+            raise ValueError("group: of a dynamic format only: give rows")
+        if self.rows is not None and (self.axis is None or self.wide or self.bits == FLOAT):
+            raise ValueError("rows: a dynamic format has an axis, 2 to 16 bits and no wide codes")
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"group: {self.group} is out of bounds; valid: 1 or more")
         if self.wide and not self.symmetric:
             raise ValueError("wide codes are symmetric: give symmetric=True")
         if not (2 <= self.bits <= 16 or self.bits == FLOAT):
@@ -42,6 +61,8 @@ class QuantSpec:
     def qmin(self) -> int:
         if self.wide:
             return -(2**self.bits) - 1
+        if self.dynamic and self.symmetric:
+            return -self.qmax
         return -(2 ** (self.bits - 1)) if self.symmetric else 0
 
     @property
@@ -50,9 +71,34 @@ class QuantSpec:
             return 2**self.bits
         return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
 
+    @property
+    def fields(self) -> dict:
+        """The format in a dictionary for JSON; what only dynamic formats have is left out of others."""
+        return {k: v for k, v in asdict(self).items() if v is not None or k == "axis"}
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether scales are computed from each tensor that is quantized."""
+        return self.rows is not None
+
+    @property
+    def granularity(self) -> str:
+        """What shares a scale, in words."""
+        if not self.dynamic:
+            return "per tensor" if self.axis is None else f"per channel {self.axis}"
+        return f"dynamic per {self.rows}" + (f" in groups of {self.group}" if self.group else "")
+
+    def scales(self, size: int) -> int:
+        """Return how many scales `size` indices of `axis` have in a dynamic format."""
+        return -(-size // self.group) if self.group else 1
+
 
 class QParams(NamedTuple):
-    """What a kernel needs to quantize one tensor; scale and zero_point broadcast against it."""
+    """What a kernel needs to quantize one tensor; scale and zero_point broadcast against it.
+
+    Of a dynamic format, `scale` is the clip ratio: the share of the range of each row or group that codes reach. The
+    kernel computes the scales from the tensor, see `measured`.
+    """
 
     scale: Tensor
     zero_point: Tensor
@@ -124,6 +170,39 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
+def measured(x: Tensor, qparams: QParams) -> QParams:
+    """Return the scales and zero points that a dynamic format takes from x; the parameters of a static one as given.
+
+    They have a size of 1 where indices share a scale, and broadcast against x. The range of a row or group is widened
+    to include zero and shrunk by the clip ratio. With symmetric codes of b bits the scale is max|x| / (2^(b-1) - 1), as
+    in SmoothQuant's and QuaRot's code (arXiv:2211.10438, 2404.00456), but no code is below -(2^(b-1) - 1).
+
+    Dimension 0 of x counts samples (in attention, the heads of all samples), which never share a scale: results do not
+    depend on the batch. Gradients reach the clip ratio, and x through the ends of its range.
+    """
+    clip, _, spec = qparams
+    if not spec.dynamic:
+        return qparams
+    axis = spec.axis % x.ndim
+    size, groups = x.shape[axis], spec.scales(x.shape[axis])
+    parts = x.unsqueeze(axis)
+    if groups > 1:  # zeros that fill up the last group change no range, since each includes zero
+        fill = [0, 0] * (x.ndim - 1 - axis) + [0, groups * spec.group - size]
+        parts = F.pad(x, fill).unflatten(axis, (groups, spec.group))
+    shared = [d for d in range(1, parts.ndim) if d != axis] if spec.rows == "tensor" else [axis + 1]
+    low, high = (clip * end for end in (parts.amin(shared, True).clamp(max=0), parts.amax(shared, True).clamp(min=0)))
+    if spec.symmetric:
+        scale = (torch.maximum(-low, high) / spec.qmax).clamp(min=TINY)
+        zero_point = torch.zeros_like(scale)
+    else:
+        scale = ((high - low) / (spec.qmax - spec.qmin)).clamp(min=TINY)
+        zero_point = (-low / scale).detach().round()
+    if groups > 1:
+        expand = (t.squeeze(axis + 1).repeat_interleave(spec.group, axis) for t in (scale, zero_point))
+        return QParams(*(t.narrow(axis, 0, size) for t in expand), spec)
+    return QParams(scale.squeeze(axis), zero_point.squeeze(axis), spec)
+
+
 def quantize(x: Tensor, qparams: QParams) -> QTensor:
     """Codes of x; x itself where the spec is float.
 
@@ -132,7 +211,7 @@ def quantize(x: Tensor, qparams: QParams) -> QTensor:
     A value that rounds to the first or last code without being clipped keeps its gradient. torch.clamp gave it one in
     torch 1 (which the released QuEST runs on) and gives it none in recent versions, so the rule is written out here.
     """
-    scale, zero_point, spec = qparams
+    scale, zero_point, spec = measured(x, qparams)
     if spec.bits == FLOAT:
         return QTensor(x, scale, zero_point)
     codes = round_ste(x / scale) + zero_point
@@ -207,7 +286,7 @@ def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
     (arXiv:1902.08153, equation 3) without its 1 / sqrt(N Qp) factor, as automatic differentiation of equations 2-3
     gives. The zero point has no gradient.
     """
-    scale, zero_point, spec = qparams
+    scale, zero_point, spec = measured(x, qparams)
     if spec.bits == FLOAT:
         return x
     function = _FusedFakeQuantize if _fusible(x, scale) else _FakeQuantize

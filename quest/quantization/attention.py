@@ -8,6 +8,7 @@
 The three projections and `to_out` are quantized layers. The tensors named q, k, v and p each have a quantizer here.
 """
 
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -38,6 +39,8 @@ class QuantAttention(nn.Module):
     def __init__(self, spec: QuantSpec, probability_spec: QuantSpec, groups: TimeGroups | None = None):
         super().__init__()
         self.q, self.k, self.v = (Quantizer(spec, groups=groups) for _ in range(3))
+        if spec.dynamic:  # q and k are summed over channels, p and v over tokens
+            self.v = Quantizer(replace(spec, axis=-2), groups=groups)
         self.p = Quantizer(probability_spec, groups=groups)
         self.p.may_be_constant = True  # the probability of a single token (the class in ImageNet's LDM-4) is always 1
 

@@ -15,7 +15,6 @@ each weight lies between two codes. Its starting point is therefore saved with f
 
 import copy
 import math
-from dataclasses import asdict
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +23,7 @@ from torch import nn
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion import samplers
 from quest.diffusion.denoisers import denoiser_of, name_of
-from quest.quantization import cost, guards, packing
+from quest.quantization import cost, guards, packing, prologue
 from quest.quantization import header as headers
 from quest.quantization.attention import QuantAttention
 from quest.quantization.layers import attentions, is_quantized, name_quantizers, quant_layers, quantized, replace
@@ -66,11 +65,12 @@ def save(pipe, path, floats: bool = False, **extra) -> None:
         "scheduler": samplers.trained_on(pipe.scheduler),
         "splits": split_layers(denoiser),
         "layers": {
-            n: [asdict(q.spec) for q in (m.weight_quantizer, m.input_quantizer, m.output_quantizer) if q is not None]
+            n: [q.spec.fields for q in (m.weight_quantizer, m.input_quantizer, m.output_quantizer) if q is not None]
             for n, m in quant_layers(denoiser)
         },
         "shapes": {n: list(m.weight_shape) for n, m in quant_layers(denoiser)},
-        "attentions": {n: [asdict(m.processor.q.spec), asdict(m.processor.p.spec)] for n, m in attentions(denoiser)},
+        "attentions": {n: [q.spec.fields for q in (m.processor.q, m.processor.p)] for n, m in attentions(denoiser)},
+        **prologue.described(quant_layers(denoiser)),
         "granularity": cost.granularity(denoiser),
         "time_groups": groups.starts.tolist() if groups else None,
         **getattr(denoiser, "quantization", {}),
@@ -171,6 +171,8 @@ def check_tensors(header: dict, tensors: dict[str, torch.Tensor], path) -> None:
                 )
             if not (value > 0).all() if leaf == "scale" else not (value == value.round()).all():
                 refuse(name, "holds a scale that is not positive" if leaf == "scale" else "holds a fraction")
+        if name.endswith(f".{prologue.MULTIPLIER}") and not (value > 0).all():
+            refuse(name, "holds a factor that is not positive")
         if leaf == CODES:
             if module not in header["layers"]:
                 refuse(name, "is of no layer in the header")
@@ -196,7 +198,8 @@ def _fits(value: torch.Tensor, scale: torch.Tensor, groups: int, spec: dict, sha
     if not value.is_floating_point() or value.ndim == 0 or (value.shape, value.dtype) != (scale.shape, scale.dtype):
         return False
     each = tuple(value.shape[1:])
-    if len(value) not in (1, groups) or shape is None and spec["axis"] is None and math.prod(each) != 1:
+    one = shape is None and (spec["axis"] is None or "rows" in spec)
+    if len(value) not in (1, groups) or one and math.prod(each) != 1:
         return False
     return (
         shape is None
@@ -234,6 +237,7 @@ def load(pipe, path, kernel: str = "auto"):
         replace(denoiser, name, quantized(denoiser.get_submodule(name), weight, input, groups, *output))
     for name, (spec, probability) in header["attentions"].items():
         denoiser.get_submodule(name).set_processor(QuantAttention(QuantSpec(**spec), QuantSpec(**probability), groups))
+    prologue.restore(dict(quant_layers(denoiser)), header, tensors, path)
     for name, value in tensors.items():
         # Only the file knows the shape of per-channel scales.
         module, _, leaf = name.rpartition(".")
@@ -286,6 +290,7 @@ def load_weights(denoiser, path) -> None:
         bits = header["layers"][name][0]["bits"]
         if bits != layer.weight_quantizer.spec.bits:
             raise ValueError(f"{path}: layer {name} has {bits}-bit weights, not {layer.weight_quantizer.spec.bits}")
+        prologue.restore({name: layer}, header, tensors, path)
         layer.weight.data.copy_(tensors[f"{name}.weight"])
         if layer.bias is not None:
             layer.bias.data.copy_(tensors[f"{name}.bias"])
@@ -318,7 +323,8 @@ def check_shapes(denoiser, header: dict, tensors: dict[str, torch.Tensor], path)
     stored = {k: v.shape for k, v in tensors.items() if k.rpartition(".")[2] not in quantizers}
     coded = [k for k in stored if k.endswith(f".{CODES}")]
     stored |= {f"{n}.weight": tuple(header["shapes"][n]) for n in (k.removesuffix(f".{CODES}") for k in coded)}
-    stored = {k: v for k, v in stored.items() if not k.startswith(SCHEDULER) and k not in coded}
+    other = {*coded, *(f"{name}.{prologue.MULTIPLIER}" for name in header.get("prologues", {}))}
+    stored = {k: v for k, v in stored.items() if not k.startswith(SCHEDULER) and k not in other}
     differ = [
         f"{k}: {tuple(stored[k]) if k in stored else 'missing'} in the file, "
         f"{tuple(own[k]) if k in own else 'missing'} in the model"

@@ -16,6 +16,7 @@ from quest.diffusion.calibration_set import CalibrationSet
 from quest.quantization import packing
 from quest.quantization.layer_names import Keep, layer_bits, layer_class
 from quest.quantization.layers import QuantLayer, attentions, input_quantizers, quant_layers
+from quest.quantization.overhead import overhead
 from quest.quantization.quantizer import Quantizer
 from quest.quantization.splitting import split_layers
 from quest.runtime.provenance import resident_memory
@@ -122,6 +123,8 @@ def kind(name: str) -> str:
     module, _, leaf = name.rpartition(".")
     if leaf == "codes":
         return "codes"
+    if leaf == "multiplier":  # of a prologue: the scales of input channels
+        return "activation scales"
     if leaf not in ("scale", "zero_point"):
         return "float"
     return "weight scales" if module.endswith("weight_quantizer") else "activation scales"
@@ -130,8 +133,8 @@ def kind(name: str) -> str:
 def tensor_class(name: str) -> str:
     """The class of the layer to which a checkpoint's tensor belongs, by its name; "norm" for normalization layers."""
     layer = name.rpartition(".")[0]
-    for quantizer in (".weight_quantizer", ".input_quantizer", ".output_quantizer"):
-        layer = layer.removesuffix(quantizer)
+    for part in (".weight_quantizer", ".input_quantizer", ".output_quantizer", ".prologue"):
+        layer = layer.removesuffix(part)
     if ".processor." in f"{layer}.":
         return "attention products"
     whole = layer.removesuffix(".hidden").removesuffix(".skip")  # of a split convolution
@@ -205,7 +208,7 @@ def summary(denoiser: nn.Module, w: int, a: int, calibration: CalibrationSet) ->
     """Describe a quantized denoiser beyond its bits, in a dictionary for JSON:
 
     - weights, activations: granularities.
-    - footprint: size and work, see `footprint`.
+    - footprint: size and work, see `footprint`, and work beside the products, see `overhead`.
     - quantized_at: "input" or "output", the side of a layer at which its activation is quantized.
     - split: number of layers that quantize the two parts of a concatenated input separately.
     - kept: layers with more than w or a bits, by their bits ("w32a32" is float): number, names, share of the denoiser's
@@ -214,7 +217,8 @@ def summary(denoiser: nn.Module, w: int, a: int, calibration: CalibrationSet) ->
     - calibration: rows, trajectories, timesteps, and halves of a call (2 with guidance).
     - stages: what was optimized, see `record`.
     """
-    work = macs(denoiser, calibration.inputs(torch.tensor([0], dtype=torch.long, device="cpu")))
+    inputs = calibration.inputs(torch.tensor([0], dtype=torch.long, device="cpu"))
+    work = macs(denoiser, inputs)
     all_work, all_parameters = sum(work.values()), parameters(denoiser)
     kept: dict[str, dict] = {}
     for name, layer in quant_layers(denoiser):
@@ -228,7 +232,7 @@ def summary(denoiser: nn.Module, w: int, a: int, calibration: CalibrationSet) ->
     products = sorted({_attention_bits(m) for _, m in attentions(denoiser)})
     return {
         **granularity(denoiser),
-        "footprint": footprint(denoiser, work),
+        "footprint": footprint(denoiser, work) | overhead(denoiser, inputs),
         "quantized_at": "output" if any(m.output_quantizer for _, m in quant_layers(denoiser)) else "input",
         "split": len(split_layers(denoiser)),
         "kept": kept,
@@ -285,6 +289,5 @@ def _granularity(quantizers: Iterable[Quantizer]) -> str:
     for q in quantizers:
         if q.spec.bits == FLOAT:
             continue
-        axis = "per tensor" if q.spec.axis is None else f"per channel {q.spec.axis}"
-        found.add(axis if len(q.scale) == 1 else f"{axis}, {len(q.scale)} time groups")
+        found.add(q.spec.granularity + ("" if len(q.scale) == 1 else f", {len(q.scale)} time groups"))
     return "; ".join(sorted(found)) or "float"

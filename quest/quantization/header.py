@@ -14,7 +14,8 @@ from typing import TypedDict
 from quest.runtime.files import dumps, loads
 from quest.runtime.hashing import opened
 
-FORMAT = 2  # 1 kept every weight in float32 and had no hashes
+# 1 kept every weight in float32 and had no hashes. 3 is 2 with prologues, which a version that reads only 2 would lose.
+FORMATS = 2, 3
 FLOAT = 32  # as in quest.affine, which loads torch
 
 
@@ -66,9 +67,10 @@ def of(file, path, diverged: bool = False) -> dict:
         header = loads((file.metadata() or {})["quest"], path)
         if not isinstance(header, dict):
             raise ValueError(f"{path}: its header is not a mapping")
-        if type(header["format"]) is not int or header["format"] != FORMAT:
+        if type(header["format"]) is not int or header["format"] not in FORMATS:
             raise ValueError(
-                f"{path} has checkpoint format {header['format']!r}, this version reads {FORMAT}: quantize again"
+                f"{path} has checkpoint format {header['format']!r}, this version reads "
+                f"{' and '.join(map(str, FORMATS))}: quantize again"
             )
         if "diverged" not in header:
             header["layers"]  # a calibration set has a header too
@@ -87,7 +89,7 @@ def of(file, path, diverged: bool = False) -> dict:
 
 def sealed(fields: dict) -> dict:
     """Return a header of these fields, with the format version and the hash added."""
-    header = {"format": FORMAT} | fields
+    header = {"format": FORMATS[bool(fields.get("prologues"))]} | fields
     return header | {"hash": header_hash(header)}
 
 
@@ -122,28 +124,35 @@ def _faults(header) -> Iterator[tuple[str, object, str]]:
         elif not holds(header[field]):
             yield field, header[field], valid
     for name, specs in header["layers"].items():
-        yield from _spec_faults(f"layers.{name}", specs, (2, 3))
+        yield from _spec_faults(f"layers.{name}", specs, (2, 3), header["time_groups"], weight=True)
         shape = header["shapes"].get(name)
         if not (isinstance(shape, list) and len(shape) in (2, 4) and all(_count(size) for size in shape)):
             yield f"shapes.{name}", shape, "the shape of a linear layer's weight, or of a convolution's"
     for name, specs in header["attentions"].items():
-        yield from _spec_faults(f"attentions.{name}", specs, (2,))
+        yield from _spec_faults(f"attentions.{name}", specs, (2,), header["time_groups"])
+    for name in header.get("prologues", {}).keys() - header["layers"].keys():
+        yield f"prologues.{name}", header["prologues"][name], "prologues of the layers only"
     for name in header["shapes"].keys() - header["layers"].keys():
         yield f"shapes.{name}", header["shapes"][name], "shapes of the layers only"
 
 
-def _spec_faults(field, specs, counts):
+def _spec_faults(field, specs, counts, groups, weight=False):
     if not (isinstance(specs, list) and len(specs) in counts):
         yield field, specs, f"a list of {' or '.join(map(str, counts))} formats"
         return
     for place, spec in enumerate(specs):
         where = f"{field}[{place}]"
-        if not (isinstance(spec, dict) and spec.keys() == SPEC.keys()):
-            yield where, spec, f"a mapping of {', '.join(SPEC)}"
+        if not (isinstance(spec, dict) and SPEC.keys() <= spec.keys() <= SPEC.keys() | DYNAMIC.keys()):
+            yield where, spec, f"a mapping of {', '.join(SPEC)}, and in a dynamic format {' and '.join(DYNAMIC)}"
             continue
-        for key, (holds, valid) in SPEC.items():
-            if not holds(spec[key]):
+        for key, (holds, valid) in (SPEC | DYNAMIC).items():
+            if key in spec and not holds(spec[key]):
                 yield f"{where}.{key}", spec[key], valid
+        plain = spec["axis"] is None or spec["wide"] is True or spec["bits"] == FLOAT
+        if "rows" in spec and (plain or groups is not None or weight and place == 0):
+            yield f"{where}.rows", spec["rows"], "of an activation with an axis and less than 32 bits, no time groups"
+        if "group" in spec and "rows" not in spec:
+            yield f"{where}.group", spec["group"], "of a dynamic format only"
         if spec["wide"] is True and spec["symmetric"] is not True:
             yield f"{where}.wide", True, "wide codes are symmetric"
 
@@ -200,6 +209,19 @@ def _betas(value) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(map(_amount, value))
 
 
+def _prologue(value) -> bool:
+    """Whether a value is what `prologue.Prologue.description` returns."""
+    kinds = {
+        "scaled": lambda v: isinstance(v, bool),
+        "block": lambda v: _count(v) and v & (v - 1) == 0,
+        "form": lambda v: v in ("regular", "sylvester"),
+        "single": lambda v: isinstance(v, bool),
+    }
+    if not (isinstance(value, dict) and value.keys() == kinds.keys() and all(kinds[k](v) for k, v in value.items())):
+        return False
+    return value["form"] == "sylvester" or value["block"].bit_length() % 2 == 1  # regular ones: powers of 4
+
+
 def _hash(value) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
@@ -209,6 +231,10 @@ SPEC = {
     "symmetric": (lambda value: isinstance(value, bool), "true or false"),
     "axis": (lambda value: value is None or _whole(value, -4, 4), "null, or a dimension"),
     "wide": (lambda value: isinstance(value, bool), "true or false"),
+}
+DYNAMIC = {
+    "rows": (lambda value: value in ("tensor", "token"), "tensor or token"),
+    "group": (_count, "a number from 1 on"),
 }
 _ANY = _mapping_of(lambda _: True)
 FIELDS: dict[str, tuple[Callable, str]] = {
@@ -232,6 +258,7 @@ OPTIONAL: dict[str, tuple[Callable, str]] = {
     "bits": (lambda value: _text(value) and re.fullmatch(r"w\d+a\d+", value) is not None, "such as w4a8"),
     "recipe": (_ANY, "keyword arguments"),
     "timesteps": (_steps, "the calibrated timesteps, each once"),
+    "prologues": (_mapping_of(_prologue), "scaled, block, form and single by layer"),
     "cost": (_cost, "a mapping; its stages have a stage and iterations, its footprint bytes, macs and bops"),
     "provenance": (_ANY, "a mapping"),
     "config": (_ANY, "the denoiser's configuration"),

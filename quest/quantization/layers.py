@@ -1,7 +1,7 @@
 """Quantized linear layers and convolutions. Their kernel decides whether codes are multiplied or simulated in floats.
 
-x ── input_quantizer: scale, zero point ─┐
-weight: Parameter or QTensor ────────────┴─ kernel ── (output_quantizer) ── y
+x ── (prologue) ── input_quantizer: scale, zero point ─┐
+weight: Parameter or QTensor ──────────────────────────┴─ kernel ── (output_quantizer) ── y
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from quest import kernels
 from quest.affine import FLOAT, QTensor, QuantSpec, fake_quantize, quantize
 from quest.quantization import packing, ranges
+from quest.quantization.prologue import Prologue, along
 from quest.quantization.quantizer import Quantizer
 from quest.quantization.timegroups import TimeGroups
 
@@ -25,6 +26,8 @@ class QuantLayer(nn.Module):
     weight_quantizer: asymmetric, one scale per output channel, as in every method of the paper. input_quantizer: for
     the layer's input, one scale per time group. output_quantizer: None, or the quantizer of the layer's output for a
     method that quantizes there; then the input stays in float, and no integer kernel can multiply it.
+    prologue: None, or what is done to the input before it is quantized (`prologue.Prologue`); `scale_input` and
+    `rotate_input` make it, and change the weight so that the layer in float computes the same.
 
     The weight has two states:
 
@@ -45,6 +48,7 @@ class QuantLayer(nn.Module):
     """
 
     kernel_name = "reference"  # a name, because a copy of the layer could not contain a Python module
+    channels: int  # the dimension of the input that has the channels
 
     @property
     def kernel(self) -> ModuleType:
@@ -57,8 +61,40 @@ class QuantLayer(nn.Module):
         self.weight_quantizer = Quantizer(weight, (len(self.weight),) + (1,) * (self.weight.ndim - 1))
         self.input_quantizer = Quantizer(input, groups=groups)
         self.output_quantizer = None if output is None else Quantizer(output, groups=groups)
+        self.register_module("prologue", None)
         for name in ("operand", "codes", "origin"):
             self.register_buffer(name, None, persistent=False)
+
+    @torch.no_grad()
+    def scale_input(self, factors: Tensor) -> None:
+        """Divide input channels by positive factors [C] before they are quantized, and multiply the weight by them.
+
+        Earlier factors stay. Raises RuntimeError for a layer that is rotated or frozen, and for a grouped convolution.
+        """
+        before = self._own_prologue("scale_input")
+        multiplier = 1 / factors if before.multiplier is None else before.multiplier / factors
+        self.weight.data.mul_(along(factors, self.weight, 1))
+        self.prologue = Prologue(multiplier.to(self.weight))
+
+    @torch.no_grad()
+    def rotate_input(self, block: int, form: str = "regular", single: bool = False) -> None:
+        """Rotate blocks of input channels before they are quantized, and the weight with them.
+
+        single: rotate the weight after it is quantized. Raises RuntimeError as `scale_input` does, and ValueError for
+        a block that does not divide the channels.
+        """
+        before = self._own_prologue("rotate_input")
+        if self.weight.shape[1] % block:
+            raise ValueError(f"block: {block} does not divide the {self.weight.shape[1]} input channels")
+        self.prologue = Prologue(before.multiplier, block, form, single).to(self.weight.device)
+        if not single:
+            self.weight.data.copy_(self.prologue.rotated(self.weight, 1))
+
+    def _own_prologue(self, what: str) -> Prologue:
+        before = self.prologue or Prologue()
+        if self.is_frozen or before.block > 1 or getattr(self, "groups", 1) > 1:
+            raise RuntimeError(f"{what}: not of a layer that is frozen, rotated, or a grouped convolution")
+        return before
 
     def choose_weight_range(self, choose=ranges.minmax) -> None:
         """Choose the weight's scales and zero points from the weight itself. A channel of zeros gets a tiny scale.
@@ -183,6 +219,18 @@ class QuantLayer(nn.Module):
             return self.operand
         return self.weight if self.weight_quantizer.spec.bits == FLOAT else self.qweight
 
+    def prepared(self, x: Tensor) -> tuple[Tensor, Tensor | QTensor]:
+        """Return what is quantized of an input, and what the kernel multiplies it by.
+
+        A weight that is rotated after it is quantized has values then, and no codes.
+        """
+        weight = self.multiplied()
+        if self.prologue is None:
+            return x, weight
+        if self.prologue.single:
+            weight = self.prologue.rotated(weight.dequantize() if isinstance(weight, QTensor) else weight, 1)
+        return self.prologue(x, self.channels), weight
+
     def quantize_output(self, y: Tensor) -> Tensor:
         return y if self.output_quantizer is None else fake_quantize(y, self.output_quantizer(y))
 
@@ -190,17 +238,21 @@ class QuantLayer(nn.Module):
 class QuantLinear(QuantLayer, nn.Linear):
     """A linear layer, x [..., K] -> [..., N]."""
 
+    channels = -1
+
     @property
     def weight_shape(self) -> tuple[int, ...]:
         return self.out_features, self.in_features
 
     def forward(self, x: Tensor, **fused) -> Tensor:
-        weight = self.multiplied()
+        x, weight = self.prepared(x)
         return self.quantize_output(self.kernel.linear(x, self.input_quantizer(x), weight, self.bias, **fused))
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
     """A convolution, x [N, C, H, W] -> [N, O, H', W']. Padding is zero, after quantization."""
+
+    channels = 1
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -208,7 +260,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def forward(self, x: Tensor, **fused) -> Tensor:
         conv = dict(stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups) | fused
-        weight = self.multiplied()
+        x, weight = self.prepared(x)
         return self.quantize_output(self.kernel.conv2d(x, self.input_quantizer(x), weight, self.bias, **conv))
 
 

@@ -75,6 +75,8 @@ def realizable(denoiser: nn.Module, work: dict[str, int]) -> float:
 @torch.no_grad()
 def refusal(layer: QuantLayer, kernel: str) -> str | None:
     """Return why a kernel cannot compute a layer exactly; None if it can."""
+    if kernel != "reference" and layer.prologue is not None and layer.prologue.single:
+        return "weight: rotated after it is quantized"
     conv = {}
     if isinstance(layer, QuantConv2d):
         conv = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups)

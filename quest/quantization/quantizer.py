@@ -7,6 +7,9 @@ A layer's input with a range of [-1, 2] in noisy steps and of [-0.5, 1] in the l
     1       501..0       0.1           5         -0.5        1.0
 
 With one group, all steps would share the first row, and the last steps would use only half of the codes.
+
+A dynamic quantizer has no ranges: its kernel computes them from each tensor (`quest.affine.measured`). Its scale is the
+clip ratio, 1 unless a method searches it.
 """
 
 from collections.abc import Callable
@@ -17,6 +20,8 @@ from torch import Tensor, nn
 from quest.affine import FLOAT, QParams, QuantSpec
 from quest.quantization import ranges
 from quest.quantization.timegroups import TimeGroups
+
+GROUPED = "time groups: a dynamic format takes its scales from each tensor, so groups of timesteps have no meaning"
 
 
 class Numbers:
@@ -46,10 +51,13 @@ class Quantizer(nn.Module):
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, ...] = (), groups: TimeGroups | None = None):
         super().__init__()
+        if spec.dynamic and groups is not None:
+            raise ValueError(GROUPED)
         self.spec, self.groups = spec, groups
         self.name = ""  # the name of its layer, for error messages
-        # NaN until calibration, so that nobody takes an uncalibrated quantizer for a calibrated one. Float needs none.
-        scale, zero_point = (1.0, 0.0) if spec.bits == FLOAT else (torch.nan, torch.nan)
+        # NaN until calibration, so that nobody takes an uncalibrated quantizer for a calibrated one. Float and dynamic
+        # formats need none.
+        scale, zero_point = (1.0, 0.0) if spec.bits == FLOAT or spec.dynamic else (torch.nan, torch.nan)
         shape = (len(groups) if groups else 1, *shape)
         start = torch.full(shape, scale, dtype=torch.float32, device="cpu")  # independent of torch's defaults
         self.scale = nn.Parameter(start, requires_grad=False)
@@ -57,6 +65,13 @@ class Quantizer(nn.Module):
         self.choose: Callable | None = None  # chooses ranges during calibration, see quest.learning.calibrate
         self.numbers: Numbers | None = None  # see `as_numbers`
         self.may_be_constant = False
+
+    def make_dynamic(self, spec: QuantSpec) -> None:
+        """Take this dynamic format, with clip ratio 1. Raises ValueError for a quantizer with time groups."""
+        if self.groups is not None:
+            raise ValueError(GROUPED)
+        self.spec = spec
+        self.scale.data, self.zero_point = torch.ones_like(self.scale.data), torch.zeros_like(self.zero_point)
 
     def as_numbers(self, wanted: bool) -> None:
         """Return plain numbers in `QParams` from now on, which the integer kernel reads fast; or tensors again."""
@@ -79,18 +94,20 @@ class Quantizer(nn.Module):
             return QParams(*self.numbers.of(0 if self.groups is None else self.groups.number), self.spec)
         if self.groups is None or self.spec.bits == FLOAT:  # a float tensor has the same (no) range at all timesteps
             return QParams(self.scale[0], self.zero_point[0], self.spec)
+        if self.spec.dynamic:
+            raise ValueError(GROUPED)
         group = self.groups.current
         return QParams(self.scale[group].squeeze(0), self.zero_point[group].squeeze(0), self.spec)
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, choose: Callable) -> None:
-        """Choose scale and zero point of the current group for x; do nothing if the format is float.
+        """Choose scale and zero point of the current group for x; do nothing if the format is float or dynamic.
 
         The range of a constant channel reaches from zero to its value, which is then exact. For example, every channel
         of a time embedding is constant at a single timestep.
         Raises FloatingPointError for a tensor that is not finite, and ValueError for a constant one unless it may be.
         """
-        if self.spec.bits == FLOAT:
+        if self.spec.bits == FLOAT or self.spec.dynamic:
             return
         self.as_numbers(False)
         dims = [d for d in range(x.ndim) if self.spec.axis is None or d != self.spec.axis % x.ndim]

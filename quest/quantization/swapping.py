@@ -4,7 +4,7 @@ import copy
 
 from torch import nn
 
-from quest.affine import QuantSpec
+from quest.affine import FLOAT, QuantSpec
 from quest.diffusion.denoisers import denoiser_of, name_of
 from quest.quantization import guards
 from quest.quantization.attention import QuantAttention
@@ -81,6 +81,31 @@ def with_denoiser(pipe, denoiser: nn.Module):
     new.scheduler = copy.deepcopy(pipe.scheduler)
     guards.guard(new)
     return new
+
+
+def make_dynamic(denoiser: nn.Module, rows: str, group: int | None = None, symmetric: bool = False) -> None:
+    """Let every activation quantizer that is not float take its scales from each tensor itself (`affine.measured`).
+
+    rows, group, symmetric: see `QuantSpec`. Probabilities have unsigned codes always. Scales lie on the dimension that
+    the product sums over:
+
+        activation                   shape           a token              a group
+        input of a convolution       [N, C, H, W]    a pixel              channels of a pixel, of one tap
+        input of a linear layer      [..., C]        a token              channels of a token
+        queries and keys of a head   [B, n, d]       a token              channels of a token
+        values of a head             [B, m, d]       a channel            tokens of a channel
+        probabilities of a head      [B, n, m]       a query              keys of a query
+
+    With `rows` "tensor" a sample has one scale, and in attention each of its heads. Raises ValueError for a denoiser
+    with time groups.
+    """
+    channels = {f"{n}.input_quantizer": m.channels for n, m in quant_layers(denoiser)}
+    channels |= {f"{n}.output_quantizer": m.channels for n, m in quant_layers(denoiser)}
+    for name, q in input_quantizers(denoiser).items():
+        if q.spec.bits < FLOAT:
+            axis = channels.get(name, -2 if name.endswith("processor.v") else -1)
+            signed = symmetric and not name.endswith("processor.p")
+            q.make_dynamic(QuantSpec(q.spec.bits, signed, axis, rows=rows, group=group))
 
 
 def scale_axes(denoiser: nn.Module, granularity: str, a: int) -> dict[str, int]:

@@ -82,6 +82,8 @@ def supports_attention(q: QParams, k: QParams, v: QParams, p: QParams) -> str | 
 def _format(spec: QuantSpec, what: str) -> str | None:
     if spec.bits == FLOAT:
         return f"{what} in float"
+    if spec.dynamic:
+        return f"{what}: scales {spec.granularity}"
     if spec.symmetric and what == "weight":
         return "weight: signed codes"  # codes are packed without a sign; activations are not packed
     if spec.bits > 8:
@@ -197,11 +199,10 @@ def computes(x: Tensor) -> bool:
 
 
 def on_integers(*layers: nn.Module) -> bool:
-    """Return whether all these layers run on this kernel and none has an output quantizer."""
+    """Return whether all these layers run on this kernel and do nothing before or after it."""
     # The class must have `kernel_name`, because a wrapper around a layer may pass on the attributes of the layer.
-    return all(
-        hasattr(type(m), "kernel_name") and m.kernel_name == "integer" and m.output_quantizer is None for m in layers
-    )
+    at_home = (m for m in layers if hasattr(type(m), "kernel_name") and m.kernel_name == "integer")
+    return sum(m.output_quantizer is None and m.prologue is None for m in at_home) == len(layers)
 
 
 def bare(*modules: nn.Module) -> bool:

@@ -1,0 +1,79 @@
+"""Work of a quantized denoiser that is no product of codes: scales of activations, and additions and multiply-adds.
+
+Multiply-accumulates and bit operations (`cost`) do not show what finer scales and prologues cost. A sum of products of
+codes is exact while all of its scales are the same, so an output needs one accumulator for each scale in its sum:
+
+    scales of the input            accumulators of an output of a 3x3 convolution of C channels
+    static, or one per sample      1
+    groups of G per sample         C / G     taps of a group are summed together
+    one per pixel                  9         taps come from different pixels
+    groups of G per pixel          9 C / G
+
+In attention a scale per token of q, k or p, or per channel of v, is constant over a sum, and groups are not.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from quest.affine import FLOAT, QuantSpec
+from quest.quantization.attention import QuantAttention
+from quest.quantization.layers import QuantConv2d, QuantLayer
+
+SCALE, ZERO_POINT = 16, 8  # bits of a scale that is computed from activations, and of its zero point
+
+
+@torch.no_grad()
+def overhead(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
+    """Count the work beside the products in one call of a quantized denoiser on one sample:
+
+    - scale_bits: bits of the scales and zero points that dynamic formats compute from activations.
+    - float_fmas: multiply-adds with which accumulators become outputs, one for each accumulator.
+    - float_additions: additions of rotations of activations, C log2(b) for C channels in blocks of b.
+
+    Layers and products with a float operand have none. The multiplications of a prologue are no extra work: a kernel
+    multiplies each input by 1 / scale anyway. inputs: keyword arguments of the denoiser, with batch size 1.
+    """
+    counted = dict.fromkeys(("scale_bits", "float_fmas", "float_additions"), 0)
+
+    def layer(module: QuantLayer, args, output: Tensor) -> None:
+        x, spec = args[0], module.input_quantizer.spec
+        if module.prologue is not None:
+            counted["float_additions"] += x.numel() * round(math.log2(module.prologue.block))
+        counted["scale_bits"] += scale_bits(spec, x.shape)
+        if max(spec.bits, module.weight_quantizer.spec.bits) < FLOAT:
+            taps = math.prod(module.kernel_size) if isinstance(module, QuantConv2d) and spec.rows == "token" else 1
+            counted["float_fmas"] += output.numel() * taps * accumulators(spec, x.shape)
+
+    def products(module: QuantAttention, args, _output) -> None:
+        q, k, v = args[:3]
+        logits = (*q.shape[:-1], k.shape[-2])
+        for quantizer, shape in ((module.q, q.shape), (module.k, k.shape), (module.v, v.shape), (module.p, logits)):
+            counted["scale_bits"] += scale_bits(quantizer.spec, shape)
+        if max(module.q.spec.bits, module.k.spec.bits) < FLOAT:
+            counted["float_fmas"] += math.prod(logits) * accumulators(module.q.spec, q.shape)
+        if max(module.p.spec.bits, module.v.spec.bits) < FLOAT:
+            counted["float_fmas"] += q.numel() * accumulators(module.v.spec, v.shape)
+
+    handles = [m.register_forward_hook(layer) for m in denoiser.modules() if isinstance(m, QuantLayer)]
+    handles += [m.register_forward_hook(products) for m in denoiser.modules() if isinstance(m, QuantAttention)]
+    try:
+        denoiser(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counted
+
+
+def accumulators(spec: QuantSpec, shape: torch.Size) -> int:
+    """Return how many accumulators each tap of an output needs for an operand of this format and shape."""
+    return spec.scales(shape[spec.axis]) if spec.dynamic else 1
+
+
+def scale_bits(spec: QuantSpec, shape: tuple[int, ...]) -> int:
+    """Return the bits of the scales that a dynamic format computes for a tensor of this shape; 0 for a static one."""
+    if not spec.dynamic:
+        return 0
+    rows = shape[0] if spec.rows == "tensor" else math.prod(shape) // shape[spec.axis]
+    return rows * spec.scales(shape[spec.axis]) * (SCALE if spec.symmetric else SCALE + ZERO_POINT)
