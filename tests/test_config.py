@@ -352,7 +352,7 @@ def test_cells_of_several_seeds(default):
     default["seeds"] = {"method": ["rtn-mse", "quest-suite"], "bits": ["w4a4"], "seed": [0, 1]}
     validate(default)
     assert [run.path for run in seed_runs(default)][:4] == [
-        f"photos-uncond/{method}/w4a4" for method in ("rtn-mse", "rtn-mse@1", "quest-suite", "quest-suite@1")
+        f"emoji-uncond/{method}/w4a4" for method in ("rtn-mse", "rtn-mse@1", "quest-suite", "quest-suite@1")
     ]
     assert {run.model for run in seed_runs(default)} == set(default["models"])
     default["seeds"]["method"] = ["q-diff"]

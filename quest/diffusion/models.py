@@ -225,11 +225,11 @@ MODELS = {
         _zoo("scenes-uncond", "lsun", reference=SCENES),
         _zoo("scenes-class", "imagenet", source=scene_labels, reference=SCENES),
         _zoo("scenes-text", "sd", source=scene_captions, clip="scenes-clip", reference=SCENES),
-        # Photographs of CIFAR-10, by class and without a condition.
+        # Photographs of CIFAR-10, by class.
         _zoo("photos-class", "imagenet", source=photo_labels, extractor="lite0-photos", reference=PHOTOS),
-        _zoo("photos-uncond", "lsun", extractor="lite0-photos", reference=PHOTOS),
-        # Emoji from captions such as "noto emoji: red apple". The captions are of the training split: what held-out
-        # ones give is in the model's README.
+        # Emoji, without a condition and from captions such as "noto emoji: red apple". The captions are of the training
+        # split: what held-out ones give is in the model's README.
+        _zoo("emoji-uncond", "lsun", extractor="lite0-emoji", reference=EMOJI),
         _zoo(
             "emoji-text",
             "sd",

@@ -1,6 +1,6 @@
 """The tables of the paper (arXiv:2402.03666v6), by number, with its printed values and the values measured here.
 
-If a model of the paper was not run, a model of the zoo replaces it: photos-uncond or scenes-uncond replaces LSUN,
+If a model of the paper was not run, a model of the zoo replaces it: emoji-uncond or scenes-uncond replaces LSUN,
 photos-class or scenes-class ImageNet, and emoji-text or scenes-text Stable Diffusion. These are other models with
 another feature extractor, so their numbers cannot be compared with the paper's, which have columns of their own. If the
 paper's model was run, the ledger compares them.
@@ -23,8 +23,8 @@ from quest.report.tables import PROVENANCE, paired_rows, provenance_of
 # The models that can represent a model of the paper; the first one that was measured does. Tables 2 and 7 do not state
 # their model.
 STANDS = {
-    "lsun-bedrooms": ("lsun-bedrooms", "photos-uncond", "scenes-uncond"),
-    "lsun-churches": ("lsun-churches", "photos-uncond", "scenes-uncond"),
+    "lsun-bedrooms": ("lsun-bedrooms", "emoji-uncond", "scenes-uncond"),
+    "lsun-churches": ("lsun-churches", "emoji-uncond", "scenes-uncond"),
     "imagenet": ("imagenet", "photos-class", "scenes-class"),
     "sd14": ("sd14", "emoji-text", "scenes-text"),
     "cifar10": ("cifar10",),

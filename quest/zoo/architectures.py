@@ -37,13 +37,13 @@ _SCENES = {
     "attention": (True, True),
 }
 # Three resolutions and attention at two of them, as in the models of latent diffusion (arXiv:2112.10752).
-_PHOTOS = {
-    "pictures": "photos",
+_EMOJI = {
+    "pictures": "emoji",
     "batch_size": 64,
-    "size": 8,
-    "latent_channels": 8,
-    "widths": (64, 128, 192),
-    "attention": (True, True, False),
+    "size": 16,
+    "latent_channels": 4,
+    "widths": (48, 96, 144),
+    "attention": (False, True, True),
     "context": 96,
     "average": 0.999,
     "half": True,
@@ -52,21 +52,21 @@ MODELS = {
     "scenes-text": Recipe(conditioning="text", iterations=10500, **_SCENES),
     "scenes-class": Recipe(conditioning="class", iterations=6500, **_SCENES),
     "scenes-uncond": Recipe(conditioning="none", iterations=23500, **_SCENES),
-    "emoji-text": Recipe(
-        pictures="emoji",
-        conditioning="text",
-        iterations=9000,
+    "emoji-text": Recipe(conditioning="text", iterations=9000, **_EMOJI),
+    "emoji-uncond": Recipe(conditioning="none", iterations=16000, **_EMOJI),
+    "photos-class": Recipe(
+        pictures="photos",
+        conditioning="class",
+        iterations=21000,
         batch_size=64,
-        size=16,
-        latent_channels=4,
-        widths=(48, 96, 144),
-        attention=(False, True, True),
+        size=8,
+        latent_channels=8,
+        widths=(64, 128, 192),
+        attention=(True, True, False),
         context=96,
         average=0.999,
         half=True,
     ),
-    "photos-class": Recipe(conditioning="class", iterations=21000, **_PHOTOS),
-    "photos-uncond": Recipe(conditioning="none", iterations=10000, **_PHOTOS),
 }
 
 
@@ -93,7 +93,7 @@ def build_unet(name):
             **common,
             down_block_types=tuple("AttnDownBlock2D" if there else "DownBlock2D" for there in recipe.attention),
             up_block_types=tuple("AttnUpBlock2D" if there else "UpBlock2D" for there in recipe.attention[::-1]),
-            attention_head_dim=24 if recipe.pictures == "scenes" else 32,
+            attention_head_dim=32 if recipe.pictures == "photos" else 24,
             resnet_time_scale_shift="scale_shift",
             downsample_type="resnet",
             upsample_type="resnet",

@@ -3,12 +3,12 @@
 scenes-text    a StableDiffusionPipeline; its small CLIP text encoder is trained together with the denoiser
 scenes-class   conditioned on kind x colour of the main object
 scenes-uncond  unconditional
+emoji-uncond   emoji, unconditional
 emoji-text     a StableDiffusionPipeline of emoji, with captions such as "noto emoji: red apple"
 photos-class   CIFAR-10's photographs, conditioned on the class
-photos-uncond  the same photographs, unconditional
 
-scenes-class starts from the denoiser of scenes-text, which has the same shape, and photos-uncond from the convolutions
-of photos-class. All models predict the noise of the
+scenes-class starts from the denoiser of scenes-text, which has the same shape, and emoji-uncond from the convolutions
+of emoji-text. All models predict the noise of the
 scaled-linear schedule of latent diffusion (arXiv:2112.10752) over 1000 steps, with min-SNR-5 weights (arXiv:2303.09556;
 here with a floor) and a moving average of the parameters. A tenth of the conditions is dropped for classifier-free
 guidance (arXiv:2207.12598). A stopped run resumes from `OUT.checkpoint`; as long as the learning rate is constant (the

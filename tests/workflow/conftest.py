@@ -54,7 +54,7 @@ class Project:
             return
         for name, outputs in OUTPUTS.items():
             self.write(f"workflow/scripts/{name}.py", STUB.format(outputs=outputs, tables=TABLES))
-        for model in ("scenes-uncond", "scenes-class", "scenes-text", "photos-class", "photos-uncond", "emoji-text"):
+        for model in ("scenes-uncond", "scenes-class", "scenes-text", "photos-class", "emoji-uncond", "emoji-text"):
             self.write(f"resources/zoo/{model}/unet/weights.safetensors", "")
         for file in ("scenes.npz", "photos.npz", "emoji.npz", "lite0-photos.safetensors", "lite0-emoji.safetensors"):
             self.write(f"resources/reference/{file}", "")

@@ -3,7 +3,7 @@
 
 ZOO_DENOISERS = ["scenes-text", "scenes-class", "scenes-uncond"]
 # Models of real pictures -> the kind of pictures. Each kind has its own autoencoder and latents.
-ZOO_PICTURES = {"emoji-text": "emoji", "photos-class": "photos", "photos-uncond": "photos"}
+ZOO_PICTURES = {"emoji-text": "emoji", "emoji-uncond": "emoji", "photos-class": "photos"}
 PICTURE_JUDGES = {"emoji-text": "results/zoo/emoji-clip", "photos-class": "results/zoo/photos-classifier"}
 ZOO_DATA = {"emoji": "results/zoo/emoji.npz", "photos": "results/zoo/photos.data"}
 
@@ -167,7 +167,7 @@ rule zoo_pictures_denoiser:
         autoencoder=lambda wc: f"results/zoo/autoencoder-{ZOO_PICTURES[wc.model]}",
         latents=lambda wc: f"results/zoo/latents-{ZOO_PICTURES[wc.model]}.safetensors",
         data=lambda wc: ZOO_DATA[ZOO_PICTURES[wc.model]],
-        start=lambda wc: "results/zoo/photos-class" if wc.model == "photos-uncond" else [],
+        start=lambda wc: "results/zoo/emoji-text" if wc.model == "emoji-uncond" else [],
     output:
         directory("results/zoo/{model}"),
     log:
