@@ -53,7 +53,7 @@ MODELS = {
     "scenes-class": Recipe(conditioning="class", iterations=6500, **_SCENES),
     "scenes-uncond": Recipe(conditioning="none", iterations=23500, **_SCENES),
     "emoji-text": Recipe(conditioning="text", iterations=9000, **_EMOJI),
-    "emoji-uncond": Recipe(conditioning="none", iterations=16000, **_EMOJI),
+    "emoji-uncond": Recipe(conditioning="none", iterations=8500, **_EMOJI),
     "photos-class": Recipe(
         pictures="photos",
         conditioning="class",
