@@ -103,6 +103,14 @@ def distributions(denoiser: nn.Module, evaluation: CalibrationSet, scale: dict[s
     return result
 
 
+def unknown(like: dict[str, dict]) -> dict[str, dict]:
+    """What `distributions` returns for a denoiser that does not exist, because its method diverged: NaN everywhere."""
+    return {
+        name: {key: value if key == "layers" else [torch.nan] * len(value) for key, value in of_class.items()}
+        for name, of_class in like.items()
+    }
+
+
 @torch.no_grad()
 def activation_ranges(pipe: DiffusionPipeline, calibration: CalibrationSet, samples: int = 32) -> list[dict]:
     """Input range of the full-precision layers at every timestep, averaged over the layers of a class.

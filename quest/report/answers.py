@@ -93,4 +93,9 @@ def seconds(evidence: Evidence, row: str) -> str:
     if (effort := evidence.efforts.get(row)) is None:
         return NONE
     before = effort["seconds_before"]
-    return f"{effort['seconds']:.0f}" + (f" + {before:.0f}" if before > 0 else "")
+    return count(effort["seconds"]) + (f" + {before:.0f}" if before > 0 else "")
+
+
+def count(value: float) -> str:
+    """Return a whole number with commas, or a dash for what a checkpoint does not state."""
+    return f"{value:,.0f}" if math.isfinite(value) else NONE

@@ -83,6 +83,7 @@ def tunings_rows(evidence: Evidence) -> list[dict]:
         {"model": tuning["model"], "bits": tuning["bits"], "variant": variant, "data": tuning["data"]}
         | {"recipe": json.dumps(tuning["recipe"]), "error": error, "seconds": tuning["seconds"]}
         | interval(tuning[error])
+        | {"note": f"diverged; {tuning['diverged']}" if tuning.get("diverged") else ""}
         for variant, tuning in evidence.tunings.items()
         for error in ("to_full_precision", "to_noise")
         if error in tuning
@@ -92,8 +93,10 @@ def tunings_rows(evidence: Evidence) -> list[dict]:
 def inference_rows(evidence: Evidence) -> list[dict]:
     """Return rows with median seconds: of a call with all time groups, of a call with one group, and of the lookup.
 
-    Each row also holds the paired difference of the two calls.
+    Each row also holds the paired difference of the two calls. If the method diverged, one row says why.
     """
+    if reason := evidence.inference.get("diverged"):
+        return [{"model": evidence.inference["model"], "groups": 0, "note": f"diverged; {reason}"}]
     rows = []
     for row in evidence.inference["rows"]:
         medians = {name: float(np.median(values)) for name, values in row["seconds"].items()}

@@ -16,8 +16,8 @@ TEMPORAL = ["model", "bits", "quantized", "ranges", *INTERVAL]
 RANGE_KINDS = ("static", "one for each timestep")  # the two kinds of activation ranges
 RANGES = ["model", "bits", "quantized", *INTERVAL]
 EMBEDDINGS = ["model", "bits", "ranges", "timestep", "error", "apart", "apart_quantized", "nearest"]
-ACTIVATIONS = ["model", "bits", "layer_class", "layers", "denoiser", "statistic", *INTERVAL]
-CHANGES = ["model", "bits", "layer_class", "layers", "statistic", "denoiser", "against", *INTERVAL]
+ACTIVATIONS = ["model", "bits", "layer_class", "layers", "denoiser", "statistic", *INTERVAL, "note"]
+CHANGES = ["model", "bits", "layer_class", "layers", "statistic", "denoiser", "against", *INTERVAL, "note"]
 PAIRS = [("before finetuning", "full precision"), ("after finetuning", "before finetuning")]
 
 
@@ -90,6 +90,8 @@ def _statistics(models):
         for denoiser, classes in m["denoisers"].items():
             for layer_class, statistics in classes.items():
                 names = {**_name(m), "layer_class": layer_class, "layers": statistics["layers"], "denoiser": denoiser}
+                reason = m.get("diverged", {}).get(denoiser)
+                names["note"] = f"diverged; {reason}" if reason else ""
                 for statistic in (key for key in statistics if key not in ("layers", "histogram")):
                     yield m, {**names, "statistic": statistic}, statistics[statistic]
 

@@ -15,6 +15,7 @@ from quest.report.answers import (
     Answer,
     against,
     comparisons,
+    count,
     in_words,
     not_run,
     seconds,
@@ -72,12 +73,19 @@ def _groups(e: Evidence) -> Answer:
             f"{Comparison(row.value, row.low, row.high).in_words('')}."
         )
     size = e.inference["bytes"]
+    if reason := e.inference.get("diverged"):
+        answer.lines.append(f"quest-suite diverged, so there are no scales to count: {reason}.")
+        return _with_groups(e, answer)
     answer.lines.append(
         f"The scales and zero points of {e.inference['groups']} groups take "
         f"{size['activation scales'] / 1e3:.1f} kB of "
         f"{sum(size.values()) / 1e6:.3f} MB ({size['activation scales'] / sum(size.values()):.1%}); they grow with the "
         "number of groups, and so does the time of calibration. Question 8 has the time of a call."
     )
+    return _with_groups(e, answer)
+
+
+def _with_groups(e: Evidence, answer: Answer) -> Answer:
     answer.tables.append(comparisons(e, [f"quest-groups-{n}" for n in (10, 5, 2, 1)], "quest-suite"))
     return answer
 
@@ -145,15 +153,18 @@ def _tuning_table(e: Evidence, names: dict[str, str]) -> Table:
         errors = [plus_minus(*student(tuning[kind])) if kind in tuning else NOT_RUN for kind in kinds]
         rows.append([name, *errors, f"{tuning['seconds']:.0f}"])
     sizes = ""
+    reasons = [
+        f"{name}: {e.tunings[v]['diverged']}" for v, name in names.items() if e.tunings.get(v, {}).get("diverged")
+    ]
     any_tuning = next(iter(e.tunings.values()), {})
     if "to_noise" in any_tuning:
         rows.append(["full precision", "0", plus_minus(*student(any_tuning["full_precision_to_noise"])), "–"])
         counts = len(any_tuning["to_full_precision"]), len(any_tuning["to_noise"])
         sizes = f" They are means over {counts[0]} trajectories and {counts[1]} scenes."
     heads = ["variant", "error against full precision", "error against the true noise", "seconds"]
-    return Table(
-        columns(*heads, texts=1), rows, notes=[f"These are relative squared errors of the noise prediction.{sizes}"]
-    )
+    notes = [f"These are relative squared errors of the noise prediction.{sizes}"]
+    notes += [f"Diverged: {'; '.join(reasons)}."] if reasons else []
+    return Table(columns(*heads, texts=1), rows, notes=notes)
 
 
 def _losses(e: Evidence) -> Answer:
@@ -196,8 +207,12 @@ def _after(e: Evidence) -> Answer:
     after = frame[frame["denoiser"] == "after finetuning"]
     for (model, statistic), rows in after.groupby(["model", "statistic"], sort=False):
         ratios = Counter(Comparison(r.value - 1, r.low - 1, r.high - 1).verdict for r in rows.itertuples())
+        if ratios["diverged"] == len(rows):
+            note = rows["note"].iloc[0]
+            answer.lines.append(f"{model}, {statistic}: {note if isinstance(note, str) else 'diverged'}.")
+            continue
         broken = f", diverged in {ratios['diverged']}" if ratios["diverged"] else ""
-        extremes = rows.sort_values("value")
+        extremes = rows.dropna(subset=["value"]).sort_values("value")
         most, least = extremes.iloc[0], extremes.iloc[-1]
         answer.lines.append(
             f"{model}, {statistic}: it is lower after finetuning in {ratios['better']} of {len(rows)} classes of "
@@ -237,6 +252,9 @@ def _real(e: Evidence) -> Answer:
 def _inference(e: Evidence) -> Answer:
     answer = Answer("8. Does inference need special care for timesteps?")
     groups, rows = e.inference["groups"], []
+    if reason := e.inference.get("diverged"):
+        answer.lines.append(f"quest-suite diverged, so there is no call to time: {reason}.")
+        return answer
     for timing, row in zip(inference_rows(e), e.inference["rows"], strict=True):
         medians = [f"{1e3 * timing[name]:.3g}" for name in ("time groups", "one group", "lookup")]
         difference = [timing[key] for key in ("difference", "low", "high")]
@@ -274,7 +292,7 @@ def _qat(e: Evidence) -> Answer:
             lines.append([row, *[NOT_RUN] * (len(metrics) + 3)])
             continue
         quality = [value(e.cells[row], m) for m in metrics]
-        lines.append([row, *quality, f"{effort['iterations']:,}", seconds(e, row), f"{effort['peak_memory']:.0f}"])
+        lines.append([row, *quality, count(effort["iterations"]), seconds(e, row), count(effort["peak_memory"])])
     heads = ["row", *(METRICS[m].label for m in metrics), "iterations", "seconds", "peak memory [MB]"]
     answer.table(
         heads, lines, "The seconds are those of the method + those of the checkpoint it starts from, on one thread."

@@ -119,6 +119,25 @@ def test_what_diverged_is_named_and_neither_wins_nor_ties(evidence):
     assert line.endswith("diverged.") and "inf" not in line and "nan" not in line
 
 
+def test_a_run_in_which_quest_diverged_says_so_everywhere_and_nowhere_nan(evidence):
+    """A header without stages, a tuning without a denoiser, and nothing to time."""
+    nan, reason = float("nan"), "iteration 2: the loss is nan."
+    evidence.efforts["quest-suite"] = {"seconds": nan, "seconds_before": nan, "peak_memory": nan, "iterations": nan}
+    broken = {"model": "m", "bits": "w4a4", "recipe": {}, "data": "trajectories", "seconds": 1.0, "diverged": reason}
+    evidence.tunings["quest-suite"] = broken | {name: [nan] * 16 for name in ("to_full_precision", "to_noise")}
+    evidence.tunings["quest-suite"]["full_precision_to_noise"] = [0.1, 0.2]
+    evidence.inference = {"model": "m", "groups": 0, "bytes": {}, "rows": [], "diverged": reason}
+    changes = evidence.properties["activation_changes"]
+    after = changes["denoiser"] == "after finetuning"
+    changes.loc[after, ["value", "low", "high"]] = nan
+    changes.loc[after, "note"] = f"diverged; {reason}"
+    text = questions.document(evidence)
+    assert text.count(reason) >= 5 and "nan" not in text.replace(reason, "")
+    assert "learned (QuEST) | diverged | diverged | 1 |" in text
+    assert [row["note"] for row in inference_rows(evidence)] == [f"diverged; {reason}"]
+    assert {row["note"] for row in tunings_rows(evidence) if row["variant"] == "quest-suite"} == {f"diverged; {reason}"}
+
+
 def test_the_document_answers_ten_questions_with_what_there_is(evidence):
     text = questions.document(evidence)
     assert text.count("\n## ") == 10 and "One calibration draw and one quantization seed" in " ".join(text.split())

@@ -19,7 +19,7 @@ def main() -> None:
     from quest.diffusion.calibration_set import CalibrationSet
     from quest.diffusion.denoisers import denoiser_of
     from quest.diffusion.models import get
-    from quest.properties.distributions import EDGES, distributions, spreads
+    from quest.properties.distributions import EDGES, distributions, spreads, unknown
     from quest.runtime.provenance import write_json
 
     torch.set_num_threads(arguments.threads)
@@ -30,13 +30,23 @@ def main() -> None:
     recipe |= {"tla_iterations": 0, "cma_iterations": 0}
     pipe = model.load()
     calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))
-    untuned = quest.quantize(pipe, "quest-suite", arguments.bits, calibration=calibration, **recipe)
-    finetuned = quest.load(pipe, arguments.finetuned, kernel="reference")
     scale = spreads(denoiser_of(pipe), evaluation)
-    pipes = {"full precision": pipe, "before finetuning": untuned, "after finetuning": finetuned}
-    denoisers = {name: distributions(denoiser_of(one), evaluation, scale) for name, one in pipes.items()}
+    denoisers = {"full precision": distributions(denoiser_of(pipe), evaluation, scale)}
+    makers = {
+        "before finetuning": lambda: quest.quantize(
+            pipe, "quest-suite", arguments.bits, calibration=calibration, **recipe
+        ),
+        "after finetuning": lambda: quest.load(pipe, arguments.finetuned, kernel="reference"),
+    }
+    diverged = {}
+    for name, make in makers.items():
+        try:
+            denoisers[name] = distributions(denoiser_of(make()), evaluation, scale)
+        except FloatingPointError as error:  # the method, or what it starts from
+            denoisers[name], diverged[name] = unknown(denoisers["full precision"]), str(error)
+            print(f"{name}: diverged: {error}", flush=True)
     content = {"model": arguments.model, "bits": arguments.bits, "edges": EDGES.tolist(), "denoisers": denoisers}
-    write_json(arguments.output, content)
+    write_json(arguments.output, content | {"diverged": diverged})
 
 
 if __name__ == "__main__":

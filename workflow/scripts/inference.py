@@ -26,10 +26,15 @@ def main() -> None:
     from quest.diffusion.models import get
     from quest.properties.lookup import look_up, seconds_in_turns, single
     from quest.quantization.cost import stored
+    from quest.quantization.header import read as read_header
     from quest.runtime.provenance import write_json
 
     torch.set_num_threads(arguments.threads)
     model = get(arguments.model)
+    if reason := read_header(arguments.checkpoint, diverged=True).get("diverged"):
+        print(f"nothing to time: diverged: {reason}", flush=True)
+        write_json(arguments.output, {"model": model.name, "groups": 0, "bytes": {}, "rows": [], "diverged": reason})
+        return
     pipe = model.load()
     evaluation = CalibrationSet.load(arguments.evaluation)
     at = (evaluation.call == evaluation.call.max() // 2).nonzero().flatten()

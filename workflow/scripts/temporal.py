@@ -47,9 +47,14 @@ def main() -> None:
             print(f"{quantized}, {ranges}: {error.mean().item():.4g}", flush=True)
             if quantized == PATH:
                 measure(ranges, student)
-    measure("QuEST", quest.load(pipe, arguments.finetuned, kernel="reference"))
+    diverged = ""
+    try:
+        measure("QuEST", quest.load(pipe, arguments.finetuned, kernel="reference"))
+    except FloatingPointError as error:  # there is no denoiser of which embeddings could be measured
+        diverged = str(error)
+        print(f"diverged: {diverged}", flush=True)
     content = {"model": arguments.model, "bits": arguments.bits, "timesteps": evaluation.timesteps}
-    write_json(arguments.output, content | {"errors": errors, "distances": distances})
+    write_json(arguments.output, content | {"errors": errors, "distances": distances, "diverged": diverged})
 
 
 if __name__ == "__main__":

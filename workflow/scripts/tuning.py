@@ -7,6 +7,7 @@ noise.
 """
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -49,17 +50,28 @@ def main() -> None:
             rows = torch.arange(len(calibration)).split(64)
             with torch.no_grad():
                 calibration.target = torch.cat([denoiser_of(pipe)(**calibration.inputs(r)).sample for r in rows])
-    start = time.perf_counter()
-    student = quest.quantize(pipe, "quest-suite", arguments.bits, calibration=calibration, **recipe)
+    start, diverged = time.perf_counter(), ""
+    try:
+        student = quest.quantize(pipe, "quest-suite", arguments.bits, calibration=calibration, **recipe)
+    except FloatingPointError as error:  # of the training, or of what it starts from
+        student, diverged = None, str(error)
+        print(f"diverged: {diverged}", flush=True)
     seconds = round(time.perf_counter() - start, 1)
-    errors = {"to_full_precision": eps_error(student, evaluation)[0].mean(1).tolist()}
+
+    def errors_of(one, trajectories):
+        """The mean error of each trajectory; NaN without a denoiser."""
+        if one is None:
+            return [math.nan] * len(trajectories.trajectory.unique())
+        return eps_error(one, trajectories)[0].mean(1).tolist()
+
+    errors = {"to_full_precision": errors_of(student, evaluation)}
     if drawn:
         held_out = noised(pipe, model, "validation", SCENES, seed=1)
-        errors["to_noise"] = eps_error(student, held_out)[0].mean(1).tolist()
-        errors["full_precision_to_noise"] = eps_error(pipe, held_out)[0].mean(1).tolist()
+        errors["to_noise"] = errors_of(student, held_out)
+        errors["full_precision_to_noise"] = errors_of(pipe, held_out)
     print({name: round(sum(values) / len(values), 5) for name, values in errors.items()}, f"{seconds} s", flush=True)
     names = {"model": arguments.model, "bits": arguments.bits, "recipe": arguments.recipe, "data": arguments.data}
-    write_json(arguments.output, names | errors | {"seconds": seconds})
+    write_json(arguments.output, names | errors | {"seconds": seconds, "diverged": diverged})
 
 
 if __name__ == "__main__":

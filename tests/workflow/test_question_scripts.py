@@ -1,0 +1,71 @@
+"""Where QuEST diverged, the jobs of `snakemake questions` say so and why, instead of failing."""
+
+import json
+import math
+
+import pytest
+
+from quest.quantization.checkpoint import save_diverged
+from quest.report import properties
+from workflow.scripts import activations, inference, temporal, tuning
+
+REASON = "critical modules alignment, iteration 2: the loss is nan"
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch, class_pipe, class_model, class_calibration):
+    """job(script, *arguments): what it writes, run on the tiny class-conditional model with a QuEST that diverged."""
+    monkeypatch.setattr("quest.diffusion.models.get", lambda name: class_model)
+    file, broken, output = (tmp_path / name for name in ("set.safetensors", "broken.safetensors", "out.json"))
+    class_calibration.save(file, {})
+    save_diverged(broken, REASON, method="quest-suite", bits="w4a4", recipe={})
+
+    def run(script, *arguments):
+        words = {"{set}": file, "{broken}": broken}
+        words = [script.__name__, *(str(words.get(word, word)) for word in arguments), "-o", str(output)]
+        monkeypatch.setattr("sys.argv", words)
+        script.main()
+        return json.loads(output.read_text(encoding="utf-8"))
+
+    return run
+
+
+def test_activations_of_a_denoiser_that_diverged_are_rows_with_the_reason(job):
+    files = ["--calibration", "{set}", "--evaluation", "{set}", "--init", "{broken}", "--finetuned", "{broken}"]
+    found = job(activations, "tiny-class", "w4a4", *files)
+    assert REASON in found["diverged"]["before finetuning"] and REASON in found["diverged"]["after finetuning"]
+    frame = properties.activation_frame([_with_nan(found)])
+    broken = frame[frame["denoiser"] != "full precision"]
+    assert broken["value"].isna().all() and all(REASON in note for note in broken["note"])
+    assert frame.loc[frame["denoiser"] == "full precision", "value"].notna().all()
+    changes = properties.change_frame([_with_nan(found)])
+    assert changes["value"].isna().all() and all(REASON in note for note in changes["note"])
+
+
+def test_embeddings_are_measured_without_it(job):
+    found = job(
+        temporal, "tiny-class", "w4a4", "--calibration", "{set}", "--evaluation", "{set}", "--finetuned", "{broken}"
+    )
+    assert REASON in found["diverged"] and len(found["errors"]) == 6
+    assert {row["ranges"] for row in found["distances"]} == set(properties.RANGE_KINDS)
+
+
+def test_a_tuning_that_diverges_has_no_errors(job, class_calibration):
+    """Also where it is the start that diverged."""
+    found = job(tuning, "tiny-class", "w4a4", "--calibration", "{set}", "--evaluation", "{set}", "--init", "{broken}")
+    assert REASON in found["diverged"]
+    assert found["to_full_precision"] == [None] * len(class_calibration.trajectory.unique())
+
+
+def test_nothing_is_timed(job):
+    found = job(inference, "tiny-class", "--evaluation", "{set}", "--checkpoint", "{broken}")
+    assert found["diverged"] == REASON and found["rows"] == []
+
+
+def _with_nan(value):
+    """As `quest.runtime.files.loads` reads it: null is NaN."""
+    if isinstance(value, dict):
+        return {key: _with_nan(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(one) for one in value]
+    return math.nan if value is None else value
