@@ -25,6 +25,8 @@ AGAINST_COST = ("kid_64w", "latent_mse", "fid_to_fp", "fid")
 # Files that other rules add to the folder of a run, and the commands that make them.
 OPTIONAL = {
     "seeds": ("tables/seeds.csv", "snakemake seeds"),
+    "nulls": ("tables/nulls.csv", "snakemake nulls"),
+    "rankings": ("tables/rankings.csv", "snakemake rankings"),
     "ablations": ("tables/ablations.csv", "snakemake ablations"),
     "questions": ("questions/questions.md", "snakemake questions"),
 }
@@ -102,8 +104,11 @@ def contents(run: Path, kernels: Iterable[str | Path], methods: dict[str, str], 
         "over_time": drawings(run, "eps_error_vs_timestep"),
         "sensitivity": drawings(run, "sensitivity*"),
         "activations": drawings(run, "activation*", "imbalance*", "temporal*"),
-        "seeds": page_tables.csv_table(optional["seeds"]) if "seeds" in optional else None,
-        "ablations": page_tables.csv_table(optional["ablations"]) if "ablations" in optional else None,
+        **{
+            name: page_tables.csv_table(optional[name]) if name in optional else None
+            for name in ("seeds", "nulls", "rankings", "ablations")
+        },
+        "ranking_figures": drawings(run, "rankings*"),
         "ablation_figures": drawings(run, "ablations*"),
         "questions": markdown(optional["questions"]) if "questions" in optional else "",
         "targets": {name: target for name, (_, target) in OPTIONAL.items()} | {"kernels": KERNELS},

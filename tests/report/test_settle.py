@@ -12,7 +12,8 @@ import pytest
 
 from quest.__main__ import main as command_line
 from quest.metrics import Cell
-from quest.report.settle import LOOKS, SEEDS, cells, claims, lottery, plan, verdicts
+from quest.report import rankings
+from quest.report.settle import LOOKS, SEEDS, cells, claims, facts, lottery, plan, verdicts
 from workflow.scripts import claims as claims_script
 
 ROOT = Path(__file__).parents[2]
@@ -242,12 +243,49 @@ def test_a_claim_holds_is_refuted_mixed_or_open(judged):
     assert word((("close", "plain"),), endpoints=("kid_64w",)) == word((("a", "b"),)) == "open"
 
 
+def test_better_than_full_precision_is_a_flag_and_no_success(judged):
+    row = judged[(judged["verdict"] == "better") & (judged["endpoint"] == "psnr")].iloc[:1].assign(versus="fp")
+    claim = claims.Claim("x", "y", ((row["method"].item(), "fp"),), ("psnr",), ("better", "equivalent"))
+    found = claims._of_claim(claim, row)
+    assert claims.word(claim, found) == "open (full precision is surpassed, which flags the metric)"
+    assert claims._line(found[0]).partition(" seeds: ")[2].startswith("flag")
+
+
+NO_LAYERS = pd.DataFrame(columns=["checkpoint", "median"])
+
+
+def test_facts_need_records_of_four_methods(judged):
+    """Then PSNR and KID, which move together in these records, are found to rank alike."""
+    rows = [one for shift in range(8) for one in seeds_of(f"m{shift}", [float(shift)] * 3)]
+    main = facts.means(evidence(FULL, *rows))
+    assert set(main[main["metric"] == "psnr"]["method"]) == {f"m{shift}" for shift in range(8)}
+    word, lines = facts.distances(main, {})
+    assert word == "holds" and "rank correlation 1.00" in lines[0] and "over 8 cells" in lines[0]
+    assert facts.of(evidence(*ROWS), judged, {}, NO_LAYERS)["distances"] == ("open", [])
+    assert facts.means(evidence(*seeds_of("short", [0.0] * 2))).empty
+
+
+@pytest.mark.parametrize("medians, said", [((0.1, 0.3), "refuted"), ((0.1, 0.1), "holds"), ((0.2, 0.2), "open")])
+def test_layer_errors_are_joined_to_records_by_their_checkpoint(medians, said):
+    """Both methods show what was asked as often as full precision, so none is broken."""
+    rows = [FULL]
+    for method, median in zip(("one", "other"), medians, strict=True):
+        rows += seeds_of(method, [0.0] * 3, checkpoint=str(median) + method)
+    layers = pd.DataFrame({"checkpoint": [str(m) + n for m, n in zip(medians, ("one", "other"), strict=True)]})
+    found = facts.of(evidence(*rows), pd.DataFrame(columns=verdicts.COLUMNS), {}, layers.assign(median=medians))
+    word, lines = found["layer errors"]
+    assert word == said and len(lines) == 3
+
+
 def test_the_page_of_claims_is_what_the_records_say():
     """`python -m workflow.scripts.claims` writes it anew after records were added."""
-    text, found = claims_script.made()
+    text, found, runs = claims_script.made()
     assert (ROOT / "docs" / "claims.md").read_text(encoding="utf-8") == text
     kept = pd.read_csv(ROOT / "docs" / "assets" / "lottery.csv")
     assert kept["deviation"].tolist() == pytest.approx(found["deviation"].tolist())
+    ranked = pd.concat([rankings.frame(*tables) for tables in runs.values()])
+    kept = pd.read_csv(ROOT / "docs" / "assets" / "rankings.csv")
+    assert kept["rho"].tolist() == pytest.approx(ranked["rho"].tolist())
 
 
 def test_anyone_recomputes_the_verdicts_without_torch(tmp_path):

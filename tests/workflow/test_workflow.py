@@ -370,6 +370,12 @@ def test_null_controls_sample_full_precision_in_other_ways(stubbed):
     assert sum("scripts.metrics" in command and " --null " in command for command in commands) == len(sampled)
 
 
+def test_rankings_start_from_tables_and_checkpoints_of_the_grid(finished):
+    commands = finished.planned("rankings")
+    assert [re.search(r"scripts\.(\w+)", command)[1] for command in commands] == ["layer_errors", "rankings"]
+    assert len(re.findall(r"w4a4/model\.safetensors", commands[0])) == 3
+
+
 def test_lint(stubbed):
     run = stubbed.snakemake("--lint")
     assert run.returncode == 0, run.stdout

@@ -1,4 +1,7 @@
-"""Write docs/claims.md and docs/assets/lottery.csv from results/settled. Imports no torch."""
+"""Write docs/claims.md, and lottery.csv, rankings.csv and rankings.png in docs/assets. Imports no torch.
+
+They follow from results/settled, and from tables in docs/assets of runs with one seed.
+"""
 
 from pathlib import Path
 
@@ -7,33 +10,53 @@ from quest.runtime import command_line
 ROOT = Path(__file__).parents[2]
 # Tables over seeds 0 to 2 whose rows have the recipes of today.
 BEFORE = ("seeds-photos-class.csv",)
+# Runs of one seed, as PREFIXmain.csv and PREFIXpaired.csv.
+RUNS = ("", "scenes-")
+LAYERS = "layer-errors.csv"  # of workflow.scripts.layer_errors, for the checkpoints of records
 
 
 def main() -> None:
     command_line.parser(__doc__).parse_args()
 
-    from quest.report import rendering
+    import pandas as pd
 
-    text, found = made()
+    from quest.report import rankings, rendering
+
+    text, found, runs = made()
+    assets = ROOT / "docs" / "assets"
     (ROOT / "docs" / "claims.md").write_text(text, encoding="utf-8")
-    rendering.write(ROOT / "docs" / "assets" / "lottery.csv", found)
+    rendering.write(assets / "lottery.csv", found)
+    ranked = [rankings.frame(*tables).assign(run=name) for name, tables in runs.items()]
+    rendering.write(assets / "rankings.csv", pd.concat(ranked))
+    rankings.figure(runs["main.csv"][0], None, assets / "rankings.png")
 
 
 def made():
-    """Return the text of docs/claims.md, and the frame of docs/assets/lottery.csv."""
+    """Return the text of docs/claims.md, the frame of docs/assets/lottery.csv, and the tables of runs by name."""
+    import pandas as pd
+
     from quest.config import read
     from quest.config.old_names import RENAMED
     from quest.report.rendering import read_csv
-    from quest.report.settle import cells, claims, lottery, verdicts
+    from quest.report.settle import cells, claims, facts, lottery, verdicts
 
+    assets = ROOT / "docs" / "assets"
     evidence = cells.read(ROOT / "results" / "settled")
     families = read(ROOT / "workflow" / "config" / "settle.yaml")["settle"]["families"]
-    before = {name: read_csv(ROOT / "docs" / "assets" / name) for name in BEFORE}
+    before = {name: read_csv(assets / name) for name in BEFORE}
+    runs = {
+        f"{run}main.csv": (read_csv(assets / f"{run}main.csv"), read_csv(assets / f"{run}paired.csv")) for run in RUNS
+    }
+    layers = (
+        read_csv(assets / LAYERS) if (assets / LAYERS).is_file() else pd.DataFrame(columns=["checkpoint", "median"])
+    )
     for seeds in before.values():  # tables of before the method had its present name
         for column in ("method", "versus", "better"):
             seeds[column] = seeds[column].replace(RENAMED)
     found = lottery.frame(evidence, before)
-    return claims.document(verdicts.frame(evidence, families), before, lottery.summary(found)), found
+    settled = verdicts.frame(evidence, families)
+    measured = facts.of(evidence, settled, runs, layers)
+    return claims.document(settled, before, lottery.summary(found), measured), found, runs
 
 
 if __name__ == "__main__":

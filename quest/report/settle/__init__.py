@@ -1,7 +1,8 @@
 """Verdicts on methods, reached in looks at a growing number of quantization seeds (PROTOCOL.md). Needs no torch.
 
 `looks` has the statistics, `cells` reads what cells left in results/settled, `verdicts` judges pairs of methods,
-`lottery` says how far each source of chance moves an endpoint, and `claims` writes docs/claims.md.
+`lottery` says how far each source of chance moves an endpoint, `facts` answers claims that are not about a pair, and
+`claims` writes docs/claims.md.
 """
 
 import hashlib
