@@ -195,7 +195,7 @@ def table(found: pd.DataFrame, broken: pd.DataFrame) -> Table:
 
 
 def figure(main: pd.DataFrame, layers: pd.DataFrame | None, path: Path) -> None:
-    """Draw endpoints against measures: a point for each cell, a colour for each model, larger points for more bits.
+    """Draw endpoints against measures: a point for each cell, a colour for each model, larger points for fewer bits.
 
     Dotted lines show full precision. Raises ValueError where no model has an endpoint.
     """
