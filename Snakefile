@@ -44,6 +44,7 @@ include: "workflow/rules/rankings.smk"
 include: "workflow/rules/questions.smk"
 include: "workflow/rules/ablations.smk"
 include: "workflow/rules/settle.smk"
+include: "workflow/rules/leaderboard.smk"
 include: "workflow/rules/zoo.smk"
 include: "workflow/rules/kernels.smk"
 

@@ -1,0 +1,170 @@
+"""The leaderboard: which submissions it takes, and what reveals one that breaks its rules. Needs no torch.
+
+A submission is a folder `results/leaderboard/NAME` with `entry.yaml` and a packed checkpoint `model.safetensors` of the
+model MODEL. It is scored on the images of PROTOCOL.md. docs/leaderboard.md has the rules for people.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from quest.diffusion.models import MODELS, SEEDS
+from quest.metrics import METRICS
+from quest.quantization.header import FLOAT, read
+from quest.report.rendering import Column, Table, columns, interval
+from quest.runtime.download import sha256_of
+from quest.runtime.files import one_line, read_json
+from quest.runtime.hashing import opened
+from quest.runtime.yaml_files import read_yaml
+
+MODEL = "photos-class"
+FIRST, IMAGES = 500, 500  # the images that decide, as in PROTOCOL.md
+FRESH = 100  # images that nobody knew when the submission was made
+ENDPOINTS = ("kid_64w", "log_latent_mse", "psnr", "agreement")
+ENDS, ENDS_BITS, SOFTMAX_BITS = ("conv_in", "conv_out"), 8, 8  # of the common stack (CONTRIBUTING.md)
+LEVEL = 0.001  # of the test of `knows_the_images`
+FIELDS = {
+    "name": (r"[\w.+ -]{1,60}", "a short name of the row"),
+    "authors": (r".{1,200}", "who made it"),
+    "bits": (r"w[2-8]a[2-8]", "weight and activation bits, such as w4a4"),
+    "recipe": (r"(?s).{20,5000}", "how to make the checkpoint again: commands or a config, and the commit"),
+    "sha256": (r"[0-9a-f]{64}", "the hash of model.safetensors (sha256sum)"),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A submission that keeps the rules. calibration: the first and last seed of the images it was calibrated on."""
+
+    name: str
+    authors: str
+    bits: str
+    recipe: str
+    sha256: str
+    calibration: tuple[int, int]
+    folder: Path
+
+
+def check(folder: str | Path) -> Entry:
+    """Read a submission. Raises ValueError, which names the file and the rule, for one that breaks a rule."""
+    folder = Path(folder)
+    file, checkpoint = folder / "entry.yaml", folder / "model.safetensors"
+    told = read_yaml(file)
+    if not isinstance(told, dict) or (strange := set(told) ^ {*FIELDS, "calibration"}):
+        named = ", ".join(sorted(strange)) if isinstance(told, dict) else "no mapping"
+        raise ValueError(f"{file}: missing or unknown: {one_line(named)}; valid: {', '.join(FIELDS)}, calibration")
+    for field, (pattern, valid) in FIELDS.items():
+        if not isinstance(told[field], str) or not re.fullmatch(pattern, told[field].strip()):
+            raise ValueError(one_line(f"{file}: {field}: {told[field]!r:.80}; valid: {valid}"))
+    first, last = _seeds(file, told["calibration"])
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"{checkpoint}: missing; valid: a checkpoint that quest.save wrote")
+    if (found := sha256_of(checkpoint)) != told["sha256"]:
+        raise ValueError(f"{checkpoint}: its SHA-256 is {found}, not the declared {told['sha256']}")
+    check_bits(checkpoint, told["bits"])
+    return Entry(**{field: told[field].strip() for field in FIELDS}, calibration=(first, last), folder=folder)
+
+
+def _seeds(file, told):
+    whole = isinstance(told, list) and len(told) == 2 and all(type(seed) is int for seed in told)
+    if not whole or not 0 <= told[0] <= told[1]:
+        raise ValueError(one_line(f"{file}: calibration: {told!r:.80}; valid: [first seed, last seed] of its images"))
+    if told[0] < SEEDS["calibration"] or told[1] >= SEEDS["validation"]:
+        raise ValueError(
+            f"{file}: calibration: seeds {told[0]} to {told[1]} are not all of the calibration split, "
+            f"{SEEDS['calibration']} to {SEEDS['validation'] - 1}; images of evaluation are not for calibration"
+        )
+    return tuple(told)
+
+
+def check_bits(checkpoint: Path, bits: str) -> None:
+    """Raise ValueError, which names the layer, if a checkpoint computes anything with more bits than declared.
+
+    The first and last layer and the softmax may have 8 bits. Every other weight, input and factor of an attention has
+    at most the declared bits, with one scale per tensor for activations (and for each time group).
+    """
+    w, a = map(int, re.findall(r"\d+", bits))
+    header = read(checkpoint)
+
+    def refuse(where, what):
+        raise ValueError(one_line(f"{checkpoint}: {where}: {what}; declared: {bits}"))
+
+    if header.get("model") != MODEL:
+        refuse("header", f"of the model {header.get('model')!r}, not {MODEL}")
+    if header["weights"] != "codes":
+        refuse("header", "its weights are floats, not packed codes")
+
+    def compare(where, spec, most, kind):
+        if spec["bits"] > most or spec["wide"]:
+            shown = "float" if spec["bits"] == FLOAT else f"{spec['bits']} bits" + ", wide" * spec["wide"]
+            refuse(where, f"its {kind} has {shown}, at most {most} are declared")
+        if kind != "weight" and spec["axis"] is not None:
+            refuse(where, f"its {kind} has a scale for each channel; one for the tensor is the rule")
+
+    for name, (weight, *activations) in header["layers"].items():
+        ends = name in ENDS
+        compare(name, weight, max(w, ENDS_BITS) if ends else w, "weight")
+        for spec in activations:
+            compare(name, spec, max(a, ENDS_BITS) if ends else a, "input")
+    with opened(checkpoint, "numpy") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    for name, shape in shapes.items():
+        if name.endswith(".weight") and len(shape) > 1:
+            refuse(name.removesuffix(".weight"), "its weight is kept in float")
+    for name in sorted({n.rpartition(".to_q")[0] for n in header["layers"] if n.endswith(".to_q")}):
+        if name not in header["attentions"]:
+            refuse(name, "its products are computed in float")
+        factor, probability = header["attentions"][name]
+        compare(name, factor, a, "query, key or value")
+        compare(name, probability, max(a, SOFTMAX_BITS), "softmax")
+
+
+def declared(folder: Path, field: str = "sha256") -> str:
+    """One field of a submission's entry.yaml, unchecked; for the plan of a run, which `check` precedes."""
+    told = read_yaml(folder / "entry.yaml")
+    found = told.get(field) if isinstance(told, dict) else None
+    if not isinstance(found, str) or not re.fullmatch(FIELDS[field][0], found):
+        raise ValueError(one_line(f"{folder / 'entry.yaml'}: {field}: {found!r:.80}; valid: {FIELDS[field][1]}"))
+    return found
+
+
+def reference() -> Path:
+    """The statistics of real images that MODEL is compared with."""
+    return MODELS[MODEL].reference
+
+
+def fresh_first(sha256: str) -> int:
+    """The index of the first fresh image of a submission. It follows from its hash, so nobody knows it beforehand."""
+    return 10_000 + int(sha256[:8], 16) % 900_000
+
+
+def knows_the_images(judged: np.ndarray, fresh: np.ndarray) -> bool:
+    """Whether a checkpoint is nearer to full precision on the judged images than chance allows.
+
+    judged [N] and fresh [M]: log10 latent MSE to full precision of the judged and of fresh images, whose noise and
+    classes have the same distribution. Welch's one-sided t-test at LEVEL.
+    """
+    return bool(stats.ttest_ind(judged, fresh, equal_var=False, alternative="less").pvalue < LEVEL)
+
+
+def table(scored: Iterable[tuple[Entry, dict]]) -> Table:
+    """The leaderboard: a row for each entry, by bits and then by the first endpoint. scored: with its metrics.json."""
+    heads = columns("bits", "name", "authors", texts=3, choose=True)
+    heads += [Column(METRICS[name].label, direction=METRICS[name].better) for name in ENDPOINTS]
+    rows = []
+    for entry, measured in scored:
+        by_metric = {row["metric"]: row for row in measured["rows"]}
+        cells = [interval(*(by_metric[name][k] for k in ("value", "low", "high"))) for name in ENDPOINTS]
+        rows.append([entry.bits.upper(), entry.name, entry.authors, *cells])
+    rows.sort(key=lambda row: (row[0], row[3].value))
+    notes = [f"{MODEL}, images {FIRST} to {FIRST + IMAGES - 1} of evaluation, ± half of a 95 % interval over images."]
+    return Table(heads, rows, title="Leaderboard", notes=notes)
+
+
+def scores(folder: Path) -> dict:
+    """The metrics.json in the folder of a scored entry."""
+    return read_json(folder / "metrics.json")
