@@ -106,7 +106,8 @@ def _path():
         return "ok", f"{isa}, as QUEST_ISA says"
     lacking = {
         "portable": "no AVX2 and FMA on this processor: correct, but slower than float32",
-        "avx2": "no AVX-512 with VNNI on this processor, which multiplies and adds in one instruction",
+        "avx2": "no VNNI on this processor, which multiplies and adds in one instruction",
+        "avxvnni": "no AVX-512 on this processor, whose vectors are twice as long",
     }
     return "ok", isa + (f": {lacking[isa]}" if isa in lacking else "")
 

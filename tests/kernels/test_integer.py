@@ -123,6 +123,21 @@ def test_signed_inputs(isa, spec):
     torch.testing.assert_close(integer.attention(q, k, v, *params), reference.attention(q, k, v, *params))
 
 
+def test_inputs_of_more_codes_than_a_byte_holds(isa):
+    """In layers each becomes several bytes; in attention they are refused."""
+    torch.manual_seed(0)
+    qparams = QParams(torch.tensor(1.0), torch.tensor(0.0), QuantSpec(8, symmetric=True, wide=True))
+    x = torch.randn(3, 20, 6, 6).contiguous(memory_format=torch.channels_last) * 300
+    same = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+    of_all_groups = QParams(*(t[None] for t in qparams[:2]), qparams.spec)
+    for bits in (4, 8):
+        w = replace(weight(12, 20, 3, 3, bits=bits), scale=torch.ones(12, 1, 1, 1))
+        assert integer.supports(w, PER_CHANNEL, of_all_groups, groups=1, padding=(1, 1)) is None
+        y = integer.conv2d(x, qparams, integer.pack(w), None, **same, groups=1)
+        assert torch.equal(y, exact(x, qparams, w, lambda a, b: F.conv2d(a, b, **same)).float())
+    assert integer.supports_attention(*[of_all_groups] * 4) == "q: 514 codes, more than a byte holds"
+
+
 def test_winograd_and_direct_sums_agree_to_the_bit(isa):
     """Beyond the bound up to which the transform is exact, and for zero points far outside, the direct way is taken."""
     torch.manual_seed(0)
@@ -295,8 +310,8 @@ def test_nan_is_an_error():
 def test_packed_sizes():
     """Half a byte or a byte for each code, and little beside."""
     for bits, size in ((8, 1), (4, 0.5)):
-        assert integer.pack(weight(320, 640, bits=bits)).numel() == pytest.approx(320 * 640 * size, rel=0.03)
-        assert integer.pack(weight(512, 512, 3, 3, bits=bits)).numel() == pytest.approx(512 * 512 * 9 * size, rel=0.03)
+        assert integer.pack(weight(320, 640, bits=bits)).numel() == pytest.approx(320 * 640 * size, rel=0.05)
+        assert integer.pack(weight(512, 512, 3, 3, bits=bits)).numel() == pytest.approx(512 * 512 * 9 * size, rel=0.05)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (17, 63), (32, 48), (5, 3, 3, 3), (33, 10, 1, 1), (16, 4, 5, 2)])

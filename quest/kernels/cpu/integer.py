@@ -72,6 +72,8 @@ def supports_attention(q: QParams, k: QParams, v: QParams, p: QParams) -> str | 
             return reason
         if reason := _scales(qparams.scale, name):
             return reason
+        if (codes := qparams.spec.qmax - qparams.spec.qmin + 1) > 256:  # "wide" ones of 8 bits
+            return f"{name}: {codes} codes, more than a byte holds"
     for a, b in ((q, k), (p, v)):
         # The longest sum is over 4096 tokens (latents of 64 x 64); heads have fewer channels.
         if 4096 * _magnitude(a.zero_point, a.spec) * _magnitude(b.zero_point, b.spec) > SUM:

@@ -24,7 +24,9 @@ void one() {
   const int64_t batch = integer(1, 2), heads = integer(1, 3), d = integer(1, 40), n = integer(1, 30);
   const int64_t m = chance(.05) ? 0 : integer(1, 40);
   Range ranges[4];
-  for (int j = 0; j < 3; j++) ranges[j] = range(.02f);
+  for (int j = 0; j < 3; j++)
+    do ranges[j] = range(.02f);
+    while (ranges[j].high - ranges[j].low > 255);
   ranges[3] = {1.f / 255, 0, 255};
   const Rows q(batch, heads, n, d, ranges[0]), k(batch, heads, m, d, ranges[1]), v(batch, heads, m, d, ranges[2]);
   Rows out(batch, heads, n, d, ranges[0]);

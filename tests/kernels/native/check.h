@@ -52,8 +52,7 @@ inline int code(float x, quest::Range r) {
 }
 inline double gelu(double x) { return x / 2 * (1 + std::erf(x / std::sqrt(2.))); }
 
-// The tests: functions on pairs of int16 and floats, functions on bytes, the drivers, and what must fail.
-void test_pairs();
+// The tests: functions on floats, functions on bytes, the drivers, and what must fail.
 void test_floats();
 void test_bytes();
 void test_layers();

@@ -1,31 +1,10 @@
-// The float passes: softmax, norms, gated linear units, fake quantization.
+// The float passes: norms, gated linear units, fake quantization.
 #include "check.h"
 
 namespace test {
 namespace {
 
 using namespace quest;
-
-void softmax() {
-  for (int i = 0; i < 100; i++) {
-    const int rows = static_cast<int>(integer(1, isa->rows));
-    const int64_t m = integer(1, 70), width = round_up(m, NR), padded = round_up(m, 16);
-    const Exactly<int32_t> scores(rows * width, [] { return integer(-20000, 20000); });
-    const Range r{1.f / 255, 0, 255};
-    const float factor = 3e-4f;
-    Exactly<float> work(rows * width);
-    Exactly<int16_t> out(rows * padded);
-    isa->softmax(rows, scores, width, m, padded, factor, r, work, out);
-    for (int row = 0; row < rows; row++) {
-      double total = 0;
-      for (int64_t j = 0; j < m; j++) total += std::exp(static_cast<double>(scores[row * width + j]) * factor);
-      for (int64_t j = 0; j < padded; j++) {
-        const double p = j < m ? std::exp(static_cast<double>(scores[row * width + j]) * factor) / total : 0;
-        CHECK(close(out[row * padded + j], p * 255, j < m ? .501 : 0));
-      }
-    }
-  }
-}
 
 void group_norm() {
   for (int i = 0; i < 60; i++) {
@@ -40,7 +19,7 @@ void group_norm() {
     const GroupNorm norm{pixels, channels, groups, x_pixel, y_pixel, 1e-5f, weight.when(affine),
                          bias.when(affine), shift.when(shifted), factor.when(modulated),
                          offset.when(modulated), silu};
-    isa->group_norm(norm, x, y, work);
+    quest::group_norm(norm, x, y, work);
     const auto value = [&](int64_t p, int64_t c) { return x[p * x_pixel + c] + (shifted ? double{shift[c]} : 0.); };
     for (int64_t g = 0; g < groups; g++) {
       double mean = 0, square = 0;
@@ -107,7 +86,6 @@ void fake_quantize() {
 }  // namespace
 
 void test_floats() {
-  softmax();
   group_norm();
   rows();
   fake_quantize();

@@ -48,7 +48,7 @@ void linear() {
 
 void conv2d() {
   for (int i = 0; i < 400; i++) {
-    const bool plain = chance(.4);  // of stride 1 and 3x3, as Winograd's algorithm computes
+    const bool plain = chance(.4);  // of stride 1 and 3x3, as most are
     const int64_t kh = plain ? 3 : integer(1, 5), kw = plain ? 3 : integer(1, 5);
     const bool near = plain || chance(.5);  // a block of stride 1, whose pixels lie in memory as they are
     const int64_t sy = near ? 1 : integer(1, 4), sx = near ? 1 : integer(1, 4);
@@ -100,7 +100,7 @@ void passes() {
                             y, threads));
     for (int64_t s = 0; s < samples; s++) {
       const float* factor = modulation + 2 * s * channels;
-      isa->group_norm({pixels, channels, groups, pixel, channels, 1e-5f, weight, nullptr, shift + s * channels, factor,
+      quest::group_norm({pixels, channels, groups, pixel, channels, 1e-5f, weight, nullptr, shift + s * channels, factor,
                        factor + channels, true},
                       x + s * sample, one + s * pixels * channels, work);
     }

@@ -2,19 +2,13 @@
 #include "core.h"
 
 #if QUEST_X86
-#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#if defined(__linux__) && defined(QUEST_NEW_COMPILER)
 #include <cpuid.h>
+#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("amx-int8,amx-tile"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("amx-int8,amx-tile")
-#endif
-#include <immintrin.h>
-
+QUEST_TARGET_BEGIN("amx-int8,amx-tile")
 namespace quest {
 
 // The system gives a process the registers of tiles when it asks for them.
@@ -82,26 +76,22 @@ static void multiply(const uint8_t* a, ptrdiff_t stride, int rows, int segments,
   }
 }
 
-extern const Bytes amx_bytes = [] {
-  Bytes one = vnni_bytes;
+extern const Isa amx = [] {
+  Isa one = avx512vnni;
+  one.name = "amx";
   one.rows = 32, one.panels = 2, one.depth = 64;
   one.multiply = multiply, one.begin = begin, one.end = end;
   return one;
 }();
 
 }  // namespace quest
-
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+QUEST_TARGET_END
 
 #else
 namespace quest {
 bool amx_allowed() { return false; }
 int64_t amx_peak(int64_t) { return 0; }
-extern const Bytes amx_bytes = vnni_bytes;
+extern const Isa amx = avx512vnni;
 }  // namespace quest
 #endif
 #endif

@@ -14,7 +14,7 @@ float* memory(Place place, int64_t numbers) {
 }
 
 Status linear(const Layer& l, const float* x, int64_t rows, bool gated, const float* residual, float* out, int threads) {
-  return linear(*l.weight, x, rows, l.weight->channels, l.bias, l.range, gated, residual, out, threads);
+  return linear(l, x, rows, l.weight->channels, gated, residual, out, threads);
 }
 
 // A 3x3 convolution with stride 1 and padding 1. Channels of input and output lie innermost.
@@ -22,7 +22,7 @@ Status conv(const Layer& l, const float* x, int64_t samples, int64_t height, int
             float* out, int threads) {
   const int64_t pixel = l.weight->channels, row = width * pixel;
   const Conv c{x, samples, height, width, height * row, row, pixel, 1, 1, 1, 1, 1, 1, residual, out, height, width};
-  return conv2d(*l.weight, c, l.bias, l.range, threads);
+  return conv2d(l, c, threads);
 }
 
 void check(const Layer& l, int64_t channels, int64_t side, const char* otherwise) {
@@ -102,10 +102,7 @@ Status transformer_block(const TransformerBlock& t, const float* x, const float*
     x = to;
   }
   layer_norm(x, rows, t.norms[2], normed, threads);
-  if (bytes_fit(t.gated, t.linear)) return feed_forward(t.gated, t.linear, normed, rows, x, out, threads);
-  float* hidden = memory(HIDDEN, rows * t.linear.weight->channels);
-  if (Status wrong = linear(t.gated, normed, rows, true, nullptr, hidden, threads)) return wrong;
-  return linear(t.linear, hidden, rows, false, x, out, threads);
+  return feed_forward(t.gated, t.linear, normed, rows, x, out, threads);
 }
 
 Status resnet_block(const ResnetBlock& b, const float* x, int64_t samples, int64_t height, int64_t width,

@@ -111,7 +111,7 @@ int quest_linear(const float* x, int64_t rows, int64_t channels, int64_t stride,
     require(w.channels == channels, "the weight was packed for another number of channels");
     require(!gated || (w.outputs % 2 == 0 && !residual), "a gated layer has an even number of outputs and no residual");
     require((gated ? w.outputs / 2 : w.outputs) == width, "the weight gives another number of outputs");
-    return linear(w, x, rows, stride, bias, {scale, low, high}, gated, residual, out, threads);
+    return linear({&w, bytes, bias, {scale, low, high}}, x, rows, stride, gated, residual, out, threads);
   });
 }
 
@@ -131,7 +131,7 @@ int quest_conv2d(const float* x, int64_t samples, int64_t channels, int64_t heig
             "the output has another size than the convolution gives, or none");
     const Conv c{x,   samples, height,     width,      sample,   row, pixel,      stride_y, stride_x,
                  top, left,    dilation_y, dilation_x, residual, out, out_height, out_width};
-    return conv2d(w, c, bias, {scale, low, high}, threads);
+    return conv2d({&w, bytes, bias, {scale, low, high}}, c, threads);
   });
 }
 

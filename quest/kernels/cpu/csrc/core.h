@@ -1,47 +1,77 @@
-// The functions that an instruction set provides for the drivers. Integers are exact; pairs.h and bytes.h explain how.
+// The functions that an instruction set provides for the drivers. Integers are exact.
+//
+// Layers and attention are products of unsigned and signed bytes. An unsigned byte a is an activation code minus the lowest
+// code. A signed byte w is a weight code minus 128, or minus 8 for 4 bits. Let z_a and z_w be the zero points of the
+// activations and of an output, minus the same numbers. Then a layer computes
+//   sum (a - z_a)(w - z_w) = sum a w - z_w sum a - z_a sum (w - z_w)  modulo 2^32.
+// The drivers check beforehand that this sum is below 2^31.
+//
+// Weights are packed in panels of 16 outputs. Four neighbouring bytes of an output lie together:
+//
+//     a row of the input     a0 a1 a2 a3                                   | a4 a5 a6 a7 ...
+//     a weight panel         w0 w1 w2 w3 of output 0, ..., of output 15    | w4 w5 w6 w7 of output 0, ..., of output 15 | ...
+//     16 sums, int32         a0 w0 + a1 w1 + a2 w2 + a3 w3 of output 0, ..., of output 15
+//
+// The instruction vpdpbusd of VNNI adds four such products to each sum. It cannot saturate, because sums are int32.
 #pragma once
 #include "abi.h"
 
 #include <cstddef>
 #include <cstdint>
 
+// Functions between these two lines are compiled for an instruction set, which the rest of the core need not have.
+#define QUEST_PRAGMA(x) _Pragma(#x)
+#ifdef __clang__
+#define QUEST_TARGET_BEGIN(isa) QUEST_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define QUEST_TARGET_END _Pragma("clang attribute pop")
+#else
+#define QUEST_TARGET_BEGIN(isa) _Pragma("GCC push_options") QUEST_PRAGMA(GCC target(isa))
+#define QUEST_TARGET_END _Pragma("GCC pop_options")
+#endif
+
 namespace quest {
 
-constexpr int NR = 16;       // columns of a weight panel
-constexpr int MAX_MR = 12;   // largest number of rows of a register tile
-constexpr int POINTS = 36;   // products for one 4x4 output tile in the transformed domain, 6x6
-constexpr int WINOGRAD_ROWS[3][2] = {{0, 5}, {1, 2}, {3, 4}};  // rows of points that are computed together
+constexpr int NR = 16;                        // columns of a weight panel
+constexpr int MAX_ROWS = 32, MAX_PANELS = 4;  // in one call of multiply
+constexpr int64_t SLACK = 64;                 // bytes that may be read after the last row of codes
 
-// The group norm of one sample [pixels, channels], or of some of its groups:
-//   y = normalized(x + shift[c]) * (1 + factor[c]) + offset[c], then SiLU if `silu`.
-// x_pixel, y_pixel: pixel strides, in floats. Pointers may be null.
-struct GroupNorm {
-  int64_t pixels, channels, groups;
-  ptrdiff_t x_pixel, y_pixel;
-  float eps;
-  const float *weight, *bias, *shift, *factor, *offset;
-  bool silu;
+#define INLINE static inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+// 3x3 convolutions with stride 1 by Winograd's F(4x4, 3x3) (arXiv:1509.09308, section 4.1) on integers. The kernel transform
+// is multiplied with the smallest integers that remove its fractions. All arithmetic is modulo 2^32. The result is 576 times
+// the sum. It is divided by 9, by multiplying with the inverse of 9, and by 64, by a shift. This is exact if the sum is below
+// 2^25. Winograd's algorithm needs a quarter of the products, but on int16, and it needs transforms. It pays for an
+// instruction set that has to widen bytes to int16 for its products anyway.
+struct Winograd {
+  // Transforms tiles of 6x6 pixels, with `channels` bytes per pixel, a multiple of 4. Tile t begins at a + offset[t]. Lines
+  // and pixels are `line` and `pixel` bytes apart. `middle` is subtracted from each byte. Only `multiply` knows the order of
+  // the transformed numbers; `out` has room for POINTS * tiles * (channels, rounded up to a multiple of WINOGRAD_CHANNELS).
+  void (*input)(const uint8_t* a, ptrdiff_t line, ptrdiff_t pixel, int64_t channels, int middle, const ptrdiff_t* offset,
+                int64_t tiles, int16_t* out);
+  // Computes sums [tiles][4][4][NR] from transformed tiles and a panel of nine taps. `points` has room for
+  // POINTS * tiles * NR numbers.
+  void (*multiply)(const int16_t* a, int64_t channels, int64_t tiles, const int8_t* panel, int32_t* points, int32_t* out);
 };
+constexpr int POINTS = 36;              // products for one 4x4 output tile in the transformed domain, 6x6
+constexpr int WINOGRAD_CHANNELS = 128;  // transformed tiles have room for a multiple of this number of channels
 
-// Products of unsigned and signed bytes. An unsigned byte a is an activation code minus the lowest code. A signed byte w is
-// a weight code minus 128, or minus 8 for 4 bits. Let z_a and z_w be the zero points of a row and of an output, minus the
-// same numbers. Then a layer computes
-//   sum (a - z_a)(w - z_w) = sum a w - z_w sum a - z_a sum (w - z_w)  modulo 2^32.
-struct Bytes {
-  int rows, panels;  // the largest numbers of rows and panels in one call of multiply
-  int64_t depth;     // the length of a row is a multiple of this number of bytes
+struct Isa {
+  const char* name;
+  int rows, panels;  // the largest numbers of rows and panels in one call of multiply; rows is at least NR
+  int64_t depth;     // the length of a segment of a row is a multiple of this number of bytes
 
-  // out[0..n) = codes minus the lowest code, out[n..padded) = 0. Returns true if x contains a NaN.
+  // out[0..n) = codes minus the lowest code, out[n..padded) = 0. The range has at most 256 codes. Returns true if x contains
+  // a NaN.
   bool (*quantize)(const float* x, int64_t n, int64_t padded, Range range, uint8_t* out);
   // out[r] = the sum of the n bytes of row r. Rows are `stride` apart.
   void (*sums)(const uint8_t* a, ptrdiff_t stride, int64_t rows, int64_t n, int32_t* out);
-  // Unpacks a weight panel of `pairs` channel pairs to signed bytes [ceil(pairs / 2)][NR][4], and adds their sums to
-  // sums[NR].
-  void (*unpack8)(const uint8_t* codes, int64_t pairs, int8_t* out, int32_t* sums);
-  void (*unpack4)(const uint8_t* codes, int64_t pairs, int8_t* out, int32_t* sums);
+  // Unpacks 4-bit codes to signed bytes [quads][NR][4], the codes minus 8. In codes [quads][NR / 2][4], the first half of the
+  // outputs is in the low halves of bytes, and the second half in the high ones.
+  void (*unpack4)(const uint8_t* codes, int64_t quads, int8_t* out);
   // Computes products [rows, panels * NR]. For each segment s, row r consists of the `bytes` bytes at
-  // a + r * stride + offset[s]. Panels [segments][bytes / 4][NR][4] are `panel` bytes apart. A whole tile of rows may be
-  // read, even if there are fewer rows.
+  // a + r * stride + offset[s]. Panels [segments][bytes / 4][NR][4] are `panel` bytes apart. Even if there are fewer rows, all
+  // rows of a tile may be read, with SLACK bytes after them, and written.
   void (*multiply)(const uint8_t* a, ptrdiff_t stride, int rows, int segments, const ptrdiff_t* offset, int64_t bytes,
                    const int8_t* b, ptrdiff_t panel, int panels, int32_t* out, ptrdiff_t out_stride);
   // out[r][0..columns) = (in - zero * sums[r] - constant) * scale + bias, plus residual[r] if it is not null. Rows of `in`
@@ -49,87 +79,48 @@ struct Bytes {
   void (*finish)(const int32_t* in, ptrdiff_t stride, int rows, const int32_t* sums, const int32_t* zero,
                  const int32_t* constant, const float* scale, const float* bias, int columns, float* const* out,
                  const float* const* residual, ptrdiff_t from);
-  // Pack m rows of d codes, `stride` apart, as the weight of a product. Keys are its outputs,
-  // [ceil(m / NR)][depth / 4][NR][4], and values are its inputs, [ceil(d / NR)][length / 4][NR][4]. Unused places are
-  // zeros. sums: the sum of each output.
-  void (*pack_keys)(const uint8_t* k, ptrdiff_t stride, int64_t m, int64_t d, int64_t depth, int8_t* out, int32_t* sums);
-  void (*pack_values)(const uint8_t* v, ptrdiff_t stride, int64_t m, int64_t d, int64_t length, int8_t* out, int32_t* sums);
+  // Pack m rows of d codes, `stride` apart, as the weight of a product: as signed bytes, the codes minus 128. Keys are its
+  // outputs, [ceil(m / NR)][depth / 4][NR][4], and values are its inputs, [ceil(d / NR)][length / 4][NR][4]. Unused places of
+  // depth and length are zeros. Those of outputs are not: whole panels are read there.
+  void (*pack_keys)(const uint8_t* k, ptrdiff_t stride, int64_t m, int64_t d, int64_t depth, int8_t* out);
+  void (*pack_values)(const uint8_t* v, ptrdiff_t stride, int64_t m, int64_t d, int64_t length, int8_t* out);
   // Computes softmax(factor * (scores - column)) over the m scores of each row. out gets its codes minus the lowest code,
-  // then zeros up to `padded`, and sums their sums. Rows of scores are `width` apart, a multiple of 16, and are overwritten.
+  // then zeros up to `padded`, and sums their sums. Rows of scores are `width` apart, a multiple of NR, and are overwritten.
   // Rows of out are `padded` apart.
   void (*softmax)(int rows, int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
                   const int32_t* column, uint8_t* out, int32_t* sums);
-  // A thread calls begin before its first and end after its last call of multiply.
-  void (*begin)();
-  void (*end)();
-};
 
-struct Isa {
-  const char* name;
-  int rows;  // the rows of a register tile, at most MAX_MR
-
-  // out[0..n) = codes minus zero point, out[n..padded) = 0. Returns true if x contains a NaN.
-  bool (*quantize)(const float* x, int64_t n, int64_t padded, Range range, int16_t* out);
-
-  // Unpacks a weight panel of `steps` channel pairs to codes minus zero point, int16 [steps][NR][2].
-  void (*unpack8)(const uint8_t* codes, const int16_t* zero_point, int64_t steps, int16_t* out);
-  void (*unpack4)(const uint8_t* codes, const int16_t* zero_point, int64_t steps, int16_t* out);
-
-  // Computes products [rows, NR]. For each tap t, row r consists of the pairs at a[r] + offset[t]. The panel is
-  // [taps * pairs][NR][2].
-  void (*tile_int)(int rows, const int16_t* const* a, int taps, const ptrdiff_t* offset, int64_t pairs,
-                   const int16_t* panel, int32_t* out, ptrdiff_t stride);
-  // Computes the same products, and stores out[r][0..columns) = product * scale + bias.
-  void (*tile_float)(int rows, const int16_t* const* a, int taps, const ptrdiff_t* offset, int64_t pairs,
-                     const int16_t* panel, const float* scale, const float* bias, int columns, float* const* out);
-
-  // Transforms 3x3 kernels into a third of the transformed domain: two rows of six points. It reads in[tap * numbers + i],
-  // where `numbers` is a multiple of 16, and writes out[(6 * (0 or 1) + column) * stride + i].
-  void (*winograd_weight)(const int16_t* in, int64_t numbers, int third, int16_t* out, ptrdiff_t stride);
-  // Transforms one 6x6 input tile of `channels` channels, a multiple of 16: out[point * stride + channel].
-  void (*winograd_input)(const int16_t* in, ptrdiff_t row, ptrdiff_t pixel, int64_t channels, int16_t* out,
-                         ptrdiff_t stride);
-  // Transforms products in[point * stride + channel] back to a 4x4 output tile, of which only [height, width] is stored.
-  void (*winograd_output)(const int32_t* in, ptrdiff_t stride, int64_t channels, const float* scale, const float* bias,
-                          float* out, ptrdiff_t row, ptrdiff_t pixel, int height, int width);
-
-  // Computes softmax(factor * scores) over the m scores of each row. out gets its codes minus zero point, then zeros up to
-  // `padded`. Rows of scores and of `work` are `width` apart, a multiple of 8; rows of out are `padded` apart.
-  void (*softmax)(int rows, const int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
-                  float* work, int16_t* out);
-
-  // `work` has room for 4 * channels numbers.
-  void (*group_norm)(const GroupNorm& norm, const float* x, float* y, float* work);
+  // out[c] = the sum of x[c] over pixels, or of (x[c] - mean[c])^2 if mean is not null. Pixels of x are `pixel` apart.
+  void (*channel_sums)(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, const float* mean, float* out);
+  // y = x a[c] + b[c], then SiLU if `silu`. Pixels of y are y_pixel apart.
+  void (*scale_channels)(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, const float* a, const float* b,
+                         bool silu, float* y, ptrdiff_t y_pixel);
   // y = the normalized row x of n numbers.
   void (*layer_norm)(const float* x, int64_t n, float eps, const float* weight, const float* bias, float* y);
   // y = hidden * gelu(gate), for rows of n numbers.
   void (*geglu)(const float* hidden, const float* gate, int64_t n, float* y);
-
   // out = scale * clamp(round(x / scale), low, high). NaN stays NaN.
   void (*fake_quantize)(const float* x, int64_t n, Range range, float* out);
   // Computes its gradients from `grad`: out = grad where x was not clipped, and 0 elsewhere. Returns the gradient of the
   // scale: the sum of grad times round(v) - v with v = x / scale, or times low or high where x was clipped.
   double (*fake_quantize_backward)(const float* x, const float* grad, int64_t n, Range range, float* out);
 
-  const Bytes* bytes;  // null if the instruction set has no products of bytes
+  // A thread calls begin before its first and end after its last call of multiply, if they are not null.
+  void (*begin)();
+  void (*end)();
+  const Winograd* winograd;  // null if products of bytes are faster
 };
 
 extern const Isa portable;
 #if defined(__x86_64__) && defined(__GNUC__)
 #define QUEST_X86 1
-extern const Isa avx2;
-extern const Bytes vnni_bytes, amx_bytes;
-bool amx_allowed();  // whether processor and system allow AMX
-int64_t amx_peak(int64_t iterations);  // see peak.cpp
-void avx512_fake_quantize(const float* x, int64_t n, Range range, float* out);
-double avx512_fake_quantize_backward(const float* x, const float* grad, int64_t n, Range range, float* out);
-void avx512_geglu(const float* hidden, const float* gate, int64_t n, float* y);
-void avx512_group_norm(const GroupNorm& norm, const float* x, float* y, float* work);
-bool avx512_quantize(const float* x, int64_t n, int64_t padded, Range range, int16_t* out);
-void vnni_tile_int(int rows, const int16_t* const* a, int taps, const ptrdiff_t* offset, int64_t pairs,
-                   const int16_t* panel, int32_t* out, ptrdiff_t stride);
-void vnni_tile_float(int rows, const int16_t* const* a, int taps, const ptrdiff_t* offset, int64_t pairs,
-                     const int16_t* panel, const float* scale, const float* bias, int columns, float* const* out);
+extern const Isa avx2, avxvnni, avx512vnni, amx;
+bool avxvnni_allowed(), amx_allowed();  // whether compiler, processor and system allow them
+int64_t amx_peak(int64_t iterations);   // see peak.cpp
+void avx2_layer_norm(const float* x, int64_t n, float eps, const float* weight, const float* bias, float* y);
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define QUEST_NEW_COMPILER 1  // knows AVX-VNNI and AMX
+#endif
 #endif
 
 }  // namespace quest

@@ -106,56 +106,32 @@ void parallel(int64_t tasks, int threads, int64_t work, const Task& task) {
   failure.rethrow();
 }
 
-// A packed weight: this header, then zero points, scales, and the codes of each panel of NR outputs. `pack` writes it, and
-// `weight_of` checks it.
+// A packed weight: this header, then zero points, scales and sums, and the codes of each panel of NR outputs. `pack` writes
+// it, and `weight_of` checks it.
 //
-//   header | zero points, int16 | scales, float | codes of outputs 0..15 | codes of outputs 16..31 | ...
+//   header | zero points, int32 | scales, float | sums, int32 | codes of outputs 0..15 | codes of outputs 16..31 | ...
 //
-// Within a panel, codes are ordered [tap][channel pair][output][channel of the pair].
+// Within a panel, codes are ordered [tap][four channels][output][channel of the four]. With 8 bits they are stored as the
+// signed bytes of a product (see core.h), so they need no unpacking. With 4 bits they are stored as unpack4 reads them.
 struct Weight {
   int64_t magic, outputs, channels, height, width, bits;
-  int64_t largest;   // the largest |code - zero point|
   int64_t row_sum;   // the sum of |code - zero point| over the weights of an output; the largest of all outputs
-  int64_t zero_points, scales, codes, bytes;  // offsets
+  int64_t byte_sum;  // the same of |signed byte|
+  int64_t zero_points, scales, sums, codes, bytes;  // offsets
 
   const char* base() const { return reinterpret_cast<const char*>(this); }
   char* base() { return reinterpret_cast<char*>(this); }
   int64_t panels() const { return ceil_div(outputs, NR); }
-  int64_t pairs() const { return ceil_div(channels, 2); }
+  int64_t padded() const { return round_up(channels, 4); }
   int64_t taps() const { return height * width; }
-  int64_t panel_codes() const { return taps() * pairs() * NR * 2 * bits / 8; }  // bytes
+  int64_t panel_codes() const { return taps() * padded() * NR * bits / 8; }  // bytes
+  int offset() const { return bits == 8 ? 128 : 8; }  // a signed byte is a code minus this number
+  const uint8_t* panel(int64_t p) const { return reinterpret_cast<const uint8_t*>(base() + codes) + p * panel_codes(); }
+  // For each output its zero point minus offset(), its scale, and its sum of codes minus zero point. Zeros fill up the last
+  // panel.
+  const int32_t* zero_point() const { return reinterpret_cast<const int32_t*>(base() + zero_points); }
   const float* scale() const { return reinterpret_cast<const float*>(base() + scales); }
-  const int16_t* zero_point() const { return reinterpret_cast<const int16_t*>(base() + zero_points); }
-  const int16_t* panel(int64_t p, int16_t* out) const {
-    auto unpack = bits == 4 ? isa->unpack4 : isa->unpack8;
-    unpack(reinterpret_cast<const uint8_t*>(base() + codes) + p * panel_codes(), zero_point() + p * NR, taps() * pairs(),
-           out);
-    return out;
-  }
-};
-
-// The place of the codes of one output and tap: channel k is in byte(k), shifted by `shift`. With 4 bits, the first half of
-// a panel's outputs is in the low halves of bytes, and the second half in the high ones.
-struct Row {
-  int64_t first, pair;
-  int shift;
-  Row(const Weight& w, int64_t output, int64_t tap) {
-    int64_t together = w.bits == 8 ? NR : NR / 2, column = output % NR;
-    pair = 2 * together;  // bytes from one channel pair to the next
-    first = w.codes + output / NR * w.panel_codes() + tap * w.pairs() * pair + column % together * 2;
-    shift = column < together ? 0 : 4;
-  }
-  int64_t byte(int64_t channel) const { return first + channel / 2 * pair + channel % 2; }
-};
-
-// Scale and bias of every output, padded to whole panels.
-struct Epilogue {
-  std::vector<float> scale, bias;
-  Epilogue(const Weight& w, const float* given, float input_scale)
-      : scale(w.panels() * NR, 0.f), bias(w.panels() * NR, 0.f) {
-    for (int64_t i = 0; i < w.outputs; i++) scale[i] = w.scale()[i] * input_scale;
-    if (given) std::copy(given, given + w.outputs, bias.begin());
-  }
+  const int32_t* sum() const { return reinterpret_cast<const int32_t*>(base() + sums); }
 };
 
 inline int64_t largest(Range r) { return static_cast<int64_t>(std::max(std::fabs(r.low), std::fabs(r.high))); }
@@ -204,19 +180,6 @@ struct Conv {
   }
 };
 
-// The drivers on bytes (bytes.cpp), for arguments that `bytes_fit` accepts; the halves of a gated layer must be whole
-// panels. They return true if the input contains a NaN.
-bool bytes_fit(Range range);
-bool bytes_fit(const Conv& c, Range range);
-bool bytes_linear(const Weight& w, const float* x, int64_t rows, int64_t stride, const float* bias, Range range,
-                  bool gated, const float* residual, float* out, int threads);
-// A gated layer and the layer that reads its output. Between the two there are only codes. `bytes_fit` says whether this
-// is possible.
-bool bytes_fit(const Layer& gated, const Layer& last);
-bool bytes_feed_forward(const Layer& gated, const Layer& last, const float* x, int64_t rows, const float* residual,
-                        float* out, int threads);
-bool bytes_conv(const Weight& w, const Conv& c, const float* bias, Range range, int threads);
-
 struct Attention {
   const float *q, *k, *v;
   const int64_t* strides;  // of batch, head and row, for q, k, v and out
@@ -228,9 +191,7 @@ struct Attention {
   int64_t macs() const { return 2 * batch * heads * n * m * d; }
   // Quantizes heads first..last of sample b: to[0], to[1] and to[2] get codes [n or m, heads, d] of q, k and v. Returns
   // true if they contain a NaN.
-  template <class Code>
-  bool quantize(bool (*quantize)(const float*, int64_t, int64_t, Range, Code*), int64_t b, int64_t first, int64_t last,
-                Code* const* to) const {
+  bool quantize(int64_t b, int64_t first, int64_t last, uint8_t* const* to) const {
     bool nan = false;
     const float* from[3] = {q, k, v};
     const int64_t columns = (last - first) * d, lengths[3] = {n, m, m};
@@ -238,27 +199,39 @@ struct Attention {
       const int64_t* s = strides + 3 * i;
       const float* x = from[i] + b * s[0] + first * s[1];
       if (s[1] == d && s[2] == columns) {
-        nan |= quantize(x, lengths[i] * columns, lengths[i] * columns, range[i], to[i]);
+        nan |= isa->quantize(x, lengths[i] * columns, lengths[i] * columns, range[i], to[i]);
         continue;
       }
       // Neighbouring heads are quantized together, because longer rows are faster.
       const int64_t together = s[1] == d ? columns : d;
       for (int64_t r = 0; r < lengths[i]; r++)
         for (int64_t h = 0; h < columns / together; h++)
-          nan |= quantize(x + r * s[2] + h * s[1], together, together, range[i], to[i] + r * columns + h * d);
+          nan |= isa->quantize(x + r * s[2] + h * s[1], together, together, range[i], to[i] + r * columns + h * d);
     }
     return nan;
   }
 };
-bool bytes_attention(const Attention& a, int threads);
+
+// The group norm of one sample [pixels, channels], or of some of its groups:
+//   y = normalized(x + shift[c]) * (1 + factor[c]) + offset[c], then SiLU if `silu`.
+// x_pixel, y_pixel: pixel strides, in floats. Pointers may be null.
+struct GroupNorm {
+  int64_t pixels, channels, groups;
+  ptrdiff_t x_pixel, y_pixel;
+  float eps;
+  const float *weight, *bias, *shift, *factor, *offset;
+  bool silu;
+};
+// `work` has room for four times the channels, rounded up to a multiple of 16.
+void group_norm(const GroupNorm& n, const float* x, float* y, float* work);
 
 // The drivers compute what the functions of the ABI with these names compute. Their arguments are already checked. They
 // compute nothing if there are no rows.
-Status linear(const Weight& w, const float* x, int64_t rows, int64_t stride, const float* bias, Range range, bool gated,
-              const float* residual, float* out, int threads);
-Status conv2d(const Weight& w, const Conv& c, const float* bias, Range range, int threads);
+Status linear(const Layer& l, const float* x, int64_t rows, int64_t stride, bool gated, const float* residual, float* out,
+              int threads);
+Status conv2d(const Layer& l, const Conv& c, int threads);
 Status attention(const Attention& a, int threads);
-// x [rows, channels] -> out: a gated layer, then another layer, plus residual. bytes_fit(gated, last) must be true.
+// x [rows, channels] -> out: a gated layer, then another layer, plus residual.
 Status feed_forward(const Layer& gated, const Layer& last, const float* x, int64_t rows, const float* residual, float* out,
                     int threads);
 void group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, int64_t pixels, const Norm& norm,

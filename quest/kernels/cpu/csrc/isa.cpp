@@ -2,73 +2,48 @@
 #include "driver.h"
 
 #include <cstring>
+#include <string>
 
 namespace quest {
 namespace {
 
-#if QUEST_X86
-// The functions of AVX2, but with wider register tiles and products of bytes.
-Isa with(const char* name, const Bytes& bytes) {
-  Isa one = avx2;
-  one.name = name;
-  one.rows = 12;
-  one.quantize = avx512_quantize;
-  one.geglu = avx512_geglu;
-  one.group_norm = avx512_group_norm;
-  one.fake_quantize = avx512_fake_quantize;
-  one.fake_quantize_backward = avx512_fake_quantize_backward;
-  one.tile_int = vnni_tile_int;
-  one.tile_float = vnni_tile_float;
-  one.bytes = &bytes;
-  return one;
-}
-const Isa avx512vnni = with("avx512vnni", vnni_bytes), amx = with("amx", amx_bytes);
-#endif
-
-const Isa* best() {
+// The instruction sets of this machine, the best one last.
+std::vector<const Isa*> available() {
+  std::vector<const Isa*> all{&portable};
 #if QUEST_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("fma"))
-    return amx_allowed() ? &amx : &avx512vnni;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return all;
+  all.push_back(&avx2);
+  if (avxvnni_allowed()) all.push_back(&avxvnni);
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    all.push_back(&avx512vnni);
+    if (amx_allowed()) all.push_back(&amx);
+  }
 #endif
-  return &portable;
+  return all;
 }
+
+const std::vector<const Isa*> all = available();
+
+
 
 }  // namespace
 
-const Isa* isa = best();
+const Isa* isa = all.back();
 
 const char* instruction_sets() {
-#if QUEST_X86
-  const Isa* top = best();
-  return top == &amx          ? "portable,avx2,avx512vnni,amx"
-         : top == &avx512vnni ? "portable,avx2,avx512vnni"
-         : top == &avx2       ? "portable,avx2"
-                              : "portable";
-#else
-  return "portable";
-#endif
+  static const std::string names = [] {  // not before the instruction sets of other files are initialized
+    std::string joined;
+    for (const Isa* one : all) joined += (joined.empty() ? "" : ",") + std::string(one->name);
+    return joined;
+  }();
+  return names.c_str();
 }
 
 bool use(const char* name) {
-  const Isa* all[] = {
-      &portable,
-#if QUEST_X86
-      &avx2,
-      &avx512vnni,
-      &amx,
-#endif
-  };
-  for (const Isa* one : all) {
-    if (!std::strcmp(one->name, name)) {
-      isa = one;
-      return true;
-    }
-    if (one == best()) break;
-  }
+  for (const Isa* one : all)
+    if (!std::strcmp(one->name, name)) return isa = one, true;
   return false;
 }
 

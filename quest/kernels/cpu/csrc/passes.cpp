@@ -3,6 +3,35 @@
 
 namespace quest {
 
+void group_norm(const GroupNorm& n, const float* x, float* y, float* work) {
+  const int64_t per = n.channels / n.groups, width = round_up(n.channels, 16);
+  float *sums = work, *mean = work + width, *a = work + 2 * width, *b = work + 3 * width;
+  const double count = static_cast<double>(n.pixels) * per;
+  const auto shift = [&](int64_t c) { return n.shift ? n.shift[c] : 0.f; };
+  isa->channel_sums(x, n.x_pixel, n.pixels, n.channels, nullptr, sums);
+  for (int64_t g = 0; g < n.groups; g++) {
+    double total = 0;
+    for (int64_t c = g * per; c < (g + 1) * per; c++) total += sums[c] + static_cast<double>(shift(c)) * n.pixels;
+    // The passes read x without its shift, so the shift is subtracted from the mean.
+    for (int64_t c = g * per; c < (g + 1) * per; c++) mean[c] = static_cast<float>(total / count - shift(c));
+  }
+  isa->channel_sums(x, n.x_pixel, n.pixels, n.channels, mean, sums);
+  for (int64_t g = 0; g < n.groups; g++) {
+    double total = 0;
+    for (int64_t c = g * per; c < (g + 1) * per; c++) total += sums[c];
+    const double scale = 1 / std::sqrt(total / count + n.eps);
+    for (int64_t c = g * per; c < (g + 1) * per; c++) {
+      a[c] = static_cast<float>(scale * (n.weight ? n.weight[c] : 1.f));
+      b[c] = (n.bias ? n.bias[c] : 0.f) - mean[c] * a[c];
+      if (n.factor) {
+        a[c] *= 1.f + n.factor[c];
+        b[c] = b[c] * (1.f + n.factor[c]) + n.offset[c];
+      }
+    }
+  }
+  isa->scale_channels(x, n.x_pixel, n.pixels, n.channels, a, b, n.silu, y, n.y_pixel);
+}
+
 void group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, int64_t pixels, const Norm& norm,
                 const float* shift, const float* modulation, bool silu, float* y, int threads) {
   const Clock clock(NORMS);
@@ -19,7 +48,7 @@ void group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, 
     const GroupNorm one{pixels, (last - first) * per, last - first, pixel, static_cast<ptrdiff_t>(channels), norm.eps,
                         from(norm.weight, 0), from(norm.bias, 0), from(shift, i * channels),
                         from(modulation, 2 * i * channels), from(modulation, (2 * i + 1) * channels), silu};
-    isa->group_norm(one, x + i * sample + c, y + i * pixels * channels + c, memory.get(4 * round_up(one.channels, 16)));
+    group_norm(one, x + i * sample + c, y + i * pixels * channels + c, memory.get(4 * round_up(one.channels, 16)));
   });
 }
 

@@ -38,6 +38,10 @@ QUEST_PEAK(float_avx2, "avx2,fma", __m256, "+x", _mm256_set1_ps(1e-3f), _mm256_s
            _mm256_fmadd_ps(a, b, c[j]))
 QUEST_PEAK(integer_avx512vnni, "avx512f,avx512bw,avx512vnni", __m512i, "+v", _mm512_set1_epi8(3), _mm512_set1_epi8(5),
            _mm512_setzero_si512(), _mm512_dpbusd_epi32(c[j], a, b))
+#ifdef QUEST_NEW_COMPILER
+QUEST_PEAK(integer_avxvnni, "avx2,avxvnni", __m256i, "+x", _mm256_set1_epi8(3), _mm256_set1_epi8(5), _mm256_setzero_si256(),
+           _mm256_dpbusd_avx_epi32(c[j], a, b))
+#endif
 QUEST_PEAK(float_avx512, "avx512f", __m512, "+v", _mm512_set1_ps(1e-3f), _mm512_set1_ps(2e-3f), _mm512_setzero_ps(),
            _mm512_fmadd_ps(a, b, c[j]))
 
@@ -56,6 +60,9 @@ int64_t quest_peak(const char* name, int64_t iterations) {
   if (!std::strcmp(name, "float") && avx512) return float_avx512(iterations), iterations * SUMS * 16;
   if (!std::strcmp(name, "float") && avx2) return float_avx2(iterations), iterations * SUMS * 8;
   if (!std::strcmp(name, "avx2") && avx2) return integer_avx2(iterations), iterations * SUMS * 16;
+#ifdef QUEST_NEW_COMPILER
+  if (!std::strcmp(name, "avxvnni") && avx2 && avxvnni_allowed()) return integer_avxvnni(iterations), iterations * SUMS * 32;
+#endif
   if (!std::strcmp(name, "avx512vnni") && avx512 && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vnni"))
     return integer_avx512vnni(iterations), iterations * SUMS * 64;

@@ -1,0 +1,205 @@
+// Linear layers, and the products of all layers (see product.h).
+#include "product.h"
+
+namespace quest {
+
+const int8_t* panel_of(const Weight& w, int64_t panel, const Rows& a, int8_t* memory) {
+  const uint8_t* codes = w.panel(panel);
+  const int64_t tap = w.padded() * NR, taps = w.taps() / a.segments, whole = taps * a.planes * tap;
+  if (w.bits == 8 && a.planes == 1 && whole == a.bytes * NR) return reinterpret_cast<const int8_t*>(codes);
+  const int64_t size = a.planes == 1 ? taps * tap : tap;  // bytes that are copied at once
+  for (int64_t s = 0; s < a.segments; s++) {
+    int8_t* out = memory + s * a.bytes * NR;
+    std::memset(out + whole, 0, a.bytes * NR - whole);
+    for (int64_t done = 0; done < taps * tap; done += size, codes += size * w.bits / 8)
+      for (int64_t p = 0; p < a.planes; p++, out += size) {
+        if (w.bits == 4)
+          isa->unpack4(codes, size / (4 * NR), out);
+        else
+          std::memcpy(out, codes, size);
+      }
+  }
+  return memory;
+}
+
+namespace {
+
+// Some neighbouring panels as bytes.
+struct Panels {
+  int64_t first;
+  int count;
+  const int8_t* codes;
+  int64_t size;  // of one panel, in bytes
+
+  Panels(const Weight& w, const Rows& a, int64_t first, int count, int8_t* memory)
+      : first(first), count(count), codes(memory), size(a.segments * a.bytes * NR) {
+    for (int i = 0; i < count; i++) {
+      const int8_t* panel = panel_of(w, first + i, a, memory + i * size);
+      if (!i) codes = panel;
+    }
+  }
+
+  // Computes the outputs of rows r..r + rows and stores them at out[..] + from. `products` is memory for the products.
+  void multiply(const Weight& w, const Terms& t, const Rows& a, int64_t r, int rows, int32_t* products, float* const* out,
+                const float* const* residual, ptrdiff_t from) const {
+    const int columns = static_cast<int>(std::min(count * int64_t{NR}, w.outputs - first * NR));
+    const int64_t width = count * NR, at = first * NR;
+    isa->multiply(a.codes + r * a.stride, a.stride, rows, static_cast<int>(a.segments), a.offset, a.bytes, codes, size, count,
+                  products, width);
+    isa->finish(products, width, rows, a.sums + r, t.zero + at, t.constant.data() + at, t.scale.data() + at,
+                t.bias.data() + at, columns, out, residual, from);
+  }
+};
+
+}  // namespace
+
+const float* const* counterparts(const float* residual, const float* base, const std::vector<float*>& out,
+                                 std::vector<const float*>& rows) {
+  if (!residual) return nullptr;
+  rows.resize(out.size());
+  for (size_t r = 0; r < out.size(); r++) rows[r] = out[r] ? residual + (out[r] - base) : nullptr;
+  return rows.data();
+}
+
+bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int64_t last, bool gated) {
+  static thread_local Scratch<int8_t> codes;
+  static thread_local Scratch<int32_t> products;
+  static thread_local Scratch<float> halves;
+  const Isa& on = *isa;
+  const int64_t size = on.panels * a.segments * a.bytes * NR, width = on.panels * NR, half = w.panels() / 2;
+  // As many panels as fit into the second cache are unpacked together. Rows then stay in the first cache, and each row of
+  // the output is written in longer stretches.
+  const int64_t calls = std::max<int64_t>(1, std::min<int64_t>(PANELS / (gated ? 2 * size : size), MAX_CALLS));
+  int8_t* b = codes.get((gated ? 2 : 1) * calls * size);
+  int32_t* m = products.get(on.rows * width);
+  float* h = gated ? halves.get(2 * on.rows * width) : nullptr;
+  float *hidden[MAX_ROWS], *gate[MAX_ROWS];
+  for (int r = 0; r < on.rows; r++) hidden[r] = h + r * width, gate[r] = h + (on.rows + r) * width;
+  std::vector<Panels> panels, others;
+  panels.reserve(calls), others.reserve(gated ? calls : 0);  // nothing below throws
+  bool nan = false;
+  const Multiplying now;
+  for (int64_t begin = first; begin < last; begin += calls * on.panels) {
+    panels.clear(), others.clear();
+    for (int64_t i = 0, p = begin; i < calls && p < last; i++, p += on.panels) {
+      const int count = static_cast<int>(std::min<int64_t>(on.panels, last - p));
+      panels.emplace_back(w, a, p, count, b + i * size);
+      if (gated) others.emplace_back(w, a, half + p, count, b + (calls + i) * size);
+    }
+    for (int64_t r = 0; r < a.count; r += on.rows) {
+      const int rows = static_cast<int>(std::min<int64_t>(on.rows, a.count - r));
+      for (size_t i = 0; i < panels.size(); i++) {
+        const ptrdiff_t column = panels[i].first * NR;
+        if (!gated) {
+          panels[i].multiply(w, t, a, r, rows, m, a.out + r, a.residual ? a.residual + r : nullptr, column);
+          continue;
+        }
+        panels[i].multiply(w, t, a, r, rows, m, hidden, nullptr, 0);
+        others[i].multiply(w, t, a, r, rows, m, gate, nullptr, 0);
+        const int64_t columns = panels[i].count * NR;
+        for (int j = 0; j < rows; j++) {
+          isa->geglu(hidden[j], gate[j], columns, a.next ? hidden[j] : a.out[r + j] + column);
+          if (a.next) nan |= on.quantize(hidden[j], columns, columns, a.range, a.next + (r + j) * half * NR + column);
+        }
+      }
+    }
+  }
+  return nan;
+}
+
+namespace {
+
+// Computes a linear layer on the codes of source(first row, number of rows, NaN?). next: as in Rows, for all rows.
+template <class Source>
+bool multiply_rows(const Layer& l, const Planes& planes, int64_t rows, bool gated, const float* residual, float* out,
+                   uint8_t* next, Range next_range, int threads, const Source& source) {
+  const Weight& w = *l.weight;
+  const Terms t(w, l.bias, planes);
+  const int64_t row = planes.pixel(), tiles = ceil_div(rows, 16), work = rows * w.channels * w.outputs;
+  const int64_t width = gated ? w.outputs / 2 : w.outputs;
+  // Each block unpacks the whole weight. This only pays if a block has many rows.
+  const int64_t blocks = blocks_of(tiles, std::max<int64_t>(16, BLOCK / row / 16), useful(threads, work));
+  std::atomic<bool> nan{false};
+  share(gated ? w.panels() / 2 : w.panels(), blocks, threads, work, [&](int64_t i, int64_t from, int64_t to) {
+    static thread_local Scratch<int32_t> sums;
+    static thread_local std::vector<float*> target;
+    static thread_local std::vector<const float*> beside;
+    const int64_t first = i * tiles / blocks * 16, count = std::min(rows, (i + 1) * tiles / blocks * 16) - first;
+    bool wrong = false;
+    const uint8_t* q = source(first, count, wrong);
+    int32_t* total = sums.get(count);
+    isa->sums(q, row, count, row, total);
+    const ptrdiff_t none = 0;
+    Rows all{q, count, row, 1, &none, round_up(row, isa->depth), planes.count, total, nullptr, nullptr};
+    if (next) {
+      all.next = next + first * width, all.range = next_range;
+    } else {
+      target.resize(count);
+      for (int64_t r = 0; r < count; r++) target[r] = out + (first + r) * width;
+      all.out = target.data(), all.residual = counterparts(residual, out, target, beside);
+    }
+    if (product(w, t, all, from, to, gated) || wrong) nan = true;
+  });
+  return nan;
+}
+
+// Returns a source that quantizes rows of floats, which are `stride` apart.
+auto quantizing(const Planes& planes, const float* x, int64_t stride) {
+  return [&planes, x, stride](int64_t first, int64_t count, bool& nan) -> const uint8_t* {
+    static thread_local Scratch<uint8_t> codes;
+    const int64_t row = planes.pixel();
+    uint8_t* q = rows_of(codes, count, row);
+    if (row == planes.channels && stride == row) {
+      nan = isa->quantize(x + first * stride, count * row, count * row, planes.range, q);
+    } else {
+      for (int64_t r = 0; r < count; r++) nan |= planes.quantize(x + (first + r) * stride, q + r * row);
+    }
+    return q;
+  };
+}
+
+}  // namespace
+
+Status linear(const Layer& l, const float* x, int64_t rows, int64_t stride, bool gated, const float* residual, float* out,
+              int threads) {
+  const Clock clock(LAYERS);
+  if (!rows) return OK;
+  const Weight& w = *l.weight;
+  if (!fits(w, l.range)) return OUT_OF_RANGE;
+  const Planes planes(l.range, w.channels, false);
+  const auto compute = [&](bool gated, float* to) {
+    return multiply_rows(l, planes, rows, gated, residual, to, nullptr, {}, threads, quantizing(planes, x, stride));
+  };
+  if (!gated || w.outputs % (2 * NR) == 0) return compute(gated, out) ? HAS_NAN : OK;
+  // If half of the outputs is not a number of whole panels, both halves are computed in memory first.
+  static thread_local Scratch<float> memory;
+  const int64_t width = w.outputs / 2;
+  float* both = memory.get(rows * w.outputs);
+  if (compute(false, both)) return HAS_NAN;
+  for (int64_t r = 0; r < rows; r++, both += w.outputs) isa->geglu(both, both + width, width, out + r * width);
+  return OK;
+}
+
+Status feed_forward(const Layer& gated, const Layer& last, const float* x, int64_t rows, const float* residual, float* out,
+                    int threads) {
+  const Weight &w = *gated.weight, &next = *last.weight;
+  const int64_t width = next.channels;
+  if (!one_byte(last.range) || w.outputs % (2 * NR) || width % 4) {  // floats between the two layers
+    static thread_local Scratch<float> memory;
+    float* hidden = memory.get(rows * width);
+    if (Status wrong = linear(gated, x, rows, w.channels, true, nullptr, hidden, threads)) return wrong;
+    return linear(last, hidden, rows, width, false, residual, out, threads);
+  }
+  const Clock clock(LAYERS);
+  if (!rows) return OK;
+  if (!fits(w, gated.range) || !fits(next, last.range)) return OUT_OF_RANGE;
+  static thread_local Scratch<uint8_t> memory;
+  uint8_t* codes = rows_of(memory, rows, width);
+  const Planes planes(gated.range, w.channels, false), next_planes(last.range, width, false);
+  const bool nan = multiply_rows(gated, planes, rows, true, nullptr, nullptr, codes, last.range, threads,
+                                 quantizing(planes, x, w.channels));
+  const auto there = [&](int64_t first, int64_t, bool&) -> const uint8_t* { return codes + first * width; };
+  return multiply_rows(last, next_planes, rows, false, residual, out, nullptr, {}, threads, there) || nan ? HAS_NAN : OK;
+}
+
+}  // namespace quest
