@@ -120,75 +120,71 @@ INLINE int32_t highest(I a) {
 // Bytes of a weight panel are widened in the same way. Both operands are widened one stretch at a time. A stretch stays in the
 // first cache of a processor core.
 constexpr int STRETCH = WINOGRAD_CHANNELS;  // bytes per row
-constexpr int HALF = STRETCH / 4;           // even pairs of a row, and its odd pairs
-constexpr int ROWS = 30;
+constexpr int ROW = STRETCH / 2;            // pairs per row: first the even ones, then the odd ones
+constexpr int ROWS = 60;
 
 INLINE void widen_row(const uint8_t* a, int64_t bytes, int32_t* out) {
-  for (int64_t k = 0; k < bytes; k += 32) {
-    const __m256i four = whole(a + k);
-    put(out + k / 4, _mm256_and_si256(four, _mm256_set1_epi16(255)));
-    put(out + HALF + k / 4, _mm256_srli_epi16(four, 8));
-  }
+  for (int64_t k = 0; k < bytes; k += 32) put(out + k / 4, _mm256_and_si256(whole(a + k), _mm256_set1_epi16(255)));
+  out += bytes / 4;
+  for (int64_t k = 0; k < bytes; k += 32) put(out + k / 4, _mm256_srli_epi16(whole(a + k), 8));
 }
 
 // Widens a panel to pairs [even, odd][bytes / 4][NR].
 INLINE void widen_panel(const int8_t* b, int64_t bytes, int16_t* out) {
   int16_t* odd = out + bytes * NR / 2;
-  for (int64_t k = 0; k < bytes * NR; k += 32) {
-    const __m256i four = whole(b + k);
-    put(out + k / 2, _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8));
-    put(odd + k / 2, _mm256_srai_epi16(four, 8));
+  for (const int8_t* end = b + bytes * NR; b < end; b += 32, out += 16, odd += 16) {
+    const __m256i four = whole(b);
+    put(out, _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8));
+    put(odd, _mm256_srai_epi16(four, 8));
   }
 }
 
 // Computes R x 16 sums in 2 R registers. begin: the sums start at 0; otherwise they are added to `out`.
 template <int R>
-INLINE void tile(const int32_t* a, const int16_t* b, int64_t quads, bool begin, int32_t* out, ptrdiff_t stride) {
+INLINE void tile(const int32_t* a, const int16_t* b, int64_t pairs, bool begin, int32_t* out, ptrdiff_t stride) {
   __m256i c[R][2];
 #pragma GCC unroll 6
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++) c[r][h] = begin ? _mm256_setzero_si256() : whole(out + r * stride + 8 * h);
 #pragma GCC unroll 1
-  for (int odd = 0; odd < 2; odd++, a += HALF)
-#pragma GCC unroll 1
-    for (int64_t k = 0; k < quads; k++, b += 2 * NR) {
-      const __m256i b0 = whole(b), b1 = whole(b + NR);
+  for (int64_t k = 0; k < pairs; k++, b += 2 * NR) {
+    const __m256i b0 = whole(b), b1 = whole(b + NR);
 #pragma GCC unroll 6
-      for (int r = 0; r < R; r++) {
-        const __m256i v = _mm256_set1_epi32(a[2 * r * HALF + k]);
-        c[r][0] = _mm256_add_epi32(c[r][0], _mm256_madd_epi16(v, b0));
-        c[r][1] = _mm256_add_epi32(c[r][1], _mm256_madd_epi16(v, b1));
-      }
+    for (int r = 0; r < R; r++) {
+      const __m256i v = _mm256_set1_epi32(a[r * ROW + k]);
+      c[r][0] = _mm256_add_epi32(c[r][0], _mm256_madd_epi16(v, b0));
+      c[r][1] = _mm256_add_epi32(c[r][1], _mm256_madd_epi16(v, b1));
     }
+  }
 #pragma GCC unroll 6
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++) put(out + r * stride + 8 * h, c[r][h]);
 }
 
-// The same for any number of rows, which are 2 * HALF pairs apart.
-void tiles(const int32_t* a, int64_t rows, const int16_t* b, int64_t quads, bool begin, int32_t* out, ptrdiff_t stride) {
-  for (; rows > 0; rows -= 6, a += 12 * HALF, out += 6 * stride) switch (rows) {
+// The same for any number of rows, which are ROW pairs apart.
+void tiles(const int32_t* a, int64_t rows, const int16_t* b, int64_t pairs, bool begin, int32_t* out, ptrdiff_t stride) {
+  for (; rows > 0; rows -= 6, a += 6 * ROW, out += 6 * stride) switch (rows) {
 #define CASE(R) \
-  case R: tile<R>(a, b, quads, begin, out, stride); break;
+  case R: tile<R>(a, b, pairs, begin, out, stride); break;
       CASE(1) CASE(2) CASE(3) CASE(4) CASE(5)
 #undef CASE
-      default: tile<6>(a, b, quads, begin, out, stride);
+      default: tile<6>(a, b, pairs, begin, out, stride);
     }
 }
 
 void multiply(const uint8_t* a, ptrdiff_t stride, int rows, int segments, const ptrdiff_t* offset, int64_t bytes,
               const int8_t* b, ptrdiff_t panel, int panels, int32_t* out, ptrdiff_t out_stride) {
-  alignas(32) int32_t wide_a[ROWS * 2 * HALF];
+  alignas(32) int32_t wide_a[ROWS * ROW];
   alignas(32) int16_t wide_b[STRETCH * NR];
   for (int64_t done = 0, n; done < segments * bytes; done += n) {
     const int64_t at = done % bytes;
     n = bytes - at < STRETCH ? bytes - at : STRETCH;
-    for (int r = 0; r < rows; r++) widen_row(a + r * stride + offset[done / bytes] + at, n, wide_a + r * 2 * HALF);
+    for (int r = 0; r < rows; r++) widen_row(a + r * stride + offset[done / bytes] + at, n, wide_a + r * ROW);
     for (int p = 0; p < panels; p++) {
       widen_panel(b + p * panel + done * NR, n, wide_b);
-      tiles(wide_a, rows, wide_b, n / 4, !done, out + p * NR, out_stride);
+      tiles(wide_a, rows, wide_b, n / 2, !done, out + p * NR, out_stride);
     }
   }
 }

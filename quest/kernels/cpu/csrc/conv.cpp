@@ -57,11 +57,11 @@ void winograd_product(const Weight& w, const Terms& t, const Rows& a, int middle
   static thread_local Scratch<int16_t> transformed;
   static thread_local Scratch<int32_t> points, products, sums;
   static thread_local Scratch<int8_t> memory;
-  const int64_t each = POINTS * 2 * round_up(a.stride, WINOGRAD_CHANNELS);
+  const int64_t each = POINTS * round_up(a.stride, WINOGRAD_CHANNELS);
   const int64_t most =
       std::min<int64_t>(starts.size(), std::clamp<int64_t>(TILES / (POINTS * (2 * a.stride + 4 * NR)), 18, 48));
-  int16_t* v = transformed.get(most * each / 2);
-  int32_t* m = points.get(most * POINTS * NR);
+  int16_t* v = transformed.get((most + 1) * each);
+  int32_t* m = points.get((most + 1) * POINTS * NR);
   int32_t* y = products.get(most * 16 * NR);
   int32_t* sum = sums.get(most * 16);
   int8_t* b = memory.get(9 * a.stride * NR);

@@ -32,7 +32,7 @@
 namespace quest {
 
 constexpr int NR = 16;                        // columns of a weight panel
-constexpr int MAX_ROWS = 32, MAX_PANELS = 4;  // in one call of multiply
+constexpr int MAX_ROWS = 64, MAX_PANELS = 4;  // in one call of multiply
 constexpr int64_t SLACK = 64;                 // bytes that may be read after the last row of codes
 
 #define INLINE static inline __attribute__((always_inline))
@@ -46,11 +46,11 @@ constexpr int64_t SLACK = 64;                 // bytes that may be read after th
 struct Winograd {
   // Transforms tiles of 6x6 pixels, with `channels` bytes per pixel, a multiple of 4. Tile t begins at a + offset[t]. Lines
   // and pixels are `line` and `pixel` bytes apart. `middle` is subtracted from each byte. Only `multiply` knows the order of
-  // the transformed numbers; `out` has room for POINTS * tiles * (channels, rounded up to a multiple of WINOGRAD_CHANNELS).
+  // the transformed numbers. `out` has room for POINTS * (tiles + 1) pixels, each of WINOGRAD_CHANNELS or a multiple.
   void (*input)(const uint8_t* a, ptrdiff_t line, ptrdiff_t pixel, int64_t channels, int middle, const ptrdiff_t* offset,
                 int64_t tiles, int16_t* out);
   // Computes sums [tiles][4][4][NR] from transformed tiles and a panel of nine taps. `points` has room for
-  // POINTS * tiles * NR numbers.
+  // POINTS * (tiles + 1) * NR numbers.
   void (*multiply)(const int16_t* a, int64_t channels, int64_t tiles, const int8_t* panel, int32_t* points, int32_t* out);
 };
 constexpr int POINTS = 36;              // products for one 4x4 output tile in the transformed domain, 6x6

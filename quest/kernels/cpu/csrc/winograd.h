@@ -1,5 +1,5 @@
 // Winograd's convolutions with AVX2 (see core.h); only avx2.cpp includes this file. Tiles are widened as rows are, and the
-// weight as panels are. Transformed tiles are ordered [stretch][point][tile][even, odd][HALF pairs].
+// weight as panels are. Transformed tiles are ordered [stretch][point][tile][pairs].
 
 INLINE __m256i shl(__m256i x, int by) { return _mm256_slli_epi16(x, by); }
 INLINE __m256i add(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
@@ -16,6 +16,10 @@ INLINE void input_transform(const __m256i d[6], __m256i out[6]) {
   out[4] = sub(even, odd);
   out[5] = add(sub(shl(d[1], 2), add(shl(d[3], 2), d[3])), d[5]);
 }
+
+// Pairs from one point of transformed tiles to the next. Points are an odd number of cache lines apart; otherwise they would
+// share few sets of the cache.
+INLINE ptrdiff_t point_of(int64_t tiles) { return tiles * ROW + 16; }
 
 template <bool ODD>
 INLINE void input_tile(const uint8_t* a, ptrdiff_t line, ptrdiff_t pixel, __m256i middle, int32_t* out, ptrdiff_t point) {
@@ -37,14 +41,17 @@ INLINE void input_tile(const uint8_t* a, ptrdiff_t line, ptrdiff_t pixel, __m256
 void winograd_input(const uint8_t* a, ptrdiff_t line, ptrdiff_t pixel, int64_t channels, int middle,
                     const ptrdiff_t* offset, int64_t tiles, int16_t* out) {
   const __m256i off = _mm256_set1_epi16(static_cast<int16_t>(middle));
-  const ptrdiff_t point = tiles * 2 * HALF;
+  const ptrdiff_t point = point_of(tiles);
   int32_t* v = reinterpret_cast<int32_t*>(out);
-  for (int64_t c = 0; c < channels; c += 32)
+  for (int64_t k = 0; k < channels; k += STRETCH, v += POINTS * point) {
+    const int64_t n = channels - k < STRETCH ? channels - k : STRETCH;
     for (int64_t t = 0; t < tiles; t++) {
-      int32_t* to = v + c / STRETCH * POINTS * point + t * 2 * HALF + c % STRETCH / 4;
-      input_tile<false>(a + offset[t] + c, line, pixel, off, to, point);
-      input_tile<true>(a + offset[t] + c, line, pixel, off, to + HALF, point);
+      const uint8_t* from = a + offset[t] + k;
+      int32_t* to = v + t * ROW;
+      for (int64_t c = 0; c < n; c += 32) input_tile<false>(from + c, line, pixel, off, to + c / 4, point);
+      for (int64_t c = 0; c < n; c += 32) input_tile<true>(from + c, line, pixel, off, to + (n + c) / 4, point);
     }
+  }
 }
 
 // G of F(4x4, 3x3) with rows scaled to integers: {1,0,0}, {1,1,1}, {1,-1,1}, {1,2,4}, {1,-2,4}, {0,0,1}.
@@ -58,7 +65,7 @@ INLINE void weight_transform(const __m256i g[3], __m256i out[6]) {
   out[5] = g[2];
 }
 
-constexpr int PANEL = STRETCH * NR;  // numbers of a panel per tap, and per point, in one stretch
+constexpr int PANEL = STRETCH * NR + 32;  // numbers of a panel per tap, and per point, an odd number of cache lines
 constexpr int THIRDS[3][2] = {{0, 5}, {1, 2}, {3, 4}};  // rows of six points that are computed together
 
 // Transforms the taps of a panel into two rows of points. A third of the points fits into the first cache.
@@ -91,6 +98,7 @@ INLINE void output_transform(const I m[6], I out[4]) {
 void winograd_multiply(const int16_t* a, int64_t channels, int64_t count, const int8_t* panel, int32_t* points, int32_t* out) {
   alignas(32) int16_t taps[9 * PANEL], some[12 * PANEL];
   const int32_t* v = reinterpret_cast<const int32_t*>(a);
+  const int64_t line = count | 1;  // rows from one point to the next, an odd number of cache lines
   for (int64_t k = 0; k < channels; k += STRETCH) {
     const int64_t n = channels - k < STRETCH ? channels - k : STRETCH;
     for (int t = 0; t < 9; t++) widen_panel(panel + (t * channels + k) * NR, n, taps + t * PANEL);
@@ -98,8 +106,8 @@ void winograd_multiply(const int16_t* a, int64_t channels, int64_t count, const 
       (third == 0 ? third_of_weight<0> : third == 1 ? third_of_weight<1> : third_of_weight<2>)(taps, n * NR, some);
       for (int i = 0; i < 12; i++) {
         const int64_t point = 6 * THIRDS[third][i / 6] + i % 6;
-        tiles(v + (k / STRETCH * POINTS + point) * count * 2 * HALF, count, some + i * PANEL, n / 4, !k,
-              points + point * count * NR, NR);
+        tiles(v + (k / STRETCH * POINTS + point) * point_of(count), count, some + i * PANEL, n / 2, !k,
+              points + point * line * NR, NR);
       }
     }
   }
@@ -108,7 +116,7 @@ void winograd_multiply(const int16_t* a, int64_t channels, int64_t count, const 
     for (int c = 0; c < NR; c += L) {
       I half[4][6], m[6], y[4];
       for (int j = 0; j < 6; j++) {
-        for (int i = 0; i < 6; i++) m[i] = load(points + ((6 * i + j) * count + t) * NR + c);
+        for (int i = 0; i < 6; i++) m[i] = load(points + ((6 * i + j) * line + t) * NR + c);
         output_transform(m, y);
         for (int i = 0; i < 4; i++) half[i][j] = y[i];
       }
