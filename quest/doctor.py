@@ -105,7 +105,7 @@ def _path():
     if forced:
         return "ok", f"{isa}, as QUEST_ISA says"
     lacking = {
-        "portable": "no AVX2 and FMA on this processor: correct, but slower than float32",
+        "portable": "neither AVX2 and FMA nor dot products of NEON on this processor: correct, but slower than float32",
         "avx2": "no VNNI on this processor, which multiplies and adds in one instruction",
         "avxvnni": "no AVX-512 on this processor, whose vectors are twice as long",
     }

@@ -16,7 +16,7 @@ int main() {
     void (*run)();
   } tests[] = {{"floats", test_floats},       {"bytes", test_bytes},   {"layers", test_layers},
                {"attention", test_attention}, {"blocks", test_blocks}, {"failures", test_failures}};
-  for (const char* name : {"portable", "avx2", "avxvnni", "avx512vnni", "amx"}) {
+  for (const char* name : {"portable", "neon", "avx2", "avxvnni", "avx512vnni", "amx"}) {
     if (quest_use(name)) {
       std::printf("%s: NOT TESTED, this machine lacks it\n", name);
       continue;

@@ -14,7 +14,7 @@ import torch  # loads the OpenMP runtime, whose threads the core uses too
 
 from quest.kernels.cpu.core import abi
 
-ISAS = ("portable", "avx2", "avxvnni", "avx512vnni", "amx")  # instruction sets, from the slowest to the fastest
+ISAS = ("portable", "neon", "avx2", "avxvnni", "avx512vnni", "amx")  # instruction sets, from the slowest to the fastest
 # Results of functions other than 0 (`Status` in csrc/driver.h), and the errors that they stand for.
 INVALID = 3
 ERRORS = {1: ValueError, 2: ValueError, INVALID: ValueError, 4: MemoryError, 5: RuntimeError}

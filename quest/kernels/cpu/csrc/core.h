@@ -121,6 +121,15 @@ void avx2_layer_norm(const float* x, int64_t n, float eps, const float* weight, 
 #if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
 #define QUEST_NEW_COMPILER 1  // knows AVX-VNNI and AMX
 #endif
+#elif defined(__aarch64__) && defined(__GNUC__)
+#define QUEST_ARM 1
+#ifdef __clang__
+#define QUEST_DOTPROD "dotprod"
+#else
+#define QUEST_DOTPROD "arch=armv8.2-a+dotprod"
+#endif
+extern const Isa neon;
+bool neon_allowed();  // whether the processor has dot products
 #endif
 
 }  // namespace quest

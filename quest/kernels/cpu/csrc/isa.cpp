@@ -20,6 +20,8 @@ std::vector<const Isa*> available() {
     all.push_back(&avx512vnni);
     if (amx_allowed()) all.push_back(&amx);
   }
+#elif QUEST_ARM
+  if (neon_allowed()) all.push_back(&neon);
 #endif
   return all;
 }

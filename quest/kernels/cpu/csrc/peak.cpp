@@ -5,7 +5,11 @@
 
 #if QUEST_X86
 #include <immintrin.h>
+#elif QUEST_ARM
+#include <arm_neon.h>
+#endif
 
+#if QUEST_X86 || QUEST_ARM
 #if defined(__clang__)
 #define QUEST_TARGET(x) __attribute__((target(x)))
 #else
@@ -32,6 +36,7 @@ constexpr int SUMS = 12;  // with this many sums, no addition has to wait for th
     _Pragma("GCC unroll 12") for (int j = 0; j < SUMS; j++) asm volatile("" : opaque(c[j]));   \
   }
 
+#if QUEST_X86
 QUEST_PEAK(integer_avx2, "avx2,fma", __m256i, "+x", _mm256_set1_epi16(3), _mm256_set1_epi16(5), _mm256_setzero_si256(),
            _mm256_add_epi32(c[j], _mm256_madd_epi16(a, b)))
 QUEST_PEAK(float_avx2, "avx2,fma", __m256, "+x", _mm256_set1_ps(1e-3f), _mm256_set1_ps(2e-3f), _mm256_setzero_ps(),
@@ -44,6 +49,12 @@ QUEST_PEAK(integer_avxvnni, "avx2,avxvnni", __m256i, "+x", _mm256_set1_epi8(3), 
 #endif
 QUEST_PEAK(float_avx512, "avx512f", __m512, "+v", _mm512_set1_ps(1e-3f), _mm512_set1_ps(2e-3f), _mm512_setzero_ps(),
            _mm512_fmadd_ps(a, b, c[j]))
+#else
+QUEST_PEAK(integer_neon, QUEST_DOTPROD, int32x4_t, "+w", vdupq_n_s32(0x03030303), vdupq_n_s32(0x05050505), vdupq_n_s32(0),
+           vdotq_s32(c[j], vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b)))
+QUEST_PEAK(float_neon, QUEST_DOTPROD, float32x4_t, "+w", vdupq_n_f32(1e-3f), vdupq_n_f32(2e-3f), vdupq_n_f32(0),
+           vfmaq_f32(c[j], a, b))
+#endif
 
 }  // namespace
 }  // namespace quest
@@ -67,6 +78,10 @@ int64_t quest_peak(const char* name, int64_t iterations) {
       __builtin_cpu_supports("avx512vnni"))
     return integer_avx512vnni(iterations), iterations * SUMS * 64;
   if (!std::strcmp(name, "amx") && amx_allowed()) return amx_peak(iterations);
+#elif QUEST_ARM
+  using namespace quest;
+  if (!std::strcmp(name, "float") && neon_allowed()) return float_neon(iterations), iterations * SUMS * 4;
+  if (!std::strcmp(name, "neon") && neon_allowed()) return integer_neon(iterations), iterations * SUMS * 16;
 #endif
   return 0;
 }

@@ -17,6 +17,8 @@ namespace {
 inline void pause() {
 #if QUEST_X86
   __builtin_ia32_pause();
+#elif QUEST_ARM
+  asm volatile("yield");
 #endif
 }
 
