@@ -9,6 +9,7 @@ MODULES = (
     "rtn",
     "adaround",
     "gptq",
+    "fp4",
     "ptq4dm",
     "q_diffusion",
     "ptqd",

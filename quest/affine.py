@@ -5,9 +5,11 @@ fused autograd function (four passes over one buffer instead of an autograd node
 multiplies the codes of the same `QTensor`. The three cannot disagree about rounding, clamping or the zero point.
 
 A dynamic format takes scales and zero points from the tensor itself (`measured`), so both functions do that first.
+A format of small floats has codes that are whole numbers too, but not all of them (`Table`): 4-bit E2M1 has 0, 1, 2, 3,
+4, 6, 8, 12 and their negatives, which are its values times 2.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,39 @@ from quest.kernels.cpu.core import available, calls
 FLOAT = 32  # bits of a tensor that is not quantized
 ROWS = ("tensor", "token")  # what has a scale of its own in a dynamic format
 TINY = 1e-10  # least scale of a dynamic format, so that zeros stay zeros
+E4M3 = 448.0  # the largest value of an 8-bit float with 4 bits of exponent
+BLOCK_SCALES = ("e4m3", "e8m0", "e8m0-up")  # formats of the scales of groups
+
+
+class Table(NamedTuple):
+    """Floats of few bits: e of exponent, m of mantissa (bias 1, subnormals, no infinity), times 2^m to be whole.
+
+    E2M1 is 0, .5, 1, 1.5, 2, 3, 4, 6; e = 1 gives equal distances.
+    """
+
+    exponent: int
+    mantissa: int
+
+    @classmethod
+    def named(cls, name: str) -> "Table":
+        """Read a name such as "e2m1". Raises ValueError for another one."""
+        if len(name) != 4 or name[0::2] != "em" or not name[1::2].isdecimal() or name[1] == "0":
+            raise ValueError(f"table: {name!r} is not of the form e2m1")
+        return cls(int(name[1]), int(name[3]))
+
+    @property
+    def magnitudes(self) -> list[int]:
+        """The codes from 0 on, 2^(e + m) of them."""
+        one = 2**self.mantissa
+        return [j if i == 0 else (one + j) * 2 ** (i - 1) for i in range(2**self.exponent) for j in range(one)]
+
+    def nearest(self, x: Tensor, symmetric: bool) -> Tensor:
+        """Return the nearest code of each value, ties to the even mantissa; unsigned codes end at 0."""
+        magnitudes = torch.tensor(self.magnitudes, dtype=x.dtype, device=x.device)
+        ends = (magnitudes[:-1] + magnitudes[1:]) / 2  # a value on an end goes to the code below
+        ends[1::2] = ends[1::2].nextafter(ends.new_zeros(()))  # above a code with an odd mantissa, to the one above
+        codes = magnitudes[torch.bucketize((x.abs() if symmetric else x.clamp(min=0)).contiguous(), ends)]
+        return codes.copysign(x) if symmetric else codes
 
 
 @dataclass(frozen=True)
@@ -34,6 +69,11 @@ class QuantSpec:
     sample ("tensor"), or one for each position of a sample, over all its channels ("token": a pixel, a token).
     Symmetric codes then end at +-(2^(bits - 1) - 1). `axis` is the dimension that the product sums over.
     group: of a dynamic format, the scales are of that many consecutive indices of `axis`; the last ones may be fewer.
+    Of a weight, whose format is static and has axis 0, those of dimension 1, apart for each tap of a convolution.
+    table: None, or the name of a `Table` whose codes these are; with a sign (`symmetric`) e + m is one bit less.
+    block_scale: None, or the format to which the scales of groups are rounded: "e4m3", an 8-bit float times one factor
+    per sample or weight (NVFP4), "e8m0", the power of two of the largest value (MXFP4, OCP's rule, which saturates), or
+    "e8m0-up", the next one that reaches it.
     """
 
     bits: int
@@ -42,12 +82,20 @@ class QuantSpec:
     wide: bool = False
     rows: str | None = None
     group: int | None = None
+    table: str | None = None
+    block_scale: str | None = None
 
     def __post_init__(self):
+        if self.table is not None and sum(Table.named(self.table)) != self.bits - self.symmetric:
+            raise ValueError(f"table: {self.table} has not {self.bits} bits")
+        if self.block_scale not in (None, *BLOCK_SCALES):
+            raise ValueError(f"block_scale: {self.block_scale!r} is not one of {', '.join(BLOCK_SCALES)}")
+        if self.block_scale is not None and (self.group is None or self.block_scale != "e4m3" and not self.symmetric):
+            raise ValueError("block_scale: of groups only, and powers of two of symmetric codes")
         if self.rows not in (None, *ROWS):
             raise ValueError(f"rows: {self.rows!r} is not one of {', '.join(ROWS)}, or None for a static format")
-        if self.rows is None and self.group is not None:
-            raise ValueError("group: of a dynamic format only: give rows")
+        if self.rows is None and self.group is not None and self.axis != 0:
+            raise ValueError("group: of a dynamic format, or of a weight: give rows, or axis=0")
         if self.rows is not None and (self.axis is None or self.wide or self.bits == FLOAT):
             raise ValueError("rows: a dynamic format has an axis, 2 to 16 bits and no wide codes")
         if self.group is not None and self.group < 1:
@@ -61,7 +109,7 @@ class QuantSpec:
     def qmin(self) -> int:
         if self.wide:
             return -(2**self.bits) - 1
-        if self.dynamic and self.symmetric:
+        if self.symmetric and (self.dynamic or self.group or self.table):
             return -self.qmax
         return -(2 ** (self.bits - 1)) if self.symmetric else 0
 
@@ -69,6 +117,8 @@ class QuantSpec:
     def qmax(self) -> int:
         if self.wide:
             return 2**self.bits
+        if self.table:
+            return Table.named(self.table).magnitudes[-1]
         return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
 
     @property
@@ -84,12 +134,14 @@ class QuantSpec:
     @property
     def granularity(self) -> str:
         """What shares a scale, in words."""
-        if not self.dynamic:
-            return "per tensor" if self.axis is None else f"per channel {self.axis}"
-        return f"dynamic per {self.rows}" + (f" in groups of {self.group}" if self.group else "")
+        what = "per tensor" if self.axis is None else f"per channel {self.axis}"
+        what = f"dynamic per {self.rows}" if self.dynamic else what
+        what += f" in groups of {self.group}" if self.group else ""
+        what += f", scales {self.block_scale}" if self.block_scale else ""
+        return what + (f", codes {self.table}" if self.table else "")
 
     def scales(self, size: int) -> int:
-        """Return how many scales `size` indices of `axis` have in a dynamic format."""
+        """Return how many scales `size` indices have, of `axis` in a dynamic format and of dimension 1 in a weight."""
         return -(-size // self.group) if self.group else 1
 
 
@@ -192,15 +244,48 @@ def measured(x: Tensor, qparams: QParams) -> QParams:
     shared = [d for d in range(1, parts.ndim) if d != axis] if spec.rows == "tensor" else [axis + 1]
     low, high = (clip * end for end in (parts.amin(shared, True).clamp(max=0), parts.amax(shared, True).clamp(min=0)))
     if spec.symmetric:
-        scale = (torch.maximum(-low, high) / spec.qmax).clamp(min=TINY)
+        scale = _in_blocks(torch.maximum(-low, high), spec)
         zero_point = torch.zeros_like(scale)
     else:
-        scale = ((high - low) / (spec.qmax - spec.qmin)).clamp(min=TINY)
+        scale = _in_blocks(high - low, spec)
         zero_point = (-low / scale).detach().round()
     if groups > 1:
         expand = (t.squeeze(axis + 1).repeat_interleave(spec.group, axis) for t in (scale, zero_point))
         return QParams(*(t.narrow(axis, 0, size) for t in expand), spec)
     return QParams(scale.squeeze(axis), zero_point.squeeze(axis), spec)
+
+
+def _in_blocks(reach: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the scales with which the largest code is `reach`, rounded to the format of block scales.
+
+    Where a scale rounds to zero, the values of its group must become zeros, as those of NVFP4 do. They do so with the
+    largest scale of all, which is returned there.
+    """
+    scale = (reach / spec.qmax).clamp(min=TINY)
+    if spec.block_scale is None:
+        return scale
+    one = 2 ** Table.named(spec.table).mantissa if spec.table else 1  # the code of 1.0
+    if spec.block_scale == "e4m3":
+        unit = scale * one
+        factor = (unit.amax(list(range(1, unit.ndim)), True) / E4M3).clamp(min=TINY)
+        rounded = factor * (unit / factor).clamp(max=E4M3).to(torch.float8_e4m3fn).to(unit.dtype)
+        return torch.where(rounded > 0, rounded, factor * E4M3) / one
+    # Exact exponents: reach = m 2^e with m from 1/2 on.
+    mantissa, exponent = reach.clamp(min=TINY * spec.qmax).frexp()
+    top, top_exponent = torch.frexp(reach.new_tensor(spec.qmax / one))
+    up = mantissa > top if spec.block_scale == "e8m0-up" else 0
+    return torch.ldexp(torch.ones_like(reach), exponent - top_exponent + up) / one
+
+
+def in_groups(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Return scales and zero points of the groups of a weight [O, C, ...], [O, groups, ...] each, from whole ranges.
+
+    Factors of `block_scale` are of the whole weight.
+    """
+    own = QuantSpec(**spec.fields | {"rows": "token", "axis": 2})
+    found = measured(weight[None], QParams(weight.new_ones(()), weight.new_zeros(()), own))
+    shape = (1, *weight.shape)
+    return tuple(t.expand(shape)[0, :, :: spec.group] if spec.group < shape[2] else t[0] for t in found[:2])
 
 
 def quantize(x: Tensor, qparams: QParams) -> QTensor:
@@ -214,6 +299,11 @@ def quantize(x: Tensor, qparams: QParams) -> QTensor:
     scale, zero_point, spec = measured(x, qparams)
     if spec.bits == FLOAT:
         return QTensor(x, scale, zero_point)
+    if spec.table is not None:
+        exact = x / scale + zero_point
+        nearest = Table.named(spec.table).nearest(exact.detach(), spec.symmetric)
+        inside = (exact >= spec.qmin) & (exact <= spec.qmax)
+        return QTensor(torch.where(inside, exact + (nearest - exact).detach(), nearest), scale, zero_point)
     codes = round_ste(x / scale) + zero_point
     clipped = codes.detach().clamp(spec.qmin, spec.qmax)
     return QTensor(torch.where(clipped == codes, codes, clipped), scale, zero_point)
@@ -289,5 +379,8 @@ def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
     scale, zero_point, spec = measured(x, qparams)
     if spec.bits == FLOAT:
         return x
+    if spec.table is not None:
+        static = replace(spec, rows=None, group=None, block_scale=None)
+        return quantize(x, QParams(scale, zero_point, static)).dequantize()
     function = _FusedFakeQuantize if _fusible(x, scale) else _FakeQuantize
     return function.apply(x, scale, zero_point, spec.qmin, spec.qmax)

@@ -30,6 +30,11 @@ class Rounding:
     """
 
     def __init__(self, layers: list[QuantLayer]):
+        for layer in layers:
+            if layer.weight_quantizer.spec.table is not None:
+                raise ValueError(
+                    f"layer {layer.input_quantizer.name}: AdaRound rounds to neighbouring whole codes only"
+                )
         self.shapes = [layer.weight.shape for layer in layers]
         self.qparams = [layer.weight_quantizer.qparams for layer in layers]
         self.weights = [layer.weight.detach() for layer in layers]

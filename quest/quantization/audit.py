@@ -44,7 +44,7 @@ def report(path) -> str:
         lines.append(f"time groups start at {', '.join(map(str, header['time_groups']))}")
     made = header.get("provenance", {})
     lines += [f"commit {made.get('commit')}, {made.get('date')}", ""]
-    rows = [(cost.KINDS[kind], size) for kind, size in kinds.items()]
+    rows = [(cost.KINDS[kind], size) for kind, size in kinds.items() if size or kind != "branches"]
     rows += [(f"  {place}", size) for place, size in sorted(found["bytes"]["float"].items(), key=lambda row: -row[1])]
     rows += [("denoiser", denoiser), ("corrections of the sampler", found["scheduler"])]
     rows += [("header", found["file"] - denoiser - found["scheduler"]), ("file", found["file"])]

@@ -23,7 +23,7 @@ from torch import nn
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion import samplers
 from quest.diffusion.denoisers import denoiser_of, name_of
-from quest.quantization import cost, guards, packing, prologue
+from quest.quantization import branch, cost, guards, packing, prologue
 from quest.quantization import header as headers
 from quest.quantization.attention import QuantAttention
 from quest.quantization.layers import attentions, is_quantized, name_quantizers, quant_layers, quantized, replace
@@ -71,6 +71,7 @@ def save(pipe, path, floats: bool = False, **extra) -> None:
         "shapes": {n: list(m.weight_shape) for n, m in quant_layers(denoiser)},
         "attentions": {n: [q.spec.fields for q in (m.processor.q, m.processor.p)] for n, m in attentions(denoiser)},
         **prologue.described(quant_layers(denoiser)),
+        **branch.described(quant_layers(denoiser)),
         "granularity": cost.granularity(denoiser),
         "time_groups": groups.starts.tolist() if groups else None,
         **getattr(denoiser, "quantization", {}),
@@ -169,7 +170,8 @@ def check_tensors(header: dict, tensors: dict[str, torch.Tensor], path) -> None:
                 refuse(
                     name, f"is {value.dtype} {tuple(value.shape)}: of no quantizer in the header, or not of its groups"
                 )
-            if not (value > 0).all() if leaf == "scale" else not (value == value.round()).all():
+            free = quantized[module][0].get("table") is not None  # zero points of small floats may be fractions
+            if not (value > 0).all() if leaf == "scale" else not (free or (value == value.round()).all()):
                 refuse(name, "holds a scale that is not positive" if leaf == "scale" else "holds a fraction")
         if name.endswith(f".{prologue.MULTIPLIER}") and not (value > 0).all():
             refuse(name, "holds a factor that is not positive")
@@ -181,7 +183,7 @@ def check_tensors(header: dict, tensors: dict[str, torch.Tensor], path) -> None:
                 refuse(
                     name, f"is {value.dtype} {tuple(value.shape)}, not codes of {spec.bits} bits of a weight {weight}"
                 )
-            if packing.largest(value, spec) > spec.qmax - spec.qmin:
+            if packing.largest(value, spec) >= packing.levels(spec):
                 refuse(name, f"holds a code that {spec.bits} bits do not have")
     for name, (weight, *_) in header["layers"].items():
         coded = header["weights"] == CODES and weight["bits"] < FLOAT
@@ -201,6 +203,8 @@ def _fits(value: torch.Tensor, scale: torch.Tensor, groups: int, spec: dict, sha
     one = shape is None and (spec["axis"] is None or "rows" in spec)
     if len(value) not in (1, groups) or one and math.prod(each) != 1:
         return False
+    if shape is not None and "group" in spec:
+        return each == (shape[0], QuantSpec(**spec).scales(shape[1]), *shape[2:])
     return (
         shape is None
         or len(each) <= len(shape)
@@ -238,6 +242,7 @@ def load(pipe, path, kernel: str = "auto"):
     for name, (spec, probability) in header["attentions"].items():
         denoiser.get_submodule(name).set_processor(QuantAttention(QuantSpec(**spec), QuantSpec(**probability), groups))
     prologue.restore(dict(quant_layers(denoiser)), header, tensors, path)
+    branch.restore(dict(quant_layers(denoiser)), header, tensors, path)
     for name, value in tensors.items():
         # Only the file knows the shape of per-channel scales.
         module, _, leaf = name.rpartition(".")
@@ -287,10 +292,13 @@ def load_weights(denoiser, path) -> None:
     for name, layer in quant_layers(denoiser):
         if layer.weight_quantizer.spec.bits == FLOAT:
             continue
-        bits = header["layers"][name][0]["bits"]
-        if bits != layer.weight_quantizer.spec.bits:
-            raise ValueError(f"{path}: layer {name} has {bits}-bit weights, not {layer.weight_quantizer.spec.bits}")
+        spec, own = QuantSpec(**header["layers"][name][0]), layer.weight_quantizer.spec
+        if spec.bits != own.bits:
+            raise ValueError(f"{path}: layer {name} has {spec.bits}-bit weights, not {own.bits}")
+        if (spec.table, spec.group) != (own.table, own.group):
+            raise ValueError(f"{path}: layer {name} has weights {spec.granularity}, not {own.granularity}")
         prologue.restore({name: layer}, header, tensors, path)
+        branch.restore({name: layer}, header, tensors, path)
         layer.weight.data.copy_(tensors[f"{name}.weight"])
         if layer.bias is not None:
             layer.bias.data.copy_(tensors[f"{name}.bias"])
@@ -323,7 +331,7 @@ def check_shapes(denoiser, header: dict, tensors: dict[str, torch.Tensor], path)
     stored = {k: v.shape for k, v in tensors.items() if k.rpartition(".")[2] not in quantizers}
     coded = [k for k in stored if k.endswith(f".{CODES}")]
     stored |= {f"{n}.weight": tuple(header["shapes"][n]) for n in (k.removesuffix(f".{CODES}") for k in coded)}
-    other = {*coded, *(f"{name}.{prologue.MULTIPLIER}" for name in header.get("prologues", {}))}
+    other = {*coded, *(f"{name}.{prologue.MULTIPLIER}" for name in header.get("prologues", {})), *branch.names(header)}
     stored = {k: v for k, v in stored.items() if not k.startswith(SCHEDULER) and k not in other}
     differ = [
         f"{k}: {tuple(stored[k]) if k in stored else 'missing'} in the file, "

@@ -114,6 +114,7 @@ KINDS = {  # kinds of a checkpoint's tensors, and their names in texts
     "codes": "codes of weights",
     "weight scales": "scales and zero points of weights",
     "activation scales": "scales and zero points of activations",
+    "branches": "low-rank branches, float16",
     "float": "float32",
 }
 
@@ -123,6 +124,8 @@ def kind(name: str) -> str:
     module, _, leaf = name.rpartition(".")
     if leaf == "codes":
         return "codes"
+    if module.endswith(".branch"):
+        return "branches"
     if leaf == "multiplier":  # of a prologue: the scales of input channels
         return "activation scales"
     if leaf not in ("scale", "zero_point"):
@@ -133,7 +136,7 @@ def kind(name: str) -> str:
 def tensor_class(name: str) -> str:
     """The class of the layer to which a checkpoint's tensor belongs, by its name; "norm" for normalization layers."""
     layer = name.rpartition(".")[0]
-    for part in (".weight_quantizer", ".input_quantizer", ".output_quantizer", ".prologue"):
+    for part in (".weight_quantizer", ".input_quantizer", ".output_quantizer", ".prologue", ".branch"):
         layer = layer.removesuffix(part)
     if ".processor." in f"{layer}.":
         return "attention products"

@@ -14,7 +14,8 @@ from typing import TypedDict
 from quest.runtime.files import dumps, loads
 from quest.runtime.hashing import opened
 
-# 1 kept every weight in float32 and had no hashes. 3 is 2 with prologues, which a version that reads only 2 would lose.
+# 1 kept every weight in float32 and had no hashes. 3 is 2 with prologues or branches, which a version that reads only 2
+# would lose.
 FORMATS = 2, 3
 FLOAT = 32  # as in quest.affine, which loads torch
 
@@ -89,7 +90,7 @@ def of(file, path, diverged: bool = False) -> dict:
 
 def sealed(fields: dict) -> dict:
     """Return a header of these fields, with the format version and the hash added."""
-    header = {"format": FORMATS[bool(fields.get("prologues"))]} | fields
+    header = {"format": FORMATS[bool(fields.get("prologues") or fields.get("branches"))]} | fields
     return header | {"hash": header_hash(header)}
 
 
@@ -130,8 +131,9 @@ def _faults(header) -> Iterator[tuple[str, object, str]]:
             yield f"shapes.{name}", shape, "the shape of a linear layer's weight, or of a convolution's"
     for name, specs in header["attentions"].items():
         yield from _spec_faults(f"attentions.{name}", specs, (2,), header["time_groups"])
-    for name in header.get("prologues", {}).keys() - header["layers"].keys():
-        yield f"prologues.{name}", header["prologues"][name], "prologues of the layers only"
+    for field in ("prologues", "branches"):
+        for name in header.get(field, {}).keys() - header["layers"].keys():
+            yield f"{field}.{name}", header[field][name], f"{field} of the layers only"
     for name in header["shapes"].keys() - header["layers"].keys():
         yield f"shapes.{name}", header["shapes"][name], "shapes of the layers only"
 
@@ -142,17 +144,22 @@ def _spec_faults(field, specs, counts, groups, weight=False):
         return
     for place, spec in enumerate(specs):
         where = f"{field}[{place}]"
-        if not (isinstance(spec, dict) and SPEC.keys() <= spec.keys() <= SPEC.keys() | DYNAMIC.keys()):
-            yield where, spec, f"a mapping of {', '.join(SPEC)}, and in a dynamic format {' and '.join(DYNAMIC)}"
+        if not (isinstance(spec, dict) and SPEC.keys() <= spec.keys() <= SPEC.keys() | SOME.keys()):
+            yield where, spec, f"a mapping of {', '.join(SPEC)}, and in some formats {', '.join(SOME)}"
             continue
-        for key, (holds, valid) in (SPEC | DYNAMIC).items():
+        for key, (holds, valid) in (SPEC | SOME).items():
             if key in spec and not holds(spec[key]):
                 yield f"{where}.{key}", spec[key], valid
         plain = spec["axis"] is None or spec["wide"] is True or spec["bits"] == FLOAT
         if "rows" in spec and (plain or groups is not None or weight and place == 0):
             yield f"{where}.rows", spec["rows"], "of an activation with an axis and less than 32 bits, no time groups"
-        if "group" in spec and "rows" not in spec:
-            yield f"{where}.group", spec["group"], "of a dynamic format only"
+        if "group" in spec and "rows" not in spec and not (weight and place == 0 and spec["axis"] == 0):
+            yield f"{where}.group", spec["group"], "of a dynamic format, or of a weight with axis 0"
+        if "block_scale" in spec and ("group" not in spec or spec["block_scale"] != "e4m3" and not spec["symmetric"]):
+            yield f"{where}.block_scale", spec["block_scale"], "of groups only, and powers of two of symmetric codes"
+        if isinstance(table := spec.get("table"), str) and SOME["table"][0](table):
+            if int(table[1]) + int(table[3]) != spec["bits"] - (spec["symmetric"] is True):
+                yield f"{where}.table", table, "bits of exponent and mantissa that add up to those of the format"
         if spec["wide"] is True and spec["symmetric"] is not True:
             yield f"{where}.wide", True, "wide codes are symmetric"
 
@@ -222,6 +229,12 @@ def _prologue(value) -> bool:
     return value["form"] == "sylvester" or value["block"].bit_length() % 2 == 1  # regular ones: powers of 4
 
 
+def _branch(value) -> bool:
+    """Whether a value is what `branch.Branch.description` returns."""
+    told = isinstance(value, dict) and value.keys() == {"rank", "channels"}
+    return told and _count(value["rank"]) and isinstance(value["channels"], bool)
+
+
 def _hash(value) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
@@ -232,9 +245,11 @@ SPEC = {
     "axis": (lambda value: value is None or _whole(value, -4, 4), "null, or a dimension"),
     "wide": (lambda value: isinstance(value, bool), "true or false"),
 }
-DYNAMIC = {
+SOME = {  # of dynamic formats, of groups and of small floats
     "rows": (lambda value: value in ("tensor", "token"), "tensor or token"),
     "group": (_count, "a number from 1 on"),
+    "table": (lambda value: _text(value) and re.fullmatch("e[1-9]m[0-9]", value) is not None, "such as e2m1"),
+    "block_scale": (lambda value: value in ("e4m3", "e8m0", "e8m0-up"), "e4m3, e8m0 or e8m0-up"),
 }
 _ANY = _mapping_of(lambda _: True)
 FIELDS: dict[str, tuple[Callable, str]] = {
@@ -259,6 +274,7 @@ OPTIONAL: dict[str, tuple[Callable, str]] = {
     "recipe": (_ANY, "keyword arguments"),
     "timesteps": (_steps, "the calibrated timesteps, each once"),
     "prologues": (_mapping_of(_prologue), "scaled, block, form and single by layer"),
+    "branches": (_mapping_of(_branch), "rank, and whether whole channels are kept, by layer"),
     "cost": (_cost, "a mapping; its stages have a stage and iterations, its footprint bytes, macs and bops"),
     "provenance": (_ANY, "a mapping"),
     "config": (_ANY, "the denoiser's configuration"),

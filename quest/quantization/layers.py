@@ -1,7 +1,8 @@
 """Quantized linear layers and convolutions. Their kernel decides whether codes are multiplied or simulated in floats.
 
-x ── (prologue) ── input_quantizer: scale, zero point ─┐
-weight: Parameter or QTensor ──────────────────────────┴─ kernel ── (output_quantizer) ── y
+x ── (prologue) ─┬─ input_quantizer: scale, zero point ─┐
+                 │         weight: Parameter or QTensor ─┴─ kernel ─┐
+                 └─ (branch) ───────────────────────────────────────┴─ (output_quantizer) ── y
 """
 
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from quest import kernels
-from quest.affine import FLOAT, QTensor, QuantSpec, fake_quantize, quantize
+from quest.affine import FLOAT, QTensor, QuantSpec, fake_quantize, in_groups, quantize
 from quest.quantization import packing, ranges
+from quest.quantization.branch import Branch
 from quest.quantization.prologue import Prologue, along
 from quest.quantization.quantizer import Quantizer
 from quest.quantization.timegroups import TimeGroups
@@ -28,6 +30,7 @@ class QuantLayer(nn.Module):
     method that quantizes there; then the input stays in float, and no integer kernel can multiply it.
     prologue: None, or what is done to the input before it is quantized (`prologue.Prologue`); `scale_input` and
     `rotate_input` make it, and change the weight so that the layer in float computes the same.
+    branch: None, or a part of the weight that stays in float (`branch.Branch`); `add_branch` takes it from the weight.
 
     The weight has two states:
 
@@ -59,9 +62,11 @@ class QuantLayer(nn.Module):
     ) -> None:
         """Add quantizers of these formats, without ranges, and the buffers of a frozen weight."""
         self.weight_quantizer = Quantizer(weight, (len(self.weight),) + (1,) * (self.weight.ndim - 1))
+        self.weight_quantizer.size = self.weight.shape[1]
         self.input_quantizer = Quantizer(input, groups=groups)
         self.output_quantizer = None if output is None else Quantizer(output, groups=groups)
         self.register_module("prologue", None)
+        self.register_module("branch", None)
         for name in ("operand", "codes", "origin"):
             self.register_buffer(name, None, persistent=False)
 
@@ -90,6 +95,17 @@ class QuantLayer(nn.Module):
         if not single:
             self.weight.data.copy_(self.prologue.rotated(self.weight, 1))
 
+    @torch.no_grad()
+    def add_branch(self, branch: Branch) -> None:
+        """Let a branch multiply its part of the weight, and take that part from the weight.
+
+        Raises RuntimeError for a layer that has a branch or is frozen, and for a grouped convolution.
+        """
+        if self.is_frozen or self.branch is not None or getattr(self, "groups", 1) > 1:
+            raise RuntimeError("add_branch: not of a layer that is frozen or has one, or of a grouped convolution")
+        self.branch = branch.to(self.weight.device)
+        self.weight.data.sub_(self.branch.product(self.weight))
+
     def _own_prologue(self, what: str) -> Prologue:
         before = self.prologue or Prologue()
         if self.is_frozen or before.block > 1 or getattr(self, "groups", 1) > 1:
@@ -99,13 +115,15 @@ class QuantLayer(nn.Module):
     def choose_weight_range(self, choose=ranges.minmax) -> None:
         """Choose the weight's scales and zero points from the weight itself. A channel of zeros gets a tiny scale.
 
+        Groups have the scales of their whole range (`affine.in_groups`), whatever `choose` is.
         Raises RuntimeError for a frozen weight, because its codes belong to the scales it has.
         """
         if self.weight_quantizer.spec.bits == FLOAT:
             return
         if self.is_frozen:
             raise RuntimeError(f"layer {self.input_quantizer.name}: thaw() its frozen weight to choose its range")
-        scale, zero_point = choose(self.weight.detach(), self.weight_quantizer.spec)
+        spec = self.weight_quantizer.spec
+        scale, zero_point = (in_groups if spec.group else choose)(self.weight.detach(), spec)
         self.weight_quantizer.scale.data, self.weight_quantizer.zero_point = scale[None], zero_point[None]
 
     @property
@@ -231,7 +249,11 @@ class QuantLayer(nn.Module):
             weight = self.prologue.rotated(weight.dequantize() if isinstance(weight, QTensor) else weight, 1)
         return self.prologue(x, self.channels), weight
 
-    def quantize_output(self, y: Tensor) -> Tensor:
+    def finished(self, x: Tensor, y: Tensor, **conv) -> Tensor:
+        """Return the layer's output from its kernel's, which has no bias where there is a branch; x is prepared."""
+        if self.branch is not None:
+            y = y + self.branch(x, **conv)
+            y = y if self.bias is None else y + along(self.bias, y, self.channels)
         return y if self.output_quantizer is None else fake_quantize(y, self.output_quantizer(y))
 
 
@@ -245,8 +267,8 @@ class QuantLinear(QuantLayer, nn.Linear):
         return self.out_features, self.in_features
 
     def forward(self, x: Tensor, **fused) -> Tensor:
-        x, weight = self.prepared(x)
-        return self.quantize_output(self.kernel.linear(x, self.input_quantizer(x), weight, self.bias, **fused))
+        (x, weight), bias = self.prepared(x), self.bias if self.branch is None else None
+        return self.finished(x, self.kernel.linear(x, self.input_quantizer(x), weight, bias, **fused))
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
@@ -259,9 +281,10 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
     def forward(self, x: Tensor, **fused) -> Tensor:
-        conv = dict(stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups) | fused
-        x, weight = self.prepared(x)
-        return self.quantize_output(self.kernel.conv2d(x, self.input_quantizer(x), weight, self.bias, **conv))
+        conv = dict(stride=self.stride, padding=self.padding, dilation=self.dilation)
+        (x, weight), bias = self.prepared(x), self.bias if self.branch is None else None
+        y = self.kernel.conv2d(x, self.input_quantizer(x), weight, bias, **conv, groups=self.groups, **fused)
+        return self.finished(x, y, **conv)
 
 
 def layout(weight: Tensor) -> tuple[int, ...]:

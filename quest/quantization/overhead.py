@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from quest.affine import FLOAT, QuantSpec
 from quest.quantization.attention import QuantAttention
+from quest.quantization.branch import BITS
 from quest.quantization.layers import QuantConv2d, QuantLayer
 
 SCALE, ZERO_POINT = 16, 8  # bits of a scale that is computed from activations, and of its zero point
@@ -31,20 +32,30 @@ def overhead(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
     - scale_bits: bits of the scales and zero points that dynamic formats compute from activations.
     - float_fmas: multiply-adds with which accumulators become outputs, one for each accumulator.
     - float_additions: additions of rotations of activations, C log2(b) for C channels in blocks of b.
+    - weight_scale_bits: bits of the scales (and zero points) of weights in groups, as their formats have them. A file
+      has 32 bits of each.
+    - branch_macs, branch_bops: multiply-accumulates of low-rank branches, and their bit operations at 16 x 16 bits. In
+      `macs` and `bops` of a footprint they are not.
 
     Layers and products with a float operand have none. The multiplications of a prologue are no extra work: a kernel
     multiplies each input by 1 / scale anyway. inputs: keyword arguments of the denoiser, with batch size 1.
     """
-    counted = dict.fromkeys(("scale_bits", "float_fmas", "float_additions"), 0)
+    counted = dict.fromkeys(("scale_bits", "float_fmas", "float_additions", "weight_scale_bits", "branch_macs"), 0)
 
     def layer(module: QuantLayer, args, output: Tensor) -> None:
         x, spec = args[0], module.input_quantizer.spec
         if module.prologue is not None:
             counted["float_additions"] += x.numel() * round(math.log2(module.prologue.block))
+        if module.branch is not None:
+            counted["branch_macs"] += module.branch.macs(output.numel())
         counted["scale_bits"] += scale_bits(spec, x.shape)
-        if max(spec.bits, module.weight_quantizer.spec.bits) < FLOAT:
-            taps = math.prod(module.kernel_size) if isinstance(module, QuantConv2d) and spec.rows == "token" else 1
-            counted["float_fmas"] += output.numel() * taps * accumulators(spec, x.shape)
+        weight = module.weight_quantizer.spec
+        counted["weight_scale_bits"] += weight_scale_bits(weight, module.weight_shape)
+        if max(spec.bits, weight.bits) < FLOAT:
+            apart = spec.rows == "token" or weight.group is not None
+            taps = math.prod(module.kernel_size) if isinstance(module, QuantConv2d) and apart else 1
+            groups = max(accumulators(spec, x.shape), weight.scales(module.weight_shape[1]))
+            counted["float_fmas"] += output.numel() * taps * groups
 
     def products(module: QuantAttention, args, _output) -> None:
         q, k, v = args[:3]
@@ -63,7 +74,7 @@ def overhead(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
     finally:
         for handle in handles:
             handle.remove()
-    return counted
+    return counted | {"branch_bops": counted["branch_macs"] * BITS**2}
 
 
 def accumulators(spec: QuantSpec, shape: torch.Size) -> int:
@@ -76,4 +87,14 @@ def scale_bits(spec: QuantSpec, shape: tuple[int, ...]) -> int:
     if not spec.dynamic:
         return 0
     rows = shape[0] if spec.rows == "tensor" else math.prod(shape) // shape[spec.axis]
-    return rows * spec.scales(shape[spec.axis]) * (SCALE if spec.symmetric else SCALE + ZERO_POINT)
+    return rows * spec.scales(shape[spec.axis]) * _bits(spec)
+
+
+def weight_scale_bits(spec: QuantSpec, shape: tuple[int, ...]) -> int:
+    """Return the bits of the scales of a weight in groups; 0 for one that has none."""
+    return 0 if spec.group is None else shape[0] * spec.scales(shape[1]) * math.prod(shape[2:]) * _bits(spec)
+
+
+def _bits(spec: QuantSpec) -> int:
+    """Return the bits of one scale and its zero point."""
+    return (8 if spec.block_scale else SCALE) + (0 if spec.symmetric else ZERO_POINT)

@@ -1,4 +1,5 @@
-"""Packs the codes of a weight for a file. Stored values are code minus qmin, so they are unsigned.
+"""Packs the codes of a weight for a file. Stored values are code minus qmin, so they are unsigned; of a format with a
+table, the place of the code in it.
 
     levels      codes per byte      example: a row of three codes
     up to 16    two                 codes 1 2 15       ->  bytes 0x21 0x0F    (the first code in the low half)
@@ -14,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from quest.affine import QuantSpec
+from quest.affine import QuantSpec, Table
 
 BLOCK = 64  # output channels that are unpacked at once
 
@@ -22,12 +23,12 @@ BLOCK = 64  # output channels that are unpacked at once
 def shape(weight: tuple[int, ...], spec: QuantSpec) -> tuple[int, int]:
     """Return the shape of the packed codes of a weight of this shape: [rows, values of `dtype`]."""
     row = math.prod(weight[1:])
-    return weight[0], (row + 1) // 2 if _levels(spec) <= 16 else row
+    return weight[0], (row + 1) // 2 if levels(spec) <= 16 else row
 
 
 def dtype(spec: QuantSpec) -> torch.dtype:
     """Return the dtype of packed codes of a format."""
-    return torch.uint8 if _levels(spec) <= 256 else torch.uint16
+    return torch.uint8 if levels(spec) <= 256 else torch.uint16
 
 
 def nbytes(weight: tuple[int, ...], spec: QuantSpec) -> int:
@@ -42,8 +43,10 @@ def fits(packed: Tensor, weight: tuple[int, ...], spec: QuantSpec) -> bool:
 
 def pack(codes: Tensor, spec: QuantSpec) -> Tensor:
     """Pack codes [O, ...], whole numbers of any dtype from spec.qmin to spec.qmax, to `dtype` in the shape `shape`."""
-    rows = (codes.flatten(1) - spec.qmin).to(torch.int32).to(dtype(spec))
-    if _levels(spec) > 16:
+    rows = codes.flatten(1)
+    rows = (rows - spec.qmin).to(torch.int32) if spec.table is None else torch.bucketize(rows, _table(spec, rows))
+    rows = rows.to(dtype(spec))
+    if levels(spec) > 16:
         return rows.contiguous()
     if rows.shape[1] % 2:
         rows = torch.cat([rows, rows.new_zeros(len(rows), 1)], 1)
@@ -57,19 +60,32 @@ def unpack(packed: Tensor, spec: QuantSpec, weight: tuple[int, ...], stride: tup
         codes = codes.as_strided(weight, stride)
     # Blocks limit the memory: no second tensor is as large as the weight.
     for block, rows in zip(codes.split(BLOCK), packed.split(BLOCK), strict=True):
-        if _levels(spec) <= 16:
+        if levels(spec) <= 16:
             rows = torch.stack([rows & 15, rows >> 4], 2).flatten(1)[:, : math.prod(weight[1:])]
-        block.copy_(rows.reshape(block.shape)).add_(spec.qmin)
+        rows = rows.reshape(block.shape)
+        if spec.table is None:
+            block.copy_(rows).add_(spec.qmin)
+        else:
+            block.copy_(_table(spec, block)[rows.long()])
     return codes
 
 
 def largest(packed: Tensor, spec: QuantSpec) -> int:
     """Return the largest stored value, which is code minus qmin. The unused half byte of an odd row is zero."""
     parts = (rows.to(torch.int32) for rows in packed.split(BLOCK))
-    if _levels(spec) <= 16:
+    if levels(spec) <= 16:
         return max(int(torch.maximum(part & 15, part >> 4).max()) for part in parts)
     return max(int(part.max()) for part in parts)
 
 
-def _levels(spec: QuantSpec) -> int:
+def _table(spec: QuantSpec, like: Tensor) -> Tensor:
+    """Return all codes of a format with a table, in rising order."""
+    magnitudes = Table.named(spec.table).magnitudes
+    return like.new_tensor([*(-m for m in magnitudes[:0:-1]), *magnitudes] if spec.symmetric else magnitudes)
+
+
+def levels(spec: QuantSpec) -> int:
+    """Return how many codes a format has."""
+    if spec.table is not None:
+        return len(Table.named(spec.table).magnitudes) * (2 if spec.symmetric else 1) - spec.symmetric
     return spec.qmax - spec.qmin + 1

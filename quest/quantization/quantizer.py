@@ -65,6 +65,7 @@ class Quantizer(nn.Module):
         self.choose: Callable | None = None  # chooses ranges during calibration, see quest.learning.calibrate
         self.numbers: Numbers | None = None  # see `as_numbers`
         self.may_be_constant = False
+        self.size: int | None = None  # of dimension 1, of a weight whose scales are of groups
 
     def make_dynamic(self, spec: QuantSpec) -> None:
         """Take this dynamic format, with clip ratio 1. Raises ValueError for a quantizer with time groups."""
@@ -93,7 +94,10 @@ class Quantizer(nn.Module):
                 self.as_numbers(True)
             return QParams(*self.numbers.of(0 if self.groups is None else self.groups.number), self.spec)
         if self.groups is None or self.spec.bits == FLOAT:  # a float tensor has the same (no) range at all timesteps
-            return QParams(self.scale[0], self.zero_point[0], self.spec)
+            if self.spec.group is None or self.spec.dynamic:
+                return QParams(self.scale[0], self.zero_point[0], self.spec)
+            each = (t[0].repeat_interleave(self.spec.group, 1)[:, : self.size] for t in (self.scale, self.zero_point))
+            return QParams(*each, self.spec)
         if self.spec.dynamic:
             raise ValueError(GROUPED)
         group = self.groups.current

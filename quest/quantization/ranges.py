@@ -13,7 +13,7 @@ At 4 bits (codes 0 to 15), for a tensor with values from -0.3 to 6.0:
 import torch
 from torch import Tensor
 
-from quest.affine import QuantSpec, clamp_
+from quest.affine import QuantSpec, Table, clamp_
 
 EPS = 1e-8
 BINS = 2048  # most bins of the histogram that replaces a large tensor in the search; 8 per step of an 8-bit code
@@ -88,6 +88,11 @@ def mse_zero_point(x: Tensor, spec: QuantSpec, steps: int = 80, power: float = 2
     return _shrunk(x, spec, steps, power, (torch.floor, torch.ceil))
 
 
+def mse_free(x: Tensor, spec: QuantSpec, steps: int = 80, power: float = 2.4) -> tuple[Tensor, Tensor]:
+    """Search as `mse` does, with zero points that are not rounded: for tables of small floats."""
+    return _shrunk(x, spec, steps, power, (lambda zero_point: zero_point,))
+
+
 SEARCHED = {"mse-zero-point": mse_zero_point, "mse": mse}  # by their names in recipes
 
 
@@ -136,6 +141,8 @@ def _histogram(rows: Tensor, low: Tensor, high: Tensor, bins: int) -> tuple[Tens
 def _dequantized(rows: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """Quantize and dequantize rows [channels, values]; scale and zero_point are [..., channels]."""
     s, z = scale[..., None], zero_point[..., None]
+    if spec.table is not None:
+        return Table.named(spec.table).nearest(rows / s + z, spec.symmetric).sub_(z).mul_(s)
     return clamp_((rows / s).round_(), spec.qmin - z, spec.qmax - z).mul_(s)
 
 

@@ -33,8 +33,8 @@ def split(conv: nn.Conv2d, channels: int) -> SplitConv2d:
 
     Both have new quantizers of the same formats, without ranges.
     """
-    if getattr(conv, "prologue", None) is not None:
-        raise NotImplementedError("split a convolution before it gets a prologue")
+    if getattr(conv, "prologue", None) is not None or getattr(conv, "branch", None) is not None:
+        raise NotImplementedError("split a convolution before it gets a prologue or a branch")
     halves = []
     for weight, bias in ((conv.weight[:, :channels], conv.bias), (conv.weight[:, channels:], None)):
         names = ("out_channels", "kernel_size", "stride", "padding", "dilation")

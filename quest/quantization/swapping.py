@@ -99,13 +99,18 @@ def make_dynamic(denoiser: nn.Module, rows: str, group: int | None = None, symme
     With `rows` "tensor" a sample has one scale, and in attention each of its heads. Raises ValueError for a denoiser
     with time groups.
     """
-    channels = {f"{n}.input_quantizer": m.channels for n, m in quant_layers(denoiser)}
-    channels |= {f"{n}.output_quantizer": m.channels for n, m in quant_layers(denoiser)}
-    for name, q in input_quantizers(denoiser).items():
+    for name, axis in summed_axes(denoiser).items():
+        q = denoiser.get_submodule(name)
         if q.spec.bits < FLOAT:
-            axis = channels.get(name, -2 if name.endswith("processor.v") else -1)
             signed = symmetric and not name.endswith("processor.p")
             q.make_dynamic(QuantSpec(q.spec.bits, signed, axis, rows=rows, group=group))
+
+
+def summed_axes(denoiser: nn.Module) -> dict[str, int]:
+    """Return by name the dimension of each activation that its product sums over, see `make_dynamic`."""
+    channels = {f"{n}.{side}_quantizer": m.channels for n, m in quant_layers(denoiser) for side in ("input", "output")}
+    others = {n: -2 if n.endswith("processor.v") else -1 for n in input_quantizers(denoiser)}
+    return {n: channels.get(n, axis) for n, axis in others.items()}
 
 
 def scale_axes(denoiser: nn.Module, granularity: str, a: int) -> dict[str, int]:

@@ -72,10 +72,10 @@ def test_in_float_a_layer_computes_the_same(layer, shape, form, block, single):
     expected = layer(x)
     q = in_float(layer)
     q.scale_input(factors)
-    torch.testing.assert_close(q(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(q(x), expected, rtol=1e-5, atol=2e-5)
     q.scale_input(factors)  # a second time
     q.rotate_input(block, form, single)
-    torch.testing.assert_close(q(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(q(x), expected, rtol=1e-5, atol=2e-5)
     with pytest.raises(RuntimeError, match="rotated"):
         q.scale_input(factors)
 
@@ -145,7 +145,7 @@ def test_what_rotations_cost(class_pipe, class_calibration):
     student = swap(class_pipe, 32, 32, keep={"*": 32})
     student.unet.down_blocks[0].resnets[0].conv1.rotate_input(16)  # 32 channels of 8 x 8 pixels
     found = overhead(student.unet, class_calibration.inputs(torch.tensor([0])))
-    assert found == {"scale_bits": 0, "float_fmas": 0, "float_additions": 64 * 32 * 4}
+    assert {name: count for name, count in found.items() if count} == {"float_additions": 64 * 32 * 4}
 
 
 @pytest.fixture(scope="module")

@@ -86,6 +86,10 @@ def _format(spec: QuantSpec, what: str) -> str | None:
         return f"{what} in float"
     if spec.dynamic:
         return f"{what}: scales {spec.granularity}"
+    if spec.table is not None:
+        return f"{what}: codes of {spec.table}"
+    if spec.group is not None:
+        return f"{what}: scales in groups of {spec.group}"
     if spec.symmetric and what == "weight":
         return "weight: signed codes"  # codes are packed without a sign; activations are not packed
     if spec.bits > 8:
@@ -204,7 +208,7 @@ def on_integers(*layers: nn.Module) -> bool:
     """Return whether all these layers run on this kernel and do nothing before or after it."""
     # The class must have `kernel_name`, because a wrapper around a layer may pass on the attributes of the layer.
     at_home = (m for m in layers if hasattr(type(m), "kernel_name") and m.kernel_name == "integer")
-    return sum(m.output_quantizer is None and m.prologue is None for m in at_home) == len(layers)
+    return sum(m.output_quantizer is m.prologue is m.branch is None for m in at_home) == len(layers)
 
 
 def bare(*modules: nn.Module) -> bool:
