@@ -93,6 +93,18 @@ def test_doubts_are_said(numbers):
     assert same[same.note.str.contains("doubtful")].value.tolist() == [9.29, 9.29]
 
 
+def test_numbers_better_than_full_precision_are_flagged(numbers):
+    """Where a source has full precision under the same protocol: of SVDQuant's released tables, all and no others."""
+    of_code = numbers[numbers.source.str.contains("deepcompressor")]
+    keys = ["model", "metric", "protocol"]
+    full = of_code[of_code.method == "fp"].set_index(keys)["value"]
+    quantized = of_code[(of_code.method != "fp") & of_code.metric.isin(["fid", "image_reward"])]
+    gains = [row.value - full[tuple(row[key] for key in keys)] for _, row in quantized.iterrows()]
+    better = [gain < 0 if metric == "fid" else gain > 0 for gain, metric in zip(gains, quantized.metric, strict=True)]
+    assert quantized.note.str.contains("better than full precision").tolist() == better
+    assert len(quantized) == 62 and sum(better) > 20
+
+
 @pytest.mark.parametrize(
     "ours, half, expected, why",
     [
