@@ -259,7 +259,7 @@ def test_headers_say_what_dynamic_formats_are_and_nothing_of_others(student, tmp
         (1, {"rows": "row"}, r"layers.conv_in\[1\].rows"),
         (1, {"group": 0}, r"layers.conv_in\[1\].group"),
         (0, {"rows": "token"}, r"layers.conv_in\[0\].rows"),
-        (0, {"group": 16}, r"layers.conv_in\[0\].group"),
+        (0, {"group": 0}, r"layers.conv_in\[0\].group"),
     ):
         wrong = json.loads(json.dumps(found))
         wrong["layers"]["conv_in"][index] |= change
