@@ -118,12 +118,12 @@ def ablation_runs(config: dict) -> list[Run]:
 def validate(config: dict) -> None:
     """Raise ConfigError for the first key in `config` that could not run."""
     from quest.diffusion.declared import of_config
-    from quest.diffusion.models import MODELS
+    from quest.diffusion.models import MODELS, find
 
     _check_schema(config)
     if config["name"] in SHARED:
         raise ConfigError(f"name: {config['name']!r} is a folder that configs share; give the config another name")
-    for name in [name for name, settings in config["models"].items() if "pipeline" not in settings]:
+    for name in [name for name, settings in config["models"].items() if "pipeline" not in settings and not find(name)]:
         one_of(name, MODELS, f"models.{name}: unknown model")
     try:
         models = of_config(config)

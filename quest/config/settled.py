@@ -1,10 +1,9 @@
 """The part `settle` of a config: which rows run with which seeds, and what identifies a row. Imports nothing heavy."""
 
 from itertools import product
-from pathlib import Path
 
 from quest.config import FULL_PRECISION, Run, recipe_of, start_of
-from quest.diffusion.models import PREPARED, ZOO, Model
+from quest.diffusion.models import Model
 from quest.runtime import sums
 from quest.runtime.download import sha256_of
 
@@ -44,5 +43,5 @@ def told(config: dict, run: Run, model: Model, version: int) -> dict:
 
 def _weights(model: Model) -> str | None:
     """Hash of the list of hashes of a model's files; None before they are there."""
-    path = Path((PREPARED if model.origin else ZOO) / model.name / sums.NAME)
+    path = model.folder / sums.NAME
     return sha256_of(path) if path.is_file() else None

@@ -19,7 +19,7 @@ from quest.diffusion import captions as caption_files
 from quest.diffusion.conditions import scene_captions, spread_labels
 from quest.diffusion.denoisers import NAMES, denoiser_of
 from quest.diffusion.loading import load_pipeline
-from quest.diffusion.models import CONDITIONED, MODELS, PREPARED, REFERENCES, Model, Origin
+from quest.diffusion.models import CONDITIONED, PREPARED, REFERENCES, Model, Origin, find
 from quest.runtime.files import atomic_folder, dumps, read_lines, read_text, write_lines
 from quest.runtime.provenance import provenance
 from quest.runtime.sums import write_sums
@@ -63,12 +63,12 @@ def _of_settings(name: str, settings: dict) -> Model:
         return declared(name, settings)
     if own := [key for key in PROTOCOL if key in settings]:
         raise ValueError(f"models.{name}.{own[0]}: a model of the suite has its own protocol; leave it out")
-    return MODELS[name]
+    return find(name)
 
 
 def declared(name: str, settings: dict) -> Model:
     """The model that a config declares under models.<name>; see `of_config`."""
-    if name in MODELS:
+    if find(name) is not None:
         raise ValueError(f"models.{name}: a model of the suite has this name; give yours another one, or no pipeline")
     if "steps" not in settings:
         raise ValueError(f"models.{name}.steps: missing; a model with a pipeline needs the number of denoiser steps")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -74,6 +74,12 @@ class Model:
     reference: Path | None = None  # statistics of real images
     pictures: Path | None = None  # of an inpainting model: the folder of pictures that it fills
     origin: Origin | None = None  # where to get the weights; None if they ship
+    base: str = ""  # of a model with outliers: the name of the shipped one that it is made of
+
+    @property
+    def folder(self) -> Path:
+        """Where the files of a model lie that ships, or that rule `model` prepares."""
+        return (PREPARED if self.origin else ZOO) / (self.base or self.name)
 
     @property
     def calls(self) -> int:
@@ -148,12 +154,18 @@ class Model:
         return {key: [kind(values[index - start]) for index in indices]}
 
 
-def _load_zoo(name: str, device="cpu") -> DiffusionPipeline:
-    """Load a shipped model from resources/zoo. Its weights are stored in float16 and used in float32."""
+def _load_zoo(name: str, device="cpu", outliers: int = 1) -> DiffusionPipeline:
+    """Load a shipped model, stored in float16 and used in float32. outliers: see `quest.diffusion.outliers`."""
     folder = ZOO / name
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{name}: no trained model in {folder}; clones have it, and `snakemake zoo` trains it")
-    return load_pipeline(folder, device)
+    pipe = load_pipeline(folder, device)
+    if outliers != 1:
+        from quest.diffusion.denoisers import denoiser_of
+        from quest.diffusion.outliers import rescale
+
+        rescale(denoiser_of(pipe), outliers)
+    return pipe
 
 
 def _load_prepared(name: str, device="cpu") -> DiffusionPipeline:
@@ -367,10 +379,18 @@ MODELS = {
 }
 
 
+def find(name: str) -> Model | None:
+    """The model of the suite with this name, of MODELS or one that ships with outliers, such as "photos-class-x4"."""
+    base, _, factor = name.rpartition("-x")
+    if name not in MODELS and base in MODELS and MODELS[base].origin is None and factor in ("4", "16"):
+        return replace(MODELS[base], name=name, base=base, load=partial(_load_zoo, base, outliers=int(factor)))
+    return MODELS.get(name)
+
+
 def get(name: str) -> Model:
     """The model with this name: of MODELS, or of a config, prepared by rule `model`. Raises ValueError for another."""
-    if name in MODELS:
-        return MODELS[name]
+    if (model := find(name)) is not None:
+        return model
     if (record := PREPARED / name / "origin.json").is_file() and (settings := read_json(record).get("settings")):
         from quest.diffusion.declared import declared
 

@@ -13,7 +13,7 @@ from quest.diffusion.compvis import load, networks
 from quest.diffusion.compvis.configuration import parameters
 from quest.diffusion.denoisers import NAMES
 from quest.diffusion.loading import load_pipeline
-from quest.diffusion.models import CAPTION_LINES, ZOO, Model
+from quest.diffusion.models import CAPTION_LINES, Model
 from quest.diffusion.pipelines import CLASSES, LatentDiffusionPipeline, forget_origin
 from quest.diffusion.random_checkpoints import COMPVIS
 from quest.diffusion.samplers import QuadraticDDIMScheduler
@@ -81,7 +81,7 @@ def denoiser(model: Model, device="meta"):
     import diffusers
     import torch
 
-    folder = ZOO / model.name if model.origin is None else model.origin.folder
+    folder = model.folder if model.origin is None else model.origin.folder
     if folder is not None:
         file = next(folder / name / "config.json" for name in NAMES if (folder / name / "config.json").is_file())
         config = read_json(file)

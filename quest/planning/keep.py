@@ -10,7 +10,7 @@ from pathlib import Path
 
 from quest.config import ConfigError, Run, recipe_of
 from quest.diffusion.denoisers import NAMES
-from quest.diffusion.models import MODELS, PREPARED, ZOO
+from quest.diffusion.models import find
 from quest.quantization import layer_names
 from quest.runtime.hashing import opened
 
@@ -21,8 +21,8 @@ def check(config: dict, cells: Iterable[Run]) -> None:
         if not (keep := recipe_of(config, run.method)[1].get("keep")):
             continue
         own = config["models"][run.model].get("pipeline")
-        folders = [own] if own else [ZOO / run.model, PREPARED / run.model]
-        names = next(filter(None, map(stored, folders)), None) or (None if own else built(run.model))
+        folder = own or find(run.model).folder
+        names = stored(folder) or (None if own else built(run.model))
         try:
             if names:  # a declared model without safetensors is checked by its jobs alone
                 layer_names.check(names, keep)
@@ -53,5 +53,5 @@ def built(model: str) -> tuple[str, ...]:
     from quest.diffusion import published
     from quest.quantization.swapping import quantizable
 
-    layers, processors = quantizable(published.denoiser(MODELS[model]))
+    layers, processors = quantizable(published.denoiser(find(model)))
     return *layers, *processors

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from quest.config import FULL_PRECISION, parse_bits
 from quest.diffusion.denoisers import sample_argument
-from quest.diffusion.models import ZOO, Model
+from quest.diffusion.models import Model
 from quest.runtime.files import read_json
 
 # Where the configurations of denoisers say how wide the tokens of a prompt are, the first that is there.
@@ -136,7 +136,7 @@ def tokens(model: Model, pipe=None) -> int:
         return 0
     if pipe is not None and (hasattr(pipe, "tokenizer") or getattr(pipe, "class_embedder", None) is not None):
         return pipe.tokenizer.model_max_length if model.conditioning == "text" else pipe.class_embedder.config.tokens
-    folder = ZOO / model.name if model.origin is None else model.origin.folder
+    folder = model.folder if model.origin is None else model.origin.folder
     if folder is None:
         return {"class": 1, "text": 77}[model.conditioning]
     encoder, key = {"class": ("class_embedder", "tokens"), "text": ("text_encoder", "max_position_embeddings")}[

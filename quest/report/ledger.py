@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from quest.diffusion.models import MODELS, PREPARED, ZOO, Model
+from quest.diffusion.models import MODELS, PREPARED, Model
 from quest.metrics import METRICS, RESIZE, weights
 from quest.runtime.files import one_line, read_json, read_rows
 
@@ -73,7 +73,7 @@ def fingerprint(model: Model, images: str, n: int, reference_sha256: str = "") -
 
 def _origin(model):
     if model.origin is None:
-        return {"sha256": weights.sha256_of(ZOO / model.name / "unet" / "diffusion_pytorch_model.safetensors")}
+        return {"sha256": weights.sha256_of(model.folder / "unet" / "diffusion_pytorch_model.safetensors")}
     path = PREPARED / model.name / "origin.json"
     origin = read_json(path)
     hashes = [None]

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from quest.config import runs, starting_points
-from quest.diffusion.models import MODELS
+from quest.diffusion.models import find
 from quest.metrics import LITE0, METRICS
 from quest.planning import plan
 
@@ -55,7 +55,7 @@ def test_every_config_runs_its_own_recipes(stubbed, name):
     # What configs share lies beside their folders: prepared models, fetched networks, statistics of real images.
     shared = tuple(f"workflow.scripts.{script} " for script in ("model", "network", "reference"))
     assert all(f"results/{name}/" in command for command in commands if not any(script in command for script in shared))
-    assert {words[3] for words in of(commands, "model")} == {m for m in config["models"] if MODELS[m].origin}
+    assert {words[3] for words in of(commands, "model")} == {m for m in config["models"] if find(m).origin}
     # The plan's numbers of jobs are Snakemake's.
     planned = plan.jobs(config)
     scripts = {
@@ -76,10 +76,10 @@ def test_every_config_runs_its_own_recipes(stubbed, name):
     drawn = {Path(word).stem.removesuffix("_vs_bits") for word in curves if word.endswith("_vs_bits.png")}
     undrawn = {"precision", "fid_infinity", "fd_64w", "lite0_distance", "log_latent_mse", "agreement", "retrieval"}
     undrawn |= {"guided_eps_error"}
-    whether_lite0 = {MODELS[model].extractor in LITE0 for model in config["models"]}
+    whether_lite0 = {find(model).extractor in LITE0 for model in config["models"]}
     undrawn |= set() if True in whether_lite0 else {"kid_64w", "fd_64w_to_fp"}
     undrawn |= set() if False in whether_lite0 else {"fid", "sfid", "fid_to_fp"}
-    if not any(MODELS[model].clip for model in config["models"]):
+    if not any(find(model).clip for model in config["models"]):
         undrawn.add("clip")
     if not any(settings.get("keep_images", True) for settings in config["models"].values()):
         undrawn.add("psnr")

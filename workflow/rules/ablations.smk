@@ -55,3 +55,31 @@ rule paper_table:
     shell:
         "python -m workflow.scripts.paper_tables {input.metrics:q} {input.ablations:q} -o results/{wildcards.name:q}/tables"
         " > {log:q} 2>&1"
+
+
+# Not part of `all`. Models with the outlier dial at 1, 4 and 16: workflow/config/outliers.yaml.
+rule outliers:
+    input:
+        expand("results/{name}/tables/outliers.{kind}", name=NAME, kind=["csv", "md"]),
+
+
+rule outliers_table:
+    input:
+        script=project("workflow/scripts/outliers.py"),
+        metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in RUNS]),
+        floors=floors,
+    output:
+        [
+            shown(f"results/{{name}}/tables/outliers.{kind}", "outliers", "Tables", table="outliers", kind=kind)
+            for kind in ("csv", "md")
+        ],
+    log:
+        "results/{name}/tables/outliers.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    shell:
+        "python -m workflow.scripts.outliers {input.metrics:q} -o results/{wildcards.name:q}/tables > {log:q} 2>&1"

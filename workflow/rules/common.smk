@@ -114,7 +114,8 @@ def shipped(name):
 
 def weights(wc):
     """The weights of a model as inputs, so that its cells run again after it was retrained or converted anew."""
-    return f"results/models/{wc.model}" if MODELS[wc.model].origin else shipped(wc.model)
+    model = MODELS[wc.model]
+    return f"results/models/{wc.model}" if model.origin else shipped(model.folder.name)
 
 
 def setting(key):

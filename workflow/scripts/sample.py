@@ -40,7 +40,7 @@ def main() -> None:
     from quest.diffusion.calibration_set import CalibrationSet
     from quest.diffusion.denoisers import denoiser_of
     from quest.diffusion.drawn import earlier, joined
-    from quest.diffusion.models import PREPARED, SEEDS, ZOO, get
+    from quest.diffusion.models import SEEDS, get
     from quest.diffusion.sampling import batches, generate, nothing, timed
     from quest.kernels.cpu.core import identity
     from quest.metrics.features import class_logits, extract
@@ -74,8 +74,7 @@ def main() -> None:
         model = nulls.altered(pipe, model, arguments.null)
 
     # All that an image depends on: what an earlier run drew of the same is not drawn again.
-    folder = (PREPARED if model.origin else ZOO) / model.name
-    files = [*Path(quest.__file__).parent.rglob("*.py"), folder / sums.NAME]
+    files = [*Path(quest.__file__).parent.rglob("*.py"), model.folder / sums.NAME]
     job = {
         "model": [model.name, model.protocol, arguments.kernel, arguments.drop_images, arguments.device],
         "checkpoint": header.get("hash"),
