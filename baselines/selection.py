@@ -51,6 +51,17 @@ def described(denoiser: nn.Module, selection: str) -> str:
     return "\n".join(lines)
 
 
+def shares(denoiser: nn.Module, selection: str) -> dict[str, float]:
+    """The share of a denoiser's parameters that each stage of QuEST tunes, and of both; scales left out."""
+    layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    whole = sum(p.numel() for p in denoiser.parameters())
+    sizes = {
+        stage: sum(p.numel() for n, m in layers.items() if matches(n, globs) for p in m.parameters())
+        for stage, globs in (("temporal", TEMPORAL), ("critical", globs_of(selection)))
+    }
+    return {stage: size / whole for stage, size in (sizes | {"both": sum(sizes.values())}).items()}
+
+
 def default_selection(pipe) -> str:
     """The key of SELECTIONS that the released code uses for this kind of pipeline."""
     if getattr(pipe, "text_encoder", None) is not None:

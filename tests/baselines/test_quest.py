@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 import quest
 from baselines import quest as finetune
 from baselines.quest import start_from
-from baselines.selection import SELECTIONS, TEMPORAL, matches, qkv, selected, tuned_layers
+from baselines.selection import SELECTIONS, TEMPORAL, globs_of, matches, qkv, selected, shares, tuned_layers
 from quest.config import old_names
 from quest.diffusion.sampling import arguments
 from quest.metrics.noise_prediction import eps_error
@@ -357,3 +357,13 @@ def test_what_the_released_code_tunes_of_the_published_models(name):
     assert [tuned_layers(denoiser, tuned, True) for tuned in (temporal, critical)] == published[3:]
     if selection == "lsun":
         assert tuned_layers(denoiser, critical, False) == 3 * published[4]
+
+
+def test_shares_of_weights_are_those_of_the_layers_that_each_stage_tunes(class_pipe):
+    parameters = dict(class_pipe.unet.named_parameters())
+    whole = sum(p.numel() for p in parameters.values())
+    found = shares(class_pipe.unet, "imagenet")
+    for stage, globs in (("temporal", TEMPORAL), ("critical", globs_of("imagenet"))):
+        size = sum(p.numel() for n, p in parameters.items() if matches(n.rpartition(".")[0], globs))
+        assert 0 < found[stage] == pytest.approx(size / whole)
+    assert found["both"] == pytest.approx(found["temporal"] + found["critical"])

@@ -13,7 +13,7 @@ import pytest
 from quest.__main__ import main as command_line
 from quest.metrics import Cell
 from quest.report import rankings
-from quest.report.settle import LOOKS, SEEDS, cells, claims, facts, lottery, plan, verdicts
+from quest.report.settle import LOOKS, SEEDS, cells, claims, facts, lottery, plan, ten, verdicts
 from workflow.scripts import claims as claims_script
 
 ROOT = Path(__file__).parents[2]
@@ -234,7 +234,7 @@ def test_each_source_of_chance_is_estimated_from_cells_that_differ_in_nothing_el
 def test_a_claim_holds_is_refuted_mixed_or_open(judged):
     def word(pairs, expected=("better",), endpoints=("psnr", "kid_64w")):
         claim = claims.Claim("x", "y", pairs, endpoints, expected)
-        return claims.word(claim, claims._of_claim(claim, judged))
+        return claims.word(claim, claims.of_claim(claim, judged))
 
     assert word((("good", "plain"),)) == "holds"
     assert word((("good", "plain"),), expected=("worse",)) == "refuted"
@@ -246,9 +246,9 @@ def test_a_claim_holds_is_refuted_mixed_or_open(judged):
 def test_better_than_full_precision_is_a_flag_and_no_success(judged):
     row = judged[(judged["verdict"] == "better") & (judged["endpoint"] == "psnr")].iloc[:1].assign(versus="fp")
     claim = claims.Claim("x", "y", ((row["method"].item(), "fp"),), ("psnr",), ("better", "equivalent"))
-    found = claims._of_claim(claim, row)
+    found = claims.of_claim(claim, row)
     assert claims.word(claim, found) == "open (full precision is surpassed, which flags the metric)"
-    assert claims._line(found[0]).partition(" seeds: ")[2].startswith("flag")
+    assert claims.line(found[0]).partition(" seeds: ")[2].startswith("flag")
 
 
 NO_LAYERS = pd.DataFrame(columns=["checkpoint", "median"])
@@ -279,8 +279,9 @@ def test_layer_errors_are_joined_to_records_by_their_checkpoint(medians, said):
 
 def test_the_page_of_claims_is_what_the_records_say():
     """`python -m workflow.scripts.claims` writes it anew after records were added."""
-    text, found, runs = claims_script.made()
+    text, answers, found, runs = claims_script.made()
     assert (ROOT / "docs" / "claims.md").read_text(encoding="utf-8") == text
+    assert (ROOT / "docs" / "questions.md").read_text(encoding="utf-8") == answers
     kept = pd.read_csv(ROOT / "docs" / "assets" / "lottery.csv")
     assert kept["deviation"].tolist() == pytest.approx(found["deviation"].tolist())
     ranked = pd.concat([rankings.frame(*tables) for tables in runs.values()])
@@ -300,3 +301,23 @@ def test_anyone_recomputes_the_verdicts_without_torch(tmp_path):
     assert len(pd.read_csv(tmp_path / "settled.csv")) == len(verdicts.frame(evidence(*ROWS), FAMILIES))
     with pytest.raises(SystemExit, match="settle: .*nowhere: no such folder"):
         command_line(["settle", str(tmp_path / "nowhere")])
+
+
+def test_conclusions_come_first_and_only_from_records(judged):
+    tuned = pd.DataFrame({"model": ["imagenet"], "both": [0.34]})
+    main = pd.DataFrame(columns=["model", "method", "bits", "size_mb"])
+    text = "these are results of scenes-class at W4A4. \n- quest-cma-tla against quest: worse in PSNR (-1 ± 0.5).\n"
+    sources = ten.Sources({"tuned.csv": tuned, "main.csv": main}, text)
+    one = ten.Question("Is it ahead?", "It is.", "It is not.", (("good", "plain"),), needs="more", answer="By design.")
+    assert "**It depends on the model and the endpoint.**" in ten._section(1, one, judged, {}, sources)
+    psnr = judged[judged["endpoint"] == "psnr"]
+    assert ten._section(1, one, psnr, {}, sources).split("\n")[2].startswith("**It is.**")
+    reverse = psnr.assign(verdict=psnr["verdict"].replace({"better": "worse"}))
+    assert "**It is not.**" in ten._section(1, one, reverse, {}, sources)
+    nothing = ten._section(1, one, psnr.iloc[:0], {}, sources)
+    assert "**By design.**" in nothing and "- needs: more" in nothing
+    found = ten.finding(("quest-cma-tla", "quest-suite"), text)
+    assert found.startswith("scenes-class at W4A4, quest-cma-tla against quest: worse in PSNR")
+    with pytest.raises(ValueError, match="compares quest-joint with quest-suite nowhere"):
+        ten.finding(("quest-joint", "quest-suite"), text)
+    assert "34% on imagenet" in ten.shares(sources)[0] and ten.sizes(sources) == []

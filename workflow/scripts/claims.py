@@ -1,4 +1,4 @@
-"""Write docs/claims.md, and lottery.csv, rankings.csv and rankings.png in docs/assets. Imports no torch.
+"""Write docs/claims.md and docs/questions.md, and lottery.csv, rankings.csv and rankings.png in docs/assets. No torch.
 
 They follow from results/settled, and from tables in docs/assets of runs with one seed.
 """
@@ -22,9 +22,10 @@ def main() -> None:
 
     from quest.report import rankings, rendering
 
-    text, found, runs = made()
+    text, answers, found, runs = made()
     assets = ROOT / "docs" / "assets"
     (ROOT / "docs" / "claims.md").write_text(text, encoding="utf-8")
+    (ROOT / "docs" / "questions.md").write_text(answers, encoding="utf-8")
     rendering.write(assets / "lottery.csv", found)
     ranked = [rankings.frame(*tables).assign(run=name) for name, tables in runs.items()]
     rendering.write(assets / "rankings.csv", pd.concat(ranked))
@@ -32,13 +33,13 @@ def main() -> None:
 
 
 def made():
-    """Return the text of docs/claims.md, the frame of docs/assets/lottery.csv, and the tables of runs by name."""
+    """Return the texts of docs/claims.md and docs/questions.md, the frame of lottery.csv, and the tables of runs."""
     import pandas as pd
 
     from quest.config import read
     from quest.config.old_names import RENAMED
     from quest.report.rendering import read_csv
-    from quest.report.settle import cells, claims, facts, lottery, verdicts
+    from quest.report.settle import cells, claims, facts, lottery, ten, verdicts
 
     assets = ROOT / "docs" / "assets"
     evidence = cells.read(ROOT / "results" / "settled")
@@ -56,7 +57,10 @@ def made():
     found = lottery.frame(evidence, before)
     settled = verdicts.frame(evidence, families)
     measured = facts.of(evidence, settled, runs, layers)
-    return claims.document(settled, before, lottery.summary(found), measured), found, runs
+    text = claims.document(settled, before, lottery.summary(found), measured)
+    tables = {"tuned.csv": read_csv(assets / "tuned.csv"), "main.csv": runs["main.csv"][0]}
+    sources = ten.Sources(tables, (ROOT / "docs" / "findings.md").read_text(encoding="utf-8"))
+    return text, ten.document(settled, before, sources), found, runs
 
 
 if __name__ == "__main__":

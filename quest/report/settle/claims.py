@@ -166,11 +166,11 @@ def document(
 
 
 def _section(claim: Claim, settled: pd.DataFrame, before: dict[str, pd.DataFrame], facts: dict) -> str:
-    rows = _of_claim(claim, settled)
-    lines = [f"- {_line(row)}" for row in rows]
+    rows = of_claim(claim, settled)
+    lines = [f"- {line(row)}" for row in rows]
     said = word(claim, rows)
     if not rows:
-        lines = [f"- *{line}*" for name, seeds in before.items() for line in _illustrations(claim, seeds, name)]
+        lines = [f"- *{line}*" for name, seeds in before.items() for line in illustrations(claim, seeds, name)]
     if claim.measured:
         said, measured = facts[claim.measured]
         lines = [f"- {line}" for line in measured]
@@ -180,7 +180,7 @@ def _section(claim: Claim, settled: pd.DataFrame, before: dict[str, pd.DataFrame
     return "\n".join([head, "", *lines]) if lines else head
 
 
-def _of_claim(claim: Claim, settled: pd.DataFrame) -> list:
+def of_claim(claim: Claim, settled: pd.DataFrame) -> list:
     """The rows that decide a claim, single models only."""
     pairs = set(claim.pairs)
     return [
@@ -209,14 +209,14 @@ def _flag(row) -> bool:
     return row.versus == FP and row.verdict == AHEAD
 
 
-def _line(row) -> str:
+def line(row) -> str:
     names = f"{row.model}, {row.bits.upper()}, {METRICS[row.endpoint].label}: {row.method} minus {row.versus}"
     number = "" if math.isnan(row.value) else f" {plus_minus(row.value, row.low, row.high)}"
     note = f"; {row.note}" if row.note else ""
     return f"{names}{number}, {row.seeds} seeds: {'flag' if _flag(row) else row.verdict}{note}"
 
 
-def _illustrations(claim: Claim, seeds: pd.DataFrame, name: str):
+def illustrations(claim: Claim, seeds: pd.DataFrame, name: str):
     """Lines of a table over seeds that was made before the protocol."""
     for row in seeds.itertuples():
         if (row.method, row.versus) not in claim.pairs or row.metric not in claim.endpoints:
