@@ -141,14 +141,15 @@ def test_inputs_of_more_codes_than_a_byte_holds(isa):
 def test_winograd_and_direct_sums_agree_to_the_bit(isa):
     """Beyond the bound up to which the transform is exact, and for zero points far outside, the direct way is taken."""
     torch.manual_seed(0)
-    x = torch.randn(2, 40, 8, 8).contiguous(memory_format=torch.channels_last)
     same = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1)
     for zero_point in (-400.0, -72.0, 0.0, 128.0, 255.0, 327.0, 328.0, 2000.0):
-        qparams = QParams(torch.tensor(0.02), torch.tensor(zero_point), QuantSpec(8))
-        w = weight(24, 40, 3, 3, bits=8, outside=True)
-        expected = exact(x, qparams, w, lambda a, b: F.conv2d(a, b, padding=1))
-        y = integer.conv2d(x, qparams, integer.pack(replace(w, scale=torch.ones(24, 1, 1, 1))), None, **same)
-        assert torch.equal(y, (expected.float() * torch.tensor(0.02))), zero_point
+        for outputs, channels in ((24, 40), (64, 68)):
+            x = torch.randn(2, channels, 8, 8).contiguous(memory_format=torch.channels_last)
+            qparams = QParams(torch.tensor(0.02), torch.tensor(zero_point), QuantSpec(8))
+            w = weight(outputs, channels, 3, 3, bits=8, outside=True)
+            expected = exact(x, qparams, w, lambda a, b: F.conv2d(a, b, padding=1))
+            y = integer.conv2d(x, qparams, integer.pack(replace(w, scale=torch.ones(outputs, 1, 1, 1))), None, **same)
+            assert torch.equal(y, (expected.float() * torch.tensor(0.02))), (zero_point, channels)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous", "channels of more", "rows of more"])

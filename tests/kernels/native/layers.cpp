@@ -55,7 +55,9 @@ void conv2d() {
     const int64_t top = plain ? 1 : integer(0, 6), left = plain ? 1 : integer(0, 6);
     const int64_t dy = near || chance(.5) ? 1 : integer(1, 3), dx = near || chance(.5) ? 1 : integer(1, 3);
     const int64_t samples = chance(.05) ? 0 : integer(1, 3), height = integer(1, 12), width = integer(1, 12);
-    const int64_t channels = integer(1, 40), outputs = integer(1, 40), pixel = channels + (chance(.6) ? 0 : integer(1, 9));
+    const bool wide = plain && chance(.05);  // Winograd's algorithm with AVX-512 needs 64 channels
+    const int64_t channels = wide ? integer(64, 150) : integer(1, 40), outputs = wide ? integer(64, 80) : integer(1, 40);
+    const int64_t pixel = channels + (chance(.6) ? 0 : integer(1, 9));
     if (height + 2 * top < dy * (kh - 1) + 1 || width + 2 * left < dx * (kw - 1) + 1) continue;
     const int64_t oh = (height + 2 * top - dy * (kh - 1) - 1) / sy + 1, ow = (width + 2 * left - dx * (kw - 1) - 1) / sx + 1;
     const Packed w(outputs, channels, kh, kw, chance(.5) ? 4 : 8, 1);

@@ -81,6 +81,7 @@ extern const Isa amx = [] {
   one.name = "amx";
   one.rows = 32, one.panels = 2, one.depth = 64;
   one.multiply = multiply, one.begin = begin, one.end = end;
+  one.winograd = nullptr;
   return one;
 }();
 

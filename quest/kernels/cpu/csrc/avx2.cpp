@@ -51,6 +51,12 @@ INLINE void store_bytes(uint8_t* out, I a, Part p) {
   std::memcpy(out, &bytes, p.n);
 }
 
+typedef int16_t W __attribute__((vector_size(32), aligned(1), may_alias));
+typedef uint16_t U __attribute__((vector_size(32)));
+INLINE void store(int32_t* x, I a) { put(x, a.v); }
+INLINE I add_pairs(I sum, I a, W b) { return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, __m256i(b)))}; }
+INLINE I sixty_fourth(I a) { return {_mm256_srai_epi32(a.v, 6)}; }
+
 INLINE F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
 INLINE F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
 INLINE F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -108,19 +114,8 @@ INLINE int32_t highest(I a) {
 }
 
 #include "functions.h"
+#include "pairs.h"
 
-// The products of AVX2. Bytes are widened to int16 before they are multiplied: vpmaddwd adds two products of int16 in an int32
-// and cannot saturate, but vpmaddubsw, which multiplies bytes, adds them in an int16 and can. The four bytes of an int32 lane
-// become two pairs, because even and odd bytes are separated by a mask or a shift only:
-//
-//     bytes of a row      a0 a1 a2 a3 | a4 a5 a6 a7 | ...
-//     even pairs          a0    a2    | a4    a6    | ...
-//     odd pairs              a1    a3 |    a5    a7 | ...
-//
-// Bytes of a weight panel are widened in the same way. Both operands are widened one stretch at a time. A stretch stays in the
-// first cache of a processor core.
-constexpr int STRETCH = WINOGRAD_CHANNELS;  // bytes per row
-constexpr int ROW = STRETCH / 2;            // pairs per row: first the even ones, then the odd ones
 constexpr int ROWS = 60;
 
 INLINE void widen_row(const uint8_t* a, int64_t bytes, int32_t* out) {
@@ -129,51 +124,7 @@ INLINE void widen_row(const uint8_t* a, int64_t bytes, int32_t* out) {
   for (int64_t k = 0; k < bytes; k += 32) put(out + k / 4, _mm256_srli_epi16(whole(a + k), 8));
 }
 
-// Widens a panel to pairs [even, odd][bytes / 4][NR].
-INLINE void widen_panel(const int8_t* b, int64_t bytes, int16_t* out) {
-  int16_t* odd = out + bytes * NR / 2;
-  for (const int8_t* end = b + bytes * NR; b < end; b += 32, out += 16, odd += 16) {
-    const __m256i four = whole(b);
-    put(out, _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8));
-    put(odd, _mm256_srai_epi16(four, 8));
-  }
-}
-
-// Computes R x 16 sums in 2 R registers. begin: the sums start at 0; otherwise they are added to `out`.
-template <int R>
-INLINE void tile(const int32_t* a, const int16_t* b, int64_t pairs, bool begin, int32_t* out, ptrdiff_t stride) {
-  __m256i c[R][2];
-#pragma GCC unroll 6
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; h++) c[r][h] = begin ? _mm256_setzero_si256() : whole(out + r * stride + 8 * h);
-#pragma GCC unroll 1
-  for (int64_t k = 0; k < pairs; k++, b += 2 * NR) {
-    const __m256i b0 = whole(b), b1 = whole(b + NR);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++) {
-      const __m256i v = _mm256_set1_epi32(a[r * ROW + k]);
-      c[r][0] = _mm256_add_epi32(c[r][0], _mm256_madd_epi16(v, b0));
-      c[r][1] = _mm256_add_epi32(c[r][1], _mm256_madd_epi16(v, b1));
-    }
-  }
-#pragma GCC unroll 6
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; h++) put(out + r * stride + 8 * h, c[r][h]);
-}
-
-// The same for any number of rows, which are ROW pairs apart.
-void tiles(const int32_t* a, int64_t rows, const int16_t* b, int64_t pairs, bool begin, int32_t* out, ptrdiff_t stride) {
-  for (; rows > 0; rows -= 6, a += 6 * ROW, out += 6 * stride) switch (rows) {
-#define CASE(R) \
-  case R: tile<R>(a, b, pairs, begin, out, stride); break;
-      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5)
-#undef CASE
-      default: tile<6>(a, b, pairs, begin, out, stride);
-    }
-}
-
+// Bytes are widened to int16, because vpmaddubsw, which multiplies bytes, adds two products in an int16 and can saturate.
 void multiply(const uint8_t* a, ptrdiff_t stride, int rows, int segments, const ptrdiff_t* offset, int64_t bytes,
               const int8_t* b, ptrdiff_t panel, int panels, int32_t* out, ptrdiff_t out_stride) {
   alignas(32) int32_t wide_a[ROWS * ROW];
@@ -190,6 +141,8 @@ void multiply(const uint8_t* a, ptrdiff_t stride, int rows, int segments, const 
 }
 
 #include "winograd.h"
+
+const Winograd winograd = {1, winograd_input, winograd_multiply};
 
 }  // namespace
 

@@ -38,6 +38,12 @@ INLINE void store_bytes(uint8_t* out, I a, I b, I c, I d) {
 INLINE void store_bytes(uint8_t* out, I a, All) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(a.v)); }
 INLINE void store_bytes(uint8_t* out, I a, Part p) { _mm512_mask_cvtepi32_storeu_epi8(out, p.mask, a.v); }
 
+typedef int16_t W __attribute__((vector_size(64), aligned(1), may_alias));
+typedef uint16_t U __attribute__((vector_size(64)));
+INLINE void store(int32_t* x, I a) { _mm512_storeu_si512(x, a.v); }
+INLINE I add_pairs(I sum, I a, W b) { return {_mm512_dpwssd_epi32(sum.v, a.v, __m512i(b))}; }
+INLINE I sixty_fourth(I a) { return {_mm512_srai_epi32(a.v, 6)}; }
+
 INLINE F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 INLINE F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
 INLINE F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -84,6 +90,10 @@ INLINE int32_t highest(I a) { return _mm512_reduce_max_epi32(a.v); }
 
 #include "functions.h"
 #include "vnni.h"
+#include "pairs.h"
+#include "winograd.h"
+
+const Winograd winograd = {2, winograd_input, winograd_multiply};
 
 void multiply(const uint8_t* a, ptrdiff_t stride, int rows, int segments, const ptrdiff_t* offset, int64_t bytes,
               const int8_t* b, ptrdiff_t panel, int panels, int32_t* out, ptrdiff_t out_stride) {
@@ -100,7 +110,7 @@ void multiply(const uint8_t* a, ptrdiff_t stride, int rows, int segments, const 
 // Layer norms are those of AVX2. Vectors of sixteen numbers would add in another order and change last bits.
 extern const Isa avx512vnni = {
     "avx512vnni", 24, MAX_PANELS, 4, quantize, sums, unpack4, multiply, finish, pack_keys, pack_values, softmax, channel_sums,
-    scale_channels, avx2_layer_norm, geglu, fake_quantize, fake_quantize_backward, nullptr, nullptr, nullptr,
+    scale_channels, avx2_layer_norm, geglu, fake_quantize, fake_quantize_backward, nullptr, nullptr, &winograd,
 };
 
 }  // namespace quest

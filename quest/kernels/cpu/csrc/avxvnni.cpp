@@ -1,5 +1,5 @@
 // AVX-VNNI: the products of AVX-512 VNNI on the vectors of AVX2, for processors without AVX-512. Everything else is that of
-// AVX2.
+// AVX2, Winograd's algorithm too.
 #include "core.h"
 
 #if QUEST_X86
@@ -35,13 +35,15 @@ void multiply(const uint8_t* a, ptrdiff_t stride, int rows, int segments, const 
     vnni_panels<1>(a, stride, rows, segments, offset, bytes, b + p * panel, panel, out + p * NR, out_stride);
 }
 
+const Winograd winograd = {2, avx2.winograd->input, avx2.winograd->multiply};
+
 }  // namespace
 
 extern const Isa avxvnni = [] {
   Isa one = avx2;
   one.name = "avxvnni";
   one.multiply = multiply;
-  one.winograd = nullptr;
+  one.winograd = &winograd;
   return one;
 }();
 

@@ -37,18 +37,21 @@ bool quantize(const Conv& c, const Block& b, const Planes& planes, int64_t rows,
   return nan;
 }
 
-constexpr int64_t TILES = 320 << 10;  // bytes of transformed tiles; they fit into the second cache of a processor core
+constexpr int64_t TILES = 320 << 10;  // bytes of transformed tiles, times `products`, in the second cache of a processor core
 constexpr int64_t TRANSFORM = 3;      // transforming a weight takes about as long as multiplying this many tiles
 
 // Winograd's algorithm subtracts this number from bytes, because it needs small numbers.
 int middle_of(const Planes& planes) { return static_cast<int>(planes.range.high - planes.range.low + 1) / 2; }
 
-// Returns true if Winograd's algorithm is exact (see core.h) and saves at least a fifth of the products.
+// Returns true if Winograd's algorithm is exact (see core.h) and saves at least a fifth of the time of the products. If these
+// are fast, it also needs many channels, over which its transforms are divided.
 bool by_winograd(const Weight& w, const Conv& c, const Planes& planes) {
   const int64_t tiles = c.samples * ceil_div(c.out_height, 4) * ceil_div(c.out_width, 4);
-  return isa->winograd && w.height == 3 && w.width == 3 && planes.count == 1 &&
+  if (!isa->winograd || w.height != 3 || w.width != 3 || planes.count != 1) return false;
+  const int64_t products = isa->winograd->products;
+  return (products == 1 || std::min(w.channels, w.outputs) >= 64) &&
          middle_of(planes) * w.byte_sum < int64_t{1} << 25 &&
-         5 * (tiles + TRANSFORM) * POINTS < 4 * c.samples * c.out_height * c.out_width * 9;
+         5 * (tiles + TRANSFORM) * POINTS * products < 4 * c.samples * c.out_height * c.out_width * 9;
 }
 
 // Computes what `product` computes, by Winograd's algorithm. starts: the rows at which 4x4 tiles of outputs begin.
@@ -58,8 +61,8 @@ void winograd_product(const Weight& w, const Terms& t, const Rows& a, int middle
   static thread_local Scratch<int32_t> points, products, sums;
   static thread_local Scratch<int8_t> memory;
   const int64_t each = POINTS * round_up(a.stride, WINOGRAD_CHANNELS);
-  const int64_t most =
-      std::min<int64_t>(starts.size(), std::clamp<int64_t>(TILES / (POINTS * (2 * a.stride + 4 * NR)), 18, 48));
+  const int64_t fitting = isa->winograd->products * TILES / (POINTS * (2 * a.stride + 4 * NR));
+  const int64_t most = std::min<int64_t>(starts.size(), std::clamp<int64_t>(fitting, 18, 48));
   int16_t* v = transformed.get((most + 1) * each);
   int32_t* m = points.get((most + 1) * POINTS * NR);
   int32_t* y = products.get(most * 16 * NR);

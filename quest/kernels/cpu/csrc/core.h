@@ -41,9 +41,9 @@ constexpr int64_t SLACK = 64;                 // bytes that may be read after th
 // 3x3 convolutions with stride 1 by Winograd's F(4x4, 3x3) (arXiv:1509.09308, section 4.1) on integers. The kernel transform
 // is multiplied with the smallest integers that remove its fractions. All arithmetic is modulo 2^32. The result is 576 times
 // the sum. It is divided by 9, by multiplying with the inverse of 9, and by 64, by a shift. This is exact if the sum is below
-// 2^25. Winograd's algorithm needs a quarter of the products, but on int16, and it needs transforms. It pays for an
-// instruction set that has to widen bytes to int16 for its products anyway.
+// 2^25. Winograd's algorithm needs a quarter of the products, but on int16, and it needs transforms.
 struct Winograd {
+  int products;  // one of its products takes as long as this many products of bytes
   // Transforms tiles of 6x6 pixels, with `channels` bytes per pixel, a multiple of 4. Tile t begins at a + offset[t]. Lines
   // and pixels are `line` and `pixel` bytes apart. `middle` is subtracted from each byte. Only `multiply` knows the order of
   // the transformed numbers. `out` has room for POINTS * (tiles + 1) pixels, each of WINOGRAD_CHANNELS or a multiple.

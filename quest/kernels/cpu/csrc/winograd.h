@@ -1,20 +1,16 @@
-// Winograd's convolutions with AVX2 (see core.h); only avx2.cpp includes this file. Tiles are widened as rows are, and the
-// weight as panels are. Transformed tiles are ordered [stretch][point][tile][pairs].
-
-INLINE __m256i shl(__m256i x, int by) { return _mm256_slli_epi16(x, by); }
-INLINE __m256i add(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
-INLINE __m256i sub(__m256i a, __m256i b) { return _mm256_sub_epi16(a, b); }
+// Winograd's convolutions (see core.h), for files that include pairs.h, after that file. Tiles are widened as rows are, and
+// the weight as panels are. Transformed tiles are ordered [stretch][point][tile][pairs].
 
 // B^T of F(4x4, 3x3).
-INLINE void input_transform(const __m256i d[6], __m256i out[6]) {
-  out[0] = add(sub(shl(d[0], 2), add(shl(d[2], 2), d[2])), d[4]);
-  __m256i even = sub(d[4], shl(d[2], 2)), odd = sub(d[3], shl(d[1], 2));
-  out[1] = add(even, odd);
-  out[2] = sub(even, odd);
-  even = sub(d[4], d[2]), odd = shl(sub(d[3], d[1]), 1);
-  out[3] = add(even, odd);
-  out[4] = sub(even, odd);
-  out[5] = add(sub(shl(d[1], 2), add(shl(d[3], 2), d[3])), d[5]);
+INLINE void input_transform(const W d[6], W out[6]) {
+  W even = d[4] - (d[2] << 2), odd = d[3] - (d[1] << 2);
+  out[0] = (d[0] << 2) - d[2] + even;
+  out[1] = even + odd;
+  out[2] = even - odd;
+  out[5] = (d[1] << 2) - (d[3] << 2) - d[3] + d[5];
+  even = d[4] - d[2], odd = (d[3] - d[1]) << 1;
+  out[3] = even + odd;
+  out[4] = even - odd;
 }
 
 // Pairs from one point of transformed tiles to the next. Points are an odd number of cache lines apart; otherwise they would
@@ -22,12 +18,12 @@ INLINE void input_transform(const __m256i d[6], __m256i out[6]) {
 INLINE ptrdiff_t point_of(int64_t tiles) { return tiles * ROW + 16; }
 
 template <bool ODD>
-INLINE void input_tile(const uint8_t* a, ptrdiff_t line, ptrdiff_t pixel, __m256i middle, int32_t* out, ptrdiff_t point) {
-  __m256i half[6][6], v[6], d[6];
+INLINE void input_tile(const uint8_t* a, ptrdiff_t line, ptrdiff_t pixel, int16_t middle, int32_t* out, ptrdiff_t point) {
+  W half[6][6], v[6], d[6];
   for (int x = 0; x < 6; x++) {
     for (int y = 0; y < 6; y++) {
-      const __m256i four = whole(a + y * line + x * pixel);
-      d[y] = sub(ODD ? _mm256_srli_epi16(four, 8) : _mm256_and_si256(four, _mm256_set1_epi16(255)), middle);
+      const W four = words(a + y * line + x * pixel);
+      d[y] = (ODD ? W(U(four) >> 8) : four & 255) - middle;
     }
     input_transform(d, v);
     for (int i = 0; i < 6; i++) half[i][x] = v[i];
@@ -40,7 +36,7 @@ INLINE void input_tile(const uint8_t* a, ptrdiff_t line, ptrdiff_t pixel, __m256
 
 void winograd_input(const uint8_t* a, ptrdiff_t line, ptrdiff_t pixel, int64_t channels, int middle,
                     const ptrdiff_t* offset, int64_t tiles, int16_t* out) {
-  const __m256i off = _mm256_set1_epi16(static_cast<int16_t>(middle));
+  const int16_t off = static_cast<int16_t>(middle);
   const ptrdiff_t point = point_of(tiles);
   int32_t* v = reinterpret_cast<int32_t*>(out);
   for (int64_t k = 0; k < channels; k += STRETCH, v += POINTS * point) {
@@ -48,20 +44,20 @@ void winograd_input(const uint8_t* a, ptrdiff_t line, ptrdiff_t pixel, int64_t c
     for (int64_t t = 0; t < tiles; t++) {
       const uint8_t* from = a + offset[t] + k;
       int32_t* to = v + t * ROW;
-      for (int64_t c = 0; c < n; c += 32) input_tile<false>(from + c, line, pixel, off, to + c / 4, point);
-      for (int64_t c = 0; c < n; c += 32) input_tile<true>(from + c, line, pixel, off, to + (n + c) / 4, point);
+      for (int64_t c = 0; c < n; c += 4 * L) input_tile<false>(from + c, line, pixel, off, to + c / 4, point);
+      for (int64_t c = 0; c < n; c += 4 * L) input_tile<true>(from + c, line, pixel, off, to + (n + c) / 4, point);
     }
   }
 }
 
 // G of F(4x4, 3x3) with rows scaled to integers: {1,0,0}, {1,1,1}, {1,-1,1}, {1,2,4}, {1,-2,4}, {0,0,1}.
-INLINE void weight_transform(const __m256i g[3], __m256i out[6]) {
-  const __m256i near = add(g[0], g[2]), far = add(g[0], shl(g[2], 2)), twice = shl(g[1], 1);
+INLINE void weight_transform(const W g[3], W out[6]) {
+  const W near = g[0] + g[2], far = g[0] + (g[2] << 2), twice = g[1] << 1;
   out[0] = g[0];
-  out[1] = add(near, g[1]);
-  out[2] = sub(near, g[1]);
-  out[3] = add(far, twice);
-  out[4] = sub(far, twice);
+  out[1] = near + g[1];
+  out[2] = near - g[1];
+  out[3] = far + twice;
+  out[4] = far - twice;
   out[5] = g[2];
 }
 
@@ -71,11 +67,11 @@ constexpr int THIRDS[3][2] = {{0, 5}, {1, 2}, {3, 4}};  // rows of six points th
 // Transforms the taps of a panel into two rows of points. A third of the points fits into the first cache.
 template <int Third>
 void third_of_weight(const int16_t* taps, int64_t numbers, int16_t* out) {
-  for (int64_t n = 0; n < numbers; n += 16) {
-    __m256i half[2][3], v[6];
+  for (int64_t n = 0; n < numbers; n += 2 * L) {
+    W half[2][3], v[6];
     for (int x = 0; x < 3; x++) {
-      __m256i g[3];
-      for (int y = 0; y < 3; y++) g[y] = whole(taps + (3 * y + x) * PANEL + n);
+      W g[3];
+      for (int y = 0; y < 3; y++) g[y] = words(taps + (3 * y + x) * PANEL + n);
       weight_transform(g, v);
       for (int i = 0; i < 2; i++) half[i][x] = v[THIRDS[Third][i]];  // the compiler removes the other rows
     }
@@ -122,9 +118,7 @@ void winograd_multiply(const int16_t* a, int64_t channels, int64_t count, const 
       }
       for (int i = 0; i < 4; i++) {
         output_transform(half[i], y);
-        for (int j = 0; j < 4; j++) put(out + (4 * i + j) * NR + c, _mm256_srai_epi32((y[j] * ninth).v, 6));
+        for (int j = 0; j < 4; j++) store(out + (4 * i + j) * NR + c, sixty_fourth(y[j] * ninth));
       }
     }
 }
-
-const Winograd winograd = {winograd_input, winograd_multiply};
