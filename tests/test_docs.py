@@ -141,6 +141,21 @@ def test_snakemake_plans_its_command_lines(tmp_path):
     assert "FAILED []" in run.stdout, run.stdout[-5000:] + run.stderr
 
 
+def test_the_matrix_of_the_readme_is_that_of_its_table():
+    """The marks stand for the column `better` of the differences over seeds."""
+    import pandas as pd
+
+    seeds = pd.read_csv(ROOT / "docs/assets/seeds-photos-class.csv").replace({"quest": "quest-suite"})
+    found = seeds[(seeds["method"] == "quest-suite") & seeds["versus"].notna()].set_index(["versus", "metric"])[
+        "better"
+    ]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for rival in ("q-diffusion", "full-finetune"):
+        (marks,) = re.findall(rf"^\| {rival} \| (.) \| (.) \| (.) \|$", text, re.MULTILINE)
+        outcomes = [found[rival, metric] for metric in ("kid_64w", "log_latent_mse", "psnr")]
+        assert marks == tuple({"quest-suite": "▲", rival: "▼", "neither": "○"}[outcome] for outcome in outcomes)
+
+
 def test_python_blocks_are_python():
     texts = [(place, text) for place, text in blocks("python") if text.startswith("import")]
     assert texts
