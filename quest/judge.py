@@ -35,7 +35,6 @@ from quest.metrics.reference import image_files, prepared
 from quest.runtime.files import atomic, read_arrays, read_lines
 
 EXIT = {"same or better": 0, "worse": 1, "cannot tell": 2}  # codes of the process
-BAD_INPUT = 3
 FEWEST, MOST = 20, 5000  # images of one side
 BLUR = 1 / 64  # of the side: the standard deviation of the blur that sets the margin
 SHOWN = 8  # pairs on the page

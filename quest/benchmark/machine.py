@@ -1,6 +1,5 @@
 """Properties of this machine: peak rates, instruction sets, free memory, load of other processes, packages."""
 
-import ctypes
 import math
 import os
 import time
@@ -14,6 +13,7 @@ import torch
 from quest.benchmark.stopwatch import seconds_of
 from quest.kernels.cpu import integer
 from quest.kernels.cpu.core import best, core
+from quest.runtime import memory
 from quest.runtime.provenance import provenance
 
 
@@ -39,10 +39,8 @@ def has_bf16() -> bool:
 
 def peaks(threads: int) -> dict[str, float]:
     """Peak rates: GOP/s of the integer kernel's instructions and of float32 on registers (a multiply-accumulate counts
-    as 2), and GB/s of a copy too large for every cache. Raises AttributeError for an older core."""
-    peak = core().quest_peak
-    peak.restype, peak.argtypes = ctypes.c_int64, [ctypes.c_char_p, ctypes.c_int64]
-    rates = {}
+    as 2), and GB/s of a copy too large for every cache."""
+    peak, rates = core().quest_peak, {}
 
     def rate(isa):
         start = time.thread_time()  # not wall time, so that the load of other processes does not count
@@ -60,11 +58,8 @@ def peaks(threads: int) -> dict[str, float]:
 
 def free_memory() -> int | None:
     """Free memory in bytes; None if the system does not report it."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    free = memory.field("/proc/meminfo", "MemAvailable")
+    return None if free == math.inf else int(free)
 
 
 def processor_time() -> tuple[float, float, float] | None:

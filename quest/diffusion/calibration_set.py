@@ -197,8 +197,7 @@ def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int, draw: int
         calls.append(dict(sample=sample, timestep=t.expand(len(prediction)), target=prediction, **conditioning))
 
     kept: dict[str, list[Tensor]] = {}
-    handle = denoiser.register_forward_hook(record, with_kwargs=True)
-    try:
+    with denoiser.register_forward_hook(record, with_kwargs=True):
         for indices, _, _ in generate(pipe, model, split, n, first=first):
             for number, call in enumerate(calls):
                 halves = list(range(len(call["sample"]) // model.batch_size))  # 2 under guidance
@@ -210,8 +209,6 @@ def collect(pipe: DiffusionPipeline, model: Model, split: str, n: int, draw: int
                 kept.setdefault("trajectory", []).append(torch.as_tensor(indices).repeat(len(halves)))
                 kept.setdefault("call", []).append(torch.full((len(rows),), number))
             calls.clear()
-    finally:
-        handle.remove()
     tensors = {k: torch.cat(kept.pop(k)) for k in list(kept)}  # one at a time, so that little is in memory twice
     columns = {k: tensors.pop(k) for k in TENSORS}
     if (columns["timestep"] == columns["timestep"].long()).all():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
 NAMES = ("unet", "transformer")  # the components of a pipeline that can be its denoiser
 
@@ -22,6 +25,15 @@ def name_of(pipe) -> str:
 def denoiser_of(pipe) -> nn.Module:
     """The denoiser of a pipeline. Raises ValueError for a pipeline without one."""
     return getattr(pipe, name_of(pipe))
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks of modules at the end of this context, also after an error. handles: of hooks just registered."""
+    with ExitStack() as hooks:
+        for handle in handles:
+            hooks.enter_context(handle)
+        yield
 
 
 def sample_argument(denoiser: nn.Module) -> str:

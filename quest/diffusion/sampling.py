@@ -208,15 +208,9 @@ def timed(denoiser: torch.nn.Module) -> Iterator[list[float]]:
             torch.cuda.synchronize(denoiser.device)
         return time.perf_counter()
 
-    handles = [
-        denoiser.register_forward_pre_hook(lambda *_: starts.append(now())),
-        denoiser.register_forward_hook(lambda *_: seconds.append(now() - starts.pop())),
-    ]
-    try:
+    before = denoiser.register_forward_pre_hook(lambda *_: starts.append(now()))
+    with before, denoiser.register_forward_hook(lambda *_: seconds.append(now() - starts.pop())):
         yield seconds
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

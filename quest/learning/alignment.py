@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.denoisers import hooked
 from quest.learning.recomputing import recomputing
 from quest.quantization.layers import QuantLayer
 from quest.quantization.quantizer import Quantizer
@@ -95,12 +96,13 @@ def align(
     try:
         with (
             recomputing(denoiser, calibration.inputs(torch.arange(1, device="cpu")), stage.batch),
-            outputs_of(denoiser, stage.layers) as outputs,
             tqdm(turns, desc=stage.name, total=stage.iterations, mininterval=5) as bar,
         ):
             for i, (rows, new_visit) in enumerate(bar):
                 wanted = targets(rows) if stage.local else {}
-                prediction = denoiser(**calibration.inputs(rows)).sample
+                # Looked at once: what a block gives when it is computed again would keep its whole graph in memory.
+                with outputs_of(denoiser, stage.layers) as outputs:
+                    prediction = denoiser(**calibration.inputs(rows)).sample
                 losses = [F.mse_loss(outputs[n], wanted[n].to(prediction.dtype)) for n in stage.local]
                 local = sum(losses, start=prediction.new_zeros(()))
                 whole = F.mse_loss(prediction, calibration.target[rows])
@@ -113,6 +115,8 @@ def align(
                     )
                 adam.zero_grad()
                 adam_scales.zero_grad()
+                outputs.clear()
+                wanted.clear()
                 loss.backward()
                 decay = 0.5 * (1 + math.cos(math.pi * i / stage.iterations)) if cosine else 1.0
                 group = groups.index(calibration.timestep[rows[:1]]).item()
@@ -163,12 +167,8 @@ def outputs_of(denoiser: nn.Module, names: Iterable[str]) -> Iterator[dict[str, 
     def keep(name: str, _layer: nn.Module, _arguments: tuple, output: Tensor) -> None:
         outputs[name] = output
 
-    handles = [denoiser.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names]
-    try:
+    with hooked(denoiser.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names):
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def scheduled(

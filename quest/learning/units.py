@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 
+from quest.diffusion.denoisers import hooked
 from quest.quantization.attention import QuantAttention
 from quest.quantization.layers import QuantLayer, attentions, input_quantizers, quant_layers
 from quest.quantization.quantizer import Quantizer
@@ -69,11 +70,8 @@ def units(denoiser: nn.Module, inputs: dict[str, Tensor], kinds: tuple[type, ...
             found[name] = module
     order: list[str] = []
     handles = [m.register_forward_pre_hook(lambda *_, n=n: order.append(n)) for n, m in found.items()]
-    try:
+    with hooked(handles):
         denoiser(**inputs)
-    finally:
-        for h in handles:
-            h.remove()
     attention = {n: m for n, m in attentions(denoiser) if f"{n}.processor" in found}
     members: dict[str, list[str]] = {}
     for name in dict.fromkeys(order):
@@ -151,12 +149,8 @@ def chunk_rows(denoiser: nn.Module, inputs: dict[str, Tensor]) -> int:
         nonlocal largest
         largest = max(largest, output.nbytes)
 
-    handles = [m.register_forward_hook(look) for m in denoiser.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    try:
+    with hooked(m.register_forward_hook(look) for m in denoiser.modules() if isinstance(m, nn.Linear | nn.Conv2d)):
         denoiser(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     room = int(memory.SHARE * memory.budget(inputs["timestep"].device.type))
     return max(1, min(CHUNK, room // (ALIVE * largest)))
 

@@ -18,7 +18,6 @@ COLUMNS = ["model", "machine", "what", "value", "unit", "batch", "weights", "how
 # How a value was found, as a row says.
 MEASURED = "measured"
 SCALED = "of the unit with the most work; scaled to all by weights and multiply-accumulates"
-PROPORTIONAL = "of one row; seconds are taken to be in proportion to the rows"
 SAMPLED = "of every 16th layer by size; scaled to all by weights"
 # What costs seconds. A step is a fixed cost and, under "... row", a cost per row of the calibration set or mini-batch.
 SECONDS = {

@@ -12,7 +12,7 @@ from functools import partial
 
 from baselines.method import Step
 from quest.planning import shapes
-from quest.planning.costs import MEASURED, PROPORTIONAL, SAMPLED, SCALED, STEPS
+from quest.planning.costs import MEASURED, SAMPLED, SCALED, STEPS
 from quest.planning.meter import Meter
 from quest.runtime import memory
 
@@ -147,15 +147,11 @@ def _quantizing(meter, pipe, student, model, first, few, many, scaled):
         meter.iterations(what, step, few, many, scales, SCALED if scaled else MEASURED)
         freeze(student)
     for what, step in STEPS.items():
-        # The fixed part of an iteration is that of the weights it learns; where these are all, it is no small one.
-        few_learn = step.rows is None and what not in ("distillation", "full finetuning")
-        proportional = scaled and few_learn and sum(p.numel() for p in pipe.unet.parameters()) >= LARGE
 
         def learn(iterations, batch, step=step):
             step.learn(student, pipe, _calibration(first(batch)), model, iterations, batch)
 
-        how = PROPORTIONAL if proportional else MEASURED
-        meter.iterations(what, step._replace(learn=learn), few, many, how=how)
+        meter.iterations(what, step._replace(learn=learn), few, many)
         freeze(student)
 
     def thresholds(rows):
@@ -194,6 +190,7 @@ def _of_largest_unit(student, teacher, work, first, many):
     import torch
     from torch.utils._pytree import tree_map
 
+    from quest.diffusion.denoisers import hooked
     from quest.learning import reconstruction
     from quest.learning.units import call_modules, units
     from quest.quantization.layers import input_quantizers, quant_layers
@@ -206,10 +203,8 @@ def _of_largest_unit(student, teacher, work, first, many):
     def keep(module, args, kwargs):
         met[module] = {"args": args, "kwargs": kwargs}
 
-    handles = [m.register_forward_pre_hook(keep, with_kwargs=True) for n, m in student.named_modules() if n]
-    unit = max((unit for unit in units(student, first(1)) if unit.layers), key=of_unit)
-    for handle in handles:
-        handle.remove()
+    with hooked(m.register_forward_pre_hook(keep, with_kwargs=True) for n, m in student.named_modules() if n):
+        unit = max((unit for unit in units(student, first(1)) if unit.layers), key=of_unit)
     arguments = met[next(iter(unit.modules.values()))]
     met.clear()
     # As many rows as are wanted, all equal: what they hold changes no cost.

@@ -4,13 +4,13 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 from baselines.method import Step
-from quest.planning.costs import MEASURED, PROPORTIONAL, SECONDS, machine
+from quest.planning.costs import MEASURED, SECONDS, machine
 from quest.runtime import memory
 
 
@@ -67,8 +67,8 @@ class Meter:
         if what not in self.wanted:
             return
         found = []
-        for rows in (few, many):
-            with self.peak(what, rows) as peak:
+        for rows, with_memory in self._alike(few, many):
+            with with_memory, self.peak(what, rows) as peak:
                 seconds = min(self.seconds(partial(step, rows)) for _ in range(self.repeats))
             found.append((seconds, peak["most"]))
         self._line(what, few, many, *found)
@@ -78,22 +78,29 @@ class Meter:
     ) -> None:
         """Measure one iteration of a training step. scales: of its fixed part and of its part per row.
 
-        how: with PROPORTIONAL, only the memory of many rows is measured, and seconds are taken to have no fixed part.
+        Memory is that of the second iteration, when the optimizer holds its state beside the graph.
         """
         if what not in self.wanted:
             return
         found = []
-        for rows in (few, many) if step.rows is None else (step.rows,):
-            with self.peak(what, rows) as peak:
-                if how == PROPORTIONAL and rows == many:
-                    step.learn(1, rows)
-                else:
-                    seconds = self.iteration(step.learn, rows)
-            found.append((seconds * (rows / few if how == PROPORTIONAL else 1), peak["most"]))
+        for rows, with_memory in self._alike(*((few, many) if step.rows is None else (step.rows,))):
+            with with_memory, self.peak(what, rows) as peak:
+                seconds = self.iteration(step.learn, rows)
+            found.append((seconds, peak["most"]))
         if step.rows is not None:
             self.add(step.rows, how, **{what: found[0][0] * scales[0], f"memory of {what}": found[0][1]})
         else:
             self._line(what, few, many, *found, scales, how)
+
+    def _alike(self, *counts: int) -> Iterator[tuple[int, AbstractContextManager]]:
+        """Each number of rows, and a context in which a job may hold memory in proportion to it.
+
+        What fits itself to the memory, such as `quest.learning.recomputing`, then decides alike for few and many rows.
+        Where it did not, many rows could take less memory than few, and a row would seem to take none.
+        """
+        most = memory.budget(self.device)
+        for rows in counts:
+            yield rows, memory.limited(most * rows // counts[-1])
 
     def _line(self, what, few, many, of_few, of_many, scales=(1, 1), how=MEASURED) -> None:
         (fixed, row), (held, held_row) = (_line(few, many, *pair) for pair in zip(of_few, of_many, strict=True))
@@ -108,11 +115,8 @@ class Meter:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
         updates: list[tuple[object, float]] = []
-        handle = register_optimizer_step_post_hook(lambda optimizer, *_: updates.append((optimizer, self.now())))
-        try:
+        with register_optimizer_step_post_hook(lambda optimizer, *_: updates.append((optimizer, self.now()))):
             learn(1 + self.repeats, rows)
-        finally:
-            handle.remove()
         between: dict[int, list[float]] = {}
         for (last, start), (optimizer, end) in zip(updates, updates[1:], strict=False):
             if optimizer is last:

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from quest.diffusion.calibration_set import CalibrationSet
-from quest.diffusion.denoisers import denoiser_of
+from quest.diffusion.denoisers import denoiser_of, hooked
 from quest.quantization.layer_names import layer_class
 from quest.quantization.splitting import SplitConv2d, split_layers
 
@@ -49,13 +49,10 @@ def visit_inputs(denoiser: nn.Module, evaluation: CalibrationSet, see: Callable[
         for n, m in denoiser.named_modules()
         if isinstance(m, nn.Linear | nn.Conv2d | SplitConv2d) and not n.startswith(parts)
     ]
-    try:
+    with hooked(handles):
         for call in evaluation.call.unique().tolist():
             rows = (evaluation.call == call).nonzero().flatten()
             denoiser(**evaluation.inputs(rows))
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def spreads(denoiser: nn.Module, evaluation: CalibrationSet) -> dict[str, float]:
@@ -125,9 +122,8 @@ def activation_ranges(pipe: DiffusionPipeline, calibration: CalibrationSet, samp
             (args[0].min().item(), args[0].max().item())
         )
 
-    handles = [m.register_forward_pre_hook(record(n)) for n, m in layers.items()]
     rows = []
-    try:
+    with hooked(m.register_forward_pre_hook(record(n)) for n, m in layers.items()):
         for t in calibration.timesteps:
             seen.clear()
             at_t = (calibration.timestep == t).nonzero().flatten()
@@ -135,7 +131,4 @@ def activation_ranges(pipe: DiffusionPipeline, calibration: CalibrationSet, samp
             for name, ranges in seen.items():
                 low, high = torch.tensor(ranges, dtype=torch.float64).mean(0).tolist()
                 rows.append(dict(layer_class=name, timestep=t, low=low, high=high, layers=len(ranges)))
-    finally:
-        for h in handles:
-            h.remove()
     return rows

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.learning.alignment import outputs_of
 
 PATH = "time embedding"  # the class of layers that timesteps pass through, see layer_names.LAYER_CLASSES
 
@@ -19,21 +20,14 @@ def embeddings(denoiser: nn.Module, calibration: CalibrationSet) -> Tensor:
 
     Raises ValueError for a denoiser without time embedding projections.
     """
-    layers = {n: m for n, m in denoiser.named_modules() if n.endswith(".time_emb_proj")}
+    layers = [n for n, _ in denoiser.named_modules() if n.endswith(".time_emb_proj")]
     if not layers:
         raise ValueError("the denoiser has no time embedding projections (*.time_emb_proj)")
-    seen: dict[str, Tensor] = {}
-    handles = [
-        m.register_forward_hook(lambda _m, _args, out, n=n: seen.__setitem__(n, out[0])) for n, m in layers.items()
-    ]
     rows = []
-    try:
+    with outputs_of(denoiser, layers) as seen:
         for t in calibration.timesteps:
             denoiser(**calibration.inputs((calibration.timestep == t).nonzero().flatten()[:1]))
-            rows.append(torch.cat([seen[n] for n in layers]))
-    finally:
-        for handle in handles:
-            handle.remove()
+            rows.append(torch.cat([seen[n][0] for n in layers]))
     return torch.stack(rows)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quest.affine import QParams, QuantSpec, fake_quantize
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.denoisers import hooked
 from quest.quantization import ranges
 from quest.quantization.layer_names import KEEP, layer_bits
 
@@ -85,7 +86,6 @@ def perturbed(denoiser: nn.Module, inputs: dict[str, Tensor], bits: int) -> Iter
         return hook
 
     rounding = {n: error(w, QuantSpec(layer_bits(n, bits, bits, KEEP)[0], axis=0)) for n, w in weights.items()}
-    handles = [m.register_forward_pre_hook(move(n)) for n, m in layers.items()]
 
     @torch.no_grad()
     def f(a: float) -> Tensor:
@@ -95,13 +95,10 @@ def perturbed(denoiser: nn.Module, inputs: dict[str, Tensor], bits: int) -> Iter
             layer.weight.data = weights[name] + a * rounding[name]
         return denoiser(**inputs).sample
 
-    try:
+    with hooked(m.register_forward_pre_hook(move(n)) for n, m in layers.items()):
         with torch.no_grad():
             denoiser(**inputs)
         yield f
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def taylor(denoiser: nn.Module, evaluation: CalibrationSet, widths: list[int], calls: int = 2) -> list[dict]:

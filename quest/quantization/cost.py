@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.denoisers import hooked
 from quest.quantization import packing
 from quest.quantization.layer_names import Keep, layer_bits, layer_class
 from quest.quantization.layers import QuantLayer, attentions, input_quantizers, quant_layers
@@ -59,11 +60,8 @@ def macs(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
             handles.append(module.register_forward_hook(layer(name)))
         elif isinstance(module, Attention):
             handles.append(module.register_forward_pre_hook(products(f"{name}.processor"), with_kwargs=True))
-    try:
+    with hooked(handles):
         denoiser(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return counted
 
 

@@ -5,6 +5,7 @@ from inspect import signature
 import torch
 from torch import Tensor, nn
 
+from quest.diffusion.denoisers import hooked
 from quest.kernels.cpu.integer import plus
 from quest.quantization.layers import QuantLayer
 
@@ -73,11 +74,8 @@ def concatenation_splits(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict
         for i, block in enumerate(getattr(denoiser, "up_blocks", ()))
         if "res_hidden_states_tuple" in signature(block.forward).parameters and hasattr(block, "resnets")
     ]
-    try:
+    with hooked(handles):
         denoiser(**inputs)
-    finally:
-        for h in handles:
-            h.remove()
     return found
 
 

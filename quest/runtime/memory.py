@@ -7,6 +7,8 @@ import os
 import re
 import tempfile
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +42,19 @@ def budget(device: str = "cpu") -> int:
     import torch
 
     return torch.cuda.mem_get_info()[0]
+
+
+@contextmanager
+def limited(size: int) -> Iterator[None]:
+    """While inside, the budget is so many bytes, at least one."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = str(max(1, size))
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
 
 
 def waiting(device: str = "cpu") -> Waiting:
