@@ -20,8 +20,9 @@ from baselines.adaround import SplitRecipe, preset_of, round_weights, rounding_w
 from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Valid, one_of, takes
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
-from quest.learning.calibrate import calibrate, calibrating, running, static_rows
+from quest.learning.calibrate import calibrate, calibrating, observe, running, static_rows
 from quest.learning.reconstruction import CHECK, reconstruct_activations
+from quest.learning.units import chunk_rows
 from quest.quantization import ranges
 from quest.quantization.checkpoint import load_weights
 from quest.quantization.layers import input_quantizers
@@ -153,8 +154,9 @@ def activation_ranges_of(
         order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed), device="cpu")
     blocks = tuple(f"{n}." for n, m in denoiser.named_modules() if isinstance(m, BasicTransformerBlock))
     batches = order.split(BATCH)
+    chunk = chunk_rows(denoiser, drawn.inputs(order[:1]), BATCH)
     with calibrating(denoiser, ranges.minmax if kind == "ema-symmetric" else ranges.mse):
-        denoiser(**drawn.inputs(batches[0]))
+        observe(denoiser, drawn.inputs(batches[0]), chunk)
     choosers = {
         name: running(name, MOMENTUM) for name in quantizers if ".processor." not in name or name.startswith(blocks)
     }
@@ -162,7 +164,7 @@ def activation_ranges_of(
         for name, chooser in choosers.items():
             quantizers[name].choose = chooser
         for rows in batches:
-            denoiser(**drawn.inputs(rows))
+            observe(denoiser, drawn.inputs(rows), chunk)
     finally:
         for q in quantizers.values():
             q.choose = None

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 
 TENSORS = ("sample", "timestep", "target", "trajectory", "call")
+AT_ONCE = 2**18  # numbers that are looked at together, where a whole tensor is
 CONDITION_FIRST = ("DiTPipeline",)  # pipelines whose guided batch is [with, without the condition]
 
 
@@ -111,6 +112,8 @@ class CalibrationSet:
     def load(cls, path) -> CalibrationSet:
         """Read a saved set. Raises ValueError if the file is no calibration set, or has changed since it was saved.
 
+        On the CPU its tensors lie in the file, which the system maps into memory: what is not read takes no memory, and
+        what was read can be dropped. The file must not be written while the set is in use; `save` replaces it.
         Sets of an earlier version have no hashes and are not checked for changes.
         """
         with opened(path) as f:
@@ -145,7 +148,7 @@ class CalibrationSet:
                 raise ValueError(
                     f"{path}: its tensor {name} is {value.dtype} {tuple(value.shape)}, not one of {n[0]} rows"
                 )
-            if not value.isfinite().all():
+            if not all(part.isfinite().all() for part in value.flatten().split(AT_ONCE)):
                 raise ValueError(f"{path}: its tensor {name} is not finite: full precision diverged")
         target, sample = tensors["target"].shape, tensors["sample"].shape
         if target[2:] != sample[2:] or len(target) != len(sample) or not n[0]:

@@ -138,8 +138,8 @@ def walk(
 
 
 @torch.no_grad()
-def chunk_rows(denoiser: nn.Module, inputs: dict[str, Tensor]) -> int:
-    """Rows of one forward pass of a unit: CHUNK, or as many as fit into half of the memory.
+def chunk_rows(denoiser: nn.Module, inputs: dict[str, Tensor], most: int = CHUNK) -> int:
+    """Rows of one forward pass of a unit: `most`, or as many as fit into half of the memory.
 
     inputs: of one row.
     """
@@ -152,7 +152,7 @@ def chunk_rows(denoiser: nn.Module, inputs: dict[str, Tensor]) -> int:
     with hooked(m.register_forward_hook(look) for m in denoiser.modules() if isinstance(m, nn.Linear | nn.Conv2d)):
         denoiser(**inputs)
     room = int(memory.SHARE * memory.budget(inputs["timestep"].device.type))
-    return max(1, min(CHUNK, room // (ALIVE * largest)))
+    return max(1, min(most, room // (ALIVE * largest)))
 
 
 class Streamed(TorchDispatchMode):

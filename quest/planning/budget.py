@@ -12,10 +12,10 @@ from quest.runtime import memory
 from quest.runtime.files import atomic
 
 # What a recipe sets to change the rows of a step that are in memory at once.
-KEYS = {"ranges": "samples", "rounding": "batch", "step learning": "batch", "threshold search": "rows"}
-# Steps that fit themselves to the memory there is: blocks are computed again (quest.learning.recomputing), units take
-# fewer rows at once (quest.learning.units).
-SHRINK = {"distillation", "full finetuning", "temporal alignment", "critical alignment", "call", "gptq"}
+KEYS = {"rounding": "batch", "step learning": "batch", "threshold search": "rows"}
+# Steps that fit themselves to the memory there is: blocks are computed again (quest.learning.recomputing), and the
+# search of ranges and units take fewer rows at once (quest.learning.calibrate and quest.learning.units).
+SHRINK = {"ranges", "distillation", "full finetuning", "temporal alignment", "critical alignment", "call", "gptq"}
 JOBS = ["rule", "model", "method", "bits", "least_mb", "mem_mb", "runtime"]
 MARGIN = {"mem_mb": 1.2, "runtime": 1.5}  # that a job asks for beyond what the plan has
 
@@ -81,9 +81,9 @@ def jobs(config: dict, known: list[dict], machine: str) -> list[dict]:
             needed["sample", run.method, run.bits] = plan.sample(model, known_here, images, exact)
             if not exact:
                 job = "quantize", run.method, run.bits
-                needed[job] = plan.quantize(config, run, model, known_here)
-                steps = plan.quantizing(*recipe_of(config, run.method), run.bits, model, n) or {}
-                lowest[job] = least(known_here, steps)[0]
+                steps = plan.quantizing(*recipe_of(config, run.method), run.bits, model, n)
+                needed[job] = plan.quantize(known_here, steps)
+                lowest[job] = least(known_here, steps or {})[0]
         for job, needs in needed.items():
             if math.isfinite(needs.seconds) and math.isfinite(needs.memory):
                 megabytes = [math.ceil(lowest.get(job, needs.memory)), math.ceil(needs.memory * MARGIN["mem_mb"])]

@@ -125,7 +125,7 @@ def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
                 missing = tuple(dict.fromkeys(step for job in jobs for step in job.missing))
                 all_parts.append(Part(name, kind, len(jobs), sum(hours), size, missing, _most(memory), _most(hours)))
 
-        drawn = [settings.get("trajectories", model.trajectories)]
+        drawn = [n := settings.get("trajectories", model.trajectories)]
         if any(run.model == name for run in sampled):
             drawn.append(settings.get("evaluation", 16))
         part("trajectories", [trajectories(model, known, n) for n in drawn], sum(set_bytes(model, n) for n in drawn))
@@ -134,7 +134,8 @@ def parts(config: dict, costs: list[dict], machine: str) -> list[Part]:
         size = sum(
             FLOAT * sizes.parameters if run in starts else footprint(model, run.bits)["bytes"] for run in checkpoints
         )
-        part("quantize", [quantize(config, run, model, known) for run in checkpoints], size)
+        of_runs = {run: quantizing(*recipe_of(config, run.method), run.bits, model, n) for run in checkpoints}
+        part("quantize", [quantize(known, steps, run.method) for run, steps in of_runs.items()], size)
         image_bytes = _image_bytes(model, sizes, settings.get("keep_images", True))
         for label, exact in (("sample, full precision", True), ("sample, quantized", False)):
             of_kind = [run for run in sampled if run.model == name and (run.method == FULL_PRECISION[0]) == exact]
@@ -175,12 +176,10 @@ def sample(model: Model, known: dict, images: float, exact: bool) -> Needs:
     )
 
 
-def quantize(config: dict, run: Run, model: Model, known: dict) -> Needs:
-    """The job that makes the checkpoint of a cell."""
-    n = config["models"][run.model].get("trajectories", model.trajectories)
-    steps = quantizing(*recipe_of(config, run.method), run.bits, model, n)
+def quantize(known: dict, steps: Counter | None, method: str = "") -> Needs:
+    """The job that makes a checkpoint by the steps that `quantizing` returns; None: what `method` does is not known."""
     if steps is None:
-        return Needs(math.nan, math.nan, (f"what {run.method} does",))
+        return Needs(math.nan, math.nan, (f"what {method} does",))
     return _needs(known, steps, **TOGETHER)
 
 

@@ -120,12 +120,16 @@ class QuantAttention(nn.Module):
         """
         q_params, k_params, v_params = self.q(q), self.k(k), self.v(v)
         if self.p.choose is not None:
-            p = reference.observed_probabilities(fake_quantize(q, q_params), fake_quantize(k, k_params), scale, mask)
-            self.p.calibrate(p, self.p.choose)
+            self.p.calibrate(self.observed(q, k, v, scale, mask), self.p.choose)
         parameters = q_params, k_params, v_params, self.p.qparams
         if mask is None:
             return self.kernel.attention(q, k, v, *parameters, scale)
         return reference.attention(q, k, v, *map(_as_tensors, parameters), scale, mask)
+
+    def observed(self, q: Tensor, k: Tensor, _v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+        """The probabilities from which their range is chosen, see `reference.observed_probabilities`."""
+        q, k = fake_quantize(q, self.q.qparams), fake_quantize(k, self.k.qparams)
+        return reference.observed_probabilities(q, k, scale, mask)
 
 
 def _heads(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, norm_q, norm_k) -> list[Tensor]:

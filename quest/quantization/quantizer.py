@@ -126,6 +126,7 @@ class Quantizer(nn.Module):
             constant = constant.reshape(scale.shape)
             whole = ranges.minmax(x, self.spec)
             scale, zero_point = (torch.where(constant, a, b) for a, b in zip(whole, (scale, zero_point), strict=True))
+        scale, zero_point = scale.to(self.scale.device), zero_point.to(self.scale.device)  # x may wait on the CPU
         if self.scale.shape[1:] != scale.shape:
             # The first tensor determines the shape of a per-channel scale.
             self.scale.data = scale.new_full((len(self.scale), *scale.shape), torch.nan)

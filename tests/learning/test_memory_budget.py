@@ -16,6 +16,7 @@ from quest.runtime import memory
 # Few iterations: memory does not depend on how many there are.
 RECIPES = {
     "adaround": ("w4a32", dict(weight_iterations=2, batch=8, rows=256)),
+    "rtn-mse": ("w4a4", dict(samples=256)),
     "quest-suite": ("w4a4", dict(tla_iterations=0, cma_iterations=1, batch=32, samples=4, time_groups=4)),
 }
 CALLS = 4
@@ -81,7 +82,7 @@ def peak(method: str, pipe, calibration: CalibrationSet, **changes) -> tuple[flo
     return most, made
 
 
-@pytest.mark.parametrize("method, times", [("adaround", 2.0), ("quest-suite", 1.3)])
+@pytest.mark.parametrize("method, times", [("adaround", 2.0), ("rtn-mse", 2.0), ("quest-suite", 1.3)])
 def test_a_small_budget_lowers_the_peak(method, times, monkeypatch):
     pipe = pipeline()
     calibration = rows_of(pipe.unet, 64)
@@ -97,3 +98,12 @@ def test_a_small_budget_lowers_the_peak(method, times, monkeypatch):
     codes = [name for name in large if name.endswith("codes")]
     equal = sum((large[name] == small[name]).float().mean().item() for name in codes) / len(codes)
     assert large.keys() == small.keys() and equal > 0.99
+
+
+def test_a_calibration_set_stays_in_its_file(tmp_path):
+    """What is read from it is mapped, also while its hashes are compared."""
+    rows_of(pipeline().unet, 512).save(tmp_path / "set.safetensors")  # 50 MB
+    CalibrationSet.load(tmp_path / "set.safetensors")  # what is built once
+    most, found = anonymous(lambda: CalibrationSet.load(tmp_path / "set.safetensors"))
+    size = sum(getattr(found, name).nbytes for name in ("sample", "target"))
+    assert size > 50e6 and most < 10, (size, most)

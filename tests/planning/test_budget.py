@@ -41,28 +41,30 @@ def test_a_job_says_what_it_takes_and_what_there_is(known, monkeypatch):
     known()
     monkeypatch.setenv(memory.VARIABLE, "2GB")
     assert check("rtn-mse") == (
-        "memory: rtn-mse at w4a4 takes 1.6 GB on scenes-class (ranges, 64 rows at once), the budget is 2.0 GB"
+        "memory: rtn-mse at w4a4 takes 1.0 GB on scenes-class (ranges, 1 rows at once), the budget is 2.0 GB"
     )
     monkeypatch.setattr(costs, "read", lambda: [])
     assert check("rtn-mse") == "memory: 2.0 GB; what rtn-mse takes on scenes-class was not measured"
 
 
 def test_a_job_that_does_not_fit_is_refused_with_what_would(known, monkeypatch):
-    known("another box")  # tensors are the same everywhere
+    known("another box", **{"memory_of_rounding_row": 100.0})  # tensors are the same everywhere
     monkeypatch.setenv(memory.VARIABLE, "1500MB")
-    with pytest.raises(ValueError, match=r"\(ranges, 64 rows at once\), the budget is 1.5 GB; what fits: samples: 50,"):
-        check("rtn-mse")
-    assert "takes 1.5 GB" in check("rtn-mse", samples=50)
-    known("box", **{"memory_of_rounding_row": 100.0})
     with pytest.raises(ValueError, match=r"\(rounding, 16 rows at once\).*what fits: batch: 5, or memory: 3GB"):
         check("adaround", "w4a32")
+    assert "takes 1.5 GB" in check("adaround", "w4a32", batch=5)
     monkeypatch.setenv(memory.VARIABLE, "900MB")
     with pytest.raises(ValueError, match="the budget is 0.9 GB; what fits: memory: 2GB"):
         check("rtn-mse")
 
 
 def test_what_fits_itself_to_the_memory_is_not_refused(known, monkeypatch):
-    known("box", **{"memory_of_critical_alignment_row": 300.0, "memory_of_call_row": 100.0})
+    known(
+        "box",
+        memory_of_critical_alignment_row=300.0,
+        memory_of_call_row=100.0,
+        memory_of_ranges_row=100.0,
+    )
     monkeypatch.setenv(memory.VARIABLE, "1400MB")
     assert "takes 1.3 GB" in check("quest-suite", init="rtn")  # 16 rows would take 5.8
     with pytest.raises(ValueError, match="critical alignment, 1 rows at once"):
@@ -81,6 +83,13 @@ def test_jobs_ask_for_what_the_plan_has_and_a_margin():
     assert sampled.memory == 2000 and (row["least_mb"], row["mem_mb"]) == (2000, 2400)  # 100 samples in a call
     assert row["runtime"] == 64  # 60 images of 40 samples, a decoding and features, and a start: 2,521 s; half more
     assert budget.jobs(smoke, measured(), "another box") == []
+
+
+def test_the_steps_of_a_job_are_counted_once(monkeypatch):
+    asked, count = [], plan.quantizing
+    monkeypatch.setattr(plan, "quantizing", lambda *job: asked.append(job[0]) or count(*job))
+    found = budget.jobs(read(CONFIGS / "smoke.yaml"), measured(), "box")
+    assert sorted(asked) == sorted(row["method"] for row in found if row["rule"] == "quantize") != []
 
 
 def test_the_command_writes_them_where_the_workflow_looks(tmp_path, monkeypatch, capsys):
