@@ -22,6 +22,9 @@ from tqdm import tqdm
 from quest.diffusion import samplers
 from quest.diffusion.denoisers import denoiser_of
 from quest.diffusion.models import Model
+from quest.runtime import memory
+
+DECODING = 8  # tensors as large as the largest one that are in memory while an image is decoded
 
 
 def timesteps(model: Model, pipe: DiffusionPipeline) -> list[int]:
@@ -105,10 +108,52 @@ def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> np.ndarray:
     """
     pixels = latents  # [B, 3, H, W] in [-1, 1]
     if pipe.vae is not None:
-        with torch.no_grad():
+        with torch.no_grad(), decoding_in_chunks(pipe.vae):
             pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
     pixels = pipe.image_processor.postprocess(pixels, output_type="np")  # [B, H, W, 3] in [0, 1]
     return _rounded(pixels)
+
+
+@contextmanager
+def decoding_in_chunks(vae) -> Iterator[None]:
+    """While inside, an autoencoder decodes only as many latents at once as fit into half of the memory.
+
+    None, a pipeline's that samples pixels, decodes nothing.
+    """
+    if vae is None:
+        yield
+        return
+    whole = vae.decode
+
+    @wraps(whole)
+    def decode(latents, *args, **kwargs):
+        parts = [whole(part, *args, **kwargs) for part in latents.split(images_at_once(vae, latents))]
+        if len(parts) == 1:
+            return parts[0]
+        if isinstance(parts[0], tuple):
+            return (torch.cat([part[0] for part in parts]),)
+        parts[0].sample = torch.cat([part.sample for part in parts])
+        return parts[0]
+
+    vae.decode = decode
+    try:
+        yield
+    finally:
+        vars(vae).pop("decode", None)  # two pipelines may share it
+
+
+def images_at_once(vae, latents: torch.Tensor) -> int:
+    """How many of these latents [B, C, h, w] fit into half of the memory while they are decoded; at least one.
+
+    By the decoder's widest tensor of full resolution, the input of its last block, which has the width of the block
+    before. An autoencoder whose configuration does not say its widths decodes all at once.
+    """
+    widths = vae.config.get("block_out_channels")
+    if not widths:
+        return max(1, len(latents))
+    values = max(widths[:2]) * latents[0, 0].numel() * 4 ** (len(widths) - 1)
+    room = int(memory.SHARE * memory.budget(latents.device.type))
+    return max(1, room // (DECODING * values * latents.element_size()))
 
 
 def _rounded(pixels: np.ndarray) -> np.ndarray:
@@ -186,7 +231,11 @@ def batches(model: Model, n: int, shard: tuple[int, int] = (0, 1), first: int = 
 def _batches(pipe, model, split, end, starts):
     size = model.batch_size
     total = sum(min(size, end - start) for start in starts)
-    with _quiet(pipe), tqdm(total=total, desc=f"{model.name} {split}", unit="image") as bar:
+    with (
+        _quiet(pipe),
+        decoding_in_chunks(getattr(pipe, "vae", None)),
+        tqdm(total=total, desc=f"{model.name} {split}", unit="image") as bar,
+    ):
         for start in starts:
             indices = list(range(start, start + size))
             with _last_sample(pipe.scheduler) as last:

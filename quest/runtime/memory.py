@@ -41,7 +41,8 @@ def budget(device: str = "cpu") -> int:
         return free()
     import torch
 
-    return torch.cuda.mem_get_info()[0]
+    # What torch's allocator keeps for new tensors is free, too.
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from quest.diffusion.models import MODELS, SEEDS
 from quest.diffusion.samplers import QuadraticDDIMScheduler
 from quest.metrics import features
 from quest.quantization.timegroups import TimeGroups, grouped
+from quest.runtime import memory
 
 KINDS = ("uncond", "class", "text")
 
@@ -261,3 +262,27 @@ def test_a_sampler_s_own_arguments(steps, eta):
     with pytest.raises(ValueError, match="num_inference_steps|eta"):
         scheduler.set_timesteps(steps)
         scheduler.step(torch.zeros(1, 3, 4, 4), scheduler.timesteps[0], torch.zeros(1, 3, 4, 4), eta=eta)
+
+
+def test_images_are_decoded_in_chunks_that_fit(kind, monkeypatch):
+    """One image at a time is summed up in another order, so that values are rounded to the next level."""
+    pipe, model, _ = kind
+    indices, latents, images = run(pipe, model, 6)
+    whole, pieces = type(pipe.vae).decode, []
+    monkeypatch.setattr(
+        type(pipe.vae), "decode", lambda vae, z, *a, **k: pieces.append(len(z)) or whole(vae, z, *a, **k)
+    )
+    widths = pipe.vae.config.block_out_channels
+    one = max(widths[:2]) * latents[0, 0].size * 4 ** (len(widths) - 1) * 4  # bytes of the largest tensor of an image
+    for budget, sizes in ((10 * one, [1, 1, 1, 1]), (16 * 3 * one, [3, 1]), (16 * 4 * one, [4])):
+        monkeypatch.setenv(memory.VARIABLE, str(budget))
+        pieces.clear()
+        decoded = sampling.decode(pipe, torch.from_numpy(latents[:4]))
+        again = run(pipe, model, 6)
+        assert pieces == 3 * sizes and np.array_equal(again[1], latents)
+        for found, expected in ((decoded, images[:4]), (again[2], images)):
+            differ = np.abs(found.astype(int) - expected)
+            assert differ.max() <= (len(sizes) > 1) and (differ > 0).mean() < 0.01
+        assert "decode" not in vars(pipe.vae)
+    with sampling.decoding_in_chunks(None):  # of a pipeline without an autoencoder
+        pass
