@@ -21,16 +21,8 @@ from quest.metrics.floors import doubted
 from quest.metrics.frechet import Reference, Statistics, fid_infinity, floor, frechet_distance
 from quest.metrics.inception_score import inception_score, partition, resampled_inception_scores, splits_note
 from quest.metrics.kernel_distance import mean_of_pairs, resampled_kernel_distances
-from quest.metrics.per_image import (
-    CANDIDATES,
-    NEIGHBOURS,
-    caption_first,
-    clip_scores,
-    inside,
-    latent_mse,
-    psnr,
-    squared_distances,
-)
+from quest.metrics.manifold import MOST, NEIGHBOURS, inside, recall
+from quest.metrics.per_image import CANDIDATES, caption_first, clip_scores, latent_mse, psnr, squared_distances
 from quest.runtime.files import one_line
 
 SHIPPED_CLIPS = ("scenes-clip", "emoji-clip")  # image-text models in resources/zoo
@@ -86,12 +78,15 @@ def _fid_infinity(cell, fp, reference, counts, extractor):
     return Estimate(value, np.array([]), len(cell.index), _resized(extractor), "interval: that of FID, moved")
 
 
-def _precision(cell, fp, reference, counts, extractor):
-    if reference.features is None or len(reference.features) <= NEIGHBOURS:
+def _manifold(function, cell, fp, reference, counts, extractor):
+    samples, real = cell.features["pool"], reference.features
+    if real is None or len(real) <= NEIGHBOURS or function is recall and len(samples) // 2 <= NEIGHBOURS:
         return None
-    samples = inside(cell.features["pool"], reference.features)
-    protocol = f"k = {NEIGHBOURS}, {len(reference.features)} real images"
-    return _mean(samples, counts, protocol=_joined(_resized(extractor), protocol))
+    protocol = _joined(_resized(extractor), f"k = {NEIGHBOURS}, {len(real)} real images")
+    if function is inside:
+        return _mean(inside(samples, real), counts, protocol=protocol)
+    value, halves = recall(samples[:MOST], real, len(counts))
+    return Estimate(value, halves, min(MOST, len(samples)), protocol)
 
 
 def _frechet(kind, cell, fp, reference, counts, extractor):
@@ -241,7 +236,10 @@ METRICS = {
     "fid": Metric("FID", "lower", partial(_frechet, "pool"), network="extractor", real=True, lite0=False),
     "sfid": Metric("sFID", "lower", partial(_frechet, "spatial"), network="extractor", real=True, lite0=False),
     "is": Metric("IS", "higher", _inception_score, network="extractor"),
-    "precision": Metric("precision", "higher", _precision, is_mean=True, network="extractor", real=True),
+    "precision": Metric(
+        "precision", "higher", partial(_manifold, inside), is_mean=True, network="extractor", real=True
+    ),
+    "recall": Metric("recall", "higher", partial(_manifold, recall), network="extractor", real=True),
     "fid_infinity": Metric("FID at infinity", "lower", _fid_infinity, network="extractor", real=True),
     "clip": Metric("CLIP score", "higher", _clip, is_mean=True, network="clip"),
     "agreement": Metric("class agreement", "higher", partial(_mean_of, "agreement"), is_mean=True),

@@ -7,9 +7,7 @@ differences for which FID needs tens of thousands.
 
 import numpy as np
 
-NEIGHBOURS = 3
 CANDIDATES = 100  # captions among which that of an image should rank first
-BLOCK = 2000  # rows per block of distances: 160 MB against 10,000 real images
 
 
 def psnr(images: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -85,28 +83,3 @@ def caption_first(image: np.ndarray, text: np.ndarray, among: int = CANDIDATES) 
         scores = image[block] @ text[block].T  # [100, 100]
         first[block] = scores.diagonal() >= scores.max(axis=1) - 1e-6 * np.abs(scores).max()
     return first
-
-
-def inside(samples: np.ndarray, real: np.ndarray, k: int = NEIGHBOURS) -> np.ndarray:
-    """Return which samples [N, D] lie in the manifold of real features [M, D], as bool [N]; precision is their mean.
-
-    The manifold is the union of balls around the real features; each ball reaches to its k-th nearest other real image
-    (arXiv:1904.06991, section 2). It is reported for ImageNet, because FID with strong guidance falls when quantization
-    adds noise (arXiv:2402.03666, section 4). Raises ValueError unless both have D columns and M > k.
-    """
-    samples, real = np.asarray(samples, np.float64), np.asarray(real, np.float64)
-    if samples.ndim != 2 or real.ndim != 2 or samples.shape[1] != real.shape[1]:
-        raise ValueError(f"samples and real features must be [N, D] and [M, D], got {samples.shape} and {real.shape}")
-    if len(real) <= k:
-        raise ValueError(f"{len(real)} real images have no {k}-th neighbour each; at least {k + 1} are needed")
-    # The nearest neighbour is the image itself, at distance 0, so index k is the k-th other image.
-    radii = np.concatenate([np.partition(d, k, axis=1)[:, k] for d in _squared_distances(real, real)])  # [M]
-    return np.concatenate([(d <= radii).any(axis=1) for d in _squared_distances(samples, real)])
-
-
-def _squared_distances(a, b):
-    """Yield the squared distances of a [N, D] to b [M, D] in blocks of rows."""
-    norms = np.einsum("nd,nd->n", b, b)
-    for start in range(0, len(a), BLOCK):
-        rows = a[start : start + BLOCK]
-        yield (np.einsum("nd,nd->n", rows, rows)[:, None] + norms - 2 * rows @ b.T).clip(0)

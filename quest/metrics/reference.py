@@ -18,7 +18,7 @@ from tqdm import tqdm
 from quest.metrics import weights
 from quest.metrics.features import extract
 from quest.metrics.frechet import Reference, Statistics, load_reference, save_reference, statistics_of
-from quest.metrics.per_image import NEIGHBOURS
+from quest.metrics.manifold import NEIGHBOURS
 from quest.runtime.download import sha256_of
 from quest.runtime.files import array_names, atomic, one_line, read_arrays
 from quest.runtime.provenance import provenance

@@ -38,6 +38,7 @@ OF_METRIC = {
     "is": ("extractor",),
     "clip": ("clip", "prompts"),
     "precision": ("extractor", "reference"),
+    "recall": ("extractor", "reference"),
     "fid_to_fp": ("extractor",),
 }
 # `adm` and `torch-fidelity` use the same pixels and the same network for distances; only their Inception scores differ.

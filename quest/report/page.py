@@ -20,7 +20,7 @@ from quest.report.verdicts import comparisons, seed_matrix, seed_sentences, verd
 from quest.runtime.files import atomic
 
 DRAWN = ("kid_64w", "latent_mse", "fd_64w_to_fp", "fid_to_fp", "fid", "eps_error", "sfid", "is")
-DRAWN += ("clip", "psnr", "precision")
+DRAWN += ("clip", "psnr", "precision", "recall")
 AGAINST_COST = ("kid_64w", "latent_mse", "fid_to_fp", "fid")
 # Files that other rules add to the folder of a run, and the commands that make them.
 OPTIONAL = {

@@ -17,7 +17,8 @@ from quest.metrics.frechet import Statistics, frechet_distance, load_reference
 from quest.metrics.inception_score import inception_score
 from quest.metrics.kernel_distance import mean_of_pairs, resampled_kernel_distances
 from quest.metrics.lite0 import REFERENCE
-from quest.metrics.per_image import inside, psnr, squared_distances
+from quest.metrics.manifold import inside
+from quest.metrics.per_image import psnr, squared_distances
 from quest.runtime import command_line
 from quest.zoo import pictures
 

@@ -68,11 +68,11 @@ def by_metric(rows):
 
 def test_full_precision_has_no_paired_metrics(measured):
     assert [row["metric"] for row in measured["fp"]["rows"]] == ["fid", "sfid", "is", "clip", "retrieval"]
-    # Neither real images' features nor Inception: no precision, no distance at infinity.
+    # Neither real images' features nor Inception: no precision and recall, no distance at infinity.
     assert [row["metric"] for row in measured["good"]["rows"]] == [
         name
         for name, metric in METRICS.items()
-        if name not in ("precision", "fid_infinity", "agreement") and not metric.lite0
+        if name not in ("precision", "recall", "fid_infinity", "agreement") and not metric.lite0
     ]
     assert measured["fp"]["eps_error"] == []
 
@@ -329,12 +329,16 @@ def test_protocols_of_inception_are_said_in_the_row(reference):
     assert shuffled["value"] != said["adm"]["is"]["value"]
 
 
-def test_precision_where_there_are_features_of_real_images(reference):
+def test_precision_and_recall_where_there_are_features_of_real_images(reference):
     cell = draw_cell(clip=False)
     real = Reference(reference.pool, reference.spatial, {}, features=draw_cell(seed=9).features["pool"][:100])
-    row = by_metric(measure(cell, real, None, extractor="adm")["rows"])["precision"]
-    assert row["protocol"] == "resize TensorFlow bilinear; k = 3, 100 real images"
-    assert row["low"] < row["value"] <= row["high"] and row["value"] > 0.5  # half of the samples are those images
+    rows = by_metric(measure(cell, real, None, extractor="adm")["rows"])
+    for row in (rows["precision"], rows["recall"]):
+        assert row["protocol"] == "resize TensorFlow bilinear; k = 3, 100 real images"
+        assert row["low"] < row["value"] <= row["high"] and row["value"] > 0.5  # half of the samples are those images
+    assert rows["recall"]["n"] == len(cell.index)
+    few = replace(cell, index=cell.index[:7], features={k: v[:7] for k, v in cell.features.items()})
+    assert "recall" not in by_metric(measure(few, real, None, extractor="adm")["rows"])
 
 
 def test_distance_at_infinity_lies_below_that_at_n_and_has_its_interval(reference):

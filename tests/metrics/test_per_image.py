@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from quest.metrics import per_image
-from quest.metrics.per_image import caption_first, clip_scores, inside, latent_mse, psnr
+from quest.metrics.per_image import caption_first, clip_scores, latent_mse, psnr
 
 
 @pytest.fixture
@@ -108,31 +107,3 @@ def test_the_right_caption_is_ranked_among_those_of_its_block():
 def test_bad_embeddings():
     with pytest.raises(ValueError, match=r"\(3, 4\) and \(2, 4\)"):
         clip_scores(np.zeros((3, 4)), np.zeros((2, 4)))
-
-
-def features(n, seed, shift=0.0):
-    return np.random.default_rng(seed).normal(size=(n, 6)) + shift
-
-
-def test_precision_counts_balls_of_known_points():
-    real = np.array([[0.0], [1.0], [3.0]])  # with k = 1, radii 1, 1, 2
-    samples = np.array([[-1.0], [-1.1], [4.9], [5.1], [2.05]])
-    assert inside(samples, real, k=1).tolist() == [True, False, True, False, True]
-
-
-def test_precision_equals_torch_fidelity(monkeypatch):
-    fidelity = pytest.importorskip("torch_fidelity.metric_prc")
-    torch = pytest.importorskip("torch")
-    samples, real = features(150, 1, shift=0.8), features(200, 2)
-    theirs, _ = fidelity.calculate_precision_recall_full(torch.from_numpy(samples), torch.from_numpy(real))
-    ours = inside(samples, real).mean()
-    assert 0.05 < ours < 0.95 and ours == pytest.approx(theirs, rel=1e-6)
-    monkeypatch.setattr(per_image, "BLOCK", 37)
-    assert inside(samples, real).mean() == ours
-
-
-def test_bad_features():
-    with pytest.raises(ValueError, match=r"\[N, D\] and \[M, D\], got \(4, 6\) and \(4, 5\)"):
-        inside(features(4, 0), features(4, 0)[:, :5])
-    with pytest.raises(ValueError, match="3 real images have no 3-th neighbour each; at least 4"):
-        inside(features(4, 0), features(3, 0))

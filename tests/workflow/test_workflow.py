@@ -74,7 +74,16 @@ def test_every_config_runs_its_own_recipes(stubbed, name):
     assert {script: len(of(commands, script)) for script in scripts} == {script: planned[script] for script in scripts}
     (curves,) = of(commands, "curves")
     drawn = {Path(word).stem.removesuffix("_vs_bits") for word in curves if word.endswith("_vs_bits.png")}
-    undrawn = {"precision", "fid_infinity", "fd_64w", "lite0_distance", "log_latent_mse", "agreement", "retrieval"}
+    undrawn = {
+        "precision",
+        "recall",
+        "fid_infinity",
+        "fd_64w",
+        "lite0_distance",
+        "log_latent_mse",
+        "agreement",
+        "retrieval",
+    }
     undrawn |= {"guided_eps_error"}
     whether_lite0 = {find(model).extractor in LITE0 for model in config["models"]}
     undrawn |= set() if True in whether_lite0 else {"kid_64w", "fd_64w_to_fp"}

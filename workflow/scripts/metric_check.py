@@ -32,7 +32,7 @@ def main() -> None:
     from quest.metrics.frechet import Statistics, frechet_distance
     from quest.metrics.inception_score import inception_score, partition
     from quest.metrics.intervals import resample_counts, resampled_frechet
-    from quest.metrics.per_image import inside
+    from quest.metrics.manifold import inside
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
