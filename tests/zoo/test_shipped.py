@@ -38,14 +38,14 @@ def net():
 
 
 def test_weights_are_small_and_half_precision():
-    assert sum(f.stat().st_size for f in ZOO.rglob("*") if f.is_file()) < 92e6
+    assert sum(f.lstat().st_size for f in ZOO.rglob("*") if f.is_file()) < 80e6  # a link takes nothing
     for file in ZOO.rglob("*.safetensors"):
         assert {x.dtype for x in load_file(file).values() if x.is_floating_point()} == {torch.float16}, file
 
 
 def test_denoisers_share_one_autoencoder():
-    files = [(ZOO / name / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() for name in DENOISERS]
-    assert files[0] == files[1] == files[2]
+    files = {(ZOO / name / "vae" / "diffusion_pytorch_model.safetensors").resolve() for name in DENOISERS}
+    assert len(files) == 1  # the others are links
 
 
 def test_latents_have_zero_mean_and_unit_variance(pipelines, unseen):
