@@ -10,6 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from quest.planning import budget
+
 ROOT = Path(__file__).parents[2]
 SLURM = ROOT / "tests/cluster/slurm"
 SMOKE = ["--configfile", "workflow/config/smoke.yaml"]
@@ -48,7 +50,10 @@ def running(log: Path, job: str) -> str:
     return found["id"].iloc[0] if len(found) and log.exists() and log.stat().st_size else ""
 
 
-def test_the_smoke_config_on_slurm_survives_a_killed_job(cluster, project, unbroken):
+def test_the_smoke_config_on_slurm_survives_killed_jobs(cluster, project, unbroken):
+    """One job is cancelled on the way; another one asks for less memory than it takes, is killed and gets more."""
+    too_little = ["quantize", "scenes-class", "rtn", "w4a4", 600, 700, 60]  # it takes more than 900
+    budget.write([dict(zip(budget.JOBS, too_little, strict=True))], project.folder / "results/smoke/jobs.csv")
     command = project.command(*PROFILE, *SMOKE, *HERE)
     log = project.folder / "snakemake.log"
     with log.open("w", encoding="utf-8") as file:
@@ -74,11 +79,14 @@ def test_the_smoke_config_on_slurm_survives_a_killed_job(cluster, project, unbro
     again = submitted[submitted["job"] == submitted.set_index("id").loc[killed, "job"]]
     assert again["state"].tolist() == ["CANCELLED", "COMPLETED"]
     assert again["memory"].tolist() == ["3000M", "6000M"]
-    others = submitted.drop(again.index)
+    short = submitted[submitted["job"].str.contains("quantize.*_rtn_")]
+    assert short["memory"].tolist() == ["700M", "1400M"]
+    assert short["state"].tolist() == ["FAILED", "COMPLETED"]
+    others = submitted.drop([*again.index, *short.index])
     assert set(others["state"]) == {"COMPLETED"}
-    # Two sets of trajectories, two quantize and the other five samples; the three metrics are one group. What is light
-    # enough for the login node does not get there.
-    assert len(others) == 10
+    # Two sets of trajectories, the other quantize and the other five samples; the three metrics are one group. What is
+    # light enough for the login node does not get there.
+    assert len(others) == 9
     assert not others["job"].str.contains("tables|curves|grid").any()
 
     # Whatever executes the jobs, the tables are the same.
