@@ -199,7 +199,7 @@ def figure(main: pd.DataFrame, layers: pd.DataFrame | None, path: Path) -> None:
 
     Dotted lines show full precision. Raises ValueError where no model has an endpoint.
     """
-    values = table_of(main, layers)
+    values = table_of(main, layers).dropna(axis="columns", how="all")
     rows = [name for name in ENDPOINTS if name in values]
     drawn = [name for name in ("log_latent_mse", "psnr", "eps_error", LAYER_ERROR) if name in values]
     if not rows or not drawn:
@@ -221,9 +221,9 @@ def figure(main: pd.DataFrame, layers: pd.DataFrame | None, path: Path) -> None:
                 if ("w32a32", "fp") in of_model.index:
                     axes.axhline(of_model.loc[("w32a32", "fp"), endpoint], color=look(place)["color"], lw=0.8, ls=":")
             plain(axes)
-            if measure in (LAYER_ERROR, "eps_error"):
+            if measure in (LAYER_ERROR, "eps_error") and (values[measure].dropna() > 0).all():
                 axes.set_xscale("log")
-            if endpoint not in ASKED:
+            if endpoint not in ASKED and (values[endpoint].dropna() > 0).all():  # a kernel distance may be negative
                 log_axis(axes, values[endpoint])
         line[0].set_ylabel(LABELS[endpoint], fontsize=8, color=INK)
     for measure, axes in zip(drawn, panels[-1], strict=True):

@@ -95,6 +95,13 @@ def test_layer_errors_are_a_measure_and_say_which_cells_are_broken(tmp_path):
     assert (tmp_path / "figures" / "rankings.png").stat().st_size > 5000
 
 
+def test_layer_errors_of_other_cells_and_negative_distances_are_drawn_without(tmp_path):
+    main = main_frame([0.5, 0.4, 0.3, 0.2, -0.1], [10, 15, 20, 25, 30])
+    others = layer_frame([0.1] * 5).assign(bits="w8a8")
+    rankings.write(main, None, others, tmp_path)
+    assert (tmp_path / "figures" / "rankings.png").stat().st_size > 5000
+
+
 def test_nothing_to_draw_is_an_error(tmp_path):
     main = main_frame([0.5] * 5, [10] * 5)
     with pytest.raises(ValueError, match="no cell has both an endpoint and a measure"):
