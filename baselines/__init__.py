@@ -7,6 +7,9 @@ from baselines.method import Method
 MODULES = (
     "full_precision",
     "rtn",
+    "dynamic",
+    "smoothquant",
+    "hadamard",
     "adaround",
     "gptq",
     "fp4",

@@ -1,4 +1,4 @@
-"""Round to nearest: no reconstruction, no finetuning, no time groups."""
+"""Round to nearest: no reconstruction, no finetuning, and no time groups unless each step has its own ranges."""
 
 from collections import Counter
 from typing import Annotated
@@ -11,6 +11,7 @@ from quest.quantization import ranges as choosers
 from quest.quantization.layer_names import Keep
 from quest.quantization.layers import quant_layers
 from quest.quantization.swapping import swap
+from quest.quantization.timegroups import TimeGroups
 
 WHOLE = 256  # rows that represent the whole calibration set
 RANGES = {  # of weights (per output channel) and of activations (per tensor)
@@ -30,16 +31,18 @@ def quantize(
     softmax_bits: Bits = 8,
     # Random rows of all timesteps that set the ranges; default: WHOLE for "minmax", static_rows for searched ranges.
     samples: Count | None = None,
+    per_step: bool = False,  # ranges for each sampling step, from as many rows of that step
     seed: int = 0,
 ):
     """Quantize weights and activations to the nearest code of static ranges.
 
     ranges: "minmax" is the whole range; "mse" shrinks it to the least |x - x~|^2.4 (Q-Diffusion, arXiv:2302.04304);
     "mse-zero-point" also searches the zero points of activations. Each activation tensor has one range for all
-    timesteps. Returns a new pipeline.
+    timesteps, or with `per_step` one for each. Returns a new pipeline.
     """
     choose_weights, choose_activations = RANGES[ranges]
-    pipe = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits)
+    groups = TimeGroups(calibration.timesteps) if per_step else None
+    pipe = swap(pipe, w, a, keep=keep, softmax_bits=softmax_bits, groups=groups)
     for _, layer in quant_layers(denoiser_of(pipe)):
         layer.choose_weight_range(choose_weights)
     samples = samples or (WHOLE if ranges == "minmax" else static_rows(a))
@@ -49,8 +52,9 @@ def quantize(
 
 def work(recipe, w: int, model, trajectories: int) -> Counter:
     searched = recipe.ranges != "minmax"
-    rows = recipe.samples or (static_rows(8) if searched else WHOLE)  # at 4 bits fewer
-    return Counter({"weight ranges": 1, "ranges": 1, "ranges row": rows} if searched else {"quantized call": rows})
+    steps = model.steps if recipe.per_step else 1
+    rows = steps * (recipe.samples or (static_rows(8) if searched else WHOLE))  # at 4 bits fewer
+    return Counter({"weight ranges": 1, "ranges": steps, "ranges row": rows} if searched else {"quantized call": rows})
 
 
 METHOD = Method(
