@@ -22,9 +22,11 @@ SHOWN = ("log_latent_mse", "kid_64w", "fid_to_fp", "eps_error")
 PROVENANCE = ["seeds", "versions", "commit", "machine"]
 MAIN = ["model", "method", "bits", "metric", "value", "low", "high", "published", "n", "extractor", "protocol"]
 # Size and work of the denoiser, as quest.quantization.cost defines them. size_mb: bytes of the packed file over 1e6.
-# bops: bit operations of one call on one sample. effective_bits: stored bits per parameter. latency_ms: median wall
-# time of a denoiser call while the first shard was sampled, whatever else the machine did; latency_at: batch, threads.
-FOOTPRINT = ["size_mb", "bops", "effective_bits", "kernel", "realizable", "latency_ms", "latency_at"]
+# bops: bit operations of one call on one sample. effective_bits: stored bits per parameter. BESIDE: what the call costs
+# beside products of codes (quest.quantization.overhead). latency_ms: median wall time of a denoiser call while the
+# first shard was sampled, whatever else the machine did; latency_at: batch, threads.
+BESIDE = ["scale_bits", "float_fmas", "float_additions"]
+FOOTPRINT = ["size_mb", "bops", "effective_bits", *BESIDE, "kernel", "realizable", "latency_ms", "latency_at"]
 MAIN += ["reference", "note", *FOOTPRINT, *PROVENANCE]
 PAIRED = ["model", "bits", "metric", "method", "versus", "difference", "low", "high", "n", "better", *PROVENANCE]
 EPS_ERROR = ["model", "method", "bits", "call", "timestep", "value", "low", "high", "n", *PROVENANCE]
@@ -126,7 +128,7 @@ def _name(cell):
 
 def footprint_of(cell: dict) -> dict:
     """Return the columns FOOTPRINT of a cell; values that its samples do not state are NaN or empty."""
-    unknown = dict.fromkeys(("bytes", "bops", "effective_bits", "realizable", "latency_ms"), math.nan)
+    unknown = dict.fromkeys(("bytes", "bops", "effective_bits", *BESIDE, "realizable", "latency_ms"), math.nan)
     footprint = unknown | {"kernel": "", "latency_at": ""} | cell["footprint"]
     if threads := footprint.get("threads"):
         footprint["latency_at"] = f"batch {footprint['batch']}, {threads} thread{'s' if threads > 1 else ''}"

@@ -67,6 +67,9 @@ def cell(model, method, bits, spread=0.05):
             "bytes": BYTES[bits],
             "bops": 5e10,
             "effective_bits": 4.5,
+            "scale_bits": 24,
+            "float_fmas": 7,
+            "float_additions": 0,
             "parameters": 9,
             "macs": 8,
             "kernel": "integer",
@@ -108,6 +111,7 @@ def test_main_frame_is_tidy(cells):
         "integer",
         0.9,
     )
+    assert (row.scale_bits, row.float_fmas, row.float_additions) == (24, 7, 0)
     assert (row.latency_ms, row.latency_at) == (81.5, "batch 100, 1 thread")
     assert frame[frame.method == "fp"].size_mb.tolist() == [40.0] * (frame.method == "fp").sum()
 
