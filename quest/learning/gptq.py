@@ -45,7 +45,7 @@ class Hessian:
     def __init__(self, layer: QuantLayer):
         self.layer, self.groups, self.count = layer, getattr(layer, "groups", 1), 0
         inputs = math.prod(layer.weight_shape[1:])
-        self.sum = torch.zeros(self.groups, inputs, inputs, device=layer.weight.device)
+        self.sum = torch.zeros(self.groups, inputs, inputs, dtype=torch.float32, device=layer.weight.device)
 
     def add(self, x: Tensor) -> None:
         """Add what the layer multiplies: x [..., K] of a linear layer, [N, C, H, W] of a convolution."""

@@ -169,7 +169,7 @@ def test_work_of_the_rivals():
 def test_every_method_s_work_is_counted():
     grid = config("all-methods")
     made = plan.cells(grid)[1]
-    assert {run.method for run in made} == set(METHODS) - {"fp"}
+    assert {run.method for run in made} == set(METHODS) - {"fp", "gptq"}  # no method starts from the weights of gptq
     for run in made:
         counted = plan.quantizing(run.method, grid["methods"][run.method], run.bits, MODELS[run.model], 50)
         assert set(counted) <= set(table.WHAT), run.method
