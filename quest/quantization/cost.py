@@ -83,10 +83,17 @@ def bops(denoiser: nn.Module, work: dict[str, int]) -> int:
             q, k, v, p = _product_bits(denoiser.get_submodule(name.removesuffix(".processor")))
             total += count // 2 * (q * k + p * v)  # `macs` adds up the two products, which have equal size
         elif name in layers:
-            total += count * layers[name].weight_quantizer.spec.bits * layers[name].input_quantizer.spec.bits
+            total += count * operand_bits(layers[name]) * layers[name].input_quantizer.spec.bits
         else:
             total += count * FLOAT * FLOAT
     return total
+
+
+def operand_bits(layer: QuantLayer) -> int:
+    """Return the bits of the weights that a layer multiplies; a rotation of codes adds up as many as its block has."""
+    bits, prologue = layer.weight_quantizer.spec.bits, layer.prologue
+    wider = bits < FLOAT and prologue is not None and prologue.single
+    return bits + round(math.log2(prologue.block)) if wider else bits
 
 
 def stored(denoiser: nn.Module) -> dict[str, dict[str, int]]:

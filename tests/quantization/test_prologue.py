@@ -12,7 +12,7 @@ import quest
 from quest.affine import FLOAT, QuantSpec
 from quest.kernels.cpu import core
 from quest.learning.calibrate import calibrate
-from quest.quantization import header, placement, prologue, ranges
+from quest.quantization import cost, header, placement, prologue, ranges
 from quest.quantization.checkpoint import load_weights
 from quest.quantization.layers import quant_layers, quantized
 from quest.quantization.overhead import overhead
@@ -139,6 +139,16 @@ def test_a_weight_that_is_rotated_after_it_is_quantized_keeps_its_codes():
     assert placement.refusal(q, "reference") is None
     assert placement.refusal(q, "integer") == "weight: rotated after it is quantized"
     assert placement.refusal(q, "triton") == "weight: rotated after it is quantized"
+
+
+def test_products_of_rotated_codes_are_wider():
+    """Sums of 16 codes of 4 bits have 8 bits, which the bit operations count; codes of a rotated weight have 4."""
+    layers = nn.ModuleDict()
+    for name, bits in (("both-sides", 4), ("one-side", 4), ("in-float", FLOAT)):
+        layers[name] = quantized(nn.Linear(32, 5).requires_grad_(False), QuantSpec(bits), QuantSpec(8), None)
+        layers[name].rotate_input(16, single=name != "both-sides")
+    assert [cost.operand_bits(layer) for layer in layers.values()] == [4, 8, FLOAT]
+    assert cost.bops(layers, dict.fromkeys(layers, 10)) == 10 * 8 * (4 + 8 + FLOAT)
 
 
 def test_what_rotations_cost(class_pipe, class_calibration):
