@@ -12,6 +12,7 @@ MODULES = (
     "hadamard",
     "adaround",
     "gptq",
+    "svdquant",
     "fp4",
     "ptq4dm",
     "q_diffusion",

@@ -61,6 +61,7 @@ QUICK = dict(  # a few steps, at the learning rates of the presets
     weight_iterations=16,  # AdaRound's rate is 20 over their number
     activation_iterations=4,
     iterations=4,
+    grid=2,
     tla_iterations=4,
     cma_iterations=4,
 )

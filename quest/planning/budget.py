@@ -16,6 +16,7 @@ KEYS = {"rounding": "batch", "step learning": "batch", "threshold search": "rows
 # Steps that fit themselves to the memory there is: blocks are computed again (quest.learning.recomputing), and the
 # search of ranges and units take fewer rows at once (quest.learning.calibrate and quest.learning.units).
 SHRINK = {"ranges", "distillation", "full finetuning", "temporal alignment", "critical alignment", "call", "gptq"}
+SHRINK |= {"svdquant"}
 JOBS = ["rule", "model", "method", "bits", "least_mb", "mem_mb", "runtime"]
 MARGIN = {"mem_mb": 1.2, "runtime": 1.5}  # that a job asks for beyond what the plan has
 

@@ -30,6 +30,8 @@ SECONDS = {
     "threshold search row": "seconds",
     "gptq": "seconds of weight ranges and of rounding every layer by GPTQ",
     "gptq row": "seconds of one row through full precision and in every Hessian",
+    "svdquant": "seconds of one candidate of SVDQuant in every layer",
+    "svdquant row": "seconds",
     "rounding": "seconds of one AdaRound iteration in every unit",
     "rounding row": "seconds",
     "step learning": "seconds of one iteration in every unit that learns activation steps",

@@ -24,7 +24,7 @@ GPUS = {
 }
 # What takes its time in matrix products; the rest (rounding of weights, searches, Adam) in moving numbers.
 PRODUCTS = {"call", "quantized call", "decode", "features", "ranges row", "rounding row", "step learning row"}
-PRODUCTS |= {"threshold search row", "gptq row"} | {f"{what} row" for what in STEPS}
+PRODUCTS |= {"threshold search row", "gptq row", "svdquant row"} | {f"{what} row" for what in STEPS}
 
 
 def forecast(costs: list[dict], machine: str, gpu: str, macs: dict[str, int]) -> list[dict]:

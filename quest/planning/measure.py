@@ -164,6 +164,11 @@ def _quantizing(meter, pipe, student, model, first, few, many, scaled):
 
     meter.line("gptq", hessians, few, many)
 
+    def branches(rows):
+        quest.quantize(pipe, "svdquant", "w4a4", calibration=calibration, rows=rows, iterations=1, grid=1)
+
+    meter.line("svdquant", branches, few, many)
+
 
 def _of_all_units(student, pipe, calibration):
     """{step: (Step, scales)} of a pass over all units, which learn one after the other."""

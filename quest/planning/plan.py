@@ -37,7 +37,7 @@ CLASSES = 10  # of a classifier of photographs
 CLIP_VALUES = {None: 0, "scenes-clip": 2 * 64, "emoji-clip": 2 * 64, "ViT-B-16": 2 * 512}
 ROWS = 64  # of a denoiser call where nothing is learned, see quest.learning.units.CHUNK
 # While a model is quantized, full precision and the quantized denoiser are in memory, as in the search of ranges.
-TOGETHER = {"at_once": dict.fromkeys(("call", "quantized call", "gptq"), ROWS), "beside": "ranges"}
+TOGETHER = {"at_once": dict.fromkeys(("call", "quantized call", "gptq", "svdquant"), ROWS), "beside": "ranges"}
 RANGES_SAMPLES = 32  # samples per timestep, for the figure of activation ranges
 
 

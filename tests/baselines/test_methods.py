@@ -31,6 +31,7 @@ FAST = dict(
     rows=8,
     batch=2,
     iterations=1,
+    grid=2,
     weight_iterations=1,
     activation_iterations=1,
     tla_iterations=1,
@@ -144,6 +145,7 @@ def test_effective_bits(cell, monkeypatch):
 STAGES = {  # of the steps of quest.planning.costs
     "rounding": ("AdaRound",),
     "gptq": ("GPTQ",),
+    "svdquant": ("SVDQuant",),
     "step learning": ("activation steps",),
     **{what: step.stages for what, step in costs.STEPS.items()},
 }

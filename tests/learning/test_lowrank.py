@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import quest
 from quest.affine import QuantSpec, quantize
 from quest.learning.lowrank import Decomposed, decompose, factored, factors, rank_of
 from quest.quantization import ranges
@@ -160,3 +161,23 @@ def test_a_denoiser(class_pipe, class_calibration, rows):
         with torch.no_grad():
             found[gptq] = denoiser.forward(**calibration.inputs(torch.arange(4))).sample - calibration.target
     assert found[True].norm() < found[False].norm()  # GPTQ rounds better what the branch leaves
+
+
+def test_a_method_and_its_controls(uncond_pipe, uncond_calibration):
+    few = dict(calibration=uncond_calibration, iterations=2, grid=1, rows=6, keep={"down_blocks.0.*": 4, "*": 32})
+    smooth, branches, channels, static, groups = (
+        quest.quantize(uncond_pipe, "svdquant", "w4a4", **few, **more)
+        for more in (
+            {"rank": 0},
+            {},
+            {"branch": "channels"},
+            {"dynamic": "static", "per_step": True},
+            {"rank": 0, "weight_group": 16},
+        )
+    )
+    costs = [p.unet.quantization["cost"]["footprint"] for p in (smooth, branches, channels, static, groups)]
+    assert costs[0]["branch_macs"] == 0 < costs[1]["branch_macs"] and costs[1]["branch_macs"] == costs[3]["branch_macs"]
+    assert costs[0]["bytes"] < costs[1]["bytes"] and costs[2]["bytes"] == pytest.approx(costs[1]["bytes"], rel=0.01)
+    assert costs[4]["weight_scale_bits"] > 0 == costs[0]["weight_scale_bits"] and costs[4]["branch_macs"] == 0
+    assert costs[1]["scale_bits"] > 0 == costs[3]["scale_bits"]
+    assert all(len(q.scale) == 6 for q in input_quantizers(static.unet).values() if q.spec.bits < 32)

@@ -144,6 +144,9 @@ def test_work_of_the_rivals():
     assert count("ptqd", "w4a4", init="adaround") == q_diffusion | {"quantized call": 512 + 50 * 40}
     here = count("ptqd-as-released", "w4a4")
     assert here["rounding"] == 1000 and here["call"] == 2 * 1000 + 2 * 256 + 1000
+    assert count("svdquant", "w4a4") == {"svdquant": 39, "svdquant row": 39 * 60}
+    here = count("svdquant", "w4a4", dynamic="static", grid=1)
+    assert here == {"svdquant": 1, "svdquant row": 60, "ranges": 1, "ranges row": 64}
     assert count("gptq", "w4a32") == {"gptq": 1, "gptq row": 640}
     assert count("gptq-mse", "w4a4", clas) == {"gptq": 1, "gptq row": 640, "ranges": 1, "ranges row": 64}
     assert count("gptq-mse", "w4a4", inputs="quantized")["ranges row"] == 128

@@ -70,6 +70,9 @@ def cell(model, method, bits, spread=0.05):
             "scale_bits": 24,
             "float_fmas": 7,
             "float_additions": 0,
+            "weight_scale_bits": 6,
+            "branch_macs": 5,
+            "branch_bops": 1280,
             "parameters": 9,
             "macs": 8,
             "kernel": "integer",
@@ -112,6 +115,7 @@ def test_main_frame_is_tidy(cells):
         0.9,
     )
     assert (row.scale_bits, row.float_fmas, row.float_additions) == (24, 7, 0)
+    assert (row.weight_scale_bits, row.branch_macs, row.branch_bops) == (6, 5, 1280)
     assert (row.latency_ms, row.latency_at) == (81.5, "batch 100, 1 thread")
     assert frame[frame.method == "fp"].size_mb.tolist() == [40.0] * (frame.method == "fp").sum()
 
