@@ -1,8 +1,9 @@
 """Commands beside the workflow. `plan CONFIG`: what a config costs. `measure MODEL`: what its steps cost here.
 `rehearse MODEL`: the same of a published model's architecture with random weights.
 `audit FILE`: what a checkpoint contains, to the byte. `doctor`: what works on this machine. `judge A B`: whether the
-images of A are as good as those of B; the exit code is 0 if they are, 1 if they are worse, 2 if the images cannot tell,
-and 3 for input that cannot be used. `settle`: every verdict of PROTOCOL.md again, from results/settled alone."""
+images of A are as good as those of B; the exit code is 0 if they are, 1 if they are worse, 2 if the images cannot
+tell, and 3 for input that cannot be used. `export`: a quantized denoiser as ONNX. `settle`: every
+verdict of PROTOCOL.md again, from results/settled alone."""
 
 import argparse
 import sys
@@ -52,6 +53,10 @@ def main(arguments: list[str] | None = None) -> None:
         "--images", type=int, default=200, help="images of a pipeline without prompts (default %(default)s)"
     )
     judge.add_argument("-o", "--output", type=Path, default=Path("judged.html"), help="page (default %(default)s)")
+    export = commands.add_parser("export", help="write a quantized denoiser as ONNX, for other runtimes")
+    export.add_argument("pipeline", type=Path, help="folder of the full-precision pipeline, in diffusers' layout")
+    export.add_argument("file", type=Path, help="its quantized denoiser, as quest.save writes it")
+    export.add_argument("-o", "--output", type=Path, required=True, help="NAME.onnx")
     settle = commands.add_parser("settle", help="verdicts on methods from results/settled, without a model")
     settle.add_argument("store", type=Path, nargs="?", default=Path("results/settled"), help="(default %(default)s)")
     settle.add_argument(
@@ -66,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a character of the tables
     try:
         of_name = {"plan": _plan, "measure": _measure, "rehearse": _measure, "audit": _audit, "doctor": _doctor}
-        (of_name | {"judge": _judge, "settle": _settle})[options.command](options)
+        (of_name | {"judge": _judge, "settle": _settle, "export": _export})[options.command](options)
     except (ValueError, FileNotFoundError, MemoryError) as error:
         if options.command == "judge":
             print(f"judge: {error}", file=sys.stderr)
@@ -161,6 +166,22 @@ def _judge(options):
     print(verdict.text(), end="")
     print(f"page: {options.output}")
     raise SystemExit(EXIT[verdict.verdict])
+
+
+def _export(options):
+    from quest.diffusion.loading import load_pipeline
+    from quest.export import export
+    from quest.quantization import checkpoint
+
+    for path, valid in (
+        (options.pipeline / "model_index.json", "a folder of a pipeline"),
+        (options.file, "a checkpoint"),
+    ):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; valid: {valid}")
+    pipe = checkpoint.load(load_pipeline(options.pipeline), options.file, kernel="reference")
+    difference = export(pipe, options.output)
+    print(f"{options.output}: differs from the reference kernel by {difference:.1e} of the largest output")
 
 
 def _settle(options):

@@ -38,12 +38,13 @@ def test_installed_version_lies_in_the_range(line):
 def test_what_code_imports_is_declared():
     """Every third-party package imported anywhere in the code is among the dependencies, by the name pip knows.
 
-    Or in the extra that kernels are timed against. But triton: torch's builds for GPUs bring the version they need, and
-    the kernel says where it is missing.
+    Or in the extras for exports and for what kernels are timed against. But triton: torch's builds for GPUs bring the
+    version they need, and the kernel says where it is missing.
     """
     pip_names = {"yaml": "pyyaml", "PIL": "pillow", "open_clip": "open-clip-torch", "cleanfid": "clean-fid"}
     pip_names |= {"markdown_it": "markdown-it-py"}
-    lines = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["kernels"]
+    extras = PROJECT["optional-dependencies"]
+    lines = PROJECT["dependencies"] + extras["kernels"] + extras["export"]
     declared = {Requirement(line).name for line in lines}
     undeclared = set()
     for file in (file for folder in ("quest", "baselines", "workflow") for file in (ROOT / folder).rglob("*.py")):

@@ -83,6 +83,8 @@ ROOMS = {
         "quest.diffusion",
         "quest.metrics",
     },
+    # Takes what quest.load or quest.quantize made.
+    "quest.export": {"quest.runtime", "quest.diffusion", "quest.affine", "quest.kernels", "quest.quantization"},
     "quest.judge": {"quest.runtime", "quest.diffusion", "quest.metrics", "quest.report"},
     "quest.__main__": {
         "quest.config",
@@ -90,6 +92,7 @@ ROOMS = {
         "quest.quantization",
         "quest.planning",
         "quest.doctor",
+        "quest.export",
         "quest.judge",
         "quest.report",  # settle
     },

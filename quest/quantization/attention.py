@@ -75,7 +75,7 @@ class QuantAttention(nn.Module):
         if x is not None:
             # Channels lie innermost. torch expects the strides of this layout even for a single image.
             return x if given.ndim == 3 else x.unflatten(1, given.shape[2:]).permute(0, 3, 1, 2)
-        mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))  # [B * heads, 1, m]
+        mask = attn.prepare_attention_mask(attention_mask, context.shape[1], context.shape[0])  # [B * heads, 1, m]
         x = attn.to_out[1](attn.to_out[0](self.attended(attn, hidden_states, context, mask)))
         if given.ndim == 4:
             x = x.transpose(1, 2).reshape(given.shape)
@@ -108,7 +108,7 @@ class QuantAttention(nn.Module):
         if self.masked or self.kernel_name == "reference":
             flat = (t.flatten(0, 1) for t in (q, k, v))  # [B * heads, n, d]
             masks = () if mask is None else (mask,)
-            x = nn.Module.__call__(self, *flat, scale, *masks).unflatten(0, (len(q), -1))
+            x = nn.Module.__call__(self, *flat, scale, *masks).unflatten(0, (q.shape[0], -1))
         else:  # other kernels read strided rows, so nothing is copied
             x = nn.Module.__call__(self, q, k, v, scale)
         return x.transpose(1, 2).flatten(2)

@@ -1,0 +1,249 @@
+"""Export a quantized denoiser for other runtimes: ONNX with QuantizeLinear and DequantizeLinear on bytes.
+
+Each quantizer becomes a pair of these operators, each quantized weight its codes and a DequantizeLinear. A runtime may
+then multiply integers. Exported are U-Nets whose activations have one scale per tensor and one time group. What the
+format cannot hold is refused with its name: a scale for each time group or channel, more than 8 bits.
+
+Codes of fewer than 8 bits are clipped before they are rounded, so that one operator on bytes serves all widths; codes
+of weights take a byte each. Needs the extra `export` (`pip install 'quest-suite[export]'`).
+"""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quest.affine import FLOAT
+from quest.diffusion.denoisers import denoiser_of
+from quest.kernels import reference
+from quest.quantization.attention import QuantAttention
+from quest.quantization.layers import QuantConv2d, QuantLayer, attentions, input_quantizers, quant_layers, replace
+from quest.quantization.quantizer import Quantizer
+from quest.runtime.files import atomic
+
+# Of the largest output. Float sums differ in their last digits. A value at a tie then takes the neighbouring code, and
+# so do values of later layers; a change of the input by one part in a million does the same on the reference kernel.
+TOLERANCE = 0.05
+TOKENS = 8  # of the condition in the call that is traced; any other number works
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+
+
+@torch.library.custom_op("quest::export_input", mutates_args=())
+def on_bytes(x: Tensor, scale: Tensor, zero_point: Tensor, low: float, high: float) -> Tensor:
+    """Clip x to [low, high], quantize it to bytes, and dequantize it. scale [], zero_point [] (uint8)."""
+    codes = (x.clamp(low, high) / scale).round() + zero_point
+    return (codes.clamp(0, 255) - zero_point) * scale
+
+
+@torch.library.custom_op("quest::export_weight", mutates_args=())
+def of_codes(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Dequantize codes [O, ...] with a scale and a zero point for each output channel, [O]; codes are uint8."""
+    shape = (-1,) + (1,) * (codes.ndim - 1)
+    return (codes.float() - zero_point.reshape(shape)) * scale.reshape(shape)
+
+
+@on_bytes.register_fake
+def _(x, scale, zero_point, low, high):
+    return torch.empty_like(x)
+
+
+@of_codes.register_fake
+def _(codes, scale, zero_point):
+    return torch.empty(codes.shape, dtype=scale.dtype, device=codes.device)
+
+
+class _Bytes(nn.Module):
+    """A quantizer of activations with bytes as codes. Raises ValueError, which names it, for what they cannot hold."""
+
+    def __init__(self, quantizer: Quantizer, name: str):
+        super().__init__()
+        self.float = quantizer.spec.bits == FLOAT
+        if self.float:
+            return
+        if len(quantizer.scale) > 1:
+            raise ValueError(
+                f"{name}: {len(quantizer.scale)} time groups; the format holds one scale per tensor: quantize with "
+                "time_groups: 1, or by a method without them (rtn-mse, q-diffusion)"
+            )
+        if quantizer.scale.numel() > 1:
+            raise ValueError(f"{name}: a scale for each channel; the format holds one per tensor (granularity)")
+        scale, zero_point = quantizer.scale.detach().flatten()[0], int(quantizer.zero_point.flatten()[0])
+        low, high = quantizer.spec.qmin - zero_point, quantizer.spec.qmax - zero_point  # in steps
+        self.register_buffer("scale", scale.clone())
+        self.register_buffer("zero_point", _byte(torch.tensor(-low), high - low, name))
+        self.low, self.high = low * scale.item(), high * scale.item()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.float else on_bytes(x, self.scale, self.zero_point, self.low, self.high)
+
+
+class _Layer(nn.Module):
+    """A quantized layer on these operators."""
+
+    kernel_name = "reference"
+
+    def __init__(self, layer: QuantLayer, name: str):
+        super().__init__()
+        self.input = _Bytes(layer.input_quantizer, f"{name}.input")
+        self.output = None if layer.output_quantizer is None else _Bytes(layer.output_quantizer, f"{name}.output")
+        self.bias = layer.bias
+        names = ("stride", "padding", "dilation", "groups")
+        self.conv = {n: getattr(layer, n) for n in names} if isinstance(layer, QuantConv2d) else None
+        spec = layer.weight_quantizer.spec
+        if spec.bits == FLOAT:
+            self.register_buffer("weight", layer.weight.detach())
+            return
+        weight = layer.qweight
+        self.weight = None
+        self.register_buffer("codes", _byte(weight.codes.detach() - spec.qmin, spec.qmax - spec.qmin, f"{name}.weight"))
+        each = (len(weight.codes),)
+        scale, zero_point = weight.scale.detach().flatten(), weight.zero_point.detach().flatten() - spec.qmin
+        self.register_buffer("scale", scale.expand(each).clone())
+        zero_point = zero_point.expand(each)
+        self.register_buffer("zero_point", _byte(zero_point, spec.qmax - spec.qmin, f"{name}.weight"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = of_codes(self.codes, self.scale, self.zero_point) if self.weight is None else self.weight
+        x = self.input(x)
+        y = F.linear(x, weight, self.bias) if self.conv is None else F.conv2d(x, weight, self.bias, **self.conv)
+        return y if self.output is None else self.output(y)
+
+
+class _Attention(QuantAttention):
+    """Quantized attention on these operators."""
+
+    def __init__(self, attention: QuantAttention, name: str):
+        super().__init__(attention.q.spec, attention.p.spec)
+        self.q, self.k, self.v, self.p = (_Bytes(getattr(attention, leaf), f"{name}.{leaf}") for leaf in "qkvp")
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+        p = reference.probabilities(self.q(q), self.k(k), scale, mask)
+        return torch.bmm(self.p(p), self.v(v))
+
+
+def _byte(values: Tensor, levels: int, name: str) -> Tensor:
+    if levels > 255 or values.min() < 0 or values.max() > 255:
+        raise ValueError(f"{name}: codes or zero points that a byte cannot hold; the format takes at most 8 bits")
+    return values.to(torch.uint8)
+
+
+def exportable(denoiser: nn.Module) -> nn.Module:
+    """Copy a quantized denoiser, on the reference kernel, with its quantizers as operators on bytes.
+
+    Raises ValueError, which names the layer, for what the format cannot hold, and for a denoiser without quantizers or
+    with further inputs than an image, a timestep and a condition.
+    """
+    if not input_quantizers(denoiser):
+        raise ValueError(
+            "export: the denoiser is not quantized; give a pipeline that quest.load or quest.quantize made"
+        )
+    if type(denoiser).__name__ not in ("UNet2DModel", "UNet2DConditionModel", "FixedHeadsUNet2DModel"):
+        raise ValueError(f"export: {type(denoiser).__name__}: only U-Nets of an image, a timestep and a condition")
+    for key in ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "num_class_embeds"):
+        if denoiser.config.get(key):
+            raise ValueError(f"export: {key}: {denoiser.config[key]}: a further input, which is not exported")
+    new = copy.deepcopy(denoiser)
+    new._forward_pre_hooks.clear()  # those that enter a time group; there is one
+    new._forward_hooks.clear()
+    for name, layer in list(quant_layers(new)):
+        replace(new, name, _Layer(layer, name))
+    for name, attention in attentions(new):
+        if isinstance(attention.processor, QuantAttention):
+            attention.processor = _Attention(attention.processor, name)  # the guard of set_processor is for users
+    return new.eval()
+
+
+def inputs_of(denoiser: nn.Module, batch: int = 2) -> dict[str, Tensor]:
+    """Random inputs of a denoiser by name: sample [N, C, H, W], timestep [], and encoder_hidden_states [N, m, C']."""
+    draw = torch.Generator().manual_seed(0)
+    side = denoiser.config.sample_size
+    height, width = (side, side) if isinstance(side, int) else side
+    found = {"sample": torch.randn(batch, denoiser.config.in_channels, height, width, generator=draw)}
+    found["timestep"] = torch.tensor(500)
+    if (channels := denoiser.config.get("cross_attention_dim")) is not None:
+        found["encoder_hidden_states"] = torch.randn(batch, TOKENS, channels, generator=draw)
+    return found
+
+
+def export(pipe, path: str | Path) -> float:
+    """Write the quantized denoiser of a pipeline to `path`, a file .onnx.
+
+    The number of rows and of the condition's tokens stays free; height and width are those of the configuration.
+    Returns the largest difference of ONNX Runtime's output from the reference kernel's, relative to its largest value,
+    for random inputs of another batch size than the traced one. Raises ValueError for what cannot be exported (see
+    `exportable`), where packages of the extra are missing, and for a difference above TOLERANCE; no file is kept then.
+    """
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise ValueError(f"{path}: the suffix must be .onnx")
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"{path}: needs {', '.join(missing)}: pip install 'quest-suite[export]'")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: no folder {path.parent}")
+    denoiser = denoiser_of(pipe)
+    new, inputs = exportable(denoiser), inputs_of(denoiser, 3)
+    with atomic(path) as temporary:
+        _write(new, inputs_of(denoiser), temporary)
+        difference = compared(temporary, denoiser, inputs)
+        if not difference <= TOLERANCE:
+            raise ValueError(f"{path}: differs by {difference:.2g} of the largest output, above {TOLERANCE}")
+    return difference
+
+
+def compared(path: Path, denoiser: nn.Module, inputs: dict[str, Tensor]) -> float:
+    """The largest difference of an exported file's output from the denoiser's, relative to its largest value."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options)
+    (found,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    with torch.no_grad():
+        wanted = denoiser(**inputs).sample.numpy()
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+def _write(denoiser, inputs, path):
+    from onnxscript import opset18 as op
+
+    def quantized(x, scale, zero_point, low, high):
+        x = op.Clip(x, op.Constant(value_float=low), op.Constant(value_float=high))
+        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
+
+    def dequantized(codes, scale, zero_point):
+        return op.DequantizeLinear(codes, scale, zero_point, axis=0)
+
+    any_number = torch.export.Dim.DYNAMIC
+    free = {"sample": {0: any_number}, "timestep": None, "encoder_hidden_states": {0: any_number, 1: any_number}}
+    torch.onnx.export(
+        _Sample(denoiser).eval(),
+        kwargs=inputs,
+        f=str(path),
+        input_names=list(inputs),
+        output_names=["noise"],
+        dynamic_shapes={"inputs": {name: free[name] for name in inputs}},
+        dynamo=True,
+        optimize=False,  # runtimes do that themselves
+        opset_version=18,
+        external_data=False,
+        custom_translation_table={
+            torch.ops.quest.export_input.default: quantized,
+            torch.ops.quest.export_weight.default: dequantized,
+        },
+        verbose=False,
+    )
+
+
+class _Sample(nn.Module):
+    """The denoiser with a tensor as its output."""
+
+    def __init__(self, denoiser):
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, **inputs):
+        return self.denoiser(**inputs, return_dict=False)[0]

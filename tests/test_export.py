@@ -1,0 +1,114 @@
+"""Exports compute what the reference kernel computes; what their formats cannot hold is refused by name."""
+
+import copy
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+import quest
+from quest import export
+from quest.__main__ import main
+from quest.diffusion.calibration_set import collect
+from quest.diffusion.denoisers import denoiser_of
+
+MISSING = [name for name in export.NEEDED if importlib.util.find_spec(name) is None]
+
+
+@pytest.fixture(scope="module")
+def calibrated(class_pipe, class_model):
+    """A pipeline whose denoiser has a block on each side, and its calibration set; larger ones take long to trace."""
+    torch.manual_seed(0)
+    pipe = copy.deepcopy(class_pipe)
+    pipe.unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
+        norm_num_groups=8,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+    ).eval()
+    return pipe, collect(pipe, class_model, "calibration", 2)
+
+
+@pytest.fixture(scope="module")
+def quantized(calibrated):
+    pipe, calibration = calibrated
+    return quest.quantize(pipe, "rtn-mse", "w4a8", calibration=calibration, samples=8)
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")
+def test_another_runtime_computes_the_same(quantized, tmp_path):
+    """To the last digits, but for inputs with a value at a tie, for other numbers of rows and tokens than traced."""
+    import onnx
+
+    denoiser, file = denoiser_of(quantized), tmp_path / "denoiser.onnx"
+    assert export.export(quantized, file) <= export.TOLERANCE
+    differences = []
+    for step in range(50, 1000, 190):
+        inputs = export.inputs_of(denoiser, batch=1) | {"timestep": torch.tensor(step)}
+        inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :2] * step / 1000
+        differences.append(export.compared(file, denoiser, inputs))
+    assert sorted(differences)[2] < 1e-5 and max(differences) <= export.TOLERANCE
+    assert [f.name for f in tmp_path.iterdir()] == ["denoiser.onnx"]
+    # Weights are codes of a byte, and quantizers are operators of the format.
+    graph = onnx.load(file).graph
+    kinds = [node.op_type for node in graph.node]
+    layers = sum(name.endswith("codes") for name in export.exportable(denoiser).state_dict())
+    assert kinds.count("DequantizeLinear") - kinds.count("QuantizeLinear") == layers > 10
+    codes = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.UINT8 and tensor.dims]
+    assert sum(np.prod(tensor.dims) for tensor in codes) > 50_000
+
+
+def test_operators_on_bytes_are_the_quantizers(quantized):
+    """Bit for bit on the reference kernel, before any runtime is asked."""
+    inputs = export.inputs_of(denoiser_of(quantized))
+    with torch.no_grad():
+        wanted = denoiser_of(quantized)(**inputs).sample
+        found = export.exportable(denoiser_of(quantized))(**inputs).sample
+    assert torch.equal(found, wanted)
+
+
+def test_what_the_formats_cannot_hold_is_refused(calibrated, quantized, tmp_path):
+    pipe, _ = calibrated
+    grouped = copy.deepcopy(denoiser_of(quantized))
+    quantizer = grouped.conv_in.input_quantizer
+    quantizer.scale = torch.nn.Parameter(quantizer.scale.repeat(3), requires_grad=False)
+    with pytest.raises(ValueError, match="conv_in.input: 3 time groups; .* time_groups: 1"):
+        export.exportable(grouped)
+    shifted = copy.deepcopy(denoiser_of(quantized))
+    shifted.conv_in.input_quantizer.zero_point -= 300
+    with pytest.raises(ValueError, match="conv_in.input: codes or zero points that a byte cannot hold"):
+        export.exportable(shifted)
+    with pytest.raises(ValueError, match="not quantized"):
+        export.export(pipe, tmp_path / "x.onnx")
+    with pytest.raises(ValueError, match="the suffix must be .onnx"):
+        export.export(quantized, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="no folder"):
+        export.export(quantized, tmp_path / "none" / "x.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_exports_a_checkpoint_of_a_folder(calibrated, quantized, tmp_path, monkeypatch, capsys):
+    calibrated[0].save_pretrained(tmp_path / "pipe")
+    quest.save(quantized, tmp_path / "q.safetensors")
+    given = []
+    monkeypatch.setattr(export, "export", lambda *words: given.append(words) or 1e-6)
+    main(["export", str(tmp_path / "pipe"), str(tmp_path / "q.safetensors"), "-o", str(tmp_path / "x.onnx")])
+    ((pipe, path),) = given
+    assert path == tmp_path / "x.onnx" and "differs from the reference kernel by 1.0e-06" in capsys.readouterr().out
+    inputs = export.inputs_of(denoiser_of(quantized))
+    with torch.no_grad():
+        found, wanted = (denoiser_of(one)(**inputs).sample for one in (pipe, quantized))
+    assert denoiser_of(pipe).quantization["bits"] == "w4a8"
+    # Weights of a folder lie in memory in another order, and so sums in floats have other last digits.
+    assert (found - wanted).abs().max() <= export.TOLERANCE * wanted.abs().max()
+    with pytest.raises(SystemExit, match="none.*: no such file; valid: a folder of a pipeline"):
+        main(["export", str(tmp_path / "none"), "q.safetensors", "-o", "x.onnx"])
