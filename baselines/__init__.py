@@ -10,6 +10,7 @@ MODULES = (
     "dynamic",
     "smoothquant",
     "hadamard",
+    "dilate",
     "adaround",
     "gptq",
     "svdquant",
