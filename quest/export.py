@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quest.affine import FLOAT
+from quest.affine import FLOAT, QuantSpec
 from quest.diffusion.denoisers import denoiser_of
 from quest.kernels import reference
 from quest.quantization.attention import QuantAttention
@@ -64,6 +64,7 @@ class _Bytes(nn.Module):
         self.float = quantizer.spec.bits == FLOAT
         if self.float:
             return
+        _whole_numbers(quantizer.spec, name)
         if len(quantizer.scale) > 1:
             raise ValueError(
                 f"{name}: {len(quantizer.scale)} time groups; the format holds one scale per tensor: quantize with "
@@ -88,6 +89,10 @@ class _Layer(nn.Module):
 
     def __init__(self, layer: QuantLayer, name: str):
         super().__init__()
+        for part in ("prologue", "branch"):
+            if getattr(layer, part) is not None:
+                raise ValueError(f"{name}: it has a {part}, which the format does not hold; quantize by another method")
+        _whole_numbers(layer.weight_quantizer.spec, f"{name}.weight")
         self.input = _Bytes(layer.input_quantizer, f"{name}.input")
         self.output = None if layer.output_quantizer is None else _Bytes(layer.output_quantizer, f"{name}.output")
         self.bias = layer.bias
@@ -123,6 +128,14 @@ class _Attention(QuantAttention):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         p = reference.probabilities(self.q(q), self.k(k), scale, mask)
         return torch.bmm(self.p(p), self.v(v))
+
+
+def _whole_numbers(spec: QuantSpec, name: str) -> None:
+    """Raise ValueError for a format that has other codes than whole numbers, or scales of groups or of tensors."""
+    if spec.dynamic or spec.table is not None or spec.group is not None:
+        raise ValueError(
+            f"{name}: scales and codes {spec.granularity}; the format holds static scales and whole numbers"
+        )
 
 
 def _byte(values: Tensor, levels: int, name: str) -> Tensor:

@@ -112,3 +112,23 @@ def test_the_command_exports_a_checkpoint_of_a_folder(calibrated, quantized, tmp
     assert (found - wanted).abs().max() <= export.TOLERANCE * wanted.abs().max()
     with pytest.raises(SystemExit, match="none.*: no such file; valid: a folder of a pipeline"):
         main(["export", str(tmp_path / "none"), "q.safetensors", "-o", "x.onnx"])
+
+
+@pytest.mark.parametrize(
+    "method, recipe, said",
+    [
+        ("dilate", {}, "conv_in: it has a prologue, which the format does not hold"),
+        ("dynamic", {}, "conv_in.input: scales and codes dynamic per token"),
+        ("fp4", {}, "codes e2m1; the format holds static scales and whole numbers"),
+        (
+            "svdquant",
+            {"dynamic": "static", "grid": 1, "iterations": 1},
+            "it has a branch, which the format does not hold",
+        ),
+    ],
+)
+def test_what_stands_beside_codes_is_refused(calibrated, method, recipe, said):
+    pipe, calibration = calibrated
+    made = quest.quantize(pipe, method, "w4a4", calibration=calibration, **recipe)
+    with pytest.raises(ValueError, match=said):
+        export.exportable(denoiser_of(made))
