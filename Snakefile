@@ -1,28 +1,12 @@
 """Quantized diffusion models, measured. `snakemake -n` shows what would run, `snakemake --cores all` runs it."""
 
-import os
-from pathlib import Path
-
 from snakemake.utils import min_version
-
-import quest
 
 min_version("9.19")
 
-# Where another workflow takes this one as a module, or with --directory, workflow/ and resources/ are not in the working
-# directory. They are then those of the clone that `quest` was installed from, and results stay in the working directory.
-CLONE = None if Path("workflow/rules/common.smk").is_file() else Path(quest.__file__).parents[1]
 
+include: "workflow/rules/paths.smk"
 
-def project(path):
-    """A path of this repository, from the working directory."""
-    return str(CLONE / path) if CLONE else path
-
-
-if CLONE:
-    if not Path(project("workflow/rules/common.smk")).is_file():
-        raise WorkflowError("the workflow needs a clone of this repository: `pip install -e CLONE` instead of a wheel")
-    os.environ["QUEST_RESULTS"] = os.path.abspath("results")
 
 # Snakemake merges config files key by key, so a default loaded beside another config would leak its recipes into it.
 if not workflow.overwrite_configfiles:

@@ -350,3 +350,11 @@ def identities(wc):
     return json.dumps(
         [[*row, identity(told(config, Run(row[0], row[2], row[1]), MODELS[row[0]], VERSION))] for row in rows]
     )
+
+
+def sampled_part(wc):
+    """Flags of sampling: the number of images of a part, and the index of the first."""
+    if wc.part == "judged":
+        return ["-n", leaderboard.IMAGES, "--first", leaderboard.FIRST]
+    sha256 = leaderboard.declared(Path("results/leaderboard", wc.place.partition("/")[0]))
+    return ["-n", leaderboard.FRESH, "--first", leaderboard.fresh_first(sha256)]

@@ -3,7 +3,6 @@
 from quest.report import leaderboard
 
 ENTRIES = sorted(file.parent.name for file in Path("results/leaderboard").glob("*/entry.yaml"))
-SCORED = "results/scored"
 
 
 localrules:
@@ -12,27 +11,19 @@ localrules:
 
 rule leaderboard:
     input:
-        expand(f"{SCORED}/leaderboard.{{kind}}", kind=["csv", "md"]),
-
-
-def sampled_part(wc):
-    """Flags of sampling: the number of images of a part, and the index of the first."""
-    if wc.part == "judged":
-        return ["-n", leaderboard.IMAGES, "--first", leaderboard.FIRST]
-    sha256 = leaderboard.declared(Path("results/leaderboard", wc.place.partition("/")[0]))
-    return ["-n", leaderboard.FRESH, "--first", leaderboard.fresh_first(sha256)]
+        expand("results/scored/leaderboard.{kind}", kind=["csv", "md"]),
 
 
 rule leaderboard_table:
     input:
         script=project("workflow/scripts/leaderboard.py"),
-        checked=expand(f"{SCORED}/{{entry}}/checked.txt", entry=ENTRIES),
-        metrics=expand(f"{SCORED}/{{entry}}/metrics.json", entry=ENTRIES),
-        fresh=expand(f"{SCORED}/{{place}}/samples-fresh.npz", place=[*ENTRIES, *(f"{e}/full" for e in ENTRIES)]),
+        checked=expand("results/scored/{entry}/checked.txt", entry=ENTRIES),
+        metrics=expand("results/scored/{entry}/metrics.json", entry=ENTRIES),
+        fresh=expand("results/scored/{place}/samples-fresh.npz", place=[*ENTRIES, *(f"{e}/full" for e in ENTRIES)]),
     output:
-        expand(f"{SCORED}/leaderboard.{{kind}}", kind=["csv", "md"]),
+        expand("results/scored/leaderboard.{kind}", kind=["csv", "md"]),
     log:
-        f"{SCORED}/leaderboard.log",
+        "results/scored/leaderboard.log",
     conda:
         "../../environment.yml"
     threads: 1
@@ -41,7 +32,7 @@ rule leaderboard_table:
         runtime=10,
     params:
         entries=expand("results/leaderboard/{entry}", entry=ENTRIES),
-        scored=SCORED,
+        scored=subpath(output[0], parent=True),
     shell:
         "python -m workflow.scripts.leaderboard {params.entries:q} --scored {params.scored:q} -o {params.scored:q} > {log:q} 2>&1"
 
@@ -53,9 +44,9 @@ rule leaderboard_check:
         entry="results/leaderboard/{entry}/entry.yaml",
         checkpoint="results/leaderboard/{entry}/model.safetensors",
     output:
-        SCORED + "/{entry}/checked.txt",
+        "results/scored/{entry}/checked.txt",
     log:
-        SCORED + "/{entry}/check.log",
+        "results/scored/{entry}/check.log",
     wildcard_constraints:
         entry="[^/]+",
     conda:
@@ -74,9 +65,9 @@ rule leaderboard_trajectories:
     input:
         script=project("workflow/scripts/trajectories.py"),
     output:
-        ensure(f"{SCORED}/evaluation.safetensors", non_empty=True),
+        ensure("results/scored/evaluation.safetensors", non_empty=True),
     log:
-        f"{SCORED}/evaluation.log",
+        "results/scored/evaluation.log",
     conda:
         "../../environment.yml"
     threads: 1
@@ -93,14 +84,14 @@ rule leaderboard_trajectories:
 rule leaderboard_sample:
     input:
         script=project("workflow/scripts/sample.py"),
-        evaluation=f"{SCORED}/evaluation.safetensors",
-        checked=lambda wc: [] if wc.place.endswith("full") else f"{SCORED}/{wc.place}/checked.txt",
+        evaluation="results/scored/evaluation.safetensors",
+        checked=lambda wc: [] if wc.place.endswith("full") else f"results/scored/{wc.place}/checked.txt",
         checkpoint=lambda wc: [] if wc.place.endswith("full") else f"results/leaderboard/{wc.place}/model.safetensors",
     output:
-        samples=ensure(SCORED + "/{place}/samples-{part}.npz", non_empty=True),
-        features=ensure(SCORED + "/{place}/features-{part}.npz", non_empty=True),
+        samples=ensure("results/scored/{place}/samples-{part}.npz", non_empty=True),
+        features=ensure("results/scored/{place}/features-{part}.npz", non_empty=True),
     log:
-        SCORED + "/{place}/sample-{part}.log",
+        "results/scored/{place}/sample-{part}.log",
     wildcard_constraints:
         place="[^/]+(/full)?",
         part="judged|fresh",
@@ -121,15 +112,15 @@ rule leaderboard_sample:
 rule leaderboard_metrics:
     input:
         script=project("workflow/scripts/metrics.py"),
-        samples=SCORED + "/{entry}/samples-judged.npz",
-        features=SCORED + "/{entry}/features-judged.npz",
-        fp_samples=f"{SCORED}/full/samples-judged.npz",
-        fp_features=f"{SCORED}/full/features-judged.npz",
+        samples="results/scored/{entry}/samples-judged.npz",
+        features="results/scored/{entry}/features-judged.npz",
+        fp_samples="results/scored/full/samples-judged.npz",
+        fp_features="results/scored/full/features-judged.npz",
         reference=os.path.relpath(leaderboard.reference()),
     output:
-        ensure(SCORED + "/{entry}/metrics.json", non_empty=True),
+        ensure("results/scored/{entry}/metrics.json", non_empty=True),
     log:
-        SCORED + "/{entry}/metrics.log",
+        "results/scored/{entry}/metrics.log",
     wildcard_constraints:
         entry="[^/]+",
     conda:
