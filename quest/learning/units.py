@@ -138,8 +138,8 @@ def walk(
 
 
 @torch.no_grad()
-def chunk_rows(denoiser: nn.Module, inputs: dict[str, Tensor], most: int = CHUNK) -> int:
-    """Rows of one forward pass of a unit: `most`, or as many as fit into half of the memory.
+def chunk_rows(denoiser: nn.Module, inputs: dict[str, Tensor], most: int | None = None) -> int:
+    """Rows of one forward pass of a unit: `most` (None: CHUNK), or as many as fit into half of the memory.
 
     inputs: of one row.
     """
@@ -152,7 +152,7 @@ def chunk_rows(denoiser: nn.Module, inputs: dict[str, Tensor], most: int = CHUNK
     with hooked(m.register_forward_hook(look) for m in denoiser.modules() if isinstance(m, nn.Linear | nn.Conv2d)):
         denoiser(**inputs)
     room = int(memory.SHARE * memory.budget(inputs["timestep"].device.type))
-    return max(1, min(most, room // (ALIVE * largest)))
+    return max(1, min(CHUNK if most is None else most, room // (ALIVE * largest)))
 
 
 class Streamed(TorchDispatchMode):
