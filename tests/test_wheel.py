@@ -52,7 +52,9 @@ def test_its_commands_run_without_the_repository(wheel, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"}
 
     def python(*words):
-        run = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8"
+        )
         return run.returncode, run.stdout + run.stderr
 
     code, said = python("-m", "quest", "judge", "new", "old")
