@@ -27,9 +27,11 @@ FRESH = 100  # images that nobody knew when the submission was made
 ENDPOINTS = ("kid_64w", "log_latent_mse", "psnr", "agreement")
 ENDS, ENDS_BITS, SOFTMAX_BITS = ("conv_in", "conv_out"), 8, 8  # of the common stack (CONTRIBUTING.md)
 LEVEL = 0.001  # of the test of `knows_the_images`
+FOLDER = r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}"  # names of folders of submissions; their scores have a folder of this name
+FULL = "full"  # the folder of full precision's scores, so no submission may have this name
 FIELDS = {
     "name": (r"[\w.+ -]{1,60}", "a short name of the row"),
-    "authors": (r".{1,200}", "who made it"),
+    "authors": (r"[^<>\[\]|`\r\n]{1,200}", "who made it, without links and markup"),
     "bits": (r"w[2-8]a[2-8]", "weight and activation bits, such as w4a4"),
     "recipe": (r"(?s).{20,5000}", "how to make the checkpoint again: commands or a config, and the commit"),
     "sha256": (r"[0-9a-f]{64}", "the hash of model.safetensors (sha256sum)"),
@@ -53,6 +55,11 @@ def check(folder: str | Path) -> Entry:
     """Read a submission. Raises ValueError, which names the file and the rule, for one that breaks a rule."""
     folder = Path(folder)
     file, checkpoint = folder / "entry.yaml", folder / "model.safetensors"
+    place = folder.resolve().name
+    if not re.fullmatch(FOLDER, place) or place == FULL:
+        raise ValueError(
+            one_line(f"{folder}: the folder's name {place!r:.80}; valid: letters, digits, - and _, not {FULL!r}")
+        )
     told = read_yaml(file)
     if not isinstance(told, dict) or (strange := set(told) ^ {*FIELDS, "calibration"}):
         named = ", ".join(sorted(strange)) if isinstance(told, dict) else "no mapping"

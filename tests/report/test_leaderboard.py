@@ -85,12 +85,19 @@ def test_more_bits_than_declared_are_seen(submit, header, message):
         ({"calibration": [3, 2]}, "valid: .first seed, last seed."),
         ({"bits": "w4"}, "bits: 'w4'; valid: weight and activation bits"),
         ({"recipe": "short"}, "recipe: 'short'"),
+        ({"authors": "![](http://example.org/a.png)"}, "authors: .*; valid: who made it, without links and markup"),
         ({"score": 1}, "missing or unknown: score"),
     ],
 )
 def test_what_is_told_wrongly_is_refused(submit, told, message):
     with pytest.raises(ValueError, match=message):
         leaderboard.check(submit(told))
+
+
+@pytest.mark.parametrize("name", ["full", "leaderboard.csv", "a b", "x{y}"])
+def test_a_folder_whose_scores_would_be_those_of_something_else_is_refused(submit, name):
+    with pytest.raises(ValueError, match="the folder's name .*; valid: letters"):
+        leaderboard.check(submit(name=name))
 
 
 def test_a_checkpoint_that_knows_the_images_is_seen():

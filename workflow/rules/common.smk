@@ -352,6 +352,11 @@ def identities(wc):
     )
 
 
+def is_full(wc):
+    """Whether a place of the leaderboard is full precision; a submission such as `carefull` is not."""
+    return wc.place.rpartition("/")[2] == leaderboard.FULL
+
+
 def sampled_part(wc):
     """Flags of sampling: the number of images of a part, and the index of the first."""
     if wc.part == "judged":

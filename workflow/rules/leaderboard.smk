@@ -85,8 +85,8 @@ rule leaderboard_sample:
     input:
         script=project("workflow/scripts/sample.py"),
         evaluation="results/scored/evaluation.safetensors",
-        checked=lambda wc: [] if wc.place.endswith("full") else f"results/scored/{wc.place}/checked.txt",
-        checkpoint=lambda wc: [] if wc.place.endswith("full") else f"results/leaderboard/{wc.place}/model.safetensors",
+        checked=lambda wc: [] if is_full(wc) else f"results/scored/{wc.place}/checked.txt",
+        checkpoint=lambda wc: [] if is_full(wc) else f"results/leaderboard/{wc.place}/model.safetensors",
     output:
         samples=ensure("results/scored/{place}/samples-{part}.npz", non_empty=True),
         features=ensure("results/scored/{place}/features-{part}.npz", non_empty=True),
