@@ -4,6 +4,7 @@ A submission is a folder `results/leaderboard/NAME` with `entry.yaml` and a pack
 model MODEL. It is scored on the images of PROTOCOL.md. docs/leaderboard.md has the rules for people.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -92,7 +93,9 @@ def check_bits(checkpoint: Path, bits: str) -> None:
     """Raise ValueError, which names the layer, if a checkpoint computes anything with more bits than declared.
 
     The first and last layer and the softmax may have 8 bits. Every other weight, input and factor of an attention has
-    at most the declared bits, with one scale per tensor for activations (and for each time group).
+    at most the declared bits, with one static scale per tensor for activations (and for each time group) and one for
+    each output channel for weights: a scale for each value would be a float weight. A branch multiplies floats, and a
+    prologue scales or rotates channels of an input in float, so a layer has neither.
     """
     w, a = map(int, re.findall(r"\d+", bits))
     header = read(checkpoint)
@@ -109,9 +112,16 @@ def check_bits(checkpoint: Path, bits: str) -> None:
         if spec["bits"] > most or spec["wide"]:
             shown = "float" if spec["bits"] == FLOAT else f"{spec['bits']} bits" + ", wide" * spec["wide"]
             refuse(where, f"its {kind} has {shown}, at most {most} are declared")
+        if spec.get("rows") is not None:
+            refuse(where, f"scales of its {kind} are computed while it runs; static ones are the rule")
+        if spec.get("group") is not None:
+            refuse(where, f"its {kind} has a scale for each group; one for an output channel is the rule")
         if kind != "weight" and spec["axis"] is not None:
             refuse(where, f"its {kind} has a scale for each channel; one for the tensor is the rule")
 
+    for field, part in (("branches", "branch"), ("prologues", "prologue")):
+        for name in header.get(field, {}):
+            refuse(name, f"it has a {part}, which computes in float")
     for name, (weight, *activations) in header["layers"].items():
         ends = name in ENDS
         compare(name, weight, max(w, ENDS_BITS) if ends else w, "weight")
@@ -122,6 +132,11 @@ def check_bits(checkpoint: Path, bits: str) -> None:
     for name, shape in shapes.items():
         if name.endswith(".weight") and len(shape) > 1:
             refuse(name.removesuffix(".weight"), "its weight is kept in float")
+        layer = name.removesuffix(".weight_quantizer.scale")
+        if layer in header["layers"] and name != layer:
+            size = header["shapes"][layer]
+            if math.prod(shape) > 1 and list(shape) != [1, size[0], *[1] * (len(size) - 1)]:
+                refuse(layer, f"its weight has scales {list(shape)}; one for each output channel is the rule")
     for name in sorted({n.rpartition(".to_q")[0] for n in header["layers"] if n.endswith(".to_q")}):
         if name not in header["attentions"]:
             refuse(name, "its products are computed in float")

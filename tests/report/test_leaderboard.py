@@ -49,6 +49,8 @@ def submit(tmp_path, write_checkpoint):
 def test_what_keeps_the_rules_is_taken(submit):
     entry = leaderboard.check(submit())
     assert (entry.name, entry.bits, entry.calibration) == ("mine", "w4a4", (1_000_000, 1_000_063))
+    scales = {"mid.linear.weight_quantizer.scale": np.ones((1, 8, 1), np.float32)}
+    leaderboard.check(submit(tensors=scales | {"conv_in.weight_quantizer.scale": np.ones((1, 1, 1))}, name="scaled"))
     assert leaderboard.check(submit({"bits": "w8a8"}, name="modest")).bits == "w8a8"  # fewer bits than declared
 
 
@@ -67,6 +69,17 @@ def test_what_keeps_the_rules_is_taken(submit):
         ({"attentions": {}}, "mid.attn: its products are computed in float"),
         ({"weights": "float"}, "its weights are floats"),
         ({"model": "scenes-class"}, "of the model 'scenes-class'"),
+        ({"branches": {"mid.linear": {"rank": 8, "channels": False}}}, "mid.linear: it has a branch"),
+        (
+            {"prologues": {"mid.linear": {"scaled": True, "block": 1, "form": "regular", "single": False}}},
+            "mid.linear: it has a prologue",
+        ),
+        ({"layers": LAYERS | {"mid.linear": [W4 | {"group": 1}, A4]}}, "its weight has a scale for each group"),
+        ({"layers": LAYERS | {"mid.linear": [W4, A4 | {"axis": 1, "rows": "token"}]}}, "computed while it runs"),
+        (
+            {"tensors": {"mid.linear.weight_quantizer.scale": np.ones((1, 8, 8), np.float32)}},
+            r"mid.linear: its weight has scales \[1, 8, 8\]; one for each output channel",
+        ),
         ({"tensors": {"mid.other.weight": np.zeros((2, 2), np.float32)}}, "mid.other: its weight is kept in float"),
     ],
 )
