@@ -240,6 +240,7 @@ FAULTS = {
         _put({"time_groups": 3}, "ablations", "rows", "mine"),
         ["ablations.rows.mine.time_groups: 3 does not divide the 20 steps"],
     ),
+    "name of the scores of submissions": (_put("scored", "name"), ["name", "'scored'", "another name"]),
     "name no folder": (_put("My run", "name"), ["name", "'My run'", "small letters"]),
     "name too long": (_put("x" * 101, "name"), ["name", "at most 100 small letters"]),
     "row too long": (_put({}, "ablations", "rows", "x" * 101), ["ablations.rows.x", "at most 100 small letters"]),
