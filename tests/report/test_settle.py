@@ -265,7 +265,7 @@ def test_facts_need_records_of_four_methods(judged):
     assert facts.means(evidence(*seeds_of("short", [0.0] * 2))).empty
 
 
-@pytest.mark.parametrize("medians, said", [((0.1, 0.3), "refuted"), ((0.1, 0.1), "holds"), ((0.2, 0.2), "open")])
+@pytest.mark.parametrize("medians, said", [((0.1, 0.3), "refuted"), ((0.1, 0.1), "open"), ((0.2, 0.2), "open")])
 def test_layer_errors_are_joined_to_records_by_their_checkpoint(medians, said):
     """Both methods show what was asked as often as full precision, so none is broken."""
     rows = [FULL]
@@ -275,6 +275,21 @@ def test_layer_errors_are_joined_to_records_by_their_checkpoint(medians, said):
     found = facts.of(evidence(*rows), pd.DataFrame(columns=verdicts.COLUMNS), {}, layers.assign(median=medians))
     word, lines = found["layer errors"]
     assert word == said and len(lines) == 3
+
+
+@pytest.mark.parametrize("agreement, said", [(0.2, "holds"), (0.8, "refuted")])
+def test_layer_errors_hold_where_both_sides_have_rows(agreement, said):
+    """Full precision and one method show what was asked in 9 of 10 images; the other one has a layer error above."""
+    cells = [("fp", "w32a32", 0.9), ("fine", "w4a4", 0.9), ("other", "w4a4", agreement)]
+    main = pd.DataFrame([("m", *cell) for cell in cells], columns=["model", "method", "bits", "value"])
+    layers = pd.DataFrame({"model": "m", "bits": "w4a4", "method": ["fine", "other"], "median": [0.1, 0.3]})
+    assert facts.layer_errors(main.assign(metric="agreement"), layers)[0] == said
+
+
+def test_models_that_are_worse_than_full_precision_do_not_say_that_none_is_better(judged):
+    worse = judged.iloc[:1].assign(versus="fp", verdict="worse", model="photos-class")
+    word, lines = facts.beyond(pd.concat([worse, worse.assign(model=verdicts.ALL)]), {})
+    assert word == "open" and lines == ["0 of 1 settled comparisons with full precision seem better than it"]
 
 
 def test_the_page_of_claims_is_what_the_records_say():

@@ -79,17 +79,17 @@ FIELD = (
     Claim(
         "ViDiT-Q at W4A8 loses almost nothing; SVDQuant's table gives it an FID of 37.3 (full precision: 16.6)",
         "arXiv:2406.02540; arXiv:2411.05007",
-        needs="both methods here",
+        needs="a row of ViDiT-Q, which is not here, beside `svdquant`, in a family at w4a8",
     ),
     Claim(
         "a low-rank branch is essential at W4A4; others find a factor of 1.12, or none",
         "arXiv:2411.05007; JoaoZaokk/comfy-quant-bench",
-        needs="rows with the same granularity, with and without the branch",
+        needs="`svdquant` and the controls of equal size in `granularity.yaml` in a family",
     ),
     Claim(
         "rotated W4A4 keeps the quality; others find it destroyed",
         "arXiv:2512.03673; JoaoZaokk/comfy-quant-bench",
-        needs="a rotated row",
+        needs="`hadamard` or `convrot` beside `rtn-mse` and fp in a family",
     ),
     Claim(
         "distances to full precision at the same seed rank methods; others call them invalid",
@@ -117,7 +117,11 @@ FIELD = (
         needs="records; the protocol counts it as a flag, which says that the metric errs",
         measured="beyond",
     ),
-    Claim("static scales for each step are as good as dynamic ones", "arXiv:2502.15077", needs="a dynamic row"),
+    Claim(
+        "static scales for each step are as good as dynamic ones",
+        "arXiv:2502.15077",
+        needs="`dynamic` beside a row with `per_step` in a family",
+    ),
     Claim(
         "normally distributed calibration timesteps are worse than uniform ones",
         "iszry/DI2N-PTQ4DM",
