@@ -24,7 +24,7 @@ from quest.runtime.yaml_files import read_yaml
 
 MODEL = "photos-class"
 FIRST, IMAGES = 500, 500  # the images that decide, as in PROTOCOL.md
-FRESH = 100  # images that nobody knew when the submission was made
+FRESH = 100  # images that follow from the hash of the submission
 ENDPOINTS = ("kid_64w", "log_latent_mse", "psnr", "agreement")
 ENDS, ENDS_BITS, SOFTMAX_BITS = ("conv_in", "conv_out"), 8, 8  # of the common stack (CONTRIBUTING.md)
 LEVEL = 0.001  # of the test of `knows_the_images`
@@ -160,7 +160,11 @@ def reference() -> Path:
 
 
 def fresh_first(sha256: str) -> int:
-    """The index of the first fresh image of a submission. It follows from its hash, so nobody knows it beforehand."""
+    """The index of the first fresh image of a submission.
+
+    It follows from the hash, so it is not known before the file is made. Who makes many files can still choose among
+    their hashes; only making the checkpoint again by its recipe reveals that.
+    """
     return 10_000 + int(sha256[:8], 16) % 900_000
 
 
