@@ -29,6 +29,8 @@ from quest.runtime.files import atomic
 # so do values of later layers; a change of the input by one part in a million does the same on the reference kernel.
 TOLERANCE = 0.05
 TOKENS = 8  # of the condition in the call that is traced; any other number works
+# Keys of the configuration of U-Nets with a further input: classes, sizes and crops, images, a guidance scale (LCM).
+FURTHER = ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "num_class_embeds", "time_cond_proj_dim")
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -156,7 +158,9 @@ def exportable(denoiser: nn.Module) -> nn.Module:
         )
     if type(denoiser).__name__ not in ("UNet2DModel", "UNet2DConditionModel", "FixedHeadsUNet2DModel"):
         raise ValueError(f"export: {type(denoiser).__name__}: only U-Nets of an image, a timestep and a condition")
-    for key in ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "num_class_embeds"):
+    if denoiser.config.get("sample_size") is None:
+        raise ValueError("export: sample_size: missing in the denoiser's configuration; valid: its height and width")
+    for key in FURTHER:
         if denoiser.config.get(key):
             raise ValueError(f"export: {key}: {denoiser.config[key]}: a further input, which is not exported")
     new = copy.deepcopy(denoiser)
@@ -178,6 +182,7 @@ def inputs_of(denoiser: nn.Module, batch: int = 2) -> dict[str, Tensor]:
     found = {"sample": torch.randn(batch, denoiser.config.in_channels, height, width, generator=draw)}
     found["timestep"] = torch.tensor(500)
     if (channels := denoiser.config.get("cross_attention_dim")) is not None:
+        channels = channels if isinstance(channels, int) else channels[0]  # a list has one for each block, all equal
         found["encoder_hidden_states"] = torch.randn(batch, TOKENS, channels, generator=draw)
     return found
 

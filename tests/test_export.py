@@ -87,6 +87,11 @@ def test_what_the_formats_cannot_hold_is_refused(calibrated, quantized, tmp_path
     shifted.conv_in.input_quantizer.zero_point -= 300
     with pytest.raises(ValueError, match="conv_in.input: codes or zero points that a byte cannot hold"):
         export.exportable(shifted)
+    for key, value, said in (("time_cond_proj_dim", 256, "a further input"), ("sample_size", None, "height and width")):
+        other = copy.deepcopy(denoiser_of(quantized))
+        other.register_to_config(**{key: value})
+        with pytest.raises(ValueError, match=f"export: {key}: .*{said}"):
+            export.exportable(other)
     with pytest.raises(ValueError, match="not quantized"):
         export.export(pipe, tmp_path / "x.onnx")
     with pytest.raises(ValueError, match="the suffix must be .onnx"):
