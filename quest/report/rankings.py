@@ -7,6 +7,10 @@ correlation.
 
 Its interval is that of Bonett and Wright (Psychometrika 2000), by Fisher's z with standard error
 sqrt((1 + rho^2 / 2) / (m - 3)) for m cells. It speaks of other methods like these, so with six methods it is wide.
+
+Rows of all models pool models as if each had methods of its own. They have the same ones, so where methods behave alike
+on all models the pooled interval is too narrow: simulated with six methods and three models, it held the truth in 85 of
+100 cases.
 """
 
 import math
@@ -183,7 +187,8 @@ def table(found: pd.DataFrame, broken: pd.DataFrame) -> Table:
     notes = [
         "Spearman's rank correlation over the methods of one model and bits, 1 if both order them alike, with its 95 % "
         "interval for other methods like these. Pairs: those that both tell apart, and of which both name the same "
-        "better method."
+        "better method. Rows of all models pool models as if each had methods of its own; their intervals may be too "
+        "narrow."
     ]
     if len(broken):
         parts = [f"{name}: {bad} of {bad + good} cells broken" for name, (bad, good) in counts(broken).items()]
