@@ -4,6 +4,7 @@ Tables compute with these values. Without the check, a text in place of a number
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,6 +88,8 @@ def read_cells(paths: Sequence[str | Path]) -> list[dict]:
 def read_floors(path: Path) -> dict[str, dict[str, float]]:
     """{model: {metric: floor}} of nulls.csv: the largest error of all null controls. Empty if there is no such file.
 
+    A control without an error, NaN, counts for nothing, wherever it stands in the file.
+
     Raises ValueError, which names the file and the line, for a value that is no number.
     """
     floors: dict[str, dict[str, float]] = {}
@@ -95,8 +98,9 @@ def read_floors(path: Path) -> dict[str, dict[str, float]]:
             apart = float(row["apart"])
         except ValueError:
             raise ValueError(f"{path}: line {line}: apart: {row['apart']!r} is no number") from None
-        of_model = floors.setdefault(row["model"], {})
-        of_model[row["metric"]] = max(apart, of_model.get(row["metric"], 0.0))
+        if not math.isnan(apart):
+            of_model = floors.setdefault(row["model"], {})
+            of_model[row["metric"]] = max(apart, of_model.get(row["metric"], 0.0))
     return floors
 
 

@@ -1,10 +1,12 @@
 """Floors from null controls to tables, through the files of a run."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from quest.metrics import intervals
-from quest.report import nulls, tables
+from quest.report import nulls, rendering, tables
+from quest.report.cells import NULLS as COLUMNS
 from quest.report.cells import read_cells, read_floors
 from quest.runtime.files import dumps
 
@@ -84,6 +86,14 @@ def test_two_methods_beyond_full_precision_are_not_ranked(run):
     assert better(cells)["is"] == "neither (both beyond full precision)"
     paired = tables.paired_frame(read_cells(cells))
     assert set(paired[paired["versus"] == "fp"]["better"]) == {"neither (beyond full precision)"}
+
+
+@pytest.mark.parametrize("errors", [["nan", "0.02", "0.01"], ["0.01", "0.02", "nan"]])
+def test_a_control_without_an_error_takes_no_floor_away(tmp_path, errors):
+    rows = [{"model": "m", "metric": "is", "apart": error} for error in errors]
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    rendering.write(tmp_path / "nulls.csv", frame)
+    assert read_floors(tmp_path / "nulls.csv") == {"m": {"is": 0.02}}
 
 
 def test_a_file_of_floors_with_no_numbers_is_named(run):
