@@ -27,6 +27,8 @@ FIRST, IMAGES = 500, 500  # the images that decide, as in PROTOCOL.md
 FRESH = 100  # images that follow from the hash of the submission
 ENDPOINTS = ("kid_64w", "log_latent_mse", "psnr", "agreement")
 ENDS, ENDS_BITS, SOFTMAX_BITS = ("conv_in", "conv_out"), 8, 8  # of the common stack (CONTRIBUTING.md)
+# They read two tensors side by side, which have a scale each where the layer is split.
+SPLITS = r"up_blocks\.\d+\.resnets\.\d+\.(conv1|conv_shortcut)"
 LEVEL = 0.001  # of the test of `knows_the_images`
 FOLDER = r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}"  # names of folders of submissions; their scores have a folder of this name
 FULL = "full"  # the folder of full precision's scores, so no submission may have this name
@@ -119,6 +121,9 @@ def check_bits(checkpoint: Path, bits: str) -> None:
         if kind != "weight" and spec["axis"] is not None:
             refuse(where, f"its {kind} has a scale for each channel; one for the tensor is the rule")
 
+    for name in header["splits"]:
+        if not re.fullmatch(SPLITS, name):
+            refuse(name, "its input is split, so that parts of it have scales of their own; only in the decoder, once")
     for field, part in (("branches", "branch"), ("prologues", "prologue")):
         for name in header.get(field, {}):
             refuse(name, f"it has a {part}, which computes in float")

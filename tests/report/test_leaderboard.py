@@ -50,6 +50,7 @@ def test_what_keeps_the_rules_is_taken(submit):
     entry = leaderboard.check(submit())
     assert (entry.name, entry.bits, entry.calibration) == ("mine", "w4a4", (1_000_000, 1_000_063))
     scales = {"mid.linear.weight_quantizer.scale": np.ones((1, 8, 1), np.float32)}
+    leaderboard.check(submit(name="split", splits={"up_blocks.0.resnets.1.conv_shortcut": 8}))
     leaderboard.check(submit(tensors=scales | {"conv_in.weight_quantizer.scale": np.ones((1, 1, 1))}, name="scaled"))
     assert leaderboard.check(submit({"bits": "w8a8"}, name="modest")).bits == "w8a8"  # fewer bits than declared
 
@@ -69,6 +70,11 @@ def test_what_keeps_the_rules_is_taken(submit):
         ({"attentions": {}}, "mid.attn: its products are computed in float"),
         ({"weights": "float"}, "its weights are floats"),
         ({"model": "scenes-class"}, "of the model 'scenes-class'"),
+        (
+            {"splits": {"up_blocks.0.resnets.1.conv1": 8, "up_blocks.0.resnets.1.conv1.hidden": 4}},
+            "hidden: its input is",
+        ),
+        ({"splits": {"conv_out": 4}}, "conv_out: its input is split"),
         ({"branches": {"mid.linear": {"rank": 8, "channels": False}}}, "mid.linear: it has a branch"),
         (
             {"prologues": {"mid.linear": {"scaled": True, "block": 1, "form": "regular", "single": False}}},
