@@ -63,6 +63,8 @@ def check(folder: str | Path) -> Entry:
         raise ValueError(
             one_line(f"{folder}: the folder's name {place!r:.80}; valid: letters, digits, - and _, not {FULL!r}")
         )
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: missing; valid: name, authors and the other fields of docs/leaderboard.md")
     told = read_yaml(file)
     if not isinstance(told, dict) or (strange := set(told) ^ {*FIELDS, "calibration"}):
         named = ", ".join(sorted(strange)) if isinstance(told, dict) else "no mapping"

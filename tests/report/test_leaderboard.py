@@ -168,7 +168,10 @@ def test_the_table_ranks_entries_and_refuses_one_that_knows_the_images(submit, t
     draw_parts(tmp_path / "cheat", {"judged": 0.01, "fresh": 0.1}, 3)
     for file in (tmp_path / "cheat").iterdir():
         file.replace(scored / "far" / file.name)
-    with pytest.raises(ValueError, match="far: nearer to full precision on the judged images"):
+    with pytest.raises(SystemExit, match="^leaderboard: .*far: nearer to full precision on the judged images"):
+        script.main()
+    monkeypatch.setattr(sys, "argv", ["leaderboard", str(tmp_path / "nobody")])
+    with pytest.raises(SystemExit, match="nobody/entry.yaml: missing; valid: name, authors"):
         script.main()
 
 

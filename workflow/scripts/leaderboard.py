@@ -10,8 +10,13 @@ def main() -> None:
     parser.add_argument("entries", type=Path, nargs="*", help="folders of submissions, results/leaderboard/NAME")
     parser.add_argument("-o", "--output", type=Path, help="folder to write the table into")
     parser.add_argument("--scored", type=Path, help="folder with their scores; without it they are only checked")
-    arguments = parser.parse_args()
+    try:
+        run(parser.parse_args())
+    except (ValueError, OSError, FloatingPointError) as error:  # people call this, too; one line is enough
+        raise SystemExit(f"leaderboard: {error}") from None
 
+
+def run(arguments) -> None:
     from quest.metrics import PER_IMAGE, Cell
     from quest.report import leaderboard
     from quest.report.rendering import write
