@@ -158,7 +158,7 @@ def document(
         "[PROTOCOL.md](../PROTOCOL.md): seeds 3 to 14, images 500 to 999, looks at "
         f"{', '.join(map(str, LOOKS))} seeds. A verdict needs three seeds at least. ± is half of the interval of the "
         "look, over images and seeds. Lines in italics come from tables of runs with seeds 0 to 2, which were looked "
-        "at during development: they decide nothing.",
+        "at during development, or with one seed (main.csv, scenes-main.csv): they decide nothing.",
         "## The paper",
         *(_section(claim, settled, before, facts) for claim in PAPERS),
         "## The field",
