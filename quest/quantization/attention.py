@@ -99,6 +99,21 @@ class QuantAttention(nn.Module):
             context = attn.to_add_out(context)
         return attn.to_out[1](attn.to_out[0](x)), context
 
+    @property
+    def formats(self) -> list[QuantSpec]:
+        """What a checkpoint's header says: the formats of q and p, or those of q, k, v and p if q, k and v differ."""
+        q, k, v, p = (quantizer.spec for quantizer in (self.q, self.k, self.v, self.p))
+        same = q == k and v == (replace(q, axis=-2) if q.dynamic else q)
+        return [q, p] if same else [q, k, v, p]
+
+    @classmethod
+    def of_formats(cls, formats: list[QuantSpec], groups: TimeGroups | None) -> "QuantAttention":
+        """Return a processor with these `formats`."""
+        new = cls(formats[0], formats[-1], groups)
+        if len(formats) > 2:
+            new.q.spec, new.k.spec, new.v.spec = formats[:3]
+        return new
+
     def products(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, n, heads * d].
 

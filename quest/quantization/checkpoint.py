@@ -69,7 +69,7 @@ def save(pipe, path, floats: bool = False, **extra) -> None:
             for n, m in quant_layers(denoiser)
         },
         "shapes": {n: list(m.weight_shape) for n, m in quant_layers(denoiser)},
-        "attentions": {n: [q.spec.fields for q in (m.processor.q, m.processor.p)] for n, m in attentions(denoiser)},
+        "attentions": {n: [spec.fields for spec in m.processor.formats] for n, m in attentions(denoiser)},
         **prologue.described(quant_layers(denoiser)),
         **branch.described(quant_layers(denoiser)),
         "granularity": cost.granularity(denoiser),
@@ -150,9 +150,9 @@ def check_tensors(header: dict, tensors: dict[str, torch.Tensor], path) -> None:
         for n, own in header["layers"].items()
         for kind, spec in zip(KINDS, own, strict=False)
     }
-    for name, (factor, probability) in header["attentions"].items():
-        quantized |= {f"{name}.processor.{leaf}": (factor, None) for leaf in "qkv"}
-        quantized[f"{name}.processor.p"] = probability, None
+    for name, own in header["attentions"].items():
+        each = own if len(own) > 2 else [own[0]] * 3 + own[1:]
+        quantized |= {f"{name}.processor.{leaf}": (spec, None) for leaf, spec in zip("qkvp", each, strict=True)}
     groups = len(header["time_groups"] or [0])
 
     def refuse(name, what):
@@ -239,8 +239,9 @@ def load(pipe, path, kernel: str = "auto"):
     for name, specs in header["layers"].items():
         weight, input, *output = (QuantSpec(**spec) for spec in specs)
         replace(denoiser, name, quantized(denoiser.get_submodule(name), weight, input, groups, *output))
-    for name, (spec, probability) in header["attentions"].items():
-        denoiser.get_submodule(name).set_processor(QuantAttention(QuantSpec(**spec), QuantSpec(**probability), groups))
+    for name, specs in header["attentions"].items():
+        formats = [QuantSpec(**spec) for spec in specs]
+        denoiser.get_submodule(name).set_processor(QuantAttention.of_formats(formats, groups))
     prologue.restore(dict(quant_layers(denoiser)), header, tensors, path)
     branch.restore(dict(quant_layers(denoiser)), header, tensors, path)
     for name, value in tensors.items():

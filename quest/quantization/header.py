@@ -130,7 +130,7 @@ def _faults(header) -> Iterator[tuple[str, object, str]]:
         if not (isinstance(shape, list) and len(shape) in (2, 4) and all(_count(size) for size in shape)):
             yield f"shapes.{name}", shape, "the shape of a linear layer's weight, or of a convolution's"
     for name, specs in header["attentions"].items():
-        yield from _spec_faults(f"attentions.{name}", specs, (2,), header["time_groups"])
+        yield from _spec_faults(f"attentions.{name}", specs, (2, 4), header["time_groups"])
     for field in ("prologues", "branches"):
         for name in header.get(field, {}).keys() - header["layers"].keys():
             yield f"{field}.{name}", header[field][name], f"{field} of the layers only"

@@ -147,8 +147,9 @@ def check_bits(checkpoint: Path, bits: str) -> None:
     for name in sorted({n.rpartition(".to_q")[0] for n in header["layers"] if n.endswith(".to_q")}):
         if name not in header["attentions"]:
             refuse(name, "its products are computed in float")
-        factor, probability = header["attentions"][name]
-        compare(name, factor, a, "query, key or value")
+        *factors, probability = header["attentions"][name]
+        for factor in factors:
+            compare(name, factor, a, "query, key or value")
         compare(name, probability, max(a, SOFTMAX_BITS), "softmax")
 
 

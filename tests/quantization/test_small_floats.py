@@ -1,5 +1,6 @@
 """Formats of small floats, and scales of blocks: their grids, their rounding, and what others compute."""
 
+import copy
 import importlib.util
 import json
 
@@ -13,7 +14,7 @@ from quest.affine import QParams, QuantSpec, Table, fake_quantize, quantize
 from quest.kernels import get
 from quest.quantization import header, packing, ranges
 from quest.quantization.checkpoint import load_weights
-from quest.quantization.layers import input_quantizers, quant_layers, quantized
+from quest.quantization.layers import attentions, input_quantizers, quant_layers, quantized
 from quest.quantization.quantizer import Quantizer
 from quest.quantization.swapping import swap
 
@@ -262,6 +263,32 @@ def test_save_and_load(made, uncond_pipe, uncond_calibration, tmp_path):
         wrong["layers"]["time_embedding.linear_1"][0] |= change
         with pytest.raises(ValueError, match=r"layers.time_embedding.linear_1\[0\]"):
             header.check(wrong, "m")
+
+
+def test_queries_keys_and_values_may_have_different_formats(made, uncond_pipe, uncond_calibration, tmp_path):
+    name, q = made
+    if name is not None:
+        pytest.skip("in blocks all have one format")
+    q = copy.deepcopy(q)
+    for _, attention in attentions(q.unet):  # as `least_error` may choose
+        attention.processor.k.spec = QuantSpec(4, table="e2m2")
+        attention.processor.k.zero_point.data.fill_(12.5)
+        attention.processor.v.spec = QuantSpec(4, symmetric=True, table="e2m1")
+        attention.processor.v.zero_point.data.zero_()
+        attention.processor.q.spec, attention.processor.q.zero_point.data[:] = QuantSpec(4, table="e2m2"), 3.5
+    quest.save(q, tmp_path / "m")
+    loaded = quest.load(uncond_pipe, tmp_path / "m", kernel="reference")
+    specs = {n: quantizer.spec for n, quantizer in input_quantizers(loaded.unet).items()}
+    assert specs == {n: quantizer.spec for n, quantizer in input_quantizers(q.unet).items()}
+    with torch.no_grad():
+        inputs = uncond_calibration.inputs(torch.tensor([0, 1]))
+        assert torch.equal(loaded.unet(**inputs).sample, q.unet(**inputs).sample)
+    found = header.read(tmp_path / "m")
+    assert {len(own) for own in found["attentions"].values()} == {4}
+    for own in found["attentions"].values():
+        own.append(own[0])
+    with pytest.raises(ValueError, match="a list of 2 or 4 formats"):
+        header.check(found, "m")
 
 
 def quantizers(q):

@@ -66,6 +66,7 @@ def test_what_keeps_the_rules_is_taken(submit):
         ({"layers": LAYERS | {"mid.linear": [W4, A4 | {"axis": 1}]}}, "a scale for each channel"),
         ({"layers": LAYERS | {"conv_in": [W4 | {"bits": 16}, A4]}}, "conv_in: its weight has 16 bits, at most 8"),
         ({"attentions": {"mid.attn": [A4 | {"bits": 8}, A4]}}, "mid.attn: its query, key or value has 8 bits"),
+        ({"attentions": {"mid.attn": [A4, A4, A4 | {"bits": 8}, A4]}}, "mid.attn: its query, key or value has 8 bits"),
         ({"attentions": {"mid.attn": [A4, A4 | {"bits": 32}]}}, "mid.attn: its softmax has float"),
         ({"attentions": {}}, "mid.attn: its products are computed in float"),
         ({"weights": "float"}, "its weights are floats"),
