@@ -97,6 +97,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
         load_weights(denoiser, recipe.init)
     block, exact = TemporalInformationBlock(denoiser), TemporalInformationBlock(denoiser_of(pipe))
     for name, layer in block.layers.items():
+        layer.prologue = layer.branch = None  # those of `init` belong to its weight
         layer.weight.data.copy_(denoiser_of(pipe).get_submodule(name).weight)
     for name, layer in quant_layers(denoiser):
         if recipe.init is None or name in block.layers:

@@ -278,9 +278,9 @@ def copied_without(denoiser, names: list[str]):
 def load_weights(denoiser, path) -> None:
     """Copy weights, biases and weight quantizers of another method's checkpoint into a swapped denoiser.
 
-    Convolutions that are split in the file are split here too. A layer that stays in float keeps its own weight.
-    Raises ValueError if the file is of another model or has other weight bits or only codes, and FloatingPointError if
-    the other method diverged.
+    Convolutions that are split in the file are split here too. A layer that stays in float here alone keeps its own
+    weight. Raises ValueError if the file is of another model or has other weight bits, other codes or only codes, and
+    FloatingPointError if the other method diverged.
     """
     header, tensors = read(path)
     if header["weights"] != "float":
@@ -291,13 +291,14 @@ def load_weights(denoiser, path) -> None:
     split_as(denoiser, header, path)
     check_shapes(denoiser, header, tensors, path)
     for name, layer in quant_layers(denoiser):
-        if layer.weight_quantizer.spec.bits == FLOAT:
-            continue
         spec, own = QuantSpec(**header["layers"][name][0]), layer.weight_quantizer.spec
+        if own.bits == FLOAT and spec.bits < FLOAT:
+            continue
         if spec.bits != own.bits:
             raise ValueError(f"{path}: layer {name} has {spec.bits}-bit weights, not {own.bits}")
-        if (spec.table, spec.group) != (own.table, own.group):
-            raise ValueError(f"{path}: layer {name} has weights {spec.granularity}, not {own.granularity}")
+        if (spec.table, spec.group, spec.qmin) != (own.table, own.group, own.qmin):
+            differ = f"{spec.granularity}, not {own.granularity} (codes from {spec.qmin}, not from {own.qmin})"
+            raise ValueError(f"{path}: layer {name} has weights {differ}")
         prologue.restore({name: layer}, header, tensors, path)
         branch.restore({name: layer}, header, tensors, path)
         layer.weight.data.copy_(tensors[f"{name}.weight"])

@@ -74,7 +74,8 @@ class QuantLayer(nn.Module):
     def scale_input(self, factors: Tensor) -> None:
         """Divide input channels by positive factors [C] before they are quantized, and multiply the weight by them.
 
-        Earlier factors stay. Raises RuntimeError for a layer that is rotated or frozen, and for a grouped convolution.
+        Earlier factors stay. Raises RuntimeError for a layer that is rotated, frozen or has a branch, which multiplies
+        what a prologue leaves, and for a grouped convolution.
         """
         before = self._own_prologue("scale_input")
         multiplier = 1 / factors if before.multiplier is None else before.multiplier / factors
@@ -108,8 +109,10 @@ class QuantLayer(nn.Module):
 
     def _own_prologue(self, what: str) -> Prologue:
         before = self.prologue or Prologue()
-        if self.is_frozen or before.block > 1 or getattr(self, "groups", 1) > 1:
-            raise RuntimeError(f"{what}: not of a layer that is frozen, rotated, or a grouped convolution")
+        if self.is_frozen or before.block > 1 or self.branch is not None or getattr(self, "groups", 1) > 1:
+            raise RuntimeError(
+                f"{what}: not of a layer that is frozen, rotated or has a branch, or a grouped convolution"
+            )
         return before
 
     def choose_weight_range(self, choose=ranges.minmax) -> None:

@@ -1,5 +1,7 @@
 """TFMQ-DM: the temporal information block is what the denoiser computes, learned apart, ranged step by step."""
 
+import copy
+
 import pytest
 import torch
 
@@ -83,13 +85,19 @@ def test_all_ranges_follow_the_timestep_as_released(class_pipe, class_calibratio
 
 def test_started_from_adaround_only_the_block_is_learned(runs, class_pipe, class_calibration, tmp_path):
     start = tmp_path / "start.safetensors"
-    quest.save(runs[1], start, floats=True)
+    scaled = copy.deepcopy(runs[1])
+    for _, layer in quant_layers(scaled.unet):  # as smoothquant does; the factors of the block go with its weights
+        layer.thaw()
+        layer.scale_input(torch.full((layer.weight_shape[1],), 4.0))
+        layer.choose_weight_range()
+    quest.save(scaled, start, floats=True)
     q = tfmq_dm.quantize(class_pipe, class_calibration, 4, 8, init=str(start), weight_iterations=0, **FAST)
     block = TemporalInformationBlock(q.unet).layers
-    other = dict(quant_layers(runs[1].unet))
+    other = dict(quant_layers(scaled.unet))
     for name, layer in quant_layers(q.unet):
         weight = class_pipe.unet.get_submodule(name).weight if name in block else other[name].float_weight
         assert torch.equal(layer.float_weight, weight), name
+        assert (layer.prologue is None) == (name in block), name
 
 
 def test_unknown_scope(class_pipe, class_calibration):

@@ -94,6 +94,9 @@ def test_what_is_not_possible_is_refused():
         q.add_branch(Branch(torch.ones(1, 2, 3, 3), torch.ones(4, 1)))
     q = made(nn.Conv2d(4, 4, 3))
     q.add_branch(factored(q.weight, 1))
+    for change in (lambda: q.rotate_input(4), lambda: q.scale_input(torch.full((4,), 2.0))):
+        with pytest.raises(RuntimeError, match="has a branch"):  # its factors are of the input as it was
+            change()
     with pytest.raises(NotImplementedError, match="before it gets a prologue or a branch"):
         split(q, 2)
 

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from quest.kernels.cpu import core
 from quest.learning.calibrate import calibrate
 from quest.quantization import cost, header, placement, prologue, ranges
 from quest.quantization.checkpoint import load_weights
-from quest.quantization.layers import quant_layers, quantized
+from quest.quantization.layers import input_quantizers, quant_layers, quantized
 from quest.quantization.overhead import overhead
 from quest.quantization.prologue import block_size, hadamard
 from quest.quantization.swapping import swap
@@ -222,6 +223,43 @@ def test_another_method_starts_from_scaled_and_rotated_weights(student, class_pi
             continue
         assert layer.prologue.description == own.prologue.description and torch.equal(layer.weight, own.weight)
         assert torch.equal(layer.prologue.multiplier, own.prologue.multiplier)
+
+
+def uncalibrated(pipe, keep=None):
+    """A quantized pipeline that can be saved."""
+    new = swap(pipe, 4, 8, keep=keep)
+    for quantizer in input_quantizers(new.unet).values():
+        quantizer.scale.data.fill_(1)
+        quantizer.zero_point.zero_()
+    for _, layer in quant_layers(new.unet):
+        layer.choose_weight_range()
+    return new
+
+
+def test_a_layer_that_is_in_float_in_both_is_that_of_the_file(class_pipe, tmp_path):
+    """SmoothQuant divides the rows of to_q and multiplies those of to_k, also where one of them stays in float."""
+    keep = {"conv_in": 8, "conv_out": 8, "*.to_q": 32}
+    start = uncalibrated(class_pipe, keep)
+    changed = {n: m for n, m in quant_layers(start.unet) if n.endswith("to_q")}
+    for layer in changed.values():
+        layer.weight.data.mul_(2)
+    quest.save(start, tmp_path / "m", floats=True)
+    other = swap(class_pipe, 4, 8, keep=keep)
+    load_weights(other.unet, tmp_path / "m")
+    assert changed
+    for name, layer in changed.items():
+        assert torch.equal(other.unet.get_submodule(name).weight, layer.weight)
+
+
+def test_unsigned_codes_cannot_start_from_signed_ones(class_pipe, tmp_path):
+    """Scales of signed codes have zero point 0, with which unsigned ones would clip all negative weights."""
+    start = uncalibrated(class_pipe)
+    for _, layer in quant_layers(start.unet):
+        layer.weight_quantizer.spec = replace(layer.weight_quantizer.spec, symmetric=True)
+        layer.choose_weight_range()
+    quest.save(start, tmp_path / "m", floats=True)
+    with pytest.raises(ValueError, match=r"layer conv_in has weights .*codes from -128, not from 0"):
+        load_weights(swap(class_pipe, 4, 8).unet, tmp_path / "m")
 
 
 def test_damaged_prologues_are_refused(student, class_pipe, tmp_path):
