@@ -48,12 +48,12 @@ class Table(NamedTuple):
         return [j if i == 0 else (one + j) * 2 ** (i - 1) for i in range(2**self.exponent) for j in range(one)]
 
     def nearest(self, x: Tensor, symmetric: bool) -> Tensor:
-        """Return the nearest code of each value, ties to the even mantissa; unsigned codes end at 0."""
+        """Return the nearest code of each value, ties to the even mantissa; unsigned codes end at 0. NaN stays NaN."""
         magnitudes = torch.tensor(self.magnitudes, dtype=x.dtype, device=x.device)
         ends = (magnitudes[:-1] + magnitudes[1:]) / 2  # a value on an end goes to the code below
         ends[1::2] = ends[1::2].nextafter(ends.new_zeros(()))  # above a code with an odd mantissa, to the one above
         codes = magnitudes[torch.bucketize((x.abs() if symmetric else x.clamp(min=0)).contiguous(), ends)]
-        return codes.copysign(x) if symmetric else codes
+        return torch.where(x.isnan(), x, codes.copysign(x) if symmetric else codes)
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,8 @@ def _in_blocks(reach: Tensor, spec: QuantSpec) -> Tensor:
     mantissa, exponent = reach.clamp(min=TINY * spec.qmax).frexp()
     top, top_exponent = torch.frexp(reach.new_tensor(spec.qmax / one))
     up = mantissa > top if spec.block_scale == "e8m0-up" else 0
-    return torch.ldexp(torch.ones_like(reach), exponent - top_exponent + up) / one
+    scale = torch.ldexp(torch.ones_like(reach), exponent - top_exponent + up) / one
+    return torch.where(reach.isfinite(), scale, reach)  # those have no exponent, and must not look like numbers
 
 
 def in_groups(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

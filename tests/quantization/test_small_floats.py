@@ -130,6 +130,16 @@ def test_zeros_and_extremes(fields):
         assert torch.equal(blocks(x * 2.0**20, **fields), found * 2.0**20)
 
 
+@pytest.mark.parametrize("fields", [NVFP4, MXFP4, MXFP4 | {"block_scale": "e8m0-up"}, MXFP4 | {"table": None}])
+def test_what_is_no_number_stays_visible(fields):
+    x = torch.ones(1, 64)
+    for bad in (torch.nan, torch.inf):
+        x[0, 3] = bad
+        assert not blocks(x, **fields)[0, 3].isfinite()
+    static = QParams(torch.tensor(1.0), torch.tensor(0.0), QuantSpec(4, True, table="e2m1"))
+    assert fake_quantize(torch.tensor([torch.nan, 2.0]), static).isnan().tolist() == [True, False]
+
+
 def test_integer_products_with_powers_of_two_are_exact():
     """E2M1 times 2 are whole numbers, so a block's sum is one, and its scales shift it."""
     specs = QuantSpec(4, True, -1, rows="token", **MXFP4)
