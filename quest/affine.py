@@ -9,6 +9,7 @@ A format of small floats has codes that are whole numbers too, but not all of th
 4, 6, 8, 12 and their negatives, which are its values times 2.
 """
 
+import re
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -36,9 +37,9 @@ class Table(NamedTuple):
 
     @classmethod
     def named(cls, name: str) -> "Table":
-        """Read a name such as "e2m1". Raises ValueError for another one."""
-        if len(name) != 4 or name[0::2] != "em" or not name[1::2].isdecimal() or name[1] == "0":
-            raise ValueError(f"table: {name!r} is not of the form e2m1")
+        """Read a name such as "e2m1", with 1 to 5 bits of exponent. Raises ValueError for another one."""
+        if not re.fullmatch("e[1-5]m[0-9]", name):  # with more of exponent, codes are larger than numbers here
+            raise ValueError(f"table: {name!r} is not of the form e2m1, with 1 to 5 bits of exponent")
         return cls(int(name[1]), int(name[3]))
 
     @property

@@ -194,8 +194,8 @@ def check_tensors(header: dict, tensors: dict[str, torch.Tensor], path) -> None:
 def _fits(value: torch.Tensor, scale: torch.Tensor, groups: int, spec: dict, shape: list[int] | None) -> bool:
     """Whether scales (or the zero points of these scales) have the shape [1 or groups, ...] that their format asks for.
 
-    A weight with one format per tensor may have a scale per channel: that of the checkpoint that it started from
-    (`init`).
+    A weight without groups has one for each output channel, or one for all. One with a format per tensor may have them
+    per channel: those of the checkpoint that it started from (`init`).
     """
     if not value.is_floating_point() or value.ndim == 0 or (value.shape, value.dtype) != (scale.shape, scale.dtype):
         return False
@@ -205,11 +205,7 @@ def _fits(value: torch.Tensor, scale: torch.Tensor, groups: int, spec: dict, sha
         return False
     if shape is not None and "group" in spec:
         return each == (shape[0], QuantSpec(**spec).scales(shape[1]), *shape[2:])
-    return (
-        shape is None
-        or len(each) <= len(shape)
-        and all(a in (1, b) for a, b in zip(each[::-1], shape[::-1], strict=False))
-    )
+    return shape is None or each in ((), (1,) * len(shape), (shape[0], *(1 for _ in shape[1:])))
 
 
 def load(pipe, path, kernel: str = "auto"):

@@ -248,7 +248,7 @@ SPEC = {
 SOME = {  # of dynamic formats, of groups and of small floats
     "rows": (lambda value: value in ("tensor", "token"), "tensor or token"),
     "group": (_count, "a number from 1 on"),
-    "table": (lambda value: _text(value) and re.fullmatch("e[1-9]m[0-9]", value) is not None, "such as e2m1"),
+    "table": (lambda value: _text(value) and re.fullmatch("e[1-5]m[0-9]", value) is not None, "such as e2m1"),
     "block_scale": (lambda value: value in ("e4m3", "e8m0", "e8m0-up"), "e4m3, e8m0 or e8m0-up"),
 }
 _ANY = _mapping_of(lambda _: True)

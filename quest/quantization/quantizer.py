@@ -96,7 +96,8 @@ class Quantizer(nn.Module):
         if self.groups is None or self.spec.bits == FLOAT:  # a float tensor has the same (no) range at all timesteps
             if self.spec.group is None or self.spec.dynamic:
                 return QParams(self.scale[0], self.zero_point[0], self.spec)
-            each = (t[0].repeat_interleave(self.spec.group, 1)[:, : self.size] for t in (self.scale, self.zero_point))
+            group = min(self.spec.group, self.size)
+            each = (t[0].repeat_interleave(group, 1)[:, : self.size] for t in (self.scale, self.zero_point))
             return QParams(*each, self.spec)
         if self.spec.dynamic:
             raise ValueError(GROUPED)

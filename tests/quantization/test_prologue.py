@@ -280,3 +280,7 @@ def test_damaged_prologues_are_refused(student, class_pipe, tmp_path):
         tensors = {"conv_in.prologue.multiplier": torch.ones(4)}
         with pytest.raises(ValueError, match="the prologue of conv_in does not fit its 4 input channels"):
             prologue.restore({"conv_in": layer}, wrong, tensors, path)
+    for own, multiplier in ((layer, torch.ones(4).double()), (in_float(nn.Conv2d(4, 4, 3, groups=4)), torch.ones(1))):
+        told = {"prologues": {"conv_in": found["prologues"]["conv_in"] | {"scaled": True, "block": 1}}}
+        with pytest.raises(ValueError, match="the prologue of conv_in does not fit"):
+            prologue.restore({"conv_in": own}, told, {"conv_in.prologue.multiplier": multiplier}, path)

@@ -43,7 +43,7 @@ def test_grids():
     assert grid("e3m0") == [0, 1, 2, 4, 8, 16, 32, 64] and grid("e1m2") == [i / 4 for i in range(8)]
     assert Table.named("e2m2").magnitudes == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28]
     assert Table.named("e1m3").magnitudes == list(range(16))  # unsigned INT4
-    for name in ("e2m", "f2m1", "e0m3", "e2x1", "E2M1"):
+    for name in ("e2m", "f2m1", "e0m3", "e2x1", "E2M1", "e6m1"):
         with pytest.raises(ValueError, match=f"table: '{name}' is not of the form e2m1"):
             Table.named(name)
 
@@ -224,6 +224,12 @@ def test_unsigned_floats_are_taken_where_they_are_better():
     assert q.spec == QuantSpec(4, True, table="e2m1")  # of both signs
 
 
+def test_a_group_wider_than_its_weight_costs_nothing():
+    q = Quantizer(QuantSpec(4, True, 0, group=2**40), (2, 1))
+    q.size = 3
+    assert q.qparams.scale.shape == (2, 3)
+
+
 def test_int4_is_a_table_too():
     """e1m3 without a sign has the codes 0 to 15, so both ways agree."""
     x = after_silu()
@@ -265,6 +271,7 @@ def test_save_and_load(made, uncond_pipe, uncond_calibration, tmp_path):
     for change in (
         {"table": "e3m1"},
         {"table": "x"},
+        {"table": "e7m0", "bits": 8},
         {"block_scale": "e5m2"},
         {"group": 0},
         {"block_scale": "e8m0", "symmetric": False},
