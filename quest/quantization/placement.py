@@ -1,5 +1,6 @@
 """Decides on which kernel each layer and each attention of a quantized denoiser runs."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -63,13 +64,19 @@ def realizable(denoiser: nn.Module, work: dict[str, int]) -> float:
     """Return the share of a placed denoiser's multiply-accumulates that run on integers; 0 on the reference kernel.
 
     work: the result of `cost.macs` for the full-precision denoiser. A split convolution counts if both of its halves
-    run on integers, and the products of an attention count if its last call had no mask.
+    run on integers, and the products of an attention count if its last call had no mask. Branches run in float: theirs
+    are added to all.
     """
     if denoiser.placement.kernel == "reference":
         return 0.0
     refused = {name.removesuffix(".hidden").removesuffix(".skip") for name in denoiser.placement.refused}
     refused |= {f"{name}.processor" for name, m in attentions(denoiser) if getattr(m.processor, "masked", False)}
-    return sum(count for name, count in work.items() if name not in refused) / sum(work.values())
+    branches = sum(
+        layer.branch.macs(work[name] // math.prod(layer.weight_shape[1:]))
+        for name, layer in quant_layers(denoiser)
+        if layer.branch is not None
+    )
+    return sum(count for name, count in work.items() if name not in refused) / (sum(work.values()) + branches)
 
 
 @torch.no_grad()

@@ -164,6 +164,10 @@ def test_codes_beside_a_branch_are_multiplied_on_integers(student, class_pipe, c
     predicted(loaded, class_calibration)  # no block of layers in one call of the core leaves a branch out
     assert seen == {name for name, layer in quant_layers(loaded.unet) if layer.branch is not None}
     assert all(placement.refusal(layer, "integer") is None for _, layer in quant_layers(loaded.unet))
+    inputs = class_calibration.inputs(torch.tensor([0]))
+    work, beside = cost.macs(class_pipe.unet, inputs), overhead(student.unet, inputs)["branch_macs"]
+    total = sum(work.values())
+    assert placement.realizable(loaded.unet, work) == total / (total + beside) < 1  # branches are in float
 
 
 def test_what_branches_cost(class_pipe, class_calibration):
