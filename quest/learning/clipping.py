@@ -30,6 +30,8 @@ def search_clips(denoiser: nn.Module, calibration: CalibrationSet, *, rows: int,
     """
     freeze(denoiser)
     quantizers = [q for q in input_quantizers(denoiser).values() if q.spec.dynamic]
+    if not quantizers:  # all activations are in float
+        return
     specs = {q: q.spec for q in quantizers}
     errors = {q: torch.zeros(len(RATIOS), dtype=torch.float64, device=q.scale.device) for q in quantizers}
 

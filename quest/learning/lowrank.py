@@ -168,7 +168,8 @@ def decompose(
     every branch, 0 for none; None for `rank_of`. channels: keep whole channels in place of directions. gptq: round by
     GPTQ, else to nearest. choose: the range of a static input, here one for all timesteps. Returns the errors of each
     layer, see `Decomposed.search`.
-    Layers with BRANCHLESS bits or more, and grouped convolutions, only get their ranges.
+    Layers with BRANCHLESS bits or more, and grouped convolutions, only get their ranges. Raises FloatingPointError,
+    which names the layer, for an input that is not finite.
     """
     n, device, waiting = len(calibration), denoiser.device, memory.waiting(denoiser.device.type)
     everything, candidates = torch.arange(n, device="cpu"), [(0.0, 0.0)]
@@ -200,6 +201,8 @@ def decompose(
         if decomposable:
             axis = layer.channels % x.ndim
             largest = x.abs().amax([d for d in range(x.ndim) if d != axis]).to(device)
+            if not largest.isfinite().all():  # no candidate would have the least error
+                raise FloatingPointError(f"layer {name}: its calibration input holds NaN or infinite values")
             outputs, inputs = layer.weight_shape[:2]
             own = min(rank_of(outputs, inputs) if rank is None else rank, outputs, math.prod(layer.weight_shape[1:]))
             errors[name] = Decomposed(layer, run, largest, calibrate).search(candidates, own, channels, iterations)

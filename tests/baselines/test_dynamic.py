@@ -77,3 +77,12 @@ def test_searched_clip_ratios_have_the_least_error_of_the_output(uncond_pipe, un
 def test_keywords_without_meaning_are_refused(method, recipe, said, uncond_pipe, uncond_calibration):
     with pytest.raises(ValueError, match=said):
         quest.quantize(uncond_pipe, method, "w4a4", calibration=uncond_calibration, **recipe)
+
+
+def test_without_dynamic_activations_there_is_nothing_to_search(uncond_pipe, uncond_calibration):
+    student = swap(uncond_pipe, 4, FLOAT).unet
+    for _, layer in quant_layers(student):
+        layer.choose_weight_range(ranges.mse)
+    make_dynamic(student, "token")
+    search_clips(student, uncond_calibration, rows=2, seed=0)
+    assert not any(q.spec.dynamic for q in input_quantizers(student).values())

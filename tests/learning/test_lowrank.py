@@ -134,6 +134,15 @@ def student(pipe, rows=None, a=4):
     return new.unet
 
 
+def test_an_input_that_is_not_finite_is_named(class_pipe, class_calibration):
+    new = student(class_pipe, "token")
+    new.conv_in.bias.data[0] = torch.nan
+    layers = {n: m for n, m in quant_layers(new) if n == "down_blocks.0.resnets.0.conv1"}
+    how = dict(iterations=1, grid=1, rank=2, channels=False, gptq=False, choose=ranges.mse_zero_point)
+    with pytest.raises(FloatingPointError, match="down_blocks.0.resnets.0.conv1: its calibration input holds NaN"):
+        decompose(new, layers, class_calibration.subset(torch.arange(4)), **how)
+
+
 @pytest.mark.parametrize("rows", [None, "token"])
 def test_a_denoiser(class_pipe, class_calibration, rows):
     calibration = class_calibration.subset(torch.arange(4))
