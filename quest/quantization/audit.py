@@ -60,6 +60,8 @@ def report(path) -> str:
         macs, bops = footprint["macs"], footprint["bops"]
         less = f"{macs * cost.FLOAT**2 / bops:.2f} times fewer than in float32"
         lines.append(f"bit operations       {bops / 1e12:.4g}e12 for one sample, {less} ({macs / 1e9:.4g}e9 MACs)")
+        if beside := footprint.get("branch_bops"):
+            lines.append(f"  of branches beside {beside / 1e12:.4g}e12 more, at 16 x 16 bits")
     else:
         lines.append("bit operations       not known: the file was not made by quest.quantize")
     return "\n".join(lines) + "\n"

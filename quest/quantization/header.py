@@ -202,7 +202,8 @@ def _cost(value) -> bool:
         return False
     named = (isinstance(one, dict) and _text(one.get("stage")) and _whole(one.get("iterations")) for one in stages)
     footprint = value.get("footprint", {"bytes": 0, "macs": 0, "bops": 1})
-    counted = isinstance(footprint, dict) and all(_amount(footprint.get(k)) for k in ("bytes", "macs", "bops"))
+    counted = isinstance(footprint, dict) and {"bytes", "macs", "bops"} <= footprint.keys()
+    counted = counted and all(map(_amount, footprint.values()))
     return all(named) and counted and footprint["bops"] > 0
 
 
@@ -275,7 +276,10 @@ OPTIONAL: dict[str, tuple[Callable, str]] = {
     "timesteps": (_steps, "the calibrated timesteps, each once"),
     "prologues": (_mapping_of(_prologue), "scaled, block, form and single by layer"),
     "branches": (_mapping_of(_branch), "rank, and whether whole channels are kept, by layer"),
-    "cost": (_cost, "a mapping; its stages have a stage and iterations, its footprint bytes, macs and bops"),
+    "cost": (
+        _cost,
+        "a mapping; its stages have a stage and iterations, its footprint bytes, macs, bops and other numbers",
+    ),
     "provenance": (_ANY, "a mapping"),
     "config": (_ANY, "the denoiser's configuration"),
     "scheduler": (_schedule, "prediction_type, num_train_timesteps and three betas"),

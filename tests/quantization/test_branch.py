@@ -133,6 +133,12 @@ def test_save_and_load(student, class_pipe, class_calibration, tmp_path, floats)
     size = sum(b.numel() * b.element_size() for own in branches for b in own.buffers())
     assert sum(found["bytes"]["branches"].values()) == size > 0
     assert "low-rank branches, float16" in audit.report(path)
+    footprint = {"bytes": 1, "macs": 2, "bops": 3, "branch_bops": 5e12}
+    quest.save(student, path, floats=floats, cost={"footprint": footprint})
+    assert "of branches beside 5e12 more" in audit.report(path)
+    with pytest.raises(ValueError, match="header field cost"):
+        quest.save(student, tmp_path / "wrong", cost={"footprint": footprint | {"branch_bops": "5"}})
+        header.read(tmp_path / "wrong")
     work = cost.macs(student.unet, class_calibration.inputs(torch.tensor([0])))
     if not floats:
         assert cost.footprint(student.unet, work)["bytes"] == sum(sum(v.values()) for v in found["bytes"].values())
