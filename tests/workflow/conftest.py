@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 # Stands in for every script: each path after one of these options gets the whole command line, each folder its tables.
 STUB = """
+import shlex
 import sys
 from pathlib import Path
 outputs, option = {outputs!r}, None
@@ -24,7 +25,7 @@ for argument in sys.argv[1:]:
     elif option in outputs:
         path = Path(argument)
         for file in [path] if path.suffix else [path / name for name in {tables!r}]:
-            file.write_text(" ".join(sys.argv[1:]))
+            file.write_text(shlex.join(sys.argv[1:]))
 """
 OUTPUTS = {
     "trajectories": ["--calibration", "--evaluation", "--ranges"],

@@ -76,7 +76,7 @@ def test_pairs_stop_when_decided_and_a_later_run_goes_on_from_the_records(stubbe
     sample = [
         stubbed.folder / f"results/default/scenes-class/good@{SEEDS[0]}/w4a4/{name}" for name in ("samples-0.npz",)
     ]
-    assert "--first 500" in Path(sample[0]).read_text(encoding="utf-8")
+    assert " --first 500 " in Path(sample[0]).read_text(encoding="utf-8")
 
     # On another machine: a fresh clone has the records only, and makes nothing again that is decided.
     for folder in ("results/default", ".snakemake"):

@@ -224,8 +224,7 @@ def shards(wc):
 def sampled_images(wc):
     """Flags of sampling: which image is the first, and whether images are kept."""
     first = config["models"][wc.model].get("first", 0)
-    flags = [f"--first {first}"] if first else []
-    return " ".join(flags + ([] if wc.model in PICTURED else ["--drop-images"]))
+    return ["--first", first] * bool(first) + ["--drop-images"] * (wc.model not in PICTURED)
 
 
 def arrays(kind, model, method, bits):
