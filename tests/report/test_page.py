@@ -424,7 +424,9 @@ const choose = (menu, value) => {
   const pixels = async (place) => {
     line.value = place;
     line.dispatchEvent(new Event("input", { bubbles: true }));
-    await pause(300);
+    // Virtual time does not wait for what the page waits for before it draws: that its images are decoded.
+    await Promise.all([...document.querySelectorAll("#samples img")].map((image) => image.decode()));
+    await pause(100);
     return canvas.toDataURL();
   };
   said.lines = [await pixels(0), await pixels(100), await pixels(50)];
