@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
-import torch
 from torch import Tensor, nn
 
 from baselines.method import Bits, Count, Method, one_of, takes
 from quest.affine import QParams, QuantSpec, fake_quantize
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
-from quest.learning.calibrate import calibrating, static_rows
+from quest.learning.calibrate import calibrate, static_rows
 from quest.quantization import ranges
 from quest.quantization.layer_names import Keep
 from quest.quantization.layers import input_quantizers, quant_layers
@@ -88,7 +87,6 @@ def block_format(recipe: Recipe) -> dict:
     return {"group": group, "table": table, "block_scale": scale}
 
 
-@torch.no_grad()
 def set_activations(denoiser: nn.Module, calibration: CalibrationSet, samples: int, recipe: Recipe) -> None:
     """Give 4-bit activations their format, and set all static ranges from one forward pass on random rows."""
     axes = summed_axes(denoiser)
@@ -100,12 +98,8 @@ def set_activations(denoiser: nn.Module, calibration: CalibrationSet, samples: i
     if recipe.blocks is not None:
         for name, q in floats.items():
             q.make_dynamic(QuantSpec(WIDTH, True, axes[name], rows="token", **block_format(recipe)))
-    generator = torch.Generator().manual_seed(recipe.seed)
-    rows = torch.randperm(len(calibration), generator=generator, device="cpu")[:samples]
-    with calibrating(denoiser, ranges.mse_zero_point):
-        for q in floats.values():
-            q.choose = partial(least_error, q, recipe)
-        denoiser(**calibration.inputs(rows))
+    own = {name: partial(least_error, q, recipe) for name, q in floats.items()}
+    calibrate(denoiser, calibration, ranges.mse_zero_point, samples=samples, seed=recipe.seed, choosers=own)
 
 
 def least_error(quantizer: Quantizer, recipe: Recipe, x: Tensor, _spec: QuantSpec) -> tuple[Tensor, Tensor]:

@@ -121,12 +121,14 @@ def calibrate(
     samples: int,
     seed: int,
     momentum: float | None = None,
+    choosers: dict[str, Callable] | None = None,
 ) -> None:
     """Set every activation range from one forward pass on `samples` random rows: of each time group, or of all rows.
 
     Where so many rows do not fit into half of the memory, they go through each layer in chunks, see `observe`.
 
-    momentum: instead of `choose`, running averages of the whole ranges over all rows in batches of `samples`; they
+    choosers: what some quantizers, by name, use instead of `choose`.
+    momentum: instead of both, running averages of the whole ranges over all rows in batches of `samples`; they
     start at the first batch, which is met again (the released QuEST's running statistics, momentum 0.95).
     """
     groups = getattr(denoiser, "time_groups", None)
@@ -134,6 +136,8 @@ def calibrate(
     chunk = chunk_rows(denoiser, calibration.inputs(torch.arange(1, device="cpu")), samples)
     generator = torch.Generator().manual_seed(seed)
     with calibrating(denoiser, choose):
+        for name, own in (choosers or {}).items():
+            input_quantizers(denoiser)[name].choose = own
         for rows in groups_rows:
             rows = rows[torch.randperm(len(rows), generator=generator, device="cpu")]
             if momentum is None:
