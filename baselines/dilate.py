@@ -10,8 +10,6 @@ channels.
 """
 
 import logging
-from collections import Counter
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,13 +25,8 @@ from quest.quantization.layers import quant_layers
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe(Granularity):
-    """Dilation has no hyperparameter."""
-
-
-@takes(Recipe)
-def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
+@takes(Granularity)
+def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Granularity):
     """Dilate weights, then round to nearest. Returns a new pipeline.
 
     Weight ranges are those of `rtn-mse`, chosen before, so the row differs in activation ranges and codes alone.
@@ -70,15 +63,11 @@ def dilation(weight: Tensor) -> Tensor:
     return factors
 
 
-def work(recipe, w: int, model, trajectories: int) -> Counter:
-    return ranges_work(recipe, model)
-
-
 METHOD = Method(
     "dilate",
     quantize,
     about="round to nearest after weight dilation, the first part of DilateQuant",
-    work=work,
+    work=ranges_work,
     paper=Paper(
         "liu2025dilatequant",
         "2409.14307",

@@ -6,7 +6,6 @@ channels of one pixel. No integer kernel here computes it; `quest.quantization.o
 beside its products.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -44,13 +43,9 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     return student
 
 
-def work(recipe, w: int, model, trajectories: int) -> Counter:
-    return ranges_work(recipe, model)
-
-
 METHOD = Method(
     "dynamic",
     quantize,
     about="round to nearest; activations take their scales from each token (or sample, or group of channels)",
-    work=work,
+    work=ranges_work,
 )

@@ -77,7 +77,7 @@ def set_ranges(denoiser, calibration: CalibrationSet, a: int, recipe: Dynamic) -
         search_clips(denoiser, calibration, rows=STEP_ROWS, seed=recipe.seed)
 
 
-def ranges_work(recipe: Dynamic, model) -> Counter:
+def ranges_work(recipe: Dynamic, w: int, model, trajectories: int) -> Counter:
     """The `work` of weight ranges of least error and of `set_ranges`."""
     work = Counter({"weight ranges": 1})
     if recipe.dynamic is None:

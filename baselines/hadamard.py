@@ -9,7 +9,6 @@ that integers could compute the single form too, in products of wider codes; no 
 is never below -0.28. Rotated, it is nearly symmetric; a symmetric range then wastes no codes.
 """
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -61,15 +60,11 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     return student
 
 
-def work(recipe, w: int, model, trajectories: int) -> Counter:
-    return ranges_work(recipe, model)
-
-
 METHOD = Method(
     "hadamard",
     quantize,
     about="input channels and weights rotated in blocks of 64, 16 or 4; rounded to nearest",
-    work=work,
+    work=ranges_work,
     paper=Paper(
         "ashkboos2024quarot",
         "2404.00456",

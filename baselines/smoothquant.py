@@ -253,7 +253,7 @@ def logit_error(module: nn.Module, q: Tensor, k: Tensor, candidates: list[Tensor
 
 
 def work(recipe, w: int, model, trajectories: int) -> Counter:
-    found = ranges_work(recipe, model)
+    found = ranges_work(recipe, w, model, trajectories)
     found["call"] = model.steps * STEP_ROWS * (1 + recipe.products)
     if recipe.alpha == "search":
         found["weight ranges"] += len(SEARCHED)

@@ -83,7 +83,7 @@ def work(recipe, w: int, model, trajectories: int) -> Counter:
     candidates = 2 * recipe.grid - 1
     # In the words of `Granularity`.
     own = SimpleNamespace(**vars(recipe) | {"dynamic": None if recipe.dynamic == "static" else recipe.dynamic})
-    counted = ranges_work(own, model)
+    counted = ranges_work(own, w, model, trajectories)
     del counted["weight ranges"]
     return counted + Counter({"svdquant": candidates, "svdquant row": candidates * drawn})
 
