@@ -1,10 +1,12 @@
 """What the compiled core is handed: computed as torch computes it, or refused as torch refuses it, never misread."""
 
 import copy
+import ctypes
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -327,3 +329,9 @@ def test_the_default_device_changes_nothing(text_unet):
         y = layer(inputs["sample"])
         assert layer.operand.is_cpu and y.is_cpu
     assert torch.equal(denoiser(**inputs).sample, expected)
+
+
+def test_a_core_of_older_source_is_an_error(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda _path: SimpleNamespace())
+    with pytest.raises(RuntimeError, match="is older than its source: `pip install -e .` builds it anew"):
+        core.core.__wrapped__()

@@ -1,87 +1,23 @@
-"""The report is one file that says what the tables say; in a browser its tables sort and filter."""
+"""The report is one file that says what the tables say."""
 
 import html.parser
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from drawn import MADE, METHODS, NOISE
 
-from quest.metrics import METRICS, Cell, measure
-from quest.metrics.frechet import Reference, Statistics
-from quest.report import figures, page_details, page_images, page_tables, rendering, tables, verdicts
+from quest.metrics import METRICS, Cell
 from quest.report import page as report
+from quest.report import page_details, page_images, page_tables, rendering, tables, verdicts
 from quest.runtime.files import dumps
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "workflow/report/report.html.j2"
-N, CALLS = 24, 3
-NOISE = {"fp": 0.0, "rtn": 0.5, "quest": 0.1}
-METHODS = {"fp": "No quantization.", "rtn": "Nearest codes <here>.", "quest": "QuEST (arXiv:2402.03666)."}
-MADE = {"commit": "abc", "dirty": False, "versions": {"python": "3.12"}, "machine": {"cpu": "Some CPU"}}
-
-
-def draw(folder: Path, model: str, method: str, bits: str, write_checkpoint) -> dict:
-    """Write the arrays of a cell in two shards, and return its metrics."""
-    common, own = np.random.default_rng(0), np.random.default_rng(len(method) + len(bits))
-    noise = NOISE[method] * (1 if bits == "w4a4" else 0.1)
-    shapes = {"latents": (N, 2, 4, 4), "pool": (N, 6), "spatial": (N, 7), "logits": (N, 5)}
-    arrays = {k: (common.normal(size=s) + noise * own.normal(size=s)).astype(np.float32) for k, s in shapes.items()}
-    arrays["images"] = (64 * common.random((N, 16, 16, 3)) + 64 * noise * own.random((N, 16, 16, 3))).astype(np.uint8)
-    footprint = {"bytes": 1_500_000, "bops": 2e9 if bits == "w4a4" else 8e9, "effective_bits": 4.2, "realizable": 1.0}
-    seconds = {"fp": 2.0, "rtn": 1.0, "quest": 4.0}[method]
-    placed = {"kernel": "integer", "refused": {}, "deviation": 1e-7} if noise else {}
-    cell = folder / model / method / bits
-    cell.mkdir(parents=True)
-    for shard, index in enumerate((np.arange(N // 2, N), np.arange(N // 2))):
-        kept = {"seeds": {"n": len(index)}, "seconds": seconds, "footprint": footprint, "kernel": placed}
-        metadata = dumps(kept | {"provenance": MADE})
-        features = {name: arrays[name][index] for name in ("pool", "spatial", "logits")}
-        if noise and shard == 0:
-            features |= {"eps_error": noise * own.random((4, CALLS)), "timesteps": np.array([801, 401, 1])}
-        np.savez(cell / f"features-{shard}.npz", index=index, **features, metadata=metadata)
-        samples = {name: arrays[name][index] for name in ("images", "latents")}
-        np.savez(cell / f"samples-{shard}.npz", index=index, **samples, metadata=metadata)
-    if method != "fp":
-        (cell / "quantize.log").write_text("unit 1\nunit 2:  0%\runit 2: 100%\n</script><b>done\n", encoding="utf-8")
-        header = {"seconds": 12.3, "peak_memory": 456, "init": {"method": "adaround", "bits": "w4a32", "seconds": 65.4}}
-        write_checkpoint(cell / "model.safetensors", **header)
-    files = [sorted(cell.glob(f"{kind}-*.npz")) for kind in ("features", "samples")]
-    full = folder / model / "fp/w32a32"
-    fp = None if method == "fp" else Cell.load(sorted(full.glob("features-*")), sorted(full.glob("samples-*")))
-    real = np.random.default_rng(9)
-    reference = Reference(*(Statistics.from_features(real.normal(size=(200, d))) for d in (6, 7)), {})
-    found = measure(Cell.load(*files), reference, fp, extractor="scenes", protocol="ddim 20, eta 0, guidance 3")
-    return found | {"model": model, "method": method, "bits": bits, "provenance": MADE}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, write_checkpoint) -> Path:
-    folder = tmp_path_factory.mktemp("report") / "tiny"
-    cells = [("fp", "w32a32"), *((method, bits) for bits in ("w8a8", "w4a4") for method in ("rtn", "quest"))]
-    files = []
-    for model in ("scenes-uncond", "scenes-class"):
-        for method, bits in cells:
-            file = folder / model / method / bits / "metrics.json"
-            file.parent.parent.mkdir(parents=True, exist_ok=True)
-            found = draw(folder, model, method, bits, write_checkpoint)
-            file.write_text(dumps(found), encoding="utf-8")
-            files.append(file)
-    tables.write(files, folder / "tables")
-    eps_error = pd.read_csv(folder / "tables/eps_error.csv")
-    figures.eps_error_curves(eps_error, folder / "figures/eps_error_vs_timestep.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def written(run) -> Path:
-    file = run / "report.html"
-    report.write(run, file, TEMPLATE, methods=METHODS, references=ROOT / "resources/references.bib")
-    return file
 
 
 class Page(html.parser.HTMLParser):
@@ -361,125 +297,3 @@ def test_every_method_is_described_and_every_reference_cited():
     assert all(len(text) > 20 for text in said.values())
     named = set(re.findall(r"arXiv:(\d{4}\.\d{5})", " ".join(said.values())))
     assert named == set(cited)
-
-
-# What a reader does, by the page's own buttons, menus and links.
-CLICKS = """
-<script>
-const said = {};
-const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
-const table = document.querySelector("#main-table table");
-const visible = () => [...table.tBodies[0].rows].filter((row) => !row.hidden);
-const column = (place) => visible().map((row) => row.cells[place]);
-const texts = (place) => column(place).map((cell) => cell.textContent);
-const choose = (menu, value) => {
-  menu.value = value;
-  menu.dispatchEvent(new Event("input", { bubbles: true }));
-};
-(async () => {
-  const head = table.tHead.rows[0].cells[3];
-  said.before = column(3).map((cell) => cell.dataset.value);
-  head.querySelector("button").focus();
-  said.focused = document.activeElement === head.querySelector("button");
-  head.querySelector("button").click();
-  said.once = column(3).map((cell) => cell.dataset.value);
-  said.sort = head.getAttribute("aria-sort");
-  head.querySelector("button").click();
-  said.twice = column(3).map((cell) => cell.dataset.value);
-  head.querySelector("button").click();
-  said.thrice = column(3).map((cell) => cell.dataset.value);
-  const [menu] = document.querySelectorAll("#main-table select");
-  choose(menu, "scenes-class");
-  said.filtered = texts(0);
-  said.count = document.querySelector("#main-table output").textContent;
-  choose(menu, "");
-
-  const [ofModel, ofMethod, ofBits] = document.querySelectorAll("#show select");
-  choose(ofModel, "scenes-class");
-  choose(ofMethod, "rtn");
-  choose(ofBits, "W4A4");
-  said.page = visible().map((row) => [...row.cells].slice(0, 3).map((cell) => cell.textContent).join(" "));
-  said.versus = [...document.querySelectorAll("#paired-table tbody tr:not([hidden])")].map((row) => row.textContent);
-  said.strips = [...document.querySelectorAll("#samples figure")]
-    .filter((figure) => !figure.closest("[hidden]"))
-    .map((figure) => figure.textContent.trim());
-  const rtn = visible()[0];
-  location.hash = document.querySelector("#main-table tbody tr[hidden]").id;
-  await pause(200);
-  said.linked = document.querySelector(":target").hidden;
-  said.reset = visible().length;
-
-  const opener = rtn.querySelector("button");
-  opener.focus();
-  opener.click();
-  const dialog = document.querySelector("dialog");
-  const title = document.querySelector("#cell-title").textContent;
-  said.dialog = [dialog.open, dialog.contains(document.activeElement), title];
-  said.body = document.querySelector("#cell-body").textContent;
-  said.shown = dialog.querySelectorAll("img").length;
-  dialog.querySelector("form button").click();
-  said.closed = !dialog.open && document.activeElement === opener;
-
-  const [canvas, line] = [document.querySelector("#both"), document.querySelector("#line")];
-  const pixels = async (place) => {
-    line.value = place;
-    line.dispatchEvent(new Event("input", { bubbles: true }));
-    // Virtual time does not wait for what the page waits for before it draws: that its images are decoded.
-    await Promise.all([...document.querySelectorAll("#samples img")].map((image) => image.decode()));
-    await pause(100);
-    return canvas.toDataURL();
-  };
-  said.lines = [await pixels(0), await pixels(100), await pixels(50)];
-  said.label = canvas.getAttribute("aria-label");
-
-  for (const details of document.querySelectorAll("details")) details.open = false;
-  dispatchEvent(new Event("beforeprint"));
-  said.printed = document.querySelectorAll("main details:not([open])").length;
-  dispatchEvent(new Event("afterprint"));
-  said.unprinted = document.querySelectorAll("main details[open]").length;
-  const images = [...document.images];
-  for (const details of document.querySelectorAll("details")) details.open = true;
-  said.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-  await Promise.all(images.map((image) => image.decode()));
-  said.images = images.length;
-  said.broken = images.filter((image) => !image.naturalWidth).length;
-  document.body.replaceChildren(JSON.stringify(said));
-})();
-</script>
-"""
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt-get install chromium)")
-def test_in_a_browser(run, written, tmp_path):
-    """No error on the console, everything that a reader can do works, and nothing is wider than a phone."""
-    text = written.read_text(encoding="utf-8")
-    (tmp_path / "report.html").write_text(text.replace("</body>", CLICKS + "</body>"), encoding="utf-8")
-    frame = "<iframe src=report.html style='width:390px;height:800px;border:0'></iframe>"
-    read = "document.body.textContent = frames[0].document.body.textContent"
-    probe = f"<script>onload = () => setTimeout(() => {{ {read}; }}, 5000)</script>"
-    (tmp_path / "phone.html").write_text(f"<!doctype html><body>{frame}{probe}", encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--allow-file-access-from-files"]
-    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000"]
-    command = [CHROMIUM, *flags, "--dump-dom", (tmp_path / "phone.html").as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, encoding="utf-8")
-    assert "CONSOLE" not in shown.stderr, [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
-    said = json.loads(re.search(r"<body>(\{.*\})", shown.stdout)[1])
-    main = pd.read_csv(run / "tables/main.csv")
-    fid = sorted(main.loc[main["metric"] == "fid", "value"])
-    assert [float(value) for value in said["once"]] == fid and said["sort"] == "ascending" and said["focused"]
-    assert [float(value) for value in said["twice"]] == fid[::-1]
-    assert said["thrice"] == said["before"] != said["once"]
-    assert set(said["filtered"]) == {"scenes-class"} and said["count"] == "5 of 10 rows"
-    assert said["images"] > 10 and said["broken"] == 0
-    assert said["wide"] == 0
-    assert said["page"] == ["scenes-class rtn W4A4"]
-    assert len(said["versus"]) > 2 and all("rtn" in row and "W4A4" in row for row in said["versus"])
-    assert said["strips"] == ["full precision", "rtn"]
-    assert not said["linked"] and said["reset"] == 10  # the link shows its row although the menus had hidden it
-    assert said["dialog"] == [True, True, "scenes-class, rtn, W4A4"] and said["closed"] and said["shown"] == 2
-    assert all(text in said["body"] for text in ("Link to its row", "adaround", "Some CPU", "unit 2: 100%"))
-    assert len(set(said["lines"])) == 3 and said["label"].startswith(
-        "scenes-uncond, W4A4: full precision left of the line, quest"
-    )
-    assert said["printed"] == 0 == said["unprinted"]

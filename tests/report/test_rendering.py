@@ -75,3 +75,19 @@ def test_a_file_has_the_form_of_its_suffix(tmp_path, table):
     assert (tmp_path / "a.md").read_text(encoding="utf-8") == f"{table.markdown()}\n\nAnd a text.\n"
     rendering.write(tmp_path / "a.txt", table, form="csv")
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == f"{table.csv()}\n"
+
+
+@pytest.mark.parametrize(
+    "value, half, text",
+    [
+        (12.3449, 0.5612, "12.34 ± 0.56"),
+        (1234.4, 120.3, "1234 ± 120"),
+        (0.000123449, 0.0000056, "(1.234 ± 0.056)e-04"),
+        (2345678.0, 45678.0, "(2.346 ± 0.046)e+06"),
+        (0.0, 0.0, "0.00 ± 0.00"),
+        (float("nan"), float("nan"), "diverged"),
+        (1.25, float("nan"), "1.25"),
+    ],
+)
+def test_rounding(value, half, text):
+    assert rendering.with_interval(value, half) == text

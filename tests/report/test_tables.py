@@ -318,22 +318,6 @@ def test_ledger_counts_verdicts_and_shows_what_was_run(of_the_paper):
     assert r"\%" in tex and "±" not in tex
 
 
-@pytest.mark.parametrize(
-    "value, half, text",
-    [
-        (12.3449, 0.5612, "12.34 ± 0.56"),
-        (1234.4, 120.3, "1234 ± 120"),
-        (0.000123449, 0.0000056, "(1.234 ± 0.056)e-04"),
-        (2345678.0, 45678.0, "(2.346 ± 0.046)e+06"),
-        (0.0, 0.0, "0.00 ± 0.00"),
-        (float("nan"), float("nan"), "diverged"),
-        (1.25, float("nan"), "1.25"),
-    ],
-)
-def test_rounding(value, half, text):
-    assert rendering.with_interval(value, half) == text
-
-
 def test_files(cells, tmp_path):
     cells[1]["rows"][1].update(value=math.nan, low=math.nan, high=math.nan)  # a method that broke down
     paths = []
