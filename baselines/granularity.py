@@ -29,7 +29,7 @@ class Dynamic:
 
     dynamic: Annotated[str, one_of(ROWS)] | None = None  # scales of each sample or token; default: static ranges
     group: Annotated[int, one_of((64, 32, 16))] | None = None  # channels with one dynamic scale; default: all
-    levels: Annotated[str, one_of(("asymmetric", "symmetric"))] = "asymmetric"  # of dynamic codes of 4 bits 16 or 15
+    levels: Annotated[str, one_of(("asymmetric", "symmetric"))] = "asymmetric"  # of 4 bits 16 codes, or 15: -7 to 7
     # Of dynamic ranges: whole, or shrunk by the ratio for each layer that has the least error of its output.
     clip: Annotated[str, one_of(("whole", "searched"))] = "whole"
     keep: Keep | None = None  # layer glob -> minimum bits; default: the first and last layer at 8
@@ -64,7 +64,7 @@ def swapped(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Dynamic):
         return student
     for name, q in input_quantizers(denoiser).items():
         if q.spec.bits < FLOAT and not name.endswith("processor.p"):  # probabilities are never negative
-            q.spec = replace(q.spec, symmetric=symmetric)
+            q.spec = replace(q.spec, symmetric=symmetric, narrow=symmetric or None)
     return student
 
 

@@ -186,7 +186,8 @@ def smooth_products(denoiser: nn.Module, teacher: nn.Module, calibration: Calibr
 
     s_c = max |q_c|^alpha / max |k_c|^(1 - alpha). With alpha "search", it is that of SEARCHED with the least squared
     error of the logits. Attentions that normalize queries or keys are left as they are, and those whose products are
-    in float.
+    in float. The denoiser's `coupled` names both layers, because one of them does not fit the other's original weight
+    (see `checkpoint.load_weights`).
     """
     chosen = {
         name: module
@@ -194,6 +195,7 @@ def smooth_products(denoiser: nn.Module, teacher: nn.Module, calibration: Calibr
         if module.processor.q.spec.bits < FLOAT and module.norm_q is None and module.added_kv_proj_dim is None
     }
     names = [f"{name}.{leaf}" for name, leaf in product(chosen, QKV[:2])]
+    denoiser.coupled = [list(pair) for pair in zip(names[::2], names[1::2], strict=True)]
     generator = torch.Generator().manual_seed(recipe.seed)
     mixed = torch.randperm(len(calibration), generator=generator, device="cpu")[:SEARCH_ROWS]
     steps = [

@@ -64,6 +64,8 @@ class QuantSpec:
     bits: code width, 2 to 16, or 32 for a tensor that stays in float: no code, scale 1, zero point 0.
     symmetric: signed codes and zero point 0, else unsigned codes.
     axis: None for one scale per tensor, else the dimension that has a scale of its own for every index.
+    narrow: of a static symmetric format, codes end at +-(2^(bits - 1) - 1), as those of a dynamic one do. Without it
+    they start at -2^(bits - 1), as in the code that Q-Diffusion and QuEST released.
     wide: the symmetric rule of the released QuEST before August 2024: twice the codes that the bits allow and two more.
     A range of +-max takes 2^(bits + 1) + 1 of them, 33 at "4 bit".
     rows: None for a static format. A dynamic one computes its scales from each tensor that it quantizes: one for each
@@ -85,6 +87,7 @@ class QuantSpec:
     group: int | None = None
     table: str | None = None
     block_scale: str | None = None
+    narrow: bool | None = None
 
     def __post_init__(self):
         if self.table is not None and sum(Table.named(self.table)) != self.bits - self.symmetric:
@@ -101,6 +104,8 @@ class QuantSpec:
             raise ValueError("rows: a dynamic format has an axis, 2 to 16 bits and no wide codes")
         if self.group is not None and self.group < 1:
             raise ValueError(f"group: {self.group} is out of bounds; valid: 1 or more")
+        if self.narrow and (not self.symmetric or self.wide):
+            raise ValueError("narrow codes are symmetric and not wide: give symmetric=True, wide=False")
         if self.wide and not self.symmetric:
             raise ValueError("wide codes are symmetric: give symmetric=True")
         if not (2 <= self.bits <= 16 or self.bits == FLOAT):
@@ -110,7 +115,7 @@ class QuantSpec:
     def qmin(self) -> int:
         if self.wide:
             return -(2**self.bits) - 1
-        if self.symmetric and (self.dynamic or self.group or self.table):
+        if self.symmetric and (self.dynamic or self.group or self.table or self.narrow):
             return -self.qmax
         return -(2 ** (self.bits - 1)) if self.symmetric else 0
 

@@ -72,6 +72,7 @@ def save(pipe, path, floats: bool = False, **extra) -> None:
         "attentions": {n: [spec.fields for spec in m.processor.formats] for n, m in attentions(denoiser)},
         **prologue.described(quant_layers(denoiser)),
         **branch.described(quant_layers(denoiser)),
+        **({"coupled": denoiser.coupled} if getattr(denoiser, "coupled", None) else {}),
         "granularity": cost.granularity(denoiser),
         "time_groups": groups.starts.tolist() if groups else None,
         **getattr(denoiser, "quantization", {}),
@@ -251,6 +252,7 @@ def load(pipe, path, kernel: str = "auto"):
     denoiser.load_state_dict(tensors)
     finish(denoiser.to(denoiser_of(pipe).device), groups)
     place(denoiser, kernel)
+    denoiser.coupled = header.get("coupled", [])
     denoiser.quantization = {k: header[k] for k in ("method", "bits", "recipe", "timesteps", "cost") if k in header}
     new = with_denoiser(pipe, denoiser)
     try:
@@ -275,8 +277,10 @@ def load_weights(denoiser, path) -> None:
     """Copy weights, biases and weight quantizers of another method's checkpoint into a swapped denoiser.
 
     Convolutions that are split in the file are split here too. A layer that stays in float here alone keeps its own
-    weight. Raises ValueError if the file is of another model or has other weight bits, other codes or only codes, and
-    FloatingPointError if the other method diverged.
+    weight. Where a method changed the weights of several layers together (the denoiser's `coupled`, such as to_q and
+    to_k, whose product stays the same), either all of them are taken from the file or none.
+    Raises ValueError if the file is of another model or has other weight bits, other codes or only codes, or if some
+    layers of a couple would keep their own weight, and FloatingPointError if the other method diverged.
     """
     header, tensors = read(path)
     if header["weights"] != "float":
@@ -286,9 +290,21 @@ def load_weights(denoiser, path) -> None:
         )
     split_as(denoiser, header, path)
     check_shapes(denoiser, header, tensors, path)
+    specs = {name: QuantSpec(**header["layers"][name][0]) for name, _ in quant_layers(denoiser)}
+    kept = {n for n, m in quant_layers(denoiser) if m.weight_quantizer.spec.bits == FLOAT and specs[n].bits < FLOAT}
+    for couple in header.get("coupled", []):
+        if kept & set(couple) and not kept >= set(couple):
+            alone = ", ".join(sorted(kept & set(couple)))
+            raise ValueError(
+                one_line(
+                    f"keep: {alone} would stay in float with its own weight, but in {path} the weights of "
+                    f"{' and '.join(couple)} were changed together; valid: keep all of them in float, or none"
+                )
+            )
+    denoiser.coupled = header.get("coupled", [])
     for name, layer in quant_layers(denoiser):
-        spec, own = QuantSpec(**header["layers"][name][0]), layer.weight_quantizer.spec
-        if own.bits == FLOAT and spec.bits < FLOAT:
+        spec, own = specs[name], layer.weight_quantizer.spec
+        if name in kept:
             continue
         if spec.bits != own.bits:
             raise ValueError(f"{path}: layer {name} has {spec.bits}-bit weights, not {own.bits}")

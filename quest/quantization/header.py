@@ -160,6 +160,8 @@ def _spec_faults(field, specs, counts, groups, weight=False):
         if isinstance(table := spec.get("table"), str) and SOME["table"][0](table):
             if int(table[1]) + int(table[3]) != spec["bits"] - (spec["symmetric"] is True):
                 yield f"{where}.table", table, "bits of exponent and mantissa that add up to those of the format"
+        if "narrow" in spec and (spec["symmetric"] is not True or spec["wide"] is True):
+            yield f"{where}.narrow", spec["narrow"], "of symmetric codes that are not wide"
         if spec["wide"] is True and spec["symmetric"] is not True:
             yield f"{where}.wide", True, "wide codes are symmetric"
 
@@ -236,6 +238,11 @@ def _branch(value) -> bool:
     return told and _count(value["rank"]) and isinstance(value["channels"], bool)
 
 
+def _couples(value) -> bool:
+    """Whether a value is what a denoiser's `coupled` says, see `checkpoint.load_weights`."""
+    return isinstance(value, list) and all(isinstance(one, list) and all(map(_text, one)) for one in value)
+
+
 def _hash(value) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
@@ -246,11 +253,12 @@ SPEC = {
     "axis": (lambda value: value is None or _whole(value, -4, 4), "null, or a dimension"),
     "wide": (lambda value: isinstance(value, bool), "true or false"),
 }
-SOME = {  # of dynamic formats, of groups and of small floats
+SOME = {  # of dynamic formats, of groups, of small floats and of symmetric codes
     "rows": (lambda value: value in ("tensor", "token"), "tensor or token"),
     "group": (_count, "a number from 1 on"),
     "table": (lambda value: _text(value) and re.fullmatch("e[1-5]m[0-9]", value) is not None, "such as e2m1"),
     "block_scale": (lambda value: value in ("e4m3", "e8m0", "e8m0-up"), "e4m3, e8m0 or e8m0-up"),
+    "narrow": (lambda value: value is True, "true, or no such field"),
 }
 _ANY = _mapping_of(lambda _: True)
 FIELDS: dict[str, tuple[Callable, str]] = {
@@ -276,6 +284,7 @@ OPTIONAL: dict[str, tuple[Callable, str]] = {
     "timesteps": (_steps, "the calibrated timesteps, each once"),
     "prologues": (_mapping_of(_prologue), "scaled, block, form and single by layer"),
     "branches": (_mapping_of(_branch), "rank, and whether whole channels are kept, by layer"),
+    "coupled": (_couples, "lists of layers whose weights were changed together"),
     "cost": (
         _cost,
         "a mapping; its stages have a stage and iterations, its footprint bytes, macs, bops and other numbers",

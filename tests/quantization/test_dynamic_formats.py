@@ -133,6 +133,21 @@ def test_symmetric_codes_end_at_seven_and_unsigned_ones_reach_both_ends():
     assert q.zero_point.item() == 0 and q.scale.item() == pytest.approx(5 / 15)
 
 
+def test_static_symmetric_codes_are_those_of_dynamic_ones():
+    """-7 to 7 in the methods that offer both; what Q-Diffusion and QuEST released starts at -8."""
+    x = torch.tensor([[-4.0, 1.0, 2.1, 3.0]])
+    dynamic = quantize(x, QParams(torch.tensor(0.5), CLIP[1], QuantSpec(4, True, -1, rows="token")))
+    narrow, released = QuantSpec(4, True, narrow=True), QuantSpec(4, True)
+    qparams = QParams(dynamic.scale.squeeze(), torch.tensor(0.0), narrow)
+    assert torch.equal(quantize(x, qparams).codes, dynamic.codes) and dynamic.codes[0, 0] == -7
+    assert quantize(x, qparams._replace(spec=released)).codes[0, 0] == -8
+    assert (narrow.qmin, released.qmin, QuantSpec(8, True, narrow=True).qmin) == (-7, -8, -127)
+    assert "narrow" not in released.fields and QuantSpec(**narrow.fields) == narrow
+    for wrong in (dict(), dict(symmetric=True, wide=True)):
+        with pytest.raises(ValueError, match="narrow"):
+            QuantSpec(4, narrow=True, **wrong)
+
+
 def test_gradients_are_those_of_automatic_differentiation():
     spec = QuantSpec(4, False, 1, rows="token", group=4)
     grads = []

@@ -251,6 +251,42 @@ def test_a_layer_that_is_in_float_in_both_is_that_of_the_file(class_pipe, tmp_pa
         assert torch.equal(other.unet.get_submodule(name).weight, layer.weight)
 
 
+def test_layers_that_were_changed_together_are_taken_together(class_pipe, class_calibration, tmp_path):
+    """SmoothQuant's factors between queries and keys: with to_q of the model and to_k of the file, logits are wrong."""
+    plain = {"conv_in": 8, "conv_out": 8}
+    start = quest.quantize(class_pipe, "smoothquant", "w8a8", calibration=class_calibration, samples=4)
+    quest.save(start, tmp_path / "m", floats=True)
+    attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    for leaf in ("to_q", "to_k"):
+        student = swap(class_pipe, 8, 8, keep=plain | {f"*.{leaf}": 32})
+        before = student.unet.get_submodule(f"{attention}.to_k").weight.clone()
+        with pytest.raises(ValueError, match=rf"keep: .*attn1\.{leaf} .*keep all of them in float, or none"):
+            load_weights(student.unet, tmp_path / "m")
+        assert torch.equal(student.unet.get_submodule(f"{attention}.to_k").weight, before)
+    x = random(1, 9, 32)
+    expected = logits(class_pipe.unet.get_submodule(attention), x)
+    tolerance = dict(rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    for keep in ({}, {"*.to_q": 32, "*.to_k": 32}, {"*.processor": 32}):
+        student = swap(class_pipe, 8, 8, keep=plain | keep)
+        load_weights(student.unet, tmp_path / "m")
+        assert student.unet.coupled == start.unet.coupled
+        for _, layer in quant_layers(student.unet):
+            layer.input_quantizer.spec = layer.weight_quantizer.spec = QuantSpec(FLOAT)
+        torch.testing.assert_close(logits(student.unet.get_submodule(attention), x), expected, **tolerance)
+    # What starts from it, and what is loaded, says so in its own file.
+    assert quest.load(class_pipe, tmp_path / "m").unet.coupled == start.unet.coupled
+    found = header.read(tmp_path / "m")
+    assert [f"{attention}.to_q", f"{attention}.to_k"] in found["coupled"]
+    for wrong in ({}, ["a"], [[1]]):
+        with pytest.raises(ValueError, match="coupled"):
+            header.check(found | {"coupled": wrong}, "m")
+
+
+@torch.no_grad()
+def logits(attention, x):
+    return attention.to_q(x) @ attention.to_k(x).mT
+
+
 def test_unsigned_codes_cannot_start_from_signed_ones(class_pipe, tmp_path):
     """Scales of signed codes have zero point 0, with which unsigned ones would clip all negative weights."""
     start = uncalibrated(class_pipe)
