@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -21,8 +30,9 @@ class Recipe:
     batch_size: int
     size: int  # side length of the latents
     latent_channels: int
-    widths: tuple[int, ...]  # channels per level; each level after the first halves the resolution
-    attention: tuple[bool, ...]  # whether each level has attention
+    widths: tuple[int, ...]  # channels per level; each level after the first halves the resolution; of a DiT only one
+    attention: tuple[bool, ...] = ()  # whether each level has attention
+    blocks: int = 0  # blocks of a DiT (arXiv:2212.09748); 0 for a U-Net
     context: int = 64  # width of a context token
     average: float = 0.998  # decay of the moving average of the parameters
     half: bool = False  # whether training uses bfloat16
@@ -67,6 +77,19 @@ MODELS = {
         average=0.999,
         half=True,
     ),
+    # A transformer whose timestep and class enter by modulation. Each latent is a token.
+    "photos-dit": Recipe(
+        pictures="photos",
+        conditioning="class",
+        iterations=20000,
+        batch_size=64,
+        size=8,
+        latent_channels=8,
+        widths=(96,),
+        blocks=5,
+        average=0.999,
+        half=True,
+    ),
 }
 
 
@@ -77,9 +100,40 @@ def recipe_of(name):
     return MODELS[name]
 
 
-def build_unet(name):
-    """The untrained denoiser of a model. Raises ValueError for a name that is not in MODELS."""
+def build_denoiser(name, classes=None):
+    """The untrained denoiser of a model. `classes`: their number, which only a DiT has to know.
+
+    Raises ValueError for a name that is not in MODELS.
+    """
     recipe = recipe_of(name)
+    denoiser = _build_transformer(recipe, classes) if recipe.blocks else _build_unet(recipe)
+    for module in denoiser.modules():
+        if hasattr(module, "set_processor"):
+            module.set_processor(AttnProcessor())  # at these sizes it trains faster than the default processor
+    return denoiser
+
+
+def _build_transformer(recipe, classes):
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=recipe.widths[0] // 24,
+        attention_head_dim=24,
+        in_channels=recipe.latent_channels,
+        num_layers=recipe.blocks,
+        norm_num_groups=8,
+        sample_size=recipe.size,
+        patch_size=1,
+        num_embeds_ada_norm=classes,
+    )
+    # Blocks start as the identity (arXiv:2212.09748, section 3.2, "adaLN-Zero"), and the output as zeros.
+    modulations = [block.norm1.linear for block in transformer.transformer_blocks]
+    for layer in (*modulations, transformer.proj_out_1, transformer.proj_out_2):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    # In training mode each block would drop classes on its own; `train_denoiser` drops them for all blocks together.
+    return transformer.eval()
+
+
+def _build_unet(recipe):
     common = {
         "sample_size": recipe.size,
         "in_channels": recipe.latent_channels,
@@ -89,7 +143,7 @@ def build_unet(name):
         "norm_num_groups": 8,
     }
     if recipe.conditioning == "none":
-        unet = UNet2DModel(
+        return UNet2DModel(
             **common,
             down_block_types=tuple("AttnDownBlock2D" if there else "DownBlock2D" for there in recipe.attention),
             up_block_types=tuple("AttnUpBlock2D" if there else "UpBlock2D" for there in recipe.attention[::-1]),
@@ -98,18 +152,13 @@ def build_unet(name):
             downsample_type="resnet",
             upsample_type="resnet",
         )
-    else:
-        unet = UNet2DConditionModel(
-            **common,
-            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in recipe.attention),
-            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in recipe.attention[::-1]),
-            cross_attention_dim=recipe.context,
-            attention_head_dim=4,  # UNet2DConditionModel takes the number of heads under this name
-        )
-    for module in unet.modules():
-        if hasattr(module, "set_processor"):
-            module.set_processor(AttnProcessor())  # at these sizes it trains faster than the default processor
-    return unet
+    return UNet2DConditionModel(
+        **common,
+        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in recipe.attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in recipe.attention[::-1]),
+        cross_attention_dim=recipe.context,
+        attention_head_dim=4,  # UNet2DConditionModel takes the number of heads under this name
+    )
 
 
 def build_text_encoder(tokenizer, width, max_length):
@@ -135,7 +184,7 @@ def alphas():
     return DDIMScheduler(**SCHEDULE).alphas_cumprod
 
 
-def build_pipeline(unet, vae, encoder=None, tokenizer=None):
+def build_pipeline(denoiser, vae, encoder=None, tokenizer=None):
     """A diffusers pipeline of these modules; `encoder` encodes text if there is a tokenizer, otherwise classes."""
     if tokenizer is not None:
         scheduler = PNDMScheduler(**SCHEDULE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
@@ -143,7 +192,7 @@ def build_pipeline(unet, vae, encoder=None, tokenizer=None):
             vae=vae,
             text_encoder=encoder,
             tokenizer=tokenizer,
-            unet=unet,
+            unet=denoiser,
             scheduler=scheduler,
             safety_checker=None,
             feature_extractor=None,
@@ -152,4 +201,6 @@ def build_pipeline(unet, vae, encoder=None, tokenizer=None):
     scheduler = DDIMScheduler(
         **SCHEDULE, timestep_spacing="leading", steps_offset=1, clip_sample=False, set_alpha_to_one=False
     )
-    return LatentDiffusionPipeline(unet=unet, vae=vae, scheduler=scheduler, class_embedder=encoder)
+    if isinstance(denoiser, DiTTransformer2DModel):
+        return DiTPipeline(denoiser, vae, scheduler)
+    return LatentDiffusionPipeline(unet=denoiser, vae=vae, scheduler=scheduler, class_embedder=encoder)

@@ -38,7 +38,7 @@ def error_of(name, pipe):
     drawn = scenes.draw("validation", HELD_OUT)
     z = posterior_means(pipe.vae, drawn.images())
     trainee = Trainee(name)
-    trainee.unet = pipe.unet
+    trainee.denoiser = pipe.unet
     if trainee.encoder is not None:
         trainee.encoder = pipe.text_encoder if name == "scenes-text" else pipe.class_embedder
     return held_out_error(trainee, z, trainee.conditions("validation", HELD_OUT))

@@ -6,6 +6,7 @@ scenes-uncond  unconditional
 emoji-uncond   emoji, unconditional
 emoji-text     a StableDiffusionPipeline of emoji, with captions such as "noto emoji: red apple"
 photos-class   CIFAR-10's photographs, conditioned on the class
+photos-dit     the same by a transformer, a DiTPipeline (arXiv:2212.09748)
 
 scenes-class starts from the denoiser of scenes-text, which has the same shape, and emoji-uncond from the convolutions
 of emoji-text. All models predict the noise of the
@@ -28,7 +29,7 @@ from quest.diffusion.pipelines import ClassEmbedder, forget_origin
 from quest.runtime import command_line
 from quest.runtime.files import atomic_folder
 from quest.zoo import latents, pictures
-from quest.zoo.architectures import MODELS, alphas, build_pipeline, build_text_encoder, build_unet, recipe_of
+from quest.zoo.architectures import MODELS, alphas, build_denoiser, build_pipeline, build_text_encoder, recipe_of
 from quest.zoo.training import (
     Average,
     Progress,
@@ -49,7 +50,8 @@ class Trainee:
 
     def __init__(self, name, shown=None):
         self.name, self.recipe, self.shown = name, recipe_of(name), shown
-        self.unet = build_unet(name)
+        classes = len(scenes.CLASSES if shown is None else shown.classes)
+        self.denoiser = build_denoiser(name, classes)
         self.tokenizer = self.encoder = None
         if self.recipe.conditioning == "text":
             words = shown and caption_words([shown.captions[i] for i in shown.rows("train")])
@@ -58,11 +60,11 @@ class Trainee:
             self.encoder = build_text_encoder(self.tokenizer, self.recipe.context, length)
             self.nothing = encode(self.tokenizer, [""])[0]  # [L]
         elif self.recipe.conditioning == "class":
-            classes = len(scenes.CLASSES if shown is None else shown.classes)
-            self.encoder = ClassEmbedder(num_classes=classes, tokens=4, dim=self.recipe.context)
-            torch.nn.init.normal_(self.encoder.embedding.weight, std=0.5)
+            if not self.recipe.blocks:  # a DiT embeds classes itself
+                self.encoder = ClassEmbedder(num_classes=classes, tokens=4, dim=self.recipe.context)
+                torch.nn.init.normal_(self.encoder.embedding.weight, std=0.5)
             self.nothing = torch.tensor(classes)
-        self.modules = [m for m in (self.unet, self.encoder) if m is not None]
+        self.modules = [m for m in (self.denoiser, self.encoder) if m is not None]
 
     def parameters(self):
         return [p for m in self.modules for p in m.parameters()]
@@ -98,11 +100,13 @@ class Trainee:
     def __call__(self, noisy, t, conditions):
         """The predicted noise, float32 like noisy [N, C, h, w]."""
         with autocast(self.recipe.half):
+            if self.recipe.blocks:
+                return self.denoiser(noisy, t, class_labels=conditions).sample.float()
             if self.encoder is None:
-                return self.unet(noisy, t).sample.float()
+                return self.denoiser(noisy, t).sample.float()
             context = self.encoder(conditions)
             context = context[0] if self.tokenizer else context
-            return self.unet(noisy, t, encoder_hidden_states=context).sample.float()
+            return self.denoiser(noisy, t, encoder_hidden_states=context).sample.float()
 
 
 def copy_weights(unet, folder):
@@ -142,7 +146,7 @@ def export(trainee, vae, out):
     for target, source in zip(copy.modules, trainee.modules, strict=True):
         target.load_state_dict(source.state_dict())
     with atomic_folder(out) as folder:
-        pipeline = build_pipeline(copy.unet, vae, copy.encoder, copy.tokenizer)
+        pipeline = build_pipeline(copy.denoiser, vae, copy.encoder, copy.tokenizer)
         pipeline.to(dtype=torch.float16).save_pretrained(folder)
         forget_origin(folder / "vae" / "config.json")
     vae.float()
@@ -178,11 +182,11 @@ def train(
     batch_size = batch_size or recipe.batch_size
     trainee = Trainee(name, None if recipe.pictures == "scenes" else pictures.load(recipe.pictures, data))
     if start_from:
-        copied = copy_weights(trainee.unet, start_from)
+        copied = copy_weights(trainee.denoiser, start_from)
         print(f"{name}: starts from {copied:.0%} of its parameters in {start_from}", flush=True)
     # torch's bfloat16 convolutions are slower with channels_last.
     layout = torch.contiguous_format if recipe.half else torch.channels_last
-    trainee.unet.to(memory_format=layout)
+    trainee.denoiser.to(memory_format=layout)
     conditions = trainee.conditions("train", len(z))
     held_out_conditions = trainee.conditions("validation", len(held_out))
     weights = trainee.drawing_weights(len(z))

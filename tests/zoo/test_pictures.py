@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from quest.metrics import clip
 from quest.metrics.features import clip_features
 from quest.zoo import emoji_data, latents, pictures, train_autoencoder, train_clip, train_denoiser
-from quest.zoo.architectures import build_unet
+from quest.zoo.architectures import build_denoiser
 from quest.zoo.vocabulary import MAX_LENGTH, build_tokenizer, caption_words, encode
 
 STYLES = ("noto", "twemoji", "fluent flat", "fluent modern")
@@ -146,11 +146,11 @@ def emoji_latents(emoji):
     return path
 
 
-@pytest.mark.parametrize("name", ["photos-class", "emoji-uncond"])
+@pytest.mark.parametrize("name", ["photos-class", "photos-dit", "emoji-uncond"])
 def test_resumed_training_on_pictures_equals_an_uninterrupted_one(
     name, latent_file, photos, emoji_latents, emoji, tmp_path, monkeypatch
 ):
-    of, data = (latent_file, photos) if name == "photos-class" else (emoji_latents, emoji)
+    of, data = (latent_file, photos) if name.startswith("photos") else (emoji_latents, emoji)
 
     def run(out):
         autoencoder = photos.with_name("autoencoder")  # it only goes into the pipeline
@@ -174,7 +174,7 @@ def test_resumed_training_on_pictures_equals_an_uninterrupted_one(
 
 
 def test_an_unconditional_model_starts_from_the_convolutions_of_a_conditional_one(tmp_path):
-    other, unet = build_unet("emoji-text"), build_unet("emoji-uncond")
+    other, unet = build_denoiser("emoji-text"), build_denoiser("emoji-uncond")
     other.save_pretrained(tmp_path / "unet")
     attention = unet.mid_block.attentions[0].to_q.weight.clone()
     assert 0.5 < train_denoiser.copy_weights(unet, tmp_path) < 0.9

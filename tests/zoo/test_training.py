@@ -129,4 +129,4 @@ def test_folder_is_replaced_only_when_complete(tmp_path):
 
 def test_unknown_model():
     with pytest.raises(ValueError, match="no model 'scenes'; there are scenes-text"):
-        architectures.build_unet("scenes")
+        architectures.build_denoiser("scenes")
