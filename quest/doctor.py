@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from quest import kernels
 from quest.affine import QParams, QTensor, QuantSpec, quantize
+from quest.diffusion.denoisers import NAMES
 from quest.diffusion.models import MODELS, ZOO
 from quest.metrics import weights
 from quest.runtime.provenance import provenance
@@ -142,7 +143,7 @@ def _models():
     findings = []
     for name, model in MODELS.items():
         if model.origin is None:
-            ships = any((ZOO / name / "unet").glob("*.safetensors"))
+            ships = any(file for part in NAMES for file in (ZOO / name / part).glob("*.safetensors"))
             findings.append((f"model {name}", "ok" if ships else "--", "ships" if ships else f"not in {ZOO / name}"))
     return findings
 

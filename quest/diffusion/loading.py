@@ -50,6 +50,16 @@ def load_pipeline(folder: Path, device="cpu", sampler: str | None = None) -> Dif
             # A text encoder loads in float16, as it is stored. On a CPU, convolutions are 1.5 times as fast with
             # channels innermost, a layout that passes from a layer's weight to its output.
             module.float().eval().to(memory_format=torch.channels_last)
+    if isinstance(pipe, diffusers.DiTPipeline):
+        pipe.transformer.register_forward_pre_hook(_number_of_no_class, with_kwargs=True)
     if sampler is not None and samplers.name_of(pipe.scheduler) != sampler:
         pipe.scheduler = samplers.kind(sampler).from_config(pipe.scheduler.config)
     return pipe.to(device)
+
+
+def _number_of_no_class(transformer, args, kwargs):
+    """`DiTPipeline` says "no class" by 1000, its number among ImageNet's; other transformers have fewer classes."""
+    labels = kwargs.get("class_labels")
+    if labels is not None:
+        kwargs["class_labels"] = labels.clamp(max=transformer.config.num_embeds_ada_norm)
+    return args, kwargs

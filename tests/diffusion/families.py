@@ -95,7 +95,13 @@ def ddpm(_tokenizer):
 
 def dit(_tokenizer):
     transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        num_embeds_ada_norm=10,
     )
     return DiTPipeline(transformer, vae(), DDIMScheduler(), id2label={0: "cat", 1: "dog"})
 
