@@ -21,7 +21,7 @@ from typing import Annotated
 
 import torch
 
-from baselines.method import Count, Iterations, Method, one_of, takes
+from baselines.method import Count, Iterations, Method, Positive, one_of, takes
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
@@ -32,7 +32,7 @@ from quest.quantization.layers import quant_layers
 from quest.quantization.splitting import concatenation_splits
 from quest.quantization.swapping import swap
 
-TRAVEL = 20  # learning rate of alpha times iterations, as published: 1e-3 * 20,000
+TRAVEL = 20  # learning rate of the rounding times its iterations, as published: 1e-3 * 20,000
 STEPS = 20  # sampler calls from which calibration rows are drawn, as published for DDIM
 
 
@@ -45,6 +45,11 @@ class Preset:
     batch: int  # rows of a mini-batch
     activation_lr: float = 4e-4
     nearest_from: int = FLOAT  # layers with at least so many weight bits are rounded to nearest
+    weight_lr: float | None = None  # of the rounding; default: TRAVEL / weight_iterations
+
+    @property
+    def rounding_lr(self) -> float:
+        return TRAVEL / self.weight_iterations if self.weight_lr is None else self.weight_lr
 
 
 PRESETS = {
@@ -60,6 +65,7 @@ class RoundingRecipe:
 
     preset: Annotated[str, one_of(PRESETS)] = "short"
     weight_iterations: Iterations | None = None  # of every unit, without init; default: the preset's
+    weight_lr: Positive | None = None  # of the rounding, without init; default: 20 / weight_iterations, as published
     batch: Count | None = None  # default: the preset's
     keep: Keep | None = None  # layer glob -> minimum bits; default: the first and last layer at 8
     rows: Count = 1024  # of the calibration set, for reconstruction
@@ -145,7 +151,7 @@ def round_weights(student, pipe, drawn: CalibrationSet, recipe: RoundingRecipe) 
         torch.arange(len(drawn), device="cpu"),
         iterations=preset.weight_iterations,
         batch=preset.batch,
-        lr=TRAVEL / preset.weight_iterations,
+        lr=preset.rounding_lr,
         exclude=[name for name, _ in quant_layers(denoiser_of(student)) if name not in learned_layers],
         generator=torch.Generator().manual_seed(recipe.seed),
     )

@@ -10,6 +10,7 @@
 5. Merge: Q(W0 + B A) becomes the weight, so the checkpoint is a plain quantized denoiser.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Step, one_of, takes
+from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Step, Valid, one_of, takes
+from quest.affine import FLOAT, round_ste
 from quest.diffusion.calibration_set import CalibrationSet, guide
 from quest.diffusion.denoisers import denoiser_of
 from quest.learning.alignment import ScaleAdam
@@ -101,6 +103,8 @@ class Recipe:
     lr_update: Positive = 1 / 2500  # of B and A, in units of the layer's mean weight scale
     lr_weight_scale: Positive = 5e-5  # of the logarithm of the weight scales
     lr_scale: Positive = 5e-4  # of the logarithm of the activation scales
+    # Of the activation zero points, in codes; 0: they are fixed. Released: 5e-4.
+    lr_zero_point: Annotated[float, Valid(minimum=0)] = 0.0
     seed: int = 0
 
 
@@ -121,21 +125,21 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     - The logarithms of scales are learned, so that scales stay positive, with Adam's moments for every step. (The
       published rate of weight scales, 1e-6, is 5e-5 relative to a scale of 0.02.)
 
-    Departures from the released code: it also learns a zero point for each step, which is fixed here. Its AdamW keeps
-    moments across the steps, so that one visit moves a scale further. As there, training starts from nearest codes of
-    the whole range (QuEST: from AdaRound). The learning rates have not been searched.
+    Departures from the released code: it also learns a zero point for each step, here only with `lr_zero_point`, and
+    rounded in each iteration. Its AdamW keeps moments across the steps, so that one visit moves a scale further. As
+    there, training starts from nearest codes of the whole range (QuEST: from AdaRound, here `init`).
     Raises FloatingPointError where the loss is not finite.
     """
     keep = KEEP if recipe.keep is None else recipe.keep
     groups = TimeGroups(calibration.timesteps)
     student = swap(pipe, w, a, keep=keep, softmax_bits=recipe.softmax_bits, groups=groups)
     denoiser = denoiser_of(student)
-    layers = dict(quant_layers(denoiser))
     if recipe.init is None:
-        for layer in layers.values():
+        for _, layer in quant_layers(denoiser):
             layer.choose_weight_range(ranges.minmax)
     else:
         load_weights(denoiser, recipe.init)
+    layers = dict(quant_layers(denoiser))  # loading may split some
     for layer in layers.values():
         layer.freeze()
         layer.origin = None  # W0 is what the codes mean
@@ -147,7 +151,10 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     tuned = {n: layer for n, layer in layers.items() if not any(fnmatch(n, glob) for glob in keep)}
     iterations, batch = sizes(recipe)
     multiplier = PRESETS[recipe.preset].lr_multiplier
-    rates = {name: multiplier * getattr(recipe, name) for name in ("lr_update", "lr_weight_scale", "lr_scale")}
+    rates = {
+        name: multiplier * getattr(recipe, name)
+        for name in ("lr_update", "lr_weight_scale", "lr_scale", "lr_zero_point")
+    }
     distil(denoiser, calibration, tuned, replace(recipe, iterations=iterations, batch=batch, **rates))
     return student
 
@@ -162,12 +169,17 @@ def distil(denoiser: nn.Module, calibration: CalibrationSet, tuned: dict[str, Qu
     generator, iterations = torch.Generator().manual_seed(recipe.seed), recipe.iterations
     calls = calibration.calls().unflatten(0, (int(calibration.call.max()) + 1, -1))  # [calls, trajectories, halves]
     updates = {n: add_low_rank(layer, recipe.rank, generator) for n, layer in tuned.items()}
-    scales = ScaleAdam(list(input_quantizers(denoiser).values()))
-    weight_scales = ScaleAdam([layer.weight_quantizer for layer in tuned.values()])
-    for scale in (*scales.scales, *weight_scales.scales):
-        scale.requires_grad_()
+    quantizers = list(input_quantizers(denoiser).values())
+    scales = ScaleAdam([q.scale for q in quantizers])
+    weight_scales = ScaleAdam([layer.weight_quantizer.scale for layer in tuned.values()])
+    shifted = [q for q in quantizers if recipe.lr_zero_point and not (q.spec.symmetric or q.spec.bits == FLOAT)]
+    exact = [q.zero_point.clone() for q in shifted]  # the zero points before they are rounded
+    zero_points = ScaleAdam(exact, log=False, least=-math.inf) if shifted else None
+    for parameter in (*scales.scales, *weight_scales.scales, *exact):
+        parameter.requires_grad_()
     steps = {n: layer.weight_quantizer.scale.detach().mean().item() for n, layer in tuned.items()}
-    learned = [p for u in updates.values() for p in u.parameters()] + scales.scales + weight_scales.scales
+    learned = [p for u in updates.values() for p in u.parameters()]
+    learned += scales.scales + weight_scales.scales + exact
     cost.record(denoiser, "distillation", learned, iterations, recipe.batch)
     adam = torch.optim.AdamW(
         [{"params": list(updates[n].parameters()), "lr": recipe.lr_update * step} for n, step in steps.items()],
@@ -183,22 +195,28 @@ def distil(denoiser: nn.Module, calibration: CalibrationSet, tuned: dict[str, Qu
                 if i % len(calls) == 0:
                     chosen = torch.randperm(calls.shape[1], generator=generator, device="cpu")[: recipe.batch]
                 rows = calls[i % len(calls), chosen]  # [batch, halves]
+                for q, z in zip(shifted, exact, strict=True):
+                    q.zero_point = round_ste(z)
                 prediction = denoiser(**calibration.inputs(rows.flatten())).sample.unflatten(0, rows.shape)
                 target = guide(calibration.target[rows], recipe.guidance)
                 loss = F.mse_loss(guide(prediction, recipe.guidance), target)
                 if not loss.isfinite():
                     raise FloatingPointError(f"distillation, iteration {i}: the loss is {loss.item()}; lower lr_scale")
-                for optimizer in (adam, scales, weight_scales):
+                for optimizer in filter(None, (adam, scales, weight_scales, zero_points)):
                     optimizer.zero_grad()
                 loss.backward()
                 adam.step()
                 group = denoiser.time_groups.index(calibration.timestep[rows[0, :1]]).item()
                 scales.step(group, recipe.lr_scale * (1 - i / iterations))
                 weight_scales.step(0, recipe.lr_weight_scale * (1 - i / iterations))
+                if zero_points:
+                    zero_points.step(group, recipe.lr_zero_point * (1 - i / iterations))
                 decay.step()
                 bar.set_postfix(loss=f"{loss.item():.2e}", refresh=False)
     finally:
         denoiser.requires_grad_(False)
+        for q, z in zip(shifted, exact, strict=True):
+            q.zero_point = z.detach().round()
     for layer in tuned.values():
         layer.freeze()
 
@@ -219,7 +237,7 @@ def distil_all(student, pipe, calibration: CalibrationSet, model, iterations: in
 METHOD = Method(
     "efficient-dm",
     quantize,
-    about="EfficientDM: low-rank updates and a scale for each step, distilled; zero points are not learned",
+    about="EfficientDM: low-rank updates and a scale for each step, distilled; zero points are learned on request",
     work=work,
     steps={"distillation": Step(distil_all, ("distillation",))},
     paper=Paper(

@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from baselines.adaround import TRAVEL, Preset, RoundingRecipe, preset_of, rounding_work, uniform, uniform_rows
+from baselines.adaround import Preset, RoundingRecipe, preset_of, rounding_work, uniform, uniform_rows
 from baselines.method import Bits, Count, Method, Paper, Step, one_of, takes
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
@@ -115,7 +115,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
             torch.arange(len(drawn), device="cpu"),
             iterations=preset.weight_iterations,
             batch=preset.batch,
-            lr=TRAVEL / preset.weight_iterations,
+            lr=preset.rounding_lr,
             exclude=[n for n, _ in quant_layers(denoiser) if n not in others],
             generator=generator,
         )
@@ -155,7 +155,7 @@ def reconstruct(
             len(t),
             iterations=preset.weight_iterations,
             batch=preset.batch,
-            lr=TRAVEL / preset.weight_iterations,
+            lr=preset.rounding_lr,
             generator=generator,
         )
     learned = [layer.weight for layer in layers.values()]

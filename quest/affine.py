@@ -327,24 +327,26 @@ class _FakeQuantize(torch.autograd.Function):
         # Clamping before the zero point is added gives the values of equation 2 with two passes fewer.
         low, high = qmin - zero_point, qmax - zero_point
         v = x / scale
-        wants_x, wants_scale = ctx.needs_input_grad[:2]
-        if not (wants_x or wants_scale):
+        wants_x, wants_scale, wants_zero = ctx.needs_input_grad[:3]
+        if not (wants_x or wants_scale or wants_zero):
             return clamp_(v.round_(), low, high).mul_(scale)
         q = v.round()
         codes = torch.minimum(torch.maximum(q, low), high)
         inside = codes == q
         # d x~ / d scale: round(v) - v inside the range, clipped code less zero point outside.
         slope = torch.where(inside, q.sub_(v), codes) if wants_scale else None
-        ctx.save_for_backward(inside, slope)
+        ctx.save_for_backward(inside, slope, scale if wants_zero else None)
         ctx.shape = scale.shape
         return codes.mul_(scale)
 
     @staticmethod
     def backward(ctx, grad):
-        inside, slope = ctx.saved_tensors
+        inside, slope, scale = ctx.saved_tensors
         grad_x = torch.where(inside, grad, 0.0) if ctx.needs_input_grad[0] else None
         grad_scale = (grad * slope).sum_to_size(ctx.shape) if slope is not None else None
-        return grad_x, grad_scale, None, None, None
+        # d x~ / d zero point: 0 inside the range, where code and zero point cancel, and -scale outside.
+        grad_zero = (torch.where(inside, 0.0, -grad) * scale).sum_to_size(ctx.shape) if scale is not None else None
+        return grad_x, grad_scale, grad_zero, None, None
 
 
 class _FusedFakeQuantize(torch.autograd.Function):
@@ -362,7 +364,9 @@ class _FusedFakeQuantize(torch.autograd.Function):
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         grad_x, grad_scale = calls.fake_quantize_backward(x, grad, ctx.range)
-        return grad_x, grad.new_tensor(grad_scale) if ctx.needs_input_grad[1] else None, None, None, None
+        wants_scale, wants_zero = ctx.needs_input_grad[1:3]
+        grad_zero = (grad_x - grad).sum() * ctx.range[0] if wants_zero else None  # see `_FakeQuantize`
+        return grad_x, grad.new_tensor(grad_scale) if wants_scale else None, grad_zero, None, None
 
 
 def _fusible(x: Tensor, scale: Tensor) -> bool:
@@ -381,7 +385,8 @@ def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
 
     Gradients: straight through to x inside the clipping range, none outside; to the scale that of LSQ
     (arXiv:1902.08153, equation 3) without its 1 / sqrt(N Qp) factor, as automatic differentiation of equations 2-3
-    gives. The zero point has no gradient.
+    gives. A zero point that requires a gradient gets that of equation 2: -scale times the sum of the gradients of the
+    values outside the range. It has to be a whole number (`round_ste`).
     """
     scale, zero_point, spec = measured(x, qparams)
     if spec.bits == FLOAT:

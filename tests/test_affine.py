@@ -82,13 +82,14 @@ def test_fake_quantize_is_quantize_then_dequantize(axis, shape, symmetric):
     upstream = torch.randn(x.shape, generator=g)
     results = []
     for f in (fake_quantize, lambda x, q: quantize(x, q).dequantize()):
-        x_, s_ = x.clone().requires_grad_(), scale.clone().requires_grad_()
-        y = f(x_, QParams(s_, zero_point, QuantSpec(4, symmetric, axis)))
+        x_, s_, z_ = (tensor.clone().requires_grad_() for tensor in (x, scale, zero_point))
+        y = f(x_, QParams(s_, z_, QuantSpec(4, symmetric, axis)))
         y.backward(upstream)
-        results.append((y.detach(), x_.grad, s_.grad))
+        results.append((y.detach(), x_.grad, s_.grad, z_.grad))
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-6, atol=0)
-    torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-4, atol=1e-3)
+    for ours, theirs in zip(results[0][2:], results[1][2:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
     with torch.no_grad():
         assert torch.equal(fake_quantize(x, QParams(scale, zero_point, QuantSpec(4, symmetric, axis))), results[0][0])
 

@@ -88,7 +88,7 @@ def align(
     """
     weights = [p.requires_grad_() for parameters in learned.values() for p in parameters]
     adam = torch.optim.Adam(weights, lr=stage.lr_weight, fused=True)
-    adam_scales = ScaleAdam(stage.scales, log=log_scales)
+    adam_scales = ScaleAdam([q.scale for q in stage.scales], log=log_scales)
     for scale in adam_scales.scales:
         scale.requires_grad_()
     groups = denoiser.time_groups
@@ -202,15 +202,22 @@ def scheduled(
 
 
 class ScaleAdam:
-    """Adam on activation scales, with moments and step count of its own for every time group.
+    """Adam on activation scales [T, ...], with moments and step count of its own for every time group.
 
     One Adam over scale [T] would go on moving idle groups by their stale momentum. log: on the logarithm of the scales,
-    which keeps them positive; else on the scales themselves, which are then held above zero (the released code lets
-    them pass through it).
+    which keeps them positive; else on the scales themselves, which are then held above `least` (the released code lets
+    them pass through zero).
     """
 
-    def __init__(self, quantizers: list[Quantizer], betas: tuple[float, float] = (0.9, 0.999), *, log: bool = True):
-        self.scales = [q.scale for q in quantizers]
+    def __init__(
+        self,
+        scales: list[Tensor],
+        betas: tuple[float, float] = (0.9, 0.999),
+        *,
+        log: bool = True,
+        least: float = EPS,
+    ):
+        self.scales, self.least = scales, least
         # The scales of a group side by side: one vector to move, whatever the number and the shapes of the quantizers.
         self.sizes = [s[0].numel() for s in self.scales]
         self.steps = [0] * len(self.scales[0])
@@ -243,6 +250,6 @@ class ScaleAdam:
         mean = self.mean[group].lerp_(grad, 1 - b1)
         square = self.square[group].lerp_(grad.square(), 1 - b2)
         move = lr * (mean / (1 - b1**n)) / ((square / (1 - b2**n)).sqrt_() + self.eps)
-        scale = scale * torch.exp(-move) if self.log else (scale - move).clamp_(min=EPS)
+        scale = scale * torch.exp(-move) if self.log else (scale - move).clamp_(min=self.least)
         for s, moved in zip(self.scales, scale.split(self.sizes), strict=True):
             s[group] = moved.reshape(s.shape[1:])

@@ -90,6 +90,34 @@ def test_divergence_names_stage_and_iteration(uncond_pipe, uncond_calibration):
         efficient_dm.quantize(uncond_pipe, uncond_calibration, 4, 4, iterations=2, lr_update=float("inf"), **FAST)
 
 
+def test_zero_points_are_learned_and_stay_whole_numbers(runs, uncond_pipe, uncond_calibration):
+    learned = efficient_dm.quantize(
+        uncond_pipe, uncond_calibration, 4, 4, iterations=24, lr_update=1 / 250, lr_zero_point=0.05, **FAST
+    )
+    before, after = input_quantizers(runs[0].unet), input_quantizers(learned.unet)
+    moved = [name for name, q in after.items() if not torch.equal(q.zero_point, before[name].zero_point)]
+    assert len(moved) > len(after) / 4, moved
+    for name, q in after.items():
+        assert torch.equal(q.zero_point, q.zero_point.round()) and not q.zero_point.requires_grad, name
+        assert torch.equal(runs[1].unet.get_submodule(name).zero_point, before[name].zero_point), name
+    assert learned.unet.stages[0]["parameters"] > runs[1].unet.stages[0]["parameters"]
+
+
+def test_it_starts_from_weights_that_are_split(class_pipe, class_calibration, tmp_path):
+    """Loading them replaces layers, of which the new ones are learned."""
+    rounded = quest.quantize(class_pipe, "adaround", "w4a32", calibration=class_calibration, weight_iterations=0)
+    quest.save(rounded, tmp_path / "start.safetensors", floats=True)
+    recipe = dict(FAST, init=str(tmp_path / "start.safetensors"), guidance=3.0, lr_update=1 / 250)
+    start, end = (
+        quest.quantize(class_pipe, "efficient-dm", "w4a4", calibration=class_calibration, iterations=n, **recipe).unet
+        for n in (0, 3)
+    )
+    halves = [name for name, _ in quant_layers(end) if name.endswith(".skip")]
+    assert halves
+    for name in halves:
+        assert not torch.equal(start.get_submodule(name).float_weight, end.get_submodule(name).float_weight), name
+
+
 def test_unknown_preset(uncond_pipe, uncond_calibration):
     with pytest.raises(ValueError, match="preset.*full, short"):
         quest.quantize(uncond_pipe, "efficient-dm", "w4a4", calibration=uncond_calibration, preset="medium")

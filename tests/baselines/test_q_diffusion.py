@@ -240,3 +240,15 @@ def test_the_two_presets():
 def test_wrong_names(wrong, said, uncond_pipe, uncond_calibration):
     with pytest.raises(ValueError, match=said):
         quest.quantize(uncond_pipe, "q-diffusion", "w4a8", calibration=uncond_calibration, **wrong)
+
+
+def test_the_rate_of_the_rounding_is_the_published_travel_unless_a_recipe_sets_it(uncond_pipe, uncond_calibration):
+    def codes(**recipe):
+        student = adaround.quantize(
+            uncond_pipe, uncond_calibration, 4, 32, rows=8, batch=4, weight_iterations=2, **recipe
+        )
+        return [layer.float_weight for _, layer in quant_layers(student.unet)]
+
+    by_default, same, slow = codes(), codes(weight_lr=10.0), codes(weight_lr=1e-3)
+    assert all(map(torch.equal, by_default, same))
+    assert not all(map(torch.equal, by_default, slow))

@@ -15,7 +15,7 @@ def test_idle_groups_do_not_move():
     quantizer = Quantizer(QuantSpec(4), groups=groups)
     quantizer.scale.data[:] = torch.tensor([1.0, 2.0, 3.0])
     quantizer.scale.requires_grad_()
-    adam = ScaleAdam([quantizer])
+    adam = ScaleAdam([quantizer.scale])
 
     def step(group, gradient):
         quantizer.scale.grad = torch.zeros(3)
@@ -38,7 +38,7 @@ def test_scales_move_as_by_one_adam_for_each_group_and_quantizer():
         q.scale.data = torch.rand(q.scale.shape, generator=g) + 0.1
     logarithms = [[q.scale[i].log().requires_grad_() for q in quantizers] for i in range(2)]
     expected = [torch.optim.Adam(logs, lr=0.1, eps=1e-12) for logs in logarithms]
-    adam = ScaleAdam(quantizers)
+    adam = ScaleAdam([q.scale for q in quantizers])
     for group in (0, 1, 1, 0, 1):
         for q, log in zip(quantizers, logarithms[group], strict=True):
             q.scale.grad = torch.zeros_like(q.scale)
@@ -54,7 +54,7 @@ def test_scales_move_as_by_one_adam_for_each_group_and_quantizer():
 def test_scales_stay_positive_under_large_steps():
     quantizer = Quantizer(QuantSpec(4))
     quantizer.scale.data.fill_(0.01)
-    adam = ScaleAdam([quantizer])
+    adam = ScaleAdam([quantizer.scale])
     for _ in range(100):
         quantizer.scale.grad = torch.ones(1)
         adam.step(0, 0.5)
@@ -107,7 +107,7 @@ def test_plain_scales_move_as_by_adam_and_stay_above_zero():
     quantizer = Quantizer(QuantSpec(4))
     quantizer.scale.data.fill_(0.5)
     expected = quantizer.scale.detach().clone().requires_grad_()
-    adam, reference = ScaleAdam([quantizer], log=False), torch.optim.Adam([expected], lr=0.01)
+    adam, reference = ScaleAdam([quantizer.scale], log=False), torch.optim.Adam([expected], lr=0.01)
     for gradient in (1.0, -3.0, 2.0):
         quantizer.scale.grad = expected.grad = torch.tensor([gradient])
         adam.step(0, 0.01)
