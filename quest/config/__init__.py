@@ -170,6 +170,13 @@ def validate(config: dict) -> None:
         _check_ablations(config)
     for run in [*runs(config), *seed_runs(config), *ablation_runs(config)]:
         _check_time_groups(config, run, models[run.model])
+    if "search" in config:
+        from quest.config import searched
+
+        _check_cells("search", {"model": [], "method": [], "bits": [config["search"]["bits"]]}, config)
+        searched.check(config)
+        for changed, run in searched.variants(config):
+            _check_time_groups(changed, run, models[run.model])
 
 
 def _check_time_groups(config: dict, run: Run, model) -> None:

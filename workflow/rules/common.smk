@@ -23,6 +23,7 @@ from quest.config import (
     validate,
 )
 from quest.config.schema import renamed
+from quest.config.searched import starts as search_starts
 from quest.config.settled import settled_runs, told
 from quest.diffusion.declared import PROTOCOL, of_config
 from quest.diffusion.nulls import KINDS
@@ -51,7 +52,8 @@ SEED_RUNS = seed_runs(config)
 ABLATION_RUNS = ablation_runs(config)
 SETTLE_RUNS = settled_runs(config, SEEDS)
 STARTED = round(time.time())
-STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS + ABLATION_RUNS + SETTLE_RUNS)
+SEARCH_STARTS = search_starts(config) if "search" in config else []
+STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS + ABLATION_RUNS + SETTLE_RUNS) + SEARCH_STARTS
 METHODS = [*config["methods"], *config.get("ablations", {}).get("rows", {})]
 # {model, bits}: the cell whose questions need finetuning. Properties are measured on every model.
 QUESTIONS = config.get("questions", {})

@@ -1,48 +1,137 @@
-"""Compare recipes of one method on held-out trajectories. The presets were chosen with it, see results/LOG.md.
+"""Try recipes of several methods on held-out trajectories, in as many seconds for each. Presets are chosen with it.
 
-The trajectories are those of the validation seeds, which nothing else uses. It prints a row per recipe, the best last.
+Every recipe is judged by the error of the (guided) noise prediction on trajectories of the validation seeds, which
+nothing else uses, and by the latent MSE of images of the same seeds. The first recipe of a row is what ships. A row
+gets no further one when it had as many as every other, or when its processor seconds are spent; the first is not
+counted. Then the best recipe of the row and what ships run with further quantization seeds, each of which has its own
+calibration trajectories and starting points.
+
+The log has a line per trial and is written anew after each. A trial that it has already is not run again.
 """
 
 import json
+import math
 import time
 from pathlib import Path
 
 from quest.runtime import command_line
 
+KEYS = ("model", "method", "bits", "seed", "recipe")  # what a trial is known by
+
 
 def main() -> None:
-    parser = command_line.parser(__doc__, "model", "method", "bits", "calibration", "threads")
-    parser.add_argument("recipes", type=json.loads, help='JSON list of keyword arguments, e.g. [{}, {"samples": 64}]')
-    parser.add_argument("--validation", type=Path, required=True, help="validation trajectories; sampled if missing")
-    parser.add_argument("-n", type=int, default=16, help="validation trajectories (default %(default)s)")
+    parser = command_line.parser(__doc__, "threads")
+    parser.add_argument("folder", type=Path, help="results of the config: calibration sets and starting points")
+    parser.add_argument("--config", type=json.loads, required=True, help="JSON of name, models, methods and search")
+    parser.add_argument("--log", type=Path, required=True, help="table of all trials, which this script extends")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="table of what was found, Markdown")
     arguments = parser.parse_args()
 
     import torch
 
-    import quest
-    from quest.diffusion.calibration_set import CalibrationSet, collect
-    from quest.diffusion.models import get
-    from quest.metrics.noise_prediction import eps_error
+    from quest.config.searched import trials
+    from quest.report import searches
+    from quest.runtime.files import atomic
 
     torch.set_num_threads(arguments.threads)
-    model = get(arguments.model)
-    pipe = model.load()
-    if not arguments.validation.exists():
-        collect(pipe, model, "validation", arguments.n).save(arguments.validation)
-    validation = CalibrationSet.load(arguments.validation)
-    calibration = CalibrationSet.load(arguments.calibration)
-    rows = []
-    for recipe in arguments.recipes:
-        start = time.perf_counter()
-        q = quest.quantize(pipe, arguments.method, arguments.bits, calibration=calibration, **recipe)
-        seconds = time.perf_counter() - start
-        errors = eps_error(q, validation)[0].mean(1)  # [trajectories]
-        deviation = errors.std() / len(errors) ** 0.5
-        rows.append((errors.mean().item(), deviation.item(), seconds, json.dumps(recipe)))
-        print("{:.5f} +- {:.5f}  {:.0f} s  {}".format(*rows[-1]), flush=True)
-    print("in order:")
-    for row in sorted(rows, reverse=True):
-        print("{:.5f} +- {:.5f}  {:.0f} s  {}".format(*row))
+    block = arguments.config["search"]
+    rows = searches.read(arguments.log)
+
+    def run(bench, row: str, changes: dict, seed: int) -> dict:
+        """The line of a trial, from the log where it has it."""
+        names = bench.names(row, changes, seed)
+        known = [line for line in rows if all(str(line[key]) == str(names[key]) for key in KEYS)]
+        if not known:
+            rows.append(names | bench.measure(row, changes, seed))
+            searches.write(arguments.log, rows)
+            print(json.dumps(rows[-1]), flush=True)
+        return (known or rows[-1:])[0]
+
+    for model in arguments.config["models"]:
+        bench = Bench(arguments.config, arguments.folder, model)
+        for row in block["methods"]:
+            done: list[tuple[dict, dict]] = []
+            for changes in trials(arguments.config, row):
+                if sum(float(line["seconds"]) for _, line in done[1:]) < block["seconds"]:
+                    done.append((changes, run(bench, row, changes, 0)))
+            best, _ = min(done, key=lambda one: searches.objective(one[1]))
+            for seed in block["seeds"] if best else []:
+                for changes in ({}, best):
+                    run(bench, row, changes, seed)
+    with atomic(arguments.output) as file:
+        file.write_text("\n\n".join(table.markdown() for table in searches.tables(rows)) + "\n", encoding="utf-8")
+
+
+class Bench:
+    """One model, full precision's held-out trajectories and latents, and what measures a recipe on them."""
+
+    def __init__(self, config: dict, folder: Path, model: str):
+        from quest.diffusion.calibration_set import collect
+        from quest.diffusion.models import get
+
+        self.config, self.folder, self.model = config, folder, get(model)
+        self.pipe = self.model.load()
+        settings = config["models"][model]
+        self.images = settings["images"]
+        self.held_out = collect(self.pipe, self.model, "validation", settings.get("evaluation", 16))
+        self.latents = self.sampled(self.pipe)
+
+    def sampled(self, pipe):
+        import torch
+
+        from quest.diffusion.sampling import generate
+
+        return torch.cat([latents for _, latents, _ in generate(pipe, self.model, "validation", self.images)])
+
+    def names(self, row: str, changes: dict, seed: int) -> dict:
+        from quest.config.searched import cell
+
+        run = cell(self.config, self.model.name, row, seed)
+        told = {"model": run.model, "method": row, "bits": run.bits, "seed": seed}
+        return told | {"recipe": json.dumps(changes, sort_keys=True)}
+
+    def measure(self, row: str, changes: dict, seed: int) -> dict:
+        """What a trial shows, what it took, and where it ran."""
+        import quest
+        from baselines import METHODS
+        from quest.config import parse_bits, recipe_of, start_of
+        from quest.config.searched import cell, with_changes
+        from quest.diffusion.calibration_set import CalibrationSet
+        from quest.metrics.noise_prediction import eps_errors
+        from quest.quantization.header import read as read_header
+        from quest.runtime.provenance import provenance
+
+        config, run = with_changes(self.config, row, changes), cell(self.config, self.model.name, row, seed)
+        registered, recipe = recipe_of(config, run.method)
+        recipe = self.model.recipe(METHODS[registered].quantize, parse_bits(run.bits)[1]) | recipe
+        if start := start_of(config, run):
+            recipe["init"] = str(self.folder / start.path / "model.safetensors")
+        draw = f"-{seed}" if seed else ""
+        calibration = CalibrationSet.load(self.folder / self.model.name / f"calibration{draw}.safetensors")
+        made, note, began = self.folder / run.path / "model.safetensors", "", time.process_time()
+        try:
+            if not changes and made.exists():  # a starting point of others
+                student, seconds = quest.load(self.pipe, made, "reference"), read_header(made)["seconds"]
+                note = "wall time of the workflow's job"
+            else:
+                student = quest.quantize(self.pipe, registered, run.bits, calibration=calibration, **recipe)
+                seconds = round(time.process_time() - began, 1)
+        except FloatingPointError as error:
+            student, seconds, note = None, round(time.process_time() - began, 1), f"diverged; {error}"
+        shown = dict.fromkeys(("guided_eps_error", "deviation", "eps_error", "latent_mse"), math.nan)
+        if student is not None:
+            errors, guided, _ = eps_errors(student, self.held_out, self.model.guidance)
+            of_trajectory = (errors if guided is None else guided).mean(1)
+            shown = {
+                "guided_eps_error": "" if guided is None else round(guided.mean().item(), 5),
+                "deviation": round(of_trajectory.std().item() / len(of_trajectory) ** 0.5, 5),
+                "eps_error": round(errors.mean().item(), 5),
+                "latent_mse": round((self.sampled(student) - self.latents).square().mean().item(), 4),
+            }
+        job = provenance()
+        where = {"commit": (job["commit"] or "")[:7] + ("+" if job["dirty"] else "")}
+        where |= {"machine": job["machine"]["cpu"], "isa": (job["core"] or {}).get("isa", ""), "date": job["date"]}
+        return shown | {"seconds": seconds, "note": note} | where
 
 
 if __name__ == "__main__":
