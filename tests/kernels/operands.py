@@ -1,6 +1,7 @@
 """Random codes and their exact products: what tests of every kernel on integers start from."""
 
 import torch
+from torch import Tensor
 
 from quest.affine import QParams, QTensor, QuantSpec, quantize
 
@@ -24,3 +25,17 @@ def exact(x, qparams, w: QTensor, operation):
     """Sums of products of codes less zero point, in float64 and so exact."""
     q = quantize(x, qparams)
     return operation((q.codes - q.zero_point).double(), (w.codes - w.zero_point).double())
+
+
+def poison(monkeypatch):
+    """What is not written shows: new tensors of floats start as NaN."""
+
+    def poisoned(make):
+        def made(*args, **kwargs):
+            new = make(*args, **kwargs)
+            return new.fill_(torch.nan) if new.is_floating_point() else new
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))

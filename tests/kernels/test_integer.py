@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from operands import activation, exact, weight
-from torch import Tensor
+from operands import activation, exact, poison, weight
 from torch.nn import functional as F
 
 from quest import kernels
@@ -22,20 +21,6 @@ pytestmark = [
     ),
     pytest.mark.usefixtures("no_gradients"),
 ]
-
-
-def poison(monkeypatch):
-    """What is not written shows: new tensors of floats start as NaN."""
-
-    def poisoned(make):
-        def made(*args, **kwargs):
-            new = make(*args, **kwargs)
-            return new.fill_(torch.nan) if new.is_floating_point() else new
-
-        return made
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)])
@@ -329,6 +314,7 @@ def groups(spec: QuantSpec, *zero_points: float) -> QParams:
 
 
 PER_CHANNEL = QuantSpec(8, axis=0)
+SAME = {"groups": 1, "padding": (1, 1)}
 
 
 @pytest.mark.parametrize(
@@ -347,6 +333,9 @@ PER_CHANNEL = QuantSpec(8, axis=0)
         (PER_CHANNEL, groups(QuantSpec(8), 0.0)._replace(scale=-torch.ones(1)), {}, "input: scales are not positive"),
         (PER_CHANNEL, groups(QuantSpec(8), 0.0), {"groups": 2, "padding": (1, 1)}, "grouped"),
         (PER_CHANNEL, groups(QuantSpec(8), 0.0), {"groups": 1, "padding": "same"}, "by name"),
+        (PER_CHANNEL, groups(QuantSpec(8, axis=1, rows="token"), 0.0), SAME, "token, of a convolution"),
+        (PER_CHANNEL, groups(QuantSpec(8, axis=1, rows="tensor", group=4), 0.0), SAME, "per tensor in groups of 4"),
+        (PER_CHANNEL, groups(QuantSpec(8, axis=-1, rows="tensor"), 0.0), SAME, "input: scales dynamic per tensor"),
     ],
 )
 def test_what_is_not_exact_is_refused(spec, qparams, conv, reason):
@@ -389,6 +378,7 @@ def test_operators():
     torch.library.opcheck(integer._conv2d_op, (x, w, b, scale, z, 0, 255, [1, 1], [1, 1], [1, 1], residual))
     w = integer.pack(weight(10, 6, bits=8))
     torch.library.opcheck(integer._linear_op, (torch.randn(3, 4, 6), w, b, scale, z, 0, 255, True, None))
+    torch.library.opcheck(integer._linear_op, (torch.randn(3, 4, 6), w, b, scale, z, 0, 255, False, None, 1))
     rows = [torch.randn(2, 3, 5, 8) for _ in range(3)]
     limits = [0, 255] * 4
     torch.library.opcheck(integer._attention_op, (*rows, [scale] * 4, [z, z, z, torch.tensor(0.0)], limits, 0.3))

@@ -248,6 +248,19 @@ def test_layers_that_are_refused_stay_on_the_reference(uncond_pipe, uncond_calib
     assert (on_integers - e).square().mean() < 0.5 * (e - uncond_calibration.target[:2]).square().mean()
 
 
+def test_dynamic_scales_of_samples(text_pipe, text_calibration):
+    """All layers run on integers, in fused blocks too; the products of attention do not."""
+    q = quest.quantize(text_pipe, "dynamic", "w8a8", calibration=text_calibration, dynamic="tensor")
+    refused = place(q.unet, "integer").refused
+    assert set(refused) == {f"{n}.processor" for n, _ in attentions(q.unet)}
+    assert set(refused.values()) == {"q: scales dynamic per tensor"}
+    inputs = text_calibration.inputs(torch.arange(3))
+    on_integers = q.unet(**inputs).sample
+    place(q.unet, "reference")
+    e = q.unet(**inputs).sample
+    assert 0 < (on_integers - e).square().mean() < 0.5 * (e - text_calibration.target[:3]).square().mean()
+
+
 def test_deviation_from_the_reference(placed, monkeypatch):
     pipes, calibration = placed("uncond")
     denoiser = pipes["integer"].unet

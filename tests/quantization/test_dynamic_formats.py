@@ -189,10 +189,10 @@ def test_time_groups_are_refused(uncond_pipe):
 
 @pytest.mark.parametrize("kernel", ["integer", "triton"])
 def test_other_kernels_refuse_them_by_name(kernel):
-    layer = dynamic_layer(nn.Linear(6, 5), QuantSpec(4, axis=-1, rows="token", group=16))
+    layer = dynamic_layer(nn.Linear(6, 5), QuantSpec(4, axis=-1, rows="token", group=4))
     parameters = layer.input_quantizer.qparams
     said = get(kernel).supports(layer.qweight, layer.weight_quantizer.spec, parameters)
-    assert said == "input: scales dynamic per token in groups of 16"
+    assert said == "input: scales dynamic per token in groups of 4"
     static = QParams(*CLIP, QuantSpec(8))
     said = get(kernel).supports_attention(static, static, QParams(*CLIP, QuantSpec(8, axis=-2, rows="token")), static)
     assert said == "v: scales dynamic per token"
@@ -253,9 +253,9 @@ def test_save_and_load(student, class_pipe, class_calibration, tmp_path):
         assert torch.equal(loaded.unet(**inputs).sample, expected)
     for name, q in input_quantizers(loaded.unet).items():
         assert q.spec == student.unet.get_submodule(name).spec
-    if core.available():  # no kernel but the reference computes them, and the placement says so
+    if core.available():  # no kernel but the reference computes these, and the placement says so
         refused = place(loaded.unet, "integer").refused
-        assert refused["conv_in"] == "input: scales dynamic per token in groups of 16"
+        assert refused["conv_in"].startswith("input: scales dynamic per token in groups of 16")
         assert refused["down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor"].startswith(
             "q: scales dynamic"
         )

@@ -181,8 +181,8 @@ def idle(dropout: nn.Module) -> bool:
     return type(dropout) is nn.Dropout and not (dropout.training and dropout.p)
 
 
-def _range(quantizer: nn.Module) -> tuple[float, float, float]:
-    """Return scale, and lowest and highest code minus zero point, of the current time group."""
+def _range(quantizer: nn.Module) -> calls.Range:
+    """Return the range of the current time group."""
     number, spec = 0 if quantizer.groups is None else quantizer.groups.number, quantizer.spec
     scale, zero_point = quantizer.scale[number].item(), quantizer.zero_point[number].item()
-    return scale, spec.qmin - zero_point, spec.qmax - zero_point
+    return scale, spec.qmin - zero_point, spec.qmax - zero_point, calls.DYNAMIC[spec.rows]

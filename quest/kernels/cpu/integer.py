@@ -9,6 +9,9 @@ bias are applied to the sum. For a linear layer with 4-bit weights and 8-bit inp
 
 Results differ from the reference's only by the rounding of its float sums, about 1e-7 of the largest output. In
 attention, such a difference in a score can move a probability to the neighbouring code.
+
+Scales of a dynamic format are computed from each row or sample before it is quantized. A sum over inputs of different
+scales is not one sum of integers. So in a convolution of more than one pixel, a token must not have a scale of its own.
 """
 
 import torch
@@ -43,7 +46,7 @@ def supports(weight: QTensor, weight_spec: QuantSpec, input: QParams, **conv) ->
     """
     if conv and (conv["groups"] != 1 or isinstance(conv["padding"], str)):
         return "grouped convolution" if conv["groups"] != 1 else "padding given by name"
-    if reason := _format(weight_spec, "weight") or _format(input.spec, "input"):
+    if reason := _format(weight_spec, "weight") or _format(input.spec, "input") or _rows(weight, input.spec, **conv):
         return reason
     if weight_spec.axis not in (None, 0) or not weight.codes.numel():
         return "weight: one scale per input" if weight.codes.numel() else "weight: without values"
@@ -70,6 +73,8 @@ def supports_attention(q: QParams, k: QParams, v: QParams, p: QParams) -> str | 
     for name, qparams in zip("qkvp", (q, k, v, p), strict=True):
         if reason := _format(qparams.spec, name) or _too_large(qparams.zero_point, qparams.spec, name):
             return reason
+        if qparams.spec.dynamic:
+            return f"{name}: scales {qparams.spec.granularity}"
         if reason := _scales(qparams.scale, name):
             return reason
         if (codes := qparams.spec.qmax - qparams.spec.qmin + 1) > 256:  # "wide" ones of 8 bits
@@ -84,18 +89,28 @@ def supports_attention(q: QParams, k: QParams, v: QParams, p: QParams) -> str | 
 def _format(spec: QuantSpec, what: str) -> str | None:
     if spec.bits == FLOAT:
         return f"{what} in float"
-    if spec.dynamic:
-        return f"{what}: scales {spec.granularity}"
     if spec.table is not None:
         return f"{what}: codes of {spec.table}"
-    if spec.group is not None:
+    if spec.group is not None and not spec.dynamic:
         return f"{what}: scales in groups of {spec.group}"
     if spec.symmetric and what == "weight":
         return "weight: signed codes"  # codes are packed without a sign; activations are not packed
     if spec.bits > 8:
         return f"{what}: {spec.bits} bits, more than 8"
-    if what != "weight" and spec.axis is not None:
+    if what != "weight" and spec.axis is not None and not spec.dynamic:
         return f"{what}: one scale per channel, which lies on the axis that is summed"
+    return None
+
+
+def _rows(weight: QTensor, spec: QuantSpec, **conv) -> str | None:
+    """Return why scales of rows cannot be factors of sums of integers; None if they can, and for a static format."""
+    if not spec.dynamic:
+        return None
+    channels, pixels = weight.shape[1], weight.numel() // weight.shape[0] // weight.shape[1]
+    if spec.block_scale is not None or spec.scales(channels) > 1 or spec.axis != (1 if conv else -1):
+        return f"input: scales {spec.granularity}"
+    if spec.rows == "token" and (pixels > 1 or conv and any(conv["padding"])):
+        return f"input: scales {spec.granularity}, of a convolution of several pixels"
     return None
 
 
@@ -148,8 +163,8 @@ def linear(
     to the result; a gated layer takes none.
     """
     scale, zero_point, spec = qparams
-    limits = spec.qmin, spec.qmax
-    return run(_linear, "integer_linear", x, weight, bias, scale, zero_point, *limits, gated, residual)
+    limits, dynamic = (spec.qmin, spec.qmax), calls.DYNAMIC[spec.rows]
+    return run(_linear, "integer_linear", x, weight, bias, scale, zero_point, *limits, gated, residual, dynamic)
 
 
 def conv2d(
@@ -169,10 +184,8 @@ def conv2d(
     residual [N, O, H', W'] is added to the result.
     """
     scale, zero_point, spec = qparams
-    limits = spec.qmin, spec.qmax
-    return run(
-        _conv2d, "integer_conv2d", x, weight, bias, scale, zero_point, *limits, stride, padding, dilation, residual
-    )
+    values = scale, zero_point, spec.qmin, spec.qmax, stride, padding, dilation, residual, calls.DYNAMIC[spec.rows]
+    return run(_conv2d, "integer_conv2d", x, weight, bias, *values)
 
 
 def attention(
@@ -231,18 +244,20 @@ def _limits(scale, zero_point, qmin: int, qmax: int) -> calls.Limits:
     return float(scale), qmin - z, qmax - z
 
 
-def _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual):
-    return calls.linear(x, weight, bias, _limits(scale, zero_point, qmin, qmax), gated, residual)
+def _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual, dynamic=0):
+    limits = *_limits(scale, zero_point, qmin, qmax), dynamic
+    return calls.linear(x, weight, bias, limits, gated, residual)
 
 
-def _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation, residual):
-    limits = _limits(scale, zero_point, qmin, qmax)
+def _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation, residual, dynamic=0):
+    limits = *_limits(scale, zero_point, qmin, qmax), dynamic
     return calls.conv2d(x, weight, bias, limits, stride, padding, dilation, residual)
 
 
 def _attention(q, k, v, scales, zero_points, limits, scale):
-    each = [_limits(s, z, *limits[2 * i : 2 * i + 2]) for i, (s, z) in enumerate(zip(scales, zero_points, strict=True))]
-    return calls.attention(q, k, v, [number for limit in each for number in limit], scale)
+    each = enumerate(zip(scales, zero_points, strict=True))
+    ranges = [(*_limits(s, z, *limits[2 * i : 2 * i + 2]), 0) for i, (s, z) in each]
+    return calls.attention(q, k, v, ranges, scale)
 
 
 @torch.library.custom_op("quest::integer_linear", mutates_args=())
@@ -256,12 +271,13 @@ def _linear_op(
     qmax: int,
     gated: bool,
     residual: Tensor | None,
+    dynamic: int = 0,
 ) -> Tensor:
-    return _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual)
+    return _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual, dynamic)
 
 
 @_linear_op.register_fake
-def _(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual):
+def _(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual, dynamic=0):
     return x.new_empty((*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0]))
 
 
@@ -278,8 +294,9 @@ def _conv2d_op(
     padding: list[int],
     dilation: list[int],
     residual: Tensor | None,
+    dynamic: int = 0,
 ) -> Tensor:
-    return _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation, residual)
+    return _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation, residual, dynamic)
 
 
 _conv2d_op.register_fake(fake_conv2d)

@@ -49,12 +49,14 @@ def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str
 def supports(weight: QTensor, weight_spec: QuantSpec, input: QParams, **conv) -> str | None:
     """Return why this kernel cannot compute a layer exactly; None if it can.
 
-    It computes what the `integer` kernel computes, except signed inputs and very long sums. weight: the codes. input:
-    scale and zero point of all time groups. conv: the keywords of `conv2d`; none for a linear layer. Zero points may
-    lie outside the codes, because padding is the exact zero here and needs no code.
+    It computes what the `integer` kernel computes, except signed inputs, dynamic scales and very long sums. weight: the
+    codes. input: scale and zero point of all time groups. conv: the keywords of `conv2d`; none for a linear layer. Zero
+    points may lie outside the codes, because padding is the exact zero here and needs no code.
     """
     if weight.codes[0].numel() > LONGEST:
         return f"sums of {weight.codes[0].numel()} products, more than {LONGEST}"
+    if input.spec.dynamic:
+        return f"input: scales {input.spec.granularity}"
     return _signed(input=input) or integer.supports(weight, weight_spec, input, **conv)
 
 

@@ -39,7 +39,7 @@ void one() {
     strides[3 * j + 2] = all[j]->row;
   }
   const float scale = .1f;
-  CHECK(!quest_attention(q.memory, k.memory, v.memory, strides, batch, heads, n, m, d, &ranges[0].scale, scale, out.memory,
+  CHECK(!quest_attention(q.memory, k.memory, v.memory, strides, batch, heads, n, m, d, ranges, scale, out.memory,
                          static_cast<int>(integer(1, 3))));
   const auto coded = [&](const Rows& t, int j, int64_t b, int64_t h, int64_t i, int64_t e) {
     return code(t.at(b, h, i, e), ranges[j]);

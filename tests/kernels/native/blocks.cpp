@@ -11,11 +11,11 @@ Exactly<float> numbers(int64_t n) {
 }
 
 Exactly<float> linear(const Packed& w, const float* bias, Range r, const float* x, int64_t rows, bool gated,
-                      const float* residual) {
+                      const float* residual, int64_t tokens = 1) {
   const int64_t width = gated ? w.outputs / 2 : w.outputs;
   Exactly<float> out(rows * width);
-  CHECK(!quest_linear(x, rows, w.channels, w.channels, w.memory, w.memory.size, bias, r.scale, r.low, r.high, gated, residual,
-                      out, width, 1));
+  CHECK(!quest_linear(x, rows, w.channels, w.channels, w.memory, w.memory.size, bias, r.scale, r.low, r.high,
+                      r.dynamic, tokens, gated, residual, out, width, 1));
   return out;
 }
 
@@ -24,7 +24,7 @@ Exactly<float> conv(const Packed& w, const float* bias, Range r, const float* x,
   Exactly<float> out(n * height * width * w.outputs);
   const int64_t pixel = w.channels, row = width * pixel;
   CHECK(!quest_conv2d(x, n, pixel, height, width, height * row, row, pixel, w.memory, w.memory.size, bias, r.scale, r.low,
-                      r.high, 1, 1, 1, 1, 1, 1, residual, out, w.outputs, height, width, 1));
+                      r.high, r.dynamic, 1, 1, 1, 1, 1, 1, residual, out, w.outputs, height, width, 1));
   return out;
 }
 
@@ -32,28 +32,31 @@ void same(const Exactly<float>& a, const Exactly<float>& b) {
   for (int64_t i = 0; i < a.size; i++) CHECK(a[i] == b[i]);
 }
 
+// The range of a block's inputs, static or dynamic.
+Range any_range(int of = static_cast<int>(integer(1, 2))) { return chance(.6) ? Range{.05f, -128, 127} : dynamic_range(of); }
+
 struct Attention {
   Packed q, k, v, out;
   Exactly<float> bias;
-  Range range{.05f, -128, 127};
+  Range fixed{.05f, -128, 127}, range{any_range()};
   AttentionBlock block;
 
   Attention(int64_t channels, int64_t context, int64_t heads, int64_t d)
       : q(heads * d, channels, 1, 1, 4, 0), k(heads * d, context, 1, 1, 8, 0), v(heads * d, context, 1, 1, 8, 0),
         out(channels, heads * d, 1, 1, 4, 0), bias(numbers(channels)),
         block{q.layer(nullptr, range), k.layer(nullptr, range), v.layer(nullptr, range), out.layer(bias, range),
-              {range, range, range, {1.f / 255, 0, 255}}, .3f, heads} {}
+              {fixed, fixed, fixed, {1.f / 255, 0, 255}}, .3f, heads} {}
 
   Exactly<float> apart(const float* x, const float* context, int64_t batch, int64_t n, int64_t m, const float* residual) const {
     const int64_t width = q.outputs, d = width / block.heads;
-    const auto queries = linear(q, nullptr, range, x, batch * n, false, nullptr);
-    const auto keys = linear(k, nullptr, range, context, batch * m, false, nullptr);
-    const auto values = linear(v, nullptr, range, context, batch * m, false, nullptr);
+    const auto queries = linear(q, nullptr, range, x, batch * n, false, nullptr, n);
+    const auto keys = linear(k, nullptr, range, context, batch * m, false, nullptr, m);
+    const auto values = linear(v, nullptr, range, context, batch * m, false, nullptr, m);
     Exactly<float> y(batch * n * width);
     const int64_t strides[12] = {n * width, d, width, m * width, d, width, m * width, d, width, n * width, d, width};
-    CHECK(!quest_attention(queries, keys, values, strides, batch, block.heads, n, m, d, &block.ranges[0].scale,
-                           block.scale, y, 1));
-    return linear(out, bias, range, y, batch * n, false, residual);
+    CHECK(!quest_attention(queries, keys, values, strides, batch, block.heads, n, m, d, block.ranges, block.scale,
+                           y, 1));
+    return linear(out, bias, range, y, batch * n, false, residual, n);
   }
 };
 
@@ -71,7 +74,7 @@ void transformer(int64_t batch, int64_t n, int64_t m) {
   const Attention first(channels, only && outside ? context_channels : channels, heads, d);
   const Attention second(channels, outside ? context_channels : channels, heads, d);
   const int64_t inner = chance(.5) ? 32 * integer(1, 2) : integer(1, 50);
-  const Range r{.05f, -128, 127};
+  const Range r = any_range();
   const Packed gated(2 * inner, channels, 1, 1, 8, 0), last(channels, inner, 1, 1, 4, 0);
   const auto x = numbers(batch * n * channels), context = numbers(batch * m * context_channels);
   const auto w1 = numbers(channels), w2 = numbers(channels), w3 = numbers(channels), b = numbers(2 * inner);
@@ -88,14 +91,14 @@ void transformer(int64_t batch, int64_t n, int64_t m) {
   auto stream = attend(first, block.norms[0], x, outside && only);
   if (two) stream = attend(second, block.norms[1], stream, outside);
   const auto normed = layer_norm(block.norms[2], stream, rows);
-  const auto hidden = linear(gated, b, r, normed, rows, true, nullptr);
-  same(y, linear(last, nullptr, r, hidden, rows, false, stream));
+  const auto hidden = linear(gated, b, r, normed, rows, true, nullptr, n);
+  same(y, linear(last, nullptr, r, hidden, rows, false, stream, n));
 }
 
 void resnet(int64_t samples, int64_t height, int64_t width) {
   const int64_t groups = integer(1, 3), channels = groups * integer(1, 12), outputs = groups * integer(1, 12), e = integer(1, 30);
   const bool modulated = chance(.5), embedded = chance(.8);
-  const Range r{.05f, -128, 127};
+  const Range r = any_range(2);
   const Packed first(outputs, channels, 3, 3, 8, 0), second(outputs, outputs, 3, 3, 4, 0);
   const Packed embedding(modulated ? 2 * outputs : outputs, e, 1, 1, 8, 0);
   const auto w1 = numbers(channels), w2 = numbers(outputs), bias = numbers(outputs), known = numbers(samples * e);

@@ -18,6 +18,10 @@ void quantize(const Isa& on) {
     Exactly<float> wrong(n, [&] { return x[0]; });
     wrong[integer(0, n - 1)] = NAN;
     CHECK(on.quantize(wrong, n, padded, r, out));
+    float least, most, low_end = 0, high_end = 0;
+    for (int64_t j = 0; j < n; j++) low_end = std::min(low_end, x[j]), high_end = std::max(high_end, x[j]);
+    on.extremes(x, n, &least, &most);
+    CHECK(least == low_end && most == high_end);
     const int64_t rows = integer(1, 5), stride = integer(1, 150), length = integer(1, stride);
     const Exactly<uint8_t> a((rows - 1) * stride + length, [] { return integer(0, 255); });
     Exactly<int32_t> sums(rows);
@@ -69,8 +73,11 @@ void multiply(const Isa& on) {
       to[r] = chance(.2) ? nullptr : y + r * (from + columns);
       beside[r] = to[r] ? residual + r * (from + columns) : nullptr;
     }
-    const bool more = chance(.5);
-    on.finish(out, width, rows, sums, zero, constant, scale, bias, columns, to, more ? beside : nullptr, from);
+    const bool more = chance(.5), of_rows = chance(.5);
+    const Exactly<float> row_scale(rows, [] { return integer(1, 4); });
+    const Exactly<int32_t> row_zero(rows, [] { return integer(-9, 9); });
+    on.finish(out, width, rows, sums, zero, constant, scale, bias, columns, to, more ? beside : nullptr, from,
+              row_scale.when(of_rows), row_zero.when(of_rows));
     for (int r = 0; r < rows; r++)
       for (int64_t c = 0; c < width; c++) {
         int32_t sum = 0;
@@ -80,7 +87,9 @@ void multiply(const Isa& on) {
         CHECK(out[r * width + c] == sum);
         if (c >= columns) continue;
         const int64_t at = r * (from + columns) + from + c;
-        const float expected = static_cast<float>(sum - zero[c] * sums[r] - constant[c]) + bias[c] + (more ? residual[at] : 0);
+        const int32_t whole = sum - zero[c] * sums[r] - constant[c] * (of_rows ? row_zero[r] : 1);
+        const float product = std::fma(static_cast<float>(whole), of_rows ? row_scale[r] : 1, bias[c]);
+        const float expected = product + (more ? residual[at] : 0);
         CHECK(y[at] == (to[r] ? expected : -1.f));
       }
   }

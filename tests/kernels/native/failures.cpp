@@ -60,8 +60,8 @@ void memory() {
     const Exactly<float> x(rows * channels, [&] { return input(r); });
     for (int gated : {0, 1})
       starve(Exactly<float>(rows * (gated ? outputs / 2 : outputs)), [&](float* out) {
-        return quest_linear(x, rows, channels, channels, w.memory, w.memory.size, nullptr, r.scale, r.low, r.high, gated,
-                            nullptr, out, gated ? outputs / 2 : outputs, threads);
+        return quest_linear(x, rows, channels, channels, w.memory, w.memory.size, nullptr, r.scale, r.low, r.high, 0, 1,
+                            gated, nullptr, out, gated ? outputs / 2 : outputs, threads);
       });
     const int64_t side = 16, size = side * side;
     const Packed kernel(32, 20, 3, 3, 4, 0);
@@ -69,7 +69,7 @@ void memory() {
     for (int64_t stride : {1, 2})
       starve(Exactly<float>(3 * size * 32 / stride / stride), [&](float* out) {
         return quest_conv2d(image, 3, 20, side, side, size * 20, side * 20, 20, kernel.memory, kernel.memory.size, nullptr,
-                            r.scale, r.low, r.high, stride, stride, 1, 1, 1, 1, residual.when(stride == 1), out, 32,
+                            r.scale, r.low, r.high, 0, stride, stride, 1, 1, 1, 1, residual.when(stride == 1), out, 32,
                             side / stride, side / stride, threads);
       });
     const int64_t n = 120, d = 24;
@@ -77,7 +77,7 @@ void memory() {
     const int64_t strides[12] = {2 * n * d, d, 2 * d, 2 * n * d, d, 2 * d, 2 * n * d, d, 2 * d, 2 * n * d, d, 2 * d};
     const Range ranges[4] = {r, r, r, {1.f / 255, 0, 255}};
     starve(Exactly<float>(4 * n * d), [&](float* out) {
-      return quest_attention(q, q, q, strides, 2, 2, n, n, d, &ranges[0].scale, .2f, out, threads);
+      return quest_attention(q, q, q, strides, 2, 2, n, n, d, ranges, .2f, out, threads);
     });
     const Exactly<float> affine(20, [] { return number(); });
     starve(Exactly<float>(3 * size * 20), [&](float* out) {
@@ -104,8 +104,9 @@ void refusals() {
   const Exactly<float> x(2000);
   Exactly<float> out(2000);
   const auto linear = [&](const void* packed, int64_t bytes, int64_t rows, int64_t channels, int64_t width, int threads,
-                          int gated = 0) {
-    return quest_linear(x, rows, channels, channels, packed, bytes, nullptr, 1, 0, 255, gated, nullptr, out, width, threads);
+                          int gated = 0, int64_t tokens = 1) {
+    return quest_linear(x, rows, channels, channels, packed, bytes, nullptr, 1, 0, 255, 0, tokens, gated, nullptr, out, width,
+                        threads);
   };
   CHECK(!linear(w.memory, w.memory.size, 3, 10, 6, 1));
   refused(linear(w.memory, w.memory.size, 3, 11, 6, 1), "another number of channels");
@@ -117,6 +118,7 @@ void refusals() {
   refused(linear(nullptr, 0, 3, 10, 6, 1), "no packed weight");
   refused(linear(x, 2000 * 4, 3, 10, 6, 1), "no packed weight");
   refused(linear(kernel.memory, kernel.memory.size, 3, 10, 6, 1), "convolution");
+  for (int64_t tokens : {0, 2}) refused(linear(w.memory, w.memory.size, 3, 10, 6, 1, 0, tokens), "tokens of a sample");
   const Packed odd(5, 10, 1, 1, 8, 1);
   refused(linear(odd.memory, odd.memory.size, 3, 10, 2, 1, 1), "gated");
   for (int64_t field = 0; field < 13; field++) {  // of the header: whatever changes is noticed, or of no account
@@ -130,12 +132,14 @@ void refusals() {
       CHECK(status == INVALID || field == 6 || field == 7);
     }
   }
-  const auto conv = [&](int64_t samples, int64_t channels, int64_t height, int64_t stride, int64_t padding, int64_t out_height) {
+  const auto conv = [&](int64_t samples, int64_t channels, int64_t height, int64_t stride, int64_t padding, int64_t out_height,
+                        int dynamic = 0) {
     return quest_conv2d(x, samples, channels, height, 4, 4 * 4 * 10, 40, 10, kernel.memory, kernel.memory.size, nullptr, 1, 0,
-                        255, stride, stride, padding, padding, 1, 1, nullptr, out, 6, out_height, 4, 1);
+                        255, dynamic, stride, stride, padding, padding, 1, 1, nullptr, out, 6, out_height, 4, 1);
   };
   CHECK(!conv(2, 10, 4, 1, 1, 4));
   CHECK(!conv(0, 10, 4, 1, 1, 4));
+  refused(conv(2, 10, 4, 1, 1, 4, 1), "scales of samples");
   refused(conv(2, 9, 4, 1, 1, 4), "another number of channels");
   refused(conv(2, 10, 4, 1, 1, 5), "another size");
   refused(conv(2, 10, 1, 1, 0, 0), "another size");
@@ -148,13 +152,22 @@ void refusals() {
   CHECK(!quest_packed_bytes(0, 4, 1, 1, 8) && !quest_packed_bytes(4, 4, 1, 1, 5) && !quest_packed_bytes(4, -4, 1, 1, 8));
   Exactly<float> wrong(30);
   wrong[17] = NAN;
-  CHECK(quest_linear(wrong, 3, 10, 10, w.memory, w.memory.size, nullptr, 1, 0, 255, 0, nullptr, out, 6, 1) == HAS_NAN);
-  CHECK(std::strstr(quest_message(), "NaN"));
-  for (float high : {4e4f, NAN, INFINITY})
-    CHECK(quest_linear(x, 3, 10, 10, w.memory, w.memory.size, nullptr, 1, 0, high, 0, nullptr, out, 6, 1) == OUT_OF_RANGE);
+  const auto of = [&](const float* from, float high, int dynamic) {
+    return quest_linear(from, 3, 10, 10, w.memory, w.memory.size, nullptr, 1, 0, high, dynamic, 3, 0, nullptr, out, 6, 1);
+  };
+  for (float bad : {NAN, INFINITY})
+    for (int dynamic : {0, 1, 2}) {
+      wrong[17] = bad;
+      CHECK(of(wrong, 255, dynamic) == (std::isnan(bad) || dynamic ? HAS_NAN : OK));
+      CHECK(std::strstr(quest_message(), "NaN"));
+      CHECK(quest_conv2d(wrong, 1, 10, 3, 1, 30, 10, 10, kernel.memory, kernel.memory.size, nullptr, 1, 0, 255, 2, 1, 1, 1, 1, 1,
+                         1, nullptr, out, 6, 3, 1, 1) == HAS_NAN);
+    }
+  for (float high : {4e4f, NAN, INFINITY}) CHECK(of(x, high, 0) == OUT_OF_RANGE);
+  for (float high : {-1.f, 0.f, 256.f, NAN, INFINITY}) CHECK(of(x, high, 1) == OUT_OF_RANGE && of(x, high, 2) == OUT_OF_RANGE);
   const Range byte{1, 0, 255}, wide{1, 0, 256}, ranges[4] = {byte, wide, byte, byte};
   const int64_t strides[12] = {10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10};
-  CHECK(quest_attention(x, x, x, strides, 1, 1, 1, 1, 10, &ranges[0].scale, 1, out, 1) == OUT_OF_RANGE);
+  CHECK(quest_attention(x, x, x, strides, 1, 1, 1, 1, 10, ranges, 1, out, 1) == OUT_OF_RANGE);
 }
 
 }  // namespace

@@ -17,30 +17,34 @@ void pack() {
 
 void linear() {
   for (int i = 0; i < 250; i++) {
-    const int64_t rows = chance(.05) ? 0 : chance(.1) ? integer(200, 400) : integer(1, 60);
+    const int64_t tokens = chance(.5) ? 1 : integer(1, 6), most = chance(.1) ? 400 : 60;
+    const int64_t rows = chance(.05) ? 0 : tokens * integer(1, ceil_div(most, tokens));
     const int64_t channels = integer(1, 150), outputs = chance(.3) ? 32 * integer(1, 3) : integer(1, 70);
     const bool gated = chance(.3) && outputs % 2 == 0, biased = chance(.5), more = !gated && chance(.5);
     const Packed w(outputs, channels, 1, 1, chance(.5) ? 4 : 8, gated ? 0 : 1.f);
-    const Range r = range(gated ? .05f : 1.f);
+    const Range r = chance(.4) ? dynamic_range(chance(.5) ? 1 : 2) : range(gated ? .05f : 1.f);
     const int64_t stride = channels + (chance(.5) ? 0 : integer(1, 9)), width = gated ? outputs / 2 : outputs;
     const Exactly<float> x(rows ? (rows - 1) * stride + channels : 0, [&] { return input(r); });
     const Exactly<float> bias(outputs, [] { return integer(-9, 9); }), residual(rows * width, [] { return integer(-9, 9); });
     Exactly<float> out(rows * width, [] { return NAN; });
     CHECK(!quest_linear(x, rows, channels, stride, w.memory, w.memory.size, bias.when(biased), r.scale, r.low, r.high,
-                        gated, residual.when(more), out, width, static_cast<int>(integer(1, 3))));
+                        r.dynamic, tokens, gated, residual.when(more), out, width, static_cast<int>(integer(1, 3))));
     for (int64_t row = 0; row < rows; row++) {
       Exactly<double> y(outputs);
+      const int64_t together = r.dynamic == 2 ? tokens : 1;
+      const Range own = r.dynamic ? fitted(r, x + row / together * together * stride, together, stride, channels) : r;
       for (int64_t o = 0; o < outputs; o++) {
         int64_t sum = 0;
-        for (int64_t c = 0; c < channels; c++) sum += code(x[row * stride + c], r) * w.value(o, c);
-        y[o] = static_cast<double>(static_cast<float>(sum)) * w.scale[o] * r.scale + (biased ? bias[o] : 0);
+        for (int64_t c = 0; c < channels; c++) sum += code(x[row * stride + c], own) * w.value(o, c);
+        y[o] = static_cast<double>(static_cast<float>(sum)) * w.scale[o] * own.scale + (biased ? bias[o] : 0);
       }
       for (int64_t o = 0; o < width; o++) {
         const float found = out[row * width + o];
         if (gated)
           CHECK(close(found, y[o] * gelu(y[width + o]), 1e-5 * (1 + std::fabs(y[o] * y[width + o]))));
         else
-          CHECK(found == static_cast<float>(y[o]) + (more ? residual[row * width + o] : 0));
+          CHECK(close(found, static_cast<float>(y[o]) + (more ? residual[row * width + o] : 0),
+                      r.dynamic ? 1e-6 * (9 + std::fabs(y[o])) : 0));
       }
     }
   }
@@ -61,7 +65,7 @@ void conv2d() {
     if (height + 2 * top < dy * (kh - 1) + 1 || width + 2 * left < dx * (kw - 1) + 1) continue;
     const int64_t oh = (height + 2 * top - dy * (kh - 1) - 1) / sy + 1, ow = (width + 2 * left - dx * (kw - 1) - 1) / sx + 1;
     const Packed w(outputs, channels, kh, kw, chance(.5) ? 4 : 8, 1);
-    const Range r = range();
+    const Range r = chance(.4) ? dynamic_range(2) : range();
     const int64_t row = width * pixel, sample = height * row;
     const Exactly<float> x(samples ? samples * sample - pixel + channels : 0, [&] { return input(r); });
     const bool biased = chance(.5), more = chance(.5);
@@ -69,10 +73,13 @@ void conv2d() {
     const Exactly<float> residual(samples * oh * ow * outputs, [] { return integer(-9, 9); });
     Exactly<float> out(samples * oh * ow * outputs, [] { return NAN; });
     CHECK(!quest_conv2d(x, samples, channels, height, width, sample, row, pixel, w.memory, w.memory.size,
-                        bias.when(biased), 1, r.low, r.high, sy, sx, top, left, dy, dx, residual.when(more), out,
+                        bias.when(biased), r.scale, r.low, r.high, r.dynamic, sy, sx, top, left, dy, dx, residual.when(more), out,
                         outputs, oh, ow, static_cast<int>(integer(1, 3))));
     Exactly<int> codes(x.size);
-    for (int64_t j = 0; j < x.size; j++) codes[j] = code(x[j], r);
+    std::vector<Range> own;
+    for (int64_t s = 0; s < samples; s++)
+      own.push_back(r.dynamic ? fitted(r, x + s * sample, height * width, pixel, channels) : r);
+    for (int64_t j = 0; j < x.size; j++) codes[j] = code(x[j], own[j / sample]);
     for (int64_t at = 0; at < out.size; at++) {
       const int64_t o = at % outputs, ox = at / outputs % ow, oy = at / outputs / ow % oh, s = at / outputs / ow / oh;
       int64_t sum = 0;
@@ -83,7 +90,8 @@ void conv2d() {
           const int* from = codes + s * sample + iy * row + ix * pixel;
           for (int64_t c = 0; c < channels; c++) sum += from[c] * w.value(o, c, ky, kx);
         }
-      CHECK(out[at] == static_cast<float>(sum) + (biased ? bias[o] : 0) + (more ? residual[at] : 0));
+      const double y = static_cast<double>(static_cast<float>(sum)) * own[s].scale + (biased ? bias[o] : 0);
+      CHECK(close(out[at], static_cast<float>(y) + (more ? residual[at] : 0), r.dynamic ? 1e-6 * (9 + std::fabs(y)) : 0));
     }
   }
 }

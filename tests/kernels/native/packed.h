@@ -33,6 +33,27 @@ inline quest::Range range(float scale = 1) {
   return {scale, low, low + static_cast<float>(chance(.8) ? integer(1, 255) : 400)};
 }
 
-inline float input(quest::Range r) { return r.scale * ((r.low + r.high) / 2 + number((r.high - r.low) / 3)); }
+// One whose scales come from tokens (1) or samples (2), with signed codes or without.
+inline quest::Range dynamic_range(int of) {
+  const bool four = chance(.5), sign = chance(.5);
+  const float high = static_cast<float>(four ? 15 >> sign : 255 >> sign);
+  return {chance(.5) ? 1.f : .7f, sign ? -high : 0, high, of};
+}
+
+// What a dynamic range makes of `count` rows of n numbers.
+inline quest::Range fitted(quest::Range r, const float* x, int64_t count, int64_t stride, int64_t n) {
+  float least = 0, most = 0;
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t j = 0; j < n; j++) least = std::min(least, x[i * stride + j]), most = std::max(most, x[i * stride + j]);
+  least *= r.scale, most *= r.scale;
+  const float reach = r.low ? std::max(-least, most) : most - least, scale = std::max(reach / r.high, 1e-10f);
+  const float zero = r.low ? 0 : std::nearbyint(-least / scale);
+  return {scale, r.low - zero, r.high - zero, 0};
+}
+
+inline float input(quest::Range r) {
+  if (r.dynamic) return chance(.1) ? 0 : number(3) + 1;
+  return r.scale * ((r.low + r.high) / 2 + number((r.high - r.low) / 3));
+}
 
 }  // namespace test

@@ -18,6 +18,9 @@ from quest.kernels.cpu.core import abi, check, core
 from quest.kernels.cpu.core.shapes import attended, convolved
 
 Limits = tuple[float, float, float]  # scale, and lowest and highest code minus zero point
+# The same, and what has scales of its own in a dynamic format. Then scale is the clip ratio, and zero points are 0.
+Range = tuple[float, float, float, int]
+DYNAMIC = {None: 0, "token": 1, "tensor": 2}  # by QuantSpec.rows; `Dynamic` in csrc/driver.h
 
 STRUCTS = abi.structs()
 Layer, Norm, AttentionBlock, TransformerBlock, ResnetBlock = (
@@ -111,9 +114,12 @@ def unpack(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, limits: Limits, gated: bool = False, residual: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, limits: Range, gated: bool = False, residual: Tensor | None = None
 ) -> Tensor:
-    """x [..., K], weight the result of `pack`, bias [N] -> [..., N]; gated: [..., N / 2], see `integer.linear`."""
+    """x [..., K], weight the result of `pack`, bias [N] -> [..., N]; gated: [..., N / 2], see `integer.linear`.
+
+    Dimension 0 of x counts samples.
+    """
     x = checked(x, "linear")
     if not x.ndim or not x.shape[-1]:
         raise ValueError(f"linear: an input of shape {list(x.shape)} has no channels")
@@ -126,8 +132,9 @@ def linear(
     out = x.new_empty((*x.shape[:-1], width))
     residual = _beside(residual, out, "linear, residual")
     status = core().quest_linear(
-        rows.data_ptr(), *rows.shape, rows.stride(0), *packed(weight, "linear"), address(bias), *limits, gated,
-        address(residual), out.data_ptr(), width, torch.get_num_threads(),
+        rows.data_ptr(), *rows.shape, rows.stride(0), *packed(weight, "linear"), address(bias), *limits,
+        len(rows) // len(x) if x.ndim > 1 and len(rows) else 1, gated, address(residual), out.data_ptr(), width,
+        torch.get_num_threads(),
     )  # fmt: skip
     if status:
         check(status, "linear", x=x)
@@ -138,16 +145,25 @@ def conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    limits: Limits,
+    limits: Range,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
     residual: Tensor | None = None,
 ) -> Tensor:
-    """x [N, C, H, W] or [C, H, W], weight the result of `pack`, bias [O] -> [N, O, H', W'], channels innermost."""
+    """x [N, C, H, W] or [C, H, W], weight the result of `pack`, bias [O] -> [N, O, H', W'], channels innermost.
+
+    With scales of tokens, x has four dimensions, the weight has one pixel, and there is no padding.
+    """
     x = checked(x, "conv2d")
+    if limits[3] == DYNAMIC["token"]:  # a linear layer of pixels
+        if x.ndim != 4 or weight.shape[1:3] != (1, 1) or any(padding):
+            raise ValueError(f"conv2d: scales of tokens for an input of {list(x.shape)}; it takes 1x1 without padding")
+        pixels = x[:, :, :: stride[0], :: stride[1]].movedim(1, 3)
+        residual = None if residual is None else residual.movedim(1, 3)
+        return linear(pixels, weight, bias, limits, False, residual).movedim(3, 1)
     if x.ndim != 4:
-        if x.ndim != 3:
+        if x.ndim != 3 or limits[3]:
             raise ValueError(f"conv2d: its shape is {list(x.shape)}; it takes [N, C, H, W] or [C, H, W]")
         more = None if residual is None else residual[None]
         return conv2d(x[None], weight, bias, limits, stride, padding, dilation, more)[0]
@@ -167,10 +183,10 @@ def conv2d(
     return out
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, limits: tuple[float, ...], scale: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, ranges: list[Range], scale: float) -> Tensor:
     """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, heads, n, d]; all also without `heads`.
 
-    limits: those of q, k, v and the probabilities, 12 numbers. scale: the factor of the scores.
+    ranges: those of q, k, v and the probabilities. scale: the factor of the scores.
     """
     q, k, v = checked(q, "attention, q"), checked(k, "attention, k"), checked(v, "attention, v")
     attended(q, k, v)
@@ -181,14 +197,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, limits: tuple[float, ...], scale:
     strides = [s for t in (q4, k4, v4, out) for s in t.stride()[:3]]
     status = core().quest_attention(
         q4.data_ptr(), k4.data_ptr(), v4.data_ptr(), (ctypes.c_int64 * 12)(*strides), batch, heads, n, k4.shape[2], d,
-        (ctypes.c_float * 12)(*limits), scale, out.data_ptr(), torch.get_num_threads(),
+        (STRUCTS["Range"] * 4)(*ranges), scale, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if status:
         check(status, "attention", q=q, k=k)
     return out if q.ndim == 4 else out[:, 0]
 
 
-def layer(weight: Tensor, bias: Tensor | None, limits: Limits) -> ctypes.Structure:
+def layer(weight: Tensor, bias: Tensor | None, limits: Range) -> ctypes.Structure:
     """Return the struct of a quantized layer. It contains addresses, so the caller must keep the tensors alive."""
     if bias is not None and (checked(bias, "bias").shape != weight.shape[:1] or not bias.is_contiguous()):
         raise ValueError(f"a bias of shape {list(bias.shape)} for {weight.shape[0]} outputs")

@@ -11,11 +11,14 @@ namespace quest {
 
 struct Weight;
 
-// The range of a quantized tensor: code - zero point = clamp(round(x / scale), low, high).
+// The range of a quantized tensor: code - zero point = clamp(round(x / scale), low, high). dynamic: not 0 if scales come from
+// the tensor itself, one for each token (1) or for each sample (2). Then `scale` is the share of the numbers' range that
+// codes reach, and low and high are the lowest and the highest code.
 struct Range {
   float scale;
   float low;
   float high;
+  int dynamic;
 };
 
 // A quantized layer: its packed weight and the size of that memory, a bias for each output or null, the range of its input.
@@ -107,23 +110,23 @@ int quest_unpack(const void* packed, int64_t bytes, int64_t outputs, int64_t cha
 
 // x [rows, channels] -> out [rows, width], where width is the number of outputs. Rows of x are `stride` apart. gated:
 // width is half of the outputs, and out is the first half of the outputs times gelu of the second. residual: null, or added
-// to out, in its layout; null if gated.
+// to out, in its layout; null if gated. scale, low, high and dynamic: the range of x. A sample is `tokens` rows.
 int quest_linear(const float* x, int64_t rows, int64_t channels, int64_t stride, const void* packed, int64_t bytes,
-                 const float* bias, float scale, float low, float high, int gated, const float* residual, float* out,
-                 int64_t width, int threads);
+                 const float* bias, float scale, float low, float high, int dynamic, int64_t tokens, int gated,
+                 const float* residual, float* out, int64_t width, int threads);
 
 // x [samples, height, width, channels] -> out [samples, out_height, out_width, outputs]. sample, row and pixel are the
-// strides of x; its channels lie side by side. residual: as in quest_linear.
+// strides of x; its channels lie side by side. residual, range: as in quest_linear, but not dynamic for each token.
 int quest_conv2d(const float* x, int64_t samples, int64_t channels, int64_t height, int64_t width, int64_t sample,
                  int64_t row, int64_t pixel, const void* packed, int64_t bytes, const float* bias, float scale, float low,
-                 float high, int64_t stride_y, int64_t stride_x, int64_t top, int64_t left, int64_t dilation_y,
-                 int64_t dilation_x, const float* residual, float* out, int64_t outputs, int64_t out_height,
-                 int64_t out_width, int threads);
+                 float high, int dynamic, int64_t stride_y, int64_t stride_x, int64_t top, int64_t left,
+                 int64_t dilation_y, int64_t dilation_x, const float* residual, float* out, int64_t outputs,
+                 int64_t out_height, int64_t out_width, int threads);
 
 // q [batch, heads, n, d], k and v [batch, heads, m, d] -> out, of the shape of q. strides: of batch, head and row, for q,
-// k, v and out; the numbers of a row lie side by side. ranges: scale, low and high of q, k, v and the probabilities.
+// k, v and out; the numbers of a row lie side by side. ranges: those of q, k, v and the probabilities, none of them dynamic.
 int quest_attention(const float* q, const float* k, const float* v, const int64_t* strides, int64_t batch, int64_t heads,
-                    int64_t n, int64_t m, int64_t d, const float* ranges, float scale, float* out, int threads);
+                    int64_t n, int64_t m, int64_t d, const quest::Range* ranges, float scale, float* out, int threads);
 
 // x [samples, pixels, channels] -> y, without gaps. sample and pixel are the strides of x. shift [samples, channels] and
 // modulation [samples, 2 channels] may be null.

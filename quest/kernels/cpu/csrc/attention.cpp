@@ -16,7 +16,7 @@ Status attention(const Attention& a, int threads) {
           std::fill_n(a.out + b * a.strides[9] + h * a.strides[10] + i * a.strides[11], d, 0.f);
     return OK;
   }
-  if (!std::all_of(range, range + 4, [](Range r) { return in_int16(r) && one_byte(r); }) ||
+  if (!std::all_of(range, range + 4, [](Range r) { return in_int16(r) && one_byte(r) && !r.dynamic; }) ||
       largest(range[0]) * largest(range[1]) * d > INT32_MAX || largest(range[3]) * largest(range[2]) * m > INT32_MAX)
     return OUT_OF_RANGE;
   const int64_t depth = round_up(d, on.depth), length = round_up(m, on.depth);  // bytes per row of the two products
@@ -78,7 +78,7 @@ Status attention(const Attention& a, int threads) {
           const int count = static_cast<int>(std::min<int64_t>(on.panels, value_panels - j));
           on.multiply(p, length, rows, 1, &start, length, vp + j * length * NR, length * NR, count, sums, on.panels * NR);
           on.finish(sums, on.panels * NR, rows, of_p, zero_v.data(), of_values + j * NR, scale.data(), none.data(),
-                    static_cast<int>(std::min<int64_t>(count * NR, d - j * NR)), to, nullptr, j * NR);
+                    static_cast<int>(std::min<int64_t>(count * NR, d - j * NR)), to, nullptr, j * NR, nullptr, nullptr);
         }
       }
     }

@@ -102,6 +102,11 @@ INLINE float total(F a) {
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
+INLINE float highest(F a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
 INLINE int32_t total(I a) {
   __m128i x = _mm_add_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
   x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
@@ -151,7 +156,7 @@ void avx2_layer_norm(const float* x, int64_t n, float eps, const float* weight, 
 }
 
 extern const Isa avx2 = {
-    "avx2", ROWS, MAX_PANELS, 4, quantize, sums, unpack4, multiply, finish, pack_keys, pack_values, softmax, channel_sums,
+    "avx2", ROWS, MAX_PANELS, 4, quantize, extremes, sums, unpack4, multiply, finish, pack_keys, pack_values, softmax, channel_sums,
     scale_channels, avx2_layer_norm, geglu, fake_quantize, fake_quantize_backward, nullptr, nullptr,
     &winograd,
 };

@@ -85,6 +85,7 @@ INLINE W select(All, W a, W) { return a; }
 INLINE F select(Part p, F a, F b) { return {_mm512_mask_mov_ps(b.v, p.mask, a.v)}; }
 INLINE I select(Part p, I a, I b) { return {_mm512_mask_mov_epi32(b.v, p.mask, a.v)}; }
 INLINE float total(F a) { return _mm512_reduce_add_ps(a.v); }
+INLINE float highest(F a) { return _mm512_reduce_max_ps(a.v); }
 INLINE int32_t total(I a) { return _mm512_reduce_add_epi32(a.v); }
 INLINE int32_t highest(I a) { return _mm512_reduce_max_epi32(a.v); }
 
@@ -109,7 +110,7 @@ void multiply(const uint8_t* a, ptrdiff_t stride, int rows, int segments, const 
 
 // Layer norms are those of AVX2. Vectors of sixteen numbers would add in another order and change last bits.
 extern const Isa avx512vnni = {
-    "avx512vnni", 24, MAX_PANELS, 4, quantize, sums, unpack4, multiply, finish, pack_keys, pack_values, softmax, channel_sums,
+    "avx512vnni", 24, MAX_PANELS, 4, quantize, extremes, sums, unpack4, multiply, finish, pack_keys, pack_values, softmax, channel_sums,
     scale_channels, avx2_layer_norm, geglu, fake_quantize, fake_quantize_backward, nullptr, nullptr, &winograd,
 };
 

@@ -13,8 +13,9 @@ float* memory(Place place, int64_t numbers) {
   return places[place].get(numbers);
 }
 
-Status linear(const Layer& l, const float* x, int64_t rows, bool gated, const float* residual, float* out, int threads) {
-  return linear(l, x, rows, l.weight->channels, gated, residual, out, threads);
+Status linear(const Layer& l, const float* x, int64_t samples, int64_t tokens, const float* residual, float* out,
+              int threads) {
+  return linear(l, x, samples * tokens, tokens, l.weight->channels, false, residual, out, threads);
 }
 
 // A 3x3 convolution with stride 1 and padding 1. Channels of input and output lie innermost.
@@ -28,6 +29,7 @@ Status conv(const Layer& l, const float* x, int64_t samples, int64_t height, int
 void check(const Layer& l, int64_t channels, int64_t side, const char* otherwise) {
   const Weight& w = weight_of(l.weight, l.bytes);
   require(w.channels == channels && w.height == side && w.width == side, otherwise);
+  require(side == 1 || l.range.dynamic != OF_TOKENS, "a convolution has scales of samples, not of tokens");
 }
 
 void check(const Norm& norm, int64_t channels, bool groups) {
@@ -79,13 +81,13 @@ Status attention_block(const AttentionBlock& a, const float* x, const float* con
   const int64_t width = a.q.weight->outputs, d = width / a.heads, value_width = a.v.weight->outputs;
   float *q = memory(QUERIES, batch * n * width), *k = memory(KEYS, batch * m * width);
   float *v = memory(VALUES, batch * m * value_width), *y = memory(ATTENDED, batch * n * value_width);
-  if (Status wrong = linear(a.q, x, batch * n, false, nullptr, q, threads)) return wrong;
-  if (Status wrong = linear(a.k, context, batch * m, false, nullptr, k, threads)) return wrong;
-  if (Status wrong = linear(a.v, context, batch * m, false, nullptr, v, threads)) return wrong;
+  if (Status wrong = linear(a.q, x, batch, n, nullptr, q, threads)) return wrong;
+  if (Status wrong = linear(a.k, context, batch, m, nullptr, k, threads)) return wrong;
+  if (Status wrong = linear(a.v, context, batch, m, nullptr, v, threads)) return wrong;
   const int64_t strides[12] = {n * width, d, width, m * width, d, width, m * width, d, width, n * width, d, width};
   const Attention products{q, k, v, strides, batch, a.heads, n, m, d, a.ranges, a.scale, y};
   if (Status wrong = attention(products, threads)) return wrong;
-  return linear(a.out, y, batch * n, false, residual, out, threads);
+  return linear(a.out, y, batch, n, residual, out, threads);
 }
 
 Status transformer_block(const TransformerBlock& t, const float* x, const float* context, int64_t batch, int64_t n,
@@ -102,7 +104,7 @@ Status transformer_block(const TransformerBlock& t, const float* x, const float*
     x = to;
   }
   layer_norm(x, rows, t.norms[2], normed, threads);
-  return feed_forward(t.gated, t.linear, normed, rows, x, out, threads);
+  return feed_forward(t.gated, t.linear, normed, rows, n, x, out, threads);
 }
 
 Status resnet_block(const ResnetBlock& b, const float* x, int64_t samples, int64_t height, int64_t width,
@@ -119,7 +121,7 @@ Status resnet_block(const ResnetBlock& b, const float* x, int64_t samples, int64
   if (Status wrong = conv(b.first, normed, samples, height, width, nullptr, hidden, threads)) return wrong;
   if (embedding) {
     known = memory(EMBEDDING, samples * b.embedding.weight->outputs);
-    if (Status wrong = linear(b.embedding, embedding, samples, false, nullptr, known, threads)) return wrong;
+    if (Status wrong = linear(b.embedding, embedding, samples, 1, nullptr, known, threads)) return wrong;
   }
   norm(1, hidden, b.modulated ? nullptr : known, b.modulated ? known : nullptr, normed);
   return conv(b.second, normed, samples, height, width, residual, out, threads);

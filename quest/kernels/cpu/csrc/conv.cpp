@@ -2,7 +2,31 @@
 #include "product.h"
 
 namespace quest {
+
+std::vector<Range> of_samples(const Conv& c, int64_t channels, Range r, int threads) {
+  const int64_t lines = c.samples * c.height, pixels = c.pixel == channels ? 1 : c.width;
+  const int64_t numbers = pixels == 1 ? c.width * channels : channels;  // side by side
+  std::vector<float> least(lines), most(lines);
+  parallel(lines, threads, 10 * lines * c.width * channels, [&](int64_t i) {
+    for (int64_t x = 0; x < pixels; x++) {
+      float low, high;
+      isa->extremes(c.x + i / c.height * c.sample + i % c.height * c.row + x * c.pixel, numbers, &low, &high);
+      least[i] = std::min(least[i], low), most[i] = std::max(most[i], high);
+    }
+  });
+  std::vector<Range> ranges;
+  for (auto low = least.begin(), high = most.begin(); low < least.end(); low += c.height, high += c.height) {
+    ranges.push_back(measured(r, *std::min_element(low, low + c.height), *std::max_element(high, high + c.height)));
+    if (!std::isfinite(ranges.back().scale)) return {};
+  }
+  return ranges;
+}
+
 namespace {
+
+// The planes of each sample, or those of all samples.
+using AllPlanes = std::vector<Planes>;
+const Planes& of(const AllPlanes& planes, int64_t sample) { return planes[planes.size() == 1 ? 0 : sample]; }
 
 // The lines of some samples, or some lines of one sample, with padding between them.
 struct Block {
@@ -13,13 +37,13 @@ struct Block {
 };
 
 // Quantizes `rows` lines of a block with their padding. Returns true if they contain a NaN.
-
-bool quantize(const Conv& c, const Block& b, const Planes& planes, int64_t rows, uint8_t* out) {
-  const int64_t pixel = planes.pixel();
-  const bool together = c.pixel == planes.channels && pixel == c.pixel;
+bool quantize(const Conv& c, const Block& b, const AllPlanes& all, int64_t rows, uint8_t* out) {
+  const int64_t pixel = all[0].pixel();
+  const bool together = c.pixel == all[0].channels && pixel == c.pixel;
   bool nan = false;
   for (int64_t r = 0; r < rows; r++, out += b.stride * pixel) {
     const int64_t sample = std::min(r / b.lines, b.samples - 1), y = b.first + r - sample * b.lines - c.top;
+    const Planes& planes = of(all, b.sample + sample);
     if (y < 0 || y >= c.height) {
       planes.pad(out, b.stride);
       continue;
@@ -69,12 +93,14 @@ void winograd_product(const Weight& w, const Terms& t, const Rows& a, int middle
   int32_t* sum = sums.get(most * 16);
   int8_t* b = memory.get(9 * a.stride * NR);
   std::vector<int32_t> constant = t.constant;
-  for (size_t o = 0; o < constant.size(); o++) constant[o] -= middle * w.sum()[o];
+  for (size_t o = 0; !a.terms && o < constant.size(); o++) constant[o] -= middle * w.sum()[o];
+  RowTerms terms;
   std::vector<ptrdiff_t> offset(most);
   std::vector<float*> out(16 * most);
   std::vector<const float*> residual(16 * most);
   for (size_t first = 0; first < starts.size(); first += most) {
     const int64_t n = std::min<int64_t>(most, starts.size() - first);
+    terms.clear();
     for (int64_t i = 0; i < 16 * n; i++) {
       const int64_t row = starts[first + i / 16] + i % 16 / 4 * (line / a.stride) + i % 4;
       // A tile can reach beyond its line. Such rows do not exist, are null in `out`, or are computed by other tiles too.
@@ -83,6 +109,10 @@ void winograd_product(const Weight& w, const Terms& t, const Rows& a, int middle
       out[i] = there ? a.out[row] : nullptr;
       residual[i] = there && a.residual ? a.residual[row] : nullptr;
       sum[i] = there ? a.sums[row] - middle * static_cast<int32_t>(9 * w.channels) : 0;
+      if (a.terms) {
+        terms.scale.push_back(there ? a.terms->scale[row] : 0);
+        terms.zero.push_back(there ? a.terms->zero[row] - middle : 0);
+      }
     }
     isa->winograd->input(a.codes, line, a.stride, a.stride, middle, offset.data(), n, v);
     for (int64_t p = from; p < to; p++) {
@@ -90,14 +120,15 @@ void winograd_product(const Weight& w, const Terms& t, const Rows& a, int middle
       const int64_t at = p * NR;
       isa->finish(y, NR, static_cast<int>(16 * n), sum, t.zero + at, constant.data() + at, t.scale.data() + at,
                   t.bias.data() + at, static_cast<int>(std::min<int64_t>(NR, w.outputs - at)), out.data(),
-                  a.residual ? residual.data() : nullptr, at);
+                  a.residual ? residual.data() : nullptr, at, a.terms ? terms.scale.data() : nullptr, terms.zero.data());
     }
   }
 }
 
 // Convolutions with stride 1 and dilation 1, see product.h. The padding after the last line of a block is the beginning of one
 // more line.
-bool conv_stretches(const Weight& w, const Conv& c, const Terms& t, const Planes& planes, int threads) {
+bool conv_stretches(const Weight& w, const Conv& c, const Terms& t, const AllPlanes& all_planes, bool dynamic, int threads) {
+  const Planes& planes = all_planes[0];
   const int64_t pixel = planes.pixel();
   const int64_t columns = c.out_width + w.width - 1, needed = c.out_height + w.height - 1;
   Block all;
@@ -105,7 +136,10 @@ bool conv_stretches(const Weight& w, const Conv& c, const Terms& t, const Planes
   all.stride = std::max({c.width + c.left, columns - c.left, c.out_width});
   all.lines = std::max({c.height + c.top, needed - c.top, c.out_height});
   const int64_t line = all.stride * pixel;
-  const int64_t samples = BLOCK / (all.lines * line);  // samples per block
+  int64_t samples = BLOCK / (all.lines * line);  // samples per block
+  // Samples of one block share the padding between them, so it must be the same byte for both.
+  for (const Planes& one : all_planes)
+    if (one.low != planes.low) samples = std::min<int64_t>(samples, 1);
   const bool winograd = by_winograd(w, c, planes);
   const int64_t unit = winograd ? 4 : 1, units = ceil_div(c.out_height, unit);  // lines that are computed together
   const int64_t strips = samples ? 1 : blocks_of(units, (BLOCK / line - (w.height - 1)) / unit, threads);
@@ -119,6 +153,7 @@ bool conv_stretches(const Weight& w, const Conv& c, const Terms& t, const Planes
     static thread_local Scratch<int32_t> pixel_sums, sums;
     static thread_local std::vector<float*> out;
     static thread_local std::vector<const float*> residual;
+    static thread_local RowTerms terms;
     Block b = all;
     const int64_t group = block / strips, strip = block % strips;
     b.sample = group * c.samples / groups, b.samples = (group + 1) * c.samples / groups - b.sample;
@@ -128,8 +163,8 @@ bool conv_stretches(const Weight& w, const Conv& c, const Terms& t, const Planes
     const int64_t positions = ((b.samples - 1) * b.lines + b.count - 1) * b.stride + c.out_width;
     const int64_t pixels = rows * b.stride + w.width;
     uint8_t* q = rows_of(codes, pixels + 4 * b.stride, pixel);  // whole tiles are read
-    if (quantize(c, b, planes, rows, q)) nan = true;
-    planes.pad(q + rows * line, w.width);
+    if (quantize(c, b, all_planes, rows, q)) nan = true;
+    of(all_planes, b.sample + b.samples - 1).pad(q + rows * line, w.width);
     int32_t* each = pixel_sums.get(pixels);
     int32_t* total = sums.get(positions);
     isa->sums(q, pixel, pixels, pixel, each);
@@ -146,7 +181,10 @@ bool conv_stretches(const Weight& w, const Conv& c, const Terms& t, const Planes
         for (int64_t x = 0; x < c.out_width; x++) out[(s * b.lines + y) * b.stride + x] = to_line + x * w.outputs;
       }
     const float* const* added = counterparts(c.residual, c.out, out, residual);
-    const Rows all_rows{q, positions, pixel, w.height, offset.data(), bytes, planes.count, total, out.data(), added};
+    terms.clear();
+    for (int64_t s = 0; dynamic && s < b.samples; s++) terms.add(of(all_planes, b.sample + s).range, b.lines * b.stride);
+    const Rows all_rows{q,     positions,          pixel, w.height,   offset.data(), bytes,
+                        planes.count, total, out.data(), added, dynamic ? &terms : nullptr};
     if (!winograd) {
       product(w, t, all_rows, from, to);
       return;
@@ -161,8 +199,8 @@ bool conv_stretches(const Weight& w, const Conv& c, const Terms& t, const Planes
 }
 
 // Other strides: the taps of each output pixel are copied to one row.
-bool conv_gathered(const Weight& w, const Conv& c, const Terms& t, const Planes& planes, int threads) {
-  const int64_t pixel = planes.pixel(), row = w.taps() * pixel, total = c.out_height * c.samples;
+bool conv_gathered(const Weight& w, const Conv& c, const Terms& t, const AllPlanes& planes, bool dynamic, int threads) {
+  const int64_t pixel = planes[0].pixel(), row = w.taps() * pixel, total = c.out_height * c.samples;
   const int64_t blocks = blocks_of(total, BLOCK / (row * c.out_width), threads);
   const int64_t bytes = round_up(row, isa->depth);
   std::atomic<bool> nan{false};
@@ -171,13 +209,14 @@ bool conv_gathered(const Weight& w, const Conv& c, const Terms& t, const Planes&
     static thread_local Scratch<int32_t> sums;
     static thread_local std::vector<float*> out;
     static thread_local std::vector<const float*> residual;
+    static thread_local RowTerms terms;
     const int64_t first = block * total / blocks, last = (block + 1) * total / blocks;
     const int64_t count = (last - first) * c.out_width, columns = (c.out_width - 1) * c.stride_x + (w.width - 1) * c.dilation_x + 1;
     uint8_t* q = rows_of(codes, count, row);
     Block line{};
     line.stride = std::max(columns, c.left + c.width), line.lines = 1, line.samples = 1;
     uint8_t* pixels = lines.get(line.stride * pixel);
-    out.clear();
+    out.clear(), terms.clear();
     for (int64_t i = first; i < last; i++) {
       line.sample = i / c.out_height;
       for (int64_t y = 0; y < w.height; y++) {
@@ -189,12 +228,14 @@ bool conv_gathered(const Weight& w, const Conv& c, const Terms& t, const Planes&
                         pixels + (x * c.stride_x + k * c.dilation_x) * pixel, pixel);
       }
       for (int64_t x = 0; x < c.out_width; x++) out.push_back(c.out + (i * c.out_width + x) * w.outputs);
+      if (dynamic) terms.add(of(planes, line.sample).range, c.out_width);
     }
     int32_t* total_of = sums.get(count);
     isa->sums(q, row, count, row, total_of);
     const ptrdiff_t none = 0;
     const float* const* added = counterparts(c.residual, c.out, out, residual);
-    product(w, t, {q, count, row, 1, &none, bytes, planes.count, total_of, out.data(), added}, from, to);
+    product(w, t, {q, count, row, 1, &none, bytes, planes[0].count, total_of, out.data(), added, dynamic ? &terms : nullptr},
+            from, to);
   });
   return nan;
 }
@@ -206,10 +247,17 @@ Status conv2d(const Layer& l, const Conv& c, int threads) {
   if (!c.samples || !c.out_height || !c.out_width) return OK;
   const Weight& w = *l.weight;
   if (!fits(w, l.range)) return OUT_OF_RANGE;
-  const Planes planes(l.range, w.channels, c.top || c.left);
-  const Terms t(w, l.bias, planes);
+  const bool padding = c.top || c.left;
+  AllPlanes planes;
+  if (l.range.dynamic) {
+    for (Range r : of_samples(c, w.channels, l.range, threads)) planes.emplace_back(r, w.channels, padding);
+  } else {
+    planes.emplace_back(l.range, w.channels, padding);
+  }
+  if (planes.empty()) return HAS_NAN;
+  const Terms t(w, l.bias, planes[0], l.range.dynamic);
   const bool stretches = c.stride_y == 1 && c.stride_x == 1 && c.dilation_y == 1 && c.dilation_x == 1;
-  return (stretches ? conv_stretches : conv_gathered)(w, c, t, planes, threads) ? HAS_NAN : OK;
+  return (stretches ? conv_stretches : conv_gathered)(w, c, t, planes, l.range.dynamic, threads) ? HAS_NAN : OK;
 }
 
 }  // namespace quest

@@ -26,7 +26,7 @@ template <class Compute>
 int guarded(const Compute& compute) noexcept {
   try {
     const Status status = compute();
-    if (status == HAS_NAN) return failed(status, "the input holds NaN");
+    if (status == HAS_NAN) return failed(status, "the input holds NaN, or infinity where its scales are dynamic");
     if (status == OUT_OF_RANGE)
       return failed(status, "codes less zero point, or their sums, exceed the integers of the kernel");
     return status;
@@ -102,8 +102,8 @@ int quest_unpack(const void* packed, int64_t bytes, int64_t outputs, int64_t cha
 }
 
 int quest_linear(const float* x, int64_t rows, int64_t channels, int64_t stride, const void* packed, int64_t bytes,
-                 const float* bias, float scale, float low, float high, int gated, const float* residual, float* out,
-                 int64_t width, int threads) {
+                 const float* bias, float scale, float low, float high, int dynamic, int64_t tokens, int gated,
+                 const float* residual, float* out, int64_t width, int threads) {
   return guarded([&] {
     const Weight& w = weight_of(packed, bytes);
     check_sizes(threads, rows, channels, stride);
@@ -111,15 +111,17 @@ int quest_linear(const float* x, int64_t rows, int64_t channels, int64_t stride,
     require(w.channels == channels, "the weight was packed for another number of channels");
     require(!gated || (w.outputs % 2 == 0 && !residual), "a gated layer has an even number of outputs and no residual");
     require((gated ? w.outputs / 2 : w.outputs) == width, "the weight gives another number of outputs");
-    return linear({&w, bytes, bias, {scale, low, high}}, x, rows, stride, gated, residual, out, threads);
+    require(tokens > 0 && rows % tokens == 0, "the rows are no multiple of the tokens of a sample");
+    const Range range{scale, low, high, dynamic};
+    return linear({&w, bytes, bias, range}, x, rows, tokens, stride, gated, residual, out, threads);
   });
 }
 
 int quest_conv2d(const float* x, int64_t samples, int64_t channels, int64_t height, int64_t width, int64_t sample,
                  int64_t row, int64_t pixel, const void* packed, int64_t bytes, const float* bias, float scale, float low,
-                 float high, int64_t stride_y, int64_t stride_x, int64_t top, int64_t left, int64_t dilation_y,
-                 int64_t dilation_x, const float* residual, float* out, int64_t outputs, int64_t out_height,
-                 int64_t out_width, int threads) {
+                 float high, int dynamic, int64_t stride_y, int64_t stride_x, int64_t top, int64_t left,
+                 int64_t dilation_y, int64_t dilation_x, const float* residual, float* out, int64_t outputs,
+                 int64_t out_height, int64_t out_width, int threads) {
   return guarded([&] {
     const Weight& w = weight_of(packed, bytes);
     check_sizes(threads, samples, channels, height, width, sample, row, pixel, top, left);
@@ -129,19 +131,18 @@ int quest_conv2d(const float* x, int64_t samples, int64_t channels, int64_t heig
     require(out_height == span(height, top, dilation_y, w.height, stride_y) &&
                 out_width == span(width, left, dilation_x, w.width, stride_x) && out_height > 0 && out_width > 0,
             "the output has another size than the convolution gives, or none");
+    require(dynamic != OF_TOKENS, "a convolution has scales of samples, not of tokens");
     const Conv c{x,   samples, height,     width,      sample,   row, pixel,      stride_y, stride_x,
                  top, left,    dilation_y, dilation_x, residual, out, out_height, out_width};
-    return conv2d({&w, bytes, bias, {scale, low, high}}, c, threads);
+    return conv2d({&w, bytes, bias, {scale, low, high, dynamic}}, c, threads);
   });
 }
 
 int quest_attention(const float* q, const float* k, const float* v, const int64_t* strides, int64_t batch, int64_t heads,
-                    int64_t n, int64_t m, int64_t d, const float* ranges, float scale, float* out, int threads) {
+                    int64_t n, int64_t m, int64_t d, const Range* ranges, float scale, float* out, int threads) {
   return guarded([&] {
     check_sizes(threads, batch, heads, n, m, d);
-    Range range[4];
-    for (int i = 0; i < 4; i++) range[i] = {ranges[3 * i], ranges[3 * i + 1], ranges[3 * i + 2]};
-    const Attention a{q, k, v, strides, batch, heads, n, m, d, range, scale, out};
+    const Attention a{q, k, v, strides, batch, heads, n, m, d, ranges, scale, out};
     return attention(a, threads);
   });
 }

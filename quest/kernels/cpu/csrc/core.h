@@ -64,6 +64,8 @@ struct Isa {
   // out[0..n) = codes minus the lowest code, out[n..padded) = 0. The range has at most 256 codes. Returns true if x contains
   // a NaN.
   bool (*quantize)(const float* x, int64_t n, int64_t padded, Range range, uint8_t* out);
+  // least and most of n numbers and 0; a NaN is left out.
+  void (*extremes)(const float* x, int64_t n, float* least, float* most);
   // out[r] = the sum of the n bytes of row r. Rows are `stride` apart.
   void (*sums)(const uint8_t* a, ptrdiff_t stride, int64_t rows, int64_t n, int32_t* out);
   // Unpacks 4-bit codes to signed bytes [quads][NR][4], the codes minus 8. In codes [quads][NR / 2][4], the first half of the
@@ -75,10 +77,11 @@ struct Isa {
   void (*multiply)(const uint8_t* a, ptrdiff_t stride, int rows, int segments, const ptrdiff_t* offset, int64_t bytes,
                    const int8_t* b, ptrdiff_t panel, int panels, int32_t* out, ptrdiff_t out_stride);
   // out[r][0..columns) = (in - zero * sums[r] - constant) * scale + bias, plus residual[r] if it is not null. Rows of `in`
-  // are `stride` apart. A row whose out[r] is null is left out. Columns of out and residual begin at `from`.
+  // are `stride` apart. A row whose out[r] is null is left out. Columns of out and residual begin at `from`. row_scale,
+  // row_zero: null, or factors of scale and of constant for each row.
   void (*finish)(const int32_t* in, ptrdiff_t stride, int rows, const int32_t* sums, const int32_t* zero,
                  const int32_t* constant, const float* scale, const float* bias, int columns, float* const* out,
-                 const float* const* residual, ptrdiff_t from);
+                 const float* const* residual, ptrdiff_t from, const float* row_scale, const int32_t* row_zero);
   // Pack m rows of d codes, `stride` apart, as the weight of a product: as signed bytes, the codes minus 128. Keys are its
   // outputs, [ceil(m / NR)][depth / 4][NR][4], and values are its inputs, [ceil(d / NR)][length / 4][NR][4]. Unused places of
   // depth and length are zeros. Those of outputs are not: whole panels are read there.

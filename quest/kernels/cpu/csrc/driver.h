@@ -134,6 +134,8 @@ struct Weight {
   const int32_t* sum() const { return reinterpret_cast<const int32_t*>(base() + sums); }
 };
 
+enum Dynamic { STATIC, OF_TOKENS, OF_SAMPLES };  // Range::dynamic
+
 inline int64_t largest(Range r) { return static_cast<int64_t>(std::max(std::fabs(r.low), std::fabs(r.high))); }
 
 // Throw std::invalid_argument if a weight cannot have these sizes, and if `packed` is no packed weight of `bytes` bytes.
@@ -164,7 +166,8 @@ class Clock {
 inline bool in_int16(Range r) { return std::fabs(r.low) <= 32767.f && std::fabs(r.high) <= 32767.f; }
 
 inline bool fits(const Weight& w, Range r) {
-  return in_int16(r) && largest(r) * w.row_sum <= INT32_MAX;
+  const bool codes = !r.dynamic || (r.low <= 0 && r.high > 0 && r.high - r.low <= 255);
+  return in_int16(r) && codes && largest(r) * w.row_sum <= INT32_MAX;
 }
 
 struct Conv {
@@ -179,6 +182,27 @@ struct Conv {
     return samples * out_height * out_width * w.outputs * w.channels * w.taps();
   }
 };
+
+// The static range of numbers from least to most, both including 0, as a dynamic range determines it: so that the largest
+// code reaches the end of their range. Codes that can be negative have the zero point 0. If a number is infinite, so is the
+// scale.
+inline Range measured(Range r, float least, float most) {
+  // Products on both sides of a difference could become another operation, with other last bits.
+  least = std::min(least * r.scale, 0.f), most = std::max(most * r.scale, 0.f);
+  const bool symmetric = r.low < 0;
+  const float scale = std::max((symmetric ? std::max(-least, most) : most - least) / r.high, 1e-10f);
+  const float zero = symmetric || !std::isfinite(scale) ? 0 : std::nearbyint(-least / scale);
+  return {scale, r.low - zero, r.high - zero, STATIC};
+}
+
+inline Range measured(Range r, const float* x, int64_t n) {
+  float least, most;
+  isa->extremes(x, n, &least, &most);
+  return measured(r, least, most);
+}
+
+// The range of each sample of c. Returns none if a number is infinite.
+std::vector<Range> of_samples(const Conv& c, int64_t channels, Range r, int threads);
 
 struct Attention {
   const float *q, *k, *v;
@@ -227,13 +251,13 @@ void group_norm(const GroupNorm& n, const float* x, float* y, float* work);
 
 // The drivers compute what the functions of the ABI with these names compute. Their arguments are already checked. They
 // compute nothing if there are no rows.
-Status linear(const Layer& l, const float* x, int64_t rows, int64_t stride, bool gated, const float* residual, float* out,
-              int threads);
+Status linear(const Layer& l, const float* x, int64_t rows, int64_t tokens, int64_t stride, bool gated,
+              const float* residual, float* out, int threads);
 Status conv2d(const Layer& l, const Conv& c, int threads);
 Status attention(const Attention& a, int threads);
 // x [rows, channels] -> out: a gated layer, then another layer, plus residual.
-Status feed_forward(const Layer& gated, const Layer& last, const float* x, int64_t rows, const float* residual, float* out,
-                    int threads);
+Status feed_forward(const Layer& gated, const Layer& last, const float* x, int64_t rows, int64_t tokens,
+                    const float* residual, float* out, int threads);
 void group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, int64_t pixels, const Norm& norm,
                 const float* shift, const float* modulation, bool silu, float* y, int threads);
 void layer_norm(const float* x, int64_t rows, const Norm& norm, float* y, int threads);

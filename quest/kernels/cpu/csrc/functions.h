@@ -89,6 +89,19 @@ bool quantize(const float* x, int64_t n, int64_t padded, Range range, uint8_t* o
   return any(nan);
 }
 
+void extremes(const float* x, int64_t n, float* least, float* most) {
+  F low[4], high[4];
+  for (int j = 0; j < 4; j++) low[j] = high[j] = set(0.f);
+  const auto see = [&](int j, F v) INLINE_LAMBDA { low[j] = min(v, low[j]), high[j] = max(v, high[j]); };
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) see(j, load(x + i + L * j));
+  each(n - i, [&](int64_t j, auto there) INLINE_LAMBDA { see(0, load(x + i + j, there)); });
+  *least = -highest(set(0.f) - min(min(low[0], low[1]), min(low[2], low[3])));
+  *most = highest(max(max(high[0], high[1]), max(high[2], high[3])));
+}
+
 void sums(const uint8_t* a, ptrdiff_t stride, int64_t rows, int64_t n, int32_t* out) {
   const int64_t whole = n / (4 * L) * (4 * L);
   for (int64_t r = 0; r < rows; r++, a += stride) {
@@ -107,19 +120,28 @@ void unpack4(const uint8_t* __restrict codes, int64_t quads, int8_t* __restrict 
   }
 }
 
-void finish(const int32_t* in, ptrdiff_t stride, int rows, const int32_t* sums, const int32_t* zero, const int32_t* constant,
-            const float* scale, const float* bias, int columns, float* const* out, const float* const* residual,
-            ptrdiff_t from) {
+template <bool OF_ROWS>
+INLINE void finished(const int32_t* in, ptrdiff_t stride, int rows, const int32_t* sums, const int32_t* zero,
+                     const int32_t* constant, const float* scale, const float* bias, int columns, float* const* out,
+                     const float* const* residual, ptrdiff_t from, const float* row_scale, const int32_t* row_zero) {
   each(columns, [&](int64_t c, auto there) INLINE_LAMBDA {
     const I z = load(zero + c), less = load(constant + c);
     const F s = load(scale + c), b = load(bias + c);
     for (int r = 0; r < rows; r++) {
       if (!out[r]) continue;
-      F y = fmadd(to_float(load(in + r * stride + c) - less - z * set(sums[r])), s, b);
+      const I sum = load(in + r * stride + c) - (OF_ROWS ? less * set(row_zero[r]) : less) - z * set(sums[r]);
+      F y = fmadd(to_float(sum), OF_ROWS ? s * set(row_scale[r]) : s, b);
       if (residual) y = y + load(residual[r] + from + c, there);
       store(out[r] + from + c, y, there);
     }
   });
+}
+
+void finish(const int32_t* in, ptrdiff_t stride, int rows, const int32_t* sums, const int32_t* zero, const int32_t* constant,
+            const float* scale, const float* bias, int columns, float* const* out, const float* const* residual,
+            ptrdiff_t from, const float* row_scale, const int32_t* row_zero) {
+  (row_scale ? finished<true> : finished<false>)(in, stride, rows, sums, zero, constant, scale, bias, columns, out, residual,
+                                                 from, row_scale, row_zero);
 }
 
 void pack_keys(const uint8_t* k, ptrdiff_t stride, int64_t m, int64_t d, int64_t depth, int8_t* out) {

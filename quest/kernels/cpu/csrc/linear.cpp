@@ -47,7 +47,8 @@ struct Panels {
     isa->multiply(a.codes + r * a.stride, a.stride, rows, static_cast<int>(a.segments), a.offset, a.bytes, codes, size, count,
                   products, width);
     isa->finish(products, width, rows, a.sums + r, t.zero + at, t.constant.data() + at, t.scale.data() + at,
-                t.bias.data() + at, columns, out, residual, from);
+                t.bias.data() + at, columns, out, residual, from, a.terms ? a.terms->scale.data() + r : nullptr,
+                a.terms ? a.terms->zero.data() + r : nullptr);
   }
 };
 
@@ -109,12 +110,13 @@ bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
 
 namespace {
 
-// Computes a linear layer on the codes of source(first row, number of rows, NaN?). next: as in Rows, for all rows.
+// Computes a linear layer on the codes of source(first row, number of rows, terms of rows, NaN?), which adds terms if the range
+// is dynamic. next: as in Rows, for all rows.
 template <class Source>
 bool multiply_rows(const Layer& l, const Planes& planes, int64_t rows, bool gated, const float* residual, float* out,
                    uint8_t* next, Range next_range, int threads, const Source& source) {
   const Weight& w = *l.weight;
-  const Terms t(w, l.bias, planes);
+  const Terms t(w, l.bias, planes, l.range.dynamic);
   const int64_t row = planes.pixel(), tiles = ceil_div(rows, 16), work = rows * w.channels * w.outputs;
   const int64_t width = gated ? w.outputs / 2 : w.outputs;
   // Each block unpacks the whole weight. This only pays if a block has many rows.
@@ -124,13 +126,16 @@ bool multiply_rows(const Layer& l, const Planes& planes, int64_t rows, bool gate
     static thread_local Scratch<int32_t> sums;
     static thread_local std::vector<float*> target;
     static thread_local std::vector<const float*> beside;
+    static thread_local RowTerms terms;
     const int64_t first = i * tiles / blocks * 16, count = std::min(rows, (i + 1) * tiles / blocks * 16) - first;
     bool wrong = false;
-    const uint8_t* q = source(first, count, wrong);
+    terms.clear();
+    const uint8_t* q = source(first, count, terms, wrong);
     int32_t* total = sums.get(count);
     isa->sums(q, row, count, row, total);
     const ptrdiff_t none = 0;
     Rows all{q, count, row, 1, &none, round_up(row, isa->depth), planes.count, total, nullptr, nullptr};
+    if (l.range.dynamic) all.terms = &terms;
     if (next) {
       all.next = next + first * width, all.range = next_range;
     } else {
@@ -143,13 +148,21 @@ bool multiply_rows(const Layer& l, const Planes& planes, int64_t rows, bool gate
   return nan;
 }
 
-// Returns a source that quantizes rows of floats, which are `stride` apart.
-auto quantizing(const Planes& planes, const float* x, int64_t stride) {
-  return [&planes, x, stride](int64_t first, int64_t count, bool& nan) -> const uint8_t* {
+// Returns a source that quantizes rows of floats, which are `stride` apart. samples: the ranges of samples of `tokens` rows;
+// a dynamic range without samples is that of each row.
+auto quantizing(const Planes& planes, const float* x, int64_t stride, const std::vector<Range>& samples, int64_t tokens) {
+  return [&, x, stride, tokens](int64_t first, int64_t count, RowTerms& terms, bool& nan) -> const uint8_t* {
     static thread_local Scratch<uint8_t> codes;
     const int64_t row = planes.pixel();
     uint8_t* q = rows_of(codes, count, row);
-    if (row == planes.channels && stride == row) {
+    if (planes.range.dynamic) {
+      for (int64_t r = 0; r < count; r++) {
+        const float* from = x + (first + r) * stride;
+        const Range range = samples.empty() ? measured(planes.range, from, planes.channels) : samples[(first + r) / tokens];
+        nan |= isa->quantize(from, planes.channels, row, range, q + r * row) || !std::isfinite(range.scale);
+        terms.add(range, 1);
+      }
+    } else if (row == planes.channels && stride == row) {
       nan = isa->quantize(x + first * stride, count * row, count * row, planes.range, q);
     } else {
       for (int64_t r = 0; r < count; r++) nan |= planes.quantize(x + (first + r) * stride, q + r * row);
@@ -160,15 +173,20 @@ auto quantizing(const Planes& planes, const float* x, int64_t stride) {
 
 }  // namespace
 
-Status linear(const Layer& l, const float* x, int64_t rows, int64_t stride, bool gated, const float* residual, float* out,
-              int threads) {
+Status linear(const Layer& l, const float* x, int64_t rows, int64_t tokens, int64_t stride, bool gated,
+              const float* residual, float* out, int threads) {
   const Clock clock(LAYERS);
   if (!rows) return OK;
   const Weight& w = *l.weight;
   if (!fits(w, l.range)) return OUT_OF_RANGE;
   const Planes planes(l.range, w.channels, false);
+  const Conv all{x, rows / tokens, tokens, 1, tokens * stride, stride, stride};
+  const bool whole = l.range.dynamic == OF_SAMPLES && tokens > 1;
+  const std::vector<Range> samples = whole ? of_samples(all, w.channels, l.range, threads) : std::vector<Range>();
+  if (whole && samples.empty()) return HAS_NAN;
   const auto compute = [&](bool gated, float* to) {
-    return multiply_rows(l, planes, rows, gated, residual, to, nullptr, {}, threads, quantizing(planes, x, stride));
+    return multiply_rows(l, planes, rows, gated, residual, to, nullptr, {}, threads,
+                         quantizing(planes, x, stride, samples, tokens));
   };
   if (!gated || w.outputs % (2 * NR) == 0) return compute(gated, out) ? HAS_NAN : OK;
   // If half of the outputs is not a number of whole panels, both halves are computed in memory first.
@@ -180,15 +198,16 @@ Status linear(const Layer& l, const float* x, int64_t rows, int64_t stride, bool
   return OK;
 }
 
-Status feed_forward(const Layer& gated, const Layer& last, const float* x, int64_t rows, const float* residual, float* out,
-                    int threads) {
+Status feed_forward(const Layer& gated, const Layer& last, const float* x, int64_t rows, int64_t tokens,
+                    const float* residual, float* out, int threads) {
   const Weight &w = *gated.weight, &next = *last.weight;
   const int64_t width = next.channels;
-  if (!one_byte(last.range) || w.outputs % (2 * NR) || width % 4) {  // floats between the two layers
+  // Floats between the two layers.
+  if (!one_byte(last.range) || w.outputs % (2 * NR) || width % 4 || gated.range.dynamic || last.range.dynamic) {
     static thread_local Scratch<float> memory;
     float* hidden = memory.get(rows * width);
-    if (Status wrong = linear(gated, x, rows, w.channels, true, nullptr, hidden, threads)) return wrong;
-    return linear(last, hidden, rows, width, false, residual, out, threads);
+    if (Status wrong = linear(gated, x, rows, tokens, w.channels, true, nullptr, hidden, threads)) return wrong;
+    return linear(last, hidden, rows, tokens, width, false, residual, out, threads);
   }
   const Clock clock(LAYERS);
   if (!rows) return OK;
@@ -197,8 +216,8 @@ Status feed_forward(const Layer& gated, const Layer& last, const float* x, int64
   uint8_t* codes = rows_of(memory, rows, width);
   const Planes planes(gated.range, w.channels, false), next_planes(last.range, width, false);
   const bool nan = multiply_rows(gated, planes, rows, true, nullptr, nullptr, codes, last.range, threads,
-                                 quantizing(planes, x, w.channels));
-  const auto there = [&](int64_t first, int64_t, bool&) -> const uint8_t* { return codes + first * width; };
+                                 quantizing(planes, x, w.channels, {}, 1));
+  const auto there = [&](int64_t first, int64_t, RowTerms&, bool&) -> const uint8_t* { return codes + first * width; };
   return multiply_rows(last, next_planes, rows, false, residual, out, nullptr, {}, threads, there) || nan ? HAS_NAN : OK;
 }
 

@@ -97,6 +97,7 @@ INLINE V select(All, V a, V) { return a; }
 INLINE F select(Part p, F a, F b) { return {vbslq_f32(p.mask(), a.v, b.v)}; }
 INLINE I select(Part p, I a, I b) { return {vbslq_s32(p.mask(), a.v, b.v)}; }
 INLINE float total(F a) { return vaddvq_f32(a.v); }
+INLINE float highest(F a) { return vmaxvq_f32(a.v); }
 INLINE int32_t total(I a) { return vaddvq_s32(a.v); }
 INLINE int32_t highest(I a) { return vmaxvq_s32(a.v); }
 
@@ -164,7 +165,7 @@ void layer_norm(const float* x, int64_t n, float eps, const float* weight, const
 }  // namespace
 
 extern const Isa neon = {
-    "neon", 32, MAX_PANELS, DEPTH, quantize, sums, unpack4, multiply, finish, pack_keys, pack_values, softmax, channel_sums,
+    "neon", 32, MAX_PANELS, DEPTH, quantize, extremes, sums, unpack4, multiply, finish, pack_keys, pack_values, softmax, channel_sums,
     scale_channels, layer_norm, geglu, fake_quantize, fake_quantize_backward, nullptr, nullptr, nullptr,
 };
 

@@ -101,6 +101,11 @@ INLINE int32_t total(I a) {
   for (int32_t v : a.v) sum += v;
   return sum;
 }
+INLINE float highest(F a) {
+  float most = a.v[0];
+  for (float v : a.v) most = most < v ? v : most;
+  return most;
+}
 INLINE int32_t highest(I a) {
   int32_t most = a.v[0];
   for (int32_t v : a.v) most = most < v ? v : most;
@@ -130,7 +135,7 @@ void layer_norm(const float* x, int64_t n, float eps, const float* weight, const
 }  // namespace
 
 extern const Isa portable = {
-    "portable", NR, MAX_PANELS, 4, quantize, sums, unpack4, multiply, finish, pack_keys, pack_values, softmax, channel_sums,
+    "portable", NR, MAX_PANELS, 4, quantize, extremes, sums, unpack4, multiply, finish, pack_keys, pack_values, softmax, channel_sums,
     scale_channels, layer_norm, geglu, fake_quantize, fake_quantize_backward, nullptr, nullptr, nullptr,
 };
 

@@ -86,16 +86,27 @@ inline uint8_t* rows_of(Scratch<uint8_t>& memory, int64_t rows, int64_t stride) 
   return memory.get((rows + isa->rows) * stride + SLACK);
 }
 
-// The arguments of Isa::finish for every output, padded to whole panels.
+// Scales and zero points of rows. Without them, all rows have the same, which are in the Terms.
+struct RowTerms {
+  std::vector<float> scale;
+  std::vector<int32_t> zero;
+  void clear() { scale.clear(), zero.clear(); }
+  void add(Range r, int64_t rows) {
+    scale.insert(scale.end(), rows, r.scale);
+    zero.insert(zero.end(), rows, zero_of(r));
+  }
+};
+
+// The arguments of Isa::finish for every output, padded to whole panels. dynamic: without what rows have.
 struct Terms {
   const int32_t* zero;
   std::vector<int32_t> constant;
   std::vector<float> scale, bias;
-  Terms(const Weight& w, const float* given, const Planes& planes)
+  Terms(const Weight& w, const float* given, const Planes& planes, int dynamic)
       : zero(w.zero_point()), constant(w.panels() * NR, 0), scale(w.panels() * NR, 0.f), bias(w.panels() * NR, 0.f) {
     for (int64_t o = 0; o < w.outputs; o++) {
-      constant[o] = static_cast<int32_t>(-planes.low * w.sum()[o]);
-      scale[o] = w.scale()[o] * planes.range.scale;
+      constant[o] = static_cast<int32_t>(dynamic ? w.sum()[o] : -planes.low * w.sum()[o]);
+      scale[o] = dynamic ? w.scale()[o] : w.scale()[o] * planes.range.scale;
     }
     if (given) std::copy(given, given + w.outputs, bias.begin());
   }
@@ -112,6 +123,7 @@ struct Rows {
   const int32_t* sums;  // the sum of all segments of each row
   float* const* out;    // where each row goes; null: it is not stored
   const float* const* residual;  // null, or for each row what is added to it
+  const RowTerms* terms = nullptr;
   uint8_t* next = nullptr;       // for gated outputs: in place of `out`, their codes in `range`, without gaps
   Range range{};                 // the range of the next layer
 };
