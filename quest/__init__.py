@@ -1,5 +1,9 @@
 """Quantize, save and load diffusers pipelines by QuEST (arXiv:2402.03666) and its rivals. Imports nothing heavy."""
 
+from quest.quantization import registry
+
+registry.register()
+
 
 def quantize(pipe, method="quest-suite", bits: str = "w4a8", *, calibration=None, **recipe):
     """Quantize the denoiser of a diffusers pipeline. Returns a new pipeline and does not change `pipe`.

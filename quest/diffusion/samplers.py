@@ -53,6 +53,13 @@ class Corrected:
 
     correction: Correction
 
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """Raises ValueError: a scheduler's folder has no place for the correction."""
+        raise ValueError(
+            "save_pretrained: not of a corrected scheduler, whose statistics would be lost; write it with "
+            "quest.save(pipe, path) and read it with quest.load(full_precision_pipe, path)"
+        )
+
     def set_timesteps(self, *args, **kwargs) -> None:
         """Set the timesteps as the base class does. Raises ValueError for timesteps without statistics."""
         super().set_timesteps(*args, **kwargs)

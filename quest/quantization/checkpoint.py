@@ -23,9 +23,10 @@ from torch import nn
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion import samplers
 from quest.diffusion.denoisers import denoiser_of, name_of
-from quest.quantization import branch, cost, guards, packing, prologue
+from quest.quantization import branch, cost, guards, packing, prologue, same_model
 from quest.quantization import header as headers
 from quest.quantization.attention import QuantAttention
+from quest.quantization.header import CODES, SCHEDULER
 from quest.quantization.layers import attentions, is_quantized, name_quantizers, quant_layers, quantized, replace
 from quest.quantization.placement import place
 from quest.quantization.splitting import split, split_layers
@@ -37,8 +38,6 @@ from quest.runtime.provenance import provenance
 
 KINDS = ("weight", "input", "output")  # the quantizers of a layer, in the order of their formats in the header
 LEAVES = ("scale", "zero_point")  # the tensors of a quantizer
-CODES = "codes"  # the name of a layer's packed weight; a float weight is called `weight`
-SCHEDULER = "scheduler."  # prefix of the tensors that belong to the scheduler, not to the denoiser
 
 
 def save(pipe, path, floats: bool = False, **extra) -> None:
@@ -51,18 +50,23 @@ def save(pipe, path, floats: bool = False, **extra) -> None:
     Raises ValueError for a pipeline that is not quantized, or no longer as it was, and FloatingPointError, which names
     the tensor, for one that is not finite.
     """
-    denoiser = guards.unwrapped(denoiser_of(pipe))
+    _write(path, *content(guards.unwrapped(denoiser_of(pipe)), pipe.scheduler, floats, path, **extra))
+
+
+def content(denoiser, scheduler=None, floats: bool = False, path="", **extra) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors and the header that `save` writes. Without a scheduler they are of the denoiser alone."""
     if not is_quantized(denoiser):
         raise ValueError("the pipeline is not quantized: call quest.quantize first")
     guards.check_whole(denoiser)
     groups = getattr(denoiser, "time_groups", None)
     tensors = {k: v.detach().cpu().contiguous() for k, v in state(denoiser, floats).items()}
-    tensors |= {f"{SCHEDULER}{k}": v.cpu().contiguous() for k, v in samplers.state(pipe.scheduler).items()}
+    if scheduler is not None:
+        tensors |= {f"{SCHEDULER}{k}": v.cpu().contiguous() for k, v in samplers.state(scheduler).items()}
     header = {
         "weights": "float" if floats else CODES,
         "denoiser": type(denoiser).__name__,
-        "config": architecture(denoiser),
-        "scheduler": samplers.trained_on(pipe.scheduler),
+        "config": same_model.architecture(denoiser),
+        **({} if scheduler is None else {"scheduler": samplers.trained_on(scheduler)}),
         "splits": split_layers(denoiser),
         "layers": {
             n: [q.spec.fields for q in (m.weight_quantizer, m.input_quantizer, m.output_quantizer) if q is not None]
@@ -85,7 +89,7 @@ def save(pipe, path, floats: bool = False, **extra) -> None:
             raise FloatingPointError(f"tensor {name} is not finite")
     header = headers.sealed(header)
     check_tensors(header, tensors, path)
-    _write(path, tensors, header)
+    return tensors, header
 
 
 def save_diverged(path, reason: str, **fields) -> None:
@@ -225,14 +229,28 @@ def load(pipe, path, kernel: str = "auto"):
     header, tensors = read(path)
     guards.check(pipe)
     correction = {k.removeprefix(SCHEDULER): tensors.pop(k) for k in list(tensors) if k.startswith(SCHEDULER)}
-    coded = [f"{name}.weight" for name in header["layers"] if f"{name}.{CODES}" in tensors]
-    denoiser = copied_without(denoiser_of(pipe), coded)
+    denoiser = copied_without(denoiser_of(pipe), coded(header, tensors))
+    restore(denoiser, header, tensors, path, kernel, denoiser_of(pipe).device, name_of(pipe))
+    same_model.check_schedule(pipe, denoiser, header, path)
+    new = with_denoiser(pipe, denoiser)
+    try:
+        new.scheduler = samplers.restore(new.scheduler, correction)
+    except ValueError as error:
+        raise ValueError(one_line(f"{path}: {error}")) from error
+    return new
+
+
+def restore(denoiser, header: dict, tensors: dict[str, torch.Tensor], path, kernel="auto", device="cpu", part="unet"):
+    """Quantize a float denoiser in place by what `read` returned, without the scheduler's tensors.
+
+    Its weights that are `coded` may lie on the meta device, but need the memory layout that they had in float. part:
+    the denoiser's name in errors, which are those of `load`.
+    """
     split_as(denoiser, header, path)
-    check_shapes(denoiser, header, tensors, path)
-    check_architecture(pipe, header, path)
-    check_names(denoiser, header, path)
+    same_model.check_shapes(denoiser, header, tensors, path)
+    same_model.check_architecture(denoiser, header, path, part)
+    same_model.check_names(denoiser, header, path)
     groups = TimeGroups(header["time_groups"]) if header["time_groups"] else None
-    check_schedule(pipe, groups, header, path)
     for name, specs in header["layers"].items():
         weight, input, *output = (QuantSpec(**spec) for spec in specs)
         replace(denoiser, name, quantized(denoiser.get_submodule(name), weight, input, groups, *output))
@@ -250,25 +268,24 @@ def load(pipe, path, kernel: str = "auto"):
             if len(value) == 1:
                 quantizer.groups = None  # this range is the same in every time group
     denoiser.load_state_dict(tensors)
-    finish(denoiser.to(denoiser_of(pipe).device), groups)
+    finish(denoiser.to(device), groups)
     place(denoiser, kernel)
     denoiser.coupled = header.get("coupled", [])
     denoiser.quantization = {k: header[k] for k in ("method", "bits", "recipe", "timesteps", "cost") if k in header}
-    new = with_denoiser(pipe, denoiser)
-    try:
-        new.scheduler = samplers.restore(new.scheduler, correction)
-    except ValueError as error:
-        raise ValueError(one_line(f"{path}: {error}")) from error
-    return new
 
 
-def copied_without(denoiser, names: list[str]):
+def coded(header: dict, tensors: dict[str, torch.Tensor]) -> set[str]:
+    """The names of the weights that a file has as codes."""
+    return {f"{name}.weight" for name in header["layers"] if f"{name}.{CODES}" in tensors}
+
+
+def copied_without(denoiser, names: set[str]):
     """Copy a denoiser without the values of these parameters, which lie on the meta device with shape and layout."""
     # p.to("meta") gives the weight of a 1x1 convolution other strides, and float sums depend on the layout.
     memo = {
         id(p): nn.Parameter(torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta"), requires_grad=False)
         for name, p in denoiser.named_parameters()
-        if name in set(names)
+        if name in names
     }
     return copy.deepcopy(denoiser, memo)
 
@@ -289,7 +306,7 @@ def load_weights(denoiser, path) -> None:
             "float weights: quest.save(..., floats=True), or --floats of workflow.scripts.quantize"
         )
     split_as(denoiser, header, path)
-    check_shapes(denoiser, header, tensors, path)
+    same_model.check_shapes(denoiser, header, tensors, path)
     specs = {name: QuantSpec(**header["layers"][name][0]) for name, _ in quant_layers(denoiser)}
     kept = {n for n, m in quant_layers(denoiser) if m.weight_quantizer.spec.bits == FLOAT and specs[n].bits < FLOAT}
     for couple in header.get("coupled", []):
@@ -320,10 +337,6 @@ def load_weights(denoiser, path) -> None:
         layer.weight_quantizer.zero_point = tensors[f"{name}.weight_quantizer.zero_point"].to(layer.weight.device)
 
 
-def _of_another_model(path, what: str) -> ValueError:
-    return ValueError(one_line(f"{path} is a checkpoint of another model: {what}"))
-
-
 def split_as(denoiser, header: dict, path) -> None:
     """Split the convolutions that are split in a checkpoint. Raises ValueError if the denoiser has no such layer."""
     own = split_layers(denoiser)
@@ -332,79 +345,6 @@ def split_as(denoiser, header: dict, path) -> None:
             continue
         conv = dict(denoiser.named_modules()).get(name)
         if not isinstance(conv, torch.nn.Conv2d) or channels >= conv.in_channels:
-            raise _of_another_model(path, f"it splits {name} at {channels} channels")
+            raise same_model.of_another_model(path, f"it splits {name} at {channels} channels")
         replace(denoiser, name, split(conv, channels))
     name_quantizers(denoiser)
-
-
-def check_shapes(denoiser, header: dict, tensors: dict[str, torch.Tensor], path) -> None:
-    """Raise ValueError if tensors of a checkpoint have other shapes than the denoiser's; the message lists them."""
-    quantizers = ("scale", "zero_point")
-    kept = denoiser.state_dict()
-    own = {k: v.shape for k, v in kept.items() if k.rpartition(".")[2] not in quantizers}
-    stored = {k: v.shape for k, v in tensors.items() if k.rpartition(".")[2] not in quantizers}
-    coded = [k for k in stored if k.endswith(f".{CODES}")]
-    stored |= {f"{n}.weight": tuple(header["shapes"][n]) for n in (k.removesuffix(f".{CODES}") for k in coded)}
-    other = {*coded, *(f"{name}.{prologue.MULTIPLIER}" for name in header.get("prologues", {})), *branch.names(header)}
-    stored = {k: v for k, v in stored.items() if not k.startswith(SCHEDULER) and k not in other}
-    differ = [
-        f"{k}: {tuple(stored[k]) if k in stored else 'missing'} in the file, "
-        f"{tuple(own[k]) if k in own else 'missing'} in the model"
-        for k in sorted(own.keys() | stored.keys())
-        if own.get(k) != stored.get(k)
-    ]
-    for k in sorted(own.keys() & tensors.keys()):
-        if tensors[k].dtype != kept[k].dtype:
-            differ.append(f"{k}: {tensors[k].dtype} in the file, {kept[k].dtype} in the model")
-    for k, v in tensors.items():
-        if k.rpartition(".")[2] in quantizers and v.dtype not in (torch.float32, denoiser.dtype):
-            differ.append(f"{k}: {v.dtype} in the file, torch.float32 in the model")
-    if differ:
-        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
-        raise _of_another_model(path, f"{'; '.join(differ[:5])}{more}")
-
-
-def check_names(denoiser, header: dict, path) -> None:
-    """Raise ValueError if the header names a layer or an attention that the denoiser does not have."""
-    modules, known = dict(denoiser.named_modules()), dict(attentions(denoiser))
-    layers = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)}
-    unknown = sorted(header["layers"].keys() - layers) + sorted(header["attentions"].keys() - known.keys())
-    if unknown:
-        raise _of_another_model(path, f"it quantizes {unknown[0]}")
-
-
-def architecture(denoiser) -> dict:
-    """The part of a denoiser's configuration that shapes of weights do not show."""
-    return {k: v for k, v in denoiser.config.items() if not k.startswith("_") and k not in ("sample_size", "dropout")}
-
-
-def check_architecture(pipe, header: dict, path) -> None:
-    """Raise ValueError if a checkpoint belongs to another architecture or noise schedule than the pipeline's.
-
-    It compares what shapes of weights do not show, such as the number of heads, activations and the prediction type.
-    """
-    if header["denoiser"] != (kind := type(denoiser_of(pipe)).__name__):
-        raise _of_another_model(path, f"of a {header['denoiser']}, not a {kind}")
-    own, stored = architecture(denoiser_of(pipe)), header.get("config", {})  # earlier files do not state it
-    own, stored = ({k: dumps(v) for k, v in config.items()} for config in (own, stored))
-    differ = [f"{k}: {stored[k]} in the file, {own[k]}" for k in sorted(own.keys() & stored) if own[k] != stored[k]]
-    if differ:
-        raise _of_another_model(path, f"{name_of(pipe)}.config.{'; '.join(differ[:5])} in the model")
-    if differ := samplers.differences(header.get("scheduler"), samplers.trained_on(pipe.scheduler)):
-        raise ValueError(
-            f"{path} is of a model with another schedule than the pipeline's scheduler: {'; '.join(differ)}"
-        )
-
-
-def check_schedule(pipe, groups: TimeGroups | None, header: dict, path) -> None:
-    """Raise ValueError if the pipeline's scheduler, with the calibrated number of steps, leaves the time groups."""
-    if groups is None:
-        return
-    if not header.get("timesteps"):
-        raise ValueError(f"{path}: its header has time groups and no timesteps that they were calibrated on")
-    scheduler = copy.deepcopy(pipe.scheduler)
-    try:
-        scheduler.set_timesteps(len(header["timesteps"]))
-        groups.check(scheduler.timesteps.tolist())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error

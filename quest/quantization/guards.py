@@ -1,8 +1,8 @@
 """Checks whether a pipeline can be quantized, and refuses methods of diffusers that would break a quantized one.
 
 A quantized denoiser is still a model of diffusers and has all its methods. Some of these would replace quantized
-attention by float attention, write into weights that are codes, or save a file that looks like a float model. diffusers
-raises no error then. So each of these methods is replaced by one that raises an error and says what to do.
+attention by float attention, or write into weights that are codes. diffusers raises no error then. So each of these
+methods is replaced by one that raises an error and says what to do. (`save_pretrained` works, see `pretrained`.)
 """
 
 import torch
@@ -29,10 +29,10 @@ UNSET = ("fused_projections", "is_causal", "pre_only", "only_cross_attention")
 
 _ADAPTER = "load the adapter into the full-precision pipeline, fuse it there, and quantize that"
 _ATTENTION = "its attention is quantized, and this would put float attention in its place"
-_SAVE = "write it with quest.save(pipe, path) and read it with quest.load(full_precision_pipe, path)"
+_SAVE = "write the whole denoiser with save_pretrained or quest.save"
 _MOVE = "a quantized denoiser stays whole, on one device"
 REFUSED = {  # methods of a denoiser, its attentions or a pipeline -> what to do instead, or why it is refused
-    **dict.fromkeys(("save_pretrained", "push_to_hub", "save_lora_adapter", "save_attn_procs"), _SAVE),
+    **dict.fromkeys(("save_lora_adapter", "save_attn_procs"), _SAVE),
     **dict.fromkeys(
         (
             "load_lora_weights",

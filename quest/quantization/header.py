@@ -18,6 +18,8 @@ from quest.runtime.hashing import opened
 # would lose.
 FORMATS = 2, 3
 FLOAT = 32  # as in quest.affine, which loads torch
+CODES = "codes"  # the name of a layer's packed weight; a float weight is called `weight`
+SCHEDULER = "scheduler."  # prefix of the tensors that belong to the scheduler, not to the denoiser
 
 
 class Effort(TypedDict):

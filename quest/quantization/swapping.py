@@ -6,7 +6,7 @@ from torch import nn
 
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion.denoisers import denoiser_of, name_of
-from quest.quantization import guards
+from quest.quantization import guards, pretrained
 from quest.quantization.attention import QuantAttention
 from quest.quantization.layer_names import KEEP, Keep, check, layer_bits
 from quest.quantization.layers import (
@@ -69,6 +69,7 @@ def finish(denoiser: nn.Module, groups: TimeGroups | None) -> nn.Module:
     """Name quantizers, attach time groups, turn off gradients, and refuse methods that would undo quantization."""
     name_quantizers(denoiser)
     guards.guard_denoiser(denoiser)
+    pretrained.attach(denoiser)
     if groups is not None:
         groups.attach(denoiser)
     return denoiser.requires_grad_(False).eval()
