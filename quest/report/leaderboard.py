@@ -1,11 +1,14 @@
 """The leaderboard: which submissions it takes, and what reveals one that breaks its rules. Needs no torch.
 
 A submission is a folder `results/leaderboard/NAME` with `entry.yaml` and a packed checkpoint `model.safetensors` of the
-model MODEL. It is scored on the images of PROTOCOL.md. docs/leaderboard.md has the rules for people.
+model MODEL. A row of workflow/config/default.yaml needs no file: the workflow makes it. Submissions are scored on the
+images of PROTOCOL.md. docs/leaderboard.md has the rules for people.
 """
 
+import hashlib
 import math
 import re
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +19,15 @@ from scipy import stats
 from quest.diffusion.models import MODELS, SEEDS
 from quest.metrics import METRICS
 from quest.quantization.header import FLOAT, read
-from quest.report.rendering import Column, Table, columns, interval
+from quest.report.rendering import MISSING, Column, Table, columns, interval
 from quest.runtime.download import sha256_of
-from quest.runtime.files import one_line, read_json
+from quest.runtime.files import dumps, one_line, read_json
 from quest.runtime.hashing import opened
 from quest.runtime.yaml_files import read_yaml
 
 MODEL = "photos-class"
 FIRST, IMAGES = 500, 500  # the images that decide, as in PROTOCOL.md
-FRESH = 100  # images that follow from the hash of the submission
+FRESH = 100  # images that are drawn after the submissions were made, see `draw`
 ENDPOINTS = ("kid_64w", "log_latent_mse", "psnr", "agreement")
 ENDS, ENDS_BITS, SOFTMAX_BITS = ("conv_in", "conv_out"), 8, 8  # of the common stack (CONTRIBUTING.md)
 # They read two tensors side by side, which have a scale each where the layer is split.
@@ -32,18 +35,23 @@ SPLITS = r"up_blocks\.\d+\.resnets\.\d+\.(conv1|conv_shortcut)"
 LEVEL = 0.001  # of the test of `knows_the_images`
 FOLDER = r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}"  # names of folders of submissions; their scores have a folder of this name
 FULL = "full"  # the folder of full precision's scores, so no submission may have this name
+MADE = "results/default"  # where the workflow makes the rows of default.yaml
 FIELDS = {
     "name": (r"[\w.+ -]{1,60}", "a short name of the row"),
     "authors": (r"[^<>\[\]|`\r\n]{1,200}", "who made it, without links and markup"),
     "bits": (r"w[2-8]a[2-8]", "weight and activation bits, such as w4a4"),
     "recipe": (r"(?s).{20,5000}", "how to make the checkpoint again: commands or a config, and the commit"),
-    "sha256": (r"[0-9a-f]{64}", "the hash of model.safetensors (sha256sum)"),
+    "sha256": (r"[0-9a-f]{64}", "the hash of model.safetensors (sha256sum); with a row, that of `tensors_hash`"),
 }
+ROW = (r"[a-z0-9][a-z0-9-]{0,59}", "a row of workflow/config/default.yaml")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A submission that keeps the rules. calibration: the first and last seed of the images it was calibrated on."""
+    """A submission that keeps the rules. calibration: the first and last seed of the images it was calibrated on.
+
+    origin: "sent", or that it was made here, with the declared tensors or with others: they depend on the processor.
+    """
 
     name: str
     authors: str
@@ -52,33 +60,61 @@ class Entry:
     sha256: str
     calibration: tuple[int, int]
     folder: Path
+    origin: str
 
 
 def check(folder: str | Path) -> Entry:
     """Read a submission. Raises ValueError, which names the file and the rule, for one that breaks a rule."""
     folder = Path(folder)
-    file, checkpoint = folder / "entry.yaml", folder / "model.safetensors"
-    place = folder.resolve().name
-    if not re.fullmatch(FOLDER, place) or place == FULL:
+    file, place = folder / "entry.yaml", folder.resolve().name
+    if not is_place(place):
         raise ValueError(
             one_line(f"{folder}: the folder's name {place!r:.80}; valid: letters, digits, - and _, not {FULL!r}")
         )
     if not file.is_file():
         raise FileNotFoundError(f"{file}: missing; valid: name, authors and the other fields of docs/leaderboard.md")
     told = read_yaml(file)
-    if not isinstance(told, dict) or (strange := set(told) ^ {*FIELDS, "calibration"}):
-        named = ", ".join(sorted(strange)) if isinstance(told, dict) else "no mapping"
-        raise ValueError(f"{file}: missing or unknown: {one_line(named)}; valid: {', '.join(FIELDS)}, calibration")
-    for field, (pattern, valid) in FIELDS.items():
+    if not isinstance(told, dict) or (strange := (set(told) - {"row"}) ^ {*FIELDS, "calibration"}):
+        named = ", ".join(sorted(map(str, strange))) if isinstance(told, dict) else "no mapping"
+        raise ValueError(f"{file}: missing or unknown: {one_line(named)}; valid: {', '.join(FIELDS)}, calibration, row")
+    for field, (pattern, valid) in (FIELDS | ({"row": ROW} if "row" in told else {})).items():
         if not isinstance(told[field], str) or not re.fullmatch(pattern, told[field].strip()):
             raise ValueError(one_line(f"{file}: {field}: {told[field]!r:.80}; valid: {valid}"))
     first, last = _seeds(file, told["calibration"])
+    checkpoint = checkpoint_of(folder)
     if not checkpoint.is_file():
-        raise FileNotFoundError(f"{checkpoint}: missing; valid: a checkpoint that quest.save wrote")
-    if (found := sha256_of(checkpoint)) != told["sha256"]:
+        how = "`snakemake leaderboard` makes it" if "row" in told else "valid: a checkpoint that quest.save wrote"
+        raise FileNotFoundError(f"{checkpoint}: missing; {how}")
+    if "row" in told:
+        same = tensors_hash(checkpoint) == told["sha256"]
+        origin = "made here, as declared" if same else "made here, other tensors than declared"
+    elif (found := sha256_of(checkpoint)) == told["sha256"]:
+        origin = "sent"
+    else:
         raise ValueError(f"{checkpoint}: its SHA-256 is {found}, not the declared {told['sha256']}")
     check_bits(checkpoint, told["bits"])
-    return Entry(**{field: told[field].strip() for field in FIELDS}, calibration=(first, last), folder=folder)
+    return Entry(**{f: told[f].strip() for f in FIELDS}, calibration=(first, last), folder=folder, origin=origin)
+
+
+def is_place(name: str) -> bool:
+    """Whether a folder of a submission may have this name."""
+    return re.fullmatch(FOLDER, name) is not None and name != FULL
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """The checkpoint of a submission: the file beside its entry.yaml, or where the workflow makes its row.
+
+    Raises ValueError for a row or bits that are not well formed.
+    """
+    told = read_yaml(folder / "entry.yaml")
+    if not isinstance(told, dict) or "row" not in told:
+        return folder / "model.safetensors"
+    return Path(MADE, MODEL, declared(folder, "row"), declared(folder, "bits"), "model.safetensors")
+
+
+def tensors_hash(checkpoint: Path) -> str:
+    """The hash of all tensors of a checkpoint. Unlike the file's, it does not depend on the date in the header."""
+    return hashlib.sha256(dumps(read(checkpoint)["hashes"], sort_keys=True).encode()).hexdigest()
 
 
 def _seeds(file, told):
@@ -153,13 +189,14 @@ def check_bits(checkpoint: Path, bits: str) -> None:
         compare(name, probability, max(a, SOFTMAX_BITS), "softmax")
 
 
-def declared(folder: Path, field: str = "sha256") -> str:
-    """One field of a submission's entry.yaml, unchecked; for the plan of a run, which `check` precedes."""
+def declared(folder: Path, field: str) -> str:
+    """One field of a submission's entry.yaml, without the other checks; for the plan of a run."""
     told = read_yaml(folder / "entry.yaml")
     found = told.get(field) if isinstance(told, dict) else None
-    if not isinstance(found, str) or not re.fullmatch(FIELDS[field][0], found):
-        raise ValueError(one_line(f"{folder / 'entry.yaml'}: {field}: {found!r:.80}; valid: {FIELDS[field][1]}"))
-    return found
+    pattern, valid = (FIELDS | {"row": ROW})[field]
+    if not isinstance(found, str) or not re.fullmatch(pattern, found.strip()):
+        raise ValueError(one_line(f"{folder / 'entry.yaml'}: {field}: {found!r:.80}; valid: {valid}"))
+    return found.strip()
 
 
 def reference() -> Path:
@@ -167,13 +204,13 @@ def reference() -> Path:
     return MODELS[MODEL].reference
 
 
-def fresh_first(sha256: str) -> int:
-    """The index of the first fresh image of a submission.
+def draw() -> int:
+    """Draw the index of the first fresh image, of the evaluation split and beyond all that the project itself uses.
 
-    It follows from the hash, so it is not known before the file is made. Who makes many files can still choose among
-    their hashes; only making the checkpoint again by its recipe reveals that.
+    Who scores draws it, after the submissions were made. It must follow from nothing that a submitter controls: of an
+    index that follows from the file, somebody who makes many files can choose the images that suit.
     """
-    return 10_000 + int(sha256[:8], 16) % 900_000
+    return 10_000 + secrets.randbelow(900_000)
 
 
 def knows_the_images(judged: np.ndarray, fresh: np.ndarray) -> bool:
@@ -185,17 +222,24 @@ def knows_the_images(judged: np.ndarray, fresh: np.ndarray) -> bool:
     return bool(stats.ttest_ind(judged, fresh, equal_var=False, alternative="less").pvalue < LEVEL)
 
 
-def table(scored: Iterable[tuple[Entry, dict]]) -> Table:
-    """The leaderboard: a row for each entry, by bits and then by the first endpoint. scored: with its metrics.json."""
-    heads = columns("bits", "name", "authors", texts=3, choose=True)
+def table(scored: Iterable[tuple[Entry, dict]], refused: dict[str, str], first: int) -> Table:
+    """The leaderboard: a row for each entry, by bits and then by the first endpoint, and then those that are refused.
+
+    scored: entries with their metrics.json. refused: why, by folder. first: the index of the first fresh image.
+    """
+    heads = columns("bits", "name", "authors", "checkpoint", texts=4, choose=True)
     heads += [Column(METRICS[name].label, direction=METRICS[name].better) for name in ENDPOINTS]
     rows = []
     for entry, measured in scored:
         by_metric = {row["metric"]: row for row in measured["rows"]}
         cells = [interval(*(by_metric[name][k] for k in ("value", "low", "high"))) for name in ENDPOINTS]
-        rows.append([entry.bits.upper(), entry.name, entry.authors, *cells])
-    rows.sort(key=lambda row: (row[0], row[3].value))
-    notes = [f"{MODEL}, images {FIRST} to {FIRST + IMAGES - 1} of evaluation, ± half of a 95 % interval over images."]
+        rows.append([entry.bits.upper(), entry.name, entry.authors, entry.origin, *cells])
+    rows.sort(key=lambda row: (row[0], row[4].value))
+    rows += [["–", name, "–", f"refused: {why}", *[MISSING] * len(ENDPOINTS)] for name, why in sorted(refused.items())]
+    notes = [
+        f"{MODEL}, images {FIRST} to {FIRST + IMAGES - 1} of evaluation, ± half of a 95 % interval over images. "
+        f"Fresh images: {first} to {first + FRESH - 1}."
+    ]
     return Table(heads, rows, title="Leaderboard", notes=notes)
 
 

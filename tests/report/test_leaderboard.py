@@ -1,6 +1,7 @@
 """The leaderboard takes what keeps its rules; each way to break them is refused by name."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,12 +9,14 @@ import yaml
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from quest.diffusion.models import SEEDS
 from quest.metrics import METRICS
 from quest.report import leaderboard
 from quest.runtime.download import sha256_of
-from quest.runtime.files import dumps
+from quest.runtime.files import dumps, read_json
 from workflow.scripts import leaderboard as script
 
+ROOT = Path(__file__).parents[2]
 W4 = {"bits": 4, "symmetric": False, "axis": 0, "wide": False}
 A4 = W4 | {"axis": None}
 END = [W4 | {"bits": 8}, A4 | {"bits": 8}]
@@ -132,10 +135,16 @@ def test_a_checkpoint_that_knows_the_images_is_seen():
     )  # worse is no fraud
 
 
-def test_fresh_images_follow_from_the_hash_and_are_not_those_that_are_judged():
-    firsts = {leaderboard.fresh_first(f"{number:064x}") for number in (0, 2**255, 2**256 - 1)}
-    assert len(firsts) == 3
-    assert all(leaderboard.FIRST + leaderboard.IMAGES < first < 1_000_000 - leaderboard.FRESH for first in firsts)
+def test_fresh_images_are_drawn_by_who_scores_so_that_no_file_can_search_for_them(submit, tmp_path, monkeypatch):
+    """The same submissions get other images in another draw. A draw reads no submission: there is none here."""
+    for name in "ab":
+        monkeypatch.setattr(sys, "argv", ["leaderboard", "--draw", str(tmp_path / name)])
+        script.main()
+    firsts = [int((tmp_path / name).read_text(encoding="utf-8")) for name in "ab"]
+    assert firsts[0] != firsts[1]
+    drawn = [*firsts, *(leaderboard.draw() for _ in range(1000))]
+    assert all(leaderboard.FIRST + leaderboard.IMAGES < f < SEEDS["calibration"] - leaderboard.FRESH for f in drawn)
+    assert len(set(drawn)) > 900
 
 
 def draw_parts(folder, error, seed):
@@ -149,36 +158,89 @@ def draw_parts(folder, error, seed):
         np.savez(folder / f"features-{part}.npz", index=np.arange(n), **features)
 
 
-def test_the_table_ranks_entries_and_refuses_one_that_knows_the_images(submit, tmp_path, monkeypatch):
+def test_the_table_ranks_entries_and_has_a_row_for_each_that_is_refused(submit, tmp_path, monkeypatch):
     scored, entries = tmp_path / "scored", []
     none = {"judged": 0.0, "fresh": 0.0}
     draw_parts(scored / "full", none, 0)
+    (scored / "draw.txt").write_text("12345\n", encoding="utf-8")
     for place, (name, distance) in enumerate([("far", 0.3), ("near", 0.2)]):
         entries.append(submit({"name": name}, name=name))
         draw_parts(scored / name, {"judged": 0.1, "fresh": 0.1}, place)
-        draw_parts(scored / name / "full", none, 0)
+        (scored / name / "checked.json").write_text(dumps({"refused": None}), encoding="utf-8")
         rows = [
             {"metric": m, "value": distance, "low": distance, "high": distance + 0.1} for m in leaderboard.ENDPOINTS
         ]
         (scored / name / "metrics.json").write_text(dumps({"rows": rows}), encoding="utf-8")
-    words = ["leaderboard", *map(str, entries), "--scored", str(scored), "-o", str(scored)]
-    monkeypatch.setattr(sys, "argv", words)
-    script.main()
-    text = (scored / "leaderboard.md").read_text(encoding="utf-8")
-    assert text.index("| near |") < text.index("| far |") and METRICS["kid_64w"].label in text
+    entries += [submit({"bits": "w2a2"}, name="wide"), submit(name="other"), submit(name="a b")]
+    (scored / "other").mkdir()
+    (scored / "other" / "checked.json").write_text(dumps({"refused": "of another model"}), encoding="utf-8")
+
+    def rows():
+        words = ["leaderboard", *map(str, entries), "--scored", str(scored), "-o", str(scored)]
+        monkeypatch.setattr(sys, "argv", words)
+        script.main()
+        text = (scored / "leaderboard.md").read_text(encoding="utf-8")
+        assert METRICS["kid_64w"].label in text and "Fresh images: 12345 to 12444." in text
+        return {line.split(" | ")[1]: line for line in text.splitlines() if line.startswith("| ")}
+
+    found = rows()
+    assert list(found)[2:] == ["near", "far", "a b", "other", "wide"]
+    assert "| sent | 0.2" in found["near"] and "| refused: of another model |" in found["other"]
+    assert "refused: " in found["wide"] and "at most 2 are declared" in found["wide"]
+    assert "the folder's name 'a b'" in found["a b"]
     draw_parts(tmp_path / "cheat", {"judged": 0.01, "fresh": 0.1}, 3)
     for file in (tmp_path / "cheat").iterdir():
         file.replace(scored / "far" / file.name)
-    with pytest.raises(SystemExit, match="^leaderboard: .*far: nearer to full precision on the judged images"):
-        script.main()
+    found = rows()
+    assert "refused: nearer to full precision on the judged images" in found["far"] and "| sent |" in found["near"]
     monkeypatch.setattr(sys, "argv", ["leaderboard", str(tmp_path / "nobody")])
     with pytest.raises(SystemExit, match="nobody/entry.yaml: missing; valid: name, authors"):
         script.main()
 
 
+def test_a_checkpoint_that_cannot_be_loaded_is_refused_before_it_is_sampled(submit, tmp_path, monkeypatch):
+    """Its header keeps the rules, but it cannot be loaded. Sampling would fail, and the table with it."""
+    monkeypatch.setattr(sys, "argv", ["leaderboard", str(submit()), "--checked", str(tmp_path / "checked.json")])
+    script.main()
+    told = read_json(tmp_path / "checked.json")["refused"]
+    assert "model.safetensors is corrupted: its tensor x" in told
+
+
+def test_a_row_of_the_default_run_is_sent_without_its_file(submit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = submit({"row": "quest-suite"})
+    sent = folder / "model.safetensors"
+    made = tmp_path / "results/default/photos-class/quest-suite/w4a4/model.safetensors"
+    with pytest.raises(FileNotFoundError, match="quest-suite/w4a4/model.safetensors: missing; `snakemake leaderboard`"):
+        leaderboard.check(folder)
+    made.parent.mkdir(parents=True)
+    sent.replace(made)
+    assert leaderboard.check(folder).origin == "made here, other tensors than declared"
+    text = yaml.safe_load((folder / "entry.yaml").read_text(encoding="utf-8"))
+    text |= {"sha256": leaderboard.tensors_hash(made)}
+    (folder / "entry.yaml").write_text(yaml.safe_dump(text), encoding="utf-8")
+    assert leaderboard.check(folder).origin == "made here, as declared"
+    (folder / "entry.yaml").write_text(yaml.safe_dump(text | {"row": "../x"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="row: '../x'; valid: a row of"):
+        leaderboard.check(folder)
+
+
+def test_our_own_entries_are_rows_of_the_default_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where nothing was made yet
+    config = yaml.safe_load((ROOT / "workflow/config/default.yaml").read_text(encoding="utf-8"))
+    folders = sorted((ROOT / "results/leaderboard").iterdir())
+    assert len(folders) == 3
+    for folder in folders:
+        bits, row = leaderboard.declared(folder, "bits"), leaderboard.declared(folder, "row")
+        cells = [part for part in config["grid"] if leaderboard.MODEL in part["model"] and bits in part["bits"]]
+        assert any(row in part["method"] for part in cells)
+        with pytest.raises(FileNotFoundError, match="missing; `snakemake leaderboard` makes it"):
+            leaderboard.check(folder)
+
+
 def test_the_declared_fields_of_a_plan_are_checked(submit):
     folder = submit()
     assert leaderboard.declared(folder, "bits") == "w4a4"
-    (folder / "entry.yaml").write_text("sha256: 5", encoding="utf-8")
-    with pytest.raises(ValueError, match="sha256: 5; valid"):
-        leaderboard.declared(folder)
+    (folder / "entry.yaml").write_text("bits: 5", encoding="utf-8")
+    with pytest.raises(ValueError, match="bits: 5; valid"):
+        leaderboard.declared(folder, "bits")

@@ -1,12 +1,14 @@
 # `snakemake leaderboard` checks and scores every submission in results/leaderboard by PROTOCOL.md's images and endpoints. Not part
-# of `all`. Full precision is sampled once on the judged images, and once for each submission on its fresh ones.
+# of `all`. A submission that is refused is a row of the table with the reason, and is not sampled.
 from quest.report import leaderboard
 
-ENTRIES = sorted(file.parent.name for file in Path("results/leaderboard").glob("*/entry.yaml"))
+SUBMITTED = sorted(file.parent.name for file in Path("results/leaderboard").glob("*/entry.yaml"))
+ENTRIES = [entry for entry in SUBMITTED if leaderboard.is_place(entry)]
 
 
 localrules:
     leaderboard,
+    leaderboard_draw,
 
 
 rule leaderboard:
@@ -17,9 +19,10 @@ rule leaderboard:
 rule leaderboard_table:
     input:
         script=project("workflow/scripts/leaderboard.py"),
-        checked=expand("results/scored/{entry}/checked.txt", entry=ENTRIES),
-        metrics=expand("results/scored/{entry}/metrics.json", entry=ENTRIES),
-        fresh=expand("results/scored/{place}/samples-fresh.npz", place=[*ENTRIES, *(f"{e}/full" for e in ENTRIES)]),
+        draw="results/scored/draw.txt",
+        checked=expand("results/scored/{entry}/checked.json", entry=ENTRIES),
+        full=expand("results/scored/full/samples-{part}.npz", part=["judged", "fresh"]),
+        scores=accepted("results/scored/{entry}/metrics.json", "results/scored/{entry}/samples-fresh.npz"),
     output:
         expand("results/scored/leaderboard.{kind}", kind=["csv", "md"]),
     log:
@@ -31,20 +34,35 @@ rule leaderboard_table:
         mem_mb=2000,
         runtime=10,
     params:
-        entries=expand("results/leaderboard/{entry}", entry=ENTRIES),
+        entries=expand("results/leaderboard/{entry}", entry=SUBMITTED),
         scored=subpath(output[0], parent=True),
     shell:
         "python -m workflow.scripts.leaderboard {params.entries:q} --scored {params.scored:q} -o {params.scored:q} > {log:q} 2>&1"
 
 
+# Another submission or another file draws anew, so nobody knows the images while making a file.
+rule leaderboard_draw:
+    input:
+        entries=expand("results/leaderboard/{entry}/entry.yaml", entry=SUBMITTED),
+        sent=[f for f in (Path("results/leaderboard", e, "model.safetensors") for e in SUBMITTED) if f.exists()],
+    output:
+        "results/scored/draw.txt",
+    log:
+        "results/scored/draw.log",
+    conda:
+        "../../environment.yml"
+    shell:
+        "python -m workflow.scripts.leaderboard --draw {output:q} > {log:q} 2>&1"
+
+
 # What breaks a rule ends here, before anything is sampled.
-rule leaderboard_check:
+checkpoint leaderboard_check:
     input:
         script=project("workflow/scripts/leaderboard.py"),
         entry="results/leaderboard/{entry}/entry.yaml",
-        checkpoint="results/leaderboard/{entry}/model.safetensors",
+        checkpoint=submitted,
     output:
-        "results/scored/{entry}/checked.txt",
+        "results/scored/{entry}/checked.json",
     log:
         "results/scored/{entry}/check.log",
     wildcard_constraints:
@@ -53,12 +71,12 @@ rule leaderboard_check:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=5,
+        mem_mb=growing(2000),
+        runtime=10,
     params:
         entry=subpath(input.entry, parent=True),
     shell:
-        "python -m workflow.scripts.leaderboard {params.entry:q} > {output:q} 2> {log:q}"
+        "python -m workflow.scripts.leaderboard {params.entry:q} --checked {output:q} > {log:q} 2>&1"
 
 
 rule leaderboard_trajectories:
@@ -80,20 +98,23 @@ rule leaderboard_trajectories:
         "python -m workflow.scripts.trajectories {params.model:q} --evaluation {output:q} -e 16 --threads {threads:q} > {log:q} 2>&1"
 
 
-# place: `full` and `ENTRY/full` for full precision, `ENTRY` for a submission.
+# place: `full` for full precision, or a submission.
 rule leaderboard_sample:
     input:
         script=project("workflow/scripts/sample.py"),
         evaluation="results/scored/evaluation.safetensors",
-        checked=lambda wc: [] if is_full(wc) else f"results/scored/{wc.place}/checked.txt",
-        checkpoint=lambda wc: [] if is_full(wc) else f"results/leaderboard/{wc.place}/model.safetensors",
+        draw=lambda wc: "results/scored/draw.txt" if wc.part == "fresh" else [],
+        checked=lambda wc: [] if wc.place == leaderboard.FULL else f"results/scored/{wc.place}/checked.json",
+        checkpoint=lambda wc: (
+            [] if wc.place == leaderboard.FULL else leaderboard.checkpoint_of(leaderboard_folder(wc.place))
+        ),
     output:
         samples=ensure("results/scored/{place}/samples-{part}.npz", non_empty=True),
         features=ensure("results/scored/{place}/features-{part}.npz", non_empty=True),
     log:
         "results/scored/{place}/sample-{part}.log",
     wildcard_constraints:
-        place="[^/]+(/full)?",
+        place="[^/]+",
         part="judged|fresh",
     conda:
         "../../environment.yml"
@@ -103,9 +124,11 @@ rule leaderboard_sample:
         runtime=growing(60),
     params:
         model=leaderboard.MODEL,
-        images=sampled_part,
+        n=lambda wc: leaderboard.FRESH if wc.part == "fresh" else leaderboard.IMAGES,
+        # The shell reads the draw: it does not exist yet when jobs are planned.
+        first=lambda wc: "$(cat results/scored/draw.txt)" if wc.part == "fresh" else leaderboard.FIRST,
     shell:
-        "python -m workflow.scripts.sample {params.model:q} --checkpoint {input.checkpoint:q} {params.images:q}"
+        "python -m workflow.scripts.sample {params.model:q} --checkpoint {input.checkpoint:q} -n {params.n:q} --first {params.first}"
         " --evaluation {input.evaluation:q} --threads {threads:q} --samples {output.samples:q} --features {output.features:q} > {log:q} 2>&1"
 
 
@@ -131,7 +154,7 @@ rule leaderboard_metrics:
         runtime=growing(15),
     params:
         model=leaderboard.MODEL,
-        bits=lambda wc: leaderboard.declared(Path("results/leaderboard", wc.entry), "bits"),
+        bits=lambda wc: leaderboard.declared(leaderboard_folder(wc.entry), "bits"),
     shell:
         "python -m workflow.scripts.metrics {params.model:q} {wildcards.entry:q} {params.bits:q} --features {input.features:q}"
         " --samples {input.samples:q} --fp-features {input.fp_features:q} --fp-samples {input.fp_samples:q}"

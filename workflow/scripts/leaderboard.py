@@ -1,8 +1,9 @@
-"""Check a submission to the leaderboard, or make the table of those that were scored. Imports no torch."""
+"""Check submissions to the leaderboard, or make the table of those that were scored."""
 
 from pathlib import Path
 
 from quest.runtime import command_line
+from quest.runtime.files import atomic, dumps, one_line, read_json
 
 
 def main() -> None:
@@ -10,6 +11,8 @@ def main() -> None:
     parser.add_argument("entries", type=Path, nargs="*", help="folders of submissions, results/leaderboard/NAME")
     parser.add_argument("-o", "--output", type=Path, help="folder to write the table into")
     parser.add_argument("--scored", type=Path, help="folder with their scores; without it they are only checked")
+    parser.add_argument("--checked", type=Path, help="write why the one entry is refused; it is also loaded")
+    parser.add_argument("--draw", type=Path, help="draw the fresh images, and write the index of the first")
     try:
         run(parser.parse_args())
     except (ValueError, OSError, FloatingPointError) as error:  # people call this, too; one line is enough
@@ -17,32 +20,71 @@ def main() -> None:
 
 
 def run(arguments) -> None:
+    from quest.report import leaderboard
+
+    if arguments.draw:
+        with atomic(arguments.draw) as file:
+            file.write_text(f"{leaderboard.draw()}\n", encoding="utf-8")
+    elif arguments.checked:
+        (folder,) = arguments.entries
+        with atomic(arguments.checked) as file:
+            file.write_text(dumps({"refused": refusal(folder)}), encoding="utf-8")
+    elif arguments.scored:
+        table(arguments.entries, arguments.scored, arguments.output)
+    else:
+        for entry in map(leaderboard.check, arguments.entries):
+            print(f"{entry.folder}: {entry.name}, {entry.bits.upper()}: keeps the rules ({entry.origin})")
+
+
+def refusal(folder: Path) -> str | None:
+    """Why an entry is refused before it is sampled; None if it is not. It is loaded, as sampling does."""
+    from quest.report import leaderboard
+
+    try:
+        leaderboard.check(folder)
+        import quest
+        from quest.diffusion.models import MODELS
+
+        quest.load(MODELS[leaderboard.MODEL].load(), leaderboard.checkpoint_of(folder))
+    except (ValueError, OSError, FloatingPointError) as error:
+        return one_line(error)
+    return None
+
+
+def table(entries: list[Path], scored: Path, output: Path) -> None:
+    """Write the table. One entry that is refused, or made by no rule, is a row with the reason."""
     from quest.metrics import PER_IMAGE, Cell
     from quest.report import leaderboard
     from quest.report.rendering import write
 
-    entries = [leaderboard.check(folder) for folder in arguments.entries]
-    for entry in entries:
-        print(f"{entry.folder}: {entry.name}, {entry.bits.upper()}: keeps the rules")
-    if not arguments.scored:
-        return
-    rows = []
-    for entry in entries:
-        folder, values = arguments.scored / entry.folder.name, []
-        for part, full in (("judged", arguments.scored / "full"), ("fresh", folder / "full")):
+    rows, refused = [], {}
+    for folder in entries:
+        try:
+            entry = leaderboard.check(folder)
+        except (ValueError, OSError, FloatingPointError) as error:
+            refused[folder.name] = one_line(error)
+            continue
+        own, values = scored / folder.name, []
+        if why := read_json(own / "checked.json")["refused"]:
+            refused[folder.name] = why
+            continue
+        for part in ("judged", "fresh"):
             cells = [
-                Cell.load([place / f"features-{part}.npz"], [place / f"samples-{part}.npz"]) for place in (folder, full)
+                Cell.load([place / f"features-{part}.npz"], [place / f"samples-{part}.npz"])
+                for place in (own, scored / leaderboard.FULL)
             ]
             values.append(PER_IMAGE["log_latent_mse"](*cells))
         if leaderboard.knows_the_images(*values):
             means = " and ".join(f"{one.mean():.3f}" for one in values)
-            raise ValueError(
-                f"{entry.folder}: nearer to full precision on the judged images than on fresh ones (log10 latent MSE "
-                f"{means}); it was calibrated on images of evaluation"
+            refused[folder.name] = (
+                f"nearer to full precision on the judged images than on fresh ones (log10 latent MSE {means}); it was "
+                "calibrated on images of evaluation"
             )
-        rows.append((entry, leaderboard.scores(folder)))
+        else:
+            rows.append((entry, leaderboard.scores(own)))
+    first = int((scored / "draw.txt").read_text(encoding="utf-8"))
     for kind in ("csv", "md"):
-        write(arguments.output / f"leaderboard.{kind}", leaderboard.table(rows))
+        write(output / f"leaderboard.{kind}", leaderboard.table(rows, refused, first))
 
 
 if __name__ == "__main__":
