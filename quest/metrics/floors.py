@@ -37,3 +37,11 @@ def doubted(found: Comparison, metric: str, values: tuple[float, float], cells: 
     floor = max(cell.get("floors", {}).get(metric, 0.0) for cell in cells)
     apart = abs(linear(metric, values[0]) - linear(metric, values[1]))
     return replace(found, doubt=BELOW) if apart < floor else found
+
+
+def both_beyond(found: Comparison, values: tuple[float, float], full: float) -> Comparison:
+    """Return the comparison of two methods, doubted where both have better values than full precision has, `full`."""
+    sign = 1 if found.direction == "lower" else -1
+    if found.verdict in ("better", "worse") and all(sign * value < sign * full for value in values):
+        return replace(found, doubt=f"both {BEYOND}")
+    return found

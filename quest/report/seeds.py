@@ -17,7 +17,7 @@ from scipy.special import stdtrit
 
 from quest.metrics import METRICS, compare
 from quest.metrics.comparison import Comparison, has_diverged
-from quest.metrics.floors import doubted
+from quest.metrics.floors import FULL_PRECISION, both_beyond, doubted
 from quest.metrics.intervals import half_width
 from quest.report import rendering
 from quest.report.cells import read_cells
@@ -40,10 +40,12 @@ def seeds_frame(cells: list[dict]) -> pd.DataFrame:
 
     value: the mean over seeds; for a pair (`versus` is not empty), the mean of the differences seed by seed.
     over_images, over_seeds: half widths of the two 95 % intervals, which low and high combine. better: see
-    `Comparison.better`. Raises ValueError if methods have different seeds or only one, or if cells differ in images.
+    `Comparison.better`. A cell of full precision has no row: no method that is beyond it is better than another that
+    is. Raises ValueError if methods have different seeds or only one, or if cells differ in images.
     """
+    full = {cell["model"]: cell for cell in cells if cell["method"] == FULL_PRECISION}
     groups: dict[tuple, dict[str, dict[int, dict]]] = {}
-    for cell in cells:
+    for cell in (cell for cell in cells if cell["method"] != FULL_PRECISION):
         method, _, seed = cell["method"].partition("@")
         groups.setdefault((cell["model"], cell["bits"]), {}).setdefault(method, {})[int(seed or 0)] = cell
     rows = []
@@ -57,7 +59,7 @@ def seeds_frame(cells: list[dict]) -> pd.DataFrame:
             ours = [methods[method][seed] for seed in seeds]
             theirs = [methods[versus][seed] for seed in seeds] if versus else []
             try:
-                of_metrics = _rows(ours, theirs, method, versus)
+                of_metrics = _rows(ours, theirs, method, versus, full.get(model))
             except ValueError as error:
                 raise ValueError(f"{model} {bits}: {method}{versus and f' against {versus}'}: {error}") from error
             for row in of_metrics:
@@ -68,12 +70,13 @@ def seeds_frame(cells: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _rows(ours: list[dict], theirs: list[dict], method: str, versus: str) -> list[dict]:
+def _rows(ours: list[dict], theirs: list[dict], method: str, versus: str, full: dict | None) -> list[dict]:
     """Return the mean over seeds and its half widths for each metric; of differences, if there are cells `theirs`."""
     for a, b in zip(ours, theirs, strict=False):
         compare(a, b)  # raises ValueError if the two differ in images
-    for other in ours[1:]:
+    for other in [*ours[1:], *([full] if full else [])]:
         compare(other, ours[0])
+    exact = {row["metric"]: row["value"] for row in full["rows"]} if full else {}
     rows, diverged = [], tuple(any(map(has_diverged, cells)) for cells in (ours, theirs))
     for name, metric in METRICS.items():
         if not all(name in cell["resampled"] for cell in (*ours, *theirs)):
@@ -90,6 +93,7 @@ def _rows(ours: list[dict], theirs: list[dict], method: str, versus: str) -> lis
         comparison = Comparison(value, value - half, value + half, n, metric.better, diverged)
         if theirs:
             comparison = doubted(comparison, name, means, (ours[0], theirs[0]))
+            comparison = both_beyond(comparison, means, exact.get(name, math.nan))
         rows.append(
             {"metric": name, "value": value, "low": comparison.low, "high": comparison.high, "n": n}
             | {"over_images": float(images), "over_seeds": float(seeds)}

@@ -4,14 +4,13 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from quest.metrics import METRICS, OF_TRAJECTORIES, compare
-from quest.metrics.comparison import BEYOND
+from quest.metrics.floors import both_beyond
 from quest.report import ledger
 from quest.report.cells import read_cells
 from quest.report.rendering import MISSING, Cell, Column, Table, columns, interval, number
@@ -100,20 +99,13 @@ def paired_rows(a: dict, b: dict, fp: dict | None = None) -> list[dict]:
         compared = compare(a, b)
     except ValueError as error:
         raise ValueError(f"{a['model']} {a['bits']}: {method} against {versus}: {error}") from None
-    for metric in _both_beyond(a, b, fp) if fp is not None else ():
-        if metric in compared and compared[metric].verdict in ("better", "worse"):
-            compared[metric] = replace(compared[metric], doubt=f"both {BEYOND}")
+    values = [{row["metric"]: row["value"] for row in cell["rows"]} for cell in filter(None, (a, b, fp))]
+    for metric in compared.keys() & values[2] if fp is not None else ():
+        compared[metric] = both_beyond(compared[metric], (values[0][metric], values[1][metric]), values[2][metric])
     return [
         {"metric": metric} | one.columns | {"n": one.n, "better": one.better(method, versus)}
         for metric, one in compared.items()
     ]
-
-
-def _both_beyond(a: dict, b: dict, fp: dict) -> list[str]:
-    """The metrics in which both cells are better than full precision."""
-    values = [{row["metric"]: row["value"] for row in cell["rows"]} for cell in (a, b, fp)]
-    signs = {name: 1 if metric.better == "lower" else -1 for name, metric in METRICS.items()}
-    return [m for m in values[2] if all(signs[m] * of.get(m, math.nan) < signs[m] * values[2][m] for of in values[:2])]
 
 
 def eps_error_frame(cells: list[dict]) -> pd.DataFrame:

@@ -64,6 +64,16 @@ def test_a_difference_that_seeds_turn_around_has_no_winner():
     assert found.low < 0 < found.high and found.better == "neither"
 
 
+@pytest.mark.parametrize(
+    "full, better", [(3.0, "neither (both beyond full precision)"), (2.1, "quest"), (0.5, "quest")]
+)
+def test_methods_that_are_both_beyond_full_precision_are_not_ranked(full, better):
+    """The metric errs for both. Their means are 1.2 and 2.2; lower is better."""
+    frame = seeds.seeds_frame([cell("fp", full), *cells()])
+    assert row(frame, "quest", "q-diffusion").better == better
+    assert set(frame.method) == {"quest", "q-diffusion"}
+
+
 def test_a_method_that_diverged_with_one_seed_has_not_won():
     broken = cells(quest=(1.0, math.nan, 1.3))
     found = row(seeds.seeds_frame(broken), "quest", "q-diffusion")

@@ -10,6 +10,7 @@ from snakemake.exceptions import WorkflowError
 
 from quest.config import (
     FILES,
+    FULL_PRECISION,
     ConfigError,
     Run,
     ablation_runs,
@@ -353,14 +354,36 @@ def identities(wc):
     )
 
 
-def is_full(wc):
-    """Whether a place of the leaderboard is full precision; a submission such as `carefull` is not."""
-    return wc.place.rpartition("/")[2] == leaderboard.FULL
+def seeds_and_full_precision():
+    """The cells of `seeds`, and full precision of their models where the grid has it."""
+    models = {run.model for run in SEED_RUNS}
+    return [run.path for run in [*SEED_RUNS, *(r for r in RUNS if r.method == FULL_PRECISION and r.model in models)]]
 
 
-def sampled_part(wc):
-    """Flags of sampling: the number of images of a part, and the index of the first."""
-    if wc.part == "judged":
-        return ["-n", leaderboard.IMAGES, "--first", leaderboard.FIRST]
-    sha256 = leaderboard.declared(Path("results/leaderboard", wc.place.partition("/")[0]))
-    return ["-n", leaderboard.FRESH, "--first", leaderboard.fresh_first(sha256)]
+def leaderboard_folder(place):
+    return Path("results/leaderboard", place)
+
+
+def submitted(wc):
+    """The checkpoint of a submission, where it is there or the workflow can make it; the check names what is missing."""
+    try:
+        file = leaderboard.checkpoint_of(leaderboard_folder(wc.entry))
+    except ValueError:
+        return []
+    made = file.is_relative_to(leaderboard.MADE) and NAME == Path(leaderboard.MADE).name
+    wanted = {run.path for run in RUNS}
+    return [file] if file.exists() or made and str(file.parent.relative_to(leaderboard.MADE)) in wanted else []
+
+
+def accepted(*patterns):
+    """Files of all submissions that the check has not refused."""
+
+    def files(wc):
+        found = []
+        for entry in ENTRIES:
+            checked = checkpoints.leaderboard_check.get(entry=entry).output[0]
+            if json.loads(Path(checked).read_text(encoding="utf-8"))["refused"] is None:
+                found += [pattern.format(entry=entry) for pattern in patterns]
+        return found
+
+    return files

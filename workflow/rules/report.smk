@@ -74,7 +74,7 @@ rule seeds:
 rule seed_table:
     input:
         script=project("workflow/scripts/seeds.py"),
-        metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in SEED_RUNS]),
+        metrics=expand("results/{{name}}/{run}/metrics.json", run=seeds_and_full_precision()),
         floors=floors,
     output:
         [
