@@ -9,8 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from quest.runtime.command_line import may_lose_reader
+
 
 def main(arguments: list[str] | None = None) -> None:
+    may_lose_reader()
     parser = argparse.ArgumentParser(prog="python -m quest", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", help="jobs, hours, disk and memory of a config, before anything starts")
@@ -77,6 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"judge: {error}", file=sys.stderr)
             raise SystemExit(3) from None
         raise SystemExit(f"{options.command}: {error}") from None
+    except BrokenPipeError:
+        raise SystemExit(141) from None  # as a shell reports it; 1 to 3 are verdicts of `judge`
 
 
 def _plan(options):

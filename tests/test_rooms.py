@@ -87,6 +87,7 @@ ROOMS = {
     "quest.export": {"quest.runtime", "quest.diffusion", "quest.affine", "quest.kernels", "quest.quantization"},
     "quest.judge": {"quest.runtime", "quest.diffusion", "quest.metrics", "quest.report"},
     "quest.__main__": {
+        "quest.runtime",  # the end of a program whose reader has gone
         "quest.config",
         "quest.diffusion",
         "quest.quantization",

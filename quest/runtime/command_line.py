@@ -1,7 +1,40 @@
 """One argument parser for all scripts, with the arguments that several of them share."""
 
 import argparse
+import atexit
+import os
+import sys
+from functools import cache
 from pathlib import Path
+
+
+@cache
+def may_lose_reader() -> None:
+    """Let this program end without a traceback when the reader of its output has gone, as `head` goes.
+
+    Such an error comes from a `print`, or from the last flush after the program has ended.
+    """
+
+    def hook(kind, error, trace):
+        if not (issubclass(kind, BrokenPipeError) and _reader_is_gone("\n")):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
+    atexit.register(_reader_is_gone)
+
+
+def _reader_is_gone(more: str = "") -> bool:
+    """Write what waits for the standard output, and `more`; if its reader has gone, throw away that and what follows.
+
+    Nothing need wait after an error, and writing nothing does not ask whether there is a reader.
+    """
+    try:
+        sys.stdout.write(more)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def whole(text: str) -> int:
@@ -28,6 +61,7 @@ SHARED = {  # name: flags, settings
 
 def parser(description: str, *shared: str) -> argparse.ArgumentParser:
     """A parser with the arguments of SHARED that `shared` names; "file" and "folder" are both --output."""
+    may_lose_reader()
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in shared:
         flags, settings = SHARED[name]
