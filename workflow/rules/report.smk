@@ -6,6 +6,7 @@ localrules:
     curves,
     grid,
     readme,
+    crate,
 
 
 rule tables:
@@ -66,6 +67,24 @@ rule report:
 
 
 # Not part of `all`. Quantizes and samples again with other calibration draws.
+# Not part of `all`. Describes the files of a run for archives (RO-Crate 1.1); files that come later need it anew.
+rule crate:
+    input:
+        script=project("workflow/scripts/crate.py"),
+        metrics=expand("results/{name}/{run}/metrics.json", name=NAME, run=[run.path for run in RUNS]),
+        tables=expand("results/{name}/tables/{table}", name=NAME, table=TABLES),
+    output:
+        f"results/{NAME}/ro-crate-metadata.json",
+    log:
+        f"results/{NAME}/crate.log",
+    conda:
+        "../../environment.yml"
+    params:
+        run=subpath(output[0], parent=True),
+    shell:
+        "python -m workflow.scripts.crate {params.run:q} > {log:q} 2>&1"
+
+
 rule seeds:
     input:
         expand("results/{name}/tables/seeds.{kind}", name=NAME, kind=["csv", "md"]),
