@@ -141,19 +141,19 @@ def test_snakemake_plans_its_command_lines(tmp_path):
     assert "FAILED []" in run.stdout, run.stdout[-5000:] + run.stderr
 
 
-def test_the_matrix_of_the_readme_is_that_of_its_table():
-    """The marks stand for the column `better` of the differences over seeds."""
-    import pandas as pd
+def test_the_matrix_of_the_readme_is_what_the_records_decide():
+    from quest.config import read
+    from quest.report.settle import cells, verdicts
 
-    seeds = pd.read_csv(ROOT / "docs/assets/seeds-photos-class.csv").replace({"quest": "quest-suite"})
-    found = seeds[(seeds["method"] == "quest-suite") & seeds["versus"].notna()].set_index(["versus", "metric"])[
-        "better"
-    ]
+    families = read(ROOT / "workflow/config/settle.yaml")["settle"]["families"]
+    settled = verdicts.frame(cells.read(ROOT / "results/settled"), families)
+    rows = settled[(settled["model"] == "photos-class") & (settled["method"] == "quest-suite")]
+    found = rows.set_index(["versus", "endpoint"])["verdict"]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for rival in ("q-diffusion", "full-finetune"):
-        (marks,) = re.findall(rf"^\| {rival} \| (.) \| (.) \| (.) \|$", text, re.MULTILINE)
-        outcomes = [found[rival, metric] for metric in ("kid_64w", "log_latent_mse", "psnr")]
-        assert marks == tuple({"quest-suite": "▲", rival: "▼", "neither": "○"}[outcome] for outcome in outcomes)
+    for name, label in (("q-diffusion",) * 2, ("full-finetune",) * 2, ("fp", "full precision")):
+        (marks,) = re.findall(rf"^\| {label} \| (.*) \| (.*) \| (.*) \|$", text, re.MULTILINE)
+        outcomes = [found.get((name, metric), "") for metric in ("kid_64w", "log_latent_mse", "psnr")]
+        assert marks == tuple({"better": "▲", "worse": "▼", "open": "○", "": ""}[outcome] for outcome in outcomes)
 
 
 def test_python_blocks_are_python():

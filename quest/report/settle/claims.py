@@ -197,16 +197,17 @@ def of_claim(claim: Claim, settled: pd.DataFrame) -> list:
 def word(claim: Claim, rows: Sequence) -> str:
     """Return "holds" or "refuted" where all settled comparisons say so, otherwise "mixed"; "open" where none is.
 
-    A row that is better than full precision counts for nothing: that is a flag, not a success.
+    Behind it stands where that was settled, because it says nothing about other models and endpoints. A row that is
+    better than full precision counts for nothing: that is a flag, not a success.
     """
-    done = [row.verdict for row in rows if row.verdict not in ("open", "rival diverged") and not _flag(row)]
+    done = [row for row in rows if row.verdict not in ("open", "rival diverged") and not _flag(row)]
     if not done:
         return "open (full precision is surpassed, which flags the metric)" if any(map(_flag, rows)) else "open"
-    support = [verdict in claim.expected for verdict in done]
-    part = "" if len(done) == len(rows) else f" ({len(done)} of {len(rows)} comparisons settled)"
-    if all(support):
-        return f"holds{part}"
-    return f"{'mixed' if any(support) else 'refuted'}{part}"
+    support = [row.verdict in claim.expected for row in done]
+    models = ", ".join(dict.fromkeys(row.model for row in done))
+    endpoints = ", ".join(dict.fromkeys(METRICS[row.endpoint].label for row in done))
+    said = "holds" if all(support) else "mixed" if any(support) else "refuted"
+    return f"{said} (on {models}, in {endpoints}; {len(done)} of {len(rows)} comparisons settled)"
 
 
 def _flag(row) -> bool:
