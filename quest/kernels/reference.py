@@ -30,8 +30,11 @@ def supports_attention(q: QParams, k: QParams, v: QParams, p: QParams) -> str | 
     return None
 
 
-def pack(weight: QTensor) -> Tensor:
-    """Return the operand of a frozen weight: here its dequantized values."""
+def pack(weight: QTensor, group: int | None = None) -> Tensor:
+    """Return the operand of a frozen weight: here its dequantized values.
+
+    group: how many input channels share a scale, of the weight or of the input; None if all do.
+    """
     codes, zero_point, scale = (t.detach() for t in (weight.codes, weight.zero_point, weight.scale))
     return (codes - zero_point).mul_(scale)  # like `dequantize`, but with one tensor less in memory
 

@@ -181,7 +181,9 @@ class QuantLayer(nn.Module):
                 raise FloatingPointError(f"layer {self.input_quantizer.name}: its weight is not finite")
             self.origin, self.layout, self.weight = weight.detach(), layout(weight), None
         self.kernel_name = kernel
-        self.operand = self.kernel.pack(qweight)
+        input, channels = self.input_quantizer.spec, self.weight_shape[1]
+        groups = [s.group for s in (spec, input) if s.group is not None and s.scales(channels) > 1]
+        self.operand = self.kernel.pack(qweight, *groups[:1])
         self.codes = None if hasattr(self.kernel, "unpack") else packing.pack(qweight.codes, spec)
 
     def thaw(self) -> None:

@@ -7,9 +7,11 @@ import torch
 from operands import poison, weight
 from torch.nn import functional as F
 
-from quest.affine import ROWS, QParams, QuantSpec
+from quest.affine import ROWS, QParams, QuantSpec, in_groups, quantize
 from quest.kernels import reference
 from quest.kernels.cpu import integer
+from quest.quantization import ranges
+from quest.quantization.quantizer import Quantizer
 
 pytestmark = [
     pytest.mark.skipif(
@@ -53,6 +55,51 @@ def test_dynamic_scales(isa, monkeypatch, spec):
             for laid_out in (x, x.contiguous(memory_format=torch.channels_last)):
                 y = check("conv2d", laid_out, w, QParams(*CLIP, spec), **conv)
                 assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("spec", [PER_CHANNEL, QuantSpec(4, axis=0, group=32)], ids=["channel", "groups"])
+def test_groups_of_channels(isa, threads, monkeypatch, spec):
+    """Of the input, of the weight, and of both; the last one is smaller."""
+    torch.manual_seed(0)
+    x, own = torch.randn(2, 35, 200) * torch.linspace(0.1, 9, 200), torch.randn(75, 200) * torch.rand(75, 200)
+    found = in_groups(own, spec) if spec.group else ranges.minmax(own, spec)
+    quantizer = Quantizer(spec, tuple(found[0].shape[1:]))
+    quantizer.size = 200
+    quantizer.scale.data, quantizer.zero_point = found[0][None], found[1][None]
+    w, b = quantize(own, quantizer.qparams), torch.randn(75)
+    poison(monkeypatch)
+    for symmetric in (True, False):
+        for group in (32,) if spec.group else (16, 64, 256):
+            for qparams in (
+                QParams(*CLIP, QuantSpec(8, symmetric, -1, rows="token", group=group)),
+                QParams(*CLIP, QuantSpec(8, symmetric, -1, rows="token")),
+                QParams(torch.tensor(0.1), torch.tensor(0.0 if symmetric else 90.0), QuantSpec(8, symmetric)),
+            ):
+                of_all = QParams(*(t[None] for t in qparams[:2]), qparams.spec)
+                assert integer.supports(w, spec, of_all) is None
+                e = reference.linear(x, qparams, w, b)
+                y = integer.linear(x, qparams, integer.pack(w, spec.group or group), b, residual=e)
+                torch.testing.assert_close(y, 2 * e, rtol=0, atol=2e-6 * e.abs().max().item())
+
+
+def test_groups_that_do_not_fit_are_refused():
+    w = weight(4, 40, bits=8)
+    token = QParams(torch.ones(1), torch.zeros(1), QuantSpec(8, axis=-1, rows="token", group=16))
+    assert integer.supports(w, PER_CHANNEL, token) is None
+    odd = token._replace(spec=replace(token.spec, group=24))
+    assert integer.supports(w, PER_CHANNEL, odd) == "input: scales dynamic per token in groups of 24"
+    said = integer.supports(w, QuantSpec(8, axis=0, group=32), token)
+    assert said == "weight: scales in groups of 32, but those of the input in groups of 16"
+    wide = QParams(torch.ones(1), torch.zeros(1), QuantSpec(8, True, wide=True))
+    assert "more codes than a byte holds" in integer.supports(w, QuantSpec(8, axis=0, group=32), wide)
+    conv = dict(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1)
+    said = integer.supports(weight(4, 40, 1, 1, bits=8), QuantSpec(8, axis=0, group=16), wide, **conv)
+    assert said == "weight: scales in groups of 16"
+    given = QParams(*CLIP, token.spec)
+    with pytest.raises(ValueError, match="packed for other groups"):
+        integer.linear(torch.ones(3, 40), given, integer.pack(w), None)
+    with pytest.raises(ValueError, match="a multiple of 16 in a linear layer"):
+        integer.pack(w, 24)
 
 
 def test_dynamic_gated_linear(isa, threads):

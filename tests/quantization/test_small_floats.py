@@ -199,7 +199,7 @@ def test_a_weight_in_groups(shape, fields):
     reason = get("integer").supports(
         q.qweight, q.weight_quantizer.spec, QParams(torch.ones(1), torch.zeros(1), QuantSpec(8))
     )
-    assert reason == ("weight: codes of e2m1" if "table" in fields else "weight: scales in groups of 16")
+    assert reason == ("weight: codes of e2m1" if "table" in fields else "weight: signed codes")
 
 
 def after_silu():

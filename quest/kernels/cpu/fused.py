@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from quest.kernels.cpu.core import calls
-from quest.kernels.cpu.integer import computes, on_integers
+from quest.kernels.cpu.integer import computes, dynamic, on_integers
 
 # Classes of attention processors that `attention` can read. quest.quantization adds its own, because kernels do not
 # import layers.
@@ -139,7 +139,7 @@ def struct_of(module: nn.Module, look: Callable[[nn.Module], Block | None]) -> c
 
 def layer(module: nn.Module) -> ctypes.Structure:
     """Return the struct of a quantized layer that runs on integers."""
-    return calls.layer(module.operand, module.bias, _range(module.input_quantizer))
+    return calls.layer(module.operand, module.bias, _range(module.input_quantizer, module.weight_shape[1]))
 
 
 def norm(module: nn.Module) -> ctypes.Structure:
@@ -181,8 +181,8 @@ def idle(dropout: nn.Module) -> bool:
     return type(dropout) is nn.Dropout and not (dropout.training and dropout.p)
 
 
-def _range(quantizer: nn.Module) -> calls.Range:
-    """Return the range of the current time group."""
+def _range(quantizer: nn.Module, channels: int = 0) -> calls.Range:
+    """Return the range of the current time group. channels: of the input, which a dynamic format can divide."""
     number, spec = 0 if quantizer.groups is None else quantizer.groups.number, quantizer.spec
     scale, zero_point = quantizer.scale[number].item(), quantizer.zero_point[number].item()
-    return scale, spec.qmin - zero_point, spec.qmax - zero_point, calls.DYNAMIC[spec.rows]
+    return scale, spec.qmin - zero_point, spec.qmax - zero_point, dynamic(spec, channels)

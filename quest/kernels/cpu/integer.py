@@ -11,7 +11,8 @@ Results differ from the reference's only by the rounding of its float sums, abou
 attention, such a difference in a score can move a probability to the neighbouring code.
 
 Scales of a dynamic format are computed from each row or sample before it is quantized. A sum over inputs of different
-scales is not one sum of integers. So in a convolution of more than one pixel, a token must not have a scale of its own.
+scales is not one sum of integers: groups of channels have a sum of integers each, and are added as floats. So in a
+convolution of more than one pixel, a token must not have a scale of its own.
 """
 
 import torch
@@ -46,7 +47,9 @@ def supports(weight: QTensor, weight_spec: QuantSpec, input: QParams, **conv) ->
     """
     if conv and (conv["groups"] != 1 or isinstance(conv["padding"], str)):
         return "grouped convolution" if conv["groups"] != 1 else "padding given by name"
-    if reason := _format(weight_spec, "weight") or _format(input.spec, "input") or _rows(weight, input.spec, **conv):
+    if reason := _format(weight_spec, "weight") or _format(input.spec, "input"):
+        return reason
+    if reason := _rows(weight, input.spec, **conv) or _groups(weight, weight_spec, input.spec, **conv):
         return reason
     if weight_spec.axis not in (None, 0) or not weight.codes.numel():
         return "weight: one scale per input" if weight.codes.numel() else "weight: without values"
@@ -91,8 +94,6 @@ def _format(spec: QuantSpec, what: str) -> str | None:
         return f"{what} in float"
     if spec.table is not None:
         return f"{what}: codes of {spec.table}"
-    if spec.group is not None and not spec.dynamic:
-        return f"{what}: scales in groups of {spec.group}"
     if spec.symmetric and what == "weight":
         return "weight: signed codes"  # codes are packed without a sign; activations are not packed
     if spec.bits > 8:
@@ -107,11 +108,24 @@ def _rows(weight: QTensor, spec: QuantSpec, **conv) -> str | None:
     if not spec.dynamic:
         return None
     channels, pixels = weight.shape[1], weight.numel() // weight.shape[0] // weight.shape[1]
-    if spec.block_scale is not None or spec.scales(channels) > 1 or spec.axis != (1 if conv else -1):
+    divided = spec.scales(channels) > 1 and (spec.rows == "tensor" or spec.group % 16)
+    if spec.block_scale is not None or divided or spec.axis != (1 if conv else -1):
         return f"input: scales {spec.granularity}"
     if spec.rows == "token" and (pixels > 1 or conv and any(conv["padding"])):
         return f"input: scales {spec.granularity}, of a convolution of several pixels"
     return None
+
+
+def _groups(weight: QTensor, spec: QuantSpec, input: QuantSpec, **conv) -> str | None:
+    """Return why groups of a weight cannot have sums of their own; None if they can, and without groups."""
+    channels = weight.shape[1]
+    if spec.scales(channels) == 1:
+        return None
+    if conv or spec.group % 16:
+        return f"weight: scales in groups of {spec.group}"
+    if input.scales(channels) > 1 and input.group != spec.group:
+        return f"weight: scales in groups of {spec.group}, but those of the input in groups of {input.group}"
+    return "input: more codes than a byte holds, with groups" if input.qmax - input.qmin > 255 else None
 
 
 def _scales(scale: Tensor, what: str) -> str | None:
@@ -134,13 +148,14 @@ def _magnitude(zero_point: Tensor, spec: QuantSpec) -> float:
     return max((spec.qmax - zero_point).abs().max().item(), (spec.qmin - zero_point).abs().max().item())
 
 
-def pack(weight: QTensor) -> Tensor:
+def pack(weight: QTensor, group: int | None = None) -> Tensor:
     """Pack codes, scales and zero points in the order in which the core reads them: uint8 [O, kh, kw, bytes].
 
-    kh and kw are 1 for a linear layer. Codes of at most 4 bits take half a byte.
+    kh and kw are 1 for a linear layer. Codes of at most 4 bits take half a byte. group: how many input channels share a
+    scale, of the weight or of the input; each group takes 12 bytes more for each output.
     """
     codes, scale, zero_point = (t.detach() for t in (weight.codes, weight.scale, weight.zero_point))
-    return calls.pack(codes, zero_point, scale)
+    return calls.pack(codes, zero_point, scale, group)
 
 
 def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -163,8 +178,8 @@ def linear(
     to the result; a gated layer takes none.
     """
     scale, zero_point, spec = qparams
-    limits, dynamic = (spec.qmin, spec.qmax), calls.DYNAMIC[spec.rows]
-    return run(_linear, "integer_linear", x, weight, bias, scale, zero_point, *limits, gated, residual, dynamic)
+    values = scale, zero_point, spec.qmin, spec.qmax, gated, residual, dynamic(spec, x.shape[-1] if x.ndim else 1)
+    return run(_linear, "integer_linear", x, weight, bias, *values)
 
 
 def conv2d(
@@ -184,7 +199,8 @@ def conv2d(
     residual [N, O, H', W'] is added to the result.
     """
     scale, zero_point, spec = qparams
-    values = scale, zero_point, spec.qmin, spec.qmax, stride, padding, dilation, residual, calls.DYNAMIC[spec.rows]
+    scales = dynamic(spec, x.shape[1] if x.ndim == 4 else 1)
+    values = scale, zero_point, spec.qmin, spec.qmax, stride, padding, dilation, residual, scales
     return run(_conv2d, "integer_conv2d", x, weight, bias, *values)
 
 
@@ -237,6 +253,11 @@ def fuses(layer: nn.Module, x: Tensor) -> bool:
 def plus(layer: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     """Return layer(x) + residual, in one pass if the layer runs on integers."""
     return layer(x, residual=residual) if fuses(layer, x) else layer(x) + residual
+
+
+def dynamic(spec: QuantSpec, channels: int) -> int:
+    """Return what has scales of its own in an input of so many channels, as the core reads it (`calls.Range`)."""
+    return spec.group if spec.dynamic and spec.scales(channels) > 1 else calls.DYNAMIC[spec.rows]
 
 
 def _limits(scale, zero_point, qmin: int, qmax: int) -> calls.Limits:

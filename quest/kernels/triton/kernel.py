@@ -49,14 +49,15 @@ def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str
 def supports(weight: QTensor, weight_spec: QuantSpec, input: QParams, **conv) -> str | None:
     """Return why this kernel cannot compute a layer exactly; None if it can.
 
-    It computes what the `integer` kernel computes, except signed inputs, dynamic scales and very long sums. weight: the
-    codes. input: scale and zero point of all time groups. conv: the keywords of `conv2d`; none for a linear layer. Zero
-    points may lie outside the codes, because padding is the exact zero here and needs no code.
+    It computes what the `integer` kernel computes, except signed inputs, dynamic scales, groups and very long sums.
+    weight: the codes. input: scale and zero point of all time groups. conv: the keywords of `conv2d`; none for a linear
+    layer. Zero points may lie outside the codes, because padding is the exact zero here and needs no code.
     """
     if weight.codes[0].numel() > LONGEST:
         return f"sums of {weight.codes[0].numel()} products, more than {LONGEST}"
-    if input.spec.dynamic:
-        return f"input: scales {input.spec.granularity}"
+    for name, spec in (("weight", weight_spec), ("input", input.spec)):
+        if spec.dynamic or spec.group is not None:
+            return f"{name}: scales {spec.granularity}"
     return _signed(input=input) or integer.supports(weight, weight_spec, input, **conv)
 
 
@@ -78,7 +79,7 @@ def _width(channels: int) -> int:
     return -(-channels // 32) * 32
 
 
-def pack(weight: QTensor) -> Tensor:
+def pack(weight: QTensor, group: int | None = None) -> Tensor:
     """Pack codes, scales and zero points in the order in which they are read: [O, kh, kw, bytes], 1 x 1 if linear.
 
     8-bit codes are int8, minus 128. Codes of at most 4 bits are uint8: the first half of the (padded) channels in the

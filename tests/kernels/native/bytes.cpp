@@ -51,7 +51,9 @@ void multiply(const Isa& on) {
   for (int i = 0; i < 150; i++) {
     const int rows = static_cast<int>(integer(1, on.rows)), panels = static_cast<int>(integer(1, on.panels));
     const int segments = static_cast<int>(integer(1, 3)), columns = static_cast<int>(integer((panels - 1) * NR + 1, panels * NR));
-    const int64_t bytes = on.depth * (chance(.1) ? integer(60, 140) : integer(1, 3)), stride = integer(1, 40), width = panels * NR, panel = segments * bytes * NR;
+    const bool groups = chance(.3);
+    const int64_t depth = groups ? 16 : on.depth, bytes = depth * (chance(.1) ? integer(60, 140) : integer(1, 3));
+    const int64_t stride = integer(1, 40), width = panels * NR, panel = segments * bytes * NR;
     Exactly<ptrdiff_t> offset(segments);
     for (int s = 0; s < segments; s++) offset[s] = s * integer(0, 50);
     const int64_t last = *std::max_element(offset + 0, offset + segments);
@@ -59,7 +61,7 @@ void multiply(const Isa& on) {
     const Exactly<int8_t> b(panels * panel, [] { return integer(-128, 127); });
     Exactly<int32_t> out(on.rows * width);
     if (on.begin) on.begin();
-    on.multiply(a, stride, rows, segments, offset, bytes, b, panel, panels, out, width);
+    (groups ? on.multiply_groups : on.multiply)(a, stride, rows, segments, offset, bytes, b, panel, panels, out, width);
     if (on.end) on.end();
     const Exactly<int32_t> sums(rows, [] { return integer(0, 999); }), zero(width, [] { return integer(-99, 99); });
     const Exactly<int32_t> constant(width, [] { return integer(-9999, 9999); });

@@ -121,7 +121,7 @@ void refusals() {
   for (int64_t tokens : {0, 2}) refused(linear(w.memory, w.memory.size, 3, 10, 6, 1, 0, tokens), "tokens of a sample");
   const Packed odd(5, 10, 1, 1, 8, 1);
   refused(linear(odd.memory, odd.memory.size, 3, 10, 2, 1, 1), "gated");
-  for (int64_t field = 0; field < 13; field++) {  // of the header: whatever changes is noticed, or of no account
+  for (int64_t field = 0; field < 14; field++) {  // of the header: whatever changes is noticed, or of no account
     Exactly<char> changed(w.memory.size);
     std::memcpy(changed, w.memory, w.memory.size);
     int64_t value;
@@ -149,7 +149,9 @@ void refusals() {
   refused(quest_group_norm(x, 40, 10, 2, 4, 10, 3, 1e-5f, nullptr, nullptr, nullptr, nullptr, 0, out, 1), "groups");
   refused(quest_layer_norm(x, -1, 10, 1e-5f, nullptr, nullptr, out, 1), "negative");
   refused(quest_use("avx"), "no instruction set");
-  CHECK(!quest_packed_bytes(0, 4, 1, 1, 8) && !quest_packed_bytes(4, 4, 1, 1, 5) && !quest_packed_bytes(4, -4, 1, 1, 8));
+  CHECK(!quest_packed_bytes(0, 4, 1, 1, 8, 4) && !quest_packed_bytes(4, 4, 1, 1, 5, 4) && !quest_packed_bytes(4, -4, 1, 1, 8, -4));
+  for (int64_t group : {0, -16, 8, 33, 64}) CHECK(!quest_packed_bytes(4, 40, 1, 1, 8, group));
+  CHECK(quest_packed_bytes(4, 40, 1, 1, 8, 16) && !quest_packed_bytes(4, 40, 3, 3, 8, 16));
   Exactly<float> wrong(30);
   wrong[17] = NAN;
   const auto of = [&](const float* from, float high, int dynamic) {
@@ -164,6 +166,8 @@ void refusals() {
                          1, nullptr, out, 6, 3, 1, 1) == HAS_NAN);
     }
   for (float high : {4e4f, NAN, INFINITY}) CHECK(of(x, high, 0) == OUT_OF_RANGE);
+  CHECK(of(x, 255, 16) == INVALID);
+  CHECK(std::strstr(quest_message(), "other groups"));
   for (float high : {-1.f, 0.f, 256.f, NAN, INFINITY}) CHECK(of(x, high, 1) == OUT_OF_RANGE && of(x, high, 2) == OUT_OF_RANGE);
   const Range byte{1, 0, 255}, wide{1, 0, 256}, ranges[4] = {byte, wide, byte, byte};
   const int64_t strides[12] = {10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10};

@@ -8,7 +8,8 @@ using namespace quest;
 
 void pack() {
   for (int i = 0; i < 60; i++) {
-    const Packed w(integer(1, 40), integer(1, 40), integer(1, 3), integer(1, 3), chance(.5) ? 4 : 8, 1);
+    const int64_t channels = integer(1, 40), group = some_groups(channels), height = group ? 1 : integer(1, 3);
+    const Packed w(integer(1, 40), channels, height, group ? 1 : integer(1, 3), chance(.5) ? 4 : 8, 1, group);
     Exactly<uint8_t> codes(w.codes.size);
     CHECK(!quest_unpack(w.memory, w.memory.size, w.outputs, w.channels, w.height, w.width, codes));
     for (int64_t j = 0; j < codes.size; j++) CHECK(codes[j] == w.codes[j]);
@@ -21,8 +22,11 @@ void linear() {
     const int64_t rows = chance(.05) ? 0 : tokens * integer(1, ceil_div(most, tokens));
     const int64_t channels = integer(1, 150), outputs = chance(.3) ? 32 * integer(1, 3) : integer(1, 70);
     const bool gated = chance(.3) && outputs % 2 == 0, biased = chance(.5), more = !gated && chance(.5);
-    const Packed w(outputs, channels, 1, 1, chance(.5) ? 4 : 8, gated ? 0 : 1.f);
-    const Range r = chance(.4) ? dynamic_range(chance(.5) ? 1 : 2) : range(gated ? .05f : 1.f);
+    const int64_t group = some_groups(channels);
+    const Packed w(outputs, channels, 1, 1, chance(.5) ? 4 : 8, gated || group ? 0 : 1.f, group);
+    Range r = range(gated ? .05f : 1.f);
+    if (chance(.4)) r = dynamic_range(static_cast<int>(group && chance(.6) ? group : integer(1, 2)));
+    if (group) r.high = std::min(r.high, r.low + 255);
     const int64_t stride = channels + (chance(.5) ? 0 : integer(1, 9)), width = gated ? outputs / 2 : outputs;
     const Exactly<float> x(rows ? (rows - 1) * stride + channels : 0, [&] { return input(r); });
     const Exactly<float> bias(outputs, [] { return integer(-9, 9); }), residual(rows * width, [] { return integer(-9, 9); });
@@ -30,21 +34,28 @@ void linear() {
     CHECK(!quest_linear(x, rows, channels, stride, w.memory, w.memory.size, bias.when(biased), r.scale, r.low, r.high,
                         r.dynamic, tokens, gated, residual.when(more), out, width, static_cast<int>(integer(1, 3))));
     for (int64_t row = 0; row < rows; row++) {
-      Exactly<double> y(outputs);
-      const int64_t together = r.dynamic == 2 ? tokens : 1;
-      const Range own = r.dynamic ? fitted(r, x + row / together * together * stride, together, stride, channels) : r;
-      for (int64_t o = 0; o < outputs; o++) {
-        int64_t sum = 0;
-        for (int64_t c = 0; c < channels; c++) sum += code(x[row * stride + c], own) * w.value(o, c);
-        y[o] = static_cast<double>(static_cast<float>(sum)) * w.scale[o] * own.scale + (biased ? bias[o] : 0);
+      Exactly<double> y(outputs), size(outputs);  // size: the sum of magnitudes
+      for (int64_t o = 0; o < outputs; o++) y[o] = biased ? bias[o] : 0, size[o] = 9 + std::fabs(y[o]);
+      const int64_t together = r.dynamic == 2 ? tokens : 1, from = row / together * together * stride;
+      for (int64_t g = 0; g < w.groups; g++) {
+        const int64_t begin = g * w.group, end = std::min(begin + w.group, channels);
+        Range own = r;
+        if (r.dynamic >= 16) own = fitted(r, x + from + begin, 1, stride, end - begin);
+        else if (r.dynamic) own = fitted(r, x + from, together, stride, channels);
+        for (int64_t o = 0; o < outputs; o++) {
+          int64_t sum = 0;
+          for (int64_t c = begin; c < end; c++) sum += code(x[row * stride + c], own) * w.value(o, c);
+          const double term = static_cast<double>(static_cast<float>(sum)) * w.scale[o * w.groups + g] * own.scale;
+          y[o] += term, size[o] += std::fabs(term);
+        }
       }
       for (int64_t o = 0; o < width; o++) {
         const float found = out[row * width + o];
         if (gated)
-          CHECK(close(found, y[o] * gelu(y[width + o]), 1e-5 * (1 + std::fabs(y[o] * y[width + o]))));
+          CHECK(close(found, y[o] * gelu(y[width + o]), 1e-5 * (1 + (group ? size[o] * size[width + o] : std::fabs(y[o] * y[width + o])))));
         else
           CHECK(close(found, static_cast<float>(y[o]) + (more ? residual[row * width + o] : 0),
-                      r.dynamic ? 1e-6 * (9 + std::fabs(y[o])) : 0));
+                      r.dynamic || group ? 1e-6 * size[o] : 0));
       }
     }
   }

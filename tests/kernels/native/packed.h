@@ -5,22 +5,24 @@
 namespace test {
 
 struct Packed {
-  int64_t outputs, channels, height, width;
+  int64_t outputs, channels, height, width, group, groups;
   Exactly<uint8_t> codes;
   Exactly<int32_t> zero;
   Exactly<float> scale;
   Exactly<char> memory;
 
-  Packed(int64_t outputs, int64_t channels, int64_t height, int64_t width, int bits, float scale_of_all)
-      : outputs(outputs), channels(channels), height(height), width(width),
+  Packed(int64_t outputs, int64_t channels, int64_t height, int64_t width, int bits, float scale_of_all, int64_t of = 0)
+      : outputs(outputs), channels(channels), height(height), width(width), group(of ? of : channels),
+        groups(quest::ceil_div(channels, group)),
         codes(outputs * channels * height * width, [&] { return integer(0, bits == 4 ? 15 : 255); }),
-        zero(outputs, [&] { return integer(-20, bits == 4 ? 35 : 275); }),
-        scale(outputs, [&] { return scale_of_all ? scale_of_all : 1e-3f + std::fabs(number(.01f)); }),
-        memory(quest_packed_bytes(outputs, channels, height, width, bits)) {
-    CHECK(!quest_pack(codes, zero, scale, outputs, channels, height, width, bits, memory, memory.size));
+        zero(outputs * groups, [&] { return integer(-20, bits == 4 ? 35 : 275); }),
+        scale(outputs * groups, [&] { return scale_of_all ? scale_of_all : 1e-3f + std::fabs(number(.01f)); }),
+        memory(quest_packed_bytes(outputs, channels, height, width, bits, group)) {
+    CHECK(!quest_pack(codes, zero, scale, outputs, channels, height, width, bits, group, memory, memory.size));
   }
   int value(int64_t output, int64_t channel, int64_t y = 0, int64_t x = 0) const {
-    return codes[((output * channels + channel) * height + y) * width + x] - zero[output];
+    return codes[((output * channels + channel) * height + y) * width + x] -
+           zero[output * groups + channel / group];
   }
   quest::Layer layer(const float* bias, quest::Range range) const {
     return {reinterpret_cast<const quest::Weight*>(static_cast<const char*>(memory)), memory.size, bias, range};
@@ -33,7 +35,10 @@ inline quest::Range range(float scale = 1) {
   return {scale, low, low + static_cast<float>(chance(.8) ? integer(1, 255) : 400)};
 }
 
-// One whose scales come from tokens (1) or samples (2), with signed codes or without.
+// Groups of a linear layer's channels: some, or 0 for all channels together.
+inline int64_t some_groups(int64_t channels) { return channels > 16 && chance(.4) ? 16 * integer(1, (channels - 1) / 16) : 0; }
+
+// One whose scales come from tokens (1), samples (2) or groups (16 and more), with signed codes or without.
 inline quest::Range dynamic_range(int of) {
   const bool four = chance(.5), sign = chance(.5);
   const float high = static_cast<float>(four ? 15 >> sign : 255 >> sign);

@@ -20,7 +20,7 @@ from quest.kernels.cpu.core.shapes import attended, convolved
 Limits = tuple[float, float, float]  # scale, and lowest and highest code minus zero point
 # The same, and what has scales of its own in a dynamic format. Then scale is the clip ratio, and zero points are 0.
 Range = tuple[float, float, float, int]
-DYNAMIC = {None: 0, "token": 1, "tensor": 2}  # by QuantSpec.rows; `Dynamic` in csrc/driver.h
+DYNAMIC = {None: 0, "token": 1, "tensor": 2}  # by QuantSpec.rows; `Dynamic` in csrc/driver.h. Groups: their channels
 
 STRUCTS = abi.structs()
 Layer, Norm, AttentionBlock, TransformerBlock, ResnetBlock = (
@@ -82,10 +82,12 @@ def _dimensions(tensor: Tensor, number: int, name: str) -> Tensor:
     return tensor
 
 
-def pack(codes: Tensor, zero_point: Tensor, scale: Tensor) -> Tensor:
+def pack(codes: Tensor, zero_point: Tensor, scale: Tensor, group: int | None = None) -> Tensor:
     """Pack codes [O, C] or [O, C, kh, kw] from 0 to 255, with one zero_point and scale or [O, ...], to uint8.
 
-    Returns [O, kh, kw, bytes]. Raises ValueError for other codes, none at all, or zero points beyond 16 bits.
+    group: how many channels share a scale, of the weight (then zero_point and scale have the shape of codes) or of its
+    input; all if None. Returns [O, kh, kw, bytes]. Raises ValueError for other codes, none at all, zero points beyond
+    16 bits, or groups that are no multiple of 16 channels or of a kernel of several pixels.
     """
     outputs, channels, kh, kw = (*codes.shape, 1, 1)[:4]
     if not codes.numel() or not all(t.is_cpu for t in (codes, zero_point, scale)):
@@ -94,14 +96,17 @@ def pack(codes: Tensor, zero_point: Tensor, scale: Tensor) -> Tensor:
     if not 0 <= low <= high <= 255 or not zero_point.abs().max() <= 32767:
         raise ValueError("pack: it takes codes from 0 to 255, with zero points that fit into 16 bits")
     shape, bits = (outputs, channels, kh, kw), 4 if high <= 15 else 8
+    group = min(group or channels, channels)
+    of_groups = [t[:, ::group] if t.shape == codes.shape else t.flatten()[:, None] for t in (scale, zero_point)]
+    of_groups = [t.reshape(len(t), -1).expand(outputs, -(-channels // group)) for t in of_groups]
     codes = codes.to(torch.uint8).contiguous()
-    scale = scale.flatten().float().expand(outputs).contiguous()
-    zero_point = zero_point.flatten().to(torch.int32).expand(outputs).contiguous()
-    size = core().quest_packed_bytes(*shape, bits)
+    scale, zero_point = of_groups[0].float().contiguous(), of_groups[1].to(torch.int32).contiguous()
+    size = core().quest_packed_bytes(*shape, bits, group)
     packed = torch.empty((outputs, kh, kw, -(-size // (outputs * kh * kw))), dtype=torch.uint8, device="cpu")
     status = core().quest_pack(
-        codes.data_ptr(), zero_point.data_ptr(), scale.data_ptr(), *shape, bits, packed.data_ptr(), packed.numel()
-    )
+        codes.data_ptr(), zero_point.data_ptr(), scale.data_ptr(), *shape, bits, group, packed.data_ptr(),
+        packed.numel(),
+    )  # fmt: skip
     check(status, "pack")
     return packed
 
@@ -156,7 +161,7 @@ def conv2d(
     With scales of tokens, x has four dimensions, the weight has one pixel, and there is no padding.
     """
     x = checked(x, "conv2d")
-    if limits[3] == DYNAMIC["token"]:  # a linear layer of pixels
+    if limits[3] not in (0, DYNAMIC["tensor"]):  # a linear layer of pixels
         if x.ndim != 4 or weight.shape[1:3] != (1, 1) or any(padding):
             raise ValueError(f"conv2d: scales of tokens for an input of {list(x.shape)}; it takes 1x1 without padding")
         pixels = x[:, :, :: stride[0], :: stride[1]].movedim(1, 3)

@@ -12,8 +12,9 @@ namespace quest {
 struct Weight;
 
 // The range of a quantized tensor: code - zero point = clamp(round(x / scale), low, high). dynamic: not 0 if scales come from
-// the tensor itself, one for each token (1) or for each sample (2). Then `scale` is the share of the numbers' range that
-// codes reach, and low and high are the lowest and the highest code.
+// the tensor itself, one for each token (1), for each sample (2), or for each group of so many channels of a token (16 and
+// more). Then `scale` is the share of the numbers' range that codes reach, and low and high are the lowest and the highest
+// code.
 struct Range {
   float scale;
   float low;
@@ -98,11 +99,12 @@ void quest_time(double* of_kinds);
 int64_t quest_peak(const char* name, int64_t iterations);
 
 // The size of a packed weight; 0 if it cannot be packed.
-int64_t quest_packed_bytes(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits);
+int64_t quest_packed_bytes(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits, int64_t group);
 
-// Packs codes [outputs, channels, height, width] of 4 or 8 bits, with zero points and scales [outputs].
+// Packs codes [outputs, channels, height, width] of 4 or 8 bits, with zero points and scales [outputs, groups]. group: how many
+// channels share a scale, of the weight or of its input; a multiple of 16, or all channels. The last group can be smaller.
 int quest_pack(const uint8_t* codes, const int32_t* zero_points, const float* scales, int64_t outputs, int64_t channels,
-               int64_t height, int64_t width, int64_t bits, void* packed, int64_t bytes);
+               int64_t height, int64_t width, int64_t bits, int64_t group, void* packed, int64_t bytes);
 
 // Returns the codes that quest_pack packed.
 int quest_unpack(const void* packed, int64_t bytes, int64_t outputs, int64_t channels, int64_t height, int64_t width,

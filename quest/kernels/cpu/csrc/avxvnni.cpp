@@ -42,7 +42,7 @@ const Winograd winograd = {2, avx2.winograd->input, avx2.winograd->multiply};
 extern const Isa avxvnni = [] {
   Isa one = avx2;
   one.name = "avxvnni";
-  one.multiply = multiply;
+  one.multiply = one.multiply_groups = multiply;
   one.winograd = &winograd;
   return one;
 }();

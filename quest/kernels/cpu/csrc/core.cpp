@@ -74,16 +74,16 @@ void quest_use_openmp(void* parallel) { use_region(parallel); }
 
 void quest_time(double* of_kinds) { seconds = of_kinds; }
 
-int64_t quest_packed_bytes(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits) {
+int64_t quest_packed_bytes(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits, int64_t group) {
   int64_t bytes = 0;
-  guarded([&] { return bytes = layout(outputs, channels, height, width, bits).bytes, OK; });
+  guarded([&] { return bytes = layout(outputs, channels, height, width, bits, group).bytes, OK; });
   return bytes;
 }
 
 int quest_pack(const uint8_t* codes, const int32_t* zero_points, const float* scales, int64_t outputs, int64_t channels,
-               int64_t height, int64_t width, int64_t bits, void* packed, int64_t bytes) {
+               int64_t height, int64_t width, int64_t bits, int64_t group, void* packed, int64_t bytes) {
   return guarded([&] {
-    const Weight given = layout(outputs, channels, height, width, bits);
+    const Weight given = layout(outputs, channels, height, width, bits, group);
     require(packed && given.bytes <= bytes, "there is too little room for the packed weight");
     pack(codes, zero_points, scales, given, *static_cast<Weight*>(packed));
     return OK;
@@ -113,6 +113,7 @@ int quest_linear(const float* x, int64_t rows, int64_t channels, int64_t stride,
     require((gated ? w.outputs / 2 : w.outputs) == width, "the weight gives another number of outputs");
     require(tokens > 0 && rows % tokens == 0, "the rows are no multiple of the tokens of a sample");
     const Range range{scale, low, high, dynamic};
+    require(dynamic < OF_GROUPS || dynamic == w.group, "the weight was packed for other groups");
     return linear({&w, bytes, bias, range}, x, rows, tokens, stride, gated, residual, out, threads);
   });
 }
@@ -131,7 +132,8 @@ int quest_conv2d(const float* x, int64_t samples, int64_t channels, int64_t heig
     require(out_height == span(height, top, dilation_y, w.height, stride_y) &&
                 out_width == span(width, left, dilation_x, w.width, stride_x) && out_height > 0 && out_width > 0,
             "the output has another size than the convolution gives, or none");
-    require(dynamic != OF_TOKENS, "a convolution has scales of samples, not of tokens");
+    require(dynamic == STATIC || dynamic == OF_SAMPLES, "a convolution has scales of samples, not of tokens");
+    require(w.groups() == 1, "the weight of a convolution has scales of groups");
     const Conv c{x,   samples, height,     width,      sample,   row, pixel,      stride_y, stride_x,
                  top, left,    dilation_y, dilation_x, residual, out, out_height, out_width};
     return conv2d({&w, bytes, bias, {scale, low, high, dynamic}}, c, threads);

@@ -76,6 +76,8 @@ struct Isa {
   // rows of a tile may be read, with SLACK bytes after them, and written.
   void (*multiply)(const uint8_t* a, ptrdiff_t stride, int rows, int segments, const ptrdiff_t* offset, int64_t bytes,
                    const int8_t* b, ptrdiff_t panel, int panels, int32_t* out, ptrdiff_t out_stride);
+  // The same for any number of bytes that is a multiple of 16.
+  decltype(multiply) multiply_groups;
   // out[r][0..columns) = (in - zero * sums[r] - constant) * scale + bias, plus residual[r] if it is not null. Rows of `in`
   // are `stride` apart. A row whose out[r] is null is left out. Columns of out and residual begin at `from`. row_scale,
   // row_zero: null, or factors of scale and of constant for each row.

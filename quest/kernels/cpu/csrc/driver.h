@@ -111,6 +111,7 @@ void parallel(int64_t tasks, int threads, int64_t work, const Task& task) {
 //
 //   header | zero points, int32 | scales, float | sums, int32 | codes of outputs 0..15 | codes of outputs 16..31 | ...
 //
+// Zero points, scales and sums are ordered [group of channels][output].
 // Within a panel, codes are ordered [tap][four channels][output][channel of the four]. With 8 bits they are stored as the
 // signed bytes of a product (see core.h), so they need no unpacking. With 4 bits they are stored as unpack4 reads them.
 struct Weight {
@@ -118,28 +119,30 @@ struct Weight {
   int64_t row_sum;   // the sum of |code - zero point| over the weights of an output; the largest of all outputs
   int64_t byte_sum;  // the same of |signed byte|
   int64_t zero_points, scales, sums, codes, bytes;  // offsets
+  int64_t group;     // channels that share a scale
 
   const char* base() const { return reinterpret_cast<const char*>(this); }
   char* base() { return reinterpret_cast<char*>(this); }
   int64_t panels() const { return ceil_div(outputs, NR); }
+  int64_t groups() const { return ceil_div(channels, group); }
   int64_t padded() const { return round_up(channels, 4); }
   int64_t taps() const { return height * width; }
   int64_t panel_codes() const { return taps() * padded() * NR * bits / 8; }  // bytes
   int offset() const { return bits == 8 ? 128 : 8; }  // a signed byte is a code minus this number
   const uint8_t* panel(int64_t p) const { return reinterpret_cast<const uint8_t*>(base() + codes) + p * panel_codes(); }
-  // For each output its zero point minus offset(), its scale, and its sum of codes minus zero point. Zeros fill up the last
-  // panel.
+  // For each group and output its zero point minus offset(), its scale, and its sum of codes minus zero point. Zeros fill up
+  // the last panel.
   const int32_t* zero_point() const { return reinterpret_cast<const int32_t*>(base() + zero_points); }
   const float* scale() const { return reinterpret_cast<const float*>(base() + scales); }
   const int32_t* sum() const { return reinterpret_cast<const int32_t*>(base() + sums); }
 };
 
-enum Dynamic { STATIC, OF_TOKENS, OF_SAMPLES };  // Range::dynamic
+enum Dynamic { STATIC, OF_TOKENS, OF_SAMPLES, OF_GROUPS = 16 };  // Range::dynamic
 
 inline int64_t largest(Range r) { return static_cast<int64_t>(std::max(std::fabs(r.low), std::fabs(r.high))); }
 
 // Throw std::invalid_argument if a weight cannot have these sizes, and if `packed` is no packed weight of `bytes` bytes.
-Weight layout(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits);
+Weight layout(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits, int64_t group);
 const Weight& weight_of(const void* packed, int64_t bytes);
 void pack(const uint8_t* codes, const int32_t* zero_points, const float* scales, const Weight& given, Weight& w);
 void unpack(const Weight& w, uint8_t* codes);
@@ -167,6 +170,7 @@ inline bool in_int16(Range r) { return std::fabs(r.low) <= 32767.f && std::fabs(
 
 inline bool fits(const Weight& w, Range r) {
   const bool codes = !r.dynamic || (r.low <= 0 && r.high > 0 && r.high - r.low <= 255);
+  if (w.groups() > 1 && r.high - r.low > 255) return false;  // in several bytes, channels would not lie group by group
   return in_int16(r) && codes && largest(r) * w.row_sum <= INT32_MAX;
 }
 

@@ -39,16 +39,22 @@ struct Panels {
     }
   }
 
-  // Computes the outputs of rows r..r + rows and stores them at out[..] + from. `products` is memory for the products.
+  // Computes the outputs of rows r..r + rows and stores them at out[..] + from. `products` is memory for the products. Sums of
+  // further groups are added to `out`.
   void multiply(const Weight& w, const Terms& t, const Rows& a, int64_t r, int rows, int32_t* products, float* const* out,
                 const float* const* residual, ptrdiff_t from) const {
     const int columns = static_cast<int>(std::min(count * int64_t{NR}, w.outputs - first * NR));
-    const int64_t width = count * NR, at = first * NR;
-    isa->multiply(a.codes + r * a.stride, a.stride, rows, static_cast<int>(a.segments), a.offset, a.bytes, codes, size, count,
-                  products, width);
-    isa->finish(products, width, rows, a.sums + r, t.zero + at, t.constant.data() + at, t.scale.data() + at,
-                t.bias.data() + at, columns, out, residual, from, a.terms ? a.terms->scale.data() + r : nullptr,
-                a.terms ? a.terms->zero.data() + r : nullptr);
+    const int64_t width = count * NR, groups = w.groups();
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t begin = g * w.group, at = (g * w.panels() + first) * NR, row = a.terms ? g * a.terms->apart + r : 0;
+      const int64_t bytes = g < groups - 1 ? w.group : a.bytes - begin;
+      (groups == 1 ? isa->multiply : isa->multiply_groups)(a.codes + r * a.stride + begin, a.stride, rows,
+                                                           static_cast<int>(a.segments), a.offset, bytes, codes + begin * NR,
+                                                           size, count, products, width);
+      isa->finish(products, width, rows, a.sums + g * a.count + r, t.zero + at, t.constant.data() + at, t.scale.data() + at,
+                  t.bias.data() + at, columns, out, g ? out : residual, from, a.terms ? a.terms->scale.data() + row : nullptr,
+                  a.terms ? a.terms->zero.data() + row : nullptr);
+    }
   }
 };
 
@@ -129,10 +135,12 @@ bool multiply_rows(const Layer& l, const Planes& planes, int64_t rows, bool gate
     static thread_local RowTerms terms;
     const int64_t first = i * tiles / blocks * 16, count = std::min(rows, (i + 1) * tiles / blocks * 16) - first;
     bool wrong = false;
-    terms.clear();
+    terms.clear(), terms.apart = l.range.dynamic < OF_GROUPS ? 0 : count;
     const uint8_t* q = source(first, count, terms, wrong);
-    int32_t* total = sums.get(count);
-    isa->sums(q, row, count, row, total);
+    const int64_t groups = w.groups();
+    int32_t* total = sums.get(groups * count);
+    for (int64_t g = 0; g < groups; g++)
+      isa->sums(q + g * w.group, row, count, g < groups - 1 ? w.group : row - g * w.group, total + g * count);
     const ptrdiff_t none = 0;
     Rows all{q, count, row, 1, &none, round_up(row, isa->depth), planes.count, total, nullptr, nullptr};
     if (l.range.dynamic) all.terms = &terms;
@@ -155,7 +163,17 @@ auto quantizing(const Planes& planes, const float* x, int64_t stride, const std:
     static thread_local Scratch<uint8_t> codes;
     const int64_t row = planes.pixel();
     uint8_t* q = rows_of(codes, count, row);
-    if (planes.range.dynamic) {
+    if (planes.range.dynamic >= OF_GROUPS) {
+      const int64_t group = planes.range.dynamic;
+      for (int64_t begin = 0; begin < planes.channels; begin += group)
+        for (int64_t r = 0; r < count; r++) {
+          const float* from = x + (first + r) * stride + begin;
+          const int64_t n = std::min(group, planes.channels - begin);
+          const Range range = measured(planes.range, from, n);
+          nan |= isa->quantize(from, n, std::min(group, row - begin), range, q + r * row + begin) || !std::isfinite(range.scale);
+          terms.add(range, 1);
+        }
+    } else if (planes.range.dynamic) {
       for (int64_t r = 0; r < count; r++) {
         const float* from = x + (first + r) * stride;
         const Range range = samples.empty() ? measured(planes.range, from, planes.channels) : samples[(first + r) / tokens];

@@ -86,10 +86,11 @@ inline uint8_t* rows_of(Scratch<uint8_t>& memory, int64_t rows, int64_t stride) 
   return memory.get((rows + isa->rows) * stride + SLACK);
 }
 
-// Scales and zero points of rows. Without them, all rows have the same, which are in the Terms.
+// Scales and zero points of rows; those of groups are `apart`. Without them, all rows have the same, which are in the Terms.
 struct RowTerms {
   std::vector<float> scale;
   std::vector<int32_t> zero;
+  int64_t apart = 0;
   void clear() { scale.clear(), zero.clear(); }
   void add(Range r, int64_t rows) {
     scale.insert(scale.end(), rows, r.scale);
@@ -97,14 +98,15 @@ struct RowTerms {
   }
 };
 
-// The arguments of Isa::finish for every output, padded to whole panels. dynamic: without what rows have.
+// The arguments of Isa::finish for every group and output, padded to whole panels. dynamic: without what rows have. The bias
+// is added with the first group.
 struct Terms {
   const int32_t* zero;
   std::vector<int32_t> constant;
   std::vector<float> scale, bias;
   Terms(const Weight& w, const float* given, const Planes& planes, int dynamic)
-      : zero(w.zero_point()), constant(w.panels() * NR, 0), scale(w.panels() * NR, 0.f), bias(w.panels() * NR, 0.f) {
-    for (int64_t o = 0; o < w.outputs; o++) {
+      : zero(w.zero_point()), constant(w.groups() * w.panels() * NR), scale(constant.size()), bias(constant.size()) {
+    for (size_t o = 0; o < constant.size(); o++) {
       constant[o] = static_cast<int32_t>(dynamic ? w.sum()[o] : -planes.low * w.sum()[o]);
       scale[o] = dynamic ? w.scale()[o] : w.scale()[o] * planes.range.scale;
     }
@@ -120,7 +122,7 @@ struct Rows {
   const ptrdiff_t* offset;
   int64_t bytes;        // the length of a segment
   int64_t planes;       // how often the weights of each tap are repeated in it
-  const int32_t* sums;  // the sum of all segments of each row
+  const int32_t* sums;  // the sum of all segments of each row; those of further groups follow
   float* const* out;    // where each row goes; null: it is not stored
   const float* const* residual;  // null, or for each row what is added to it
   const RowTerms* terms = nullptr;

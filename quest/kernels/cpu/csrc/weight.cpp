@@ -24,18 +24,21 @@ struct Row {
 
 }  // namespace
 
-Weight layout(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits) {
+Weight layout(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits, int64_t group) {
   require(outputs > 0 && channels > 0 && height > 0 && width > 0 && (bits == 4 || bits == 8), "no shape of a packed weight");
-  Weight w{MAGIC, outputs, channels, height, width, bits, 0, 0, 0, 0, 0, 0, 0};
+  require(group == channels || (0 < group && group < channels && group % 16 == 0 && height * width == 1),
+          "groups are of all channels, or of a multiple of 16 in a linear layer");
+  Weight w{MAGIC, outputs, channels, height, width, bits, 0, 0, 0, 0, 0, 0, 0, group};
   int64_t at = round_up(sizeof(Weight), 64);
   auto take = [&](int64_t bytes) {
     int64_t start = at;
     at += round_up(bytes, 64);
     return start;
   };
-  w.zero_points = take(w.panels() * NR * sizeof(int32_t));
-  w.scales = take(w.panels() * NR * sizeof(float));
-  w.sums = take(w.panels() * NR * sizeof(int32_t));
+  const int64_t numbers = w.groups() * w.panels() * NR;
+  w.zero_points = take(numbers * sizeof(int32_t));
+  w.scales = take(numbers * sizeof(float));
+  w.sums = take(numbers * sizeof(int32_t));
   w.codes = take(w.panels() * w.panel_codes());
   w.bytes = at;
   return w;
@@ -46,7 +49,7 @@ const Weight& weight_of(const void* packed, int64_t bytes) {
   require(packed && bytes >= static_cast<int64_t>(sizeof(Weight)), none);
   const Weight& w = *static_cast<const Weight*>(packed);
   require(w.magic == MAGIC, none);
-  const Weight same = layout(w.outputs, w.channels, w.height, w.width, w.bits);
+  const Weight same = layout(w.outputs, w.channels, w.height, w.width, w.bits, w.group);
   require(w.bytes == same.bytes && w.codes == same.codes && w.sums == same.sums && w.scales == same.scales &&
               w.zero_points == same.zero_points && w.bytes <= bytes,
           "this packed weight is damaged");
@@ -66,21 +69,24 @@ void pack(const uint8_t* codes, const int32_t* zero_points, const float* scales,
   int32_t* z = reinterpret_cast<int32_t*>(w.base() + w.zero_points);
   int32_t* sums = reinterpret_cast<int32_t*>(w.base() + w.sums);
   float* s = reinterpret_cast<float*>(w.base() + w.scales);
+  const int64_t groups = w.groups(), width = w.panels() * NR;
   for (int64_t o = 0; o < outputs; o++) {
-    int64_t magnitude = 0, bytes = 0, sum = 0;
-    z[o] = zero_points[o] - w.offset();
-    s[o] = scales[o];
+    int64_t magnitude = 0, bytes = 0;
+    for (int64_t g = 0; g < groups; g++) {
+      z[g * width + o] = zero_points[o * groups + g] - w.offset();
+      s[g * width + o] = scales[o * groups + g];
+    }
     for (int64_t t = 0; t < taps; t++) {
       const Row row(w, o, t);
       for (int64_t k = 0; k < channels; k++) {
         const uint8_t code = codes[(o * channels + k) * taps + t];
         char& at = w.base()[row.byte(k)];
         at = static_cast<char>(at ^ (code ^ sign ^ fill) << row.shift);
-        sum += code - zero_points[o];
-        magnitude += std::abs(code - zero_points[o]), bytes += std::abs(code - w.offset());
+        const int32_t centred = code - zero_points[o * groups + k / w.group];
+        sums[k / w.group * width + o] += centred;
+        magnitude += std::abs(centred), bytes += std::abs(code - w.offset());
       }
     }
-    sums[o] = static_cast<int32_t>(sum);
     w.row_sum = std::max(w.row_sum, magnitude), w.byte_sum = std::max(w.byte_sum, bytes);
   }
 }
