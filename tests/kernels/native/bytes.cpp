@@ -1,5 +1,6 @@
 // The functions on bytes.
 #include "check.h"
+#include "product.h"
 
 namespace test {
 namespace {
@@ -61,7 +62,7 @@ void multiply(const Isa& on) {
     const Exactly<int8_t> b(panels * panel, [] { return integer(-128, 127); });
     Exactly<int32_t> out(on.rows * width);
     if (on.begin) on.begin();
-    (groups ? on.multiply_groups : on.multiply)(a, stride, rows, segments, offset, bytes, b, panel, panels, out, width);
+    (groups ? on.multiply_some : on.multiply)(a, stride, rows, segments, offset, bytes, b, panel, panels, out, width);
     if (on.end) on.end();
     const Exactly<int32_t> sums(rows, [] { return integer(0, 999); }), zero(width, [] { return integer(-99, 99); });
     const Exactly<int32_t> constant(width, [] { return integer(-9999, 9999); });
@@ -93,6 +94,35 @@ void multiply(const Isa& on) {
         const float product = std::fma(static_cast<float>(whole), of_rows ? row_scale[r] : 1, bias[c]);
         const float expected = product + (more ? residual[at] : 0);
         CHECK(y[at] == (to[r] ? expected : -1.f));
+      }
+  }
+}
+
+void groups(const Isa& on) {
+  for (int i = 0; on.multiply_groups && i < 150; i++) {
+    const int rows = static_cast<int>(integer(1, on.rows)), panels = static_cast<int>(integer(1, on.panels));
+    const int64_t bytes = 4 * integer(1, 60), group = 16 * integer(1, 4), number = ceil_div(bytes, group);
+    const int64_t stride = bytes + integer(0, 9), width = panels * NR, panel = bytes * NR, own = chance(.5) ? rows : 0;
+    const Exactly<uint8_t> a((rows - 1) * stride + bytes, [] { return integer(0, 255); });
+    const Exactly<int8_t> b(panels * panel, [] { return integer(-128, 127); });
+    const auto some = [] { return pair(static_cast<int32_t>(integer(-300, 300)), static_cast<int32_t>(integer(-300, 300))); };
+    const Exactly<int32_t> row_pairs(number * rows, some), pairs(number * width, some);
+    const Exactly<float> row_scale(own ? number * rows : rows, [] { return test::number(); }), scale(number * width, [] { return test::number(); });
+    Exactly<float> out(rows * width, [] { return NAN; });
+    const Grouped g{group, row_pairs, pairs, row_scale, scale, rows, own, width};
+    on.multiply_groups(a, stride, rows, bytes, b, panel, panels, g, out, width);
+    for (int r = 0; r < rows; r++)
+      for (int64_t c = 0; c < width; c++) {
+        double y = 0, size = 0;
+        for (int64_t j = 0; j < number; j++) {
+          const int32_t x = row_pairs[j * rows + r], w = pairs[j * width + c];
+          int32_t sum = static_cast<int16_t>(x) * static_cast<int16_t>(w) + (x >> 16) * (w >> 16);
+          for (int64_t k = j * group; k < std::min(bytes, (j + 1) * group); k++)
+            sum += a[r * stride + k] * b[c / NR * panel + (k / 4 * NR + c % NR) * 4 + k % 4];
+          const double term = static_cast<double>(sum) * row_scale[j * own + r] * scale[j * width + c];
+          y += term, size += std::fabs(term);
+        }
+        CHECK(close(out[r * width + c], y, 1e-6 * size));
       }
   }
 }
@@ -147,6 +177,7 @@ void test_bytes() {
   quantize(*isa);
   unpack(*isa);
   multiply(*isa);
+  groups(*isa);
   pack(*isa);
   softmax(*isa);
 }

@@ -66,8 +66,18 @@ INLINE F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 INLINE V zero() { return _mm512_setzero_si512(); }
 INLINE V vector(const int8_t* b) { return _mm512_loadu_si512(b); }
 INLINE V four(int32_t bytes) { return _mm512_set1_epi32(bytes); }
-INLINE V dot(V c, V a, V b) { return _mm512_dpbusd_epi32(c, a, b); }
+INLINE V dot(V c, V a, V b) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));  // the intrinsic makes GCC copy sums from register to register
+  return c;
+}
 INLINE void put(int32_t* out, V c) { _mm512_storeu_si512(out, c); }
+
+using FV = __m512;
+INLINE V pairs(V a, V b) { return _mm512_madd_epi16(a, b); }
+INLINE FV floats(const float* x) { return _mm512_loadu_ps(x); }
+INLINE FV times(FV a, float b) { return _mm512_mul_ps(a, _mm512_set1_ps(b)); }
+INLINE FV fmadd(V a, FV b, FV c) { return _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), b, c); }
+INLINE void put(float* out, FV c) { _mm512_storeu_ps(out, c); }
 
 INLINE I add_bytes(I sum, const uint8_t* x) { return {dot(sum.v, _mm512_loadu_si512(x), _mm512_set1_epi8(1))}; }
 INLINE I add_bytes(I sum, const uint8_t* x, int64_t n) {
@@ -110,8 +120,9 @@ void multiply(const uint8_t* a, ptrdiff_t stride, int rows, int segments, const 
 
 // Layer norms are those of AVX2. Vectors of sixteen numbers would add in another order and change last bits.
 extern const Isa avx512vnni = {
-    "avx512vnni", 24, MAX_PANELS, 4, quantize, extremes, sums, unpack4, multiply, multiply, finish, pack_keys, pack_values, softmax, channel_sums,
-    scale_channels, avx2_layer_norm, geglu, fake_quantize, fake_quantize_backward, nullptr, nullptr, &winograd,
+    "avx512vnni", 24, MAX_PANELS, 4, quantize, extremes, sums, unpack4, multiply, multiply, multiply_groups, finish,
+    pack_keys, pack_values, softmax, channel_sums, scale_channels, avx2_layer_norm, geglu, fake_quantize,
+    fake_quantize_backward, nullptr, nullptr, &winograd,
 };
 
 }  // namespace quest

@@ -24,8 +24,18 @@ using V = __m256i;
 INLINE V zero() { return _mm256_setzero_si256(); }
 INLINE V vector(const int8_t* b) { return _mm256_loadu_si256(reinterpret_cast<const V*>(b)); }
 INLINE V four(int32_t bytes) { return _mm256_set1_epi32(bytes); }
-INLINE V dot(V c, V a, V b) { return _mm256_dpbusd_avx_epi32(c, a, b); }
+INLINE V dot(V c, V a, V b) {
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));  // as in avx512.cpp
+  return c;
+}
 INLINE void put(int32_t* out, V c) { _mm256_storeu_si256(reinterpret_cast<V*>(out), c); }
+
+using FV = __m256;
+INLINE V pairs(V a, V b) { return _mm256_madd_epi16(a, b); }
+INLINE FV floats(const float* x) { return _mm256_loadu_ps(x); }
+INLINE FV times(FV a, float b) { return _mm256_mul_ps(a, _mm256_set1_ps(b)); }
+INLINE FV fmadd(V a, FV b, FV c) { return _mm256_fmadd_ps(_mm256_cvtepi32_ps(a), b, c); }
+INLINE void put(float* out, FV c) { _mm256_storeu_ps(out, c); }
 
 #include "vnni.h"
 
@@ -42,7 +52,8 @@ const Winograd winograd = {2, avx2.winograd->input, avx2.winograd->multiply};
 extern const Isa avxvnni = [] {
   Isa one = avx2;
   one.name = "avxvnni";
-  one.multiply = one.multiply_groups = multiply;
+  one.multiply = one.multiply_some = multiply;
+  one.multiply_groups = multiply_groups;
   one.winograd = &winograd;
   return one;
 }();

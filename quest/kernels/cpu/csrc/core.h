@@ -56,6 +56,16 @@ struct Winograd {
 constexpr int POINTS = 36;              // products for one 4x4 output tile in the transformed domain, 6x6
 constexpr int WINOGRAD_CHANNELS = 128;  // transformed tiles have room for a multiple of this number of channels
 
+// What the sums of groups of channels are corrected by and multiplied with, for the rows and columns of one tile. Those of a
+// row of group g are at g * row_apart, those of a column at g * apart. A pair holds two int16: of a column its zero point and
+// its constant, of a row its sum and its zero point, both negative. Their product is what `finish` subtracts.
+struct Grouped {
+  int64_t group;  // bytes
+  const int32_t *row_pairs, *pairs;
+  const float *row_scale, *scale;
+  int64_t row_apart, scale_apart, apart;  // scale_apart: of row_scale
+};
+
 struct Isa {
   const char* name;
   int rows, panels;  // the largest numbers of rows and panels in one call of multiply; rows is at least NR
@@ -77,7 +87,10 @@ struct Isa {
   void (*multiply)(const uint8_t* a, ptrdiff_t stride, int rows, int segments, const ptrdiff_t* offset, int64_t bytes,
                    const int8_t* b, ptrdiff_t panel, int panels, int32_t* out, ptrdiff_t out_stride);
   // The same for any number of bytes that is a multiple of 16.
-  decltype(multiply) multiply_groups;
+  decltype(multiply) multiply_some;
+  // Null, or out[rows, panels * NR] = the sum over groups of (product + pairs) * scale * row_scale, for one segment.
+  void (*multiply_groups)(const uint8_t* a, ptrdiff_t stride, int rows, int64_t bytes, const int8_t* b, ptrdiff_t panel,
+                          int panels, const Grouped& g, float* out, ptrdiff_t out_stride);
   // out[r][0..columns) = (in - zero * sums[r] - constant) * scale + bias, plus residual[r] if it is not null. Rows of `in`
   // are `stride` apart. A row whose out[r] is null is left out. Columns of out and residual begin at `from`. row_scale,
   // row_zero: null, or factors of scale and of constant for each row.

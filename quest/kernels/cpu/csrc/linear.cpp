@@ -45,12 +45,24 @@ struct Panels {
                 const float* const* residual, ptrdiff_t from) const {
     const int columns = static_cast<int>(std::min(count * int64_t{NR}, w.outputs - first * NR));
     const int64_t width = count * NR, groups = w.groups();
+    if (!t.pairs.empty()) {
+      const int64_t at = first * NR, apart = w.panels() * NR;
+      const RowTerms& of = *a.terms;
+      const Grouped grouped{w.group, of.pairs.data() + r, t.pairs.data() + at, of.scale.data() + r, t.scale.data() + at,
+                            a.count, of.apart, apart};
+      float* sums = reinterpret_cast<float*>(products);
+      isa->multiply_groups(a.codes + r * a.stride, a.stride, rows, a.stride, codes, size, count, grouped, sums, width);
+      for (int i = 0; i < rows; i++, sums += width)
+        for (int c = 0; c < columns; c++)
+          out[i][from + c] = sums[c] + t.bias[at + c] + (residual ? residual[i][from + c] : 0.f);
+      return;
+    }
     for (int64_t g = 0; g < groups; g++) {
       const int64_t begin = g * w.group, at = (g * w.panels() + first) * NR, row = a.terms ? g * a.terms->apart + r : 0;
       const int64_t bytes = g < groups - 1 ? w.group : a.bytes - begin;
-      (groups == 1 ? isa->multiply : isa->multiply_groups)(a.codes + r * a.stride + begin, a.stride, rows,
-                                                           static_cast<int>(a.segments), a.offset, bytes, codes + begin * NR,
-                                                           size, count, products, width);
+      (groups == 1 ? isa->multiply : isa->multiply_some)(a.codes + r * a.stride + begin, a.stride, rows,
+                                                         static_cast<int>(a.segments), a.offset, bytes, codes + begin * NR,
+                                                         size, count, products, width);
       isa->finish(products, width, rows, a.sums + g * a.count + r, t.zero + at, t.constant.data() + at, t.scale.data() + at,
                   t.bias.data() + at, columns, out, g ? out : residual, from, a.terms ? a.terms->scale.data() + row : nullptr,
                   a.terms ? a.terms->zero.data() + row : nullptr);
@@ -122,7 +134,8 @@ template <class Source>
 bool multiply_rows(const Layer& l, const Planes& planes, int64_t rows, bool gated, const float* residual, float* out,
                    uint8_t* next, Range next_range, int threads, const Source& source) {
   const Weight& w = *l.weight;
-  const Terms t(w, l.bias, planes, l.range.dynamic);
+  const bool of_rows = l.range.dynamic || w.groups() > 1;
+  const Terms t(w, l.bias, planes, of_rows);
   const int64_t row = planes.pixel(), tiles = ceil_div(rows, 16), work = rows * w.channels * w.outputs;
   const int64_t width = gated ? w.outputs / 2 : w.outputs;
   // Each block unpacks the whole weight. This only pays if a block has many rows.
@@ -143,7 +156,10 @@ bool multiply_rows(const Layer& l, const Planes& planes, int64_t rows, bool gate
       isa->sums(q + g * w.group, row, count, g < groups - 1 ? w.group : row - g * w.group, total + g * count);
     const ptrdiff_t none = 0;
     Rows all{q, count, row, 1, &none, round_up(row, isa->depth), planes.count, total, nullptr, nullptr};
-    if (l.range.dynamic) all.terms = &terms;
+    if (of_rows) all.terms = &terms;
+    if (!l.range.dynamic && of_rows) terms.add(l.range, count);
+    for (int64_t i = 0; !t.pairs.empty() && i < groups * count; i++)
+      terms.pairs.push_back(pair(-total[i], -terms.zero[terms.apart ? i : i % count]));
     if (next) {
       all.next = next + first * width, all.range = next_range;
     } else {
@@ -170,15 +186,16 @@ auto quantizing(const Planes& planes, const float* x, int64_t stride, const std:
           const float* from = x + (first + r) * stride + begin;
           const int64_t n = std::min(group, planes.channels - begin);
           const Range range = measured(planes.range, from, n);
-          nan |= isa->quantize(from, n, std::min(group, row - begin), range, q + r * row + begin) || !std::isfinite(range.scale);
-          terms.add(range, 1);
+          nan |= isa->quantize(from, n, std::min(group, row - begin), range, q + r * row + begin);
+          nan |= !std::isfinite(range.scale);
+          terms.add(range);
         }
     } else if (planes.range.dynamic) {
       for (int64_t r = 0; r < count; r++) {
         const float* from = x + (first + r) * stride;
         const Range range = samples.empty() ? measured(planes.range, from, planes.channels) : samples[(first + r) / tokens];
         nan |= isa->quantize(from, planes.channels, row, range, q + r * row) || !std::isfinite(range.scale);
-        terms.add(range, 1);
+        terms.add(range);
       }
     } else if (row == planes.channels && stride == row) {
       nan = isa->quantize(x + first * stride, count * row, count * row, planes.range, q);

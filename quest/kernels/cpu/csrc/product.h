@@ -89,20 +89,24 @@ inline uint8_t* rows_of(Scratch<uint8_t>& memory, int64_t rows, int64_t stride) 
 // Scales and zero points of rows; those of groups are `apart`. Without them, all rows have the same, which are in the Terms.
 struct RowTerms {
   std::vector<float> scale;
-  std::vector<int32_t> zero;
+  std::vector<int32_t> zero, pairs;
   int64_t apart = 0;
-  void clear() { scale.clear(), zero.clear(); }
+  void clear() { scale.clear(), zero.clear(), pairs.clear(); }
+  void add(Range r) { scale.push_back(r.scale), zero.push_back(zero_of(r)); }
   void add(Range r, int64_t rows) {
     scale.insert(scale.end(), rows, r.scale);
     zero.insert(zero.end(), rows, zero_of(r));
   }
 };
 
+inline bool in_int16(int64_t n) { return n == static_cast<int16_t>(n); }
+inline int32_t pair(int32_t a, int32_t b) { return (a & 0xffff) | static_cast<int32_t>(static_cast<uint32_t>(b) << 16); }
+
 // The arguments of Isa::finish for every group and output, padded to whole panels. dynamic: without what rows have. The bias
-// is added with the first group.
+// is added with the first group. pairs: those of Grouped, or none if numbers of a pair can exceed 16 bits.
 struct Terms {
   const int32_t* zero;
-  std::vector<int32_t> constant;
+  std::vector<int32_t> constant, pairs;
   std::vector<float> scale, bias;
   Terms(const Weight& w, const float* given, const Planes& planes, int dynamic)
       : zero(w.zero_point()), constant(w.groups() * w.panels() * NR), scale(constant.size()), bias(constant.size()) {
@@ -111,6 +115,13 @@ struct Terms {
       scale[o] = dynamic ? w.scale()[o] : w.scale()[o] * planes.range.scale;
     }
     if (given) std::copy(given, given + w.outputs, bias.begin());
+    if (w.groups() == 1 || !isa->multiply_groups || 255 * w.group > INT16_MAX) return;
+    bool fit = true;
+    for (size_t o = 0; o < constant.size(); o++) {
+      fit = fit && in_int16(zero[o]) && in_int16(constant[o]);
+      pairs.push_back(pair(zero[o], constant[o]));
+    }
+    if (!fit) pairs.clear();
   }
 };
 

@@ -4,6 +4,10 @@
 //   zero, put        0 in all lanes; stores a vector
 //   vector, four     a vector of signed bytes from memory; four unsigned bytes, repeated in all lanes
 //   dot(c, a, b)     c plus the products of unsigned bytes a and signed bytes b
+//   pairs(a, b)      a0 b0 + a1 b1 for the pairs of int16 in each lane
+//   FV               vectors of LANES floats
+//   floats, put      load and store them
+//   times, fmadd     a vector times a number; a b + c, where a are int32
 
 typedef int32_t four_bytes __attribute__((may_alias, aligned(1)));
 
@@ -47,4 +51,75 @@ void vnni_panels(const uint8_t* a, ptrdiff_t stride, int rows, int segments, con
 #undef CASE
       default: vnni_tile<6, P>(a, stride, segments, offset, bytes, b, panel, out, out_stride);
     }
+}
+
+// Computes R x LANES N products of groups. Sums of a group and floats are in registers.
+template <int R, int N>
+INLINE void group_tile(const uint8_t* a, ptrdiff_t stride, int64_t bytes, const int8_t* b, ptrdiff_t panel, const Grouped& g,
+                       float* out, ptrdiff_t out_stride) {
+  constexpr int EACH = NR / LANES;
+  FV sum[R][N];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j++) sum[r][j] = FV{};
+  const int32_t *row_pairs = g.row_pairs, *columns = g.pairs;
+  const float *row_scale = g.row_scale, *scale = g.scale;
+  for (int64_t done = 0, end; done < bytes; done = end) {
+    end = done + g.group < bytes ? done + g.group : bytes;
+    V c[R][N];
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j++) {
+      const V column = vector(reinterpret_cast<const int8_t*>(columns + LANES * j));
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++) c[r][j] = pairs(column, four(row_pairs[r]));
+    }
+    for (int64_t k = done; k < end; k += 4, b += 4 * NR) {
+      V w[N];
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) w[j] = vector(b + j / EACH * panel + j % EACH * 4 * LANES);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++) {
+        const V v = four(*reinterpret_cast<const four_bytes*>(a + r * stride + k));
+#pragma GCC unroll 2
+        for (int j = 0; j < N; j++) c[r][j] = dot(c[r][j], v, w[j]);
+      }
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j++) {
+      const FV s = floats(scale + LANES * j);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++) sum[r][j] = fmadd(c[r][j], times(s, row_scale[r]), sum[r][j]);
+    }
+    row_pairs += g.row_apart, row_scale += g.scale_apart, columns += g.apart, scale += g.apart;
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j++) put(out + r * out_stride + j * LANES, sum[r][j]);
+}
+
+// The same for any number of rows and for P panels, with as many vectors as registers hold.
+template <int P>
+void group_panels(const uint8_t* a, ptrdiff_t stride, int rows, int64_t bytes, const int8_t* b, ptrdiff_t panel, Grouped g,
+                  float* out, ptrdiff_t out_stride) {
+  constexpr int N = P * NR / LANES, MOST = LANES == 16 ? 6 : 3;
+  for (int n; rows > 0; rows -= n, a += n * stride, out += n * out_stride, g.row_pairs += n, g.row_scale += n) {
+    n = rows < MOST ? rows : MOST;
+    switch (n) {
+#define CASE(R) \
+  case R: group_tile<(R < MOST ? R : MOST), N>(a, stride, bytes, b, panel, g, out, out_stride); break;
+      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5)
+#undef CASE
+      default: group_tile<MOST, N>(a, stride, bytes, b, panel, g, out, out_stride);
+    }
+  }
+}
+
+void multiply_groups(const uint8_t* a, ptrdiff_t stride, int rows, int64_t bytes, const int8_t* b, ptrdiff_t panel, int panels,
+                     const Grouped& g, float* out, ptrdiff_t out_stride) {
+  constexpr int MOST = LANES / 8;  // panels: two vectors
+  Grouped here = g;
+  for (int p = 0; p < panels; p += MOST, b += MOST * panel, out += MOST * NR, here.pairs += MOST * NR, here.scale += MOST * NR)
+    (panels - p < MOST ? group_panels<1> : group_panels<MOST>)(a, stride, rows, bytes, b, panel, here, out, out_stride);
 }
