@@ -118,6 +118,7 @@ def _build_transformer(recipe, classes):
         num_attention_heads=recipe.widths[0] // 24,
         attention_head_dim=24,
         in_channels=recipe.latent_channels,
+        out_channels=recipe.latent_channels,
         num_layers=recipe.blocks,
         norm_num_groups=8,
         sample_size=recipe.size,

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from quest.diffusion.loading import load_pipeline
 from quest.metrics import clip
 from quest.metrics.features import clip_features
 from quest.zoo import emoji_data, latents, pictures, train_autoencoder, train_clip, train_denoiser
@@ -171,6 +172,11 @@ def test_resumed_training_on_pictures_equals_an_uninterrupted_one(
     for file in (tmp_path / "whole").rglob("*.safetensors"):
         other = load_file(tmp_path / "cut" / file.relative_to(tmp_path / "whole"))
         assert all(x.equal(other[key]) for key, x in load_file(file).items())
+    if name.startswith("photos"):
+        pipe = load_pipeline(tmp_path / "cut")
+        pipe.set_progress_bar_config(disable=True)
+        pictured = pipe(class_labels=[0, 9], guidance_scale=2.0, num_inference_steps=2, output_type="np").images
+        assert pictured.shape == (2, 32, 32, 3)
 
 
 def test_an_unconditional_model_starts_from_the_convolutions_of_a_conditional_one(tmp_path):
