@@ -52,7 +52,7 @@ from quest.quantization import ranges as choosers
 from quest.quantization.checkpoint import load_weights
 from quest.quantization.header import read as read_header
 from quest.quantization.layer_names import KEEP, Keep
-from quest.quantization.layers import QuantLayer, freeze, input_quantizers, quant_layers
+from quest.quantization.layers import QuantLayer, freeze, input_quantizers, quant_layers, share_floats
 from quest.quantization.swapping import GRANULARITIES, scale_axes, swap
 from quest.quantization.timegroups import TimeGroups, grouped
 from quest.runtime.resume import part
@@ -251,12 +251,14 @@ def quantize_and_finetune(pipe, calibration: CalibrationSet, w: int, a: int, rec
         calibration = calibration.subset(torch.isin(calibration.timestep, groups.starts).nonzero().flatten())
     student = swap(pipe, w, a, keep=recipe.keep, softmax_bits=recipe.softmax_bits, groups=groups)
     denoiser = denoiser_of(student)
+    floats = {}
     if recipe.init is None:
         for _, layer in quant_layers(denoiser):
             layer.choose_weight_range(choosers.mse)
     else:
-        start_from(denoiser, recipe.init, KEEP if recipe.keep is None else recipe.keep)
+        floats = start_from(denoiser, recipe.init, KEEP if recipe.keep is None else recipe.keep)
     freeze(denoiser)
+    share_floats(denoiser, floats)
     axes = scale_axes(denoiser, recipe.granularity, a)
     for name, q in input_quantizers(denoiser).items():
         # Attention probabilities are never negative, so their codes are always unsigned.
@@ -274,6 +276,7 @@ def finetune(
     denoiser: nn.Module, teacher: nn.Module, calibration: CalibrationSet, recipe: FinetuneRecipe, learn: Callable
 ) -> None:
     """Run both stages on a calibrated denoiser. recipe: what `resolve` returns."""
+    share_floats(denoiser, dict(teacher.named_parameters()))
     if recipe.qkv_as_one:
         share_inputs(denoiser)
     control = recipe.seed if recipe.control else None
@@ -336,8 +339,8 @@ def finetune(
         unshare_inputs(denoiser)
 
 
-def start_from(denoiser: nn.Module, init: str, keep: Keep) -> None:
-    """Load the weights of a checkpoint.
+def start_from(denoiser: nn.Module, init: str, keep: Keep) -> dict[str, torch.Tensor]:
+    """Load the weights of a checkpoint, and return its tensors.
 
     The released QuEST has fewer weight bits in the first and last layer than AdaRound's checkpoint has there. So layers
     of `keep` and of KEEP whose checkpoint has more bits are loaded with those and then rounded to nearest.
@@ -348,10 +351,11 @@ def start_from(denoiser: nn.Module, init: str, keep: Keep) -> None:
     coarser = {n: spec for n, spec in specs.items() if spec.bits < bits.get(n, 0)}
     for name, spec in coarser.items():
         layers[name].weight_quantizer.spec = replace(spec, bits=bits[name])
-    load_weights(denoiser, init)
+    tensors = load_weights(denoiser, init)
     for name, spec in coarser.items():
         layers[name].weight_quantizer.spec = spec
         layers[name].choose_weight_range(choosers.mse)
+    return tensors
 
 
 def work_of(*steps: str) -> Callable:

@@ -290,8 +290,10 @@ def copied_without(denoiser, names: set[str]):
     return copy.deepcopy(denoiser, memo)
 
 
-def load_weights(denoiser, path) -> None:
+def load_weights(denoiser, path) -> dict[str, torch.Tensor]:
     """Copy weights, biases and weight quantizers of another method's checkpoint into a swapped denoiser.
+
+    Returns the tensors of the file, which lie in it until they are read.
 
     Convolutions that are split in the file are split here too. A layer that stays in float here alone keeps its own
     weight. Where a method changed the weights of several layers together (the denoiser's `coupled`, such as to_q and
@@ -335,6 +337,7 @@ def load_weights(denoiser, path) -> None:
             layer.bias.data.copy_(tensors[f"{name}.bias"])
         layer.weight_quantizer.scale.data = tensors[f"{name}.weight_quantizer.scale"].to(layer.weight.device)
         layer.weight_quantizer.zero_point = tensors[f"{name}.weight_quantizer.zero_point"].to(layer.weight.device)
+    return tensors
 
 
 def split_as(denoiser, header: dict, path) -> None:

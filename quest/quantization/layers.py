@@ -5,7 +5,7 @@ x ── (prologue) ─┬─ input_quantizer: scale, zero point ─┐
                  └─ (branch) ───────────────────────────────────────┴─ (output_quantizer) ── y
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 
 import torch
@@ -44,7 +44,8 @@ class QuantLayer(nn.Module):
 
         operand   what its kernel multiplies, in the kernel's format; for the reference kernel dequantized floats
         codes     packed as in a file; None if the kernel can unpack codes from the operand
-        origin    the floats that were quantized, with which `thaw` continues; None in a layer that was loaded as codes
+        origin    the floats that were quantized, with which `thaw` continues; None in a layer that was loaded as codes.
+                  Others may hold them too (`share_floats`), so nothing writes into them
 
     Keywords `fused` of a forward pass: further work that the integer kernel does in the same pass (see
     `kernels.cpu.blocks`). Other kernels take none.
@@ -179,7 +180,7 @@ class QuantLayer(nn.Module):
             weight = self.weight
             if not weight.isfinite().all():
                 raise FloatingPointError(f"layer {self.input_quantizer.name}: its weight is not finite")
-            self.origin, self.layout, self.weight = weight.detach(), layout(weight), None
+            self.origin, self.strides, self.layout, self.weight = weight.detach(), weight.stride(), layout(weight), None
         self.kernel_name = kernel
         input, channels = self.input_quantizer.spec, self.weight_shape[1]
         groups = [s.group for s in (spec, input) if s.group is not None and s.scales(channels) > 1]
@@ -189,7 +190,11 @@ class QuantLayer(nn.Module):
     def thaw(self) -> None:
         """Make the weight a Parameter again and run on the reference kernel, the only one that has gradients."""
         if self.is_frozen:
-            self.weight = nn.Parameter(self.float_weight, requires_grad=False)
+            weight = self.float_weight
+            if weight is self.origin:  # a copy of its own, because learning writes into it
+                own = torch.empty_strided(weight.shape, self.strides, dtype=weight.dtype, device=weight.device)
+                weight = own.copy_(weight)
+            self.weight = nn.Parameter(weight, requires_grad=False)
         self.input_quantizer.as_numbers(False)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -347,6 +352,20 @@ def freeze(denoiser: nn.Module) -> None:
     """Freeze every layer that is not frozen, as sampling needs it."""
     for _, layer in quant_layers(denoiser):
         layer.freeze(layer.kernel_name)
+
+
+def share_floats(denoiser: nn.Module, floats: Mapping[str, Tensor]) -> None:
+    """Let frozen layers hold these tensors where they equal the floats that were quantized, in place of copies.
+
+    floats: weights by name, of the teacher or of a file that is mapped into memory, which must not be written. Results
+    do not change. With those of the teacher a denoiser takes so much less memory as it has weights.
+    """
+    for name, layer in quant_layers(denoiser):
+        own, other = layer.origin, floats.get(f"{name}.weight")
+        if own is None or other is None or (own.device, own.dtype) != (other.device, other.dtype):
+            continue
+        if torch.equal(own, other):
+            layer.origin = other.detach()
 
 
 def attentions(denoiser: nn.Module) -> Iterator[tuple[str, Attention]]:

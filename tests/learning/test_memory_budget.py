@@ -9,8 +9,13 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 import quest
+from baselines import quest as quest_method
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.pipelines import LatentDiffusionPipeline
+from quest.learning.calibrate import calibrate
+from quest.quantization import checkpoint, ranges
+from quest.quantization.layers import freeze, quant_layers, share_floats
+from quest.quantization.swapping import swap
 from quest.runtime import memory
 
 # Few iterations: memory does not depend on how many there are.
@@ -22,14 +27,14 @@ RECIPES = {
 CALLS = 4
 
 
-def pipeline() -> LatentDiffusionPipeline:
+def pipeline(width: int = 32) -> LatentDiffusionPipeline:
     """A U-Net of 32x32 pixels that is small, but whose tensors of 256 rows take tens of megabytes."""
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=32,
         in_channels=3,
         out_channels=3,
-        block_out_channels=(32, 32),
+        block_out_channels=(width, width),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
@@ -107,3 +112,55 @@ def test_a_calibration_set_stays_in_its_file(tmp_path):
     most, found = anonymous(lambda: CalibrationSet.load(tmp_path / "set.safetensors"))
     size = sum(getattr(found, name).nbytes for name in ("sample", "target"))
     assert size > 50e6 and most < 10, (size, most)
+
+
+@pytest.mark.parametrize("source", ["teacher", "file"])
+def test_floats_that_others_hold_are_held_once(source, tmp_path):
+    """Those of the teacher, or of the checkpoint that a method starts from, which lie in its file."""
+    pipe = pipeline(width=256)
+    student = swap(pipe, 4, 4)
+    for _, layer in quant_layers(student.unet):
+        layer.choose_weight_range()
+    floats = dict(pipe.unet.named_parameters())
+    if source == "file":
+        calibrate(student.unet, rows_of(pipe.unet, 1), ranges.minmax, samples=1, seed=0)
+        checkpoint.save(student, tmp_path / "floats.safetensors", floats=True)
+        floats = checkpoint.load_weights(student.unet, tmp_path / "floats.safetensors")
+    freeze(student.unet)
+    weights = {name: layer.float_weight.clone() for name, layer in quant_layers(student.unet)}
+    held = []
+    for step in (lambda: None, lambda: share_floats(student.unet, floats)):
+        step()
+        memory.trim()
+        held.append(memory.field("/proc/self/status", "RssAnon"))
+    size = sum(w.nbytes for w in weights.values())
+    print(source, size, held[0] - held[1])  # for results/LOG.md
+    assert size > 30e6 and held[0] - held[1] > 0.9 * size, (size, held)
+
+    name, layer = next(iter(quant_layers(student.unet)))
+    strides = layer.origin.stride() if source == "teacher" else layer.strides
+    layer.thaw()
+    assert layer.weight.stride() == strides == pipe.unet.get_submodule(name).weight.stride()
+    layer.weight.data.add_(1)  # as learning does
+    assert torch.equal(floats[f"{name}.weight"], weights[name])
+    assert all(torch.equal(m.float_weight, weights[n]) for n, m in quant_layers(student.unet) if m is not layer)
+
+
+def test_finetuning_shares_the_floats_of_the_teacher_and_changes_none(monkeypatch):
+    pipe = pipeline()
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    calibration, made = rows_of(pipe.unet, 8), []
+    for share in (share_floats, lambda *_: None):
+        monkeypatch.setattr(quest_method, "share_floats", share)
+        recipe = dict(tla_iterations=1, cma_iterations=1, batch=4, samples=4, time_groups=4)
+        made.append(quest.quantize(pipe, "quest-suite", "w4a4", calibration=calibration, **recipe).unet)
+    shared, alone = (dict(quant_layers(unet)) for unet in made)
+    addresses = {name: pipe.unet.get_submodule(name).weight.data_ptr() for name in shared}
+    same = {name for name, layer in shared.items() if layer.origin.data_ptr() == addresses[name]}
+    assert not any(layer.origin.data_ptr() == addresses[name] for name, layer in alone.items())
+    tuned = {name for name in shared if "time_emb_proj" in name or name.endswith((".to_q", ".to_k", ".to_v"))}
+    assert same == shared.keys() - tuned and tuned
+    assert all(torch.equal(layer.float_weight, alone[name].float_weight) for name, layer in shared.items())
+    states = [unet.state_dict() for unet in made]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
