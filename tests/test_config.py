@@ -230,6 +230,11 @@ FAULTS = {
         ["ablations.rows.mine.init", "'adarond'", "did you mean 'adaround'"],
     ),
     "rows against nothing": (_put("qest", "ablations", "against"), ["ablations.against", "'qest'", "quest-suite"]),
+    "shared GPUs of no size": (
+        _put({"memory": "lots", "parts": 8}, "share_gpu"),
+        ["share_gpu.memory: 'lots' is no amount of memory", "20GB"],
+    ),
+    "shared GPUs without one": (_put({"memory": "80GB", "parts": 8}, "share_gpu"), ["share_gpu: ", "device: cuda"]),
     "rows of no model": (_put("photos", "ablations", "model"), ["ablations.model", "'photos'", "photos-class"]),
     "rows at no bits": (_put("w4a9", "ablations", "bits"), ["ablations.bits", "'w4a9'"]),
     "groups that do not divide the steps": (

@@ -132,6 +132,13 @@ def validate(config: dict) -> None:
             memory.parse(config["memory"])
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
+    if "share_gpu" in config:
+        try:
+            memory.parse(config["share_gpu"]["memory"])
+        except ValueError as error:
+            raise ConfigError(f"share_gpu.{error}") from None
+        if config.get("device") != "cuda":
+            raise ConfigError("share_gpu: jobs of this config run on the CPU; leave it out, or set device: cuda")
     for name, model in models.items():
         settings = config["models"][name]
         _check_sources(model, settings)

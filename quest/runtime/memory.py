@@ -31,7 +31,7 @@ def parse(value: int | str) -> int:
 
 
 def budget(device: str = "cpu") -> int:
-    """Bytes that a job may hold on this device: the limit in the environment, else what is free.
+    """Bytes that a job may hold on this device: the limit in the environment, else what is free, of its parts of a GPU.
 
     Raises ValueError for a limit that is no amount of memory.
     """
@@ -41,8 +41,12 @@ def budget(device: str = "cpu") -> int:
         return free()
     import torch
 
+    from quest.runtime import gpu_lock
+
+    unused, whole = torch.cuda.mem_get_info()
+    taken, parts = gpu_lock.parts()
     # What torch's allocator keeps for new tensors is free, too.
-    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return min(unused + torch.cuda.memory_reserved(), whole * taken // parts) - torch.cuda.memory_allocated()
 
 
 @contextmanager

@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from quest.runtime import gpu_lock
+from quest.runtime import gpu_lock, memory
 
 DEVICES = ["GPU-a", "GPU-b"]
 # Takes a device, says which, and keeps it until its input ends.
@@ -57,10 +58,40 @@ def test_a_device_is_known_by_its_name_not_by_its_place(tmp_path):
     assert gpu_lock.hold(["GPU-c"], tmp_path) == 0
 
 
+def test_jobs_share_a_device_where_their_parts_are_free(tmp_path, monkeypatch):
+    def hold(*part):
+        return gpu_lock.hold(DEVICES, tmp_path, part=part)
+
+    def wait(_):
+        raise TimeoutError
+
+    monkeypatch.setattr(gpu_lock.time, "sleep", wait)
+    assert [hold(2, 4), hold(3, 4), hold(2, 4)] == [0, 1, 0]
+    for part in ((2, 4), (4, 4), (1, 1)):  # one part is free, of the second device
+        with pytest.raises(TimeoutError):
+            hold(*part)
+    assert hold(1, 4) == 1  # those that waited hold nothing
+
+
+def test_a_whole_device_is_not_shared(tmp_path, monkeypatch):
+    assert gpu_lock.hold(DEVICES, tmp_path) == 0
+    monkeypatch.setenv(gpu_lock.VARIABLE, "1/4")
+    assert gpu_lock.hold(DEVICES, tmp_path, part=gpu_lock.parts()) == 1
+
+
 def test_a_cpu_and_a_named_device_need_no_lease(monkeypatch):
     monkeypatch.setattr(gpu_lock, "hold", lambda devices: pytest.fail("took a lease"))
     for device in ("cpu", "cuda:1"):
         gpu_lock.take(device)
+
+
+def test_a_job_that_shares_a_gpu_has_its_parts_of_the_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 6)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5)
+    assert memory.budget("cuda") == 70 + 6 - 5
+    monkeypatch.setenv(gpu_lock.VARIABLE, "2/8")
+    assert memory.budget("cuda") == 20 - 5
 
 
 def test_no_gpu(tmp_path):

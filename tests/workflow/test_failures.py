@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -68,11 +69,35 @@ def test_a_job_asks_for_what_the_plan_has_and_stops_the_run_where_memory_is_too_
     project.write("results/smoke/jobs.csv", rows)
     smoke = ("--configfile", "workflow/config/smoke.yaml")
     asked = project.snakemake("--dry-run", *smoke, "--forcerun", "quantize").stdout
-    assert "runtime=77, gpu=0, mem_mb=6000," in asked and "runtime=60, gpu=0, mem_mb=3000," in asked
+    no_gpu = "gpu=0, gpu_parts=0, gres="
+    assert f"runtime=77, {no_gpu}, mem_mb=6000," in asked and f"runtime=60, {no_gpu}, mem_mb=3000," in asked
     run = project.snakemake(*smoke, "--config", "memory=4GB")
     said = "quantize smoke scenes-class rtn w4a4: needs 5.0 GB; memory: 4.0 GB is too little"
     assert run.returncode != 0 and said in run.stdout
     assert [file.name for file in (project.folder / "results/smoke").iterdir()] == ["jobs.csv"]
+
+
+def test_jobs_share_a_gpu_where_the_plan_says_that_they_fit(project):
+    """A job that fills most of a GPU has it for itself, and so does one without a plan."""
+    rows = "rule,model,method,bits,least_mb,mem_mb,runtime\n"
+    for method, size in (("rtn", 21000), ("quest-suite", 70000)):
+        rows += f"quantize,scenes-class,{method},w4a4,9000,{size},77\n"
+    project.write("results/mine/jobs.csv", rows)
+    config = project.config("smoke") | {"name": "mine", "device": "cuda", "share_gpu": {"memory": "80GB", "parts": 4}}
+    project.write("mine.yaml", yaml.safe_dump(config))
+    said = project.snakemake("--dry-run", "--printshellcmds", "--configfile", "mine.yaml").stdout
+    resources = r"gpu=(\d), gpu_parts=(\d), gres=([a-z:\d]*), .*"
+    command = r"Shell command: QUEST_GPU_PARTS=(\d)/\$PARTS_OF_GPU python -m workflow\.scripts\.(\w+ \S+ \S+)"
+    found = {job: tuple(asked) for *asked, job in re.findall(f"{resources}\n{command}", said)}
+    assert found["quantize scenes-class rtn"] == ("0", "2", "shard:2", "2"), said
+    whole = "1", "4", "", "4"
+    assert found["quantize scenes-class quest-suite"] == found["trajectories scenes-class -n"] == whole
+    # What the executor for Slurm makes of it.
+    slurm = pytest.importorskip("snakemake_executor_plugin_slurm.utils")
+    attributes = type("Resources", (dict,), {"__getattr__": dict.get})
+    for asked, said in ((found["quantize scenes-class rtn"], " --gres=shard:2"), (whole, " --gpus=1")):
+        job = SimpleNamespace(resources=attributes(gpu=int(asked[0]), gpu_parts=int(asked[1]), gres=asked[2]))
+        assert slurm.set_gres_string(job) == said
 
 
 def test_a_failed_job_tells_where_its_log_is(stubbed):

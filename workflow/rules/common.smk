@@ -59,6 +59,7 @@ METHODS = [*config["methods"], *config.get("ablations", {}).get("rows", {})]
 # {model, bits}: the cell whose questions need finetuning. Properties are measured on every model.
 QUESTIONS = config.get("questions", {})
 DEVICE = config.get("device", "cpu")
+GPU_PARTS = config.get("share_gpu", {}).get("parts", 1)  # of one GPU, see gpus.smk
 CLIPS = {model.clip for model in MODELS.values() if model.clip}
 # (model, bits) in the order of the grid. Each pair has one grid of samples.
 CELLS = list(dict.fromkeys((run.model, run.bits) for run in RUNS if run.method != "fp"))
@@ -95,7 +96,7 @@ PLANNED = {
 # `memory` is in the environment, since it changes no result: jobs should not run again where it changes.
 shell.prefix(
     (f"export PYTHONPATH={shlex.quote(str(CLONE))}; " if CLONE else "")
-    + f"export {CONFIG}={config_hash(config)} {memory.VARIABLE}={config.get('memory', '')!r}"
+    + f"export {CONFIG}={config_hash(config)} {memory.VARIABLE}={config.get('memory', '')!r} PARTS_OF_GPU={GPU_PARTS}"
     " PYTHONUTF8=1 TQDM_MININTERVAL=5 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_TOP_PAD_=67108864"
     " MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824; "
 )

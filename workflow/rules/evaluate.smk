@@ -16,14 +16,17 @@ rule sample:
     resources:
         mem_mb=growing(3000, 64000, planned=("sample", "mem_mb")),
         runtime=growing(60, 1440, planned=("sample", "runtime")),
-        gpu=at_size(0, 1),
+        gpu=gpu_whole("sample"),
+        gpu_parts=gpu_parts("sample"),
+        gres=gpu_shards("sample"),
     params:
         n=setting("images"),
         shards=shards,
         images=sampled_images,
         device=DEVICE,
     shell:
-        "python -m workflow.scripts.sample {wildcards.model:q} --checkpoint {input.checkpoint:q} -n {params.n:q}"
+        "QUEST_GPU_PARTS={resources.gpu_parts}/$PARTS_OF_GPU"
+        " python -m workflow.scripts.sample {wildcards.model:q} --checkpoint {input.checkpoint:q} -n {params.n:q}"
         " --shard {wildcards.shard:q}/{params.shards:q} --evaluation {input.evaluation:q} {params.images:q}"
         " --threads {threads:q} --device {params.device:q} --samples {output.samples:q} --features {output.features:q} > {log:q} 2>&1"
 

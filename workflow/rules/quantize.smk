@@ -14,12 +14,15 @@ rule trajectories:
     resources:
         mem_mb=growing(2000, 64000, planned=("trajectories", "mem_mb")),
         runtime=growing(30, 720, planned=("trajectories", "runtime")),
-        gpu=at_size(0, 1),
+        gpu=gpu_whole("trajectories"),
+        gpu_parts=gpu_parts("trajectories"),
+        gres=gpu_shards("trajectories"),
     params:
         device=DEVICE,
         calibration=lambda wc: config["models"][wc.model].get("trajectories", MODELS[wc.model].trajectories),
     shell:
-        "python -m workflow.scripts.trajectories {wildcards.model:q} -n {params.calibration:q} --calibration {output.calibration:q}"
+        "QUEST_GPU_PARTS={resources.gpu_parts}/$PARTS_OF_GPU"
+        " python -m workflow.scripts.trajectories {wildcards.model:q} -n {params.calibration:q} --calibration {output.calibration:q}"
         " --ranges {output.ranges:q} --threads {threads:q} --device {params.device:q} > {log:q} 2>&1"
 
 
@@ -39,12 +42,15 @@ rule evaluation:
     resources:
         mem_mb=growing(2000, 64000, planned=("evaluation", "mem_mb")),
         runtime=growing(30, 720, planned=("evaluation", "runtime")),
-        gpu=at_size(0, 1),
+        gpu=gpu_whole("evaluation"),
+        gpu_parts=gpu_parts("evaluation"),
+        gres=gpu_shards("evaluation"),
     params:
         device=DEVICE,
         evaluation=lambda wc: config["models"][wc.model].get("evaluation", 16),
     shell:
-        "python -m workflow.scripts.trajectories {wildcards.model:q} --evaluation {output:q} -e {params.evaluation:q}"
+        "QUEST_GPU_PARTS={resources.gpu_parts}/$PARTS_OF_GPU"
+        " python -m workflow.scripts.trajectories {wildcards.model:q} --evaluation {output:q} -e {params.evaluation:q}"
         " --threads {threads:q} --device {params.device:q} > {log:q} 2>&1"
 
 
@@ -64,12 +70,15 @@ rule redraw:
     resources:
         mem_mb=growing(2000, 64000, planned=("redraw", "mem_mb")),
         runtime=growing(30, 720, planned=("redraw", "runtime")),
-        gpu=at_size(0, 1),
+        gpu=gpu_whole("redraw"),
+        gpu_parts=gpu_parts("redraw"),
+        gres=gpu_shards("redraw"),
     params:
         device=DEVICE,
         calibration=lambda wc: config["models"][wc.model].get("trajectories", MODELS[wc.model].trajectories),
     shell:
-        "python -m workflow.scripts.trajectories {wildcards.model:q} -n {params.calibration:q} --draw {wildcards.draw:q}"
+        "QUEST_GPU_PARTS={resources.gpu_parts}/$PARTS_OF_GPU"
+        " python -m workflow.scripts.trajectories {wildcards.model:q} -n {params.calibration:q} --draw {wildcards.draw:q}"
         " --calibration {output:q} --threads {threads:q} --device {params.device:q} > {log:q} 2>&1"
 
 
@@ -89,13 +98,16 @@ rule quantize:
     resources:
         mem_mb=growing(3000, 128000, planned=("quantize", "mem_mb")),
         runtime=growing(60, 4320, planned=("quantize", "runtime")),
-        gpu=at_size(0, 1),
+        gpu=gpu_whole("quantize"),
+        gpu_parts=gpu_parts("quantize"),
+        gres=gpu_shards("quantize"),
     params:
         method=lambda wc: recipe_of(config, wc.method)[0],
         recipe=recipe,
         floats=floats,
         device=DEVICE,
     shell:
-        "python -m workflow.scripts.quantize {wildcards.model:q} {params.method:q} {wildcards.bits:q}"
+        "QUEST_GPU_PARTS={resources.gpu_parts}/$PARTS_OF_GPU"
+        " python -m workflow.scripts.quantize {wildcards.model:q} {params.method:q} {wildcards.bits:q}"
         " --recipe {params.recipe:q} --calibration {input.calibration:q} --init {input.init:q} {params.floats:q}"
         " --threads {threads:q} --device {params.device:q} -o {output:q} > {log:q} 2>&1"
