@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.learning.adam import Adam
 from quest.learning.rounding import Rounding, beta
 from quest.learning.units import CHUNK, Unit, call_modules, chunked, fill, side_by_side, walk
 from quest.quantization import cost
@@ -200,16 +201,12 @@ def learn_rounding(
     check = _check(n)
     before = _judge(run, target, check, 2, chunk)
     rounding = Rounding(list(layers.values()))
-    adam = torch.optim.Adam([rounding.alpha.requires_grad_()], lr=lr, fused=True)
-    with torch.enable_grad():
+    with torch.enable_grad(), multiplying(layers.values(), rounding.soft):
         for i in range(iterations):
             rows = torch.randperm(n, generator=generator, device="cpu")[:batch]
-            with multiplying(layers.values(), rounding.soft(beta(i, iterations))):
-                loss = error(run(rows), target(rows), 2)
+            loss = error(run(rows), target(rows), 2)
             _finite(loss, "AdaRound", name, i)
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
+            rounding.step(_gradients(loss, rounding.soft), beta(i, iterations), lr)
     weights = [layer.weight.data for layer in layers.values()]
     for layer, weight in zip(layers.values(), rounding.folded(), strict=True):
         layer.weight.data = weight
@@ -242,20 +239,17 @@ def learn_steps(
     first = [s.detach().clone() for s in scales]
     check = _check(n)
     before = _judge(run, target, check, ACTIVATION_POWER, chunk)
-    adam = torch.optim.Adam([s.requires_grad_() for s in scales], lr=lr, fused=True)
+    adam = Adam([s.requires_grad_() for s in scales])
     with torch.enable_grad():
         for i in range(iterations):
             rows = torch.randperm(n, generator=generator, device="cpu")[:batch]
             loss = error(run(rows), target(rows), ACTIVATION_POWER)
             _finite(loss, "activation steps", name, i)
-            adam.zero_grad()
-            loss.backward()
-            adam.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * i / iterations))
-            adam.step()
+            adam.step(_gradients(loss, scales), lr * 0.5 * (1 + math.cos(math.pi * i / iterations)))
             with torch.no_grad():
                 torch._foreach_clamp_min_(scales, EPS)
     for s in scales:
-        s.requires_grad_(False).grad = None
+        s.requires_grad_(False)
     after = _judge(run, target, check, ACTIVATION_POWER, chunk)
     if not after < before:
         for s, value in zip(scales, first, strict=True):
@@ -335,6 +329,11 @@ def _check(n: int) -> Tensor:
 @torch.no_grad()
 def _judge(run: Callable, target: Callable, rows: Tensor, power: float, chunk: int) -> float:
     return error(chunked(run, rows, chunk), target(rows), power).item()
+
+
+def _gradients(loss: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """Those of `tensors`; zeros for one on which the loss does not depend."""
+    return torch.autograd.grad(loss, tensors, materialize_grads=True)
 
 
 def _finite(loss: Tensor, stage: str, unit: str, iteration: int) -> None:

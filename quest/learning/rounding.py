@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quest.affine import QParams, quantize
+from quest.learning.adam import Adam
 from quest.quantization.layers import QuantLayer
 
 GAMMA, ZETA = -0.1, 1.1  # of the rectified sigmoid (arXiv:2004.10568, equation 23)
@@ -25,6 +26,11 @@ def beta(iteration: int, iterations: int) -> float | None:
 
 class Rounding:
     """AdaRound's variables of some layers, each one flat tensor over all their weights.
+
+    soft: the dequantized weights with soft rounding, one leaf of the graph for each layer: base + h width, with
+    h = clip(sigmoid(alpha) (zeta - gamma) + gamma, 0, 1) (arXiv:2004.10568, equations 22 and 23). `step` moves alpha by
+    the gradients of a loss in them, and changes them in place. It is written by hand, for few passes over tensors as
+    large as the weights: small units spend most of their time in them.
 
     Values lie as in a convolution whose channels are innermost, as the activations' are: no pass reorders them.
     """
@@ -46,17 +52,46 @@ class Rounding:
         floor = ratio.floor()
         # So that h(alpha) is the fraction: the soft weights start as the float ones, up to clipping.
         self.alpha = -((ZETA - GAMMA) / (ratio - floor - GAMMA) - 1).log()
-        # clip(floor + h) s for any h in [0, 1]; a clipped weight has no step.
+        # clip(floor + h) s for any h in [0, 1]; a clipped weight has no width.
         self.base = torch.minimum(torch.maximum(floor, low), high) * scale
-        self.step = scale * ((floor >= low) & (floor < high))
+        self.width = scale * ((floor >= low) & (floor < high))
+        self.adam = Adam([self.alpha])
+        # Passes write into the same memory in every iteration. The last three are the gradient of alpha on its way.
+        buffers = self.alpha.new_empty(6, len(self.alpha))
+        self.sigmoid, self.h, self._soft, self._gradient, self._side, self._power = buffers
+        self.soften()
+        self.soft = [v.detach().requires_grad_() for v in self._split(self._soft)]
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         parts = zip(flat.split([s.numel() for s in self.shapes]), self.shapes, strict=True)
         return [v.view(s[0], *s[2:], s[1]).movedim(-1, 1) for v, s in parts]
 
-    def soft(self, beta: float | None) -> list[Tensor]:
-        """Dequantized weights with soft rounding; their gradient brings that of the regulariser along, see `_Soft`."""
-        return self._split(_Soft.apply(self.alpha, self.base, self.step, beta))
+    @torch.no_grad()
+    def soften(self) -> None:
+        """Write the weights that belong to alpha into `soft`."""
+        torch.sigmoid(self.alpha, out=self.sigmoid)
+        torch.mul(self.sigmoid, ZETA - GAMMA, out=self.h).add_(GAMMA).clamp_(0, 1)
+        torch.addcmul(self.base, self.h, self.width, out=self._soft)
+
+    @torch.no_grad()
+    def gradient(self, gradients: Iterable[Tensor], beta: float | None) -> Tensor:
+        """The gradient of alpha, from those of a loss in `soft`: of the loss plus LAMBDA times the regulariser.
+
+        The regulariser is the sum of 1 - |2 h - 1|^beta over all weights (equation 24); beta None leaves it out.
+        """
+        grad, h = self._gradient, self.h
+        torch.cat([_lain(g) for g in gradients], out=grad).mul_(self.width)
+        if beta is not None:
+            side, power = torch.add(h, h, out=self._side).sub_(1), self._power
+            torch.abs(side, out=power).log_().mul_(beta - 1).exp_().copysign_(side)
+            grad.add_(power, alpha=-2 * LAMBDA * beta)
+        torch.ops.aten.hardtanh_backward.grad_input(grad, h, 0, 1, grad_input=grad)
+        return torch.ops.aten.sigmoid_backward.grad_input(grad, self.sigmoid, grad_input=grad).mul_(ZETA - GAMMA)
+
+    def step(self, gradients: Iterable[Tensor], beta: float | None, lr: float) -> None:
+        """One step of Adam on alpha, see `gradient`."""
+        self.adam.step([self.gradient(gradients, beta)], lr)
+        self.soften()
 
     @torch.no_grad()
     def folded(self) -> list[Tensor]:
@@ -76,33 +111,10 @@ def fold(weight: Tensor, up: Tensor, qparams: QParams) -> Tensor:
     return torch.where(quantize(moved, qparams).codes == codes, moved, (codes - zero_point) * scale)
 
 
-class _Soft(torch.autograd.Function):
-    """Soft weights base + h step, h = clip(sigmoid(alpha) (zeta - gamma) + gamma, 0, 1) (arXiv:2004.10568, eq. 22, 23).
-
-    The gradient of LAMBDA times the regulariser, the sum of 1 - |2 h - 1|^beta (eq. 24), is added on the way back: its
-    value is never needed. beta None leaves it out. Written by hand for its number of passes over tensors as large as
-    the weights: small units spend most of their time in them.
-    """
-
-    @staticmethod
-    def forward(ctx, alpha, base, step, beta):
-        sigmoid = alpha.sigmoid()
-        h = (sigmoid * (ZETA - GAMMA)).add_(GAMMA).clamp_(0, 1)
-        ctx.beta = beta
-        ctx.save_for_backward(sigmoid, h, step)
-        return torch.addcmul(base, h, step)
-
-    @staticmethod
-    def backward(ctx, grad):
-        sigmoid, h, step = ctx.saved_tensors
-        grad = grad * step
-        if ctx.beta is not None:
-            side = (h + h).sub_(1)
-            power = side.abs().log_().mul_(ctx.beta - 1).exp_().copysign_(side)
-            grad.add_(power, alpha=-2 * LAMBDA * ctx.beta)
-        grad = torch.ops.aten.hardtanh_backward(grad, h, 0, 1)
-        return torch.ops.aten.sigmoid_backward(grad, sigmoid).mul_(ZETA - GAMMA), None, None, None
-
-
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([t.movedim(1, -1).flatten() for t in tensors])
+    return torch.cat([_lain(t) for t in tensors])
+
+
+def _lain(weight: Tensor) -> Tensor:
+    """[O, C, ...] -> one dimension, channels innermost."""
+    return weight.movedim(1, -1).flatten()

@@ -1,0 +1,36 @@
+"""Adam (arXiv:1412.6980) for loops of so many short iterations that torch.optim's own work in Python takes a tenth."""
+
+import torch
+from torch import Tensor
+
+BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim's
+
+
+class Adam:
+    """The same steps as torch.optim.Adam(parameters, fused=True), bit for bit, with gradients as arguments."""
+
+    def __init__(self, parameters: list[Tensor]):
+        self.parameters = [p.detach() for p in parameters]  # which share their memory
+        self.means = [torch.zeros_like(p) for p in self.parameters]
+        self.squares = [torch.zeros_like(p) for p in self.parameters]
+        self.counts = [torch.zeros((), dtype=torch.float32, device=p.device) for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self, gradients: list[Tensor], lr: float) -> None:
+        """Move the parameters in place. A gradient of zeros from the first step on leaves its parameter as it is."""
+        torch._foreach_add_(self.counts, 1)
+        torch._fused_adam_(
+            self.parameters,
+            gradients,
+            self.means,
+            self.squares,
+            [],
+            self.counts,
+            lr=lr,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            weight_decay=0.0,
+            eps=EPS,
+            amsgrad=False,
+            maximize=False,
+        )
