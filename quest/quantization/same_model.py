@@ -35,8 +35,9 @@ def check_shapes(denoiser, header: dict, tensors: dict[str, torch.Tensor], path)
     for k in sorted(own.keys() & tensors.keys()):
         if tensors[k].dtype != kept[k].dtype:
             differ.append(f"{k}: {tensors[k].dtype} in the file, {kept[k].dtype} in the model")
+    valid = torch.float32, denoiser.dtype  # which diffusers looks for in all modules
     for k, v in tensors.items():
-        if k.rpartition(".")[2] in quantizers and v.dtype not in (torch.float32, denoiser.dtype):
+        if k.rpartition(".")[2] in quantizers and v.dtype not in valid:
             differ.append(f"{k}: {v.dtype} in the file, torch.float32 in the model")
     if differ:
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
