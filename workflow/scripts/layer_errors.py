@@ -15,17 +15,18 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, nargs="*", default=[], help="model.safetensors of cells")
     arguments = parser.parse_args()
 
-    import numpy as np
-    import pandas as pd
-    import torch
+    with command_line.imports():
+        import numpy as np
+        import pandas as pd
+        import torch
 
-    import quest
-    from quest.diffusion.calibration_set import CalibrationSet
-    from quest.diffusion.models import get
-    from quest.properties.layer_errors import layer_errors
-    from quest.quantization.header import read as read_header
-    from quest.report import rendering
-    from quest.runtime import gpu_lock
+        import quest
+        from quest.diffusion.calibration_set import CalibrationSet
+        from quest.diffusion.models import get
+        from quest.properties.layer_errors import layer_errors
+        from quest.quantization.header import read as read_header
+        from quest.report import rendering
+        from quest.runtime import gpu_lock
 
     torch.set_num_threads(arguments.threads)
     gpu_lock.take(arguments.device)

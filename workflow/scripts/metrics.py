@@ -17,12 +17,13 @@ def main() -> None:
     parser.add_argument("--null", action="store_true", help="a null control of full precision, on fewer of its images")
     arguments = parser.parse_args()
 
-    from quest.diffusion.models import get
-    from quest.metrics import Cell, measure
-    from quest.metrics.frechet import load_reference
-    from quest.report.ledger import fingerprint
-    from quest.runtime.download import sha256_of
-    from quest.runtime.provenance import write_json
+    with command_line.imports():
+        from quest.diffusion.models import get
+        from quest.metrics import Cell, measure
+        from quest.metrics.frechet import load_reference
+        from quest.report.ledger import fingerprint
+        from quest.runtime.download import sha256_of
+        from quest.runtime.provenance import write_json
 
     model = get(arguments.model)
     cell = Cell.load(arguments.features, arguments.samples)

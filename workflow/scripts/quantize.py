@@ -17,23 +17,24 @@ def main() -> None:
     parser.add_argument("--floats", action="store_true", help="store float weights, from which other methods start")
     arguments = parser.parse_args()
 
-    import torch
+    with command_line.imports():
+        import torch
 
-    import baselines
-    import quest
-    from baselines import METHODS
-    from quest.config import parse_bits
-    from quest.config.old_names import current
-    from quest.diffusion.calibration_set import CalibrationSet
-    from quest.diffusion.denoisers import denoiser_of
-    from quest.diffusion.models import get
-    from quest.kernels.cpu.core import identity
-    from quest.planning import budget
-    from quest.quantization.checkpoint import save_diverged
-    from quest.quantization.cost import peak_memory
-    from quest.quantization.header import read as read_header
-    from quest.runtime import gpu_lock
-    from quest.runtime.resume import digest, resuming
+        import baselines
+        import quest
+        from baselines import METHODS
+        from quest.config import parse_bits
+        from quest.config.old_names import current
+        from quest.diffusion.calibration_set import CalibrationSet
+        from quest.diffusion.denoisers import denoiser_of
+        from quest.diffusion.models import get
+        from quest.kernels.cpu.core import identity
+        from quest.planning import budget
+        from quest.quantization.checkpoint import save_diverged
+        from quest.quantization.cost import peak_memory
+        from quest.quantization.header import read as read_header
+        from quest.runtime import gpu_lock
+        from quest.runtime.resume import digest, resuming
 
     torch.set_num_threads(arguments.threads)
     gpu_lock.take(arguments.device)

@@ -33,24 +33,25 @@ def main() -> None:
     if arguments.null == "threads":
         arguments.threads = nulls.threads(arguments.threads)
 
-    import numpy as np
-    import torch
+    with command_line.imports():
+        import numpy as np
+        import torch
 
-    import quest
-    from quest.diffusion.calibration_set import CalibrationSet
-    from quest.diffusion.denoisers import denoiser_of
-    from quest.diffusion.drawn import earlier, joined
-    from quest.diffusion.models import SEEDS, get
-    from quest.diffusion.sampling import batches, generate, nothing, timed
-    from quest.kernels.cpu.core import identity
-    from quest.metrics.features import class_logits, extract
-    from quest.metrics.noise_prediction import eps_errors
-    from quest.quantization import cost, placement
-    from quest.quantization.header import read as read_header
-    from quest.runtime import gpu_lock, sums
-    from quest.runtime.files import atomic, dumps
-    from quest.runtime.provenance import provenance
-    from quest.runtime.resume import digest
+        import quest
+        from quest.diffusion.calibration_set import CalibrationSet
+        from quest.diffusion.denoisers import denoiser_of
+        from quest.diffusion.drawn import earlier, joined
+        from quest.diffusion.models import SEEDS, get
+        from quest.diffusion.sampling import batches, generate, nothing, timed
+        from quest.kernels.cpu.core import identity
+        from quest.metrics.features import class_logits, extract
+        from quest.metrics.noise_prediction import eps_errors
+        from quest.quantization import cost, placement
+        from quest.quantization.header import read as read_header
+        from quest.runtime import gpu_lock, sums
+        from quest.runtime.files import atomic, dumps
+        from quest.runtime.provenance import provenance
+        from quest.runtime.resume import digest
 
     torch.set_num_threads(arguments.threads)
     gpu_lock.take(arguments.device)

@@ -21,14 +21,15 @@ def main() -> None:
     if not (arguments.calibration or arguments.evaluation) or arguments.ranges and not arguments.calibration:
         parser.error("--calibration or --evaluation: name a file to write; --ranges are those of a calibration set")
 
-    import torch
+    with command_line.imports():
+        import torch
 
-    from quest.diffusion.calibration_set import collect
-    from quest.diffusion.models import SEEDS, get
-    from quest.properties.distributions import activation_ranges
-    from quest.runtime import gpu_lock
-    from quest.runtime.files import atomic
-    from quest.runtime.provenance import provenance
+        from quest.diffusion.calibration_set import collect
+        from quest.diffusion.models import SEEDS, get
+        from quest.properties.distributions import activation_ranges
+        from quest.runtime import gpu_lock
+        from quest.runtime.files import atomic
+        from quest.runtime.provenance import provenance
 
     torch.set_num_threads(arguments.threads)
     gpu_lock.take(arguments.device)
