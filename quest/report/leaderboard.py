@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from quest.diffusion.models import MODELS, SEEDS
 from quest.metrics import METRICS
@@ -219,6 +218,8 @@ def knows_the_images(judged: np.ndarray, fresh: np.ndarray) -> bool:
     judged [N] and fresh [M]: log10 latent MSE to full precision of the judged and of fresh images, whose noise and
     classes have the same distribution. Welch's one-sided t-test at LEVEL.
     """
+    from scipy import stats  # a quarter of Snakemake's own time, if every run imported it
+
     return bool(stats.ttest_ind(judged, fresh, equal_var=False, alternative="less").pvalue < LEVEL)
 
 
