@@ -59,6 +59,8 @@ class Rounding:
         # Passes write into the same memory in every iteration. The last three are the gradient of alpha on its way.
         buffers = self.alpha.new_empty(6, len(self.alpha))
         self.sigmoid, self.h, self._soft, self._gradient, self._side, self._power = buffers
+        sizes = [shape.numel() for shape in self.shapes]
+        self._layers = list(zip(self.width.split(sizes), self._gradient.split(sizes), strict=True))
         self.soften()
         self.soft = [v.detach().requires_grad_() for v in self._split(self._soft)]
 
@@ -80,7 +82,8 @@ class Rounding:
         The regulariser is the sum of 1 - |2 h - 1|^beta over all weights (equation 24); beta None leaves it out.
         """
         grad, h = self._gradient, self.h
-        torch.cat([_lain(g) for g in gradients], out=grad).mul_(self.width)
+        for of_layer, (width, part) in zip(gradients, self._layers, strict=True):
+            torch.mul(_lain(of_layer), width, out=part)
         if beta is not None:
             side, power = torch.add(h, h, out=self._side).sub_(1), self._power
             torch.abs(side, out=power).log_().mul_(beta - 1).exp_().copysign_(side)
