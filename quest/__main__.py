@@ -2,7 +2,7 @@
 `rehearse MODEL`: the same of a published model's architecture with random weights.
 `audit FILE`: what a checkpoint contains, to the byte. `doctor`: what works on this machine. `judge A B`: whether the
 images of A are as good as those of B; the exit code is 0 if they are, 1 if they are worse, 2 if the images cannot
-tell, and 3 for input that cannot be used. `export`: a quantized denoiser as ONNX. `settle`: every
+tell, and 3 for input that cannot be used. `export`: a quantized denoiser as ONNX or OpenVINO IR. `settle`: every
 verdict of PROTOCOL.md again, from results/settled alone."""
 
 import argparse
@@ -56,10 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
         "--images", type=int, default=200, help="images of a pipeline without prompts (default %(default)s)"
     )
     judge.add_argument("-o", "--output", type=Path, default=Path("judged.html"), help="page (default %(default)s)")
-    export = commands.add_parser("export", help="write a quantized denoiser as ONNX, for other runtimes")
+    export = commands.add_parser("export", help="write a quantized denoiser as ONNX or OpenVINO IR")
     export.add_argument("pipeline", type=Path, help="folder of the full-precision pipeline, in diffusers' layout")
     export.add_argument("file", type=Path, help="its quantized denoiser, as quest.save writes it")
-    export.add_argument("-o", "--output", type=Path, required=True, help="NAME.onnx")
+    export.add_argument("-o", "--output", type=Path, required=True, help="NAME.onnx, or NAME.xml for OpenVINO")
     settle = commands.add_parser("settle", help="verdicts on methods from results/settled, without a model")
     settle.add_argument("store", type=Path, nargs="?", default=Path("results/settled"), help="(default %(default)s)")
     settle.add_argument(

@@ -5,12 +5,15 @@ then multiply integers. Exported are U-Nets whose activations have one scale per
 format cannot hold is refused with its name: a scale for each time group or channel, more than 8 bits.
 
 Codes of fewer than 8 bits are clipped before they are rounded, so that one operator on bytes serves all widths; codes
-of weights take a byte each. Needs the extra `export` (`pip install 'quest-suite[export]'`).
+of weights take a byte each. OpenVINO's own format (IR) is made from the ONNX. Needs the extra `export`
+(`pip install 'quest-suite[export]'`).
 """
 
 import copy
 import importlib.util
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -23,7 +26,6 @@ from quest.kernels import reference
 from quest.quantization.attention import QuantAttention
 from quest.quantization.layers import QuantConv2d, QuantLayer, attentions, input_quantizers, quant_layers, replace
 from quest.quantization.quantizer import Quantizer
-from quest.runtime.files import atomic
 
 # Of the largest output. Float sums differ in their last digits. A value at a tie then takes the neighbouring code, and
 # so do values of later layers; a change of the input by one part in a million does the same on the reference kernel.
@@ -31,7 +33,11 @@ TOLERANCE = 0.05
 TOKENS = 8  # of the condition in the call that is traced; any other number works
 # Keys of the configuration of U-Nets with a further input: classes, sizes and crops, images, a guidance scale (LCM).
 FURTHER = ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "num_class_embeds", "time_cond_proj_dim")
-NEEDED = ("onnx", "onnxscript", "onnxruntime")
+NEEDED = {  # packages by suffix
+    ".onnx": ("onnx", "onnxscript", "onnxruntime"),
+    ".xml": ("onnx", "onnxscript", "openvino"),
+}
+PARTS = {".onnx": (".onnx",), ".xml": (".bin", ".xml")}  # files by suffix
 
 
 @torch.library.custom_op("quest::export_input", mutates_args=())
@@ -188,41 +194,67 @@ def inputs_of(denoiser: nn.Module, batch: int = 2) -> dict[str, Tensor]:
 
 
 def export(pipe, path: str | Path) -> float:
-    """Write the quantized denoiser of a pipeline to `path`, a file .onnx.
+    """Write the quantized denoiser of a pipeline to `path`: ONNX (.onnx), or OpenVINO's IR (.xml, with .bin beside it).
 
     The number of rows and of the condition's tokens stays free; height and width are those of the configuration.
-    Returns the largest difference of ONNX Runtime's output from the reference kernel's, relative to its largest value,
+    Returns the largest difference of the runtime's output from the reference kernel's, relative to its largest value,
     for random inputs of another batch size than the traced one. Raises ValueError for what cannot be exported (see
     `exportable`), where packages of the extra are missing, and for a difference above TOLERANCE; no file is kept then.
     """
     path = Path(path)
-    if path.suffix != ".onnx":
-        raise ValueError(f"{path}: the suffix must be .onnx")
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+    if path.suffix not in NEEDED:
+        raise ValueError(f"{path}: the suffix must be .onnx, or .xml for OpenVINO")
+    if missing := [name for name in NEEDED[path.suffix] if importlib.util.find_spec(name) is None]:
         raise ValueError(f"{path}: needs {', '.join(missing)}: pip install 'quest-suite[export]'")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: no folder {path.parent}")
     denoiser = denoiser_of(pipe)
     new, inputs = exportable(denoiser), inputs_of(denoiser, 3)
-    with atomic(path) as temporary:
-        _write(new, inputs_of(denoiser), temporary)
-        difference = compared(temporary, denoiser, inputs)
+    with TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+        made = Path(folder, path.name)
+        _write(new, inputs_of(denoiser), made.with_suffix(".onnx"))
+        if path.suffix == ".xml":
+            to_ir(made.with_suffix(".onnx"), made)
+        difference = compared(made, denoiser, inputs)
         if not difference <= TOLERANCE:
             raise ValueError(f"{path}: differs by {difference:.2g} of the largest output, above {TOLERANCE}")
+        for suffix in PARTS[path.suffix]:
+            os.replace(made.with_suffix(suffix), path.with_suffix(suffix))
     return difference
+
+
+def to_ir(onnx: Path, path: Path) -> None:
+    """Write OpenVINO's IR of an ONNX file to `path`, .xml, and its weights beside it, .bin."""
+    import openvino
+
+    openvino.save_model(openvino.Core().read_model(onnx), path, compress_to_fp16=False)
 
 
 def compared(path: Path, denoiser: nn.Module, inputs: dict[str, Tensor]) -> float:
     """The largest difference of an exported file's output from the denoiser's, relative to its largest value."""
+    arrays = {name: value.numpy() for name, value in inputs.items()}
+    found = (_by_openvino if path.suffix == ".xml" else _by_onnxruntime)(path, arrays)
+    with torch.no_grad():
+        wanted = denoiser(**inputs).sample.numpy()
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+def _by_onnxruntime(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options)
-    (found,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
-    with torch.no_grad():
-        wanted = denoiser(**inputs).sample.numpy()
-    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+    return onnxruntime.InferenceSession(str(path), options).run(None, inputs)[0]
+
+
+def _by_openvino(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """In the mode for accuracy. The other one computes in bfloat16 where it can, and quantizes inputs once more."""
+    import openvino
+    from openvino.properties import hint, inference_num_threads
+
+    core = openvino.Core()
+    mode = {hint.execution_mode(): hint.ExecutionMode.ACCURACY, inference_num_threads(): torch.get_num_threads()}
+    return core.compile_model(core.read_model(path), "CPU", mode)(inputs)[0]
 
 
 def _write(denoiser, inputs, path):
