@@ -47,6 +47,8 @@ def load_pipeline(folder: Path, device="cpu", sampler: str | None = None) -> Dif
             missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
             if missing:
                 raise ValueError(f"{folder / part}: its weights lack {missing[0]}, which its config.json asks for")
+            if getattr(module, "is_quantized", False):
+                continue  # it loads in the types and layout that it needs
             # A text encoder loads in float16, as it is stored. On a CPU, convolutions are 1.5 times as fast with
             # channels innermost, a layout that passes from a layer's weight to its output.
             module.float().eval().to(memory_format=torch.channels_last)

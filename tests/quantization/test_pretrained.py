@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import quest
+from quest.diffusion.loading import load_pipeline
 from quest.diffusion.pipelines import LatentDiffusionPipeline
 from quest.diffusion.samplers import Correction, correct
 from quest.quantization import checkpoint, registry
@@ -46,6 +47,8 @@ def test_equal_bits(saved, text_pipe, text_calibration, tmp_path):
         for p in (pipe, quest.load(text_pipe, file))
     ]
     assert (pictures[0] == pictures[1]).all()
+    judged = load_pipeline(folder)  # as `python -m quest judge` loads it
+    assert torch.equal(judged.unet(**inputs).sample, expected(**inputs).sample)
     place(expected, "reference")
     place(alone, "reference")
     assert torch.equal(alone(**inputs).sample, expected(**inputs).sample)
