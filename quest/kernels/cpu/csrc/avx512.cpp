@@ -66,10 +66,8 @@ INLINE F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 INLINE V zero() { return _mm512_setzero_si512(); }
 INLINE V vector(const int8_t* b) { return _mm512_loadu_si512(b); }
 INLINE V four(int32_t bytes) { return _mm512_set1_epi32(bytes); }
-INLINE V dot(V c, V a, V b) {
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));  // the intrinsic makes GCC copy sums from register to register
-  return c;
-}
+INLINE V dot(V c, V a, V b) { return _mm512_dpbusd_epi32(c, a, b); }
+INLINE void add_dot(V& c, V a, V b) { __asm__("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); }
 INLINE void put(int32_t* out, V c) { _mm512_storeu_si512(out, c); }
 
 using FV = __m512;

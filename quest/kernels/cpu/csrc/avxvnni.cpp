@@ -24,10 +24,8 @@ using V = __m256i;
 INLINE V zero() { return _mm256_setzero_si256(); }
 INLINE V vector(const int8_t* b) { return _mm256_loadu_si256(reinterpret_cast<const V*>(b)); }
 INLINE V four(int32_t bytes) { return _mm256_set1_epi32(bytes); }
-INLINE V dot(V c, V a, V b) {
-  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));  // as in avx512.cpp
-  return c;
-}
+INLINE V dot(V c, V a, V b) { return _mm256_dpbusd_avx_epi32(c, a, b); }
+INLINE void add_dot(V& c, V a, V b) { __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(c) : "x"(a), "x"(b)); }
 INLINE void put(int32_t* out, V c) { _mm256_storeu_si256(reinterpret_cast<V*>(out), c); }
 
 using FV = __m256;

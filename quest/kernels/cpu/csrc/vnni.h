@@ -4,6 +4,7 @@
 //   zero, put        0 in all lanes; stores a vector
 //   vector, four     a vector of signed bytes from memory; four unsigned bytes, repeated in all lanes
 //   dot(c, a, b)     c plus the products of unsigned bytes a and signed bytes b
+//   add_dot          c = dot(c, a, b) as assembly: in the loop of groups, GCC copies the intrinsic's sums between registers
 //   pairs(a, b)      a0 b0 + a1 b1 for the pairs of int16 in each lane
 //   FV               vectors of LANES floats
 //   floats, put      load and store them
@@ -82,7 +83,7 @@ INLINE void group_tile(const uint8_t* a, ptrdiff_t stride, int64_t bytes, const 
       for (int r = 0; r < R; r++) {
         const V v = four(*reinterpret_cast<const four_bytes*>(a + r * stride + k));
 #pragma GCC unroll 2
-        for (int j = 0; j < N; j++) c[r][j] = dot(c[r][j], v, w[j]);
+        for (int j = 0; j < N; j++) add_dot(c[r][j], v, w[j]);
       }
     }
 #pragma GCC unroll 2
