@@ -239,6 +239,8 @@ MODELS = {
         _zoo("scenes-text", "sd", source=scene_captions, clip="scenes-clip", reference=SCENES),
         # Photographs of CIFAR-10, by class.
         _zoo("photos-class", "imagenet", source=photo_labels, extractor="lite0-photos", reference=PHOTOS),
+        # The same by a transformer, whose first and last layers have other names.
+        _zoo("photos-dit", "imagenet", source=photo_labels, extractor="lite0-photos", reference=PHOTOS, keep=None),
         # Emoji, without a condition and from captions such as "noto emoji: red apple". The captions are of the training
         # split: what held-out ones give is in the model's README.
         _zoo("emoji-uncond", "lsun", extractor="lite0-emoji", reference=EMOJI),

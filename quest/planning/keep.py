@@ -41,7 +41,12 @@ def stored(folder: str | Path) -> tuple[str, ...]:
         with opened(file, "numpy") as weights:
             for key in weights.keys():
                 name, _, leaf = key.rpartition(".")
-                if leaf == "weight" and len(weights.get_slice(key).get_shape()) in (2, 4):
+                # A table of class embeddings looks like a linear layer here.
+                if (
+                    leaf == "weight"
+                    and not name.endswith(".embedding_table")
+                    and len(weights.get_slice(key).get_shape()) in (2, 4)
+                ):
                     names.append(name)
     queries = (name.removesuffix(".to_q") for name in names if name.endswith(".to_q"))
     return (*names, *(f"{name}.processor" for name in queries))

@@ -21,6 +21,7 @@ def test_protocols_in_one_line():
         "scenes-class": "ddim 20, eta 0, guidance 3",
         "scenes-text": "plms 20, guidance 3",
         "photos-class": "ddim 20, eta 0, guidance 3",
+        "photos-dit": "ddim 20, eta 0, guidance 3",
         "emoji-uncond": "ddim 40, eta 1, guidance 1",
         "emoji-text": "plms 20, guidance 3",
         "lsun-bedrooms": "ddim 200, eta 1, guidance 1",

@@ -3,8 +3,9 @@
 
 ZOO_DENOISERS = ["scenes-text", "scenes-class", "scenes-uncond"]
 # Models of real pictures -> the kind of pictures. Each kind has its own autoencoder and latents.
-ZOO_PICTURES = {"emoji-text": "emoji", "emoji-uncond": "emoji", "photos-class": "photos"}
+ZOO_PICTURES = {"emoji-text": "emoji", "emoji-uncond": "emoji", "photos-class": "photos", "photos-dit": "photos"}
 PICTURE_JUDGES = {"emoji-text": "results/zoo/emoji-clip", "photos-class": "results/zoo/photos-classifier"}
+PICTURE_JUDGES["photos-dit"] = PICTURE_JUDGES["photos-class"]
 ZOO_DATA = {"emoji": "results/zoo/emoji.npz", "photos": "results/zoo/photos.data"}
 
 
