@@ -19,6 +19,15 @@ from quest.report.cells import read_cells
 from quest.report.properties import interval
 from quest.runtime.files import read_json
 
+# What `workflow.scripts.tuning` measures of each variant, and what it is called.
+TUNED = {
+    "to_full_precision": "error against full precision",
+    "to_noise": "error against the true noise",
+    "log_latent_mse": "log10 latent MSE to FP",
+}
+# Training on data beside finetuning without: with the same loss, as QuEST compares it, and QuEST itself.
+QAT_PAIRS = (("qat", "full-finetune-global"), ("qat", "full-finetune"), ("qat", "quest-suite"))
+
 
 @dataclass
 class Evidence:
@@ -85,9 +94,24 @@ def tunings_rows(evidence: Evidence) -> list[dict]:
         | interval(tuning[error])
         | {"note": f"diverged; {tuning['diverged']}" if tuning.get("diverged") else ""}
         for variant, tuning in evidence.tunings.items()
-        for error in ("to_full_precision", "to_noise")
+        for error in TUNED
         if error in tuning
     ]
+
+
+def qat_rows(evidence: Evidence) -> list[dict]:
+    """Return the paired differences of QAT_PAIRS, for each quantization seed and error that was measured."""
+    rows = []
+    for at in dict.fromkeys("".join(variant.partition("@")[1:]) for variant in evidence.tunings):
+        for method, versus in QAT_PAIRS:
+            one, other = (evidence.tunings.get(name + at) for name in (method, versus))
+            for error in TUNED if one and other else ():
+                comparison = Comparison.of_pairs(one[error], other[error])
+                names = {"model": one["model"], "bits": one["bits"], "seed": int(at[1:] or 0), "error": error}
+                pair = {"method": method, "versus": versus, "value": float(np.mean(one[error]))}
+                shown = {"n": comparison.n, "verdict": comparison.in_words(versus)}
+                rows.append(names | pair | comparison.columns | shown)
+    return rows
 
 
 def inference_rows(evidence: Evidence) -> list[dict]:

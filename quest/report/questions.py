@@ -23,7 +23,7 @@ from quest.report.answers import (
     value,
     with_number,
 )
-from quest.report.evidence import Evidence, inference_rows
+from quest.report.evidence import QAT_PAIRS, TUNED, Evidence, inference_rows
 from quest.report.properties import RANGE_KINDS
 from quest.report.rendering import Table, columns, plus_minus
 
@@ -131,7 +131,7 @@ def _theorem(e: Evidence) -> Answer:
 
 
 def _tuned(e: Evidence, pairs, metric: str = "to_full_precision") -> list[str]:
-    label = {"to_full_precision": "error against full precision", "to_noise": "error against the true noise"}[metric]
+    label = TUNED[metric]
     lines = []
     for one, other in pairs:
         measured = {variant: tuning for variant, tuning in e.tunings.items() if metric in tuning}
@@ -297,6 +297,19 @@ def _qat(e: Evidence) -> Answer:
     answer.table(
         heads, lines, "The seconds are those of the method + those of the checkpoint it starts from, on one thread."
     )
+    if "qat" not in e.tunings:
+        return answer
+    seeds = [at for at in ("", *(f"@{seed}" for seed in range(1, 100))) if f"qat{at}" in e.tunings]
+    names = {
+        "qat": "training: all weights, on noised real scenes, the true noise as target",
+        "full-finetune-global": "finetuning: the same without data, full precision as target",
+        "full-finetune": "the same with the losses of layers",
+        "quest-suite": "QuEST",
+    }
+    for at in seeds:
+        pairs, said = [(one + at, other + at) for one, other in QAT_PAIRS], f" (seed {at[1:]})" if at else ""
+        answer.lines += [line for metric in TUNED for line in _tuned(e, pairs, metric)]
+        answer.tables.append(_tuning_table(e, {variant + at: f"{name}{said}" for variant, name in names.items()}))
     return answer
 
 

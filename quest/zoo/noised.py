@@ -10,12 +10,12 @@ from quest.zoo.latents import posterior_means
 
 
 @torch.no_grad()
-def noised(pipe, model: Model, split: str, n: int, seed: int = 0) -> CalibrationSet:
-    """The first n scenes of a split, noised to every timestep of the sampler; the target is the noise itself.
+def noised(pipe, model: Model, split: str, n: int, seed: int = 0, start: int = 0) -> CalibrationSet:
+    """Scenes start .. start + n - 1 of a split, noised to every timestep of the sampler; the noise is the target.
 
     Each scene counts as a trajectory, with fresh noise in each call; under guidance both halves have the same latent.
     """
-    drawn = scenes.draw(split, n)
+    drawn = scenes.draw(split, n, start)
     z = posterior_means(pipe.vae, drawn.images()) * pipe.vae.config.scaling_factor  # [n, C, h, w]
     halves = model.halves
     context = _context(pipe, model, drawn)

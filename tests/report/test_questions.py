@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 
 from quest.report import properties, property_figures, questions
-from quest.report.evidence import Evidence, comparisons_rows, inference_rows, taylor_rows, tunings_rows
+from quest.report.evidence import Evidence, comparisons_rows, inference_rows, qat_rows, taylor_rows, tunings_rows
 from quest.report.properties import RANGE_KINDS
+from quest.report.settle import ten
 from quest.report.tables import SHOWN
 
 
@@ -153,6 +154,26 @@ def test_the_document_answers_ten_questions_with_what_there_is(evidence):
     tables = [line for line in text.split("\n") if line.startswith("|")]
     assert all(line.endswith("|") for line in tables)
     assert "quest-wide against quest-suite: NOT RUN" in questions.findings(evidence)
+
+
+def test_training_on_data_is_compared_by_seed_image_by_image(evidence):
+    assert "training: all weights" not in questions.document(evidence) and qat_rows(evidence) == []
+    errors = {"qat": 0.3, "full-finetune-global": 0.2, "full-finetune": 0.2, "quest-suite": 0.25}
+    for at, shift in (("", 0.0), ("@1", 0.2)):
+        for name, error in errors.items():
+            evidence.tunings[name + at] = tuning(error + shift * (name == "full-finetune")) | {
+                "log_latent_mse": [-1, -2]
+            }
+    text = questions.document(evidence)
+    assert "qat against full-finetune-global, error against full precision: " in text
+    assert "training: all weights, on noised real scenes, the true noise as target (seed 1)" in text
+    rows = pd.DataFrame(qat_rows(evidence)).set_index(["seed", "versus", "error"])
+    assert len(rows) == 2 * 3 * 3 and set(rows["model"]) == {"m"}
+    assert rows.loc[(0, "full-finetune", "to_noise"), "difference"] == pytest.approx(0.1)
+    assert rows.loc[(1, "full-finetune", "to_noise"), "difference"] == pytest.approx(-0.1)
+    assert rows.loc[(0, "full-finetune", "to_noise"), "verdict"] == "worse"
+    lines = ten.trained_on_data(ten.Sources({"qat.csv": rows.reset_index()}, ""))
+    assert len(lines) == 3 and lines[0].startswith("*seeds 0 and 1: m at W4A4") and "(worse, better)" in lines[1]
 
 
 def test_tables_are_tidy(evidence):

@@ -57,6 +57,20 @@ def test_a_tuning_that_diverges_has_no_errors(job, class_calibration):
     assert found["to_full_precision"] == [None] * len(class_calibration.trajectory.unique())
 
 
+def test_a_tuning_takes_the_method_and_its_keywords(job, monkeypatch, class_pipe):
+    """Here of a method that changes nothing, so that every error is 0."""
+    asked = []
+    monkeypatch.setattr("quest.quantize", lambda pipe, *words, **recipe: asked.append((*words, recipe)) or class_pipe)
+    monkeypatch.setattr(tuning, "IMAGES", 4)
+    files = ["--calibration", "{set}", "--evaluation", "{set}", "--init", "{broken}"]
+    recipe = ["--method", "full-finetune", "--recipe", '{"local_cma": false}']
+    found = job(tuning, "tiny-class", "w4a4", *files, *recipe)
+    (method, bits, keywords) = asked[0]
+    assert (method, bits, keywords["local_cma"], keywords["time_groups"]) == ("full-finetune", "w4a4", False, 3)
+    assert found["method"] == "full-finetune" and set(found["to_full_precision"]) == {0.0}
+    assert found["log_latent_mse"] == [None] * 4  # the logarithm of 0 is not finite
+
+
 def test_nothing_is_timed(job):
     found = job(inference, "tiny-class", "--evaluation", "{set}", "--checkpoint", "{broken}")
     assert found["diverged"] == REASON and found["rows"] == []

@@ -22,6 +22,11 @@ def test_the_target_is_the_noise_that_was_added_to_one_latent(kind, request):
     # The same noise for the same seed, and fresh noise in every call.
     assert torch.equal(noised(pipe, model, "train", 2).target, found.target)
     assert not torch.equal(found.target[found.call == 0], found.target[found.call == 1])
+    second = noised(pipe, model, "train", 1, start=1)
+    of_second = (second.sample - (1 - alpha[found.trajectory == 1]).sqrt() * second.target)[0]
+    torch.testing.assert_close(
+        of_second / alpha[found.trajectory == 1][0].sqrt(), latent[found.trajectory == 1][0], rtol=1e-3, atol=1e-3
+    )
     if halves == 2:
         context = found.conditioning["encoder_hidden_states"][found.call == 0]
         assert torch.equal(context[0], context[1]) and not torch.equal(context[2], context[3])

@@ -54,10 +54,16 @@ ABLATION_RUNS = ablation_runs(config)
 SETTLE_RUNS = settled_runs(config, SEEDS)
 STARTED = round(time.time())
 SEARCH_STARTS = search_starts(config) if "search" in config else []
-STARTING_POINTS = starting_points(config, RUNS + SEED_RUNS + ABLATION_RUNS + SETTLE_RUNS) + SEARCH_STARTS
-METHODS = [*config["methods"], *config.get("ablations", {}).get("rows", {})]
 # {model, bits}: the cell whose questions need finetuning. Properties are measured on every model.
 QUESTIONS = config.get("questions", {})
+QAT_SEEDS = 2  # quantization seeds of the question that compares training with data and without
+QUESTION_RUNS = [
+    Run(QUESTIONS["model"], f"quest-suite@{seed}", QUESTIONS["bits"]) for seed in range(1, QAT_SEEDS) if QUESTIONS
+]
+STARTING_POINTS = (
+    starting_points(config, RUNS + SEED_RUNS + ABLATION_RUNS + SETTLE_RUNS + QUESTION_RUNS) + SEARCH_STARTS
+)
+METHODS = [*config["methods"], *config.get("ablations", {}).get("rows", {})]
 DEVICE = config.get("device", "cpu")
 GPU_PARTS = config.get("share_gpu", {}).get("parts", 1)  # of one GPU, see gpus.smk
 CLIPS = {model.clip for model in MODELS.values() if model.clip}
@@ -277,9 +283,17 @@ def question(key):
     return QUESTIONS[key]
 
 
-def of_question(wc):
-    """QuEST's run that a job evaluates: on the job's model if the job has one, else on the model of the questions."""
-    return Run(getattr(wc, "model", None) or question("model"), "quest-suite", question("bits"))
+def of_question(wc, at=""):
+    """QuEST's run that a job evaluates: on the job's model if the job has one, else on the model of the questions.
+
+    at: "" or a quantization seed such as "@1".
+    """
+    return Run(getattr(wc, "model", None) or question("model"), f"quest-suite{at}", question("bits"))
+
+
+def seed_of(variant):
+    """The end of a variant's name that says its quantization seed, or ""."""
+    return "".join(variant.partition("@")[1:])
 
 
 def question_file(file):
@@ -292,9 +306,9 @@ def question_file(file):
     return path
 
 
-def question_init(wc):
+def question_init(wc, at=""):
     """The checkpoint that the run `of_question` starts from."""
-    start = start_of(config, of_question(wc))
+    start = start_of(config, of_question(wc, at))
     return f"results/{NAME}/{start.path}/model.safetensors" if start else []
 
 

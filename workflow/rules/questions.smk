@@ -3,21 +3,27 @@
 
 PROPERTIES = ["activations", "activation_changes", "temporal", "time_ranges", "embeddings", "sensitivity"]
 PROPERTY_FIGURES = ["activations", "imbalance", "temporal", "sensitivity"]
-# Variants of finetuning: {variant: (keyword arguments of QuEST, data of workflow.scripts.tuning)}.
+# Variants of finetuning: {variant: (keyword arguments of QuEST, further arguments of workflow.scripts.tuning)}.
 GLOBAL = {"local_tla": False, "local_cma": False}
+NOISE = "--data noise"
 TUNINGS = {
-    "untuned": ({"tla_iterations": 0, "cma_iterations": 0}, "trajectories"),
-    "learned-scales": ({"lr_weight": 0}, "trajectories"),
-    "learned-weights": ({"lr_scale": 0}, "trajectories"),
-    "quest-suite": ({}, "trajectories"),
-    "global-trajectories": (GLOBAL, "trajectories"),
-    "global-scenes": (GLOBAL, "scenes"),
-    "global-noise": (GLOBAL, "noise"),
+    "untuned": ({"tla_iterations": 0, "cma_iterations": 0}, ""),
+    "learned-scales": ({"lr_weight": 0}, ""),
+    "learned-weights": ({"lr_scale": 0}, ""),
+    "quest-suite": ({}, ""),
+    "global-trajectories": (GLOBAL, ""),
 }
 # A program draws the pictures of scenes. Photographs and emoji do not ship, so no question can ask for them.
-if not QUESTIONS.get("model", "").startswith("scenes"):
-    TUNINGS = {variant: (recipe, data) for variant, (recipe, data) in TUNINGS.items() if data == "trajectories"}
-ANSWERS = ["questions.md", "findings.md", "taylor.csv", "tunings.csv", "inference.csv", "comparisons.csv"]
+if QUESTIONS.get("model", "").startswith("scenes"):
+    TUNINGS |= {"global-scenes": (GLOBAL, "--data scenes"), "global-noise": (GLOBAL, NOISE)}
+    # Quantization-aware training ("qat") beside finetuning without data. 256 pictures have twice the rows that it takes.
+    for seed in range(QAT_SEEDS):
+        at, drawn = (f"@{seed}", {"seed": seed}) if seed else ("", {})
+        TUNINGS |= {f"quest-suite{at}": (drawn, "")}
+        TUNINGS |= {f"full-finetune{at}": (drawn, "--method full-finetune")}
+        TUNINGS |= {f"full-finetune-global{at}": (GLOBAL | drawn, "--method full-finetune")}
+        TUNINGS |= {f"qat{at}": (GLOBAL | drawn, f"--method full-finetune {NOISE} --pictures 256")}
+ANSWERS = ["questions.md", "findings.md", "taylor.csv", "tunings.csv", "inference.csv", "comparisons.csv", "qat.csv"]
 ANSWERS += ["figures/taylor.png", "figures/signals.png"]
 
 
@@ -147,15 +153,15 @@ rule taylor:
 rule tuning:
     input:
         script=project("workflow/scripts/tuning.py"),
-        calibration=question_file("calibration.safetensors"),
+        calibration=lambda wc: calibration(of_question(wc, seed_of(wc.variant))),
         evaluation=question_file("evaluation.safetensors"),
-        init=question_init,
+        init=lambda wc: question_init(wc, seed_of(wc.variant)),
     output:
         "results/{name}/questions/tuning/{variant}.json",
     log:
         "results/{name}/questions/tuning/{variant}.log",
     wildcard_constraints:
-        variant="|".join(TUNINGS),
+        variant="|".join(map(re.escape, TUNINGS)),
     conda:
         "../../environment.yml"
     threads: 1
@@ -166,9 +172,9 @@ rule tuning:
         model=QUESTIONS.get("model"),
         bits=QUESTIONS.get("bits"),
         recipe=lambda wc: json.dumps(TUNINGS[wc.variant][0]),
-        data=lambda wc: TUNINGS[wc.variant][1],
+        rest=lambda wc: TUNINGS[wc.variant][1].split(),
     shell:
-        "python -m workflow.scripts.tuning {params.model:q} {params.bits:q} --recipe {params.recipe:q} --data {params.data:q}"
+        "python -m workflow.scripts.tuning {params.model:q} {params.bits:q} --recipe {params.recipe:q} {params.rest:q}"
         " --calibration {input.calibration:q} --evaluation {input.evaluation:q} --init {input.init:q} --threads {threads:q}"
         " -o {output:q} > {log:q} 2>&1"
 

@@ -58,7 +58,8 @@ def made():
     settled = verdicts.frame(evidence, families)
     measured = facts.of(evidence, settled, runs, layers)
     text = claims.document(settled, before, lottery.summary(found), measured)
-    tables = {"tuned.csv": read_csv(assets / "tuned.csv"), "main.csv": runs["main.csv"][0]}
+    tables = {"main.csv": runs["main.csv"][0]}
+    tables |= {name: read_csv(assets / name) for name in ("tuned.csv", "qat.csv")}
     sources = ten.Sources(tables, (ROOT / "docs" / "findings.md").read_text(encoding="utf-8"))
     return text, ten.document(settled, before, sources), found, runs
 

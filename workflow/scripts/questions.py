@@ -22,7 +22,7 @@ def main() -> None:
 
     files = {name: path for name, path in vars(arguments).items() if name != "output"}
     results = evidence.read(**files)
-    for name in ("taylor", "tunings", "inference", "comparisons"):
+    for name in ("taylor", "tunings", "inference", "comparisons", "qat"):
         write(arguments.output / f"{name}.csv", pd.DataFrame(getattr(evidence, f"{name}_rows")(results)))
     folder, taylor = arguments.output / "figures", pd.DataFrame(evidence.taylor_rows(results))
     title = f"{results.taylor['model']}, n = {taylor['n'].iloc[0]} trajectories"

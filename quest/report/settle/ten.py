@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from quest.report.rendering import plus_minus
 from quest.report.settle import claims
 from quest.report.settle.claims import AHEAD, EQUIVALENT, PAPER, Claim
 
@@ -73,6 +74,32 @@ def sizes(sources: Sources) -> list[str]:
         if lines
         else []
     )
+
+
+ERRORS = {"to_noise": "held-out error against the true noise", "to_full_precision": "against full precision"}
+ERRORS |= {"log_latent_mse": "log10 latent MSE to FP"}
+VERSUS = {
+    "full-finetune-global": "finetuning all weights without data, by the same loss",
+    "full-finetune": "full-finetune, without data but with the losses of layers",
+    "quest-suite": "quest-suite",
+}
+
+
+def trained_on_data(sources: Sources) -> list[str]:
+    """What quantization-aware training on real scenes showed beside finetuning without data, by seed."""
+    table, lines = sources.tables["qat.csv"], []
+    for (model, bits, versus), rows in table.groupby(["model", "bits", "versus"], sort=False):
+        parts = []
+        for error, of_error in rows.groupby("error", sort=False):
+            values = [plus_minus(row.difference, row.low, row.high) for row in of_error.itertuples()]
+            parts.append(f"{ERRORS[error]} {' and '.join(values)} ({', '.join(dict.fromkeys(of_error['verdict']))})")
+        numbers = list(dict.fromkeys(map(str, rows["seed"])))
+        seeds = f"seed{'s' * (len(numbers) > 1)} {' and '.join(numbers)}"
+        lines.append(
+            f"*{seeds}: {model} at {bits.upper()}, training all weights on noised real scenes, target the noise, "
+            f"minus {VERSUS[versus]}, at equal iterations: {'; '.join(parts)} ([qat.csv](assets/qat.csv))*"
+        )
+    return lines
 
 
 QUESTIONS = (
@@ -173,8 +200,9 @@ QUESTIONS = (
         pairs=(("quest-suite", "q-diffusion"),),
         construction="`full-finetune` learns all weights by QuEST's losses, without training data; it is not "
         "quantization-aware training in the usual sense. Question 1 has it.",
-        needs="records of the family `rivals`, and a row that trains all weights on training data, which does not "
-        "exist",
+        known=(trained_on_data,),
+        needs="records of the family `rivals`, and training on data with more seeds, more iterations and pictures "
+        "that no program draws",
     ),
     Question(
         "Do the conclusions carry over to other domains, such as sequences?",
