@@ -78,8 +78,8 @@ def test_modules_accept_their_command_lines(place, words, monkeypatch):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     monkeypatch.setattr(sys, "argv", words)
-    monkeypatch.delitem(sys.modules, words[0], raising=False)
     name = f"{words[0]}.__main__" if words[0] == "quest" else words[0]
+    monkeypatch.delitem(sys.modules, name, raising=False)  # runpy warns of a module that was imported before
     with pytest.raises(Parsed):
         runpy.run_module(name, run_name="__main__")
 
