@@ -7,9 +7,10 @@ verdict of PROTOCOL.md again, from results/settled alone."""
 
 import argparse
 import sys
+import traceback
 from pathlib import Path
 
-from quest.runtime.command_line import may_lose_reader
+from quest.runtime.command_line import may_lose_reader, reader_is_gone
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,17 +72,24 @@ def main(arguments: list[str] | None = None) -> None:
     except SystemExit as stop:
         given = sys.argv[1:] if arguments is None else arguments
         raise SystemExit(3 if stop.code and "judge" in given[:1] else stop.code) from None
-    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a character of the tables
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a character of the tables
     try:
         of_name = {"plan": _plan, "measure": _measure, "rehearse": _measure, "audit": _audit, "doctor": _doctor}
         (of_name | {"judge": _judge, "settle": _settle, "export": _export})[options.command](options)
-    except (ValueError, FileNotFoundError, MemoryError) as error:
-        if options.command == "judge":
+    except Exception as error:
+        if isinstance(error, BrokenPipeError):
+            if reader_is_gone("\n"):
+                raise SystemExit(141) from None  # as a shell reports it
+        elif isinstance(error, (ValueError, OSError, MemoryError)):
+            if options.command != "judge":
+                raise SystemExit(f"{options.command}: {error}") from None
             print(f"judge: {error}", file=sys.stderr)
             raise SystemExit(3) from None
-        raise SystemExit(f"{options.command}: {error}") from None
-    except BrokenPipeError:
-        raise SystemExit(141) from None  # as a shell reports it; 1 to 3 are verdicts of `judge`
+        if options.command != "judge":
+            raise
+        traceback.print_exc()
+        raise SystemExit(3) from None  # Python's own code for an error, 1, is the verdict "worse"
 
 
 def _plan(options):

@@ -19,24 +19,29 @@ def may_lose_reader() -> None:
     """
 
     def hook(kind, error, trace):
-        if not (issubclass(kind, BrokenPipeError) and _reader_is_gone("\n")):
+        if not (issubclass(kind, BrokenPipeError) and reader_is_gone("\n")):
             sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = hook
-    atexit.register(_reader_is_gone)
+    atexit.register(reader_is_gone)
 
 
-def _reader_is_gone(more: str = "") -> bool:
+def reader_is_gone(more: str = "") -> bool:
     """Write what waits for the standard output, and `more`; if its reader has gone, throw away that and what follows.
 
-    Nothing need wait after an error, and writing nothing does not ask whether there is a reader.
+    Nothing need wait after an error, and writing nothing does not ask whether there is a reader. Without a standard
+    output there is no reader either who could go. Of a full disk, Python itself tells at the end.
     """
+    if sys.stdout is None:
+        return False
     try:
         sys.stdout.write(more)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
+    except (OSError, ValueError):  # a full disk; a closed file
+        pass
     return False
 
 
