@@ -26,7 +26,7 @@ from quest.metrics import LITE0, RESIZE, SHIPPED_CLIPS
 from quest.planning import keep
 from quest.planning.costs import MEASURED, SECONDS
 from quest.planning.forecast import GPUS, assumptions, forecast
-from quest.planning.shapes import footprint, shape, work
+from quest.planning.shapes import footprint, is_unet, shape, work
 
 FLOAT = 4  # bytes of a float32
 INCEPTION_VALUES = 2048 + 2023 + 1008
@@ -314,7 +314,7 @@ def _sizes(config):
 
 def _measured(config, known, machine):
     lines = []
-    for name in config["models"]:
+    for name, model in of_config(config).items():
         rows = [row for row in known if row["model"] == name]
         here = [row for row in rows if row["machine"] == machine]
         memory = next((row["value"] for row in here if row["what"] == "memory"), None)
@@ -326,7 +326,10 @@ def _measured(config, known, machine):
             sentence += f"; at most {memory:.0f} MB" if memory is not None else "; memory not measured"
         else:
             others = sorted({row["machine"] for row in rows})
-            sentence = f"nothing measured here; `python -m quest measure {name} --device DEVICE` does, in a minute"
+            how = f"`python -m quest measure {name} --device DEVICE` does, in a minute"
+            if not is_unet(model):
+                how = "`python -m quest measure` takes U-Nets only"
+            sentence = f"nothing measured here; {how}"
             sentence += f" (measured on {'; '.join(others)})" if others else ""
         lines.append(f"- {name}: {sentence}.")
     return lines

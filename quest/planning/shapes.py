@@ -47,6 +47,11 @@ def denoiser(model: Model):
     return published.denoiser(model)
 
 
+def is_unet(model: Model) -> bool:
+    """Whether the model's denoiser is a U-Net, the only kind whose steps are measured."""
+    return sample_argument(denoiser(model)) == "sample"
+
+
 @once
 def shape(model: Model) -> Shape:
     """The Shape of a model. It is exact and needs no weights."""

@@ -194,6 +194,8 @@ def test_what_was_not_measured_is_said_and_never_guessed():
     elsewhere = plan.report(config("smoke"), known, "another box")
     assert "nothing measured here; `python -m quest measure scenes-class" in elsewhere
     assert "(measured on box)" in elsewhere and "Hours of one device, of what was measured: 0.0" in elsewhere
+    dit = plan.report(config("dit"), known, "box")
+    assert "photos-dit: nothing measured here; `python -m quest measure` takes U-Nets only." in dit
     parts = plan.parts(config("smoke") | {"methods": {"fp": {}, "rtn": {}, "quest-suite": {"init": "rtn"}}}, [], "box")
     assert all(math.isnan(part.hours) for part in parts)
 
