@@ -82,7 +82,8 @@ def check(folder: str | Path) -> Entry:
     first, last = _seeds(file, told["calibration"])
     checkpoint = checkpoint_of(folder)
     if not checkpoint.is_file():
-        how = "`snakemake leaderboard` makes it" if "row" in told else "valid: a checkpoint that quest.save wrote"
+        made = f"`snakemake leaderboard` makes it where default.yaml has this row on {MODEL} at these bits"
+        how = made if "row" in told else "valid: a checkpoint that quest.save wrote"
         raise FileNotFoundError(f"{checkpoint}: missing; {how}")
     if "row" in told:
         same = tensors_hash(checkpoint) == told["sha256"]
@@ -236,12 +237,18 @@ def table(scored: Iterable[tuple[Entry, dict]], refused: dict[str, str], first: 
         cells = [interval(*(by_metric[name][k] for k in ("value", "low", "high"))) for name in ENDPOINTS]
         rows.append([entry.bits.upper(), entry.name, entry.authors, entry.origin, *cells])
     rows.sort(key=lambda row: (row[0], row[4].value))
-    rows += [["–", name, "–", f"refused: {why}", *[MISSING] * len(ENDPOINTS)] for name, why in sorted(refused.items())]
+    for name, why in sorted(refused.items()):
+        rows.append(["–", _without_markup(name), "–", f"refused: {_without_markup(why)}", *[MISSING] * len(ENDPOINTS)])
     notes = [
         f"{MODEL}, images {FIRST} to {FIRST + IMAGES - 1} of evaluation, ± half of a 95 % interval over images. "
         f"Fresh images: {first} to {first + FRESH - 1}."
     ]
     return Table(heads, rows, title="Leaderboard", notes=notes)
+
+
+def _without_markup(text: str) -> str:
+    """A text of a submission, which its rules did not check, without what makes links, pictures and HTML of it."""
+    return text.translate(str.maketrans("[]<>`", "()‹›'"))
 
 
 def scores(folder: Path) -> dict:

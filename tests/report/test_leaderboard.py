@@ -173,7 +173,9 @@ def test_the_table_ranks_entries_and_has_a_row_for_each_that_is_refused(submit, 
         (scored / name / "metrics.json").write_text(dumps({"rows": rows}), encoding="utf-8")
     entries += [submit({"bits": "w2a2"}, name="wide"), submit(name="other"), submit(name="a b")]
     (scored / "other").mkdir()
-    (scored / "other" / "checked.json").write_text(dumps({"refused": "of another model"}), encoding="utf-8")
+    (scored / "other" / "checked.json").write_text(
+        dumps({"refused": "of ![another](http://example.org) <b>model"}), encoding="utf-8"
+    )
 
     def rows():
         words = ["leaderboard", *map(str, entries), "--scored", str(scored), "-o", str(scored)]
@@ -185,9 +187,10 @@ def test_the_table_ranks_entries_and_has_a_row_for_each_that_is_refused(submit, 
 
     found = rows()
     assert list(found)[2:] == ["near", "far", "a b", "other", "wide"]
-    assert "| sent | 0.2" in found["near"] and "| refused: of another model |" in found["other"]
+    assert "| sent | 0.2" in found["near"] and "| refused: of " in found["other"]
     assert "refused: " in found["wide"] and "at most 2 are declared" in found["wide"]
     assert "the folder's name 'a b'" in found["a b"]
+    assert "| refused: of !(another)(http://example.org) ‹b›model |" in found["other"]
     draw_parts(tmp_path / "cheat", {"judged": 0.01, "fresh": 0.1}, 3)
     for file in (tmp_path / "cheat").iterdir():
         file.replace(scored / "far" / file.name)

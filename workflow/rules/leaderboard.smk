@@ -34,7 +34,8 @@ rule leaderboard_table:
         mem_mb=2000,
         runtime=10,
     params:
-        entries=expand("results/leaderboard/{entry}", entry=SUBMITTED),
+        # A function, since a folder that is refused may have braces in its name.
+        entries=lambda wc: [f"results/leaderboard/{entry}" for entry in SUBMITTED],
         scored=subpath(output[0], parent=True),
     shell:
         "python -m workflow.scripts.leaderboard {params.entries:q} --scored {params.scored:q} -o {params.scored:q} > {log:q} 2>&1"
@@ -43,8 +44,8 @@ rule leaderboard_table:
 # Another submission or another file draws anew, so nobody knows the images while making a file.
 rule leaderboard_draw:
     input:
-        entries=expand("results/leaderboard/{entry}/entry.yaml", entry=SUBMITTED),
-        sent=[f for f in (Path("results/leaderboard", e, "model.safetensors") for e in SUBMITTED) if f.exists()],
+        entries=expand("results/leaderboard/{entry}/entry.yaml", entry=ENTRIES),
+        sent=[f for f in (Path("results/leaderboard", e, "model.safetensors") for e in ENTRIES) if f.exists()],
     output:
         "results/scored/draw.txt",
     log:
