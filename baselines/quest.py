@@ -52,7 +52,7 @@ from quest.quantization import ranges as choosers
 from quest.quantization.checkpoint import load_weights
 from quest.quantization.header import read as read_header
 from quest.quantization.layer_names import KEEP, Keep
-from quest.quantization.layers import QuantLayer, freeze, input_quantizers, quant_layers, share_floats
+from quest.quantization.layers import QuantLayer, freeze, input_quantizers, own_floats, quant_layers, share_floats
 from quest.quantization.swapping import GRANULARITIES, scale_axes, swap
 from quest.quantization.timegroups import TimeGroups, grouped
 from quest.runtime.resume import part
@@ -269,6 +269,7 @@ def quantize_and_finetune(pipe, calibration: CalibrationSet, w: int, a: int, rec
     calibrate(denoiser, calibration, choose, samples=recipe.samples, seed=recipe.seed, momentum=momentum)
 
     finetune(denoiser, denoiser_of(pipe), calibration, recipe, learn)
+    own_floats(denoiser)  # the caller may change the weights of `pipe`, or the file
     return student
 
 

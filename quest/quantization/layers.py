@@ -45,7 +45,7 @@ class QuantLayer(nn.Module):
         operand   what its kernel multiplies, in the kernel's format; for the reference kernel dequantized floats
         codes     packed as in a file; None if the kernel can unpack codes from the operand
         origin    the floats that were quantized, with which `thaw` continues; None in a layer that was loaded as codes.
-                  Others may hold them too (`share_floats`), so nothing writes into them
+                  While it is finetuned, others hold them too (`share_floats`), so nothing writes into them
 
     Keywords `fused` of a forward pass: further work that the integer kernel does in the same pass (see
     `kernels.cpu.blocks`). Other kernels take none.
@@ -358,7 +358,8 @@ def share_floats(denoiser: nn.Module, floats: Mapping[str, Tensor]) -> None:
     """Let frozen layers hold these tensors where they equal the floats that were quantized, in place of copies.
 
     floats: weights by name, of the teacher or of a file that is mapped into memory, which must not be written. Results
-    do not change. With those of the teacher a denoiser takes so much less memory as it has weights.
+    do not change. With those of the teacher a denoiser takes so much less memory as it has weights. `own_floats` ends
+    the sharing.
     """
     for name, layer in quant_layers(denoiser):
         own, other = layer.origin, floats.get(f"{name}.weight")
@@ -366,6 +367,13 @@ def share_floats(denoiser: nn.Module, floats: Mapping[str, Tensor]) -> None:
             continue
         if torch.equal(own, other):
             layer.origin = other.detach()
+
+
+def own_floats(denoiser: nn.Module) -> None:
+    """Let frozen layers hold copies of the floats that were quantized, which nobody else can write."""
+    for _, layer in quant_layers(denoiser):
+        if layer.origin is not None:
+            layer.origin = layer.origin.clone()
 
 
 def attentions(denoiser: nn.Module) -> Iterator[tuple[str, Attention]]:

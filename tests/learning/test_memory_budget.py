@@ -14,7 +14,7 @@ from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.pipelines import LatentDiffusionPipeline
 from quest.learning.calibrate import calibrate
 from quest.quantization import checkpoint, ranges
-from quest.quantization.layers import freeze, quant_layers, share_floats
+from quest.quantization.layers import freeze, own_floats, quant_layers, share_floats
 from quest.quantization.swapping import swap
 from quest.runtime import memory
 
@@ -149,18 +149,28 @@ def test_floats_that_others_hold_are_held_once(source, tmp_path):
 def test_finetuning_shares_the_floats_of_the_teacher_and_changes_none(monkeypatch):
     pipe = pipeline()
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
-    calibration, made = rows_of(pipe.unet, 8), []
+    calibration, made, shared = rows_of(pipe.unet, 8), [], []
+
+    def of_teacher(unet):
+        addresses = {name: layer.origin.data_ptr() for name, layer in quant_layers(unet)}
+        return {name for name, place in addresses.items() if place == pipe.unet.get_submodule(name).weight.data_ptr()}
+
+    def own(unet):
+        shared.append(of_teacher(unet))
+        own_floats(unet)
+
+    monkeypatch.setattr(quest_method, "own_floats", own)
     for share in (share_floats, lambda *_: None):
         monkeypatch.setattr(quest_method, "share_floats", share)
         recipe = dict(tla_iterations=1, cma_iterations=1, batch=4, samples=4, time_groups=4)
         made.append(quest.quantize(pipe, "quest-suite", "w4a4", calibration=calibration, **recipe).unet)
-    shared, alone = (dict(quant_layers(unet)) for unet in made)
-    addresses = {name: pipe.unet.get_submodule(name).weight.data_ptr() for name in shared}
-    same = {name for name, layer in shared.items() if layer.origin.data_ptr() == addresses[name]}
-    assert not any(layer.origin.data_ptr() == addresses[name] for name, layer in alone.items())
-    tuned = {name for name in shared if "time_emb_proj" in name or name.endswith((".to_q", ".to_k", ".to_v"))}
-    assert same == shared.keys() - tuned and tuned
-    assert all(torch.equal(layer.float_weight, alone[name].float_weight) for name, layer in shared.items())
+    first, second = (dict(quant_layers(unet)) for unet in made)
+    tuned = {name for name in first if "time_emb_proj" in name or name.endswith((".to_q", ".to_k", ".to_v"))}
+    assert shared == [first.keys() - tuned, set()] and tuned
     states = [unet.state_dict() for unet in made]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
+    # Afterwards nothing is shared: the caller may train the float denoiser on, or fuse an adapter into it.
+    for parameter in pipe.unet.parameters():
+        parameter.data.add_(1)
+    assert all(torch.equal(layer.float_weight, second[name].float_weight) for name, layer in first.items())
