@@ -35,6 +35,15 @@ def with_changes(config: dict, row: str, changes: dict) -> dict:
     return config | {"methods": config["methods"] | {row: recipe}}
 
 
+def settings(config: dict, model: str, row: str) -> dict:
+    """What the config says of a model, of a row and of those that it starts from. Other settings, other trials."""
+    found, name = {}, row
+    while name:
+        found[name] = config["methods"][name]
+        name = found[name].get("init")
+    return {"models": {model: config["models"][model]}, "methods": found}
+
+
 def cell(config: dict, model: str, row: str, seed: int) -> Run:
     """The run that a trial stands for, which has the calibration set and the starting point of its seed."""
     bits = config["search"]["bits"]

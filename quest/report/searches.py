@@ -9,7 +9,8 @@ from quest.report import rendering
 from quest.report.rendering import Cell, Column, Table, columns, number
 from quest.runtime.files import atomic, loads, read_rows
 
-COLUMNS = ("model", "method", "bits", "seed", "recipe", "guided_eps_error", "deviation", "eps_error", "latent_mse")
+KEYS = ("model", "method", "bits", "seed", "recipe", "settings")  # what a trial is known by
+COLUMNS = (*KEYS, "guided_eps_error", "deviation", "eps_error", "latent_mse")
 COLUMNS += ("seconds", "note", "commit", "machine", "isa", "date")
 
 

@@ -46,9 +46,9 @@ def run(tmp_path, monkeypatch, class_model, class_calibration):
     monkeypatch.setattr("quest.quantize", quantizing)
     monkeypatch.setattr(searches, "objective", preferred)
 
-    def run(**changes):
+    def run(methods=CONFIG["methods"], **changes):
         made.clear()
-        config = CONFIG | {"search": CONFIG["search"] | changes}
+        config = CONFIG | {"methods": methods, "search": CONFIG["search"] | changes}
         log, table = tmp_path / "search.csv", tmp_path / "search.md"
         words = [tmp_path, "--config", json.dumps(config), "--log", log, "-o", table]
         monkeypatch.setattr("sys.argv", ["search", *map(str, words)])
@@ -73,6 +73,11 @@ def test_trials_are_measured_once_and_the_best_is_confirmed_with_other_seeds(run
     # Each row has had a recipe beside the first, so without seconds there is no third.
     spent, made, _ = run(trials=3, seconds=1e-9)
     assert spent == lines and made == []
+    # With another recipe that ships, trials are others. The table shows them alone.
+    methods = CONFIG["methods"] | {"one": {"method": "rtn-mse", "softmax_bits": 4}}
+    more, made, table = run(methods, trials=1)
+    assert more[:6] == lines and len(made) == 1 and len(more) == 7
+    assert "| one | 1 | 0 | what ships | 1 |" in table and f"| {float(more[6]['latent_mse']):.3f} |" in table
 
 
 def line(seed: int, recipe: dict, guided: float, mse: float) -> dict:

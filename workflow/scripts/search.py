@@ -6,7 +6,8 @@ gets no further one when it had as many as every other, or when its processor se
 counted. Then the best recipe of the row and what ships run with further quantization seeds, each of which has its own
 calibration trajectories and starting points.
 
-The log has a line per trial and is written anew after each. A trial that it has already is not run again.
+The log has a line per trial and is written anew after each. A trial that it has already, of the same settings of the
+model, of the row and of what it starts from, is not run again. The table shows the trials of this config alone.
 """
 
 import json
@@ -15,8 +16,6 @@ import time
 from pathlib import Path
 
 from quest.runtime import command_line
-
-KEYS = ("model", "method", "bits", "seed", "recipe")  # what a trial is known by
 
 
 def main() -> None:
@@ -35,17 +34,18 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     block = arguments.config["search"]
-    rows = searches.read(arguments.log)
+    rows, asked = searches.read(arguments.log), []
 
     def run(bench, row: str, changes: dict, seed: int) -> dict:
         """The line of a trial, from the log where it has it."""
         names = bench.names(row, changes, seed)
-        known = [line for line in rows if all(str(line[key]) == str(names[key]) for key in KEYS)]
+        known = [line for line in rows if all(str(line[key]) == str(names[key]) for key in searches.KEYS)]
         if not known:
             rows.append(names | bench.measure(row, changes, seed))
             searches.write(arguments.log, rows)
             print(json.dumps(rows[-1]), flush=True)
-        return (known or rows[-1:])[0]
+        asked.append((known or rows[-1:])[0])
+        return asked[-1]
 
     for model in arguments.config["models"]:
         bench = Bench(arguments.config, arguments.folder, model)
@@ -59,7 +59,7 @@ def main() -> None:
                 for changes in ({}, best):
                     run(bench, row, changes, seed)
     with atomic(arguments.output) as file:
-        file.write_text("\n\n".join(table.markdown() for table in searches.tables(rows)) + "\n", encoding="utf-8")
+        file.write_text("\n\n".join(table.markdown() for table in searches.tables(asked)) + "\n", encoding="utf-8")
 
 
 class Bench:
@@ -84,11 +84,13 @@ class Bench:
         return torch.cat([latents for _, latents, _ in generate(pipe, self.model, "validation", self.images)])
 
     def names(self, row: str, changes: dict, seed: int) -> dict:
-        from quest.config.searched import cell
+        from quest.config.searched import cell, settings, with_changes
 
         run = cell(self.config, self.model.name, row, seed)
         told = {"model": run.model, "method": row, "bits": run.bits, "seed": seed}
-        return told | {"recipe": json.dumps(changes, sort_keys=True)}
+        whole = settings(with_changes(self.config, row, changes), run.model, row)
+        texts = {"recipe": changes, "settings": whole}
+        return told | {name: json.dumps(value, sort_keys=True) for name, value in texts.items()}
 
     def measure(self, row: str, changes: dict, seed: int) -> dict:
         """What a trial shows, what it took, and where it ran."""
