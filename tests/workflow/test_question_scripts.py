@@ -71,6 +71,11 @@ def test_a_tuning_takes_the_method_and_its_keywords(job, monkeypatch, class_pipe
     assert found["log_latent_mse"] == [None] * 4  # the logarithm of 0 is not finite
 
 
+def test_training_and_held_out_scenes_have_noise_of_their_own():
+    seeds = [tuning.noise_seed(seed) for seed in range(5)]
+    assert len({*seeds, tuning.HELD_OUT}) == 6 and seeds[0] == 0
+
+
 def test_nothing_is_timed(job):
     found = job(inference, "tiny-class", "--evaluation", "{set}", "--checkpoint", "{broken}")
     assert found["diverged"] == REASON and found["rows"] == []

@@ -16,7 +16,16 @@ from pathlib import Path
 from quest.runtime import command_line
 
 SCENES = 64  # number of held-out scenes
+HELD_OUT = 1  # the seed of their noise
 IMAGES = 50
+
+
+def noise_seed(seed: int) -> int:
+    """Return the seed of the noise on the scenes of a quantization seed: one of its own, and not HELD_OUT.
+
+    The same seed would give scenes of both splits the same noise, which is the target.
+    """
+    return seed + (seed >= HELD_OUT)
 
 
 def main() -> None:
@@ -53,7 +62,7 @@ def main() -> None:
     if arguments.data != "trajectories":
         pictures = arguments.pictures or len(calibration.trajectory.unique())
         seed = recipe.get("seed", 0)
-        calibration = noised(pipe, model, "train", pictures, seed, start=seed * pictures)
+        calibration = noised(pipe, model, "train", pictures, noise_seed(seed), start=seed * pictures)
         if arguments.data == "scenes":
             rows = torch.arange(len(calibration)).split(64)
             with torch.no_grad():
@@ -81,7 +90,7 @@ def main() -> None:
         apart = (latents_of(student) - latents_of(pipe)).square().flatten(1).mean(1).log10()
     errors["log_latent_mse"] = apart.tolist()
     if drawn:
-        held_out = noised(pipe, model, "validation", SCENES, seed=1)
+        held_out = noised(pipe, model, "validation", SCENES, HELD_OUT)
         errors["to_noise"] = errors_of(student, held_out)
         errors["full_precision_to_noise"] = errors_of(pipe, held_out)
     print({name: round(sum(values) / len(values), 5) for name, values in errors.items()}, f"{seconds} s", flush=True)
