@@ -112,7 +112,7 @@ def test_dynamic_gated_linear(isa, threads):
         torch.testing.assert_close(y, e, rtol=0, atol=2e-6 * e.abs().max().item())
 
 
-def test_dynamic_scales_of_infinite_inputs_are_errors():
+def test_inputs_that_a_dynamic_layer_cannot_take_are_errors():
     x, w = torch.full((2, 6, 3, 3), torch.inf), weight(4, 6, 3, 3, bits=8)
     conv = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1)
     with pytest.raises(ValueError, match="conv2d: the input holds NaN, or infinity"):
@@ -120,3 +120,7 @@ def test_dynamic_scales_of_infinite_inputs_are_errors():
     token = QParams(*CLIP, QuantSpec(8, axis=1, rows="token"))
     with pytest.raises(ValueError, match="scales of tokens"):
         integer.conv2d(x, token, integer.pack(w), None, **conv)
+    conv["padding"] = (0, 0)
+    with pytest.raises(ValueError, match="conv2d, residual: its shape is .* it takes 4 dimensions"):
+        packed = integer.pack(weight(4, 6, 1, 1, bits=8))
+        integer.conv2d(torch.ones(2, 6, 3, 3), token, packed, None, **conv, residual=torch.ones(4, 3, 3))

@@ -165,7 +165,7 @@ def conv2d(
         if x.ndim != 4 or weight.shape[1:3] != (1, 1) or any(padding):
             raise ValueError(f"conv2d: scales of tokens for an input of {list(x.shape)}; it takes 1x1 without padding")
         pixels = x[:, :, :: stride[0], :: stride[1]].movedim(1, 3)
-        residual = None if residual is None else residual.movedim(1, 3)
+        residual = None if residual is None else _dimensions(residual, 4, "conv2d, residual").movedim(1, 3)
         return linear(pixels, weight, bias, limits, False, residual).movedim(3, 1)
     if x.ndim != 4:
         if x.ndim != 3 or limits[3]:
