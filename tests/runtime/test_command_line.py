@@ -1,6 +1,9 @@
 """Every script takes its shared arguments from one parser, so that they mean the same everywhere."""
 
 import ast
+import gc
+import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -31,3 +34,27 @@ def test_every_script_has_its_parser_from_here(file):
     calls = [node.func for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
     names = {call.attr for call in calls if isinstance(call, ast.Attribute)}
     assert "parser" in names and "ArgumentParser" not in names
+
+
+class Loop:
+    """Garbage that only the collector finds."""
+
+    def __init__(self):
+        self.own = self
+
+
+def test_imports_collect_nothing_and_keep_no_garbage_of_a_process_that_has_torch(monkeypatch):
+    def collected():
+        loop = weakref.ref(Loop())
+        with command_line.imports():
+            on = gc.isenabled()
+        gc.collect()
+        return on, loop() is None and gc.isenabled()
+
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    assert collected() == (True, True)
+    monkeypatch.delitem(sys.modules, "torch")
+    try:
+        assert collected() == (False, False)
+    finally:
+        gc.unfreeze()
