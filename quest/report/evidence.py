@@ -25,7 +25,7 @@ TUNED = {
     "to_noise": "error against the true noise",
     "log_latent_mse": "log10 latent MSE to FP",
 }
-# Training on data beside finetuning without: with the same loss, as QuEST compares it, and QuEST itself.
+# Training on data is compared with finetuning without: by the same loss, with losses of layers too, and by QuEST.
 QAT_PAIRS = (("qat", "full-finetune-global"), ("qat", "full-finetune"), ("qat", "quest-suite"))
 
 

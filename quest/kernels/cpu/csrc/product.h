@@ -86,7 +86,8 @@ inline uint8_t* rows_of(Scratch<uint8_t>& memory, int64_t rows, int64_t stride) 
   return memory.get((rows + isa->rows) * stride + SLACK);
 }
 
-// Scales and zero points of rows; those of groups are `apart`. Without them, all rows have the same, which are in the Terms.
+// The scale and zero point of each row. Those of the next group of channels begin `apart` numbers later; 0 if groups share
+// them. Where there are no RowTerms, all rows have one scale and zero point, and Terms contains them.
 struct RowTerms {
   std::vector<float> scale;
   std::vector<int32_t> zero, pairs;
@@ -102,8 +103,9 @@ struct RowTerms {
 inline bool in_int16(int64_t n) { return n == static_cast<int16_t>(n); }
 inline int32_t pair(int32_t a, int32_t b) { return (a & 0xffff) | static_cast<int32_t>(static_cast<uint32_t>(b) << 16); }
 
-// The arguments of Isa::finish for every group and output, padded to whole panels. dynamic: without what rows have. The bias
-// is added with the first group. pairs: those of Grouped, or none if numbers of a pair can exceed 16 bits.
+// The arguments of Isa::finish for every group and output, padded to whole panels. dynamic: scales and zero points of the
+// input are left out, because RowTerms has them. The bias is added with the first group. pairs: those of Grouped, or none if
+// numbers of a pair can exceed 16 bits.
 struct Terms {
   const int32_t* zero;
   std::vector<int32_t> constant, pairs;
