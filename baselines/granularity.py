@@ -1,6 +1,7 @@
 """What shares the scales of activations: keywords of methods that can be combined with any of it.
 
-tensor    static scales, one for each activation tensor (and each step with `per_step`), from calibration rows
+tensor    static scales, one for each activation tensor (and each step with `per_step`), from calibration rows;
+          with `group` one for so many channels of a layer's input
 dynamic   scales that are computed from the tensor itself, for each sample or each token, in groups of channels
 """
 
@@ -17,7 +18,7 @@ from quest.learning.clipping import RATIOS, search_clips
 from quest.quantization import ranges
 from quest.quantization.layer_names import Keep
 from quest.quantization.layers import input_quantizers
-from quest.quantization.swapping import make_dynamic, swap
+from quest.quantization.swapping import make_dynamic, make_grouped, swap
 from quest.quantization.timegroups import TimeGroups
 
 STEP_ROWS = 32  # calibration rows of each step that set its ranges, or that search clip ratios
@@ -28,7 +29,8 @@ class Dynamic:
     """Keywords of dynamic scales."""
 
     dynamic: Annotated[str, one_of(ROWS)] | None = None  # scales of each sample or token; default: static ranges
-    group: Annotated[int, one_of((64, 32, 16))] | None = None  # channels with one dynamic scale; default: all
+    # Channels with one scale, dynamic or of the static inputs of layers (not of attention products); default: all.
+    group: Annotated[int, one_of((64, 32, 16))] | None = None
     levels: Annotated[str, one_of(("asymmetric", "symmetric"))] = "asymmetric"  # of 4 bits 16 codes, or 15: -7 to 7
     # Of dynamic ranges: whole, or shrunk by the ratio for each layer that has the least error of its output.
     clip: Annotated[str, one_of(("whole", "searched"))] = "whole"
@@ -53,9 +55,8 @@ def swapped(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Dynamic):
     per_step = getattr(recipe, "per_step", False)
     if recipe.dynamic is not None and per_step:
         raise ValueError(f"per_step: of static ranges only; dynamic={recipe.dynamic!r} takes scales from each tensor")
-    if recipe.dynamic is None and (recipe.group is not None or recipe.clip != "whole"):
-        name = "clip" if recipe.group is None else "group"
-        raise ValueError(f"{name}: of dynamic scales only; valid with dynamic: {' or '.join(ROWS)}")
+    if recipe.dynamic is None and recipe.clip != "whole":
+        raise ValueError(f"clip: of dynamic scales only; valid with dynamic: {' or '.join(ROWS)}")
     groups = TimeGroups(calibration.timesteps) if per_step else None
     student = swap(pipe, w, a, keep=recipe.keep, softmax_bits=recipe.softmax_bits, groups=groups)
     denoiser, symmetric = denoiser_of(student), recipe.levels == "symmetric"
@@ -65,6 +66,8 @@ def swapped(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Dynamic):
     for name, q in input_quantizers(denoiser).items():
         if q.spec.bits < FLOAT and not name.endswith("processor.p"):  # probabilities are never negative
             q.spec = replace(q.spec, symmetric=symmetric, narrow=symmetric or None)
+    if recipe.group is not None:
+        make_grouped(denoiser, recipe.group)
     return student
 
 

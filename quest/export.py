@@ -140,7 +140,7 @@ class _Attention(QuantAttention):
 
 def _whole_numbers(spec: QuantSpec, name: str) -> None:
     """Raise ValueError for a format that has other codes than whole numbers, or scales of groups or of tensors."""
-    if spec.dynamic or spec.table is not None or spec.group is not None:
+    if spec.dynamic or spec.table is not None or spec.group is not None or spec.shifts is not None:
         raise ValueError(
             f"{name}: scales and codes {spec.granularity}; the format holds static scales and whole numbers"
         )

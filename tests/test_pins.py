@@ -203,6 +203,8 @@ def contents(path) -> dict[str, dict[str, numpy.ndarray]]:
 def unpacked(packed: numpy.ndarray, shape: list[int]) -> numpy.ndarray:
     """The codes of a weight. Where a row has less bytes than the weight's has values, two share one, low half first."""
     row = math.prod(shape[1:])
+    if packed.ndim == 1:  # channels of different bits
+        return packed
     if packed.shape[1] < row:
         packed = numpy.stack([packed & 15, packed >> 4], 2).reshape(len(packed), -1)[:, :row]
     return packed.astype(numpy.int32).reshape(shape)

@@ -37,9 +37,9 @@ class Rounding:
 
     def __init__(self, layers: list[QuantLayer]):
         for layer in layers:
-            if layer.weight_quantizer.spec.table is not None:
+            if layer.weight_quantizer.spec.table is not None or layer.weight_quantizer.spec.widths is not None:
                 raise ValueError(
-                    f"layer {layer.input_quantizer.name}: AdaRound rounds to neighbouring whole codes only"
+                    f"layer {layer.input_quantizer.name}: AdaRound rounds to neighbouring whole codes of one width only"
                 )
         self.shapes = [layer.weight.shape for layer in layers]
         self.qparams = [layer.weight_quantizer.qparams for layer in layers]

@@ -14,7 +14,6 @@ each weight lies between two codes. Its starting point is therefore saved with f
 """
 
 import copy
-import math
 
 import torch
 from safetensors.torch import save_file
@@ -26,6 +25,7 @@ from quest.diffusion.denoisers import denoiser_of, name_of
 from quest.quantization import branch, cost, guards, packing, prologue, same_model
 from quest.quantization import header as headers
 from quest.quantization.attention import QuantAttention
+from quest.quantization.contents import check_tensors
 from quest.quantization.header import CODES, SCHEDULER
 from quest.quantization.layers import attentions, is_quantized, name_quantizers, quant_layers, quantized, replace
 from quest.quantization.placement import place
@@ -35,9 +35,6 @@ from quest.quantization.timegroups import TimeGroups
 from quest.runtime.files import atomic, dumps, one_line
 from quest.runtime.hashing import opened, tensor_hash
 from quest.runtime.provenance import provenance
-
-KINDS = ("weight", "input", "output")  # the quantizers of a layer, in the order of their formats in the header
-LEAVES = ("scale", "zero_point")  # the tensors of a quantizer
 
 
 def save(pipe, path, floats: bool = False, **extra) -> None:
@@ -142,75 +139,6 @@ def read(path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise ValueError(f"{path} is corrupted: it lacks the tensor {one_line(missing[0])}")
     check_tensors(header, tensors, path)
     return header, tensors
-
-
-def check_tensors(header: dict, tensors: dict[str, torch.Tensor], path) -> None:
-    """Raise ValueError, which names file and tensor, for a tensor that is not finite or does not fit the header.
-
-    Scales must be positive, zero points whole and codes within their bits. Every quantizer in the header must have a
-    scale and a zero point.
-    """
-    quantized = {  # by name of the quantizer: its format, and the shape of its weight; None for activations
-        f"{n}.{kind}_quantizer": (spec, header["shapes"][n] if kind == "weight" else None)
-        for n, own in header["layers"].items()
-        for kind, spec in zip(KINDS, own, strict=False)
-    }
-    for name, own in header["attentions"].items():
-        each = own if len(own) > 2 else [own[0]] * 3 + own[1:]
-        quantized |= {f"{name}.processor.{leaf}": (spec, None) for leaf, spec in zip("qkvp", each, strict=True)}
-    groups = len(header["time_groups"] or [0])
-
-    def refuse(name, what):
-        raise ValueError(one_line(f"{path}: tensor {name} {what}"))
-
-    for name in (f"{quantizer}.{leaf}" for quantizer in quantized for leaf in LEAVES):
-        if name not in tensors:
-            refuse(name, "is missing")
-    for name, value in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        if value.is_floating_point() and not value.isfinite().all():
-            refuse(name, "is not finite")
-        if leaf in LEAVES and not name.startswith(SCHEDULER):
-            if module not in quantized or not _fits(value, tensors[f"{module}.scale"], groups, *quantized[module]):
-                refuse(
-                    name, f"is {value.dtype} {tuple(value.shape)}: of no quantizer in the header, or not of its groups"
-                )
-            free = quantized[module][0].get("table") is not None  # zero points of small floats may be fractions
-            if not (value > 0).all() if leaf == "scale" else not (free or (value == value.round()).all()):
-                refuse(name, "holds a scale that is not positive" if leaf == "scale" else "holds a fraction")
-        if name.endswith(f".{prologue.MULTIPLIER}") and not (value > 0).all():
-            refuse(name, "holds a factor that is not positive")
-        if leaf == CODES:
-            if module not in header["layers"]:
-                refuse(name, "is of no layer in the header")
-            spec, weight = QuantSpec(**header["layers"][module][0]), tuple(header["shapes"][module])
-            if spec.bits == FLOAT or value.dtype != packing.dtype(spec) or value.shape != packing.shape(weight, spec):
-                refuse(
-                    name, f"is {value.dtype} {tuple(value.shape)}, not codes of {spec.bits} bits of a weight {weight}"
-                )
-            if packing.largest(value, spec) >= packing.levels(spec):
-                refuse(name, f"holds a code that {spec.bits} bits do not have")
-    for name, (weight, *_) in header["layers"].items():
-        coded = header["weights"] == CODES and weight["bits"] < FLOAT
-        if (other := f"{name}.{'weight' if coded else CODES}") in tensors:
-            refuse(other, f"is there, but this weight is kept as {'codes' if coded else 'floats'}")
-
-
-def _fits(value: torch.Tensor, scale: torch.Tensor, groups: int, spec: dict, shape: list[int] | None) -> bool:
-    """Whether scales (or the zero points of these scales) have the shape [1 or groups, ...] that their format asks for.
-
-    A weight without groups has one for each output channel, or one for all. One with a format per tensor may have them
-    per channel: those of the checkpoint that it started from (`init`).
-    """
-    if not value.is_floating_point() or value.ndim == 0 or (value.shape, value.dtype) != (scale.shape, scale.dtype):
-        return False
-    each = tuple(value.shape[1:])
-    one = shape is None and (spec["axis"] is None or "rows" in spec)
-    if len(value) not in (1, groups) or one and math.prod(each) != 1:
-        return False
-    if shape is not None and "group" in spec:
-        return each == (shape[0], QuantSpec(**spec).scales(shape[1]), *shape[2:])
-    return shape is None or each in ((), (1,) * len(shape), (shape[0], *(1 for _ in shape[1:])))
 
 
 def load(pipe, path, kernel: str = "auto"):
@@ -327,7 +255,7 @@ def load_weights(denoiser, path) -> dict[str, torch.Tensor]:
             continue
         if spec.bits != own.bits:
             raise ValueError(f"{path}: layer {name} has {spec.bits}-bit weights, not {own.bits}")
-        if (spec.table, spec.group, spec.qmin) != (own.table, own.group, own.qmin):
+        if (spec.table, spec.group, spec.qmin, spec.widths) != (own.table, own.group, own.qmin, own.widths):
             differ = f"{spec.granularity}, not {own.granularity} (codes from {spec.qmin}, not from {own.qmin})"
             raise ValueError(f"{path}: layer {name} has weights {differ}")
         prologue.restore({name: layer}, header, tensors, path)

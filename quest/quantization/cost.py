@@ -83,15 +83,18 @@ def bops(denoiser: nn.Module, work: dict[str, int]) -> int:
             q, k, v, p = _product_bits(denoiser.get_submodule(name.removesuffix(".processor")))
             total += count // 2 * (q * k + p * v)  # `macs` adds up the two products, which have equal size
         elif name in layers:
-            total += count * operand_bits(layers[name]) * layers[name].input_quantizer.spec.bits
+            total += round(count * operand_bits(layers[name]) * layers[name].input_quantizer.spec.bits)
         else:
             total += count * FLOAT * FLOAT
     return total
 
 
-def operand_bits(layer: QuantLayer) -> int:
-    """Return the bits of the weights that a layer multiplies; a rotation of codes adds up as many as its block has."""
-    bits, prologue = layer.weight_quantizer.spec.bits, layer.prologue
+def operand_bits(layer: QuantLayer) -> float:
+    """Return the bits of the weights that a layer multiplies; a rotation of codes adds up as many as its block has.
+
+    Where output channels have bits of their own, their mean.
+    """
+    bits, prologue = layer.weight_quantizer.spec.mean_bits, layer.prologue
     wider = bits < FLOAT and prologue is not None and prologue.single
     return bits + round(math.log2(prologue.block)) if wider else bits
 
@@ -175,14 +178,17 @@ def footprint(denoiser: nn.Module, work: dict[str, int]) -> dict[str, float]:
 def undeclared(denoiser: nn.Module, w: int, a: int, keep: Keep, softmax_bits: int = 8) -> list[str]:
     """List layers and attention products whose bits differ from w, a and `keep`, each as "name: bits, not bits".
 
-    A Linear, Conv2d or attention that is not quantized at all is in the list too.
+    A Linear, Conv2d or attention that is not quantized at all is in the list too. Weights whose output channels have
+    bits of their own are right if their mean over all such layers is at most w.
     """
     found = {n: _bits(m) for n, m in quant_layers(denoiser)}
-    wrong = []
+    mean, mixed = mixed_bits(denoiser)
+    wrong = [f"bits of each output channel: {mean:.3f} on average, not {w}"] if mixed and mean > w else []
     for name, module in denoiser.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             whole = name.removesuffix(".hidden").removesuffix(".skip")  # of a split convolution
             bits, expected = found.get(name, (FLOAT, FLOAT)), layer_bits(whole, w, a, keep)
+            bits = (expected[0], bits[1]) if name in mixed else bits
         elif isinstance(module, Attention):
             name = f"{name}.processor"
             bits = _attention_bits(module)
@@ -192,6 +198,14 @@ def undeclared(denoiser: nn.Module, w: int, a: int, keep: Keep, softmax_bits: in
         if bits != expected:
             wrong.append(f"{name}: {bits}, not {expected}")
     return wrong
+
+
+def mixed_bits(denoiser: nn.Module) -> tuple[float, dict[str, QuantLayer]]:
+    """Return the mean bits of the weights in layers whose output channels have bits of their own, and these layers."""
+    mixed = {n: m for n, m in quant_layers(denoiser) if m.weight_quantizer.spec.widths is not None}
+    sizes = {n: math.prod(m.weight_shape) for n, m in mixed.items()}
+    bits = sum(sizes[n] * m.weight_quantizer.spec.mean_bits for n, m in mixed.items())
+    return (bits / sum(sizes.values()) if mixed else 0.0), mixed
 
 
 def _bits(layer: QuantLayer) -> tuple[int, int]:
@@ -219,6 +233,7 @@ def summary(denoiser: nn.Module, w: int, a: int, calibration: CalibrationSet) ->
     - footprint: size and work, see `footprint`, and work beside the products, see `overhead`.
     - quantized_at: "input" or "output", the side of a layer at which its activation is quantized.
     - split: number of layers that quantize the two parts of a concatenated input separately.
+    - mixed: only where output channels have bits of their own: the number of such layers, and the mean over weights.
     - kept: layers with more than w or a bits, by their bits ("w32a32" is float): number, names, share of the denoiser's
       parameters and of its multiply-accumulates.
     - attention: bits of q, k and v and of the probabilities, and the share of the two products.
@@ -229,8 +244,11 @@ def summary(denoiser: nn.Module, w: int, a: int, calibration: CalibrationSet) ->
     work = macs(denoiser, inputs)
     all_work, all_parameters = sum(work.values()), parameters(denoiser)
     kept: dict[str, dict] = {}
+    mean, mixed = mixed_bits(denoiser)
     for name, layer in quant_layers(denoiser):
         bits = _bits(layer)
+        if name in mixed:
+            bits = w, bits[1]
         if bits[0] > w or bits[1] > a:
             row = kept.setdefault("w{}a{}".format(*bits), {"layers": 0, "parameters": 0.0, "macs": 0.0, "names": []})
             row["layers"] += 1
@@ -243,6 +261,7 @@ def summary(denoiser: nn.Module, w: int, a: int, calibration: CalibrationSet) ->
         "footprint": footprint(denoiser, work) | overhead(denoiser, inputs),
         "quantized_at": "output" if any(m.output_quantizer for _, m in quant_layers(denoiser)) else "input",
         "split": len(split_layers(denoiser)),
+        **({"mixed": {"layers": len(mixed), "mean_bits": mean}} if mixed else {}),
         "kept": kept,
         "attention": {
             "qkv_bits": [qkv for qkv, _ in products],

@@ -131,6 +131,8 @@ def _faults(header) -> Iterator[tuple[str, object, str]]:
         shape = header["shapes"].get(name)
         if not (isinstance(shape, list) and len(shape) in (2, 4) and all(_count(size) for size in shape)):
             yield f"shapes.{name}", shape, "the shape of a linear layer's weight, or of a convolution's"
+        elif isinstance(widths := _widths_of(specs), str) and len(widths) != shape[0]:
+            yield f"layers.{name}[0].widths", widths, f"a digit for each of {shape[0]} output channels"
     for name, specs in header["attentions"].items():
         yield from _spec_faults(f"attentions.{name}", specs, (2, 4), header["time_groups"])
     for field in ("prologues", "branches"):
@@ -155,8 +157,9 @@ def _spec_faults(field, specs, counts, groups, weight=False):
         plain = spec["axis"] is None or spec["wide"] is True or spec["bits"] == FLOAT
         if "rows" in spec and (plain or groups is not None or weight and place == 0):
             yield f"{where}.rows", spec["rows"], "of an activation with an axis and less than 32 bits, no time groups"
-        if "group" in spec and "rows" not in spec and not (weight and place == 0 and spec["axis"] == 0):
-            yield f"{where}.group", spec["group"], "of a dynamic format, or of a weight with axis 0"
+        of_weight = weight and place == 0
+        if "group" in spec and (spec["axis"] is None or of_weight != (spec["axis"] == 0)):
+            yield f"{where}.group", spec["group"], "of a weight with axis 0, or of an activation with another axis"
         if "block_scale" in spec and ("group" not in spec or spec["block_scale"] != "e4m3" and not spec["symmetric"]):
             yield f"{where}.block_scale", spec["block_scale"], "of groups only, and powers of two of symmetric codes"
         if isinstance(table := spec.get("table"), str) and SOME["table"][0](table):
@@ -164,8 +167,23 @@ def _spec_faults(field, specs, counts, groups, weight=False):
                 yield f"{where}.table", table, "bits of exponent and mantissa that add up to those of the format"
         if "narrow" in spec and (spec["symmetric"] is not True or spec["wide"] is True):
             yield f"{where}.narrow", spec["narrow"], "of symmetric codes that are not wide"
+        if "widths" in spec and not (weight and place == 0 and _widths(spec)):
+            yield f"{where}.widths", spec["widths"], "of a weight of unsigned whole numbers: digits from 2 to its bits"
+        if "shifts" in spec and (plain or {"rows", "group", "table"} & spec.keys() or weight and place == 0):
+            yield f"{where}.shifts", spec["shifts"], "of a static activation with an axis and less than 32 bits"
         if spec["wide"] is True and spec["symmetric"] is not True:
             yield f"{where}.wide", True, "wide codes are symmetric"
+
+
+def _widths_of(specs):
+    """The widths of a layer's weight, if its formats are there."""
+    return specs[0].get("widths") if isinstance(specs, list) and specs and isinstance(specs[0], dict) else None
+
+
+def _widths(spec) -> bool:
+    """Whether the widths of a format fit its other fields."""
+    plain = spec["symmetric"] is False and spec["axis"] == 0 and not {"rows", "group", "table", "shifts"} & spec.keys()
+    return plain and _text(spec["widths"]) and spec["widths"] != "" and max(spec["widths"]) == str(spec["bits"])
 
 
 def _whole(value, low=0, high=2**31) -> bool:
@@ -255,12 +273,14 @@ SPEC = {
     "axis": (lambda value: value is None or _whole(value, -4, 4), "null, or a dimension"),
     "wide": (lambda value: isinstance(value, bool), "true or false"),
 }
-SOME = {  # of dynamic formats, of groups, of small floats and of symmetric codes
+SOME = {  # what only some formats have
     "rows": (lambda value: value in ("tensor", "token"), "tensor or token"),
     "group": (_count, "a number from 1 on"),
     "table": (lambda value: _text(value) and re.fullmatch("e[1-5]m[0-9]", value) is not None, "such as e2m1"),
     "block_scale": (lambda value: value in ("e4m3", "e8m0", "e8m0-up"), "e4m3, e8m0 or e8m0-up"),
     "narrow": (lambda value: value is True, "true, or no such field"),
+    "widths": (lambda value: _text(value) and re.fullmatch("[2-8]+", value) is not None, "digits from 2 to 8"),
+    "shifts": (lambda value: _whole(value, 1, 8), "a number from 1 to 7"),
 }
 _ANY = _mapping_of(lambda _: True)
 FIELDS: dict[str, tuple[Callable, str]] = {

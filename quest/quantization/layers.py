@@ -6,6 +6,7 @@ x ── (prologue) ─┬─ input_quantizer: scale, zero point ─┐
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -65,6 +66,7 @@ class QuantLayer(nn.Module):
         self.weight_quantizer = Quantizer(weight, (len(self.weight),) + (1,) * (self.weight.ndim - 1))
         self.weight_quantizer.size = self.weight.shape[1]
         self.input_quantizer = Quantizer(input, groups=groups)
+        self.input_quantizer.size = self.weight.shape[1] * getattr(self, "groups", 1)
         self.output_quantizer = None if output is None else Quantizer(output, groups=groups)
         self.register_module("prologue", None)
         self.register_module("branch", None)
@@ -127,6 +129,8 @@ class QuantLayer(nn.Module):
         if self.is_frozen:
             raise RuntimeError(f"layer {self.input_quantizer.name}: thaw() its frozen weight to choose its range")
         spec = self.weight_quantizer.spec
+        if spec.widths is not None:
+            choose = partial(ranges.of_widths, choose=choose)
         scale, zero_point = (in_groups if spec.group else choose)(self.weight.detach(), spec)
         self.weight_quantizer.scale.data, self.weight_quantizer.zero_point = scale[None], zero_point[None]
 

@@ -5,7 +5,7 @@ codes is exact while all of its scales are the same, so an output needs one accu
 
     scales of the input            accumulators of an output of a 3x3 convolution of C channels
     static, or one per sample      1
-    groups of G per sample         C / G     taps of a group are summed together
+    groups of G, or per sample     C / G     taps of a group are summed together
     one per pixel                  9         taps come from different pixels
     groups of G per pixel          9 C / G
 
@@ -23,6 +23,7 @@ from quest.quantization.branch import BITS
 from quest.quantization.layers import QuantConv2d, QuantLayer
 
 SCALE, ZERO_POINT = 16, 8  # bits of a scale that is computed from activations, and of its zero point
+WIDTH = 3  # bits that say how many an output channel has, 2 to 8
 
 
 @torch.no_grad()
@@ -33,14 +34,17 @@ def overhead(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
     - float_fmas: multiply-adds with which accumulators become outputs, one for each accumulator.
     - float_additions: additions of rotations of activations, C log2(b) for C channels in blocks of b.
     - weight_scale_bits: bits of the scales (and zero points) of weights in groups, as their formats have them. A file
-      has 32 bits of each.
+      has 32 bits of each. Where output channels have bits of their own, 3 for each, which say how many.
+    - static_scale_bits: bits of the scales (and zero points) of groups of channels of static activations, of all time
+      groups, and of powers of two of channels (`QuantSpec.shifts`). A file has 32 bits of each.
     - branch_macs, branch_bops: multiply-accumulates of low-rank branches, and their bit operations at 16 x 16 bits. In
       `macs` and `bops` of a footprint they are not.
 
     Layers and products with a float operand have none. The multiplications of a prologue are no extra work: a kernel
     multiplies each input by 1 / scale anyway. inputs: keyword arguments of the denoiser, with batch size 1.
     """
-    counted = dict.fromkeys(("scale_bits", "float_fmas", "float_additions", "weight_scale_bits", "branch_macs"), 0)
+    names = ("scale_bits", "float_fmas", "float_additions", "weight_scale_bits", "static_scale_bits", "branch_macs")
+    counted = dict.fromkeys(names, 0)
 
     def layer(module: QuantLayer, args, output: Tensor) -> None:
         x, spec = args[0], module.input_quantizer.spec
@@ -49,6 +53,10 @@ def overhead(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
         if module.branch is not None:
             counted["branch_macs"] += module.branch.macs(output.numel())
         counted["scale_bits"] += scale_bits(spec, x.shape)
+        if spec.shifts:
+            counted["static_scale_bits"] += module.input_quantizer.scale.numel() * spec.shifts.bit_length()
+        if spec.group and not spec.dynamic:
+            counted["static_scale_bits"] += module.input_quantizer.scale.numel() * _bits(spec)
         weight = module.weight_quantizer.spec
         counted["weight_scale_bits"] += weight_scale_bits(weight, module.weight_shape)
         if max(spec.bits, weight.bits) < FLOAT:
@@ -79,7 +87,7 @@ def overhead(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
 
 def accumulators(spec: QuantSpec, shape: torch.Size) -> int:
     """Return how many accumulators each tap of an output needs for an operand of this format and shape."""
-    return spec.scales(shape[spec.axis]) if spec.dynamic else 1
+    return 1 if spec.axis is None else spec.scales(shape[spec.axis])
 
 
 def scale_bits(spec: QuantSpec, shape: tuple[int, ...]) -> int:
@@ -91,7 +99,9 @@ def scale_bits(spec: QuantSpec, shape: tuple[int, ...]) -> int:
 
 
 def weight_scale_bits(spec: QuantSpec, shape: tuple[int, ...]) -> int:
-    """Return the bits of the scales of a weight in groups; 0 for one that has none."""
+    """Return the bits of the scales of a weight in groups, or of the widths of its channels; 0 for one without."""
+    if spec.widths is not None:
+        return WIDTH * len(spec.widths)
     return 0 if spec.group is None else shape[0] * spec.scales(shape[1]) * math.prod(shape[2:]) * _bits(spec)
 
 

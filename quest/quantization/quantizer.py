@@ -65,7 +65,7 @@ class Quantizer(nn.Module):
         self.choose: Callable | None = None  # chooses ranges during calibration, see quest.learning.calibrate
         self.numbers: Numbers | None = None  # see `as_numbers`
         self.may_be_constant = False
-        self.size: int | None = None  # of dimension 1, of a weight whose scales are of groups
+        self.size: int | None = None  # of the dimension whose scales are of groups, in static formats
 
     def make_dynamic(self, spec: QuantSpec) -> None:
         """Take this dynamic format, with clip ratio 1. Raises ValueError for a quantizer with time groups."""
@@ -94,15 +94,18 @@ class Quantizer(nn.Module):
                 self.as_numbers(True)
             return QParams(*self.numbers.of(0 if self.groups is None else self.groups.number), self.spec)
         if self.groups is None or self.spec.bits == FLOAT:  # a float tensor has the same (no) range at all timesteps
-            if self.spec.group is None or self.spec.dynamic:
-                return QParams(self.scale[0], self.zero_point[0], self.spec)
-            group = min(self.spec.group, self.size)
-            each = (t[0].repeat_interleave(group, 1)[:, : self.size] for t in (self.scale, self.zero_point))
-            return QParams(*each, self.spec)
+            return QParams(*self._expanded(self.scale[0], self.zero_point[0]), self.spec)
         if self.spec.dynamic:
             raise ValueError(GROUPED)
         group = self.groups.current
-        return QParams(self.scale[group].squeeze(0), self.zero_point[group].squeeze(0), self.spec)
+        return QParams(*self._expanded(self.scale[group].squeeze(0), self.zero_point[group].squeeze(0)), self.spec)
+
+    def _expanded(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Scales of groups, for each index that they belong to; other tensors as they are."""
+        if self.spec.group is None or self.spec.dynamic or not tensors[0].ndim:  # the last: not calibrated yet
+            return tensors
+        axis, group = self.spec.grouped_axis, min(self.spec.group, self.size)
+        return tuple(t.repeat_interleave(group, axis).narrow(axis, 0, self.size) for t in tensors)
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, choose: Callable) -> None:
@@ -115,15 +118,17 @@ class Quantizer(nn.Module):
         if self.spec.bits == FLOAT or self.spec.dynamic:
             return
         self.as_numbers(False)
-        dims = [d for d in range(x.ndim) if self.spec.axis is None or d != self.spec.axis % x.ndim]
+        # Shifted channels have one range, and groups are looked at one by one.
+        axis = None if self.spec.shifts or self.spec.group else self.spec.axis
+        dims = [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]
         low, high = x.amin(dims), x.amax(dims)
         if not (low.isfinite() & high.isfinite()).all():
             raise FloatingPointError(f"layer {self.name}: its calibration input holds NaN or infinite values")
         constant = low == high
-        if self.spec.axis is None and constant and not self.may_be_constant:
+        if axis is None and constant and not self.may_be_constant:
             raise ValueError(f"layer {self.name}: its calibration input is constant ({low.item()})")
-        scale, zero_point = choose(x, self.spec)
-        if constant.any():
+        scale, zero_point = ranges.of_groups(x, self.spec, choose) if self.spec.group else choose(x, self.spec)
+        if constant.any() and not self.spec.shifts and not self.spec.group:
             constant = constant.reshape(scale.shape)
             whole = ranges.minmax(x, self.spec)
             scale, zero_point = (torch.where(constant, a, b) for a, b in zip(whole, (scale, zero_point), strict=True))

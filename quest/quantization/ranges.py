@@ -10,6 +10,8 @@ At 4 bits (codes 0 to 15), for a tensor with values from -0.3 to 6.0:
     mse       [-0.15, 3.0]    0.21        1        if few values exceed 3.0: they are clipped, the others are finer
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,29 @@ def from_range(low: Tensor, high: Tensor, x: Tensor, spec: QuantSpec) -> tuple[T
     return _shaped(scale, x, spec), _shaped(zero_point.round(), x, spec)
 
 
+def of_groups(x: Tensor, spec: QuantSpec, choose) -> tuple[Tensor, Tensor]:
+    """Choose a range for each group of channels of an activation, [1, ..., groups, ..., 1] (`QuantSpec.group`).
+
+    That of a group of equal values reaches from zero to this value.
+    """
+    alone, found = replace(spec, axis=None, group=None, narrow=spec.symmetric or None), []
+    for part in x.split(spec.group, spec.axis):
+        constant = part.amin() == part.amax()
+        found.append((minmax if constant else choose)(part, alone))
+    own = replace(spec, group=None)
+    return tuple(_shaped(torch.stack(values), x, own) for values in zip(*found, strict=True))
+
+
+def of_widths(x: Tensor, spec: QuantSpec, choose) -> tuple[Tensor, Tensor]:
+    """Choose the range of each output channel of a weight by its own bits (`QuantSpec.widths`)."""
+    scale = x.new_empty(len(x), *[1] * (x.ndim - 1))
+    zero_point = torch.empty_like(scale)
+    for width in sorted(set(spec.widths)):
+        own = torch.tensor([width == each for each in spec.widths], device=x.device)
+        scale[own], zero_point[own] = choose(x[own], QuantSpec(int(width), axis=0))
+    return scale, zero_point
+
+
 def always_zero(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Choose [0, max] with zero point 0, as Q-Diffusion (arXiv:2302.04304) does for softmax probabilities."""
     high = _rows(x, spec).amax(1)
@@ -91,6 +116,29 @@ def mse_zero_point(x: Tensor, spec: QuantSpec, steps: int = 80, power: float = 2
 def mse_free(x: Tensor, spec: QuantSpec, steps: int = 80, power: float = 2.4) -> tuple[Tensor, Tensor]:
     """Search as `mse` does, with zero points that are not rounded: for tables of small floats."""
     return _shrunk(x, spec, steps, power, (lambda zero_point: zero_point,))
+
+
+def mse_shifted(x: Tensor, spec: QuantSpec, agreement: float = 0.85) -> tuple[Tensor, Tensor]:
+    """Choose one range as `mse_zero_point` does, and a power of two for each channel (DMQ, arXiv:2507.12933).
+
+    x [samples, ..., C, ...] with C on `spec.axis`, not 0. Candidates are the scale times 2^-k, k = 0 to `spec.shifts`,
+    with the zero point of the whole tensor. Each sample votes for the one with the least squared error of a channel.
+    The most frequent k is taken if its share of the votes is at least `agreement`, else 0.
+    """
+    scale, zero_point = mse_zero_point(x, replace(spec, axis=None, shifts=None))
+    rows = x.movedim(spec.axis, 1).flatten(2)  # [samples, C, values]
+    flat = rows.flatten(0, 1)
+    errors = [
+        (_dequantized(flat, *(t.expand(len(flat)) for t in (scale * 2.0**-k, zero_point)), spec) - flat)
+        .square()
+        .mean(1)
+        for k in range(spec.shifts + 1)
+    ]
+    votes = torch.stack(errors).argmin(0).view(rows.shape[:2])  # [samples, C]
+    counts = torch.stack([(votes == k).sum(0) for k in range(spec.shifts + 1)])  # [shifts + 1, C]
+    most, k = counts.max(0)
+    k = torch.where(most >= agreement * len(rows), k, 0)
+    return _shaped(scale * 2.0**-k, x, spec), _shaped(zero_point.expand(len(k)), x, spec)
 
 
 SEARCHED = {"mse-zero-point": mse_zero_point, "mse": mse}  # by their names in recipes

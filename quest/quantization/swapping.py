@@ -1,6 +1,7 @@
 """Replaces the layers of a pipeline's denoiser by quantized ones, and says which activations have several scales."""
 
 import copy
+import dataclasses
 
 from torch import nn
 
@@ -105,6 +106,18 @@ def make_dynamic(denoiser: nn.Module, rows: str, group: int | None = None, symme
         if q.spec.bits < FLOAT:
             signed = symmetric and not name.endswith("processor.p")
             q.make_dynamic(QuantSpec(q.spec.bits, signed, axis, rows=rows, group=group))
+
+
+def make_grouped(denoiser: nn.Module, group: int) -> None:
+    """Let the inputs of layers have a static scale for every `group` channels; products keep one scale for a tensor.
+
+    Heads have few channels, and values and probabilities are summed over tokens, whose number is not fixed. Grouped
+    convolutions keep one scale too.
+    """
+    for _, layer in quant_layers(denoiser):
+        q = layer.input_quantizer
+        if q.spec.bits < FLOAT and getattr(layer, "groups", 1) == 1:
+            q.spec = dataclasses.replace(q.spec, axis=layer.channels, group=group)
 
 
 def summed_axes(denoiser: nn.Module) -> dict[str, int]:

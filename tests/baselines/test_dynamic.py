@@ -7,7 +7,7 @@ from torch import nn
 import quest
 from quest.affine import FLOAT, QuantSpec, fake_quantize
 from quest.learning.clipping import RATIOS, rows_of_each_step, search_clips
-from quest.quantization import ranges
+from quest.quantization import checkpoint, ranges
 from quest.quantization.layers import input_quantizers, quant_layers
 from quest.quantization.swapping import make_dynamic, swap
 
@@ -69,7 +69,7 @@ def test_searched_clip_ratios_have_the_least_error_of_the_output(uncond_pipe, un
     [
         ("dynamic", dict(dynamic="pixel"), "dynamic: 'pixel' is not one of tensor, token"),
         ("dynamic", dict(group=48), "group: 48 is not one of 64, 32, 16"),
-        ("smoothquant", dict(group=16), "group: of dynamic scales only; valid with dynamic: tensor or token"),
+        ("smoothquant", dict(group=48), "group: 48 is not one of 64, 32, 16"),
         ("hadamard", dict(clip="searched"), "clip: of dynamic scales only"),
         ("smoothquant", dict(dynamic="token", per_step=True), "per_step: of static ranges only"),
     ],
@@ -86,3 +86,35 @@ def test_without_dynamic_activations_there_is_nothing_to_search(uncond_pipe, unc
     make_dynamic(student, "token")
     search_clips(student, uncond_calibration, rows=2, seed=0)
     assert not any(q.spec.dynamic for q in input_quantizers(student).values())
+
+
+def test_static_groups_have_ranges_of_their_own(uncond_pipe, uncond_calibration, tmp_path):
+    """Groups of 16 channels of each layer's input, at every step; products keep one scale for a tensor."""
+    calls = uncond_calibration.calls()
+    calibration = uncond_calibration.subset(calls[[0, -1]].flatten())  # two steps
+    own = quest.quantize(uncond_pipe, "dilate", "w8a4", calibration=calibration, group=16, per_step=True, samples=2)
+    steps, each = len(calibration.timesteps), 0
+    for name, q in input_quantizers(own.unet).items():
+        if ".processor." in name:
+            assert q.spec.group is None and q.scale.shape == (steps,)
+            continue
+        layer = own.unet.get_submodule(name.removesuffix(".input_quantizer"))
+        assert (q.spec.group, q.spec.axis, q.spec.rows) == (16, layer.channels, None)
+        assert q.scale.numel() == steps * -(-layer.weight_shape[1] // 16)
+        each += q.scale.numel()
+    footprint = own.unet.quantization["cost"]["footprint"]
+    assert footprint["static_scale_bits"] == each * (16 + 8) and footprint["scale_bits"] == 0
+    quest.save(own, tmp_path / "m")
+    loaded = quest.load(uncond_pipe, tmp_path / "m")
+    if loaded.unet.placement.kernel == "integer":
+        reasons = {why for n, why in loaded.unet.placement.refused.items() if not n.endswith(".processor")}
+        assert reasons == {"input: scales in groups of 16"}
+    for name, q in input_quantizers(own.unet).items():
+        other = loaded.unet.get_submodule(name)
+        assert (other.spec, other.size) == (q.spec, q.size) and torch.equal(other.scale, q.scale)
+    header, tensors = checkpoint.read(tmp_path / "m")
+    name = "mid_block.resnets.0.conv1.input_quantizer"
+    for leaf in ("scale", "zero_point"):
+        tensors[f"{name}.{leaf}"] = tensors[f"{name}.{leaf}"][:, :, 1:]
+    with pytest.raises(ValueError, match=rf"tensor {name}\..*of no quantizer in the header, or not of its groups"):
+        checkpoint.check_tensors(header, tensors, "m")

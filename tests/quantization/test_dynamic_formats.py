@@ -165,7 +165,7 @@ def test_gradients_are_those_of_automatic_differentiation():
         (dict(bits=4, rows="row", axis=1), "rows: 'row' is not one of tensor, token"),
         (dict(bits=4, rows="token"), "a dynamic format has an axis"),
         (dict(bits=32, rows="token", axis=1), "2 to 16 bits"),
-        (dict(bits=4, group=16, axis=1), "give rows"),
+        (dict(bits=4, group=16), "group: of the indices of an axis"),
         (dict(bits=4, rows="token", axis=1, group=0), "valid: 1 or more"),
     ],
 )
@@ -286,7 +286,7 @@ def test_headers_say_what_dynamic_formats_are_and_nothing_of_others(student, tmp
         header.check(found | {"time_groups": [999, 400]}, path)
 
 
-NOTHING_ELSE = dict.fromkeys(("weight_scale_bits", "branch_macs", "branch_bops"), 0)
+NOTHING_ELSE = dict.fromkeys(("static_scale_bits", "weight_scale_bits", "branch_macs", "branch_bops"), 0)
 
 
 def test_what_scales_cost(class_pipe, class_calibration):
@@ -347,3 +347,43 @@ def test_the_summary_has_them_beside_bit_operations(student, class_calibration):
     assert all(found[name] == count for name, count in counted.items()) and found["float_fmas"] > 0
     assert found["bops"] == cost.bops(student.unet, cost.macs(student.unet, inputs))
     assert measured(torch.zeros(1, 1), QParams(*CLIP, QuantSpec(8))).scale is CLIP[0]  # a static format is as given
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    "plain, shape, axis", [(nn.Conv2d(10, 5, 3, padding=1), (2, 10, 6, 6), 1), (nn.Linear(10, 5), (2, 7, 10), -1)]
+)
+def test_static_groups_are_quantized_apart(plain, shape, axis, symmetric):
+    """A static scale for 4 channels (the last 2 of 10): a group is that of a quantizer of its own; sums are whole."""
+    layer = quantized(plain.requires_grad_(False), QuantSpec(4, axis=0), QuantSpec(4), None)
+    layer.choose_weight_range(ranges.mse)
+    layer.input_quantizer.spec = QuantSpec(4, symmetric, axis, group=4)
+    x = random(*shape) * torch.arange(1, 11).view(-1, *[1] * (2 if axis == 1 else 0))
+    x.narrow(axis, 8, 2).fill_(0.5)  # constant: its range reaches from zero
+    layer.input_quantizer.calibrate(x, ranges.mse_zero_point)
+    qparams = layer.input_quantizer.qparams
+    y = torch.zeros_like(plain(x), dtype=torch.float64)
+    weight = layer.qweight
+    for group in torch.arange(10).split(4):
+        part, alone = x.index_select(axis, group), QuantSpec(4, symmetric, narrow=symmetric or None)
+        choose = ranges.minmax if group[0] == 8 else ranges.mse_zero_point
+        own = QParams(*choose(part, alone), alone)
+        dequantized = fake_quantize(part, own)
+        assert torch.equal(fake_quantize(x, qparams).index_select(axis, group), dequantized)
+        centred = quantize(part, own).codes - own.zero_point
+        w = (weight.codes - weight.zero_point).double()[:, group]
+        sums = F.linear(centred.double(), w) if axis == -1 else F.conv2d(centred.double(), w, padding=1)
+        assert torch.equal(sums, sums.round())
+        y += sums * own.scale.double()
+    scale = weight.scale.double().flatten()
+    y = y * scale + plain.bias if axis == -1 else y * scale[:, None, None] + plain.bias[:, None, None]
+    torch.testing.assert_close(layer(x).double(), y, rtol=1e-5, atol=1e-5)
+    # A group of all channels is a tensor; a file with another number of scales is refused when it is read.
+    layer.input_quantizer.spec = QuantSpec(4, symmetric, axis, group=16)
+    layer.input_quantizer.calibrate(x, ranges.mse_zero_point)
+    whole = ranges.mse_zero_point(x, QuantSpec(4, symmetric, narrow=symmetric or None))
+    assert all(
+        torch.equal(a.unique(), b.view(1)) for a, b in zip(layer.input_quantizer.qparams[:2], whole, strict=True)
+    )
+    with pytest.raises(ValueError, match="group: of the indices of an axis"):
+        QuantSpec(4, group=16)
