@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Annotated
 
+from baselines.after_silu import FORMATS, set_formats
 from baselines.method import Bits, Count, Method, one_of
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
@@ -32,6 +33,8 @@ def quantize(
     # Random rows of all timesteps that set the ranges; default: WHOLE for "minmax", static_rows for searched ranges.
     samples: Count | None = None,
     per_step: bool = False,  # ranges for each sampling step, from as many rows of that step
+    # Of 4-bit inputs that follow a SiLU, see `baselines.after_silu`; default: that of the other activations.
+    after_silu: Annotated[str, one_of(FORMATS)] | None = None,
     seed: int = 0,
 ):
     """Quantize weights and activations to the nearest code of static ranges.
@@ -39,6 +42,7 @@ def quantize(
     ranges: "minmax" is the whole range; "mse" shrinks it to the least |x - x~|^2.4 (Q-Diffusion, arXiv:2302.04304);
     "mse-zero-point" also searches the zero points of activations. Each activation tensor has one range for all
     timesteps, or with `per_step` one for each. Returns a new pipeline.
+    Raises ValueError for `after_silu` where no such input has 4 bits.
     """
     choose_weights, choose_activations = RANGES[ranges]
     groups = TimeGroups(calibration.timesteps) if per_step else None
@@ -46,7 +50,8 @@ def quantize(
     for _, layer in quant_layers(denoiser_of(pipe)):
         layer.choose_weight_range(choose_weights)
     samples = samples or (WHOLE if ranges == "minmax" else static_rows(a))
-    calibrate(denoiser_of(pipe), calibration, choose_activations, samples=samples, seed=seed)
+    choosers = set_formats(denoiser_of(pipe), after_silu) if after_silu else {}
+    calibrate(denoiser_of(pipe), calibration, choose_activations, samples=samples, seed=seed, choosers=choosers)
     return pipe
 
 

@@ -58,6 +58,7 @@ QUICK = dict(  # a few steps, at the learning rates of the presets
     samples=4,
     rows=8,
     batch=2,
+    scaling_iterations=4,
     weight_iterations=16,  # AdaRound's rate is 20 over their number
     activation_iterations=4,
     iterations=4,

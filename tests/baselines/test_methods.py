@@ -33,6 +33,7 @@ FAST = dict(
     iterations=1,
     grid=2,
     weight_iterations=1,
+    scaling_iterations=1,
     activation_iterations=1,
     tla_iterations=1,
     cma_iterations=1,
