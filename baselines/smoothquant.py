@@ -30,6 +30,7 @@ from quest.quantization.layers import QuantLayer, attentions, quant_layers
 from quest.quantization.quantizer import Quantizer
 
 SEARCH_ROWS = 32  # random calibration rows on which factors are searched
+FINALISTS = 3  # factors that are tried with the ranges of least error
 TOKENS = 256  # most queries and keys of a row on which those of attention products are
 QKV = ("to_q", "to_k", "to_v")
 LEAST = 1e-5  # of weight ranges and of factors
@@ -41,7 +42,7 @@ STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {"max": lambda x: x.amax(0),
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Granularity):
-    # "search": of 39 pairs of exponents, those of least output error, for each input.
+    # "search": of 39 pairs of exponents, those of least output error, for each input (see `best`).
     alpha: Annotated[float | str, one_of((0.25, 0.5, 0.75, 1.0, "search"))] = 0.5
     # a_c of the range of each step: the largest, which one step may decide, or the mean over the steps.
     statistic: Annotated[str, one_of(STATISTICS)] = "max"
@@ -139,23 +140,26 @@ def observe(teacher: nn.Module, calibration: CalibrationSet, recipe: Recipe) -> 
 def search(denoiser: nn.Module, teacher: nn.Module, groups: list[Observed], calibration: CalibrationSet, seed: int):
     """Scale the inputs of each group by the factors of SEARCHED with the least squared error of its outputs.
 
-    Layers are tried with their weights and inputs quantized, on the inputs that they have in full precision. Static
-    ranges are those of all steps together.
+    One pass of full precision over SEARCH_ROWS rows gives each layer its input and its output. Layers are tried on
+    these, with their weights and inputs quantized (`best`).
     """
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(calibration), generator=generator, device="cpu")[:SEARCH_ROWS]
     of = {name: o for o in groups for name in o.layers}
-    errors = {o.layers: torch.zeros(len(SEARCHED), dtype=torch.float64, device="cpu") for o in groups}
+    met: dict[tuple[str, ...], dict[str, Tensor]] = defaultdict(
+        dict
+    )  # outputs, until all layers of a group were called
 
     def hook(name):
-        def judge(_module, args, output):
-            o, layer = of[name], denoiser.get_submodule(name)
-            own = weight_reach([denoiser.get_submodule(n) for n in o.layers])
-            for i, (alpha, beta) in enumerate(SEARCHED):
-                y = tried(layer, factors(o.reach, own, alpha, beta), args[0])
-                errors[o.layers][i] += (y - output).square().sum(dtype=torch.float64).cpu()
+        def look(_module, args, output):
+            o = of[name]
+            met[o.layers][name] = output
+            if len(met[o.layers]) == len(o.layers):
+                outputs = met.pop(o.layers)
+                layers = [denoiser.get_submodule(n) for n in outputs]
+                scale(layers, best(layers, args[0], list(outputs.values()), o.reach))
 
-        return judge
+        return look
 
     handles = [teacher.get_submodule(name).register_forward_hook(hook(name)) for name in of]
     try:
@@ -163,20 +167,43 @@ def search(denoiser: nn.Module, teacher: nn.Module, groups: list[Observed], cali
     finally:
         for handle in handles:
             handle.remove()
-    for o in groups:
-        own = [denoiser.get_submodule(name) for name in o.layers]
-        scale(own, factors(o.reach, weight_reach(own), *SEARCHED[int(errors[o.layers].argmin())]))
 
 
-def tried(layer: QuantLayer, found: Tensor, x: Tensor) -> Tensor:
+def best(layers: list[QuantLayer], x: Tensor, outputs: list[Tensor], reach: Tensor) -> Tensor:
+    """Return the factors of SEARCHED with the least squared error on the input x of these layers, [C].
+
+    First all are tried with whole ranges, as DeepCompressor tries them. The search of ranges takes a hundred times as
+    long, so only no factors and the best FINALISTS are tried with the ranges that the layers will have; static ones are
+    of all steps together.
+    """
+    of_weights = weight_reach(layers)
+    candidates = [factors(reach, of_weights, *exponents) for exponents in SEARCHED]
+
+    def error(found: Tensor, *choose: Callable) -> float:
+        tries = (tried(layer, found, x, *choose) - y for layer, y in zip(layers, outputs, strict=True))
+        return sum(off.square().sum(dtype=torch.float64).item() for off in tries)
+
+    rough = [error(found, ranges.minmax, ranges.minmax) for found in candidates]
+    finalists = [0, *sorted(range(1, len(candidates)), key=rough.__getitem__)[:FINALISTS]]
+    return candidates[min(finalists, key=lambda i: error(candidates[i]))]
+
+
+def tried(
+    layer: QuantLayer,
+    found: Tensor,
+    x: Tensor,
+    of_weights: Callable = ranges.mse,
+    of_inputs: Callable = ranges.mse_zero_point,
+) -> Tensor:
     """Return the output of a layer with these factors, its weight and the input x quantized."""
     trial = deepcopy(layer)
     trial.scale_input(found)
-    trial.choose_weight_range(ranges.mse)
+    trial.choose_weight_range(of_weights)
     spec = layer.input_quantizer.spec
     trial.input_quantizer = Quantizer(spec).to(x.device)
+    trial.input_quantizer.size = layer.input_quantizer.size
     trial.input_quantizer.may_be_constant = True
-    trial.input_quantizer.calibrate(trial.prologue(x, trial.channels), ranges.mse_zero_point)
+    trial.input_quantizer.calibrate(trial.prologue(x, trial.channels), of_inputs)
     return trial(x)
 
 
@@ -258,9 +285,9 @@ def work(recipe, w: int, model, trajectories: int) -> Counter:
     found = ranges_work(recipe, w, model, trajectories)
     found["call"] = model.steps * STEP_ROWS * (1 + recipe.products)
     if recipe.alpha == "search":
-        found["weight ranges"] += len(SEARCHED)
-        found["ranges"] += len(SEARCHED)
-        found["quantized call"] += len(SEARCHED) * SEARCH_ROWS
+        found["weight ranges"] += 1 + FINALISTS
+        found["ranges"] += 1 + FINALISTS
+        found["quantized call"] += (len(SEARCHED) + 1 + FINALISTS) * SEARCH_ROWS
     return found
 
 
