@@ -108,7 +108,7 @@ def test_static_groups_have_ranges_of_their_own(uncond_pipe, uncond_calibration,
     loaded = quest.load(uncond_pipe, tmp_path / "m")
     if loaded.unet.placement.kernel == "integer":
         reasons = {why for n, why in loaded.unet.placement.refused.items() if not n.endswith(".processor")}
-        assert reasons == {"input: scales in groups of 16"}
+        assert reasons == {"input: static scales in groups of 16"}
     for name, q in input_quantizers(own.unet).items():
         other = loaded.unet.get_submodule(name)
         assert (other.spec, other.size) == (q.spec, q.size) and torch.equal(other.scale, q.scale)

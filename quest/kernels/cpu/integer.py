@@ -100,6 +100,8 @@ def _format(spec: QuantSpec, what: str) -> str | None:
         return f"{what}: {spec.bits} bits, more than 8"
     if spec.shifts:
         return f"{what}: channels shifted by up to {spec.shifts} bits"
+    if what != "weight" and spec.group is not None and not spec.dynamic:
+        return f"{what}: static scales in groups of {spec.group}"
     if what != "weight" and spec.axis is not None and not spec.dynamic:
         return f"{what}: one scale per channel, which lies on the axis that is summed"
     return None
