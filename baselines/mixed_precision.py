@@ -65,7 +65,9 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     if recipe.by == "layer":
         sizes = [size * len(layer.weight) for size, layer in zip(sizes, layers.values(), strict=True)]
     counts = [len(each) for each in errors.values()]
-    of_each = torch.tensor(sizes, device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
+    of_each = torch.tensor(sizes, dtype=torch.long, device="cpu").repeat_interleave(
+        torch.tensor(counts, dtype=torch.long, device="cpu")
+    )
     bits = allocate(torch.cat(list(errors.values())), of_each, choices, budget)
     for layer, own in zip(layers.values(), bits.split(counts), strict=True):
         own = own.expand(len(layer.weight)).tolist()
@@ -103,8 +105,10 @@ def sensitivities(
     generator = torch.Generator().manual_seed(seed)
     with differentiable(list(weights.values())), torch.enable_grad():
         for row in range(len(calibration)):
-            prediction = teacher(**calibration.inputs(torch.tensor([row], device="cpu"))).sample
-            signs = torch.randint(0, 2, prediction.shape, generator=generator, device="cpu") * 2.0 - 1
+            prediction = teacher(**calibration.inputs(torch.tensor([row], dtype=torch.long, device="cpu"))).sample
+            signs = (
+                torch.randint(0, 2, prediction.shape, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1
+            )
             gradients = torch.autograd.grad((prediction * signs.to(prediction.device)).sum(), list(weights.values()))
             for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
                 weight = weight.detach()
@@ -150,7 +154,7 @@ def allocate(errors: Tensor, sizes: Tensor, choices: list[int], budget: float) -
     chosen = errors.gather(1, place[:, None]).sum()
     if not chosen < errors[:, same].sum():
         place = torch.full_like(place, same)
-    return torch.tensor(choices, device="cpu")[place]
+    return torch.tensor(choices, dtype=torch.long, device="cpu")[place]
 
 
 def work(recipe, w: int, model, trajectories: int) -> Counter:

@@ -97,10 +97,10 @@ def _bytes(row: int, spec: QuantSpec) -> list[int]:
 
 def _places(row: int, spec: QuantSpec, device) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For each number of bits: the output channels that have it, and the places of their bytes, [channels, bytes]."""
-    sizes = torch.tensor(_bytes(row, spec), device=device)
+    sizes = torch.tensor(_bytes(row, spec), dtype=torch.long, device=device)
     starts = sizes.cumsum(0) - sizes
     for width in sorted(set(spec.widths)):
-        own = torch.tensor([i for i, each in enumerate(spec.widths) if each == width], device=device)
+        own = torch.tensor([i for i, each in enumerate(spec.widths) if each == width], dtype=torch.long, device=device)
         yield int(width), own, starts[own][:, None] + torch.arange(int(sizes[own[0]]), device=device)
 
 

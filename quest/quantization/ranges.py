@@ -81,7 +81,7 @@ def of_widths(x: Tensor, spec: QuantSpec, choose) -> tuple[Tensor, Tensor]:
     scale = x.new_empty(len(x), *[1] * (x.ndim - 1))
     zero_point = torch.empty_like(scale)
     for width in sorted(set(spec.widths)):
-        own = torch.tensor([width == each for each in spec.widths], device=x.device)
+        own = torch.tensor([width == each for each in spec.widths], dtype=torch.bool, device=x.device)
         scale[own], zero_point[own] = choose(x[own], QuantSpec(int(width), axis=0))
     return scale, zero_point
 

@@ -13,8 +13,8 @@ from quest.quantization.timegroups import TimeGroups
 ROOT = Path(__file__).parents[2]
 CODE = sorted(
     file
-    for where in ("quest/kernels", "quest/quantization", "quest/learning", "baselines", "quest/affine.py")
-    for file in ([ROOT / where] if where.endswith(".py") else (ROOT / where).rglob("*.py"))
+    for where in ("quest/kernels", "quest/quantization", "quest/learning", "baselines", "quest/affine")
+    for file in (ROOT / where).rglob("*.py")
 )
 INTEGERS = ("arange", "randperm")  # of integers, whatever the default dtype
 FLOATS = ("empty", "zeros", "ones", "full", "tensor", "rand", "randn", "linspace", "eye", "randint", "empty_strided")

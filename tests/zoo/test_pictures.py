@@ -175,7 +175,7 @@ def test_resumed_training_on_pictures_equals_an_uninterrupted_one(
     if name.startswith("photos"):
         pipe = load_pipeline(tmp_path / "cut")
         pipe.set_progress_bar_config(disable=True)
-        pictured = pipe(class_labels=[0, 9], guidance_scale=2.0, num_inference_steps=2, output_type="np").images
+        pictured = pipe(class_labels=[0, 2], guidance_scale=2.0, num_inference_steps=2, output_type="np").images
         assert pictured.shape == (2, 32, 32, 3)
 
 

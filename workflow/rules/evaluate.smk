@@ -25,7 +25,7 @@ rule sample:
         images=sampled_images,
         device=DEVICE,
     shell:
-        "QUEST_GPU_PARTS={resources.gpu_parts}/$PARTS_OF_GPU"
+        "QUEST_GPU_PARTS={resources.gpu_parts:q}/$PARTS_OF_GPU"
         " python -m workflow.scripts.sample {wildcards.model:q} --checkpoint {input.checkpoint:q} -n {params.n:q}"
         " --shard {wildcards.shard:q}/{params.shards:q} --evaluation {input.evaluation:q} {params.images:q}"
         " --threads {threads:q} --device {params.device:q} --samples {output.samples:q} --features {output.features:q} > {log:q} 2>&1"

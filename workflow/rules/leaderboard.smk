@@ -129,7 +129,7 @@ rule leaderboard_sample:
         # The shell reads the draw: it does not exist yet when jobs are planned.
         first=lambda wc: "$(cat results/scored/draw.txt)" if wc.part == "fresh" else leaderboard.FIRST,
     shell:
-        "python -m workflow.scripts.sample {params.model:q} --checkpoint {input.checkpoint:q} -n {params.n:q} --first {params.first}"
+        "python -m workflow.scripts.sample {params.model:q} --checkpoint {input.checkpoint:q} -n {params.n:q} --first {params.first:q}"
         " --evaluation {input.evaluation:q} --threads {threads:q} --samples {output.samples:q} --features {output.features:q} > {log:q} 2>&1"
 
 

@@ -21,7 +21,7 @@ rule trajectories:
         device=DEVICE,
         calibration=lambda wc: config["models"][wc.model].get("trajectories", MODELS[wc.model].trajectories),
     shell:
-        "QUEST_GPU_PARTS={resources.gpu_parts}/$PARTS_OF_GPU"
+        "QUEST_GPU_PARTS={resources.gpu_parts:q}/$PARTS_OF_GPU"
         " python -m workflow.scripts.trajectories {wildcards.model:q} -n {params.calibration:q} --calibration {output.calibration:q}"
         " --ranges {output.ranges:q} --threads {threads:q} --device {params.device:q} > {log:q} 2>&1"
 
@@ -49,7 +49,7 @@ rule evaluation:
         device=DEVICE,
         evaluation=lambda wc: config["models"][wc.model].get("evaluation", 16),
     shell:
-        "QUEST_GPU_PARTS={resources.gpu_parts}/$PARTS_OF_GPU"
+        "QUEST_GPU_PARTS={resources.gpu_parts:q}/$PARTS_OF_GPU"
         " python -m workflow.scripts.trajectories {wildcards.model:q} --evaluation {output:q} -e {params.evaluation:q}"
         " --threads {threads:q} --device {params.device:q} > {log:q} 2>&1"
 
@@ -77,7 +77,7 @@ rule redraw:
         device=DEVICE,
         calibration=lambda wc: config["models"][wc.model].get("trajectories", MODELS[wc.model].trajectories),
     shell:
-        "QUEST_GPU_PARTS={resources.gpu_parts}/$PARTS_OF_GPU"
+        "QUEST_GPU_PARTS={resources.gpu_parts:q}/$PARTS_OF_GPU"
         " python -m workflow.scripts.trajectories {wildcards.model:q} -n {params.calibration:q} --draw {wildcards.draw:q}"
         " --calibration {output:q} --threads {threads:q} --device {params.device:q} > {log:q} 2>&1"
 
@@ -107,7 +107,7 @@ rule quantize:
         floats=floats,
         device=DEVICE,
     shell:
-        "QUEST_GPU_PARTS={resources.gpu_parts}/$PARTS_OF_GPU"
+        "QUEST_GPU_PARTS={resources.gpu_parts:q}/$PARTS_OF_GPU"
         " python -m workflow.scripts.quantize {wildcards.model:q} {params.method:q} {wildcards.bits:q}"
         " --recipe {params.recipe:q} --calibration {input.calibration:q} --init {input.init:q} {params.floats:q}"
         " --threads {threads:q} --device {params.device:q} -o {output:q} > {log:q} 2>&1"
