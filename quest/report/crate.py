@@ -54,7 +54,10 @@ def _file(run: Path, file: Path) -> dict:
 
 def _cell(run: Path, metrics: Path, entities: dict[str, dict]) -> dict:
     """The action that made a cell. Its instrument and recipe are added to `entities`."""
-    place, made = metrics.parent.relative_to(run).as_posix(), read_json(metrics)["provenance"]
+    place, told = metrics.parent.relative_to(run).as_posix(), read_json(metrics)
+    made = told.get("provenance") if isinstance(told, dict) else None
+    if not (isinstance(made, dict) and isinstance(made.get("date"), str)):
+        raise ValueError(f"{metrics}: no provenance with a date; valid: what the workflow writes")
     machine, versions = made.get("machine") or {}, made.get("versions") or {}
     software = {
         "@type": "SoftwareApplication",

@@ -83,3 +83,10 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["crate", str(tmp_path)])
     with pytest.raises(SystemExit, match="crate: .*: no metrics.json; valid: the folder of a run"):
         crate.main()
+
+
+def test_metrics_that_the_workflow_did_not_write_are_named(run, monkeypatch):
+    for text in ("[]", "{}", dumps({"provenance": {}})):
+        (run / "photos-class" / "rtn" / "w4a4" / "metrics.json").write_text(text, encoding="utf-8")
+        with pytest.raises(SystemExit, match=r"crate: .*rtn/w4a4/metrics.json: no provenance with a date"):
+            written(run, monkeypatch)
