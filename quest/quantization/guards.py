@@ -221,3 +221,9 @@ def check_whole(denoiser: nn.Module) -> None:
     for name, module in denoiser.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(module, QuantLayer):
             raise ValueError(f"{name}: a {type(module).__name__} that is not quantized; quantize the pipeline again")
+    own = *denoiser.named_parameters(), *denoiser.named_buffers()
+    if lost := next((name for name, value in own if value.is_meta), None):
+        raise ValueError(
+            f"{lost}: on the meta device, without its values (.to('meta'), or accelerate moves it between devices); "
+            "load the pipeline again"
+        )

@@ -30,7 +30,10 @@ class Method(StrEnum):
 class Config(QuantizationConfigMixin):
     """The `quantization_config` of a config.json. The header of the weights' file says everything else."""
 
-    def __init__(self, quant_method: str = NAME):
+    def __init__(self, quant_method: str = NAME, **other):
+        """Raise ValueError for a field that this version does not know: a denoiser would be read without it."""
+        if other:
+            raise ValueError(f"quantization_config: unknown: {', '.join(map(str, other))}; valid: quant_method alone")
         self.quant_method = Method(quant_method)
 
     def to_diff_dict(self) -> dict:

@@ -1,5 +1,6 @@
 """Quantized denoisers in diffusers' folders: `from_pretrained` gives what `quest.load` gives."""
 
+import copy
 import importlib
 import json
 import sys
@@ -90,6 +91,13 @@ def _other_heads(folder, pipe):
     file.write_text(json.dumps(told | {"attention_head_dim": 8}), encoding="utf-8")
 
 
+def _later_version(folder, pipe):
+    file = folder / "config.json"
+    told = json.loads(file.read_text(encoding="utf-8"))
+    told["quantization_config"] |= {"version": 2}
+    file.write_text(json.dumps(told), encoding="utf-8")
+
+
 def _corrected(folder, pipe):
     values = {name: torch.zeros(6) for name in ("slope", "std", "r_squared")} | {"bias": torch.zeros(6, 4)}
     pipe.scheduler = correct(pipe.scheduler, Correction(timesteps=torch.arange(6), **values))
@@ -104,6 +112,7 @@ def _corrected(folder, pipe):
         (_corrupted, {}, "is corrupted: its tensor"),
         (_without_header, {}, "is not a quantized checkpoint"),
         (_other_heads, {}, "another model: unet.config.attention_head_dim: 4 in the file, 8 in the model"),
+        (_later_version, {}, "quantization_config: unknown: version; valid: quant_method alone"),
         (_corrected, {}, "it also corrects the sampler; valid: quest.load"),
         (None, {"torch_dtype": torch.float16}, "torch_dtype: torch.float16; a quantized denoiser computes in"),
         (None, {"device_map": "cpu"}, "device_map: .*; load without it"),
@@ -129,6 +138,10 @@ def test_what_cannot_be_saved_is_refused(saved, tmp_path):
     unet.save_pretrained(tmp_path, max_shard_size="20KB")
     with pytest.raises(ValueError, match="one of .* files; valid: one file"):
         UNet2DConditionModel.from_pretrained(tmp_path)
+    lost = copy.deepcopy(unet).to("meta")
+    for save in (lambda: lost.save_pretrained(tmp_path / "lost"), lambda: checkpoint.content(lost)):
+        with pytest.raises(ValueError, match="on the meta device, without its values .*; load the pipeline again"):
+            save()
 
 
 def test_it_is_registered_before_diffusers_is_imported_too(monkeypatch):
