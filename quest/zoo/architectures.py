@@ -81,7 +81,7 @@ MODELS = {
     "photos-dit": Recipe(
         pictures="photos",
         conditioning="class",
-        iterations=20000,
+        iterations=10000,
         batch_size=64,
         size=8,
         latent_channels=8,
