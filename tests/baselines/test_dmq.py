@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -41,11 +42,13 @@ def test_weights_of_timesteps():
 
 
 @pytest.mark.parametrize(
-    "plain, shape",
-    [(nn.Conv2d(6, 8, 3, padding=1, stride=2), (16, 6, 8, 8)), (nn.Linear(6, 8), (16, 9, 6))],
+    "make, shape",
+    [(partial(nn.Conv2d, 6, 8, 3, padding=1, stride=2), (16, 6, 8, 8)), (partial(nn.Linear, 6, 8), (16, 9, 6))],
     ids=("convolution", "linear"),
 )
-def test_learned_factors_lower_the_error_and_leave_the_float_layer(plain, shape):
+def test_learned_factors_lower_the_error_and_leave_the_float_layer(make, shape):
+    torch.manual_seed(0)  # of the layer's weights
+    plain = make()
     layer, x = layer_of(plain), random(*shape)
     channel = [slice(None)] * x.ndim
     channel[layer.channels] = 2

@@ -251,7 +251,7 @@ def compute(isa):
     integer.linear(x[:20], q, w, None)
     size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (size + (10 << 20), limits[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (size + (4 << 20), limits[1]))
     try:
         integer.linear(x, q, w, None)
     except MemoryError as error:
