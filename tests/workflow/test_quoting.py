@@ -75,3 +75,14 @@ def test_a_cell_is_made_of_files_in_such_a_folder(project):
     run = project.snakemake("results/quoted/tiny-sd/rtn/w8a8/metrics.json", "--configfile", "mine.yaml", timeout=600)
     assert run.returncode == 0, run.stdout
     assert not (project.folder / "RAN").exists()
+
+
+def test_the_leaderboard_samples_the_fresh_images_that_were_drawn(stubbed):
+    """Their number is known when the job runs, not when it is planned; the judged images are those of the protocol."""
+    files = {part: f"results/scored/full/samples-{part}.npz" for part in ("fresh", "judged")}
+    run = stubbed.snakemake(*files.values())
+    assert run.returncode == 0, run.stdout
+    words = {part: shlex.split((stubbed.folder / file).read_text(encoding="utf-8")) for part, file in files.items()}
+    firsts = {part: found[found.index("--first") + 1] for part, found in words.items()}
+    drawn = (stubbed.folder / "results/scored/draw.txt").read_text(encoding="utf-8").strip()
+    assert firsts == {"fresh": drawn, "judged": "500"}

@@ -126,11 +126,11 @@ rule leaderboard_sample:
     params:
         model=leaderboard.MODEL,
         n=lambda wc: leaderboard.FRESH if wc.part == "fresh" else leaderboard.IMAGES,
-        # The shell reads the draw: it does not exist yet when jobs are planned.
-        first=lambda wc: "$(cat results/scored/draw.txt)" if wc.part == "fresh" else leaderboard.FIRST,
+        first=leaderboard.FIRST,
+    # The shell reads the draw: it does not exist yet when jobs are planned. The judged images have none.
     shell:
-        "python -m workflow.scripts.sample {params.model:q} --checkpoint {input.checkpoint:q} -n {params.n:q} --first {params.first:q}"
-        " --evaluation {input.evaluation:q} --threads {threads:q} --samples {output.samples:q} --features {output.features:q} > {log:q} 2>&1"
+        "first=$(cat /dev/null {input.draw:q}); python -m workflow.scripts.sample {params.model:q} --checkpoint {input.checkpoint:q}"
+        " -n {params.n:q} --first ${{first:-{params.first:q}}} --evaluation {input.evaluation:q} --threads {threads:q} --samples {output.samples:q} --features {output.features:q} > {log:q} 2>&1"
 
 
 rule leaderboard_metrics:

@@ -66,7 +66,6 @@ rule report:
         "python -m workflow.scripts.report {params.run:q} --kernels {params.kernels:q} -o {output:q} > {log:q} 2>&1"
 
 
-# Not part of `all`. Quantizes and samples again with other calibration draws.
 # Not part of `all`. Describes the files of a run for archives (RO-Crate 1.1); files that come later need it anew.
 rule crate:
     input:
@@ -85,6 +84,7 @@ rule crate:
         "python -m workflow.scripts.crate {params.run:q} > {log:q} 2>&1"
 
 
+# Not part of `all`. Quantizes and samples again with other calibration draws.
 rule seeds:
     input:
         expand("results/{name}/tables/seeds.{kind}", name=NAME, kind=["csv", "md"]),
