@@ -1,9 +1,16 @@
 """Adam (arXiv:1412.6980) for loops of many short iterations, where torch.optim's Python takes a tenth of the time."""
 
+import math
+
 import torch
 from torch import Tensor
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim's
+
+
+def half_cosine(iteration: int, iterations: int) -> float:
+    """The factor of a learning rate that falls from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * iteration / iterations))
 
 
 class Adam:

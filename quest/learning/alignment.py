@@ -4,7 +4,6 @@ A stage tunes some weights and activation scales so that chosen layers and the n
 full-precision model (equations 4 to 6). Which stages there are, and of what, is said in baselines/quest.py.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import hooked
+from quest.learning.adam import half_cosine
 from quest.learning.recomputing import recomputing
 from quest.quantization.layers import QuantLayer
 from quest.quantization.quantizer import Quantizer
@@ -118,7 +118,7 @@ def align(
                 outputs.clear()
                 wanted.clear()
                 loss.backward()
-                decay = 0.5 * (1 + math.cos(math.pi * i / stage.iterations)) if cosine else 1.0
+                decay = half_cosine(i, stage.iterations) if cosine else 1.0
                 group = groups.index(calibration.timestep[rows[:1]]).item()
                 if new_visit:
                     adam_scales.restart(group)

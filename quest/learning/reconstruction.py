@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion.calibration_set import CalibrationSet
-from quest.learning.adam import Adam
+from quest.learning.adam import Adam, half_cosine
 from quest.learning.rounding import Rounding, beta
 from quest.learning.units import CHUNK, Unit, call_modules, chunked, fill, side_by_side, walk
 from quest.quantization import cost
@@ -205,8 +205,8 @@ def learn_rounding(
         for i in range(iterations):
             rows = torch.randperm(n, generator=generator, device="cpu")[:batch]
             loss = error(run(rows), target(rows), 2)
-            _finite(loss, "AdaRound", name, i)
-            rounding.step(_gradients(loss, rounding.soft), beta(i, iterations), lr)
+            finite(loss, f"AdaRound, unit {name}", i)
+            rounding.step(gradients(loss, rounding.soft), beta(i, iterations), lr)
     weights = [layer.weight.data for layer in layers.values()]
     for layer, weight in zip(layers.values(), rounding.folded(), strict=True):
         layer.weight.data = weight
@@ -244,8 +244,8 @@ def learn_steps(
         for i in range(iterations):
             rows = torch.randperm(n, generator=generator, device="cpu")[:batch]
             loss = error(run(rows), target(rows), ACTIVATION_POWER)
-            _finite(loss, "activation steps", name, i)
-            adam.step(_gradients(loss, scales), lr * 0.5 * (1 + math.cos(math.pi * i / iterations)))
+            finite(loss, f"activation steps, unit {name}", i)
+            adam.step(gradients(loss, scales), lr * half_cosine(i, iterations))
             with torch.no_grad():
                 torch._foreach_clamp_min_(scales, EPS)
     for s in scales:
@@ -331,11 +331,12 @@ def _judge(run: Callable, target: Callable, rows: Tensor, power: float, chunk: i
     return error(chunked(run, rows, chunk), target(rows), power).item()
 
 
-def _gradients(loss: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+def gradients(loss: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
     """Those of `tensors`; zeros for one on which the loss does not depend."""
     return torch.autograd.grad(loss, tensors, materialize_grads=True)
 
 
-def _finite(loss: Tensor, stage: str, unit: str, iteration: int) -> None:
+def finite(loss: Tensor, where: str, iteration: int) -> None:
+    """Raise FloatingPointError, which names the place, for a loss that is not finite."""
     if not math.isfinite(loss.item()):
-        raise FloatingPointError(f"{stage}, unit {unit}, iteration {iteration}: the loss is {loss.item()}")
+        raise FloatingPointError(f"{where}, iteration {iteration}: the loss is {loss.item()}")

@@ -8,7 +8,6 @@ ranges from what they quantize, the weight's for each output channel and the inp
 gradient reaches their scales too.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
@@ -20,8 +19,9 @@ from torch.utils._pytree import tree_map
 
 from quest.affine import FLOAT, QParams, QuantSpec, fake_quantize
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.learning.adam import Adam, half_cosine
 from quest.learning.lowrank import factors
-from quest.learning.reconstruction import CHECK, float_activations, multiplying
+from quest.learning.reconstruction import CHECK, finite, float_activations, gradients, multiplying
 from quest.learning.units import call_modules, fill, walk
 from quest.quantization import cost
 from quest.quantization.attention import QuantAttention
@@ -129,19 +129,15 @@ def learn_factors(
         return sum(losses(rows, tau).double().sum().item() for rows in check.split(chunk)) / len(check)
 
     before = judged(torch.ones_like(log_tau))
-    adam = torch.optim.Adam([log_tau.requires_grad_()], lr=lr, fused=True)
+    adam = Adam([log_tau.requires_grad_()])
     with torch.enable_grad():
         for i in range(iterations):
             rows = torch.randperm(n, generator=generator, device="cpu")[:batch]
             each = losses(rows, log_tau.exp())
             loss = (weights(timesteps[rows], each.detach()) * each).mean()
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"{STAGE}, layer {name}, iteration {i}: the loss is {loss.item()}")
-            adam.zero_grad()
-            loss.backward()
-            adam.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * i / iterations))
-            adam.step()
-    log_tau.requires_grad_(False).grad = None
+            finite(loss, f"{STAGE}, layer {name}", i)
+            adam.step(gradients(loss, [log_tau]), lr * half_cosine(i, iterations))
+    log_tau.requires_grad_(False)
     after = judged(log_tau.exp())
     if not after < before:
         log_tau.zero_()
