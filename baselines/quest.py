@@ -290,30 +290,22 @@ def finetune(
             tuned_layers(denoiser, tuned, recipe.qkv_as_one) if recipe.global_weight is None else recipe.global_weight
         )
 
-    tla = Stage(
-        STAGES[0],
-        temporal,
-        temporal_scales,
-        local=tuple(temporal) if recipe.local_tla else (),
-        global_weight=global_weight(temporal),
-        iterations=recipe.tla_iterations,
-        batch=recipe.batch[0],
-        visit=SCHEDULES[recipe.schedule][0],
-        lr_weight=recipe.lr_weight,
-        lr_scale=recipe.lr_temporal_scale,
-    )
-    cma = Stage(
-        STAGES[1],
-        critical,
-        critical_scales,
-        local=tuple(critical) if recipe.local_cma else (),
-        global_weight=global_weight(critical),
-        iterations=recipe.cma_iterations,
-        batch=recipe.batch[1],
-        visit=SCHEDULES[recipe.schedule][1],
-        lr_weight=recipe.lr_weight,
-        lr_scale=recipe.lr_scale,
-    )
+    def stage_of(number, tuned, scales, local, iterations, lr_scale):
+        return Stage(
+            STAGES[number],
+            tuned,
+            scales,
+            local=tuple(tuned) if local else (),
+            global_weight=global_weight(tuned),
+            iterations=iterations,
+            batch=recipe.batch[number],
+            visit=SCHEDULES[recipe.schedule][number],
+            lr_weight=recipe.lr_weight,
+            lr_scale=lr_scale,
+        )
+
+    tla = stage_of(0, temporal, temporal_scales, recipe.local_tla, recipe.tla_iterations, recipe.lr_temporal_scale)
+    cma = stage_of(1, critical, critical_scales, recipe.local_cma, recipe.cma_iterations, recipe.lr_scale)
     stages = {"tla-cma": (tla, cma), "cma-tla": (cma, tla), "joint": (joint(tla, cma),)}[recipe.order]
     stages = [stage for stage in stages if stage.iterations]
     targets = teacher_outputs(teacher, list(dict.fromkeys(n for s in stages for n in s.local)), calibration)
