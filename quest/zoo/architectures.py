@@ -58,6 +58,15 @@ _EMOJI = {
     "average": 0.999,
     "half": True,
 }
+_PHOTOS = {
+    "pictures": "photos",
+    "conditioning": "class",
+    "batch_size": 64,
+    "size": 8,
+    "latent_channels": 8,
+    "average": 0.999,
+    "half": True,
+}
 MODELS = {
     "scenes-text": Recipe(conditioning="text", iterations=10500, **_SCENES),
     "scenes-class": Recipe(conditioning="class", iterations=6500, **_SCENES),
@@ -65,31 +74,10 @@ MODELS = {
     "emoji-text": Recipe(conditioning="text", iterations=9000, **_EMOJI),
     "emoji-uncond": Recipe(conditioning="none", iterations=8500, **_EMOJI),
     "photos-class": Recipe(
-        pictures="photos",
-        conditioning="class",
-        iterations=21000,
-        batch_size=64,
-        size=8,
-        latent_channels=8,
-        widths=(64, 128, 192),
-        attention=(True, True, False),
-        context=96,
-        average=0.999,
-        half=True,
+        iterations=21000, widths=(64, 128, 192), attention=(True, True, False), context=96, **_PHOTOS
     ),
     # A transformer whose timestep and class enter by modulation. Each latent is a token.
-    "photos-dit": Recipe(
-        pictures="photos",
-        conditioning="class",
-        iterations=10000,
-        batch_size=64,
-        size=8,
-        latent_channels=8,
-        widths=(96,),
-        blocks=5,
-        average=0.999,
-        half=True,
-    ),
+    "photos-dit": Recipe(iterations=10000, widths=(96,), blocks=5, **_PHOTOS),
 }
 
 
