@@ -146,9 +146,8 @@ def search(denoiser: nn.Module, teacher: nn.Module, groups: list[Observed], cali
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(calibration), generator=generator, device="cpu")[:SEARCH_ROWS]
     of = {name: o for o in groups for name in o.layers}
-    met: dict[tuple[str, ...], dict[str, Tensor]] = defaultdict(
-        dict
-    )  # outputs, until all layers of a group were called
+    # Outputs, until all layers of a group were called.
+    met: dict[tuple[str, ...], dict[str, Tensor]] = defaultdict(dict)
 
     def hook(name):
         def look(_module, args, output):

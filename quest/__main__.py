@@ -78,17 +78,18 @@ def main(arguments: list[str] | None = None) -> None:
         of_name = {"plan": _plan, "measure": _measure, "rehearse": _measure, "audit": _audit, "doctor": _doctor}
         (of_name | {"judge": _judge, "settle": _settle, "export": _export})[options.command](options)
     except Exception as error:
-        if isinstance(error, BrokenPipeError):
-            if reader_is_gone("\n"):
-                raise SystemExit(141) from None  # as a shell reports it
-        elif isinstance(error, (ValueError, OSError, MemoryError)):
-            if options.command != "judge":
-                raise SystemExit(f"{options.command}: {error}") from None
-            print(f"judge: {error}", file=sys.stderr)
-            raise SystemExit(3) from None
+        broken_pipe = isinstance(error, BrokenPipeError)
+        if broken_pipe and reader_is_gone("\n"):
+            raise SystemExit(141) from None  # as a shell reports it
+        in_words = isinstance(error, (ValueError, OSError, MemoryError)) and not broken_pipe
         if options.command != "judge":
+            if in_words:
+                raise SystemExit(f"{options.command}: {error}") from None
             raise
-        traceback.print_exc()
+        if in_words:
+            print(f"judge: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         raise SystemExit(3) from None  # Python's own code for an error, 1, is the verdict "worse"
 
 
