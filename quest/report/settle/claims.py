@@ -84,12 +84,23 @@ FIELD = (
     Claim(
         "a low-rank branch is essential at W4A4; others find a factor of 1.12, or none",
         "arXiv:2411.05007; JoaoZaokk/comfy-quant-bench",
-        needs="`svdquant` and the controls of equal size in `granularity.yaml` in a family",
+        (
+            ("lowrank-token", "branchless-token"),
+            ("lowrank-token", "fine-weights-token"),
+            ("lowrank-token", "whole-channels-token"),
+        ),
     ),
     Claim(
-        "rotated W4A4 keeps the quality; others find it destroyed",
+        "rotated W4A4 keeps the quality of full precision; others find it destroyed",
         "arXiv:2512.03673; JoaoZaokk/comfy-quant-bench",
-        needs="`hadamard` or `convrot` beside `rtn-mse` and fp in a family",
+        (("hadamard-token", "fp"),),
+        ("agreement", "retrieval", "kid_64w"),
+        (AHEAD, EQUIVALENT),
+    ),
+    Claim(
+        "rotated W4A4 is ahead of W4A4 without a rotation, with a scale for each token",
+        "arXiv:2512.03673; JoaoZaokk/comfy-quant-bench",
+        (("hadamard-token", "rtn-token"),),
     ),
     Claim(
         "distances to full precision at the same seed rank methods; others call them invalid",
@@ -120,7 +131,14 @@ FIELD = (
     Claim(
         "static scales for each step are as good as dynamic ones",
         "arXiv:2502.15077",
-        needs="`dynamic` beside a row with `per_step` in a family",
+        (("adaround-step", "adaround-sample"), ("adaround-step", "adaround-token")),
+        expected=(AHEAD, EQUIVALENT),
+    ),
+    Claim(
+        "finetuned static scales keep up with scales of each token, which cost more",
+        "this suite; arXiv:2502.15077",
+        (("quest-suite", "adaround-token"),),
+        expected=(AHEAD, EQUIVALENT),
     ),
     Claim(
         "normally distributed calibration timesteps are worse than uniform ones",
