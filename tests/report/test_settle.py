@@ -13,7 +13,7 @@ import pytest
 from quest.__main__ import main as command_line
 from quest.metrics import Cell
 from quest.report import rankings
-from quest.report.settle import LOOKS, SEEDS, cells, claims, facts, lottery, plan, ten, verdicts
+from quest.report.settle import LOOKS, SEEDS, cells, claims, facts, levels, lottery, plan, ten, verdicts
 from workflow.scripts import claims as claims_script
 
 ROOT = Path(__file__).parents[2]
@@ -296,7 +296,7 @@ def test_models_that_are_worse_than_full_precision_do_not_say_that_none_is_bette
 
 def test_the_page_of_claims_is_what_the_records_say():
     """`python -m workflow.scripts.claims` writes it anew after records were added."""
-    text, answers, found, runs = claims_script.made()
+    text, answers, found, runs, _ = claims_script.made()
     assert (ROOT / "docs" / "claims.md").read_text(encoding="utf-8") == text
     assert (ROOT / "docs" / "questions.md").read_text(encoding="utf-8") == answers
     kept = pd.read_csv(ROOT / "docs" / "assets" / "lottery.csv")
@@ -304,6 +304,29 @@ def test_the_page_of_claims_is_what_the_records_say():
     ranked = pd.concat([rankings.frame(*tables) for tables in runs.values()])
     kept = pd.read_csv(ROOT / "docs" / "assets" / "rankings.csv")
     assert kept["rho"].tolist() == pytest.approx(ranked["rho"].tolist())
+
+
+def test_rows_stand_with_their_interval_and_stored_bits(tmp_path):
+    told = {"footprint": {"effective_bits": 4.5, "realizable": 0.5}}
+    rows = [
+        FULL,
+        *seeds_of("good", GOOD, **told),
+        *seeds_of("close", [0.0, math.nan, 0.1]),
+        *seeds_of("two", [0.0, 0.1]),
+    ]
+    found = levels.frame(evidence(*rows))
+    assert set(found["method"]) == {"fp", "good"}  # a cell that diverged has no level, two seeds are too few
+    psnr = row_of(found, method="good", endpoint="psnr")
+    values = [one["values"]["psnr"] for one in rows[1:6]]
+    means = np.mean(values, axis=1)
+    images = np.mean(np.var(values, axis=1, ddof=1) / N)
+    half = math.sqrt(1.96**2 * images + 2.776**2 * means.var(ddof=1) / 5)
+    assert (psnr.value, psnr.seeds, psnr.effective_bits) == (pytest.approx(means.mean()), 5, 4.5)
+    assert psnr.high - psnr.value == pytest.approx(half, rel=1e-3)
+    (table,) = levels.tables(found)
+    assert [row[0] for row in table.rows] == ["fp", "good"] and "| 4.5 | 50% |" in table.markdown()
+    levels.figure(found, "psnr", tmp_path / "bits.png")
+    assert (tmp_path / "bits.png").stat().st_size > 10_000
 
 
 def test_anyone_recomputes_the_verdicts_without_torch(tmp_path):

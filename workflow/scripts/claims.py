@@ -1,4 +1,4 @@
-"""Write docs/claims.md and docs/questions.md, and lottery.csv, rankings.csv and rankings.png in docs/assets. No torch.
+"""Write docs/claims.md and docs/questions.md, and tables and figures of theirs in docs/assets. Needs no torch.
 
 They follow from results/settled, and from tables in docs/assets of runs with one seed.
 """
@@ -21,8 +21,9 @@ def main() -> None:
     import pandas as pd
 
     from quest.report import rankings, rendering
+    from quest.report.settle import levels
 
-    text, answers, found, runs = made()
+    text, answers, found, runs, rows = made()
     assets = ROOT / "docs" / "assets"
     (ROOT / "docs" / "claims.md").write_text(text, encoding="utf-8")
     (ROOT / "docs" / "questions.md").write_text(answers, encoding="utf-8")
@@ -30,16 +31,17 @@ def main() -> None:
     ranked = [rankings.frame(*tables).assign(run=name) for name, tables in runs.items()]
     rendering.write(assets / "rankings.csv", pd.concat(ranked))
     rankings.figure(runs["main.csv"][0], None, assets / "rankings.png")
+    levels.figure(rows, "log_latent_mse", assets / "stored-bits.png")
 
 
 def made():
-    """Return the texts of docs/claims.md and docs/questions.md, the frame of lottery.csv, and the tables of runs."""
+    """Return the texts of claims.md and questions.md, the frame of lottery.csv, tables of runs and `levels.frame`."""
     import pandas as pd
 
     from quest.config import read
     from quest.config.old_names import RENAMED
     from quest.report.rendering import read_csv
-    from quest.report.settle import cells, claims, facts, lottery, ten, verdicts
+    from quest.report.settle import cells, claims, facts, levels, lottery, ten, verdicts
 
     assets = ROOT / "docs" / "assets"
     evidence = cells.read(ROOT / "results" / "settled")
@@ -56,12 +58,13 @@ def made():
             seeds[column] = seeds[column].replace(RENAMED)
     found = lottery.frame(evidence, before)
     settled = verdicts.frame(evidence, families)
+    rows = levels.frame(evidence)
     measured = facts.of(evidence, settled, runs, layers)
-    text = claims.document(settled, before, lottery.summary(found), measured)
+    text = claims.document(settled, before, lottery.summary(found), measured, levels.tables(rows))
     tables = {"main.csv": runs["main.csv"][0]}
     tables |= {name: read_csv(assets / name) for name in ("tuned.csv", "qat.csv")}
     sources = ten.Sources(tables, (ROOT / "docs" / "findings.md").read_text(encoding="utf-8"))
-    return text, ten.document(settled, before, sources), found, runs
+    return text, ten.document(settled, before, sources), found, runs, rows
 
 
 if __name__ == "__main__":

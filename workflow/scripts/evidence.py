@@ -43,6 +43,7 @@ def main() -> None:
         "machine": next((one.get("machine") for one in measured["sampled"]), None),
         "date": measured["provenance"].get("date"),
         "checkpoint": header.get("hash"),
+        "footprint": {name: measured["footprint"].get(name) for name in ("effective_bits", "realizable")},
         "samples": [sha256_of(file) for file in arguments.samples],
     }
     record = cells.content(cell, fp, measured, seed, int(draw or 0), arguments.told, about)

@@ -8,7 +8,7 @@ import pandas as pd
 
 from quest.metrics import METRICS
 from quest.metrics.comparison import outcome
-from quest.report.rendering import plus_minus
+from quest.report.rendering import Table, plus_minus
 from quest.report.settle import FP, LOOKS
 from quest.report.settle.verdicts import ALL, MARGINS
 
@@ -164,11 +164,12 @@ def document(
     before: dict[str, pd.DataFrame],
     lottery: pd.DataFrame,
     facts: dict[str, tuple[str, list[str]]],
+    rows: Sequence[Table],
 ) -> str:
     """Return docs/claims.md.
 
     settled: `verdicts.frame`. before: tables over seeds by name, which only illustrate. lottery: `lottery.summary`.
-    facts: `quest.report.settle.facts.of`.
+    facts: `quest.report.settle.facts.of`. rows: `levels.tables`.
     """
     parts = [
         "# Claims, and what is settled",
@@ -181,6 +182,13 @@ def document(
         *(_section(claim, settled, before, facts) for claim in PAPERS),
         "## The field",
         *(_section(claim, settled, before, facts) for claim in FIELD),
+        "## Where the rows stand",
+        "Means over seeds with 95 % intervals over seeds and images. The verdicts above are sharper, because they "
+        "compare methods on the same images. Stored bits are those of a parameter, scales and branches included; on "
+        "integers is the share of the products that our integer kernel computes.",
+        *(table.markdown() for table in rows),
+        "![Distance to full precision against stored bits per parameter, a point for each row; hollow points do not "
+        "run on integers alone](assets/stored-bits.png)",
         "## The quantization lottery",
         _lottery(lottery),
     ]

@@ -43,11 +43,12 @@ def _images(evidence: Sequence[Evidence]) -> Iterable[dict]:
         cells.setdefault(cell.key, []).append(cell)
     for group in cells.values():
         for endpoint in (name for name in group[0].endpoints if name in MARGINS):
-            errors = [_error(cell, endpoint) for cell in group if endpoint in cell.endpoints]
+            errors = [error_over_images(cell, endpoint) for cell in group if endpoint in cell.endpoints]
             yield _row("images", group, endpoint, math.sqrt(np.mean(np.square(errors))))
 
 
-def _error(cell: Evidence, endpoint: str) -> float:
+def error_over_images(cell: Evidence, endpoint: str) -> float:
+    """The standard error over images of a cell's endpoint."""
     if endpoint in cell.sets:
         return float(np.std(cell.sets[endpoint][1], ddof=1))
     return standard_error(cell.values[endpoint])

@@ -1,0 +1,85 @@
+"""What each row of the records reaches by itself, against the bits that it stores. Needs no torch.
+
+Differences are judged in `verdicts`, where equal images cancel. Here a reader sees where the rows stand.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit
+
+from quest.metrics import METRICS
+from quest.report import style
+from quest.report.rendering import Table, columns, interval, number
+from quest.report.settle import FP, LOOKS
+from quest.report.settle.cells import Evidence
+from quest.report.settle.lottery import error_over_images
+from quest.report.settle.verdicts import MARGINS, chosen
+
+COLUMNS = ["model", "bits", "method", "endpoint", "value", "low", "high", "seeds", "effective_bits", "realizable"]
+
+
+def frame(evidence: Sequence[Evidence]) -> pd.DataFrame:
+    """Return a row for each model, bits, method and endpoint with the seeds of the first look, columns COLUMNS.
+
+    value: mean over seeds, with a 95 % interval over seeds (Student's t) and images, added in squares; full precision
+    has one over images alone. effective_bits: stored bits per parameter, scales and branches included. realizable: the
+    share of the products that the integer kernel of the record's machine computed.
+    """
+    rows = []
+    for (model, bits, method), by_seed in chosen(evidence, {}).items():
+        cells = [by_seed[key] for key in sorted(by_seed)]
+        seeds = len({cell.seed for cell in cells})
+        if any(cell.diverged for cell in cells) or (method != FP and seeds < LOOKS[0]):
+            continue
+        footprint = next((cell.about["footprint"] for cell in cells if "footprint" in cell.about), {})
+        stored = [footprint.get(name, math.nan) for name in ("effective_bits", "realizable")]
+        for endpoint in (name for name in MARGINS if all(name in cell.endpoints for cell in cells)):
+            values = [cell.value(endpoint) for cell in cells]
+            square = (1.96**2) * float(np.mean([error_over_images(cell, endpoint) ** 2 for cell in cells]))
+            if method != FP:
+                square += float(stdtrit(seeds - 1, 0.975)) ** 2 * float(np.var(values, ddof=1)) / seeds
+            value, half = float(np.mean(values)), math.sqrt(square)
+            rows.append([model, bits, method, endpoint, value, value - half, value + half, seeds, *stored])
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def tables(found: pd.DataFrame) -> list[Table]:
+    """A table for each model: a row per method, nearest to full precision's latents first."""
+    made = []
+    for model, of_model in found.groupby("model", sort=False):
+        endpoints = [name for name in MARGINS if name in set(of_model["endpoint"])]
+        heads = columns("method", "bits", texts=2) + columns("seeds", "stored bits", "on integers")
+        heads += columns(*(METRICS[name].label for name in endpoints))
+        rows = []
+        for (method, bits), of_row in of_model.groupby(["method", "bits"], sort=False):
+            first, at = next(of_row.itertuples()), {row.endpoint: row for row in of_row.itertuples()}
+            told = [number(math.nan if method == FP else first.seeds, "d"), number(first.effective_bits, ".3g")]
+            told.append(number(first.realizable, ".0%"))
+            shown = [interval(at[e].value, at[e].low, at[e].high) if e in at else number(math.nan) for e in endpoints]
+            nearness = at["log_latent_mse"].value if "log_latent_mse" in at else -math.inf
+            rows.append((nearness, [method, bits.upper(), *told, *shown]))
+        made.append(Table(heads, [row for _, row in sorted(rows, key=lambda one: one[0])], title=str(model)))
+    return made
+
+
+def figure(found: pd.DataFrame, endpoint: str, path: str | Path) -> None:
+    """Draw an endpoint against stored bits per parameter, a panel per model; hollow: not all on the integer kernel."""
+    found = found[(found["endpoint"] == endpoint) & (found["method"] != FP) & found["effective_bits"].notna()]
+    models = list(dict.fromkeys(found["model"]))
+    drawing, panels = style.subplots(1, max(1, len(models)), (6.4 * max(1, len(models)), 4.6))
+    methods = sorted(dict.fromkeys(found["method"]))
+    for axes, model in zip(panels[0], models, strict=False):
+        for row in found[found["model"] == model].itertuples():
+            look, point = style.look(methods.index(row.method)), pd.DataFrame([row._asdict()])
+            fill = look["color"] if row.realizable == 1 else "white"
+            style.error_bars(axes, [row.effective_bits], point, ms=6, mfc=fill, **look)
+            axes.annotate(row.method, (row.effective_bits, row.value), (5, 4), textcoords="offset points", fontsize=7)
+        style.plain(axes)
+        axes.set_title(model)
+        axes.set_xlabel("stored bits per parameter, scales and branches included")
+        axes.set_ylabel(METRICS[endpoint].label)
+    style.save(drawing, path)
