@@ -160,7 +160,8 @@ class FinetuneRecipe:
     schedule: Annotated[str, one_of(SCHEDULES)] = "interleaved"  # of timesteps
     tla_iterations: Iterations | None = None  # default: the preset's
     cma_iterations: Iterations | None = None  # default: the preset's
-    batch: Count | None = None  # rows per iteration, all of one time group; default: the preset's
+    batch: Count | None = None  # rows per iteration; default: the preset's
+    groups_per_step: Count = 1  # time groups that share the rows of an iteration (published: 1)
     # The optimizer.
     lr_weight: Positive = 1e-5  # published; the preset multiplies it
     lr_scale: Positive = 1e-4  # published; the preset multiplies it
@@ -193,6 +194,15 @@ def resolve(recipe: FinetuneRecipe, pipe, a: int) -> FinetuneRecipe:
         lr_scale=recipe.lr_scale * multiplier,
         lr_temporal_scale=(recipe.lr_scale if temporal is None else temporal) * multiplier,
     )
+
+
+def check_groups_per_step(recipe: FinetuneRecipe) -> None:
+    """Raise ValueError where the rows of an iteration cannot be shared. recipe: what `resolve` returns."""
+    several = recipe.groups_per_step
+    if several > 1 and recipe.schedule != "interleaved":
+        raise ValueError(f"groups_per_step: {several} with schedule {recipe.schedule!r}; valid: 1, or 'interleaved'")
+    if uneven := [batch for batch in recipe.batch if batch % several]:
+        raise ValueError(f"groups_per_step: {several} does not divide the {uneven[0]} rows of an iteration (batch)")
 
 
 def sizes(recipe, kind: str) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -245,6 +255,7 @@ def quantize_and_finetune(pipe, calibration: CalibrationSet, w: int, a: int, rec
     if a == FLOAT:
         raise ValueError(f"bits w{w}a32: QuEST tunes the scales of activations; give them 2 to 8 bits")
     recipe, timesteps = resolve(recipe, pipe, a), calibration.timesteps
+    check_groups_per_step(recipe)
     groups = TimeGroups(grouped(timesteps, recipe.time_groups or len(timesteps)))
     if recipe.schedule == "released":
         # All steps of a group share the scale of its noisiest step, which alone is calibrated and trained.
@@ -302,6 +313,7 @@ def finetune(
             visit=SCHEDULES[recipe.schedule][number],
             lr_weight=recipe.lr_weight,
             lr_scale=lr_scale,
+            groups_per_step=recipe.groups_per_step,
         )
 
     tla = stage_of(0, temporal, temporal_scales, recipe.local_tla, recipe.tla_iterations, recipe.lr_temporal_scale)

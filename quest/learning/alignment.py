@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,8 @@ class Stage:
     """What is tuned together: layers, and scales of activation quantizers.
 
     The loss is the sum over the layers in `local` of the mean squared error of their output, plus global_weight times
-    that of the noise prediction. A `visit` of None interleaves the time groups, see baselines.quest.SCHEDULES.
+    that of the noise prediction. A `visit` of None interleaves the time groups, see baselines.quest.SCHEDULES. Then
+    `groups_per_step` time groups share the rows of an iteration, each in a pass of its own.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Stage:
     visit: Visit | None
     lr_weight: float
     lr_scale: float
+    groups_per_step: int = 1
 
 
 def joint(tla: Stage, cma: Stage) -> Stage:
@@ -96,35 +99,38 @@ def align(
     try:
         with (
             recomputing(denoiser, calibration.inputs(torch.arange(1, device="cpu")), stage.batch),
-            tqdm(turns, desc=stage.name, total=stage.iterations, mininterval=5) as bar,
+            tqdm(range(stage.iterations), desc=stage.name, mininterval=5) as bar,
         ):
-            for i, (rows, new_visit) in enumerate(bar):
-                wanted = targets(rows) if stage.local else {}
-                # Looked at once: what a block gives when it is computed again would keep its whole graph in memory.
-                with outputs_of(denoiser, stage.layers) as outputs:
-                    prediction = denoiser(**calibration.inputs(rows)).sample
-                losses = [F.mse_loss(outputs[n], wanted[n].to(prediction.dtype)) for n in stage.local]
-                local = sum(losses, start=prediction.new_zeros(()))
-                whole = F.mse_loss(prediction, calibration.target[rows])
-                loss = local + stage.global_weight * whole
-                if not loss.isfinite():
-                    first = next((n for n in stage.layers if not outputs[n].isfinite().all()), "the prediction")
-                    raise FloatingPointError(
-                        f"{stage.name}, iteration {i}: the loss is {loss.item()}, not finite first in {first}; "
-                        "lower lr_weight or lr_scale"
-                    )
+            for i in bar:
                 adam.zero_grad()
                 adam_scales.zero_grad()
-                outputs.clear()
-                wanted.clear()
-                loss.backward()
+                visited = []
+                for rows, new_visit in islice(turns, stage.groups_per_step):
+                    wanted = targets(rows) if stage.local else {}
+                    # Looked at once: what a block gives when it is computed again would keep its whole graph in memory.
+                    with outputs_of(denoiser, stage.layers) as outputs:
+                        prediction = denoiser(**calibration.inputs(rows)).sample
+                    losses = [F.mse_loss(outputs[n], wanted[n].to(prediction.dtype)) for n in stage.local]
+                    local = sum(losses, start=prediction.new_zeros(()))
+                    whole = F.mse_loss(prediction, calibration.target[rows])
+                    loss = local + stage.global_weight * whole
+                    if not loss.isfinite():
+                        first = next((n for n in stage.layers if not outputs[n].isfinite().all()), "the prediction")
+                        raise FloatingPointError(
+                            f"{stage.name}, iteration {i}: the loss is {loss.item()}, not finite first in {first}; "
+                            "lower lr_weight or lr_scale"
+                        )
+                    outputs.clear()
+                    wanted.clear()
+                    loss.backward()
+                    visited.append(groups.index(calibration.timestep[rows[:1]]).item())
+                    if new_visit:
+                        adam_scales.restart(visited[-1])
                 decay = half_cosine(i, stage.iterations) if cosine else 1.0
-                group = groups.index(calibration.timestep[rows[:1]]).item()
-                if new_visit:
-                    adam_scales.restart(group)
                 adam.param_groups[0]["lr"] = stage.lr_weight * decay
                 adam.step()
-                adam_scales.step(group, stage.lr_scale * decay)
+                for group in dict.fromkeys(visited):
+                    adam_scales.step(group, stage.lr_scale * decay)
                 bar.set_postfix(local=f"{local.item():.2e}", whole=f"{whole.item():.2e}", refresh=False)
     finally:
         denoiser.requires_grad_(False)
@@ -174,10 +180,11 @@ def outputs_of(denoiser: nn.Module, names: Iterable[str]) -> Iterator[dict[str, 
 def scheduled(
     groups: TimeGroups, calibration: CalibrationSet, stage: Stage, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, bool]]:
-    """The calibration rows of every iteration of a stage, all of one time group, and whether a visit begins with it.
+    """The calibration rows of every turn of a stage, all of one time group, and whether a visit begins with it.
 
-    Interleaved, the groups come in random order, all of them before any again. With visits they come from the noisiest
-    to the cleanest, as often as visits of that length fill the iterations, which are shared out evenly.
+    An iteration has `groups_per_step` turns. Interleaved, the groups come in random order, all of them before any
+    again. With visits they come from the noisiest to the cleanest, as often as visits of that length fill the
+    iterations, which are shared out evenly.
     """
     rows = groups.rows(calibration.timestep)
 
@@ -186,9 +193,9 @@ def scheduled(
 
     if stage.visit is None:
         order: list[int] = []
-        for _ in range(stage.iterations):
+        for _ in range(stage.iterations * stage.groups_per_step):
             order = order or torch.randperm(len(groups), generator=generator, device="cpu").tolist()
-            yield draw(rows[order.pop(0)], stage.batch), False
+            yield draw(rows[order.pop(0)], stage.batch // stage.groups_per_step), False
         return
     each = stage.visit.iterations
     rounds = max(1, round(stage.iterations / len(groups) / each)) if each else 1

@@ -92,11 +92,24 @@ def test_divergence_names_stage_and_iteration(uncond_pipe, uncond_calibration):
 
 
 @pytest.mark.parametrize(
-    "key, value, said", [("selection", "ldm", "lsun, imagenet, sd"), ("time_groups", 4, "valid: ")]
+    "recipe, said",
+    [
+        (dict(selection="ldm"), "selection.*lsun, imagenet, sd"),
+        (dict(time_groups=4), "time_groups.*valid: "),
+        (dict(groups_per_step=3, batch=16), "groups_per_step: 3 does not divide the 16 rows"),
+        (dict(groups_per_step=2, schedule="sequential"), "groups_per_step: 2 with schedule 'sequential'; valid"),
+    ],
 )
-def test_bad_recipes(key, value, said, uncond_pipe, uncond_calibration):
-    with pytest.raises(ValueError, match=f"{key}.*{said}"):
-        quest.quantize(uncond_pipe, "quest-suite", "w4a4", calibration=uncond_calibration, **{key: value})
+def test_bad_recipes(recipe, said, uncond_pipe, uncond_calibration):
+    with pytest.raises(ValueError, match=said):
+        quest.quantize(uncond_pipe, "quest-suite", "w4a4", calibration=uncond_calibration, **recipe)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_an_iteration_moves_the_scales_of_its_groups(groups, uncond_pipe, uncond_calibration):
+    start, after = (run(uncond_pipe, uncond_calibration, 0, n, batch=6, groups_per_step=groups) for n in (0, 1))
+    scales = [q.unet.get_submodule("conv_in").input_quantizer.scale for q in (start, after)]
+    assert (scales[0] != scales[1]).sum() == groups
 
 
 def test_the_old_name_quantizes_the_same(uncond_pipe, uncond_calibration, capsys):

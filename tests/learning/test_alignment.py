@@ -67,8 +67,8 @@ class Rows:
     timestep = torch.arange(1, 1000, 50).repeat_interleave(100)
 
 
-def stage_of(schedule, which, iterations, batch):
-    return Stage("s", {}, [], (), 1.0, iterations, batch, SCHEDULES[schedule][which], 1e-5, 1e-4)
+def stage_of(schedule, which, iterations, batch, groups=1):
+    return Stage("s", {}, [], (), 1.0, iterations, batch, SCHEDULES[schedule][which], 1e-5, 1e-4, groups)
 
 
 def turns(schedule, which, iterations, batch):
@@ -84,6 +84,14 @@ def test_interleaved_timesteps():
     index, rows, new = turns("interleaved", 0, 50, 16)
     assert sorted(index[:20]) == sorted(index[20:40]) == list(range(20)) and index[:20] != index[20:40]
     assert {len(r) for r in rows} == {16} and not any(new)
+
+
+def test_groups_that_share_an_iteration():
+    groups, stage = TimeGroups(Rows.timestep.unique().tolist()), stage_of("interleaved", 0, 10, 16, groups=4)
+    found = [rows for rows, _ in scheduled(groups, Rows, stage, torch.Generator().manual_seed(0))]
+    assert len(found) == 40 and {len(rows) for rows in found} == {4}
+    index = [groups.index(Rows.timestep[rows]).unique().item() for rows in found]
+    assert sorted(index[:20]) == sorted(index[20:]) == list(range(20))
 
 
 def test_sequential_timesteps():
