@@ -33,6 +33,7 @@ include: "workflow/rules/search.smk"
 include: "workflow/rules/leaderboard.smk"
 include: "workflow/rules/zoo.smk"
 include: "workflow/rules/kernels.smk"
+include: "workflow/rules/growth.smk"
 
 
 localrules:

@@ -1,8 +1,12 @@
 """Runs a step of a run, and keeps its seconds and its memory as rows of the table of `costs`."""
 
+import contextlib
 import gc
+import math
+import os
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
@@ -12,6 +16,47 @@ from pathlib import Path
 from baselines.method import Step
 from quest.planning.costs import MEASURED, SECONDS, machine
 from quest.runtime import memory
+
+PAUSE = 0.01  # seconds between two looks at the memory of a copy of the process
+
+
+def in_copy(work: Callable[[], object], log: Path) -> dict[str, float]:
+    """Do some work in a copy of this process (Linux): {"seconds": of the processor, "memory_mb"}.
+
+    What this process has imported costs the copy nothing. Memory is the most anonymous memory beyond that of the start:
+    pages of files do not count, because the system can drop them. What the work prints goes to the log.
+    Raises ChildProcessError that names the log where the work fails.
+    """
+    gc.collect()
+    memory.trim()
+    held = most = memory.field("/proc/self/status", "RssAnon")
+    if not (copy := os.fork()):
+        _work_and_end(work, log)
+    ended = 0
+    while not ended:
+        now = memory.field(f"/proc/{copy}/status", "RssAnon")
+        most = max(most, now if now < math.inf else 0)  # a process that has ended has no memory
+        ended, status, used = os.wait4(copy, os.WNOHANG)
+        if not ended:
+            time.sleep(PAUSE)
+    if status:
+        raise ChildProcessError(f"a job that is measured failed; its log is {log}")
+    return {"seconds": used.ru_utime + used.ru_stime, "memory_mb": (most - held) / 1e6}
+
+
+def _work_and_end(work: Callable[[], object], log: Path) -> None:
+    """In the copy: nothing that this process does at its end may happen there."""
+    status = 1
+    try:
+        with log.open("w", encoding="utf-8") as file:
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                try:
+                    work()
+                    status = 0
+                except BaseException:
+                    traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 class Meter:

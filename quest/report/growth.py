@@ -1,0 +1,116 @@
+"""How processor time and memory of jobs grow with images, rows, parameters, iterations and cells. Needs no torch."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import nnls
+from scipy.special import fdtri
+
+from quest.report import rendering
+from quest.report.rendering import NONE, Column, Table, columns, number
+from quest.report.style import legend, log_axis, log_ticks, look, plain, save, subplots
+
+# One line per measured job. seconds: of the processor, without imports. memory_mb: most anonymous memory beyond that of
+# the start. others: the average number of processors that other processes kept busy meanwhile.
+COLUMNS = ["axis", "job", "size", "seconds", "memory_mb", "others", "versions", "commit", "machine", "date"]
+AXES = {
+    "images": "images",
+    "rows": "calibration rows",
+    "parameters": "parameters of the denoiser",
+    "iterations": "iterations of each unit or stage",
+    "cells": "cells of all quantization seeds",
+}
+EXPONENTS = np.linspace(0, 3, 301)
+
+
+def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float, float]:
+    """The exponent p of seconds = a + b size^p with its 95 % interval (low, high); a and b are not negative.
+
+    a is what a job costs at any size, so p is the slope of the rest in a log-log plot. By least squares of relative
+    errors; the interval has all p whose sum of squares an F test does not refuse. Where the size explains too little,
+    it spans all of EXPONENTS. Raises ValueError for fewer than four measurements.
+    """
+    x, y = np.asarray(sizes, np.float64), np.asarray(seconds, np.float64)
+    if len(x) < 4:
+        raise ValueError(f"an exponent needs four measurements, got {len(x)}")
+    ones, share = np.ones(len(y)), x / x.max()
+    squares = np.array([nnls(np.stack([1 / y, share**p / y], 1), ones)[1] ** 2 for p in EXPONENTS])
+    allowed = squares.min() * (1 + fdtri(1, len(x) - 3, 0.95) / (len(x) - 3)) + 1e-12
+    inside = EXPONENTS[squares <= allowed]
+    return float(EXPONENTS[squares.argmin()]), float(inside.min()), float(inside.max())
+
+
+def table(frame: pd.DataFrame) -> Table:
+    """A row per job: medians at its smallest and largest size, and the exponent of its processor time."""
+    heads = [*columns("grows with", "job", texts=2), Column("sizes"), Column("processor s"), Column("exponent")]
+    heads += [Column("memory MB"), Column("faster than linearly?", "text")]
+    rows = []
+    for (axis, job), of_job in frame.groupby(["axis", "job"], sort=False):
+        medians = of_job.groupby("size")[["seconds", "memory_mb"]].median()
+        first, last = medians.iloc[0], medians.iloc[-1]
+        ends = [f"{first[name]:.3g} to {last[name]:.3g}" for name in ("seconds", "memory_mb")]
+        value, low, high = exponent(of_job["size"], of_job["seconds"])
+        known = high - low < EXPONENTS[-1] / 2
+        said = f"{value:.2f} [{low:.2f}, {high:.2f}]" if known else NONE
+        faster = ("yes" if low > 1 else "no") if known else "not told"
+        sizes = f"{medians.index[0]:.4g} to {medians.index[-1]:.4g}"
+        rows.append([AXES[axis], job, sizes, ends[0], said, ends[1], faster])
+    note = (
+        "Medians at the smallest and the largest size. exponent: p of seconds = a + b size^p, with its 95 % interval; "
+        f"{number(math.nan).text}: the time hardly depends on the size. Memory: anonymous, beyond that of the imports."
+    )
+    return Table(heads, rows, notes=[note])
+
+
+def figure(frame: pd.DataFrame, path: str | Path) -> None:
+    """Draw processor seconds (above) and memory (below) of every job against its size, a column for each axis."""
+    axes = [axis for axis in AXES if axis in set(frame["axis"])]
+    drawing, panels = subplots(2, len(axes), (1 + 2.4 * len(axes), 5.4))
+    jobs = list(dict.fromkeys(frame["job"]))
+    for column, axis in enumerate(axes):
+        of_axis = frame[frame["axis"] == axis]
+        for upper, name in ((True, "seconds"), (False, "memory_mb")):
+            panel = panels[0 if upper else 1, column]
+            for job, of_job in of_axis.groupby("job", sort=False):
+                style = look(jobs.index(job))
+                medians = of_job.groupby("size")[name].median()
+                panel.plot(of_job["size"], of_job[name], ls="none", ms=4, **style)
+                panel.plot(medians.index, medians, lw=1, color=style["color"], label=job, marker=style["marker"], ms=4)
+            panel.set_xscale("log")
+            log_ticks(panel.xaxis, (1, 3))
+            if upper:
+                log_axis(panel, of_axis[name])
+            else:
+                panel.set_ylim(bottom=0)
+                panel.set_xlabel(AXES[axis], fontsize=8)
+            plain(panel)
+    panels[0, 0].set_ylabel("processor time [s]", fontsize=9)
+    panels[1, 0].set_ylabel("memory beyond imports [MB]", fontsize=9)
+    legend(drawing, panels.flat)
+    save(drawing, path)
+
+
+def keep(frame: pd.DataFrame, folder: Path) -> None:
+    """Write growth.csv, which `read` reads."""
+    rendering.write(folder / "growth.csv", frame)
+
+
+def write(frame: pd.DataFrame, folder: Path) -> None:
+    """Write growth.csv, and growth.md and growth.png of the jobs that were measured four times or more."""
+    keep(frame, folder)
+    counts = frame.groupby(["axis", "job"])["size"].transform("count")
+    whole = frame[counts >= 4]
+    if len(whole):
+        rendering.write(folder / "growth.md", table(whole))
+        figure(whole, folder / "growth.png")
+
+
+def read(path: Path) -> pd.DataFrame:
+    """Rows that were measured before; none where there is no file. Raises ValueError for other columns than COLUMNS."""
+    frame = rendering.read_csv(path) if path.is_file() else pd.DataFrame(columns=COLUMNS)
+    if list(frame.columns) != COLUMNS:
+        raise ValueError(f"{path}: columns are {', '.join(frame.columns)}; needed: {', '.join(COLUMNS)}")
+    return frame
