@@ -1,11 +1,13 @@
-"""Reuse images that an earlier run of the same job sampled, so that a larger n samples only new ones. No torch."""
+"""Keep what is sampled, and reuse what an earlier run of the same job sampled. No torch."""
 
+import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from quest.runtime.files import loads, read_arrays
+from quest.runtime.files import loads, merged, read_arrays
 
 Arrays = dict[str, np.ndarray]
 OF_THE_CELL = (
@@ -45,4 +47,27 @@ def joined(old: Arrays, new: Arrays) -> Arrays:
     if not old or not new:
         return old or new
     rows = np.argsort(np.concatenate([old["index"], new["index"]]))
-    return {name: np.concatenate([old[name], new[name]])[rows] for name in new}
+    return {name: merged([old[name], new[name]], rows) for name in new}
+
+
+class Collected:
+    """Rows of arrays, added batch by batch. They lie in temporary files, so memory does not depend on their number."""
+
+    def __init__(self):
+        self.files: dict[str, tuple] = {}  # name -> file, type and shape of a row
+
+    def add(self, rows: Arrays) -> None:
+        for name, array in rows.items():
+            if name not in self.files:
+                self.files[name] = tempfile.TemporaryFile(), array.dtype, array.shape[1:]
+            self.files[name][0].write(array.tobytes())
+
+    def arrays(self) -> Arrays:
+        """All rows, under their names. Nothing may be added afterwards."""
+        found = {}
+        for name, (file, dtype, shape) in self.files.items():
+            with file:
+                file.flush()
+                n = file.tell() // (dtype.itemsize * math.prod(shape))
+                found[name] = np.asarray(np.memmap(file, dtype, "r+", shape=(n, *shape)))
+        return found

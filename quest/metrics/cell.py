@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quest.runtime.files import loads, read_arrays
+from quest.runtime.files import loads, merged, read_arrays
 
 FEATURES = ("pool", "spatial", "logits", "maps", "clip_image", "clip_text", "class_logits", "labels")
 
@@ -99,4 +99,6 @@ def _join(paths: Sequence, shards: list[dict], names: list[str]) -> dict[str, np
     repeated = index[order][1:][np.diff(index[order]) == 0]
     if repeated.size:
         raise ValueError(f"{paths[0]} and its other shards: image {repeated[0]} occurs more than once")
-    return {"index": index[order]} | {name: np.concatenate([s[name] for s in shards])[order] for name in names}
+    if len(shards) == 1 and np.array_equal(index, index[order]):
+        return {"index": index} | {name: shards[0][name] for name in names}
+    return {"index": index[order]} | {name: merged([shard[name] for shard in shards], order) for name in names}

@@ -5,6 +5,8 @@ Unlike a Fréchet distance it has no bias: for two sets from the same distributi
 
 import numpy as np
 
+BLOCK = 500  # images whose kernel values are in memory at once: those of 5,000 with each other would take 200 MB
+
 
 def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return (x . y / D + 1)^3 [N, M] for features [N, D] and [M, D] (arXiv:1801.01401, section 4)."""
@@ -14,8 +16,8 @@ def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def mean_of_pairs(features: np.ndarray) -> float:
     """Return the mean kernel over pairs of different rows of features [N, D]. Raises ValueError if N < 2."""
     x, _ = _checked(features, features)
-    n, blocks = len(x), range(0, len(x), 500)  # the whole matrix of 5,000 images would take 200 MB
-    total = sum(kernel(x[start : start + 500], x).sum() for start in blocks)
+    n = len(x)
+    total = sum(kernel(x[rows], x).sum() for rows in _blocks(n))
     own = ((x**2).sum(axis=1) / x.shape[1] + 1) ** 3
     return float((total - own.sum()) / (n * (n - 1)))
 
@@ -37,20 +39,22 @@ def resampled_kernel_distances(
     result of `mean_of_pairs(real)`, if it is already known. Raises ValueError as `kernel_distance` does.
     """
     x, y = _checked(features, real)
-    pairs = mean_of_pairs(real) if real_pairs is None else real_pairs
-    cross = counts @ kernel(x, y).mean(axis=1) / counts.sum(axis=1)
-    return _pairs(kernel(x, x), counts) + pairs - 2 * cross
+    real_pairs = mean_of_pairs(real) if real_pairs is None else real_pairs
+    counted = counts.sum(axis=1)
+    cross = counts @ np.concatenate([kernel(x[rows], y).mean(axis=1) for rows in _blocks(len(x))]) / counted
+    sums = np.zeros(len(counts))
+    for rows in _blocks(len(x)):
+        columns = kernel(x, x[rows])
+        columns[np.arange(len(x))[rows], np.arange(columns.shape[1])] = 0
+        sums += np.einsum("rn,rn->r", counts @ columns, counts[:, rows])
+    pairs = counted**2 - (counts**2).sum(axis=1)
+    # A resample of a single image has no pair. Its mean is NaN, and intervals leave it out.
+    own = np.divide(sums, pairs, out=np.full(len(sums), np.nan), where=pairs > 0)
+    return own + real_pairs - 2 * cross
 
 
-def _pairs(matrix, counts):
-    """Return the weighted means [R] of a kernel matrix [N, N] without its diagonal; counts are [R, N].
-
-    A resample of a single image has no pair. Its mean is NaN, and intervals leave it out.
-    """
-    matrix = matrix - np.diag(np.diag(matrix))
-    sums = np.einsum("rn,rn->r", counts @ matrix, counts)
-    pairs = counts.sum(axis=1) ** 2 - (counts**2).sum(axis=1)
-    return np.divide(sums, pairs, out=np.full(len(sums), np.nan), where=pairs > 0)
+def _blocks(n):
+    return [slice(start, start + BLOCK) for start in range(0, n, BLOCK)]
 
 
 def _checked(a, b):

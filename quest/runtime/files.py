@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import struct
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LINE = 1000  # longest message of `one_line`, in characters
+LARGE = 2**20  # bytes from which an array lies in its file, or in a temporary one
 NUMBERS = ("value", "low", "high", "deviation")  # under these keys, and in lists, null stands for NaN
 
 
@@ -108,8 +110,50 @@ def array_names(path: str | os.PathLike) -> list[str]:
 
 
 def read_arrays(path: str | os.PathLike, names: Iterable[str] | None = None) -> dict:
-    """All arrays of an .npz file, or those of `names` that it has. Raises ValueError that names any other file."""
-    return _npz(path, lambda file: {name: file[name] for name in file.files if names is None or name in names})
+    """All arrays of an .npz file, or those of `names` that it has. Raises ValueError that names any other file.
+
+    Large arrays lie in the file, which the system maps into memory, so that its pages can be dropped. The file may be
+    replaced meanwhile, but not written.
+    """
+    return _npz(path, lambda file: {n: _array(file, n, path) for n in file.files if names is None or n in names})
+
+
+def _array(file, name: str, path: str | os.PathLike):
+    """An array of an open .npz file, in the file where it is large and not compressed."""
+    import numpy as np
+    from numpy.lib import format as npy
+
+    info = next(info for info in file.zip.infolist() if info.filename in (name, f"{name}.npy"))
+    if info.file_size < LARGE or info.compress_type != zipfile.ZIP_STORED:
+        return file[name]
+    with file.zip.open(info) as stream:
+        read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(stream)]
+        shape, fortran, dtype = read_header(stream)
+        start = stream.tell()
+        while stream.read(LARGE):  # raises where the content has another checksum
+            pass
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != info.file_size - start:
+        return file[name]  # numpy says what is wrong
+    with open(path, "rb") as whole:
+        whole.seek(info.header_offset + 26)
+        start += info.header_offset + 30 + sum(struct.unpack("<HH", whole.read(4)))  # past the name and what follows it
+    return np.asarray(np.memmap(path, dtype, "c", start, shape, "F" if fortran else "C"))
+
+
+def merged(parts: Sequence, order: Sequence[int]):
+    """np.concatenate(parts)[order] for a permutation `order`; a large result lies in a temporary file."""
+    import numpy as np
+
+    shape, dtype = (len(order), *parts[0].shape[1:]), np.result_type(*parts)
+    if (size := math.prod(shape) * dtype.itemsize) < LARGE:
+        return np.concatenate(parts)[order]
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size)
+        result = np.asarray(np.memmap(file, dtype, "r+", shape=shape))
+    places = np.split(np.argsort(order), np.cumsum([len(part) for part in parts])[:-1])
+    for part, own in zip(parts, places, strict=True):
+        result[own] = part
+    return result
 
 
 def _npz(path, read):

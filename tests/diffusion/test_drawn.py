@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quest.diffusion.drawn import earlier, joined
+from quest.diffusion.drawn import Collected, earlier, joined
 
 ROOT = Path(__file__).parents[2]
 SIZE = 4
@@ -54,6 +54,18 @@ def test_rows_are_joined_in_the_order_of_images():
     new = {"index": np.array([4, 5]), "rows": np.array([4.0, 5])}
     assert joined(old, new)["rows"].tolist() == [0, 1, 4, 5, 8, 9]
     assert joined({}, new) is new and joined(old, {}) is old
+
+
+def test_batches_are_collected_in_files():
+    kept, draw = Collected(), np.random.default_rng(0)
+    batches = [{"x": draw.random((n, 2, 3)), "y": draw.integers(0, 9, n).astype(np.uint8)} for n in (4, 4, 1)]
+    for batch in batches:
+        kept.add(batch)
+    found = kept.arrays()
+    for name in ("x", "y"):
+        whole = np.concatenate([batch[name] for batch in batches])
+        assert np.array_equal(found[name], whole) and found[name].dtype == whole.dtype
+    assert Collected().arrays() == {}
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from quest.metrics import Cell
+from quest.runtime import files
 
 
 def draw_cell(n=30):
@@ -40,7 +41,9 @@ def write_shards(folder, cell, parts, **told):
     return features, samples
 
 
-def test_shards_join_in_any_order(tmp_path):
+@pytest.mark.parametrize("large", [files.LARGE, 0])  # 0: arrays lie in files
+def test_shards_join_in_any_order(large, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LARGE", large)
     cell = draw_cell()
     features, samples = write_shards(tmp_path, cell, [np.arange(20, 30), np.arange(20)])
     for loaded in (Cell.load(features, samples), Cell.load(features[::-1], samples)):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torchmetrics.image.kid import poly_mmd
 
+from quest.metrics import kernel_distance as module
 from quest.metrics.intervals import resample_counts
 from quest.metrics.kernel_distance import kernel_distance, mean_of_pairs, resampled_kernel_distances
 
@@ -41,6 +42,13 @@ def test_resampling_counts_pairs_of_different_images_only():
     pairs = np.mean([(x[a] @ x[b] / 8 + 1) ** 3 for a, b in different])
     cross = np.mean([(x[a] @ b / 8 + 1) ** 3 for a in rows for b in y])
     assert got[1] == pytest.approx(pairs + mean_of_pairs(y) - 2 * cross)
+
+
+def test_distances_do_not_depend_on_blocks(monkeypatch):
+    x, y, counts = draw(0, 30), draw(1, 9), resample_counts(30, 5)
+    whole = resampled_kernel_distances(x, y, counts)
+    monkeypatch.setattr(module, "BLOCK", 7)
+    assert resampled_kernel_distances(x, y, counts) == pytest.approx(whole, rel=1e-12)
 
 
 def test_spread_of_resamples_is_that_of_repeated_draws():

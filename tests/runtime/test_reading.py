@@ -1,6 +1,7 @@
 """What reads a file says which one it could not read and why, in one line, whatever stands in it."""
 
 import io
+import mmap
 import struct
 import zipfile
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from quest.config import ConfigError
+from quest.runtime import files
 from quest.runtime.files import LINE, array_names, one_line, read_arrays, read_json, read_rows
 from quest.runtime.yaml_files import read_yaml
 
@@ -62,8 +64,10 @@ ARCHIVES = {
 }
 
 
+@pytest.mark.parametrize("large", [files.LARGE, 0])  # 0: every array stays in its file
 @pytest.mark.parametrize("what", ARCHIVES)
-def test_archives_that_are_none(what, tmp_path):
+def test_archives_that_are_none(what, large, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LARGE", large)
     path = tmp_path / "a.npz"
     path.write_bytes(ARCHIVES[what])
     with pytest.raises(ValueError, match=r"a\.npz: not an \.npz file of arrays, or corrupted") as caught:
@@ -78,6 +82,38 @@ def test_arrays_that_are_asked_for(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.arange(3), y=np.zeros(2))
     assert array_names(tmp_path / "a.npz") == ["x", "y"] and read_arrays(tmp_path / "a.npz", ["z"]) == {}
     assert read_arrays(tmp_path / "a.npz", ["x", "z"])["x"].tolist() == [0, 1, 2]
+
+
+def test_large_arrays_stay_in_their_file(tmp_path):
+    path, large = tmp_path / "a.npz", np.arange(2**18, dtype=np.float64).reshape(512, 512)
+    arrays = {"rows": large, "columns": large.T, "few": np.arange(3), "text": np.array("a")}
+    np.savez(path, **arrays)
+    found = read_arrays(path)
+    assert all(np.array_equal(found[name], value) for name, value in arrays.items())
+
+    def in_file(array):
+        while isinstance(array.base, np.ndarray):
+            array = array.base
+        return isinstance(array.base, mmap.mmap)
+
+    assert [name for name, value in found.items() if in_file(value)] == ["rows", "columns"]
+    found["rows"][0, 0] = -1  # changes this array alone
+    assert read_arrays(path, ["rows"])["rows"][0, 0] == 0
+    np.savez_compressed(tmp_path / "b.npz", **arrays)
+    assert np.array_equal(read_arrays(tmp_path / "b.npz")["columns"], large.T)
+    whole = path.read_bytes()
+    place = whole.index(large[100].tobytes())
+    (tmp_path / "c.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(ValueError, match=r"c\.npz: not an \.npz file of arrays, or corrupted: Bad CRC-32"):
+        read_arrays(tmp_path / "c.npz")
+
+
+@pytest.mark.parametrize("large", [files.LARGE, 0])
+def test_parts_are_merged_in_order(large, monkeypatch):
+    monkeypatch.setattr(files, "LARGE", large)
+    parts = [np.arange(12.0).reshape(3, 4), 100 + np.arange(8.0).reshape(2, 4)]
+    order = np.array([3, 0, 4, 2, 1])
+    assert np.array_equal(files.merged(parts, order), np.concatenate(parts)[order])
 
 
 BOMB = "\n".join(["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))])

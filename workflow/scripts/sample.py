@@ -40,11 +40,11 @@ def main() -> None:
         import quest
         from quest.diffusion.calibration_set import CalibrationSet
         from quest.diffusion.denoisers import denoiser_of
-        from quest.diffusion.drawn import earlier, joined
+        from quest.diffusion.drawn import Collected, earlier, joined
         from quest.diffusion.models import SEEDS, get
         from quest.diffusion.sampling import batches, generate, nothing, timed
         from quest.kernels.cpu.core import identity
-        from quest.metrics.features import class_logits, extract
+        from quest.metrics.features import class_logits, loaded, of_networks
         from quest.metrics.noise_prediction import eps_errors
         from quest.quantization import cost, placement
         from quest.quantization.header import read as read_header
@@ -87,26 +87,28 @@ def main() -> None:
     first, outputs = arguments.first, [arguments.samples, arguments.features]
     wanted = batches(model, arguments.n, (shard, shards), first)
     there, (samples, features) = earlier(outputs, job, wanted, model.batch_size, first + arguments.n)
-    start, captions = time.perf_counter(), None
+    start, made = time.perf_counter(), Collected()
+    some = (arguments.n, (shard, shards), first, there)
     with timed(denoiser_of(pipe)) as calls:
-        if diverged:
-            made = list(nothing(pipe, model, arguments.n, (shard, shards), first, there))
-        else:
-            made = list(generate(pipe, model, "evaluation", arguments.n, (shard, shards), first, there))
+        drawing = nothing(pipe, model, *some) if diverged else generate(pipe, model, "evaluation", *some)
+        for index, latents, images in drawing:
+            made.add({"index": index, "latents": latents.cpu().numpy(), "images": images})
     seconds = round(time.perf_counter() - start, 1)
-    if made:
-        index, images = (np.concatenate([batch[i] for batch in made]) for i in (0, 2))
-        latents = torch.cat([batch[1] for batch in made]).cpu().numpy()
-        if model.clip:
-            captions = model.conditions("evaluation", index.tolist()).get("prompt")
-        found = extract(images, model.extractor, model.clip, captions, arguments.device, model.batch_size)
+    new = made.arrays()
+    drawn = len(new["index"]) if new else 0
+    if drawn:
+        found, networks = Collected(), loaded(model.extractor, model.clip)
+        for place in range(0, drawn, model.batch_size):
+            rows = slice(place, place + model.batch_size)
+            captions = model.conditions("evaluation", new["index"][rows].tolist()).get("prompt") if model.clip else None
+            found.add(of_networks(new["images"][rows], *networks, captions, arguments.device, model.batch_size))
+        kept = {"index": new["index"]} | found.arrays()
         if model.classifier:
-            asked = model.conditions("evaluation", index.tolist())["class_labels"]
-            logits = class_logits(images, model.classifier, arguments.device, model.batch_size)
-            found |= {"class_logits": logits, "labels": np.array(asked)}
-        kept = {} if arguments.drop_images else {"images": images}
-        samples = joined(samples, {"index": index, "latents": latents} | kept)
-        features = joined(features, {"index": index} | found)
+            kept["class_logits"] = class_logits(new["images"], model.classifier, arguments.device, model.batch_size)
+            kept["labels"] = np.array(model.conditions("evaluation", new["index"].tolist())["class_labels"])
+        if arguments.drop_images:
+            del new["images"]
+        samples, features = joined(samples, new), joined(features, kept)
     else:  # one call more, which says how long it takes
         with timed(denoiser_of(pipe)) as calls, torch.no_grad():
             denoiser_of(pipe)(**evaluation.inputs(torch.arange(min(len(evaluation), model.batch_size))))
@@ -129,7 +131,6 @@ def main() -> None:
     for output, arrays in zip(outputs, (samples, features), strict=True):
         with atomic(output) as file:
             np.savez(file, **arrays, metadata=dumps(metadata))
-    drawn = sum(len(batch[0]) for batch in made)
     print(f"{drawn} images in {seconds} s, {len(samples['index']) - drawn} were there", flush=True)
     if diverged:
         print(f"black images: {diverged}", flush=True)
