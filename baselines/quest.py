@@ -41,7 +41,7 @@ from baselines.selection import (
     tuned_layers,
     unshare_inputs,
 )
-from quest.affine import FLOAT
+from quest.affine import FLOAT, ROWS
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
 from quest.diffusion.models import CONDITIONED
@@ -53,7 +53,7 @@ from quest.quantization.checkpoint import load_weights
 from quest.quantization.header import read as read_header
 from quest.quantization.layer_names import KEEP, Keep
 from quest.quantization.layers import QuantLayer, freeze, input_quantizers, own_floats, quant_layers, share_floats
-from quest.quantization.swapping import GRANULARITIES, scale_axes, swap
+from quest.quantization.swapping import GRANULARITIES, make_dynamic, scale_axes, swap
 from quest.quantization.timegroups import TimeGroups, grouped
 from quest.runtime.resume import part
 
@@ -144,6 +144,8 @@ class FinetuneRecipe:
     # "running": averages; "released": the model's.
     ranges: Annotated[str, one_of((*RANGES, "released"))] = "mse-zero-point"
     samples: Count = 32  # random calibration rows per time group that set the activation ranges
+    # Scales of each sample or token from the tensor itself, whose clip ratios are tuned; default: static ranges.
+    dynamic: Annotated[str, one_of(ROWS)] | None = None
     # What is tuned. The layers of the critical stage; default: those of the kind of pipeline.
     selection: Annotated[str, SELECTION] | None = None
     # The time embedding: "scales" tuned in the critical stage, all "tuned" in the temporal stage, or "frozen".
@@ -196,13 +198,19 @@ def resolve(recipe: FinetuneRecipe, pipe, a: int) -> FinetuneRecipe:
     )
 
 
-def check_groups_per_step(recipe: FinetuneRecipe) -> None:
-    """Raise ValueError where the rows of an iteration cannot be shared. recipe: what `resolve` returns."""
+def check_combinations(recipe: FinetuneRecipe) -> None:
+    """Raise ValueError for keywords that contradict each other. recipe: what `resolve` returns."""
     several = recipe.groups_per_step
     if several > 1 and recipe.schedule != "interleaved":
         raise ValueError(f"groups_per_step: {several} with schedule {recipe.schedule!r}; valid: 1, or 'interleaved'")
     if uneven := [batch for batch in recipe.batch if batch % several]:
         raise ValueError(f"groups_per_step: {several} does not divide the {uneven[0]} rows of an iteration (batch)")
+    if recipe.dynamic is not None:
+        static = {name: getattr(FinetuneRecipe, name) for name in ("granularity", "levels", "ranges", "samples")}
+        if wrong := next((name for name, default in static.items() if getattr(recipe, name) != default), None):
+            raise ValueError(
+                f"{wrong}: of static ranges only; dynamic={recipe.dynamic!r} takes scales from each tensor"
+            )
 
 
 def sizes(recipe, kind: str) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -255,12 +263,14 @@ def quantize_and_finetune(pipe, calibration: CalibrationSet, w: int, a: int, rec
     if a == FLOAT:
         raise ValueError(f"bits w{w}a32: QuEST tunes the scales of activations; give them 2 to 8 bits")
     recipe, timesteps = resolve(recipe, pipe, a), calibration.timesteps
-    check_groups_per_step(recipe)
+    check_combinations(recipe)
     groups = TimeGroups(grouped(timesteps, recipe.time_groups or len(timesteps)))
     if recipe.schedule == "released":
         # All steps of a group share the scale of its noisiest step, which alone is calibrated and trained.
         calibration = calibration.subset(torch.isin(calibration.timestep, groups.starts).nonzero().flatten())
-    student = swap(pipe, w, a, keep=recipe.keep, softmax_bits=recipe.softmax_bits, groups=groups)
+    # Dynamic scales have no time groups, but the iterations go through those of timesteps all the same.
+    of_scales = groups if recipe.dynamic is None else None
+    student = swap(pipe, w, a, keep=recipe.keep, softmax_bits=recipe.softmax_bits, groups=of_scales)
     denoiser = denoiser_of(student)
     floats = {}
     if recipe.init is None:
@@ -270,6 +280,17 @@ def quantize_and_finetune(pipe, calibration: CalibrationSet, w: int, a: int, rec
         floats = start_from(denoiser, recipe.init, KEEP if recipe.keep is None else recipe.keep)
     freeze(denoiser)
     share_floats(denoiser, floats)
+    if recipe.dynamic is None:
+        set_static_ranges(denoiser, calibration, a, recipe)
+    else:
+        make_dynamic(denoiser, recipe.dynamic)
+    finetune(denoiser, denoiser_of(pipe), calibration, recipe, learn, groups)
+    own_floats(denoiser)  # the caller may change the weights of `pipe`, or the file
+    return student
+
+
+def set_static_ranges(denoiser: nn.Module, calibration: CalibrationSet, a: int, recipe: FinetuneRecipe) -> None:
+    """Choose formats and ranges of all activations. recipe: what `resolve` returns."""
     axes = scale_axes(denoiser, recipe.granularity, a)
     for name, q in input_quantizers(denoiser).items():
         # Attention probabilities are never negative, so their codes are always unsigned.
@@ -279,15 +300,17 @@ def quantize_and_finetune(pipe, calibration: CalibrationSet, w: int, a: int, rec
     choose = RANGES[recipe.ranges]
     calibrate(denoiser, calibration, choose, samples=recipe.samples, seed=recipe.seed, momentum=momentum)
 
-    finetune(denoiser, denoiser_of(pipe), calibration, recipe, learn)
-    own_floats(denoiser)  # the caller may change the weights of `pipe`, or the file
-    return student
-
 
 def finetune(
-    denoiser: nn.Module, teacher: nn.Module, calibration: CalibrationSet, recipe: FinetuneRecipe, learn: Callable
+    denoiser: nn.Module,
+    teacher: nn.Module,
+    calibration: CalibrationSet,
+    recipe: FinetuneRecipe,
+    learn: Callable,
+    groups: TimeGroups | None = None,
 ) -> None:
-    """Run both stages on a calibrated denoiser. recipe: what `resolve` returns."""
+    """Run both stages on a calibrated denoiser. recipe: what `resolve` returns. groups: by default the denoiser's."""
+    groups = denoiser.time_groups if groups is None else groups
     share_floats(denoiser, dict(teacher.named_parameters()))
     if recipe.qkv_as_one:
         share_inputs(denoiser)
@@ -333,6 +356,7 @@ def finetune(
             learned,
             targets,
             calibration,
+            groups=groups,
             log_scales=recipe.log_scales,
             cosine=recipe.cosine,
             generator=generator,

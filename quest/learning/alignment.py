@@ -78,6 +78,7 @@ def align(
     targets: Callable[[Tensor], dict[str, Tensor]],
     calibration: CalibrationSet,
     *,
+    groups: TimeGroups,
     log_scales: bool,
     cosine: bool,
     generator: torch.Generator,
@@ -85,16 +86,17 @@ def align(
     """Tune a stage, so that its layers and the noise prediction agree with the full-precision model.
 
     learned: the parameters to tune beside the scales, by layer, usually the weights and biases of the stage's layers.
-    targets: what `teacher_outputs` gives for the layers with a local loss. Where memory is short, blocks are computed
-    again for their gradients (`recomputing`). Raises FloatingPointError naming stage,
-    iteration and layer if the loss is not finite.
+    targets: what `teacher_outputs` gives for the layers with a local loss. groups: of timesteps, which iterations go
+    through; static scales have a set for each, dynamic ones have one clip ratio for all. Where memory is short, blocks
+    are computed again for their gradients (`recomputing`). Raises FloatingPointError naming stage, iteration and layer
+    if the loss is not finite.
     """
     weights = [p.requires_grad_() for parameters in learned.values() for p in parameters]
     adam = torch.optim.Adam(weights, lr=stage.lr_weight, fused=True)
     adam_scales = ScaleAdam([q.scale for q in stage.scales], log=log_scales)
     for scale in adam_scales.scales:
         scale.requires_grad_()
-    groups = denoiser.time_groups
+    sets = len(adam_scales.steps)
     turns = scheduled(groups, calibration, stage, generator)
     try:
         with (
@@ -123,7 +125,7 @@ def align(
                     outputs.clear()
                     wanted.clear()
                     loss.backward()
-                    visited.append(groups.index(calibration.timestep[rows[:1]]).item())
+                    visited.append(groups.index(calibration.timestep[rows[:1]]).item() if sets > 1 else 0)
                     if new_visit:
                         adam_scales.restart(visited[-1])
                 decay = half_cosine(i, stage.iterations) if cosine else 1.0

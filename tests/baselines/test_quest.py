@@ -68,6 +68,28 @@ def test_finetuning_lowers_the_error_of_the_noise_prediction(class_pipe, class_m
     assert b < 0.9 * a, (a, b)
 
 
+def test_scales_of_tokens_are_finetuned_by_their_clip_ratios(class_pipe, class_model, class_calibration, tmp_path):
+    from quest.diffusion.calibration_set import collect
+
+    held_out = collect(class_pipe, class_model, "validation", 4)
+    before, after = (
+        quest.quantize(
+            class_pipe, "quest-suite", "w4a4", calibration=class_calibration, dynamic="token",
+            tla_iterations=tla, cma_iterations=cma, batch=8, time_groups=3,
+        )
+        for tla, cma in ((0, 0), (5, 25))
+    )  # fmt: skip
+    assert all(q.spec.rows == "token" for q in input_quantizers(before.unet).values() if q.spec.bits < 32)
+    changed = moved(before, after)
+    assert any(name.endswith("input_quantizer.scale") for name in changed) and any(
+        n.endswith("weight") for n in changed
+    )
+    quest.save(after, tmp_path / "token.safetensors")
+    loaded = quest.load(class_pipe, tmp_path / "token.safetensors", "reference")
+    a, b, c = (eps_error(q, held_out)[0].mean() for q in (before, after, loaded))
+    assert b < 0.9 * a and b == c, (a, b, c)
+
+
 def test_weight_scales_and_zero_points_stay(uncond_pipe, uncond_calibration):
     a = quest.quantize(
         uncond_pipe, "quest-suite", "w4a4", calibration=uncond_calibration, tla_iterations=0, cma_iterations=0, **FAST
@@ -98,6 +120,7 @@ def test_divergence_names_stage_and_iteration(uncond_pipe, uncond_calibration):
         (dict(time_groups=4), "time_groups.*valid: "),
         (dict(groups_per_step=3, batch=16), "groups_per_step: 3 does not divide the 16 rows"),
         (dict(groups_per_step=2, schedule="sequential"), "groups_per_step: 2 with schedule 'sequential'; valid"),
+        (dict(dynamic="token", granularity="released"), "granularity: of static ranges only; dynamic='token'"),
     ],
 )
 def test_bad_recipes(recipe, said, uncond_pipe, uncond_calibration):
