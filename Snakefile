@@ -18,7 +18,7 @@ report: "workflow/report/workflow.rst"
 
 
 include: "workflow/rules/common.smk"
-include: "workflow/rules/gpus.smk"
+include: "workflow/rules/resources.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/evaluate.smk"
@@ -34,10 +34,6 @@ include: "workflow/rules/leaderboard.smk"
 include: "workflow/rules/zoo.smk"
 include: "workflow/rules/kernels.smk"
 include: "workflow/rules/growth.smk"
-
-
-localrules:
-    all,
 
 
 rule all:

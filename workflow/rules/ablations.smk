@@ -19,10 +19,8 @@ rule ablation_table:
         "results/{name}/tables/ablations.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
+        **needs(1000, 10),
     params:
         ablations=json.dumps(config.get("ablations", {}), sort_keys=False),
     shell:
@@ -48,10 +46,8 @@ rule paper_table:
         "results/{name}/tables/paper_tables.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
+        **needs(1000, 10),
     shell:
         "python -m workflow.scripts.paper_tables {input.metrics:q} {input.ablations:q} -o results/{wildcards.name:q}/tables"
         " > {log:q} 2>&1"
@@ -69,17 +65,12 @@ rule outliers_table:
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in RUNS]),
         floors=floors,
     output:
-        [
-            shown(f"results/{{name}}/tables/outliers.{kind}", "outliers", "Tables", table="outliers", kind=kind)
-            for kind in ("csv", "md")
-        ],
+        shown_tables("outliers.csv", "outliers.md"),
     log:
         "results/{name}/tables/outliers.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
+        **needs(1000, 10),
     shell:
         "python -m workflow.scripts.outliers {input.metrics:q} -o results/{wildcards.name:q}/tables > {log:q} 2>&1"

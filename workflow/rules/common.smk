@@ -87,14 +87,6 @@ GRIDS = [f"samples-{model}-{bits}" for model, bits in CELLS if model in PICTURED
 SHOWN = [f"samples-{model}-{bits}" for model, bits in dict(CELLS).items() if model in PICTURED]
 SHOWN += [figure for figure in CURVES if figure.startswith(("latent_mse_vs_bits", "eps_error_vs_t", "activation"))]
 
-# What `python -m quest plan CONFIG --jobs` wrote: (rule, model, method, bits) -> memory and time.
-PLAN = Path("results", NAME, "jobs.csv")
-PLANNED_KEYS, PLANNED_NUMBERS = ("rule", "model", "method", "bits"), ("least_mb", "mem_mb", "runtime")
-PLANNED = {
-    tuple(row[key] for key in PLANNED_KEYS): {key: int(row[key]) for key in PLANNED_NUMBERS}
-    for row in (read_rows(PLAN, PLANNED_KEYS + PLANNED_NUMBERS) if PLAN.is_file() else [])
-}
-
 # Progress bars write to logs every five seconds instead of ten times a second, so that logs stay readable.
 # glibc returns freed large arrays to the system, so every new array costs page faults: a fifth of the time of a
 # quantized denoiser. These settings let a process keep that memory, in large pages; other C libraries ignore them.
@@ -157,29 +149,6 @@ def pipeline_files(wc):
     """The files of a pipeline that the config names, so that its model is recorded anew when one of them changes."""
     folder = config["models"][wc.model].get("pipeline")
     return sorted(str(file) for file in Path(folder).rglob("*") if file.is_file()) if folder else []
-
-
-def at_size(cpu, cuda):
-    """A resource of a job: `cpu` for the small models on a CPU, `cuda` for the paper's models on a GPU."""
-    return cuda if DEVICE == "cuda" else cpu
-
-
-def growing(cpu, cuda=None, planned=None):
-    """Memory [MB] or time [minutes] of a job. With `--retries`, attempt k gets k times as much.
-
-    planned: (rule, column) of the plan's jobs. Its number comes first where there is one.
-    """
-    first = at_size(cpu, cuda or cpu)
-
-    def resource(wc, attempt):
-        return (of_plan(planned[0], wc).get(planned[1], first) if planned else first) * attempt
-
-    return resource
-
-
-def of_plan(rule, wc):
-    """{least_mb, mem_mb, runtime} that the plan has for a job; {} without one."""
-    return PLANNED.get((rule, *(getattr(wc, key, "") for key in PLANNED_KEYS[1:])), {})
 
 
 def networks(wc):
@@ -337,6 +306,15 @@ def measured(wc):
 def shown(path, caption, category, **labels):
     """An output that must not be empty and that `snakemake --report` shows, with workflow/report/{caption}.rst."""
     return ensure(report(path, caption=f"../report/{caption}.rst", category=category, labels=labels), non_empty=True)
+
+
+def shown_tables(*files, caption=None):
+    """Tables of a run as such outputs; the default caption of a table is the one of its name."""
+    return [
+        shown(f"results/{{name}}/tables/{file}", caption or stem, "Tables", table=stem, kind=kind)
+        for file in files
+        for stem, _, kind in [file.partition(".")]
+    ]
 
 
 def look_before(wc):

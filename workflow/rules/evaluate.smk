@@ -12,13 +12,8 @@ rule sample:
         "results/{name}/{model}/{method}/{bits}/sample-{shard}.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000, 64000, planned=("sample", "mem_mb")),
-        runtime=growing(60, 1440, planned=("sample", "runtime")),
-        gpu=gpu_whole("sample"),
-        gpu_parts=gpu_parts("sample"),
-        gres=gpu_shards("sample"),
+        **needs((3000, 64000), (60, 1440), plan="sample"),
     params:
         n=setting("images"),
         shards=shards,
@@ -48,8 +43,7 @@ rule metrics:
     # With 50,000 images the intervals take tens of minutes on one thread; for the small models they take seconds.
     threads: at_size(1, 16)
     resources:
-        mem_mb=growing(1500, 32000),
-        runtime=growing(15, 60),
+        **needs((1500, 32000), (15, 60)),
     shell:
         "python -m workflow.scripts.metrics {wildcards.model:q} {wildcards.method:q} {wildcards.bits:q}"
         " --features {input.features:q} --samples {input.samples:q} --fp-features {input.fp_features:q}"

@@ -8,10 +8,8 @@ rule growth:
         "results/growth/growth.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(8000),
-        runtime=growing(60),
+        **needs(8000, 60),
     params:
         folder=subpath(output[0], parent=True),
     shell:

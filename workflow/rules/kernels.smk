@@ -9,7 +9,6 @@ rule kernels:
         "../../environment.yml"
     threads: lambda wc: workflow.cores
     resources:
-        mem_mb=growing(16000),
-        runtime=growing(60),
+        **needs(16000, 60),
     shell:
         "python -m workflow.scripts.kernels --threads 1 {threads:q} > {log:q} 2>&1"

@@ -6,11 +6,6 @@ SUBMITTED = sorted(file.parent.name for file in Path("results/leaderboard").glob
 ENTRIES = [entry for entry in SUBMITTED if leaderboard.is_place(entry)]
 
 
-localrules:
-    leaderboard,
-    leaderboard_draw,
-
-
 rule leaderboard:
     input:
         expand("results/scored/leaderboard.{kind}", kind=["csv", "md"]),
@@ -29,10 +24,8 @@ rule leaderboard_table:
         "results/scored/leaderboard.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=2000,
-        runtime=10,
+        **needs(2000, 10),
     params:
         # A function, since a folder that is refused may have braces in its name.
         entries=lambda wc: [f"results/leaderboard/{entry}" for entry in SUBMITTED],
@@ -50,6 +43,7 @@ rule leaderboard_draw:
         "results/scored/draw.txt",
     log:
         "results/scored/draw.log",
+    localrule: True
     conda:
         "../../environment.yml"
     shell:
@@ -70,10 +64,8 @@ checkpoint leaderboard_check:
         entry="[^/]+",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(2000),
-        runtime=10,
+        **needs(2000, 10),
     params:
         entry=subpath(input.entry, parent=True),
     shell:
@@ -89,10 +81,8 @@ rule leaderboard_trajectories:
         "results/scored/evaluation.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(2000),
-        runtime=growing(30),
+        **needs(2000, 30),
     params:
         model=leaderboard.MODEL,
     shell:
@@ -119,10 +109,8 @@ rule leaderboard_sample:
         part="judged|fresh",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000),
-        runtime=growing(60),
+        **needs(3000, 60),
     params:
         model=leaderboard.MODEL,
         n=lambda wc: leaderboard.FRESH if wc.part == "fresh" else leaderboard.IMAGES,
@@ -149,10 +137,8 @@ rule leaderboard_metrics:
         entry="[^/]+",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(1500),
-        runtime=growing(15),
+        **needs(1500, 15),
     params:
         model=leaderboard.MODEL,
         bits=lambda wc: leaderboard.declared(leaderboard_folder(wc.entry), "bits"),

@@ -12,10 +12,8 @@ rule tiny_checkpoint:
         tiny="tiny-[a-z]+",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(1000),
-        runtime=growing(5),
+        **needs(1000, 5),
     shell:
         "python -m quest.diffusion.random_checkpoints {wildcards.tiny:q} -o {output:q} > {log:q} 2>&1"
 
@@ -34,10 +32,8 @@ rule model:
         "results/models/{model}.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(2000, 32000),
-        runtime=growing(10, 240),
+        **needs((2000, 32000), (10, 240)),
     params:
         checkpoint=setting("checkpoint"),
         tokenizer=setting("tokenizer"),

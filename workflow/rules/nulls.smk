@@ -5,10 +5,6 @@ NULL_IMAGES = 100
 NULLS = [kind for kind in KINDS if DEVICE == "cpu" or kind in ("batches", "bf16")]
 
 
-localrules:
-    nulls,
-
-
 rule nulls:
     input:
         expand("results/{name}/tables/nulls.{kind}", name=NAME, kind=["csv", "md"]),
@@ -28,11 +24,8 @@ rule null_sample:
         null="|".join(NULLS),
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000, 64000),
-        runtime=growing(60, 1440),
-        gpu=at_size(0, 1),
+        **needs((3000, 64000), (60, 1440), gpu=True),
     params:
         n=lambda wc: min(NULL_IMAGES, config["models"][wc.model]["images"]),
         images=sampled_images,
@@ -59,10 +52,8 @@ rule null_metrics:
         null="|".join(NULLS),
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(1500, 32000),
-        runtime=growing(15, 60),
+        **needs((1500, 32000), (15, 60)),
     shell:
         "python -m workflow.scripts.metrics {wildcards.model:q} fp-{wildcards.null:q} w32a32 --null"
         " --features {input.features:q} --samples {input.samples:q} --fp-features {input.fp_features:q}"
@@ -74,18 +65,13 @@ rule null_table:
         script=project("workflow/scripts/nulls.py"),
         metrics=expand("results/{{name}}/{model}/fp-{null}/w32a32/metrics.json", model=config["models"], null=NULLS),
     output:
-        [
-            shown(f"results/{{name}}/tables/nulls.{kind}", "nulls", "Tables", table="nulls", kind=kind)
-            for kind in ("csv", "md")
-        ],
+        shown_tables("nulls.csv", "nulls.md"),
     log:
         "results/{name}/tables/nulls.log",
     localrule: True
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
+        **needs(1000, 10),
     shell:
         "python -m workflow.scripts.nulls {input.metrics:q} -o results/{wildcards.name:q}/tables > {log:q} 2>&1"

@@ -10,13 +10,8 @@ rule trajectories:
     priority: 1  # other jobs wait for it
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(2000, 64000, planned=("trajectories", "mem_mb")),
-        runtime=growing(30, 720, planned=("trajectories", "runtime")),
-        gpu=gpu_whole("trajectories"),
-        gpu_parts=gpu_parts("trajectories"),
-        gres=gpu_shards("trajectories"),
+        **needs((2000, 64000), (30, 720), plan="trajectories"),
     params:
         device=DEVICE,
         calibration=lambda wc: config["models"][wc.model].get("trajectories", MODELS[wc.model].trajectories),
@@ -38,13 +33,8 @@ rule evaluation:
     priority: 1  # other jobs wait for it
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(2000, 64000, planned=("evaluation", "mem_mb")),
-        runtime=growing(30, 720, planned=("evaluation", "runtime")),
-        gpu=gpu_whole("evaluation"),
-        gpu_parts=gpu_parts("evaluation"),
-        gres=gpu_shards("evaluation"),
+        **needs((2000, 64000), (30, 720), plan="evaluation"),
     params:
         device=DEVICE,
         evaluation=lambda wc: config["models"][wc.model].get("evaluation", 16),
@@ -66,13 +56,8 @@ rule redraw:
     priority: 1  # other jobs wait for it
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(2000, 64000, planned=("redraw", "mem_mb")),
-        runtime=growing(30, 720, planned=("redraw", "runtime")),
-        gpu=gpu_whole("redraw"),
-        gpu_parts=gpu_parts("redraw"),
-        gres=gpu_shards("redraw"),
+        **needs((2000, 64000), (30, 720), plan="redraw"),
     params:
         device=DEVICE,
         calibration=lambda wc: config["models"][wc.model].get("trajectories", MODELS[wc.model].trajectories),
@@ -94,13 +79,8 @@ rule quantize:
     priority: 1  # other jobs wait for it
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000, 128000, planned=("quantize", "mem_mb")),
-        runtime=growing(60, 4320, planned=("quantize", "runtime")),
-        gpu=gpu_whole("quantize"),
-        gpu_parts=gpu_parts("quantize"),
-        gres=gpu_shards("quantize"),
+        **needs((3000, 128000), (60, 4320), plan="quantize"),
     params:
         method=lambda wc: recipe_of(config, wc.method)[0],
         recipe=recipe,

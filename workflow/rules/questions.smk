@@ -27,10 +27,6 @@ ANSWERS = ["questions.md", "findings.md", "taylor.csv", "tunings.csv", "inferenc
 ANSWERS += ["figures/taylor.png", "figures/signals.png"]
 
 
-localrules:
-    questions,
-
-
 rule questions:
     input:
         expand("results/{name}/questions/{answer}", name=NAME, answer=ANSWERS),
@@ -50,10 +46,8 @@ rule activations:
         "results/{name}/questions/{model}/activations.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000, 64000),
-        runtime=growing(30, 720),
+        **needs((3000, 64000), (30, 720)),
     params:
         bits=QUESTIONS.get("bits"),
     shell:
@@ -74,10 +68,8 @@ rule temporal:
         "results/{name}/questions/{model}/temporal.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000, 64000),
-        runtime=growing(30, 720),
+        **needs((3000, 64000), (30, 720)),
     params:
         bits=QUESTIONS.get("bits"),
     shell:
@@ -96,10 +88,8 @@ rule sensitivity:
         "results/{name}/questions/{model}/sensitivity.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000, 64000),
-        runtime=growing(30, 720),
+        **needs((3000, 64000), (30, 720)),
     params:
         bits=QUESTIONS.get("bits"),
     shell:
@@ -120,10 +110,8 @@ rule properties:
         "results/{name}/questions/properties.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(1000),
-        runtime=growing(10),
+        **needs(1000, 10),
     shell:
         "python -m workflow.scripts.properties --activations {input.activations:q} --temporal {input.temporal:q}"
         " --sensitivity {input.sensitivity:q} -o results/{wildcards.name:q}/questions > {log:q} 2>&1"
@@ -139,10 +127,8 @@ rule taylor:
         "results/{name}/questions/taylor.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000, 64000),
-        runtime=growing(30, 720),
+        **needs((3000, 64000), (30, 720)),
     params:
         model=QUESTIONS.get("model"),
     shell:
@@ -164,10 +150,8 @@ rule tuning:
         variant="|".join(map(re.escape, TUNINGS)),
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000, 64000),
-        runtime=growing(60, 1440),
+        **needs((3000, 64000), (60, 1440)),
     params:
         model=QUESTIONS.get("model"),
         bits=QUESTIONS.get("bits"),
@@ -191,10 +175,8 @@ rule inference:
         "results/{name}/questions/inference.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000, 64000),
-        runtime=growing(15, 120),
+        **needs((3000, 64000), (15, 120)),
     params:
         model=QUESTIONS.get("model"),
     shell:
@@ -209,10 +191,8 @@ rule train_signals:
         "results/{name}/questions/train_signals.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(2000),
-        runtime=growing(30),
+        **needs(2000, 30),
     shell:
         "python -m quest.zoo.train_signals -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
@@ -227,10 +207,8 @@ rule signals:
         "results/{name}/questions/signals.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(2000),
-        runtime=growing(60),
+        **needs(2000, 60),
     params:
         bits=QUESTIONS.get("bits"),
     shell:
@@ -254,10 +232,8 @@ rule answers:
         "results/{name}/questions/answers.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(1000),
-        runtime=growing(10),
+        **needs(1000, 10),
     shell:
         "python -m workflow.scripts.questions --properties {input.properties:q} --cells {input.cells:q}"
         " --taylor {input.taylor:q} --tunings {input.tunings:q} --inference {input.inference:q} --signals {input.signals:q}"
@@ -274,9 +250,7 @@ rule findings:
     localrule: True
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(1000),
-        runtime=growing(5),
+        **needs(1000, 5),
     shell:
         "python -m workflow.scripts.findings {input.findings:q} > {log:q} 2>&1"

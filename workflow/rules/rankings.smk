@@ -2,10 +2,6 @@
 # do? Not part of `all`; it starts from the tables and checkpoints of the grid, and samples nothing.
 
 
-localrules:
-    rankings,
-
-
 rule rankings:
     input:
         expand("results/{name}/tables/{table}", name=NAME, table=["rankings.csv", "rankings.md", "breakage.csv"]),
@@ -27,11 +23,8 @@ rule layer_errors:
         "results/{name}/{model}/layer_errors.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000, 64000),
-        runtime=growing(30, 720),
-        gpu=at_size(0, 1),
+        **needs((3000, 64000), (30, 720), gpu=True),
     params:
         device=DEVICE,
     shell:
@@ -46,20 +39,15 @@ rule rankings_table:
         paired="results/{name}/tables/paired.csv",
         layers=expand("results/{{name}}/{model}/layer_errors.csv", model=config["models"]),
     output:
-        [
-            shown(f"results/{{name}}/tables/{table}", "rankings", "Tables", table=Path(table).stem, kind=table[-3:])
-            for table in ("rankings.csv", "rankings.md", "breakage.csv")
-        ],
+        shown_tables("rankings.csv", "rankings.md", "breakage.csv", caption="rankings"),
         shown("results/{name}/figures/rankings.png", "rankings", "Figures", figure="rankings"),
     log:
         "results/{name}/tables/rankings.log",
     localrule: True
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
+        **needs(1000, 10),
     shell:
         "python -m workflow.scripts.rankings --main {input.main:q} --paired {input.paired:q} --layers {input.layers:q}"
         " -o results/{wildcards.name:q} > {log:q} 2>&1"

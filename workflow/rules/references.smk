@@ -11,9 +11,7 @@ rule reference:
         "../../environment.yml"
     threads: 8
     resources:
-        mem_mb=growing(8000),
-        runtime=growing(240),
-        gpu=at_size(0, 1),
+        **needs(8000, 240, gpu=True),
     params:
         source=setting("reference"),
         extractor=lambda wc: MODELS[wc.model].extractor,
@@ -36,9 +34,7 @@ rule network:
     localrule: True
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=1000,
-        runtime=60,
+        **needs(1000, 60),
     shell:
         "python -m workflow.scripts.network {wildcards.network:q} -o {output:q} > {log:q} 2>&1"

@@ -1,7 +1,6 @@
 # Light work without torch: on a cluster these rules run on the node where Snakemake runs.
 localrules:
     tables,
-    seeds,
     seed_table,
     curves,
     grid,
@@ -15,20 +14,13 @@ rule tables:
         metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in RUNS]),
         floors=floors,
     output:
-        [
-            shown(
-                f"results/{{name}}/tables/{table}", Path(table).stem, "Tables", table=Path(table).stem, kind=table[-3:]
-            )
-            for table in TABLES
-        ],
+        shown_tables(*TABLES),
     log:
         "results/{name}/tables/tables.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
+        **needs(1000, 10),
     shell:
         "python -m workflow.scripts.tables {input.metrics:q} -o results/{wildcards.name:q}/tables > {log:q} 2>&1"
 
@@ -54,10 +46,8 @@ rule report:
         f"results/{NAME}/report.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(2000, 16000),
-        runtime=growing(15, 60),
+        **needs((2000, 16000), (15, 60)),
     params:
         run=subpath(output[0], parent=True),
         optional=optional,
@@ -96,18 +86,13 @@ rule seed_table:
         metrics=expand("results/{{name}}/{run}/metrics.json", run=seeds_and_full_precision()),
         floors=floors,
     output:
-        [
-            shown(f"results/{{name}}/tables/seeds.{kind}", "seeds", "Tables", table="seeds", kind=kind)
-            for kind in ("csv", "md")
-        ],
+        shown_tables("seeds.csv", "seeds.md"),
     log:
         "results/{name}/tables/seeds.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
+        **needs(1000, 10),
     shell:
         "python -m workflow.scripts.seeds {input.metrics:q} -o results/{wildcards.name:q}/tables > {log:q} 2>&1"
 
@@ -127,10 +112,8 @@ rule curves:
         "results/{name}/figures/curves.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
+        **needs(1000, 10),
     shell:
         "python -m workflow.scripts.curves --main {input.main:q} --eps-error {input.eps_error:q} --ranges {input.ranges:q}"
         " -o {output:q} > {log:q} 2>&1"
@@ -146,10 +129,8 @@ rule grid:
         "results/{name}/figures/samples-{model}-{bits}.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
+        **needs(1000, 10),
     shell:
         "python -m workflow.scripts.grid {input.samples:q} -o {output:q} > {log:q} 2>&1"
 
@@ -167,10 +148,8 @@ rule readme:
         f"results/{NAME}/readme.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=1000,
-        runtime=5,
+        **needs(1000, 5),
     params:
         seeds=lambda wc: [
             word for file in Path("results", NAME, "tables").glob("seeds.csv") for word in ("--seeds", str(file))

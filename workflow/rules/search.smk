@@ -4,10 +4,6 @@ SEARCH = config.get("search", {})
 LOGGED = ("name", "models", "methods", "search")
 
 
-localrules:
-    search,
-
-
 rule search:
     input:
         f"results/{NAME}/search.md",
@@ -31,10 +27,8 @@ rule searched:
         "results/{name}/search.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(4000, 64000),
-        runtime=growing(240, 4320),
+        **needs((4000, 64000), (240, 4320)),
     params:
         config=json.dumps({key: config[key] for key in LOGGED if key in config}),
         folder=subpath(output[0], parent=True),

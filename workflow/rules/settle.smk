@@ -3,11 +3,6 @@
 # so looks have no file of it as an input, and begin anew in every run.
 
 
-localrules:
-    settle,
-    look,
-
-
 rule settle:
     input:
         expand("results/{name}/settle/settled.{kind}", name=NAME, kind=["csv", "md"]),
@@ -24,6 +19,7 @@ checkpoint look:
         "results/{name}/settle/look-{look}.log",
     wildcard_constraints:
         look="[0-4]",
+    localrule: True
     conda:
         "../../environment.yml"
     params:
@@ -45,10 +41,8 @@ rule settled_table:
         "results/{name}/settle/settled.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
+        **needs(1000, 10),
     params:
         folder=subpath(output[0], parent=True),
     shell:
@@ -70,10 +64,8 @@ rule evidence:
         "results/{name}/{model}/{method}/{bits}/evidence.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(1500, 32000),
-        runtime=growing(15, 60),
+        **needs((1500, 32000), (15, 60)),
     params:
         told=lambda wc: json.dumps(told(config, Run(wc.model, wc.method, wc.bits), MODELS[wc.model], VERSION)),
     shell:

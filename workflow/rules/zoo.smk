@@ -9,13 +9,6 @@ PICTURE_JUDGES["photos-dit"] = PICTURE_JUDGES["photos-class"]
 ZOO_DATA = {"emoji": "results/zoo/emoji.npz", "photos": "results/zoo/photos.data"}
 
 
-localrules:
-    zoo,
-    zoo_pictures,
-    zoo_accept,
-    zoo_pictures_accept,
-
-
 rule zoo:
     input:
         expand("results/zoo/{part}", part=["scenes-extractor", "scenes-clip", "scenes.npz"]),
@@ -37,10 +30,8 @@ rule zoo_emoji:
         "results/zoo/emoji.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(2000),
-        runtime=growing(60),
+        **needs(2000, 60),
     shell:
         "python -u -m quest.zoo.emoji_data -o {output:q} > {log:q} 2>&1"
 
@@ -52,10 +43,8 @@ rule zoo_photos:
         "results/zoo/photos.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(2000),
-        runtime=growing(60),
+        **needs(2000, 60),
     params:
         fetch="from torchvision.datasets import CIFAR10; import sys; CIFAR10(sys.argv[1], download=True)",
     shell:
@@ -76,10 +65,8 @@ rule zoo_picture_statistics:
         kind="emoji|photos",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000),
-        runtime=growing(60),
+        **needs(3000, 60),
     shell:
         "python -u -m quest.zoo.picture_statistics {wildcards.kind:q} --data {input:q} --components {output.components:q}"
         " --captions {output.captions:q} -o {output.reference:q} --threads {threads:q} > {log:q} 2>&1"
@@ -95,10 +82,8 @@ rule zoo_photos_classifier:
         "results/zoo/photos-classifier.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000),
-        runtime=growing(120),
+        **needs(3000, 120),
     shell:
         "python -u -m quest.zoo.train_classifier --data {input:q} -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
@@ -113,10 +98,8 @@ rule zoo_emoji_clip:
         "results/zoo/emoji-clip.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000),
-        runtime=growing(120),
+        **needs(3000, 120),
     shell:
         "python -u -m quest.zoo.train_clip --pictures emoji --data {input:q} -o {output:q} --iterations 2000"
         " --threads {threads:q} > {log:q} 2>&1"
@@ -133,10 +116,8 @@ rule zoo_pictures_autoencoder:
         kind="emoji|photos",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000),
-        runtime=growing(240),
+        **needs(3000, 240),
     shell:
         "python -u -m quest.zoo.train_autoencoder {wildcards.kind:q} --data {input:q} -o {output:q}"
         " --threads {threads:q} > {log:q} 2>&1"
@@ -154,10 +135,8 @@ rule zoo_pictures_latents:
         kind="emoji|photos",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000),
-        runtime=growing(60),
+        **needs(3000, 60),
     shell:
         "python -u -m quest.zoo.latents {input.autoencoder:q} --pictures {wildcards.kind:q} --data {input.data:q}"
         " -o {output:q} --threads {threads:q} > {log:q} 2>&1"
@@ -177,10 +156,8 @@ rule zoo_pictures_denoiser:
         model="|".join(ZOO_PICTURES),
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(4000),
-        runtime=growing(900),
+        **needs(4000, 900),
     params:
         start=lambda wc, input: ["--start-from", input.start] if input.start else [],
     shell:
@@ -203,10 +180,8 @@ rule zoo_pictures_judge:
         model="|".join(ZOO_PICTURES),
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(4000),
-        runtime=growing(60),
+        **needs(4000, 60),
     params:
         judge=lambda wc, input: ["--judge", input.judge] if input.judge else [],
     shell:
@@ -220,11 +195,11 @@ rule zoo_pictures_accept:
         rules.zoo_pictures.input,
     log:
         "results/zoo/accept_pictures.log",
+    localrule: True
     conda:
         "../../environment.yml"
     resources:
-        mem_mb=200,
-        runtime=5,
+        **needs(200, 5),
     params:
         folders=expand("results/zoo/{part}", part=[*ZOO_PICTURES, "emoji-clip"]),
         accepted=expand("resources/zoo/{part}", part=[*ZOO_PICTURES, "emoji-clip"]),
@@ -243,10 +218,8 @@ rule zoo_autoencoder:
         "results/zoo/autoencoder.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000),
-        runtime=growing(120),
+        **needs(3000, 120),
     shell:
         "python -u -m quest.zoo.train_autoencoder -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
@@ -260,10 +233,8 @@ rule zoo_extractor:
         "results/zoo/scenes-extractor.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000),
-        runtime=growing(120),
+        **needs(3000, 120),
     shell:
         "python -u -m quest.zoo.train_extractor --autoencoder {input:q} -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
@@ -275,10 +246,8 @@ rule zoo_clip:
         "results/zoo/scenes-clip.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000),
-        runtime=growing(120),
+        **needs(3000, 120),
     shell:
         "python -u -m quest.zoo.train_clip -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
@@ -292,10 +261,8 @@ rule zoo_latents:
         "results/zoo/latents.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000),
-        runtime=growing(60),
+        **needs(3000, 60),
     shell:
         "python -u -m quest.zoo.latents {input:q} -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
@@ -313,10 +280,8 @@ rule zoo_denoiser:
         denoiser="|".join(ZOO_DENOISERS),
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000),
-        runtime=growing(360),
+        **needs(3000, 360),
     params:
         start=lambda wc, input: ["--start-from", input.start] if input.start else [],
     shell:
@@ -333,10 +298,8 @@ rule zoo_reference:
         "results/zoo/reference.log",
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(2000),
-        runtime=growing(30),
+        **needs(2000, 30),
     shell:
         "python -u -m quest.zoo.reference --extractor {input:q} -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
@@ -355,10 +318,8 @@ rule zoo_judge:
         denoiser="|".join(ZOO_DENOISERS),
     conda:
         "../../environment.yml"
-    threads: 1
     resources:
-        mem_mb=growing(3000),
-        runtime=growing(60),
+        **needs(3000, 60),
     shell:
         "python -u -m quest.zoo.judge {wildcards.denoiser:q} {input.model:q} --extractor {input.extractor:q}"
         " --reference {input.reference:q} -o {output.numbers:q} --grid {output.grid:q} --threads {threads:q} > {log:q} 2>&1"
@@ -370,11 +331,11 @@ rule zoo_accept:
         rules.zoo.input,
     log:
         "results/zoo/accept.log",
+    localrule: True
     conda:
         "../../environment.yml"
     resources:
-        mem_mb=200,
-        runtime=5,
+        **needs(200, 5),
     params:
         folders=expand("results/zoo/{part}", part=[*ZOO_DENOISERS, "scenes-extractor", "scenes-clip"]),
         accepted=expand("resources/zoo/{part}", part=[*ZOO_DENOISERS, "scenes-extractor", "scenes-clip"]),
