@@ -87,11 +87,11 @@ def by_group(right, groups):
     return {"all": float(right.mean())} | shares
 
 
-def measure(name, folder, data, n=500, guidance=3.0, judge=None, cache=None):
+def measure(name, folder, data, n=500, guidance=3.0, judge=None):
     """Returns (numbers, samples uint8 [n, S, S, 3]). Raises ValueError for a model of scenes, or fewer than 65 samples.
 
     n: samples, and held-out pictures that are reconstructed (all, if there are fewer). judge: see `shows`; without it,
-    nothing says whether samples show what was asked. cache: see `quest.zoo.neighbours.training_features`.
+    nothing says whether samples show what was asked.
     """
     kind = MODELS[name].pictures
     if kind not in pictures.LOADERS:
@@ -119,7 +119,7 @@ def measure(name, folder, data, n=500, guidance=3.0, judge=None, cache=None):
             for what in ("reconstructions", "held out"):
                 numbers[f"shows what was asked, {what}"] = float(shows(sets[what], labels, judge).mean())
             numbers["good enough"]["class"] = bool(right.mean() >= LEAST)
-    known, flips = neighbours.training_features(shown, cache), RECIPES[kind].flips
+    known, flips = neighbours.training_features(shown), RECIPES[kind].flips
     (features,) = computed(images, "features")
     numbers["nearest training pictures"] = neighbours.compare(images, features, shown, known, flips)
     return numbers, images
@@ -135,18 +135,11 @@ def main():
     parser.add_argument("-n", type=int, default=500, help="samples (default %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="(default %(default)s)")
     parser.add_argument("--judge", type=Path, help="folder of the classifier, or of the image-text model of emoji")
-    parser.add_argument("--cache", type=Path, help="file for features of training pictures, which take a minute")
     parser.add_argument("--grid", type=Path, required=True, help="picture (.png) of the first 64 samples to write")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     numbers, images = measure(
-        arguments.model,
-        arguments.folder,
-        arguments.data,
-        arguments.n,
-        arguments.guidance,
-        arguments.judge,
-        arguments.cache,
+        arguments.model, arguments.folder, arguments.data, arguments.n, arguments.guidance, arguments.judge
     )
     write(numbers, images, arguments.output, arguments.grid)
 

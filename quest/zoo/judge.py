@@ -44,11 +44,6 @@ def error_of(name, pipe):
     return held_out_error(trainee, z, trainee.conditions("validation", HELD_OUT))
 
 
-def distance(features, reference):
-    """Fréchet distance of pooled features [N, 64] to the reference."""
-    return frechet_distance(Statistics.from_features(features), reference.pool)
-
-
 def judge(name, folder, extractor, reference, n=1000):
     """Returns (numbers, images uint8 [n, 64, 64, 3]); every number is measured on n images of the evaluation split."""
     pipe, net, reference = load_pipeline(name, folder), load(extractor), load_reference(reference)
@@ -63,7 +58,9 @@ def judge(name, folder, extractor, reference, n=1000):
         "real": outputs(net, to_tensor(real.images())),
     }
     for what, features in results.items():
-        numbers[f"FID (scenes net), {what}"] = distance(features["pool"].numpy(), reference)
+        numbers[f"FID (scenes net), {what}"] = frechet_distance(
+            Statistics.from_features(features["pool"].numpy()), reference.pool
+        )
     # Only attributes that the condition names can be checked.
     heads = {"none": [], "class": ["logits"], "text": list(HEADS)}[MODELS[name].conditioning]
     wanted = targets(real)

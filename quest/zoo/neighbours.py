@@ -6,17 +6,11 @@ samples with a very near neighbour than held-out pictures have. `rms` is compare
 with KNOWN random ones.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from quest.metrics import lite0
-from quest.runtime import command_line
-from quest.runtime.files import atomic, dumps, read_arrays
-from quest.zoo import pictures
-from quest.zoo.train_autoencoder import RECIPES
 
 SIDE = 16
 KNOWN = 10_000
@@ -48,23 +42,10 @@ def nearest_cosine(features, training):
     return cosine.numpy(), index.numpy()
 
 
-def training_features(shown, cache=None):
-    """Lite0's features of KNOWN random training pictures, float16 [M, 1280].
-
-    They come from the file `cache`, which is written if it is missing. Raises ValueError if the file holds another
-    number of rows.
-    """
+def training_features(shown):
+    """Lite0's features of KNOWN random training pictures, float16 [M, 1280]."""
     rows = np.random.default_rng(0).permutation(shown.rows("train"))[:KNOWN]
-    if cache is not None and Path(cache).exists():
-        features = read_arrays(cache)["features"]
-        if len(features) != len(rows):
-            raise ValueError(f"{cache}: features of {len(features)} pictures, not {len(rows)}")
-        return features
-    features = lite0.computed(shown.images[rows], "features")[0].astype(np.float16)
-    if cache is not None:
-        with atomic(cache) as temporary:
-            np.savez(temporary, features=features)
-    return features
+    return lite0.computed(shown.images[rows], "features")[0].astype(np.float16)
 
 
 def compare(images, features, shown, known, flips=False):
@@ -89,25 +70,3 @@ def compare(images, features, shown, known, flips=False):
         }
         found[measure] = said | {"limit": float(limit), "share": float((sign * of_samples < sign * limit).mean())}
     return found
-
-
-def main():
-    parser = command_line.parser(__doc__, "threads")
-    parser.add_argument("samples", type=Path, help="file with `images`, uint8 [N, S, S, 3] (.npz)")
-    parser.add_argument("kind", choices=pictures.LOADERS)
-    parser.add_argument("--data", type=Path, required=True, help="data file (.npz), or folder of CIFAR-10")
-    parser.add_argument("--cache", type=Path, help="file for features of training pictures, which take a minute")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    arrays = read_arrays(arguments.samples)
-    if "images" not in arrays:
-        parser.error(f"{arguments.samples}: lacks images")
-    shown = pictures.load(arguments.kind, arguments.data)
-    images = arrays["images"]
-    known = training_features(shown, arguments.cache)
-    flips = RECIPES[arguments.kind].flips
-    print(dumps(compare(images, lite0.computed(images, "features")[0], shown, known, flips), indent=2))
-
-
-if __name__ == "__main__":
-    main()

@@ -19,7 +19,7 @@ from quest.diffusion import scenes
 from quest.runtime import command_line
 from quest.runtime.files import atomic_folder
 from quest.zoo import pictures
-from quest.zoo.training import Progress, autocast, cosine, generator, load_checkpoint, save_checkpoint
+from quest.zoo.training import Progress, autocast, cosine, descend, generator, load_checkpoint, save_checkpoint
 
 BATCH_SIZE = 8
 
@@ -196,11 +196,7 @@ def train(
             y = vae.decode(z).sample.float()
         kl = posterior.kl().float().mean() / z[0].numel()
         loss = reconstruction_loss(name, x, y) + extra + 1e-5 * kl
-        optimizer.param_groups[0]["lr"] = learning_rate * cosine(i, iterations, 50)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        descend(loss, optimizer, learning_rate * cosine(i, iterations, 50))
         progress(i + 1, loss=loss, mse=(y - x).square().mean())
         if (i + 1) % 200 == 0:
             save_checkpoint(checkpoint, i + 1, [vae], optimizer)

@@ -18,7 +18,7 @@ from quest.diffusion.published import ARCHITECTURE
 from quest.runtime import command_line
 from quest.runtime.files import atomic, atomic_folder
 from quest.zoo.pictures import cifar10
-from quest.zoo.training import Average, Progress, generator, load_checkpoint, save_checkpoint
+from quest.zoo.training import Average, Progress, descend, generator, load_checkpoint, save_checkpoint
 
 ITERATIONS = 800_000
 BATCH = 128
@@ -67,11 +67,7 @@ def train(
         loss = (unet(a.sqrt() * x + (1 - a).sqrt() * noise, t).sample - noise).square().mean()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"cifar10: the loss is {loss.item()} in iteration {i}")
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (i + 1) / WARMUP)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
+        descend(loss, optimizer, LEARNING_RATE * min(1.0, (i + 1) / WARMUP))
         average.update(i)
         progress(i + 1, loss=loss)
         if (i + 1) % save_every == 0 or i + 1 == iterations:

@@ -20,7 +20,7 @@ from quest.runtime.files import atomic_folder, dumps
 from quest.zoo import pictures
 from quest.zoo.train_autoencoder import to_tensor
 from quest.zoo.train_extractor import augment
-from quest.zoo.training import Progress, cosine, generator, load_checkpoint, save_checkpoint
+from quest.zoo.training import Progress, cosine, descend, generator, load_checkpoint, save_checkpoint
 from quest.zoo.vocabulary import MAX_LENGTH, build_tokenizer, caption_words, encode
 
 
@@ -109,10 +109,7 @@ def train(
         image = model.encode_image(augment(to_tensor(shown[rows.numpy()]), g), normalize=True)
         text = model.encode_text(ids[rows], normalize=True)
         loss = contrastive_loss(image, text, model.logit_scale.exp())
-        optimizer.param_groups[0]["lr"] = learning_rate * cosine(i, iterations)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(loss, optimizer, learning_rate * cosine(i, iterations), clip=False)
         with torch.no_grad():
             model.logit_scale.clamp_(max=4.6052)  # a factor of 100, as in CLIP
         progress(i + 1, loss=loss)

@@ -35,6 +35,7 @@ from quest.zoo.training import (
     Progress,
     autocast,
     constant_then_decay,
+    descend,
     generator,
     load_checkpoint,
     save_checkpoint,
@@ -139,19 +140,6 @@ def held_out_error(trainee, z, conditions):
     return total / z.numel()
 
 
-def export(trainee, vae, out):
-    """Write the pipeline in half precision, all at once or not at all."""
-    # This exports a copy, because half precision and the pipeline would change the modules in training.
-    copy = Trainee(trainee.name, trainee.shown)
-    for target, source in zip(copy.modules, trainee.modules, strict=True):
-        target.load_state_dict(source.state_dict())
-    with atomic_folder(out) as folder:
-        pipeline = build_pipeline(copy.denoiser, vae, copy.encoder, copy.tokenizer)
-        pipeline.to(dtype=torch.float16).save_pretrained(folder)
-        forget_origin(folder / "vae" / "config.json")
-    vae.float()
-
-
 def train(
     name,
     autoencoder,
@@ -162,7 +150,6 @@ def train(
     learning_rate=1e-3,
     start_from=None,
     seed=0,
-    snapshot_every=0,
     save_every=100,
     log_every=50,
     data=None,
@@ -215,29 +202,21 @@ def train(
         noisy = (signal.sqrt() * z[rows] + (1 - signal).sqrt() * noise).contiguous(memory_format=layout)
         error = (trainee(noisy, t, condition) - noise).square().mean((1, 2, 3))
         loss = (weight[t] * error).mean()
-        optimizer.param_groups[0]["lr"] = learning_rate * constant_then_decay(i, iterations)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
-        optimizer.step()
+        descend(loss, optimizer, learning_rate * constant_then_decay(i, iterations))
         average.update(i)
         progress(i + 1, loss=loss, error=error.mean())
         due = time.monotonic() > saved + SAVE_SECONDS
         if i + 1 == iterations or due or (save_every and (i + 1) % save_every == 0):
             save_checkpoint(checkpoint, i + 1, trainee.modules, optimizer, average)
             saved = time.monotonic()
-        if snapshot_every and (i + 1) % snapshot_every == 0 and i + 1 < iterations:
-            finish(trainee, average, vae, held_out, held_out_conditions, i + 1, out.with_name(out.name + ".snapshot"))
-    return finish(trainee, average, vae, held_out, held_out_conditions, iterations, out)
-
-
-def finish(trainee, average, vae, z, conditions, iteration, out):
-    """Export the averaged parameters; return their error on held-out latents."""
     average.swap()
-    error = held_out_error(trainee, z, conditions)
-    export(trainee, vae, out)
-    average.swap()
-    print(f"{trainee.name}: held-out error {error:.4f} after {iteration} iterations; wrote {out}", flush=True)
+    error = held_out_error(trainee, held_out, held_out_conditions)
+    trainee.denoiser.to(memory_format=torch.contiguous_format)  # the only layout that safetensors stores
+    with atomic_folder(out) as folder:
+        pipeline = build_pipeline(trainee.denoiser, vae, trainee.encoder, trainee.tokenizer)
+        pipeline.to(dtype=torch.float16).save_pretrained(folder)
+        forget_origin(folder / "vae" / "config.json")
+    print(f"{name}: held-out error {error:.4f} after {iterations} iterations; wrote {out}", flush=True)
     return error
 
 
@@ -250,7 +229,6 @@ def main():
     parser.add_argument("--iterations", type=int, help="batches (default: the recipe's)")
     parser.add_argument("--batch-size", type=int, help="pictures per batch (default: the recipe's)")
     parser.add_argument("--start-from", type=Path, help="pipeline folder whose denoiser training starts from")
-    parser.add_argument("--snapshot-every", type=int, default=0, help="also write OUT.snapshot every N iterations")
     arguments = parser.parse_args()
     if MODELS[arguments.model].pictures != "scenes" and not arguments.data:
         parser.error(f"--data: {arguments.model} needs a data file of {MODELS[arguments.model].pictures}")
@@ -263,7 +241,6 @@ def main():
         arguments.iterations or MODELS[arguments.model].iterations,
         arguments.batch_size,
         start_from=arguments.start_from,
-        snapshot_every=arguments.snapshot_every,
         save_every=None,
         data=arguments.data,
     )

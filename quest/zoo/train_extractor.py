@@ -16,7 +16,7 @@ from quest.metrics.extractor import HEADS, SceneNet, outputs, targets
 from quest.runtime import command_line
 from quest.runtime.files import atomic_folder, dumps
 from quest.zoo.train_autoencoder import to_images, to_tensor
-from quest.zoo.training import Progress, cosine, generator, load_checkpoint, save_checkpoint
+from quest.zoo.training import Progress, cosine, descend, generator, load_checkpoint, save_checkpoint
 
 
 def augment(x, g):
@@ -57,10 +57,7 @@ def run_phase(name, net, data, wanted, iterations, checkpoint, learning_rate, se
         rows = torch.randint(len(data), (batch_size,), generator=g)
         heads = net(augment(to_tensor(data[rows.numpy()]), g))
         loss = loss_of(heads, {k: v[rows % len(v)] for k, v in wanted.items()})
-        optimizer.param_groups[0]["lr"] = learning_rate * cosine(i, iterations)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(loss, optimizer, learning_rate * cosine(i, iterations), clip=False)
         progress(i + 1, loss=loss)
         if (i + 1) % 500 == 0 or i + 1 == iterations:
             save_checkpoint(checkpoint, i + 1, [net], optimizer)

@@ -23,9 +23,9 @@ from quest.diffusion.pipelines import ClassEmbedder, LatentDiffusionPipeline
 from quest.runtime import command_line
 from quest.runtime.files import atomic
 from quest.zoo import signals
-from quest.zoo.training import Average, Progress, constant_then_decay, generator
+from quest.zoo.architectures import SCHEDULE
+from quest.zoo.training import Average, Progress, constant_then_decay, descend, generator
 
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 CONTEXT = 32  # width of a class token
 
 
@@ -156,11 +156,7 @@ def train(
         signal = alphas[t].view(-1, 1, 1, 1)
         noisy = signal.sqrt() * values[rows] + (1 - signal).sqrt() * noise
         loss = F.mse_loss(pipe.unet(noisy, t, pipe.class_embedder(labels[rows])).sample, noise)
-        optimizer.param_groups[0]["lr"] = learning_rate * constant_then_decay(i, iterations)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        descend(loss, optimizer, learning_rate * constant_then_decay(i, iterations))
         average.update(i)
         errors.append(loss.item())
         progress(i + 1, error=loss)

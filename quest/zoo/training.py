@@ -37,6 +37,16 @@ def autocast(half):
     return torch.autocast("cpu", torch.bfloat16, enabled=half)
 
 
+def descend(loss, optimizer, rate, clip=True):
+    """One update at the learning rate `rate`. clip: whether the norm of all gradients is limited to 1."""
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.zero_grad()
+    loss.backward()
+    if clip:
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+
+
 class Average:
     """Exponential moving average of parameters, faster at first: decay min(limit, (1 + i) / (10 + i))."""
 

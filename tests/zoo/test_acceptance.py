@@ -38,12 +38,6 @@ def test_nearest_cosine_does_not_depend_on_length():
     assert index.tolist() == [4, 2] and cosine == pytest.approx(1)
 
 
-def test_features_of_other_pictures_are_refused(shown, tmp_path):
-    np.savez(tmp_path / "cache.npz", features=np.zeros((3, 1280), np.float16))
-    with pytest.raises(ValueError, match="cache.npz: features of 3 pictures, not 90"):
-        neighbours.training_features(shown, tmp_path / "cache.npz")
-
-
 def test_copies_of_training_pictures_are_noticed(shown, tmp_path, monkeypatch):
     components, _ = picture_statistics.components("photos", shown)
     components.save(tmp_path / "lite0-photos.safetensors")
