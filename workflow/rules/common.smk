@@ -65,7 +65,10 @@ STARTING_POINTS = (
 )
 METHODS = [*config["methods"], *config.get("ablations", {}).get("rows", {})]
 DEVICE = config.get("device", "cpu")
-GPU_PARTS = config.get("share_gpu", {}).get("parts", 1)  # of one GPU, see gpus.smk
+GPU_PARTS = config.get("share_gpu", {}).get("parts", 1)  # of one GPU, see resources.smk
+# Null controls: full precision, sampled in another way. Method -> kind.
+NULLS = {f"fp-{kind}": kind for kind in KINDS if DEVICE == "cpu" or kind in ("batches", "bf16")}
+NULL_IMAGES = 100
 CLIPS = {model.clip for model in MODELS.values() if model.clip}
 # (model, bits) in the order of the grid. Each pair has one grid of samples.
 CELLS = list(dict.fromkeys((run.model, run.bits) for run in RUNS if run.method != "fp"))
@@ -103,7 +106,7 @@ shell.prefix(
 wildcard_constraints:
     name=re.escape(NAME),
     model="|".join(map(re.escape, config["models"])),
-    method=f"({'|'.join(map(re.escape, METHODS))})(@[0-9]+)?",
+    method=f"({'|'.join(map(re.escape, METHODS))})(@[0-9]+)?|{'|'.join(NULLS)}",
     draw=r"\d+",
     bits=r"w\d+a\d+",
     shard=r"\d+",
@@ -173,6 +176,11 @@ def recipe(wc):
     return json.dumps(recipe_of(config, wc.method)[1], sort_keys=True)
 
 
+def calibration_draw(wc):
+    """The flag that says how many trajectories a calibration set has."""
+    return ["-n", config["models"][wc.model].get("trajectories", MODELS[wc.model].trajectories)]
+
+
 def calibration(wc):
     """The calibration set of a cell; each quantization seed has its own draw of trajectories."""
     _, _, seed = wc.method.partition("@")
@@ -193,11 +201,18 @@ def floats(wc):
 
 def checkpoint_of(wc):
     """The quantized denoiser of a cell; full precision has none."""
-    return [] if wc.method == "fp" else f"results/{NAME}/{wc.model}/{wc.method}/{wc.bits}/model.safetensors"
+    return [] if wc.bits == FULL_PRECISION[1] else f"results/{NAME}/{wc.model}/{wc.method}/{wc.bits}/model.safetensors"
 
 
-def shards(wc):
-    return config["models"][wc.model].get("shards", 1)
+def shards(model, method):
+    """Number of files in which the images of a cell lie; one of a null control, which has few."""
+    return 1 if method in NULLS else config["models"][model].get("shards", 1)
+
+
+def images(wc):
+    """Number of images of a cell."""
+    count = config["models"][wc.model]["images"]
+    return min(NULL_IMAGES, count) if wc.method in NULLS else count
 
 
 def sampled_images(wc):
@@ -208,8 +223,8 @@ def sampled_images(wc):
 
 def arrays(kind, model, method, bits):
     """The `kind` files ("samples" or "features") of one cell, all shards in order."""
-    shards = range(config["models"][model].get("shards", 1))
-    return [f"results/{NAME}/{model}/{method}/{bits}/{kind}-{shard}.npz" for shard in shards]
+    folder = f"results/{NAME}/{model}/{method}/{bits}"
+    return [f"{folder}/{kind}-{shard}.npz" for shard in range(shards(model, method))]
 
 
 def cell(kind):

@@ -15,14 +15,15 @@ rule sample:
     resources:
         **needs((3000, 64000), (60, 1440), plan="sample"),
     params:
-        n=setting("images"),
-        shards=shards,
+        null=lambda wc: ["--null", NULLS[wc.method]] if wc.method in NULLS else [],
+        n=images,
+        shards=lambda wc: shards(wc.model, wc.method),
         images=sampled_images,
         device=DEVICE,
     shell:
         "QUEST_GPU_PARTS={resources.gpu_parts:q}/$PARTS_OF_GPU"
-        " python -m workflow.scripts.sample {wildcards.model:q} --checkpoint {input.checkpoint:q} -n {params.n:q}"
-        " --shard {wildcards.shard:q}/{params.shards:q} --evaluation {input.evaluation:q} {params.images:q}"
+        " python -m workflow.scripts.sample {wildcards.model:q} --checkpoint {input.checkpoint:q} {params.null:q}"
+        " -n {params.n:q} --shard {wildcards.shard:q}/{params.shards:q} --evaluation {input.evaluation:q} {params.images:q}"
         " --threads {threads:q} --device {params.device:q} --samples {output.samples:q} --features {output.features:q} > {log:q} 2>&1"
 
 
@@ -44,7 +45,9 @@ rule metrics:
     threads: at_size(1, 16)
     resources:
         **needs((1500, 32000), (15, 60)),
+    params:
+        null=lambda wc: ["--null"] * (wc.method in NULLS),
     shell:
-        "python -m workflow.scripts.metrics {wildcards.model:q} {wildcards.method:q} {wildcards.bits:q}"
+        "python -m workflow.scripts.metrics {wildcards.model:q} {wildcards.method:q} {wildcards.bits:q} {params.null:q}"
         " --features {input.features:q} --samples {input.samples:q} --fp-features {input.fp_features:q}"
         " --fp-samples {input.fp_samples:q} --reference {input.reference:q} -o {output:q} > {log:q} 2>&1"

@@ -1,3 +1,5 @@
+# Calibration set and held-out trajectories are jobs of their own, so that another number of held-out ones does not rerun
+# quantization.
 rule trajectories:
     input:
         script=project("workflow/scripts/trajectories.py"),
@@ -14,57 +16,40 @@ rule trajectories:
         **needs((2000, 64000), (30, 720), plan="trajectories"),
     params:
         device=DEVICE,
-        calibration=lambda wc: config["models"][wc.model].get("trajectories", MODELS[wc.model].trajectories),
+        # Apart from the files: nothing is made again for the sake of a parameter that depends on the output.
+        drawn=calibration_draw,
+        files=lambda wc, output: ["--calibration", output.calibration, "--ranges", output.ranges],
     shell:
         "QUEST_GPU_PARTS={resources.gpu_parts:q}/$PARTS_OF_GPU"
-        " python -m workflow.scripts.trajectories {wildcards.model:q} -n {params.calibration:q} --calibration {output.calibration:q}"
-        " --ranges {output.ranges:q} --threads {threads:q} --device {params.device:q} > {log:q} 2>&1"
+        " python -m workflow.scripts.trajectories {wildcards.model:q} {params.drawn:q} {params.files:q}"
+        " --threads {threads:q} --device {params.device:q} > {log:q} 2>&1"
 
 
-# A separate rule from the calibration set, so that another number of held-out trajectories does not rerun quantization.
-rule evaluation:
-    input:
-        script=project("workflow/scripts/trajectories.py"),
-        weights=weights,
+use rule trajectories as evaluation with:
     output:
         ensure("results/{name}/{model}/evaluation.safetensors", non_empty=True),
     log:
         "results/{name}/{model}/evaluation.log",
-    priority: 1  # other jobs wait for it
-    conda:
-        "../../environment.yml"
     resources:
         **needs((2000, 64000), (30, 720), plan="evaluation"),
     params:
         device=DEVICE,
-        evaluation=lambda wc: config["models"][wc.model].get("evaluation", 16),
-    shell:
-        "QUEST_GPU_PARTS={resources.gpu_parts:q}/$PARTS_OF_GPU"
-        " python -m workflow.scripts.trajectories {wildcards.model:q} --evaluation {output:q} -e {params.evaluation:q}"
-        " --threads {threads:q} --device {params.device:q} > {log:q} 2>&1"
+        drawn=lambda wc: ["-e", config["models"][wc.model].get("evaluation", 16)],
+        files=lambda wc, output: ["--evaluation", *output],
 
 
 # Draws other calibration trajectories for another quantization seed.
-rule redraw:
-    input:
-        script=project("workflow/scripts/trajectories.py"),
-        weights=weights,
+use rule trajectories as redraw with:
     output:
         ensure("results/{name}/{model}/calibration-{draw}.safetensors", non_empty=True),
     log:
         "results/{name}/{model}/calibration-{draw}.log",
-    priority: 1  # other jobs wait for it
-    conda:
-        "../../environment.yml"
     resources:
         **needs((2000, 64000), (30, 720), plan="redraw"),
     params:
         device=DEVICE,
-        calibration=lambda wc: config["models"][wc.model].get("trajectories", MODELS[wc.model].trajectories),
-    shell:
-        "QUEST_GPU_PARTS={resources.gpu_parts:q}/$PARTS_OF_GPU"
-        " python -m workflow.scripts.trajectories {wildcards.model:q} -n {params.calibration:q} --draw {wildcards.draw:q}"
-        " --calibration {output:q} --threads {threads:q} --device {params.device:q} > {log:q} 2>&1"
+        drawn=lambda wc: [*calibration_draw(wc), "--draw", wc.draw],
+        files=lambda wc, output: ["--calibration", *output],
 
 
 rule quantize:
