@@ -21,7 +21,7 @@ from quest.benchmark.shapes import FIRST, ZOO, Layer, layers
 from quest.benchmark.single_layers import ATTENTION_KERNELS, LAYER_KERNELS, absent, bits_of, contenders, failed
 from quest.benchmark.stopwatch import seconds_in_rounds, shares, timed
 from quest.diffusion import published
-from quest.diffusion.models import MODELS, Model
+from quest.diffusion.models import MODELS
 from quest.planning.shapes import inputs
 from quest.report import speed
 
@@ -69,7 +69,8 @@ def points(models: tuple[str, ...], threads: tuple[int, ...]) -> list[Point]:
             Point("step", n, name, batch=batch, kernel=kernel)
             for name in names
             for kernel in kernels
-            for batch in (batches or (1, sampling_batch(MODELS[name])))
+            # By default 1, and a batch of the sampler, which has two halves under guidance.
+            for batch in (batches or (1, MODELS[name].batch_size * MODELS[name].halves))
             for n in threads
         ]
 
@@ -79,11 +80,6 @@ def points(models: tuple[str, ...], threads: tuple[int, ...]) -> list[Point]:
     result += second[2] + steps(paper, (2,), ("suite",)) + steps(zoo, None, ("fp32 compiled",))
     rivals = ("OpenVINO int8", "OpenVINO fp32", "fp32 compiled", "bf16", "bf16 compiled")
     return result + [point for name in paper for point in steps([name], (1, 2), rivals)]
-
-
-def sampling_batch(model: Model) -> int:
-    """Samples in one denoiser call while sampling: under guidance both halves of the batch."""
-    return model.batch_size * model.halves
 
 
 def measure(point: Point) -> list[dict]:

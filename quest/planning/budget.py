@@ -1,6 +1,5 @@
 """The memory of a job against its budget, before it starts, and what each job asks of a cluster."""
 
-import csv
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +8,6 @@ from quest.config import FULL_PRECISION, ablation_runs, recipe_of, runs, seed_ru
 from quest.diffusion.declared import of_config
 from quest.planning import costs, plan
 from quest.runtime import memory
-from quest.runtime.files import atomic
 
 # What a recipe sets to change the rows of a step that are in memory at once.
 KEYS = {"rounding": "batch", "step learning": "batch", "threshold search": "rows"}
@@ -49,12 +47,10 @@ def check(model, method: str, recipe: dict, bits: str, trajectories: int, device
     if needed <= budget:
         return f"{told}, the budget is {budget / 1e3:.1f} GB"
     fitting = math.floor(rows - (needed - budget) / row) if row and step in KEYS else 0
-    smaller = f"{KEYS[step]}: {fitting}, or " if fitting >= 1 else ""
-    raise ValueError(f"{told}, the budget is {budget / 1e3:.1f} GB; what fits: {smaller}memory: {_up(needed)}GB")
-
-
-def _up(megabytes: float) -> int:
-    return math.ceil(megabytes / 1e3)
+    fits = f"memory: {math.ceil(needed / 1e3)}GB"
+    if fitting >= 1:
+        fits = f"{KEYS[step]}: {fitting}, or {fits}"
+    raise ValueError(f"{told}, the budget is {budget / 1e3:.1f} GB; what fits: {fits}")
 
 
 def _known(model: str, device: str) -> dict[str, float]:
@@ -95,8 +91,4 @@ def jobs(config: dict, known: list[dict], machine: str) -> list[dict]:
 
 def write(rows: Iterable[dict], path: Path) -> None:
     """Write the rows of `jobs`, where the workflow finds them: results/<name>/jobs.csv."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, JOBS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    costs.write(rows, path, JOBS)

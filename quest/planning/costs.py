@@ -6,6 +6,7 @@ each step. On a CPU, seconds are processor time of one thread, which other proce
 
 import csv
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from baselines import METHODS
@@ -75,10 +76,15 @@ def record(rows: list[dict], path: Path = COSTS) -> None:
 
     new = {key(row) for row in rows}
     kept = [row for row in read(path) if key(row) not in new] if path.is_file() else []
+    write(kept + rows, path)
+
+
+def write(rows: Iterable[dict], path: Path, columns: Sequence[str] = COLUMNS) -> None:
+    """Write rows as a CSV file, all at once or not at all."""
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(kept + rows)
+        writer.writerows(rows)
 
 
 def machine(device: str) -> str:

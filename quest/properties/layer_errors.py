@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from quest.diffusion.calibration_set import CalibrationSet
-from quest.diffusion.denoisers import denoiser_of
+from quest.diffusion.denoisers import denoiser_of, hooked
 
 CALLS = 3  # of a trajectory: the first one, one in the middle, and the last one
 ROWS = 4  # of each call
@@ -35,14 +35,10 @@ def layer_errors(pipe, student, evaluation: CalibrationSet) -> dict[str, float]:
         return compare
 
     layers = {n: m for n, m in exact.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
     last = int(evaluation.call.max())
-    try:
+    with hooked(module.register_forward_hook(hook(name)) for name, module in layers.items()):
         for call in dict.fromkeys(round(share * last / (CALLS - 1)) for share in range(CALLS)):
             inputs = evaluation.inputs((evaluation.call == call).nonzero().flatten()[:ROWS])
             with groups.inside(inputs["timestep"]) if groups is not None else nullcontext():
                 exact(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: sum(values) / len(values) for name, values in errors.items()}

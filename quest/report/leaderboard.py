@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from quest.diffusion.models import MODELS, SEEDS
+from quest.diffusion.models import SEEDS
 from quest.metrics import METRICS
 from quest.quantization.header import FLOAT, read
 from quest.report.rendering import MISSING, Column, Table, columns, interval
 from quest.runtime.download import sha256_of
-from quest.runtime.files import dumps, one_line, read_json
+from quest.runtime.files import dumps, one_line
 from quest.runtime.hashing import opened
 from quest.runtime.yaml_files import read_yaml
 
@@ -76,9 +76,7 @@ def check(folder: str | Path) -> Entry:
     if not isinstance(told, dict) or (strange := (set(told) - {"row"}) ^ {*FIELDS, "calibration"}):
         named = ", ".join(sorted(map(str, strange))) if isinstance(told, dict) else "no mapping"
         raise ValueError(f"{file}: missing or unknown: {one_line(named)}; valid: {', '.join(FIELDS)}, calibration, row")
-    for field, (pattern, valid) in (FIELDS | ({"row": ROW} if "row" in told else {})).items():
-        if not isinstance(told[field], str) or not re.fullmatch(pattern, told[field].strip()):
-            raise ValueError(one_line(f"{file}: {field}: {told[field]!r:.80}; valid: {valid}"))
+    fields = {field: _field(file, told, field) for field in (*FIELDS, "row") if field in told}
     first, last = _seeds(file, told["calibration"])
     checkpoint = checkpoint_of(folder)
     if not checkpoint.is_file():
@@ -86,14 +84,14 @@ def check(folder: str | Path) -> Entry:
         how = made if "row" in told else "valid: a checkpoint that quest.save wrote"
         raise FileNotFoundError(f"{checkpoint}: missing; {how}")
     if "row" in told:
-        same = tensors_hash(checkpoint) == told["sha256"]
+        same = tensors_hash(checkpoint) == fields["sha256"]
         origin = "made here, as declared" if same else "made here, other tensors than declared"
-    elif (found := sha256_of(checkpoint)) == told["sha256"]:
+    elif (found := sha256_of(checkpoint)) == fields["sha256"]:
         origin = "sent"
     else:
-        raise ValueError(f"{checkpoint}: its SHA-256 is {found}, not the declared {told['sha256']}")
-    check_bits(checkpoint, told["bits"])
-    return Entry(**{f: told[f].strip() for f in FIELDS}, calibration=(first, last), folder=folder, origin=origin)
+        raise ValueError(f"{checkpoint}: its SHA-256 is {found}, not the declared {fields['sha256']}")
+    check_bits(checkpoint, fields["bits"])
+    return Entry(**{field: fields[field] for field in FIELDS}, calibration=(first, last), folder=folder, origin=origin)
 
 
 def is_place(name: str) -> bool:
@@ -191,17 +189,15 @@ def check_bits(checkpoint: Path, bits: str) -> None:
 
 def declared(folder: Path, field: str) -> str:
     """One field of a submission's entry.yaml, without the other checks; for the plan of a run."""
-    told = read_yaml(folder / "entry.yaml")
+    return _field(folder / "entry.yaml", read_yaml(folder / "entry.yaml"), field)
+
+
+def _field(file: Path, told, field: str) -> str:
     found = told.get(field) if isinstance(told, dict) else None
     pattern, valid = (FIELDS | {"row": ROW})[field]
     if not isinstance(found, str) or not re.fullmatch(pattern, found.strip()):
-        raise ValueError(one_line(f"{folder / 'entry.yaml'}: {field}: {found!r:.80}; valid: {valid}"))
+        raise ValueError(one_line(f"{file}: {field}: {found!r:.80}; valid: {valid}"))
     return found.strip()
-
-
-def reference() -> Path:
-    """The statistics of real images that MODEL is compared with."""
-    return MODELS[MODEL].reference
 
 
 def draw() -> int:
@@ -249,8 +245,3 @@ def table(scored: Iterable[tuple[Entry, dict]], refused: dict[str, str], first: 
 def _without_markup(text: str) -> str:
     """A text of a submission, which its rules did not check, without what makes links, pictures and HTML of it."""
     return text.translate(str.maketrans("[]<>`", "()‹›'"))
-
-
-def scores(folder: Path) -> dict:
-    """The metrics.json in the folder of a scored entry."""
-    return read_json(folder / "metrics.json")

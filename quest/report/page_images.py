@@ -26,13 +26,9 @@ def illustrated(run: Path, of_model: pd.DataFrame, bits: list[str]) -> dict[tupl
     for method, width in [("fp", "w32a32"), *((method, width) for width in bits for method in methods)]:
         folder = run / model / method / width
         samples, features = shards(folder, "samples"), shards(folder, "features")
-        if samples and len(samples) == len(features) and _has_images(samples[0]):
+        if samples and len(samples) == len(features) and "images" in array_names(samples[0]):
             cells[method, width] = Cell.load(features, samples)
     return cells
-
-
-def _has_images(file):
-    return "images" in array_names(file)
 
 
 def grids(model: str, cells: dict[tuple[str, str], Cell], bits: list[str]) -> Iterator[dict]:

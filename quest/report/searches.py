@@ -7,7 +7,7 @@ from statistics import mean
 
 from quest.report import rendering
 from quest.report.rendering import Cell, Column, Table, columns, number
-from quest.runtime.files import atomic, loads, read_rows
+from quest.runtime.files import loads, read_rows
 
 KEYS = ("model", "method", "bits", "seed", "recipe", "settings")  # what a trial is known by
 COLUMNS = (*KEYS, "guided_eps_error", "deviation", "eps_error", "latent_mse")
@@ -22,9 +22,7 @@ def read(path: str | Path) -> list[dict]:
 def write(path: str | Path, lines: Sequence[dict]) -> None:
     """Write a log, all at once or not at all."""
     rows = [[str(line[name]) for name in COLUMNS] for line in lines]
-    table = Table(columns(*COLUMNS, texts=len(COLUMNS)), rows)
-    with atomic(path) as file:
-        file.write_text(table.csv() + "\n", encoding="utf-8")
+    rendering.write(path, Table(columns(*COLUMNS, texts=len(COLUMNS)), rows))
 
 
 def objective(line: dict) -> float:

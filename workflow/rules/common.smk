@@ -27,6 +27,7 @@ from quest.config.schema import renamed
 from quest.config.searched import starts as search_starts
 from quest.config.settled import settled_runs, told
 from quest.diffusion.declared import PROTOCOL, of_config
+from quest.diffusion.models import find
 from quest.diffusion.nulls import KINDS
 from quest.metrics import LITE0, SHIPPED_CLIPS
 from quest.planning import keep

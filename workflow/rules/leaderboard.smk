@@ -128,7 +128,7 @@ rule leaderboard_metrics:
         features="results/scored/{entry}/features-judged.npz",
         fp_samples="results/scored/full/samples-judged.npz",
         fp_features="results/scored/full/features-judged.npz",
-        reference=os.path.relpath(leaderboard.reference()),
+        reference=os.path.relpath(find(leaderboard.MODEL).reference),
     output:
         ensure("results/scored/{entry}/metrics.json", non_empty=True),
     log:

@@ -81,7 +81,7 @@ def table(entries: list[Path], scored: Path, output: Path) -> None:
                 "calibrated on images of evaluation"
             )
         else:
-            rows.append((entry, leaderboard.scores(own)))
+            rows.append((entry, read_json(own / "metrics.json")))
     first = int((scored / "draw.txt").read_text(encoding="utf-8"))
     for kind in ("csv", "md"):
         write(output / f"leaderboard.{kind}", leaderboard.table(rows, refused, first))

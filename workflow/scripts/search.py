@@ -29,8 +29,7 @@ def main() -> None:
     import torch
 
     from quest.config.searched import trials
-    from quest.report import searches
-    from quest.runtime.files import atomic
+    from quest.report import rendering, searches
 
     torch.set_num_threads(arguments.threads)
     block = arguments.config["search"]
@@ -58,8 +57,7 @@ def main() -> None:
             for seed in block["seeds"] if best else []:
                 for changes in ({}, best):
                     run(bench, row, changes, seed)
-    with atomic(arguments.output) as file:
-        file.write_text("\n\n".join(table.markdown() for table in searches.tables(asked)) + "\n", encoding="utf-8")
+    rendering.write(arguments.output, *searches.tables(asked))
 
 
 class Bench:
