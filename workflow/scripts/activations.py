@@ -11,25 +11,19 @@ def main() -> None:
     parser.add_argument("--finetuned", type=Path, required=True, help="QuEST's checkpoint")
     arguments = parser.parse_args()
 
-    import torch
-
     import quest
     from baselines import METHODS
     from quest.config import parse_bits
-    from quest.diffusion.calibration_set import CalibrationSet
     from quest.diffusion.denoisers import denoiser_of
-    from quest.diffusion.models import get
     from quest.properties.distributions import EDGES, distributions, spreads, unknown
     from quest.runtime.provenance import write_json
+    from workflow.scripts import opened
 
-    torch.set_num_threads(arguments.threads)
-    model = get(arguments.model)
+    model, pipe, calibration, evaluation = opened(arguments)
     recipe = model.recipe(METHODS["quest-suite"].quantize, parse_bits(arguments.bits)[1]) | {
         "init": str(arguments.init)
     }
     recipe |= {"tla_iterations": 0, "cma_iterations": 0}
-    pipe = model.load()
-    calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))
     scale = spreads(denoiser_of(pipe), evaluation)
     denoisers = {"full precision": distributions(denoiser_of(pipe), evaluation, scale)}
     makers = {

@@ -21,22 +21,19 @@ def main() -> None:
 
     import quest
     from quest import kernels
-    from quest.diffusion.calibration_set import CalibrationSet
     from quest.diffusion.denoisers import denoiser_of
-    from quest.diffusion.models import get
     from quest.properties.lookup import look_up, seconds_in_turns, single
     from quest.quantization.cost import stored
     from quest.quantization.header import read as read_header
     from quest.runtime.provenance import write_json
+    from workflow.scripts import opened
 
-    torch.set_num_threads(arguments.threads)
-    model = get(arguments.model)
     if reason := read_header(arguments.checkpoint, diverged=True).get("diverged"):
         print(f"nothing to time: diverged: {reason}", flush=True)
-        write_json(arguments.output, {"model": model.name, "groups": 0, "bytes": {}, "rows": [], "diverged": reason})
+        nothing = {"model": arguments.model, "groups": 0, "bytes": {}, "rows": []}
+        write_json(arguments.output, nothing | {"diverged": reason})
         return
-    pipe = model.load()
-    evaluation = CalibrationSet.load(arguments.evaluation)
+    _, pipe, evaluation = opened(arguments)
     at = (evaluation.call == evaluation.call.max() // 2).nonzero().flatten()
     inputs = evaluation.inputs(at)
     rows = []
@@ -58,7 +55,7 @@ def main() -> None:
                 middle = {name: f"{1e3 * sorted(values)[len(values) // 2]:.4g} ms" for name, values in seconds.items()}
                 print(kernel, batch, middle, same, flush=True)
     size = {kind: sum(of_kind.values()) for kind, of_kind in stored(many).items()}
-    content = {"model": model.name, "groups": len(many.time_groups), "bytes": size, "rows": rows}
+    content = {"model": arguments.model, "groups": len(many.time_groups), "bytes": size, "rows": rows}
     write_json(arguments.output, content)
 
 

@@ -18,21 +18,14 @@ def main() -> None:
     with command_line.imports():
         import numpy as np
         import pandas as pd
-        import torch
 
         import quest
-        from quest.diffusion.calibration_set import CalibrationSet
-        from quest.diffusion.models import get
         from quest.properties.layer_errors import layer_errors
         from quest.quantization.header import read as read_header
         from quest.report import rendering
-        from quest.runtime import gpu_lock
+        from workflow.scripts import opened
 
-    torch.set_num_threads(arguments.threads)
-    gpu_lock.take(arguments.device)
-    model = get(arguments.model)
-    pipe = model.load(device=arguments.device)
-    evaluation = CalibrationSet.load(arguments.evaluation).to(arguments.device)
+    model, pipe, evaluation = opened(arguments)
     rows = []
     for file in arguments.checkpoints:
         header = read_header(file, diverged=True)

@@ -38,27 +38,23 @@ def main() -> None:
         import torch
 
         import quest
-        from quest.diffusion.calibration_set import CalibrationSet
         from quest.diffusion.denoisers import denoiser_of
         from quest.diffusion.drawn import Collected, earlier, joined
-        from quest.diffusion.models import SEEDS, get
+        from quest.diffusion.models import SEEDS
         from quest.diffusion.sampling import batches, generate, nothing, timed
         from quest.kernels.cpu.core import identity
         from quest.metrics.features import class_logits, loaded, of_networks
         from quest.metrics.noise_prediction import eps_errors
         from quest.quantization import cost, placement
         from quest.quantization.header import read as read_header
-        from quest.runtime import gpu_lock, sums
+        from quest.runtime import sums
         from quest.runtime.files import atomic, dumps
         from quest.runtime.provenance import provenance
         from quest.runtime.resume import digest
+        from workflow.scripts import opened
 
-    torch.set_num_threads(arguments.threads)
-    gpu_lock.take(arguments.device)
     shard, shards = map(int, arguments.shard.split("/"))
-    model = get(arguments.model)
-    pipe = model.load(device=arguments.device)
-    evaluation = CalibrationSet.load(arguments.evaluation).to(arguments.device)
+    model, pipe, evaluation = opened(arguments)
     work = cost.macs(denoiser_of(pipe), evaluation.inputs(torch.tensor([0])))
     header = read_header(arguments.checkpoint, diverged=True) if arguments.checkpoint else {}
     diverged = header.get("diverged")

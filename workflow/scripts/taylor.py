@@ -8,17 +8,13 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 5, 4, 3, 2], help="default %(default)s")
     arguments = parser.parse_args()
 
-    import torch
-
-    from quest.diffusion.calibration_set import CalibrationSet
     from quest.diffusion.denoisers import denoiser_of
-    from quest.diffusion.models import get
     from quest.properties.taylor import taylor
     from quest.runtime.provenance import write_json
+    from workflow.scripts import opened
 
-    torch.set_num_threads(arguments.threads)
-    evaluation = CalibrationSet.load(arguments.evaluation)
-    rows = taylor(denoiser_of(get(arguments.model).load()), evaluation, arguments.bits)
+    _, pipe, evaluation = opened(arguments)
+    rows = taylor(denoiser_of(pipe), evaluation, arguments.bits)
     write_json(arguments.output, {"model": arguments.model, "rows": rows})
 
 

@@ -13,23 +13,18 @@ def main() -> None:
     parser.add_argument("--finetuned", type=Path, required=True, help="QuEST's checkpoint at these bits")
     arguments = parser.parse_args()
 
-    import torch
-
     import quest
     from quest.config import parse_bits
-    from quest.diffusion.calibration_set import CalibrationSet
     from quest.diffusion.denoisers import denoiser_of
-    from quest.diffusion.models import get
     from quest.metrics.noise_prediction import eps_error
     from quest.properties.embeddings import PATH, embeddings, moved
     from quest.properties.sensitivity import ENDS, lowered, parts
     from quest.report.properties import RANGE_KINDS
     from quest.runtime.provenance import write_json
+    from workflow.scripts import opened
 
-    torch.set_num_threads(arguments.threads)
-    model, bits = get(arguments.model), parse_bits(arguments.bits)
-    pipe = model.load()
-    calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))
+    _, pipe, calibration, evaluation = opened(arguments)
+    bits = parse_bits(arguments.bits)
     exact = embeddings(denoiser_of(pipe), evaluation)
     layers = parts(denoiser_of(pipe))  # class of layers -> names
     rest = [name for layer_class, names in layers.items() if layer_class not in (PATH, ENDS) for name in names]

@@ -42,23 +42,19 @@ def main() -> None:
     import quest
     from baselines import METHODS
     from quest.config import parse_bits
-    from quest.diffusion.calibration_set import CalibrationSet
     from quest.diffusion.denoisers import denoiser_of
-    from quest.diffusion.models import get
     from quest.diffusion.sampling import generate
     from quest.metrics.noise_prediction import eps_error
     from quest.runtime.provenance import write_json
     from quest.zoo.noised import noised
+    from workflow.scripts import opened
 
-    torch.set_num_threads(arguments.threads)
-    model = get(arguments.model)
+    model, pipe, calibration, evaluation = opened(arguments)
     drawn = model.name.startswith("scenes")  # a program draws their pictures; those of other models do not ship
     if arguments.data != "trajectories" and not drawn:
         parser.error(f"--data: the real pictures of {model.name} do not ship; valid: trajectories")
     recipe = model.recipe(METHODS[arguments.method].quantize, parse_bits(arguments.bits)[1])
     recipe |= {"init": str(arguments.init)} | arguments.recipe
-    pipe = model.load()
-    calibration, evaluation = map(CalibrationSet.load, (arguments.calibration, arguments.evaluation))
     if arguments.data != "trajectories":
         pictures = arguments.pictures or len(calibration.trajectory.unique())
         seed = recipe.get("seed", 0)
