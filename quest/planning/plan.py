@@ -11,15 +11,7 @@ from typing import NamedTuple
 
 from baselines import METHODS
 from baselines.method import keywords
-from quest.config import (
-    FULL_PRECISION,
-    Run,
-    ablation_runs,
-    parse_bits,
-    recipe_of,
-    runs,
-    starting_points,
-)
+from quest.config import FULL_PRECISION, Run, ablation_runs, parse_bits, recipe_of, runs, starting_points
 from quest.diffusion.declared import of_config
 from quest.diffusion.models import Model
 from quest.metrics import LITE0, RESIZE, SHIPPED_CLIPS

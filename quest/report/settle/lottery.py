@@ -6,7 +6,7 @@ differ in nothing else; draw and seed together from cells that differ in both, a
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from quest.report.settle.verdicts import MARGINS
 
 COLUMNS = ["source", "model", "bits", "method", "endpoint", "deviation", "noise_gap", "cells", "from"]
 SOURCES = ("images", "calibration draw", "quantization seed", "draw and seed", "processor")
+FIELDS = ("seed", "draw", "isa")  # of a cell, in which cells of one recipe and the same images can differ
 
 
 def frame(evidence: Sequence[Evidence], before: dict[str, pd.DataFrame] | None = None) -> pd.DataFrame:
@@ -56,25 +57,21 @@ def error_over_images(cell: Evidence, endpoint: str) -> float:
 
 def _grouped(evidence: Sequence[Evidence], source: str, differs: set[str]) -> Iterable[dict]:
     """Deviations within groups of cells that are equal in all but the fields `differs`, and differ in each of these."""
-    fields: dict[str, Callable] = {
-        name: lambda cell, name=name: getattr(cell, name) for name in ("seed", "draw", "isa")
-    }
     groups: dict[tuple, list[Evidence]] = {}
     for cell in evidence:
-        equal = [read(cell) for name, read in fields.items() if name not in differs]
+        equal = [getattr(cell, name) for name in FIELDS if name not in differs]
         groups.setdefault((cell.model, cell.bits, _recipes(cell), cell.images, *equal), []).append(cell)
     rows: dict[tuple, list[tuple[float, list[Evidence]]]] = {}
     for group in groups.values():
-        varied = {tuple(fields[name](cell) for name in sorted(differs)): cell for cell in group}
+        varied = {tuple(getattr(cell, name) for name in FIELDS if name in differs): cell for cell in group}
         if len(varied) < 2:
             continue
         cells = list(varied.values())
         for endpoint in (name for name in cells[0].endpoints if name in MARGINS):
             if all(endpoint in cell.endpoints for cell in cells):
                 variance = float(np.var([cell.value(endpoint) for cell in cells], ddof=1))
-                rows.setdefault((cells[0].model, cells[0].bits, _recipes(cells[0]), endpoint), []).append(
-                    (variance, cells)
-                )
+                key = cells[0].model, cells[0].bits, _recipes(cells[0]), endpoint
+                rows.setdefault(key, []).append((variance, cells))
     for (*_, endpoint), parts in rows.items():
         weights = [len(cells) - 1 for _, cells in parts]
         deviation = math.sqrt(np.average([variance for variance, _ in parts], weights=weights))
@@ -88,12 +85,8 @@ def _recipes(cell: Evidence) -> str:
 
 
 def _row(source: str, cells: list[Evidence], endpoint: str, deviation: float) -> dict:
-    names = {"model": cells[0].model, "bits": cells[0].bits, "method": cells[0].method}
-    return (
-        {"source": source}
-        | names
-        | {"endpoint": endpoint, "deviation": deviation, "cells": len(cells), "from": "settled"}
-    )
+    names = {"source": source, "model": cells[0].model, "bits": cells[0].bits, "method": cells[0].method}
+    return names | {"endpoint": endpoint, "deviation": deviation, "cells": len(cells), "from": "settled"}
 
 
 def _of_table(seeds: pd.DataFrame, name: str) -> Iterable[dict]:

@@ -117,8 +117,7 @@ QUESTIONS = (
         findings=(("quest-control", "quest-suite"), ("quest-cma-only", "quest-suite")),
         once=(
             f"the layers that are tuned are not the sensitive ones ([three models]({ZOO})): shortcuts and both ends "
-            "are, "
-            "and attention's q, k, v are among the least",
+            "are, and attention's q, k, v are among the least",
         ),
         needs="records of the family `selection`; what it saves in memory and time at the paper's sizes",
     ),
@@ -128,8 +127,7 @@ QUESTIONS = (
         no="Scales for each time group are not better than one set, after finetuning.",
         pairs=(("quest-suite", "quest-groups-1"), ("quest-groups-5", "quest-groups-1")),
         construction="a call takes the scales of its timestep's group, so bytes grow with the number of groups, and "
-        "each "
-        "group learns from fewer batches where iterations are shared out.",
+        "each group learns from fewer batches where iterations are shared out.",
         known=(sizes,),
         findings=(
             ("quest-untuned-groups-1", "quest-untuned"),
@@ -142,8 +140,7 @@ QUESTIONS = (
         "What does theorem 1 assume, and does it justify tuning weights instead of scales?",
         answer="It does not justify it by itself.",
         construction="it takes a second-order Taylor expansion around a trained minimum, whose remainder must be "
-        "small; it "
-        "gives no bound, and compares nothing with the tuning of scales.",
+        "small; it gives no bound, and compares nothing with the tuning of scales.",
         once=(
             "at 2 bits a second-order step misses more than all of the output's change, and tuning weights lowered the "
             f"noise-prediction error far more than tuning scales, on scenes-class ({LOG})",
@@ -168,8 +165,7 @@ QUESTIONS = (
         "Does finetuning make activations easier to quantize, and in all layers?",
         once=(
             "statistics of activations hardly changed, in both directions, on scenes-class: the narrowing of the "
-            "paper's "
-            f"Figure 3 was not seen ({LOG})",
+            f"paper's Figure 3 was not seen ({LOG})",
         ),
         needs=f"`snakemake questions` on the models of pictures, and on one with [outliers]({ZOO}) to narrow",
     ),
@@ -177,19 +173,16 @@ QUESTIONS = (
         "How does full precision as the teacher compare with real data?",
         once=(
             "with the global loss alone, on scenes-class, the teacher's answers on noised real scenes were a little "
-            "better "
-            f"than on its own trajectories, and the true noise a worse target; images were not compared ({LOG})",
+            f"better than on its own trajectories, and the true noise a worse target; images were not compared ({LOG})",
         ),
         needs="images of the variants `global-scenes` and `global-noise`, over seeds; pictures of photos and emoji "
-        "do not "
-        "ship, so only the drawn scenes can say",
+        "do not ship, so only the drawn scenes can say",
     ),
     Question(
         "Is inference that of any quantized model, or do timesteps need care?",
         answer="It is, but for a look-up of the timestep's group.",
         construction="a call finds the group of its timestep and takes its scales; no sampler changes, and a "
-        "denoiser with "
-        "the scales of one group alone gives the same bits at that group's timesteps.",
+        "denoiser with the scales of one group alone gives the same bits at that group's timesteps.",
         known=(sizes,),
         once=(f"the look-up cost a few milliseconds in floats, and nothing to be told apart on integers ({LOG})",),
     ),

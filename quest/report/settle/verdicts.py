@@ -23,21 +23,8 @@ from quest.report.settle.looks import Estimate, Settled, settle
 ALL = "mean of all models"
 # Endpoints that are judged, and the smallest difference that matters (PROTOCOL.md gives the reasons).
 MARGINS = {"agreement": 0.02, "retrieval": 0.02, "kid_64w": 0.02, "fid": 10.0, "log_latent_mse": 0.05, "psnr": 0.5}
-COLUMNS = [
-    "family",
-    "model",
-    "bits",
-    "endpoint",
-    "method",
-    "versus",
-    "verdict",
-    "value",
-    "low",
-    "high",
-    "level",
-    "seeds",
-]
-COLUMNS += ["over_images", "over_seeds", "n", "margin", "full_precision", "needed", "isa", "images", "note"]
+COLUMNS = ["family", "model", "bits", "endpoint", "method", "versus", "verdict", "value", "low", "high", "level"]
+COLUMNS += ["seeds", "over_images", "over_seeds", "n", "margin", "full_precision", "needed", "isa", "images", "note"]
 
 
 def frame(
