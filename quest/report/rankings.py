@@ -62,11 +62,8 @@ def frame(main: pd.DataFrame, paired: pd.DataFrame | None = None, layers: pd.Dat
             low, high = interval(rho, len(both))
             agree, disagree = _pairs(paired, model, bits, measure, endpoint)
             names = {"model": model, "bits": bits, "measure": measure, "endpoint": endpoint}
-            rows.append(
-                names
-                | {"rho": rho, "low": low, "high": high, "cells": len(both)}
-                | {"agree": agree, "disagree": disagree}
-            )
+            found = {"rho": rho, "low": low, "high": high, "cells": len(both)}
+            rows.append(names | found | {"agree": agree, "disagree": disagree})
     return pd.DataFrame([*rows, *_pooled(rows)], columns=COLUMNS)
 
 
@@ -142,7 +139,7 @@ def _pairs(paired: pd.DataFrame | None, model: str, bits: str, measure: str, end
     return agree, len(both) - agree
 
 
-def breakage(main: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
+def breakage(main: pd.DataFrame, layers: pd.DataFrame | None) -> pd.DataFrame:
     """Return a row {model, bits, method, layer_error, endpoint, share, broken} for each cell that shows what was asked.
 
     share: how often, as a share of how often full precision does. broken: whether it is below BROKEN.
@@ -152,12 +149,9 @@ def breakage(main: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
     for (model, bits, method), cell in values.iterrows():
         endpoint = next((name for name in ASKED if name in values and not math.isnan(cell[name])), None)
         exact = (model, "w32a32", "fp")
-        if (
-            method == "fp"
-            or endpoint is None
-            or exact not in values.index
-            or math.isnan(cell.get(LAYER_ERROR, math.nan))
-        ):
+        if method == "fp" or endpoint is None or exact not in values.index:
+            continue
+        if math.isnan(cell.get(LAYER_ERROR, math.nan)):
             continue
         share = cell[endpoint] / values.loc[exact, endpoint]
         names = {"model": model, "bits": bits, "method": method, LAYER_ERROR: cell[LAYER_ERROR], "endpoint": endpoint}
@@ -167,12 +161,10 @@ def breakage(main: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
 
 def counts(cells: pd.DataFrame) -> dict[str, tuple[int, int]]:
     """{zone of layer errors: (broken, not broken)} of the frame of `breakage`."""
-    error, found = cells[LAYER_ERROR], {}
+    error, broken = cells[LAYER_ERROR], cells["broken"].astype(bool)
     zones = {f"below {FINE_BELOW}": error < FINE_BELOW, f"above {BROKEN_ABOVE}": error > BROKEN_ABOVE}
-    zones["between"] = ~(zones[f"below {FINE_BELOW}"] | zones[f"above {BROKEN_ABOVE}"])
-    for name, chosen in zones.items():
-        found[name] = (int(cells.loc[chosen, "broken"].sum()), int((~cells.loc[chosen, "broken"].astype(bool)).sum()))
-    return found
+    zones["between"] = error.between(FINE_BELOW, BROKEN_ABOVE)
+    return {name: (int((chosen & broken).sum()), int((chosen & ~broken).sum())) for name, chosen in zones.items()}
 
 
 def table(found: pd.DataFrame, broken: pd.DataFrame) -> Table:
@@ -211,9 +203,8 @@ def figure(main: pd.DataFrame, layers: pd.DataFrame | None, path: Path) -> None:
         raise ValueError("no cell has both an endpoint and a measure")
     models = list(dict.fromkeys(values.index.get_level_values("model")))
     widths = sorted({bits for _, bits, method in values.index if method != "fp"}, key=by_bits, reverse=True)
-    sheet, panels = subplots(
-        len(rows), len(drawn), (2.6 * len(drawn), 0.6 + 2.2 * len(rows)), sharey="row", sharex="col"
-    )
+    size = (2.6 * len(drawn), 0.6 + 2.2 * len(rows))
+    sheet, panels = subplots(len(rows), len(drawn), size, sharey="row", sharex="col")
     for endpoint, line in zip(rows, panels, strict=True):
         for measure, axes in zip(drawn, line, strict=True):
             for place, model in enumerate(models):
@@ -240,9 +231,7 @@ def figure(main: pd.DataFrame, layers: pd.DataFrame | None, path: Path) -> None:
 def write(main: pd.DataFrame, paired: pd.DataFrame | None, layers: pd.DataFrame | None, folder: Path) -> None:
     """Write tables/rankings.csv and .md, tables/breakage.csv and figures/rankings.png into the folder of a run."""
     found = frame(main, paired, layers)
-    broken = breakage(
-        main, layers if layers is not None else pd.DataFrame(columns=["model", "bits", "method", "median"])
-    )
+    broken = breakage(main, layers)
     rendering.write(folder / "tables" / "rankings.csv", found)
     rendering.write(folder / "tables" / "rankings.md", table(found, broken))
     rendering.write(folder / "tables" / "breakage.csv", broken)

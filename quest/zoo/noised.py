@@ -17,27 +17,23 @@ def noised(pipe, model: Model, split: str, n: int, seed: int = 0, start: int = 0
     """
     drawn = scenes.draw(split, n, start)
     z = posterior_means(pipe.vae, drawn.images()) * pipe.vae.config.scaling_factor  # [n, C, h, w]
-    halves = model.halves
-    context = _context(pipe, model, drawn)
-    generator = torch.Generator().manual_seed(seed)
-    calls = []
-    for call, t in enumerate(timesteps(model, pipe)):
-        noise = torch.randn(z.shape, generator=generator)
-        alpha = pipe.scheduler.alphas_cumprod[t]
-        noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
-        calls.append(
-            CalibrationSet(
-                sample=noisy.repeat(halves, 1, 1, 1),
-                timestep=torch.full((halves * n,), t),
-                target=noise.repeat(halves, 1, 1, 1),
-                trajectory=torch.arange(n).repeat(halves),
-                call=torch.full((halves * n,), call),
-                conditioning=context,
-            )
-        )
-    names = ("sample", "timestep", "target", "trajectory", "call")
-    columns = {name: torch.cat([getattr(c, name) for c in calls]) for name in names}
-    return CalibrationSet(**columns, conditioning={k: torch.cat([c.conditioning[k] for c in calls]) for k in context})
+    context, generator = _context(pipe, model, drawn), torch.Generator().manual_seed(seed)
+    steps, halves = torch.tensor(timesteps(model, pipe)), model.halves
+    noise = torch.stack([torch.randn(z.shape, generator=generator) for _ in steps])  # [calls, n, C, h, w]
+    alpha = pipe.scheduler.alphas_cumprod[steps].view(-1, 1, 1, 1, 1)
+    noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
+
+    def rows(of_calls):  # all calls below each other, [calls * halves * n, C, h, w]
+        return of_calls.repeat(1, halves, 1, 1, 1).flatten(0, 1)
+
+    return CalibrationSet(
+        sample=rows(noisy),
+        timestep=steps.repeat_interleave(halves * n),
+        target=rows(noise),
+        trajectory=torch.arange(n).repeat(len(steps) * halves),
+        call=torch.arange(len(steps)).repeat_interleave(halves * n),
+        conditioning={name: values.repeat(len(steps), 1, 1) for name, values in context.items()},
+    )
 
 
 def _context(pipe, model: Model, drawn) -> dict:

@@ -9,6 +9,11 @@ PICTURE_JUDGES["photos-dit"] = PICTURE_JUDGES["photos-class"]
 ZOO_DATA = {"emoji": "results/zoo/emoji.npz", "photos": "results/zoo/photos.data"}
 
 
+wildcard_constraints:
+    kind="|".join(ZOO_DATA),
+    denoiser="|".join(ZOO_DENOISERS),
+
+
 rule zoo:
     input:
         expand("results/zoo/{part}", part=["scenes-extractor", "scenes-clip", "scenes.npz"]),
@@ -61,8 +66,6 @@ rule zoo_picture_statistics:
         captions="results/zoo/{kind}-captions.txt",  # empty for photographs
     log:
         "results/zoo/{kind}-statistics.log",
-    wildcard_constraints:
-        kind="emoji|photos",
     conda:
         "../../environment.yml"
     resources:
@@ -112,8 +115,6 @@ rule zoo_pictures_autoencoder:
         directory("results/zoo/autoencoder-{kind}"),
     log:
         "results/zoo/autoencoder-{kind}.log",
-    wildcard_constraints:
-        kind="emoji|photos",
     conda:
         "../../environment.yml"
     resources:
@@ -131,8 +132,6 @@ rule zoo_pictures_latents:
         ensure("results/zoo/latents-{kind}.safetensors", non_empty=True),
     log:
         "results/zoo/latents-{kind}.log",
-    wildcard_constraints:
-        kind="emoji|photos",
     conda:
         "../../environment.yml"
     resources:
@@ -276,8 +275,6 @@ rule zoo_denoiser:
         directory("results/zoo/{denoiser}"),
     log:
         "results/zoo/{denoiser}.log",
-    wildcard_constraints:
-        denoiser="|".join(ZOO_DENOISERS),
     conda:
         "../../environment.yml"
     resources:
@@ -314,8 +311,6 @@ rule zoo_judge:
         grid=ensure("results/zoo/{denoiser}.png", non_empty=True),
     log:
         "results/zoo/{denoiser}.judge.log",
-    wildcard_constraints:
-        denoiser="|".join(ZOO_DENOISERS),
     conda:
         "../../environment.yml"
     resources:
