@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 
 import numpy as np
 
@@ -147,27 +148,18 @@ def _mean(values, counts, note="", protocol=""):
     return Estimate(float(np.mean(values)), resampled, len(values), protocol=protocol, note=note)
 
 
-def _psnr(cell, fp):
-    if fp is None or cell.images is None or fp.images is None:
-        return None
-    return psnr(cell.images, fp.images)
-
-
 def _identical_note(cell, fp):
     identical = sum(map(np.array_equal, cell.images, fp.images))  # image by image, which takes no memory
     return f"{identical} of {len(cell.images)} images identical, counted as one level apart" if identical else ""
 
 
-def _lite0_distance(cell, fp):
-    if fp is None or "maps" not in cell.features or "maps" not in fp.features:
-        return None
-    return squared_distances(cell.features["maps"], fp.features["maps"])
+def _apart(distance, read, cell, fp):
+    """The distance of each image to the same one of full precision, of arrays that `read` takes from both cells."""
+    ours, theirs = (None if one is None else read(one) for one in (cell, fp))
+    return None if ours is None or theirs is None else distance(ours, theirs)
 
 
-def _latent_mse(cell, fp):
-    if fp is None or cell.latents is None or fp.latents is None:
-        return None
-    return latent_mse(cell.latents, fp.latents)
+_latent_mse = partial(_apart, latent_mse, attrgetter("latents"))
 
 
 def _log_latent_mse(cell, fp):
@@ -204,10 +196,10 @@ def _floor_note(features):
 PER_IMAGE = {
     "agreement": _agreement,
     "retrieval": _retrieval,
-    "psnr": _psnr,
+    "psnr": partial(_apart, psnr, attrgetter("images")),
     "latent_mse": _latent_mse,
     "log_latent_mse": _log_latent_mse,
-    "lite0_distance": _lite0_distance,
+    "lite0_distance": partial(_apart, squared_distances, lambda cell: cell.features.get("maps")),
     "eps_error": partial(_trajectory_errors, "eps_error"),
     "guided_eps_error": partial(_trajectory_errors, "guided_eps_error"),
 }
