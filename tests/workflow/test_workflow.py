@@ -249,7 +249,8 @@ def test_a_key_that_stands_twice_stops_a_run(stubbed):
 
 def test_another_quantization_seed_has_its_own_calibration_and_start(stubbed):
     config = stubbed.config("scenes") | {"name": "default", "models": {"scenes-class": {"images": 500}}}
-    config["grid"] = [{"model": ["scenes-class"], "method": ["quest-suite"], "bits": ["w4a4"]}]
+    cells = {"fp": "w32a32", "quest-suite": "w4a4"}
+    config["grid"] = [{"model": ["scenes-class"], "method": [m], "bits": [bits]} for m, bits in cells.items()]
     config["seeds"] = {"method": ["quest-suite"], "bits": ["w4a4"], "seed": [0, 1]}
     stubbed.configure(config)
     assert not any("@1" in command for command in stubbed.planned())
@@ -273,7 +274,9 @@ def test_another_quantization_seed_has_its_own_calibration_and_start(stubbed):
     first = made["quest-suite/w4a4/model.safetensors"]
     assert json.loads(first[first.index("--recipe") + 1]) == {"init": "adaround"}
     (table,) = of(commands, "seeds")
-    assert table[3:5] == [f"{cell}/quest-suite/w4a4/metrics.json", f"{cell}/quest-suite@1/w4a4/metrics.json"]
+    # Full precision stands beside them: no method that is beyond it is called better than another that is.
+    rows = ["quest-suite/w4a4", "quest-suite@1/w4a4", "fp/w32a32"]
+    assert table[3:6] == [f"{cell}/{row}/metrics.json" for row in rows]
 
 
 def test_the_report_takes_what_is_there_and_starts_nothing_else(finished):

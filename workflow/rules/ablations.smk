@@ -1,22 +1,16 @@
 # Not part of `all`. Each row changes one setting of one model.
 rule ablations:
     input:
-        expand("results/{name}/tables/ablations.{kind}", name=NAME, kind=["csv", "md"]),
-        expand("results/{name}/figures/ablations.png", name=NAME),
-
-
-rule ablation_table:
-    input:
         script=project("workflow/scripts/ablations.py"),
-        metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in ABLATION_RUNS]),
+        metrics=files_of(ABLATION_RUNS),
         floors=floors,
-        checkpoints=expand("results/{{name}}/{run}/model.safetensors", run=[run.path for run in ABLATION_RUNS]),
+        checkpoints=files_of(ABLATION_RUNS, "model.safetensors"),
     output:
-        csv="results/{name}/tables/ablations.csv",
-        markdown="results/{name}/tables/ablations.md",
-        figure="results/{name}/figures/ablations.png",
+        csv=f"results/{NAME}/tables/ablations.csv",
+        markdown=f"results/{NAME}/tables/ablations.md",
+        figure=f"results/{NAME}/figures/ablations.png",
     log:
-        "results/{name}/tables/ablations.log",
+        f"results/{NAME}/tables/ablations.log",
     conda:
         "../../environment.yml"
     resources:
@@ -31,46 +25,40 @@ rule ablation_table:
 # Not part of `all`. The paper's tables, with the cells of the grid and with the ablations that have already run.
 rule paper_tables:
     input:
-        expand("results/{name}/tables/{table}", name=NAME, table=PAPER_TABLES),
-
-
-rule paper_table:
-    input:
         script=project("workflow/scripts/paper_tables.py"),
         published=project("resources/published.csv"),
-        metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in RUNS]),
+        metrics=files_of(RUNS),
         ablations=ablations_run,
     output:
-        expand("results/{{name}}/tables/{table}", table=PAPER_TABLES),
+        expand("results/{name}/tables/{table}", name=NAME, table=PAPER_TABLES),
     log:
-        "results/{name}/tables/paper_tables.log",
+        f"results/{NAME}/tables/paper_tables.log",
     conda:
         "../../environment.yml"
     resources:
         **needs(1000, 10),
+    params:
+        folder=subpath(output[0], parent=True),
     shell:
-        "python -m workflow.scripts.paper_tables {input.metrics:q} {input.ablations:q} -o results/{wildcards.name:q}/tables"
+        "python -m workflow.scripts.paper_tables {input.metrics:q} {input.ablations:q} -o {params.folder:q}"
         " > {log:q} 2>&1"
 
 
 # Not part of `all`. Models with the outlier dial at 1, 4 and 16: workflow/config/outliers.yaml.
 rule outliers:
     input:
-        expand("results/{name}/tables/outliers.{kind}", name=NAME, kind=["csv", "md"]),
-
-
-rule outliers_table:
-    input:
         script=project("workflow/scripts/outliers.py"),
-        metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in RUNS]),
+        metrics=files_of(RUNS),
         floors=floors,
     output:
         shown_tables("outliers.csv", "outliers.md"),
     log:
-        "results/{name}/tables/outliers.log",
+        f"results/{NAME}/tables/outliers.log",
     conda:
         "../../environment.yml"
     resources:
         **needs(1000, 10),
+    params:
+        folder=subpath(output[0], parent=True),
     shell:
-        "python -m workflow.scripts.outliers {input.metrics:q} -o results/{wildcards.name:q}/tables > {log:q} 2>&1"
+        "python -m workflow.scripts.outliers {input.metrics:q} -o {params.folder:q} > {log:q} 2>&1"

@@ -113,6 +113,11 @@ wildcard_constraints:
     shard=r"\d+",
 
 
+def files_of(runs, file="metrics.json"):
+    """A file of each of these cells."""
+    return [f"results/{NAME}/{run.path}/{file}" for run in runs]
+
+
 def shipped(name):
     """The files with weights in one folder of resources/zoo."""
     return sorted(str(file) for file in Path(project("resources/zoo"), name).rglob("*.safetensors"))
@@ -300,22 +305,21 @@ def question_init(wc, at=""):
 def ablations_run(wc):
     """Metrics of ablations that exist and are not cells of the grid; the tables do not cause ablations to run."""
     rows = [run for run in ABLATION_RUNS if run not in RUNS]
-    metrics = [f"results/{wc.name}/{run.path}/metrics.json" for run in rows]
-    return [path for path in metrics if Path(path).exists()]
+    return [path for path in files_of(rows) if Path(path).exists()]
 
 
 def floors(wc):
     """The floors of `snakemake nulls` where it has run; tables do not cause it to run."""
-    path = f"results/{wc.name}/tables/nulls.csv"
+    path = f"results/{NAME}/tables/nulls.csv"
     return [path] if Path(path).exists() else []
 
 
 def measured(wc):
     """Metrics of the grid's cells at the model and bits of the questions, and of ablations that exist already."""
     run = of_question(wc)
-    cell = f"results/{NAME}/{run.model}/{{}}/{run.bits}/metrics.json"
-    ours = [cell.format(other.method) for other in RUNS if (other.model, other.bits) == (run.model, run.bits)]
-    others = {cell.format(other.method) for other in ABLATION_RUNS}
+    at = (run.model, run.bits)
+    others = files_of(other for other in ABLATION_RUNS if (other.model, other.bits) == at)
+    ours = files_of(other for other in RUNS if (other.model, other.bits) == at)
     return ours + [path for path in ablations_run(wc) if path in others]
 
 
@@ -327,7 +331,7 @@ def shown(path, caption, category, **labels):
 def shown_tables(*files, caption=None):
     """Tables of a run as such outputs; the default caption of a table is the one of its name."""
     return [
-        shown(f"results/{{name}}/tables/{file}", caption or stem, "Tables", table=stem, kind=kind)
+        shown(f"results/{NAME}/tables/{file}", caption or stem, "Tables", table=stem, kind=kind)
         for file in files
         for stem, _, kind in [file.partition(".")]
     ]
@@ -366,7 +370,7 @@ def identities(wc):
 def seeds_and_full_precision():
     """The cells of `seeds`, and full precision of their models where the grid has it."""
     models = {run.model for run in SEED_RUNS}
-    return [run.path for run in [*SEED_RUNS, *(r for r in RUNS if r.method == FULL_PRECISION and r.model in models)]]
+    return [*SEED_RUNS, *(run for run in RUNS if run.method == FULL_PRECISION[0] and run.model in models)]
 
 
 def leaderboard_folder(place):

@@ -8,11 +8,6 @@ ENTRIES = [entry for entry in SUBMITTED if leaderboard.is_place(entry)]
 
 rule leaderboard:
     input:
-        expand("results/scored/leaderboard.{kind}", kind=["csv", "md"]),
-
-
-rule leaderboard_table:
-    input:
         script=project("workflow/scripts/leaderboard.py"),
         draw="results/scored/draw.txt",
         checked=expand("results/scored/{entry}/checked.json", entry=ENTRIES),

@@ -2,21 +2,13 @@
 # do? Not part of `all`; it starts from the tables and checkpoints of the grid, and samples nothing.
 
 
-rule rankings:
-    input:
-        expand("results/{name}/tables/{table}", name=NAME, table=["rankings.csv", "rankings.md", "breakage.csv"]),
-        expand("results/{name}/figures/rankings.png", name=NAME),
-
-
 rule layer_errors:
     input:
         script=project("workflow/scripts/layer_errors.py"),
         evaluation="results/{name}/{model}/evaluation.safetensors",
-        checkpoints=lambda wc: [
-            f"results/{wc.name}/{run.path}/model.safetensors"
-            for run in RUNS
-            if run.model == wc.model and run.method != "fp"
-        ],
+        checkpoints=lambda wc: files_of(
+            [run for run in RUNS if run.model == wc.model and run.method != "fp"], "model.safetensors"
+        ),
     output:
         ensure("results/{name}/{model}/layer_errors.csv", non_empty=True),
     log:
@@ -32,22 +24,24 @@ rule layer_errors:
         " --checkpoints {input.checkpoints:q} --threads {threads:q} --device {params.device:q} -o {output:q} > {log:q} 2>&1"
 
 
-rule rankings_table:
+rule rankings:
     input:
         script=project("workflow/scripts/rankings.py"),
-        main="results/{name}/tables/main.csv",
-        paired="results/{name}/tables/paired.csv",
-        layers=expand("results/{{name}}/{model}/layer_errors.csv", model=config["models"]),
+        main=f"results/{NAME}/tables/main.csv",
+        paired=f"results/{NAME}/tables/paired.csv",
+        layers=expand("results/{name}/{model}/layer_errors.csv", name=NAME, model=config["models"]),
     output:
         shown_tables("rankings.csv", "rankings.md", "breakage.csv", caption="rankings"),
-        shown("results/{name}/figures/rankings.png", "rankings", "Figures", figure="rankings"),
+        shown(f"results/{NAME}/figures/rankings.png", "rankings", "Figures", figure="rankings"),
     log:
-        "results/{name}/tables/rankings.log",
+        f"results/{NAME}/tables/rankings.log",
     localrule: True
     conda:
         "../../environment.yml"
     resources:
         **needs(1000, 10),
+    params:
+        folder=subpath(output[0], ancestor=2),
     shell:
         "python -m workflow.scripts.rankings --main {input.main:q} --paired {input.paired:q} --layers {input.layers:q}"
-        " -o results/{wildcards.name:q} > {log:q} 2>&1"
+        " -o {params.folder:q} > {log:q} 2>&1"

@@ -1,7 +1,7 @@
 # Light work without torch: on a cluster these rules run on the node where Snakemake runs.
 localrules:
     tables,
-    seed_table,
+    seeds,
     curves,
     grid,
     readme,
@@ -11,18 +11,20 @@ localrules:
 rule tables:
     input:
         script=project("workflow/scripts/tables.py"),
-        metrics=expand("results/{{name}}/{run}/metrics.json", run=[run.path for run in RUNS]),
+        metrics=files_of(RUNS),
         floors=floors,
     output:
         shown_tables(*TABLES),
     log:
-        "results/{name}/tables/tables.log",
+        f"results/{NAME}/tables/tables.log",
     conda:
         "../../environment.yml"
     resources:
         **needs(1000, 10),
+    params:
+        folder=subpath(output[0], parent=True),
     shell:
-        "python -m workflow.scripts.tables {input.metrics:q} -o results/{wildcards.name:q}/tables > {log:q} 2>&1"
+        "python -m workflow.scripts.tables {input.metrics:q} -o {params.folder:q} > {log:q} 2>&1"
 
 
 # Not part of `all`; its inputs are results of `all`. Results of optional targets, such as `snakemake seeds`, are shown
@@ -60,7 +62,7 @@ rule report:
 rule crate:
     input:
         script=project("workflow/scripts/crate.py"),
-        metrics=expand("results/{name}/{run}/metrics.json", name=NAME, run=[run.path for run in RUNS]),
+        metrics=files_of(RUNS),
         tables=expand("results/{name}/tables/{table}", name=NAME, table=TABLES),
     output:
         f"results/{NAME}/ro-crate-metadata.json",
@@ -77,24 +79,21 @@ rule crate:
 # Not part of `all`. Quantizes and samples again with other calibration draws.
 rule seeds:
     input:
-        expand("results/{name}/tables/seeds.{kind}", name=NAME, kind=["csv", "md"]),
-
-
-rule seed_table:
-    input:
         script=project("workflow/scripts/seeds.py"),
-        metrics=expand("results/{{name}}/{run}/metrics.json", run=seeds_and_full_precision()),
+        metrics=files_of(seeds_and_full_precision()),
         floors=floors,
     output:
         shown_tables("seeds.csv", "seeds.md"),
     log:
-        "results/{name}/tables/seeds.log",
+        f"results/{NAME}/tables/seeds.log",
     conda:
         "../../environment.yml"
     resources:
         **needs(1000, 10),
+    params:
+        folder=subpath(output[0], parent=True),
     shell:
-        "python -m workflow.scripts.seeds {input.metrics:q} -o results/{wildcards.name:q}/tables > {log:q} 2>&1"
+        "python -m workflow.scripts.seeds {input.metrics:q} -o {params.folder:q} > {log:q} 2>&1"
 
 
 rule curves:

@@ -6,25 +6,18 @@ LOGGED = ("name", "models", "methods", "search")
 
 rule search:
     input:
-        f"results/{NAME}/search.md",
-
-
-rule searched:
-    input:
         script=project("workflow/scripts/search.py"),
         calibration=expand(
-            "results/{{name}}/{model}/calibration{draw}.safetensors",
+            "results/{name}/{model}/calibration{draw}.safetensors",
+            name=NAME,
             model=config["models"],
             draw=["", *(f"-{seed}" for seed in SEARCH.get("seeds", []))],
         ),
-        starts=expand(
-            "results/{{name}}/{run}/model.safetensors",
-            run=[run.path for run in SEARCH_STARTS],
-        ),
+        starts=files_of(SEARCH_STARTS, "model.safetensors"),
     output:
-        "results/{name}/search.md",
+        f"results/{NAME}/search.md",
     log:
-        "results/{name}/search.log",
+        f"results/{NAME}/search.log",
     conda:
         "../../environment.yml"
     resources:

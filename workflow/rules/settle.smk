@@ -3,11 +3,6 @@
 # so looks have no file of it as an input, and begin anew in every run.
 
 
-rule settle:
-    input:
-        expand("results/{name}/settle/settled.{kind}", name=NAME, kind=["csv", "md"]),
-
-
 checkpoint look:
     input:
         script=project("workflow/scripts/settle.py"),
@@ -32,13 +27,13 @@ checkpoint look:
         " --identities {params.identities:q} --started {params.started:q} --hours {params.hours:q} -o {output:q} > {log:q} 2>&1"
 
 
-rule settled_table:
+rule settle:
     input:
-        last=f"results/{{name}}/settle/look-{len(LOOKS)}.json",
+        last=f"results/{NAME}/settle/look-{len(LOOKS)}.json",
     output:
-        multiext("results/{name}/settle/settled", ".csv", ".md"),
+        multiext(f"results/{NAME}/settle/settled", ".csv", ".md"),
     log:
-        "results/{name}/settle/settled.log",
+        f"results/{NAME}/settle/settled.log",
     conda:
         "../../environment.yml"
     resources:
