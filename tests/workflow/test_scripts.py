@@ -135,7 +135,7 @@ def test_cells_become_ablations_and_the_papers_tables(run, tmp_path, write_check
     assert (tmp_path / "ablations.png").stat().st_size > 1000
     refused = script("ablations", *metrics, "--ablations", "{}", *files)
     assert refused.returncode == 2 and "the config has no ablations" in refused.stderr
-    succeed("paper_tables", *metrics, "-o", tmp_path)
+    succeed("tables", *metrics, "--kind", "paper", "-o", tmp_path)
     assert "| scenes-class | quest (quest-suite) | w4a4 | 1.43 |" in (tmp_path / "table4.md").read_text(
         encoding="utf-8"
     )

@@ -273,7 +273,7 @@ def test_another_quantization_seed_has_its_own_calibration_and_start(stubbed):
     assert again[again.index("--init") + 1] == f"{cell}/adaround@1/w4a32/model.safetensors"
     first = made["quest-suite/w4a4/model.safetensors"]
     assert json.loads(first[first.index("--recipe") + 1]) == {"init": "adaround"}
-    (table,) = of(commands, "seeds")
+    (table,) = (words for words in of(commands, "tables") if "seeds" in words)
     # Full precision stands beside them: no method that is beyond it is called better than another that is.
     rows = ["quest-suite/w4a4", "quest-suite@1/w4a4", "fp/w32a32"]
     assert table[3:6] == [f"{cell}/{row}/metrics.json" for row in rows]
@@ -316,9 +316,9 @@ def test_ablations_reuse_the_default_cells_and_change_one_thing_each(stubbed):
     assert json.loads(table[table.index("--ablations") + 1])["rows"] == rows
     assert table[3:5] == [f"{cell}/quest-suite/w4a4/metrics.json", f"{cell}/q-diffusion/w4a4/metrics.json"]
     # The paper's tables take the rows that were there, and wait for no others.
-    (paper,) = of(commands, "paper_tables")
+    (paper,) = of(commands, "tables")
     grid = {f"results/default/{run.path}/metrics.json" for run in runs(stubbed.config())}
-    assert set(paper[3 : paper.index("-o")]) == grid | {f"{cell}/quest-joint/w4a4/metrics.json"}
+    assert set(paper[3 : paper.index("--kind")]) == grid | {f"{cell}/quest-joint/w4a4/metrics.json"}
 
 
 def test_questions_take_the_rows_that_have_been_run(stubbed):

@@ -25,7 +25,7 @@ rule ablations:
 # Not part of `all`. The paper's tables, with the cells of the grid and with the ablations that have already run.
 rule paper_tables:
     input:
-        script=project("workflow/scripts/paper_tables.py"),
+        script=project("workflow/scripts/tables.py"),
         published=project("resources/published.csv"),
         metrics=files_of(RUNS),
         ablations=ablations_run,
@@ -40,14 +40,13 @@ rule paper_tables:
     params:
         folder=subpath(output[0], parent=True),
     shell:
-        "python -m workflow.scripts.paper_tables {input.metrics:q} {input.ablations:q} -o {params.folder:q}"
-        " > {log:q} 2>&1"
+        "python -m workflow.scripts.tables {input.metrics:q} {input.ablations:q} --kind paper -o {params.folder:q} > {log:q} 2>&1"
 
 
 # Not part of `all`. Models with the outlier dial at 1, 4 and 16: workflow/config/outliers.yaml.
 rule outliers:
     input:
-        script=project("workflow/scripts/outliers.py"),
+        script=project("workflow/scripts/tables.py"),
         metrics=files_of(RUNS),
         floors=floors,
     output:
@@ -61,4 +60,4 @@ rule outliers:
     params:
         folder=subpath(output[0], parent=True),
     shell:
-        "python -m workflow.scripts.outliers {input.metrics:q} -o {params.folder:q} > {log:q} 2>&1"
+        "python -m workflow.scripts.tables {input.metrics:q} --kind outliers -o {params.folder:q} > {log:q} 2>&1"

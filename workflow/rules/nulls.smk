@@ -4,7 +4,7 @@
 
 rule nulls:
     input:
-        script=project("workflow/scripts/nulls.py"),
+        script=project("workflow/scripts/tables.py"),
         metrics=files_of(Run(model, null, "w32a32") for model in config["models"] for null in NULLS),
     output:
         shown_tables("nulls.csv", "nulls.md"),
@@ -18,4 +18,4 @@ rule nulls:
     params:
         folder=subpath(output[0], parent=True),
     shell:
-        "python -m workflow.scripts.nulls {input.metrics:q} -o {params.folder:q} > {log:q} 2>&1"
+        "python -m workflow.scripts.tables {input.metrics:q} --kind nulls -o {params.folder:q} > {log:q} 2>&1"

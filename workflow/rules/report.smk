@@ -79,7 +79,7 @@ rule crate:
 # Not part of `all`. Quantizes and samples again with other calibration draws.
 rule seeds:
     input:
-        script=project("workflow/scripts/seeds.py"),
+        script=project("workflow/scripts/tables.py"),
         metrics=files_of(seeds_and_full_precision()),
         floors=floors,
     output:
@@ -93,7 +93,7 @@ rule seeds:
     params:
         folder=subpath(output[0], parent=True),
     shell:
-        "python -m workflow.scripts.seeds {input.metrics:q} -o {params.folder:q} > {log:q} 2>&1"
+        "python -m workflow.scripts.tables {input.metrics:q} --kind seeds -o {params.folder:q} > {log:q} 2>&1"
 
 
 rule curves:

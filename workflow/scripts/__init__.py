@@ -1,4 +1,4 @@
-"""Each rule has a script here. Characters that the encoding of a terminal lacks are printed as escapes."""
+"""The scripts of the rules. Characters that the encoding of a terminal lacks are printed as escapes."""
 
 import sys
 

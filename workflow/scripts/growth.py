@@ -219,7 +219,7 @@ def cells(bench: Bench):
     for times in TIMES:
         count = len(METHODS) * 3 * times
         of_seeds = [file("seeds", f"{method}@{seed}") for seed in range(3 * times) for method in METHODS]
-        yield from bench.measured("seeds", count, [], "seeds", *of_seeds, "-o", table)
+        yield from bench.measured("seeds", count, [], "tables", *of_seeds, "--kind", "seeds", "-o", table)
         of_models = [file(f"m{i}", f"{method}{k}") for i in range(times) for k in range(3) for method in METHODS]
         yield from bench.measured("tables", count, [], "tables", *of_models, "-o", table)
         for model, seed, method in ((m, s, x) for m in range(done, times) for s in SEEDS for x in METHODS):
