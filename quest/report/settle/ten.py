@@ -12,7 +12,7 @@ import pandas as pd
 
 from quest.report.rendering import plus_minus
 from quest.report.settle import claims
-from quest.report.settle.claims import AHEAD, EQUIVALENT, PAPER, Claim
+from quest.report.settle.claims import AHEAD, EQUIVALENT, GROUPS, PAPER, SELECTION, Claim
 
 LOG = "[log, 2026-11-22](../results/LOG.md)"
 FINDINGS = "[findings](findings.md#side-by-side)"
@@ -107,11 +107,7 @@ QUESTIONS = (
         "Why finetune only certain layers, such as the time embedding and attention?",
         yes="It pays: tuning the selected layers is as good as tuning all, or better.",
         no="It does not pay in quality: tuning all layers at equal iterations is better.",
-        pairs=(
-            ("quest-suite", "full-finetune"),
-            ("quest-groups-5", "full-finetune-groups-5"),
-            ("quest-groups-1", "full-finetune-groups-1"),
-        ),
+        pairs=SELECTION,
         expected=(AHEAD, EQUIVALENT),
         known=(shares,),
         findings=(("quest-control", "quest-suite"), ("quest-cma-only", "quest-suite")),
@@ -125,7 +121,7 @@ QUESTIONS = (
         "How does TAQuant treat activations of different timesteps, and what do more groups cost?",
         yes="Scales for each time group are better than one set.",
         no="Scales for each time group are not better than one set, after finetuning.",
-        pairs=(("quest-suite", "quest-groups-1"), ("quest-groups-5", "quest-groups-1")),
+        pairs=GROUPS,
         construction="a call takes the scales of its timestep's group, so bytes grow with the number of groups, and "
         "each group learns from fewer batches where iterations are shared out.",
         known=(sizes,),
