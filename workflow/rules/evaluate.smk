@@ -46,8 +46,8 @@ rule metrics:
     resources:
         **needs((1500, 32000), (15, 60)),
     params:
-        null=lambda wc: ["--null"] * (wc.method in NULLS),
+        cell=lambda wc: [wc.model, wc.method, wc.bits, *["--null"] * (wc.method in NULLS)],
     shell:
-        "python -m workflow.scripts.metrics {wildcards.model:q} {wildcards.method:q} {wildcards.bits:q} {params.null:q}"
-        " --features {input.features:q} --samples {input.samples:q} --fp-features {input.fp_features:q}"
+        "python -m workflow.scripts.metrics {params.cell:q} --features {input.features:q}"
+        " --samples {input.samples:q} --fp-features {input.fp_features:q}"
         " --fp-samples {input.fp_samples:q} --reference {input.reference:q} -o {output:q} > {log:q} 2>&1"

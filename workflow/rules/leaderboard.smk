@@ -116,7 +116,7 @@ rule leaderboard_sample:
         " -n {params.n:q} --first ${{first:-{params.first:q}}} --evaluation {input.evaluation:q} --threads {threads:q} --samples {output.samples:q} --features {output.features:q} > {log:q} 2>&1"
 
 
-rule leaderboard_metrics:
+use rule metrics as leaderboard_metrics with:
     input:
         script=project("workflow/scripts/metrics.py"),
         samples="results/scored/{entry}/samples-judged.npz",
@@ -130,14 +130,8 @@ rule leaderboard_metrics:
         "results/scored/{entry}/metrics.log",
     wildcard_constraints:
         entry="[^/]+",
-    conda:
-        "../../environment.yml"
+    threads: 1
     resources:
         **needs(1500, 15),
     params:
-        model=leaderboard.MODEL,
-        bits=lambda wc: leaderboard.declared(leaderboard_folder(wc.entry), "bits"),
-    shell:
-        "python -m workflow.scripts.metrics {params.model:q} {wildcards.entry:q} {params.bits:q} --features {input.features:q}"
-        " --samples {input.samples:q} --fp-features {input.fp_features:q} --fp-samples {input.fp_samples:q}"
-        " --reference {input.reference:q} -o {output:q} > {log:q} 2>&1"
+        cell=lambda wc: [leaderboard.MODEL, wc.entry, leaderboard.declared(leaderboard_folder(wc.entry), "bits")],
