@@ -32,15 +32,7 @@ DEFAULT_TOLERANCE = 0.02
 WIDE = 5  # an interval with a half width of more than this many tolerances cannot decide between PASS and DRIFT
 
 KEYS = ("weights", "sampler", "steps", "eta", "guidance", "n")  # every metric depends on these
-OF_METRIC = {
-    "fid": ("extractor", "reference"),
-    "sfid": ("extractor", "reference"),
-    "is": ("extractor",),
-    "clip": ("clip", "prompts"),
-    "precision": ("extractor", "reference"),
-    "recall": ("extractor", "reference"),
-    "fid_to_fp": ("extractor",),
-}
+OF_NETWORK = {"extractor": ("extractor",), "clip": ("clip", "prompts"), None: ()}  # and on those of its network
 # `adm` and `torch-fidelity` use the same pixels and the same network for distances; only their Inception scores differ.
 SAME_DISTANCE = {"adm": "inception, TensorFlow bilinear", "torch-fidelity": "inception, TensorFlow bilinear"}
 
@@ -142,7 +134,7 @@ def ledger(cells: Sequence[dict], numbers: pd.DataFrame) -> pd.DataFrame:
         ours = next((row for row in cell["rows"] if row["metric"] == number.metric), None) if cell else None
         verdict, why = _verdict(number, cell, ours)
         stated = protocol_says(number.protocol)
-        needed = [key for key in (*KEYS, *OF_METRIC.get(number.metric, ())) if _applies(key, model)]
+        needed = [key for key in (*KEYS, *_of_metric(number.metric)) if _applies(key, model)]
         rows.append(
             {key: getattr(number, key) for key in ("source", "table", "model", "bits", "metric")}
             | {"method": cell["method"] if cell else number.method, "published": number.value}
@@ -151,6 +143,11 @@ def ledger(cells: Sequence[dict], numbers: pd.DataFrame) -> pd.DataFrame:
             | {"not_stated": ", ".join(key for key in needed if key not in stated), "note": number.note}
         )
     return pd.DataFrame(rows, columns=LEDGER)
+
+
+def _of_metric(name):
+    """The facts on which this metric depends beside KEYS."""
+    return (*OF_NETWORK[METRICS[name].network], *(("reference",) if METRICS[name].real else ()))
 
 
 def _applies(key, model):
@@ -181,7 +178,7 @@ def _verdict(number, cell, ours):
 def _differences(number, fingerprint) -> list[str]:
     """List the stated facts that differ from those of a cell, as "key: ours here, theirs in the source"."""
     differences = []
-    of_metric = OF_METRIC.get(number.metric, ())
+    of_metric = _of_metric(number.metric)
     for key, stated in protocol_says(number.protocol).items():
         if key in ("extractor", "clip", "prompts", "reference") and key not in of_metric:
             continue
