@@ -63,7 +63,7 @@ def main():
     parser = command_line.parser(__doc__, "file", "threads")
     parser.add_argument("autoencoder", type=Path, help="diffusers folder of the trained autoencoder")
     parser.add_argument("--pictures", choices=RECIPES, default="scenes", help="kind of pictures (default %(default)s)")
-    parser.add_argument("--data", type=Path, help="data file (.npz) of photographs or emoji")
+    parser.add_argument("--data", type=Path, nargs="?", help="data file (.npz) of photographs or emoji")
     parser.add_argument("--images", type=int, help="training pictures (default: 40,000 scenes, all others)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

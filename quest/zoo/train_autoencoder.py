@@ -213,7 +213,7 @@ def train(
 def main():
     parser = command_line.parser(__doc__, "folder", "threads")
     parser.add_argument("name", nargs="?", choices=RECIPES, default="scenes", help="which one (default %(default)s)")
-    parser.add_argument("--data", type=Path, help="data file (.npz) of photographs or emoji")
+    parser.add_argument("--data", type=Path, nargs="?", help="data file (.npz) of photographs or emoji")
     parser.add_argument("--iterations", type=int, help=f"batches of {BATCH_SIZE} (default: the recipe's)")
     parser.add_argument("--images", type=int, help="pictures to learn from (default: 20,000 scenes, all others)")
     arguments = parser.parse_args()

@@ -225,7 +225,7 @@ def main():
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--autoencoder", type=Path, required=True, help="diffusers folder of the trained autoencoder")
     parser.add_argument("--latents", type=Path, required=True, help="file that quest.zoo.latents wrote")
-    parser.add_argument("--data", type=Path, help="data file (.npz) of photographs or emoji")
+    parser.add_argument("--data", type=Path, nargs="?", help="data file (.npz) of photographs or emoji")
     parser.add_argument("--iterations", type=int, help="batches (default: the recipe's)")
     parser.add_argument("--batch-size", type=int, help="pictures per batch (default: the recipe's)")
     parser.add_argument("--start-from", type=Path, help="pipeline folder whose denoiser training starts from")

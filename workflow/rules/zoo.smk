@@ -6,11 +6,14 @@ ZOO_DENOISERS = ["scenes-text", "scenes-class", "scenes-uncond"]
 ZOO_PICTURES = {"emoji-text": "emoji", "emoji-uncond": "emoji", "photos-class": "photos", "photos-dit": "photos"}
 PICTURE_JUDGES = {"emoji-text": "results/zoo/emoji-clip", "photos-class": "results/zoo/photos-classifier"}
 PICTURE_JUDGES["photos-dit"] = PICTURE_JUDGES["photos-class"]
+ZOO_MODELS = dict.fromkeys(ZOO_DENOISERS, "scenes") | ZOO_PICTURES
+ZOO_STARTS = {"scenes-class": "scenes-text", "emoji-uncond": "emoji-text"}  # model -> the one that it starts from
+# A program draws the scenes; they have no data.
 ZOO_DATA = {"emoji": "results/zoo/emoji.npz", "photos": "results/zoo/photos.data"}
 
 
 wildcard_constraints:
-    kind="|".join(ZOO_DATA),
+    kind="|".join(["scenes", *ZOO_DATA]),
     denoiser="|".join(ZOO_DENOISERS),
 
 
@@ -108,9 +111,9 @@ rule zoo_emoji_clip:
         " --threads {threads:q} > {log:q} 2>&1"
 
 
-rule zoo_pictures_autoencoder:
+rule zoo_autoencoder:
     input:
-        lambda wc: ZOO_DATA[wc.kind],
+        lambda wc: ZOO_DATA.get(wc.kind, []),
     output:
         directory("results/zoo/autoencoder-{kind}"),
     log:
@@ -124,10 +127,10 @@ rule zoo_pictures_autoencoder:
         " --threads {threads:q} > {log:q} 2>&1"
 
 
-rule zoo_pictures_latents:
+rule zoo_latents:
     input:
         autoencoder="results/zoo/autoencoder-{kind}",
-        data=lambda wc: ZOO_DATA[wc.kind],
+        data=lambda wc: ZOO_DATA.get(wc.kind, []),
     output:
         ensure("results/zoo/latents-{kind}.safetensors", non_empty=True),
     log:
@@ -141,18 +144,18 @@ rule zoo_pictures_latents:
         " -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
 
-rule zoo_pictures_denoiser:
+rule zoo_denoiser:
     input:
-        autoencoder=lambda wc: f"results/zoo/autoencoder-{ZOO_PICTURES[wc.model]}",
-        latents=lambda wc: f"results/zoo/latents-{ZOO_PICTURES[wc.model]}.safetensors",
-        data=lambda wc: ZOO_DATA[ZOO_PICTURES[wc.model]],
-        start=lambda wc: "results/zoo/emoji-text" if wc.model == "emoji-uncond" else [],
+        autoencoder=lambda wc: f"results/zoo/autoencoder-{ZOO_MODELS[wc.model]}",
+        latents=lambda wc: f"results/zoo/latents-{ZOO_MODELS[wc.model]}.safetensors",
+        data=lambda wc: ZOO_DATA.get(ZOO_MODELS[wc.model], []),
+        start=lambda wc: f"results/zoo/{ZOO_STARTS[wc.model]}" if wc.model in ZOO_STARTS else [],
     output:
         directory("results/zoo/{model}"),
     log:
         "results/zoo/{model}.log",
     wildcard_constraints:
-        model="|".join(ZOO_PICTURES),
+        model="|".join(ZOO_MODELS),
     conda:
         "../../environment.yml"
     resources:
@@ -210,22 +213,9 @@ rule zoo_pictures_accept:
         " && python -m quest.runtime.sums {params.accepted:q}; }} > {log:q} 2>&1"
 
 
-rule zoo_autoencoder:
-    output:
-        directory("results/zoo/autoencoder"),
-    log:
-        "results/zoo/autoencoder.log",
-    conda:
-        "../../environment.yml"
-    resources:
-        **needs(3000, 120),
-    shell:
-        "python -u -m quest.zoo.train_autoencoder -o {output:q} --threads {threads:q} > {log:q} 2>&1"
-
-
 rule zoo_extractor:
     input:
-        "results/zoo/autoencoder",
+        "results/zoo/autoencoder-scenes",
     output:
         directory("results/zoo/scenes-extractor"),
     log:
@@ -249,41 +239,6 @@ rule zoo_clip:
         **needs(3000, 120),
     shell:
         "python -u -m quest.zoo.train_clip -o {output:q} --threads {threads:q} > {log:q} 2>&1"
-
-
-rule zoo_latents:
-    input:
-        "results/zoo/autoencoder",
-    output:
-        ensure("results/zoo/latents.safetensors", non_empty=True),
-    log:
-        "results/zoo/latents.log",
-    conda:
-        "../../environment.yml"
-    resources:
-        **needs(3000, 60),
-    shell:
-        "python -u -m quest.zoo.latents {input:q} -o {output:q} --threads {threads:q} > {log:q} 2>&1"
-
-
-rule zoo_denoiser:
-    input:
-        autoencoder="results/zoo/autoencoder",
-        latents="results/zoo/latents.safetensors",
-        start=lambda wc: "results/zoo/scenes-text" if wc.denoiser == "scenes-class" else [],
-    output:
-        directory("results/zoo/{denoiser}"),
-    log:
-        "results/zoo/{denoiser}.log",
-    conda:
-        "../../environment.yml"
-    resources:
-        **needs(3000, 360),
-    params:
-        start=lambda wc, input: ["--start-from", input.start] if input.start else [],
-    shell:
-        "python -u -m quest.zoo.train_denoiser {wildcards.denoiser:q} --autoencoder {input.autoencoder:q}"
-        " {params.start:q} --latents {input.latents:q} -o {output:q} --threads {threads:q} > {log:q} 2>&1"
 
 
 rule zoo_reference:
