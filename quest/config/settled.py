@@ -13,15 +13,11 @@ def settled_runs(config: dict, seeds: tuple[int, ...]) -> list[Run]:
     if "settle" not in config:
         return []
     block = config["settle"]
-    cells = product(config["models"], block["bits"], settled_rows(config), seeds)
+    pairs = [pair for family in block["families"].values() for pair in family]
+    rows = dict.fromkeys(name for pair in pairs for name in pair if name != FULL_PRECISION[0])
+    cells = product(config["models"], block["bits"], rows, seeds)
     cells = [Run(model, f"{row}@{seed}", bits) for model, bits, row, seed in cells]
     return [*(Run(model, *FULL_PRECISION) for model in config["models"]), *cells]
-
-
-def settled_rows(config: dict) -> list[str]:
-    """The rows in the families of `settle`, each once, without full precision."""
-    pairs = [pair for family in config["settle"]["families"].values() for pair in family]
-    return list(dict.fromkeys(name for pair in pairs for name in pair if name != FULL_PRECISION[0]))
 
 
 def told(config: dict, run: Run, model: Model, version: int) -> dict:

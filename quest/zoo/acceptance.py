@@ -119,9 +119,8 @@ def measure(name, folder, data, n=500, guidance=3.0, judge=None):
             for what in ("reconstructions", "held out"):
                 numbers[f"shows what was asked, {what}"] = float(shows(sets[what], labels, judge).mean())
             numbers["good enough"]["class"] = bool(right.mean() >= LEAST)
-    known, flips = neighbours.training_features(shown), RECIPES[kind].flips
     (features,) = computed(images, "features")
-    numbers["nearest training pictures"] = neighbours.compare(images, features, shown, known, flips)
+    numbers["nearest training pictures"] = neighbours.compare(images, features, shown, RECIPES[kind].flips)
     return numbers, images
 
 

@@ -42,20 +42,16 @@ def nearest_cosine(features, training):
     return cosine.numpy(), index.numpy()
 
 
-def training_features(shown):
-    """Lite0's features of KNOWN random training pictures, float16 [M, 1280]."""
-    rows = np.random.default_rng(0).permutation(shown.rows("train"))[:KNOWN]
-    return lite0.computed(shown.images[rows], "features")[0].astype(np.float16)
-
-
-def compare(images, features, shown, known, flips=False):
+def compare(images, features, shown, flips=False):
     """Compare the neighbours of samples with those of held-out pictures.
 
-    images [N, S, S, 3] and features [N, 1280] are of samples, `known` are features of the training pictures. Returns
+    images [N, S, S, 3] and features [N, 1280] are of samples, `shown` are the Pictures. Returns
     {measure: {samples, held out: median and the nearest of all; limit, share}}: `limit` is what the nearest 1 % of
     held-out pictures reach, and `share` is the share of samples that come nearer. Without copies, `share` is about .01.
     """
     training, unseen = shown.images[shown.rows("train")], shown.images[shown.rows("evaluation")]
+    known = np.random.default_rng(0).permutation(shown.rows("train"))[:KNOWN]
+    known = lite0.computed(shown.images[known], "features")[0].astype(np.float16)
     values = {
         "rms": [nearest_rms(x, training, flips)[0] for x in (images, unseen)],
         "cosine": [nearest_cosine(x, known)[0] for x in (features, lite0.computed(unseen, "features")[0])],

@@ -79,7 +79,7 @@ def content(cell: Cell, fp: Cell | None, measured: dict, seed: int, draw: int, t
         "method": measured["method"].partition("@")[0],
         "seed": seed,
         "draw": draw,
-        "isa": isa_of(machine),
+        "isa": "-".join(str(machine.get(name)) for name in ("isa", "torch")).lower(),  # it is part of the file's name
         "identity": identity(told),
         "images": measured["drawn"]["images"],
         "n": len(cell.index),
@@ -87,11 +87,6 @@ def content(cell: Cell, fp: Cell | None, measured: dict, seed: int, draw: int, t
         "sets": {name: [_rounded(value)[0], _rounded(resampled)] for name, (value, resampled) in sets.items()},
         "about": told | about,
     }
-
-
-def isa_of(machine: dict) -> str:
-    """The instruction sets of `quest.kernels.cpu.core.identity` in one word, as part of a file's name."""
-    return "-".join(str(machine.get(name)) for name in ("isa", "torch")).lower()
 
 
 def _rounded(values) -> list[float]:
