@@ -22,6 +22,8 @@ from quest.zoo import pictures
 from quest.zoo.training import Progress, autocast, cosine, descend, generator, load_checkpoint, save_checkpoint
 
 BATCH_SIZE = 8
+LEARNING_RATE = 1e-3
+SEED = 0
 
 
 @dataclass(frozen=True)
@@ -156,33 +158,22 @@ def examples(name, images, held_out, data=None):
     return loaded.images[loaded.rows("train")[:images]], loaded.images[loaded.rows("evaluation")[:held_out]]
 
 
-def train(
-    out,
-    iterations,
-    images=20_000,
-    batch_size=BATCH_SIZE,
-    learning_rate=1e-3,
-    held_out=500,
-    seed=0,
-    log_every=50,
-    name="scenes",
-    data=None,
-):
+def train(out, iterations, images=20_000, batch_size=BATCH_SIZE, held_out=500, name="scenes", data=None):
     """Train and write a diffusers folder to `out`. A stopped run resumes from `out`.checkpoint beside it."""
     out, recipe = Path(out), RECIPES[name]
     checkpoint = out.with_name(out.name + ".checkpoint")
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     vae = build(recipe)
     # torch's bfloat16 convolutions are slower with channels_last.
     layout = torch.contiguous_format if recipe.half else torch.channels_last
     vae.to(memory_format=layout)
     training_images, unseen = examples(name, images, held_out, data)
     components = principal_components(to_tensor(training_images[:3000]), recipe)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
     start = load_checkpoint(checkpoint, [vae], optimizer)
-    progress = Progress("autoencoder", start, iterations, log_every)
+    progress = Progress("autoencoder", start, iterations, 50)
     for i in range(start, iterations):
-        g = generator(seed, i)
+        g = generator(SEED, i)
         x = to_tensor(training_images[torch.randint(len(training_images), (batch_size,), generator=g).numpy()])
         x = (x.flip(3) if recipe.flips and i % 2 else x).contiguous(memory_format=layout)
         with autocast(recipe.half):
@@ -196,7 +187,7 @@ def train(
             y = vae.decode(z).sample.float()
         kl = posterior.kl().float().mean() / z[0].numel()
         loss = reconstruction_loss(name, x, y) + extra + 1e-5 * kl
-        descend(loss, optimizer, learning_rate * cosine(i, iterations, 50))
+        descend(loss, optimizer, LEARNING_RATE * cosine(i, iterations, 50))
         progress(i + 1, loss=loss, mse=(y - x).square().mean())
         if (i + 1) % 200 == 0:
             save_checkpoint(checkpoint, i + 1, [vae], optimizer)

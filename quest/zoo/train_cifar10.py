@@ -23,6 +23,7 @@ from quest.zoo.training import Average, Progress, descend, generator, load_check
 ITERATIONS = 800_000
 BATCH = 128
 LEARNING_RATE = 2e-4
+SEED = 0
 WARMUP = 5000
 AVERAGED = 0.9999
 
@@ -33,9 +34,7 @@ def train(
     iterations: int = ITERATIONS,
     batch: int = BATCH,
     device="cpu",
-    seed: int = 0,
     save_every: int = 1000,
-    log_every: int = 100,
     architecture: dict | None = None,
 ) -> None:
     """Train on images, uint8 [N, 32, 32, 3], and write the averaged U-Net to the folder `out`.
@@ -44,7 +43,7 @@ def train(
     """
     out = Path(out)
     checkpoint = out.with_name(out.name + ".checkpoint")
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     unet = UNet2DModel(**(architecture or ARCHITECTURE)).to(device).train()
     optimizer = torch.optim.Adam(unet.parameters(), lr=LEARNING_RATE)
     average = Average(unet.parameters(), AVERAGED)
@@ -53,9 +52,9 @@ def train(
     signal = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear").alphas_cumprod.to(device)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)  # [N, 3, 32, 32]
 
-    progress = Progress("cifar10", start, iterations, log_every)
+    progress = Progress("cifar10", start, iterations, 100)
     for i in range(start, iterations):
-        g = generator(seed, i)
+        g = generator(SEED, i)
         torch.manual_seed(g.initial_seed())  # for dropout
         rows = torch.randint(len(pixels), (batch,), generator=g)
         t = torch.randint(0, 1000, (batch,), generator=g).to(device)

@@ -18,6 +18,7 @@ from quest.zoo.training import Progress, autocast, generator, load_checkpoint, s
 
 BATCH, PART = 2000, 125
 SHIFT = 2  # pixels
+SEED = 0
 
 
 class Optimizers:
@@ -87,7 +88,7 @@ def moved(padded, g):
     return padded[torch.arange(n)[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
 
 
-def train(data, out, epochs, batch=BATCH, seed=0, save_every=11, log_every=2):
+def train(data, out, epochs, batch=BATCH, save_every=11):
     """Train on photographs (see `quest.zoo.pictures`) and write config.json and model.safetensors to the folder `out`.
 
     A stopped run resumes from `OUT.checkpoint`, which is written every `save_every` batches. Returns the share of
@@ -99,7 +100,7 @@ def train(data, out, epochs, batch=BATCH, seed=0, save_every=11, log_every=2):
     rows = torch.from_numpy(photos.rows("train"))
     pixels = torch.from_numpy(photos.images).permute(0, 3, 1, 2)
     labels = torch.from_numpy(photos.labels)
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     net = PhotoNet(photos.classes).train()
     initialize(net, pixels[rows[:5000]].float() / 127.5 - 1)
     net.whiten.weight.requires_grad_(False)
@@ -116,12 +117,12 @@ def train(data, out, epochs, batch=BATCH, seed=0, save_every=11, log_every=2):
     steps = -(-len(rows) // batch)  # batches of an epoch
     total = epochs * steps
     start = load_checkpoint(checkpoint, [net], optimizer)
-    progress = Progress("classifier", start, total, log_every)
-    first_mirrored = torch.rand(len(pixels), generator=generator(seed, 0)) < 0.5
+    progress = Progress("classifier", start, total, 2)
+    first_mirrored = torch.rand(len(pixels), generator=generator(SEED, 0)) < 0.5
     for i in range(start, total):
         epoch, place = divmod(i, steps)
-        order = rows[torch.randperm(len(rows), generator=generator(seed + 1, epoch))]
-        g, losses = generator(seed, i), 0.0
+        order = rows[torch.randperm(len(rows), generator=generator(SEED + 1, epoch))]
+        g, losses = generator(SEED, i), 0.0
         for part in order[place * batch : (place + 1) * batch].split(PART):
             x = pixels[part].float() / 127.5 - 1
             mirrored = first_mirrored[part] ^ bool(epoch % 2)

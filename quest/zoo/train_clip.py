@@ -23,6 +23,9 @@ from quest.zoo.train_extractor import augment
 from quest.zoo.training import Progress, cosine, descend, generator, load_checkpoint, save_checkpoint
 from quest.zoo.vocabulary import MAX_LENGTH, build_tokenizer, caption_words, encode
 
+LEARNING_RATE = 2e-3
+SEED = 2
+
 
 def settings(tokenizer, name="scenes-clip"):
     """The content of open_clip_config.json: a bottleneck ResNet with attention pooling, and a text transformer."""
@@ -74,34 +77,23 @@ def unseen(kind, n, data=None):
         yield f"held-out {held_out}s", shown.images[rows], [shown.captions[i] for i in rows]
 
 
-def train(
-    out,
-    iterations,
-    images=20_000,
-    batch_size=128,
-    learning_rate=2e-3,
-    held_out=1000,
-    seed=2,
-    log_every=25,
-    kind="scenes",
-    data=None,
-):
+def train(out, iterations, images=20_000, batch_size=128, held_out=1000, kind="scenes", data=None):
     """Train and write a folder that quest.metrics.clip.load reads.
 
     kind: "scenes", of which `images` are drawn, or "emoji", whose data file is `data`.
     """
     out = Path(out)
     checkpoint = out.with_name(out.name + ".checkpoint")
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     shown, captions, weights, tokenizer = material(kind, images, data)
     config = settings(tokenizer, f"{kind}-clip")
     model = open_clip.CLIP(**config["model_cfg"]).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02)
     ids = encode(tokenizer, captions)
     start = load_checkpoint(checkpoint, [model], optimizer)
-    progress = Progress("clip", start, iterations, log_every)
+    progress = Progress("clip", start, iterations, 25)
     for i in range(start, iterations):
-        g = generator(seed, i)
+        g = generator(SEED, i)
         if weights is None:
             rows = torch.randint(len(shown), (batch_size,), generator=g)
         else:
@@ -109,7 +101,7 @@ def train(
         image = model.encode_image(augment(to_tensor(shown[rows.numpy()]), g), normalize=True)
         text = model.encode_text(ids[rows], normalize=True)
         loss = contrastive_loss(image, text, model.logit_scale.exp())
-        descend(loss, optimizer, learning_rate * cosine(i, iterations), clip=False)
+        descend(loss, optimizer, LEARNING_RATE * cosine(i, iterations), clip=False)
         with torch.no_grad():
             model.logit_scale.clamp_(max=4.6052)  # a factor of 100, as in CLIP
         progress(i + 1, loss=loss)

@@ -42,6 +42,8 @@ from quest.zoo.training import (
 )
 from quest.zoo.vocabulary import MAX_LENGTH, build_tokenizer, caption_words, encode
 
+LEARNING_RATE = 1e-3
+SEED = 0
 DROPPED = 0.1
 SAVE_SECONDS = 600  # a stopped training loses at most this many seconds of work
 
@@ -141,18 +143,7 @@ def held_out_error(trainee, z, conditions):
 
 
 def train(
-    name,
-    autoencoder,
-    out,
-    latents_path,
-    iterations,
-    batch_size=None,
-    learning_rate=1e-3,
-    start_from=None,
-    seed=0,
-    save_every=100,
-    log_every=50,
-    data=None,
+    name, autoencoder, out, latents_path, iterations, batch_size=None, start_from=None, save_every=100, data=None
 ):
     """Train model `name` and write its pipeline to the folder `out`; return the held-out error of the result.
 
@@ -164,7 +155,7 @@ def train(
     checkpoint = out.with_name(out.name + ".checkpoint")
     vae = AutoencoderKL.from_pretrained(autoencoder).float().eval().requires_grad_(False)
     z, held_out = latents.load(latents_path)
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     recipe = recipe_of(name)
     batch_size = batch_size or recipe.batch_size
     trainee = Trainee(name, None if recipe.pictures == "scenes" else pictures.load(recipe.pictures, data))
@@ -177,7 +168,7 @@ def train(
     conditions = trainee.conditions("train", len(z))
     held_out_conditions = trainee.conditions("validation", len(held_out))
     weights = trainee.drawing_weights(len(z))
-    optimizer = torch.optim.AdamW(trainee.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(trainee.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
     average = Average(trainee.parameters(), recipe.average)
     start = load_checkpoint(checkpoint, trainee.modules, optimizer, average)
 
@@ -186,10 +177,10 @@ def train(
     # For the error of the sample this means SNR clamped to [0.2, 5]. Without the lower bound the noisiest steps, which
     # decide where objects are, hardly count, and the model paints the right objects in wrong places.
     weight = snr.clamp(0.2, 5) / snr
-    progress = Progress(name, start, iterations, log_every)
+    progress = Progress(name, start, iterations, 50)
     saved = time.monotonic()
     for i in range(start, iterations):
-        g = generator(seed, i)
+        g = generator(SEED, i)
         if weights is None:
             rows = torch.randint(len(z), (batch_size,), generator=g)
         else:
@@ -202,7 +193,7 @@ def train(
         noisy = (signal.sqrt() * z[rows] + (1 - signal).sqrt() * noise).contiguous(memory_format=layout)
         error = (trainee(noisy, t, condition) - noise).square().mean((1, 2, 3))
         loss = (weight[t] * error).mean()
-        descend(loss, optimizer, learning_rate * constant_then_decay(i, iterations))
+        descend(loss, optimizer, LEARNING_RATE * constant_then_decay(i, iterations))
         average.update(i)
         progress(i + 1, loss=loss, error=error.mean())
         due = time.monotonic() > saved + SAVE_SECONDS

@@ -18,6 +18,9 @@ from quest.runtime.files import atomic_folder, dumps
 from quest.zoo.train_autoencoder import to_images, to_tensor
 from quest.zoo.training import Progress, cosine, descend, generator, load_checkpoint, save_checkpoint
 
+BATCH_SIZE = 64
+SEED = 1
+
 
 def augment(x, g):
     """Apply a 3x3 blur of random strength and a little noise to x [N, 3, H, W]."""
@@ -47,14 +50,14 @@ def accuracy(net, images, wanted):
     return {name: (heads[name].argmax(1) == wanted[name]).float().mean().item() for name in HEADS}
 
 
-def run_phase(name, net, data, wanted, iterations, checkpoint, learning_rate, seed, batch_size=64, log_every=100):
+def run_phase(name, net, data, wanted, iterations, checkpoint, learning_rate, seed):
     """Train on uint8 data [N, H, W, 3]; the rows of `wanted` repeat if data contains each scene more than once."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=1e-3)
     start = load_checkpoint(checkpoint, [net], optimizer)
-    progress = Progress(name, start, iterations, log_every)
+    progress = Progress(name, start, iterations, 100)
     for i in range(start, iterations):
         g = generator(seed, i)
-        rows = torch.randint(len(data), (batch_size,), generator=g)
+        rows = torch.randint(len(data), (BATCH_SIZE,), generator=g)
         heads = net(augment(to_tensor(data[rows.numpy()]), g))
         loss = loss_of(heads, {k: v[rows % len(v)] for k, v in wanted.items()})
         descend(loss, optimizer, learning_rate * cosine(i, iterations), clip=False)
@@ -63,24 +66,24 @@ def run_phase(name, net, data, wanted, iterations, checkpoint, learning_rate, se
             save_checkpoint(checkpoint, i + 1, [net], optimizer)
 
 
-def train(out, autoencoder, iterations, fine_tuning, images=20_000, held_out=2000, seed=1):
+def train(out, autoencoder, iterations, fine_tuning, images=20_000, held_out=2000):
     """Train and write config.json and model.safetensors to the folder `out`."""
     out = Path(out)
     checkpoints = [out.with_name(f"{out.name}.checkpoint{k}") for k in (1, 2)]
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     net = SceneNet()
     drawn = scenes.draw("train", images)
     data, wanted = drawn.images(), targets(drawn)
     unseen = scenes.draw("validation", held_out)
     unseen, unseen_wanted = unseen.images(), targets(unseen)
-    run_phase("extractor", net, data, wanted, iterations, checkpoints[0], 2e-3, seed)
+    run_phase("extractor", net, data, wanted, iterations, checkpoints[0], 2e-3, SEED)
     report(net, "real scenes", unseen, unseen_wanted)
     if fine_tuning:
         vae = AutoencoderKL.from_pretrained(autoencoder).float().eval()
         few = images // 4
         data = np.concatenate([data[:few], reconstruct(vae, data[:few])])
         wanted = {k: v[:few] for k, v in wanted.items()}
-        run_phase("extractor, reconstructions", net, data, wanted, fine_tuning, checkpoints[1], 5e-4, seed + 1)
+        run_phase("extractor, reconstructions", net, data, wanted, fine_tuning, checkpoints[1], 5e-4, SEED + 1)
         report(net, "real scenes", unseen, unseen_wanted)
         report(net, "reconstructions", reconstruct(vae, unseen), unseen_wanted)
     with atomic_folder(out) as folder:

@@ -27,6 +27,8 @@ from quest.zoo.architectures import SCHEDULE
 from quest.zoo.training import Average, Progress, constant_then_decay, descend, generator
 
 CONTEXT = 32  # width of a class token
+LEARNING_RATE = 2e-3
+SEED = 0
 
 
 class ResidualBlock(nn.Module):
@@ -130,33 +132,26 @@ def model(weights: str | Path) -> Model:
     )
 
 
-def train(
-    out: str | Path,
-    iterations: int = 2000,
-    batch: int = 32,
-    examples: int = 16_384,
-    learning_rate: float = 2e-3,
-    seed: int = 0,
-) -> float:
+def train(out: str | Path, iterations: int = 2000, batch: int = 32, examples: int = 16_384) -> float:
     """Write the averaged weights to `out`; return the mean error of the last tenth of the batches."""
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     pipe = pipeline()
     modules = [pipe.unet, pipe.class_embedder]
     parameters = [p for m in modules for p in m.train().requires_grad_().parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
     average = Average(parameters, 0.998)
     drawn = signals.draw("train", examples)
     values, labels = torch.from_numpy(drawn.values)[:, None, None], torch.from_numpy(drawn.labels)
     alphas = pipe.scheduler.alphas_cumprod
     progress, errors = Progress("signals", 0, iterations, 250), []
     for i in range(iterations):
-        g = generator(seed, i)
+        g = generator(SEED, i)
         rows, t = torch.randint(len(values), (batch,), generator=g), torch.randint(0, 1000, (batch,), generator=g)
         noise = torch.randn(values[rows].shape, generator=g)
         signal = alphas[t].view(-1, 1, 1, 1)
         noisy = signal.sqrt() * values[rows] + (1 - signal).sqrt() * noise
         loss = F.mse_loss(pipe.unet(noisy, t, pipe.class_embedder(labels[rows])).sample, noise)
-        descend(loss, optimizer, learning_rate * constant_then_decay(i, iterations))
+        descend(loss, optimizer, LEARNING_RATE * constant_then_decay(i, iterations))
         average.update(i)
         errors.append(loss.item())
         progress(i + 1, error=loss)
