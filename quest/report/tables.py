@@ -24,15 +24,8 @@ MAIN = ["model", "method", "bits", "metric", "value", "low", "high", "published"
 # bops: bit operations of one call on one sample. effective_bits: stored bits per parameter. BESIDE: what the call costs
 # beside products of codes (quest.quantization.overhead). latency_ms: median wall time of a denoiser call while the
 # first shard was sampled, whatever else the machine did; latency_at: batch, threads.
-BESIDE = [
-    "scale_bits",
-    "float_fmas",
-    "float_additions",
-    "weight_scale_bits",
-    "static_scale_bits",
-    "branch_macs",
-    "branch_bops",
-]
+BESIDE = ["scale_bits", "float_fmas", "float_additions", "weight_scale_bits", "static_scale_bits"]
+BESIDE += ["branch_macs", "branch_bops"]
 FOOTPRINT = ["size_mb", "bops", "effective_bits", *BESIDE, "kernel", "realizable", "latency_ms", "latency_at"]
 MAIN += ["reference", "note", *FOOTPRINT, *PROVENANCE]
 PAIRED = ["model", "bits", "metric", "method", "versus", "difference", "low", "high", "n", "better", *PROVENANCE]

@@ -1,11 +1,4 @@
-# Light work without torch: on a cluster these rules run on the node where Snakemake runs.
-localrules:
-    tables,
-    seeds,
-    curves,
-    grid,
-    readme,
-    crate,
+# Light work without torch runs on the node where Snakemake runs, also on a cluster (`localrule`).
 
 
 rule tables:
@@ -17,6 +10,7 @@ rule tables:
         shown_tables(*TABLES),
     log:
         f"results/{NAME}/tables/tables.log",
+    localrule: True
     conda:
         "../../environment.yml"
     resources:
@@ -68,6 +62,7 @@ rule crate:
         f"results/{NAME}/ro-crate-metadata.json",
     log:
         f"results/{NAME}/crate.log",
+    localrule: True
     conda:
         "../../environment.yml"
     params:
@@ -86,6 +81,7 @@ rule seeds:
         shown_tables("seeds.csv", "seeds.md"),
     log:
         f"results/{NAME}/tables/seeds.log",
+    localrule: True
     conda:
         "../../environment.yml"
     resources:
@@ -109,6 +105,7 @@ rule curves:
         ],
     log:
         "results/{name}/figures/curves.log",
+    localrule: True
     conda:
         "../../environment.yml"
     resources:
@@ -126,6 +123,7 @@ rule grid:
         shown("results/{name}/figures/samples-{model}-{bits}.png", "samples", "Samples", model="{model}", bits="{bits}"),
     log:
         "results/{name}/figures/samples-{model}-{bits}.log",
+    localrule: True
     conda:
         "../../environment.yml"
     resources:
@@ -145,6 +143,7 @@ rule readme:
         figures=expand("results/{name}/figures/{figure}.png", name=NAME, figure=SHOWN),
     log:
         f"results/{NAME}/readme.log",
+    localrule: True
     conda:
         "../../environment.yml"
     resources:

@@ -6,6 +6,7 @@ as real cells (`looks.settle`), beside a reader who looks at a 95 % interval of 
 
 import argparse
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -42,24 +43,20 @@ def simulate(scenario: dict, trials: int, seed: int = 0) -> dict:
     noise = rng.normal(size=shape) if scenario["seeds"] == "normal" else rng.standard_t(3, size=shape) / math.sqrt(3)
     shared = scenario["images"] * rng.normal(size=shape[:2])
     values = d + noise + shared[:, :, None]
-    counts = dict.fromkeys(("false_difference", "false_equivalence", "naive"), 0)
-    covered = decided = equivalent = seeds = 0
+    totals: Counter = Counter()
     for trial in values:
         family = {i: [Estimate.of(one[:k], scenario["images"]) for k in LOOKS] for i, one in enumerate(trial)}
         found = settle(family, m).values()
-        counts["false_difference"] += any(one.verdict == "lower" or one.verdict == "higher" and d == 0 for one in found)
-        counts["false_equivalence"] += d >= m and any(one.verdict == "equivalent" for one in found)
-        counts["naive"] += d == 0 and any(_excludes(estimate) for looks in family.values() for estimate in looks)
-        covered += sum(abs(one.estimate.value - d) <= one.estimate.half(one.level) for one in found)
-        decided += sum(one.verdict in ("lower", "higher") for one in found)
-        equivalent += sum(one.verdict == "equivalent" for one in found)
-        seeds += sum(one.look for one in found)
-    comparisons = trials * scenario["family"]
-    shares = {name: count / trials for name, count in counts.items()}
-    of_comparisons = {"covered": covered, "decided": decided, "equivalent": equivalent, "stopped_at": seeds}
-    return (
-        scenario | shares | {name: total / comparisons for name, total in of_comparisons.items()} | {"trials": trials}
-    )
+        totals["false_difference"] += any(one.verdict == "lower" or one.verdict == "higher" and d == 0 for one in found)
+        totals["false_equivalence"] += d >= m and any(one.verdict == "equivalent" for one in found)
+        totals["naive"] += d == 0 and any(_excludes(estimate) for looks in family.values() for estimate in looks)
+        totals["covered"] += sum(abs(one.estimate.value - d) <= one.estimate.half(one.level) for one in found)
+        totals["decided"] += sum(one.verdict in ("lower", "higher") for one in found)
+        totals["equivalent"] += sum(one.verdict == "equivalent" for one in found)
+        totals["stopped_at"] += sum(one.look for one in found)
+    of_families = ("false_difference", "false_equivalence", "naive")
+    counts = {name: trials if name in of_families else trials * scenario["family"] for name in totals}
+    return scenario | {name: total / counts[name] for name, total in totals.items()} | {"trials": trials}
 
 
 def _excludes(estimate: Estimate) -> bool:
