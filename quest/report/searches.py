@@ -88,9 +88,8 @@ def verdict(pairs: Sequence[tuple[dict, dict]]) -> str:
         gains = [a - b for a, b in zip(first, second, strict=True)]
         spread = max(max(side) - min(side) for side in (first, second))
         better.append(min(gains) > 0 and mean(gains) > spread)
-    return {(True, True): "yes", (True, False): "in noise prediction only", (False, True): "in latent MSE only"}.get(
-        tuple(better), "no"
-    )
+    words = {(True, True): "yes", (True, False): "in noise prediction only", (False, True): "in latent MSE only"}
+    return words.get(tuple(better), "no")
 
 
 def _arrow(pairs, error) -> str:

@@ -70,11 +70,10 @@ def judge(name, folder, extractor, reference, n=1000):
     return numbers, images
 
 
-def grid(images, columns=8, scale=2):
-    """A PIL image with uint8 images [n, H, W, 3] side by side."""
-    rows = [np.concatenate(images[i : i + columns], 1) for i in range(0, len(images) - columns + 1, columns)]
-    picture = Image.fromarray(np.concatenate(rows, 0))
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+def grid(images):
+    """A PIL image with uint8 images [n, H, W, 3], eight in a row, each pixel doubled."""
+    rows = [np.concatenate(images[i : i + 8], 1) for i in range(0, len(images) - 7, 8)]
+    return Image.fromarray(np.concatenate(rows, 0).repeat(2, 0).repeat(2, 1))
 
 
 def write(numbers, images, output, picture):

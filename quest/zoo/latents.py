@@ -64,10 +64,9 @@ def main():
     parser.add_argument("autoencoder", type=Path, help="diffusers folder of the trained autoencoder")
     parser.add_argument("--pictures", choices=RECIPES, default="scenes", help="kind of pictures (default %(default)s)")
     parser.add_argument("--data", type=Path, nargs="?", help="data file (.npz) of photographs or emoji")
-    parser.add_argument("--images", type=int, help="training pictures (default: 40,000 scenes, all others)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    count = arguments.images or (40_000 if arguments.pictures == "scenes" else None)
+    count = 40_000 if arguments.pictures == "scenes" else None
     compute(arguments.autoencoder, arguments.output, count, arguments.pictures, arguments.data)
 
 

@@ -206,12 +206,11 @@ def main():
     parser.add_argument("name", nargs="?", choices=RECIPES, default="scenes", help="which one (default %(default)s)")
     parser.add_argument("--data", type=Path, nargs="?", help="data file (.npz) of photographs or emoji")
     parser.add_argument("--iterations", type=int, help=f"batches of {BATCH_SIZE} (default: the recipe's)")
-    parser.add_argument("--images", type=int, help="pictures to learn from (default: 20,000 scenes, all others)")
     arguments = parser.parse_args()
     if arguments.name != "scenes" and not arguments.data:
         parser.error(f"--data: {arguments.name} needs a data file")
     torch.set_num_threads(arguments.threads)
-    images = arguments.images or (20_000 if arguments.name == "scenes" else None)
+    images = 20_000 if arguments.name == "scenes" else None
     iterations = arguments.iterations or RECIPES[arguments.name].iterations
     train(arguments.output, iterations, images, name=arguments.name, data=arguments.data)
 

@@ -137,14 +137,13 @@ def report(folder, what, images, captions):
 def main():
     parser = command_line.parser(__doc__, "folder", "threads")
     parser.add_argument("--iterations", type=int, default=400, help="batches of 128 pictures (default %(default)s)")
-    parser.add_argument("--images", type=int, default=20_000, help="scenes to draw (default %(default)s)")
     parser.add_argument("--pictures", choices=("scenes", "emoji"), default="scenes", help="(default %(default)s)")
     parser.add_argument("--data", type=Path, help="data file (.npz) of emoji")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.pictures == "emoji" and not arguments.data:
         parser.error("--data: emoji need a data file")
-    train(arguments.output, arguments.iterations, arguments.images, kind=arguments.pictures, data=arguments.data)
+    train(arguments.output, arguments.iterations, kind=arguments.pictures, data=arguments.data)
 
 
 if __name__ == "__main__":

@@ -218,7 +218,6 @@ def main():
     parser.add_argument("--latents", type=Path, required=True, help="file that quest.zoo.latents wrote")
     parser.add_argument("--data", type=Path, nargs="?", help="data file (.npz) of photographs or emoji")
     parser.add_argument("--iterations", type=int, help="batches (default: the recipe's)")
-    parser.add_argument("--batch-size", type=int, help="pictures per batch (default: the recipe's)")
     parser.add_argument("--start-from", type=Path, help="pipeline folder whose denoiser training starts from")
     arguments = parser.parse_args()
     if MODELS[arguments.model].pictures != "scenes" and not arguments.data:
@@ -230,7 +229,6 @@ def main():
         arguments.output,
         arguments.latents,
         arguments.iterations or MODELS[arguments.model].iterations,
-        arguments.batch_size,
         start_from=arguments.start_from,
         save_every=None,
         data=arguments.data,

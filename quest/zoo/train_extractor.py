@@ -103,12 +103,11 @@ def main():
     parser.add_argument(
         "--fine-tuning", type=int, default=400, help="further batches, half of them reconstructions (%(default)s)"
     )
-    parser.add_argument("--images", type=int, default=20_000, help="scenes to draw (default %(default)s)")
     arguments = parser.parse_args()
     if arguments.fine_tuning and not arguments.autoencoder:
         parser.error("--autoencoder is needed unless --fine-tuning 0")
     torch.set_num_threads(arguments.threads)
-    train(arguments.output, arguments.autoencoder, arguments.iterations, arguments.fine_tuning, arguments.images)
+    train(arguments.output, arguments.autoencoder, arguments.iterations, arguments.fine_tuning)
 
 
 if __name__ == "__main__":

@@ -63,9 +63,7 @@ def distances(main: pd.DataFrame, runs: Tables) -> Fact:
         for name, (table, paired) in runs.items():
             one = rankings.frame(table, paired)
             one = one[one["measure"].isin(SHOWN)]
-            widest = one.groupby(["bits", "measure", "endpoint"])["cells"].transform(
-                "max"
-            )  # of all models where pooled
+            widest = one.groupby(["bits", "measure", "endpoint"])["cells"].transform("max")  # of all models, if pooled
             one = one[one["cells"] == widest]
             lines += [f"*{_correlation(row)} ({name})*" for row in one.itertuples()]
     lines += ["[figure](assets/rankings.png), [every measure, endpoint and model](assets/rankings.csv)"] if runs else []
