@@ -1,6 +1,5 @@
 """How processor time and memory of jobs grow with images, rows, parameters, iterations and cells. Needs no torch."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +9,8 @@ from scipy.optimize import nnls
 from scipy.special import fdtri
 
 from quest.report import rendering
-from quest.report.rendering import NONE, Column, Table, columns, number
-from quest.report.style import legend, log_axis, log_ticks, look, plain, save, subplots
+from quest.report.rendering import NONE, Column, Table, columns
+from quest.report.style import log_axis, log_ticks, look, plain, save, subplots
 
 # One line per measured job. seconds: of the processor, without imports. memory_mb: most anonymous memory beyond that of
 # the start. others: the average number of processors that other processes kept busy meanwhile.
@@ -24,6 +23,7 @@ AXES = {
     "cells": "cells of all quantization seeds",
 }
 EXPONENTS = np.linspace(0, 3, 301)
+LINEAR = 1.1  # an exponent that is surely no larger counts as linear
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float, float]:
@@ -55,12 +55,12 @@ def table(frame: pd.DataFrame) -> Table:
         value, low, high = exponent(of_job["size"], of_job["seconds"])
         known = high - low < EXPONENTS[-1] / 2
         said = f"{value:.2f} [{low:.2f}, {high:.2f}]" if known else NONE
-        faster = ("yes" if low > 1 else "no") if known else "not told"
+        faster = "yes" if known and low > 1 else "no" if known and high <= LINEAR else "not told"
         sizes = f"{medians.index[0]:.4g} to {medians.index[-1]:.4g}"
         rows.append([AXES[axis], job, sizes, ends[0], said, ends[1], faster])
     note = (
         "Medians at the smallest and the largest size. exponent: p of seconds = a + b size^p, with its 95 % interval; "
-        f"{number(math.nan).text}: the time hardly depends on the size. Memory: anonymous, beyond that of the imports."
+        f"{NONE}: these measurements leave it open. no: surely at most {LINEAR}. Memory: anonymous, beyond the imports."
     )
     return Table(heads, rows, notes=[note])
 
@@ -69,27 +69,25 @@ def figure(frame: pd.DataFrame, path: str | Path) -> None:
     """Draw processor seconds (above) and memory (below) of every job against its size, a column for each axis."""
     axes = [axis for axis in AXES if axis in set(frame["axis"])]
     drawing, panels = subplots(2, len(axes), (1 + 2.4 * len(axes), 5.4))
-    jobs = list(dict.fromkeys(frame["job"]))
     for column, axis in enumerate(axes):
         of_axis = frame[frame["axis"] == axis]
         for upper, name in ((True, "seconds"), (False, "memory_mb")):
             panel = panels[0 if upper else 1, column]
-            for job, of_job in of_axis.groupby("job", sort=False):
-                style = look(jobs.index(job))
+            for place, (job, of_job) in enumerate(of_axis.groupby("job", sort=False)):
                 medians = of_job.groupby("size")[name].median()
-                panel.plot(of_job["size"], of_job[name], ls="none", ms=4, **style)
-                panel.plot(medians.index, medians, lw=1, color=style["color"], label=job, marker=style["marker"], ms=4)
+                panel.plot(of_job["size"], of_job[name], ls="none", ms=4, label=job, **look(place))
+                panel.plot(medians.index, medians, lw=1, color=look(place)["color"])
             panel.set_xscale("log")
             log_ticks(panel.xaxis, (1, 3))
             if upper:
                 log_axis(panel, of_axis[name])
+                panel.legend(fontsize=7, frameon=False)
             else:
-                panel.set_ylim(bottom=0)
+                panel.set_ylim(0, 1.1 * of_axis[name].max() + 1)
                 panel.set_xlabel(AXES[axis], fontsize=8)
             plain(panel)
     panels[0, 0].set_ylabel("processor time [s]", fontsize=9)
     panels[1, 0].set_ylabel("memory beyond imports [MB]", fontsize=9)
-    legend(drawing, panels.flat)
     save(drawing, path)
 
 

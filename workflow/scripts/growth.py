@@ -17,7 +17,7 @@ SCRIPTS = ("trajectories", "quantize", "sample", "metrics", "seeds", "tables", "
 IMAGES = (100, 200, 500, 1000)
 TRAJECTORIES = (4, 8, 20, 40)
 WIDTHS = (32, 48, 72, 104)  # channels of a random U-Net
-ITERATIONS = (20, 50, 100, 200)
+ITERATIONS = (10, 20, 50, 100)
 TIMES = (1, 2, 5, 10)  # a number of cells
 METHODS = ("one", "two", "three")  # of the cells, which are drawn
 

@@ -12,7 +12,8 @@ iterations times rows. The released code (hatchetProject/QuEST at a357018)
 - keeps all weights learnable, so each is quantized anew in every pass and has a gradient. The optimizer has the tuned
   ones.
 
-Each runs in a copy of this process, in turns, on one thread; see `quest.planning.meter.in_copy`.
+"here, short of memory" is the same as here for a job that may hold 100 MB: full precision's outputs and blocks are
+computed again. All run in copies of this process, in turns, on one thread; see `quest.planning.meter.in_copy`.
 """
 
 import statistics
@@ -24,6 +25,7 @@ from quest.runtime import command_line
 
 ROWS = (8, 64)  # of a visit to a timestep, in each of the two stages
 BATCH = (2, 4)
+SHORT = 10**8  # bytes
 
 
 def main() -> None:
@@ -53,19 +55,27 @@ def main() -> None:
     student = denoiser_of(quest.quantize(pipe, "quest-suite", "w4a4", calibration=calibration, **still))
     loops = {
         "here": partial(finetune, student, denoiser_of(pipe), calibration, recipe, weights_and_biases),
+        "here, short of memory": partial(short_of_memory, student, denoiser_of(pipe), calibration, recipe),
         "released": partial(released, student, denoiser_of(pipe), calibration, recipe),
     }
     costs: dict[str, list] = {name: [] for name in loops}
     for _ in range(arguments.repeats):
         for name, loop in loops.items():
-            costs[name].append(in_copy(loop, arguments.output.with_suffix(f".{name}.log")))
+            costs[name].append(in_copy(loop, arguments.output.with_suffix(".log")))
             print(name, costs[name][-1], flush=True)
     medians = {name: {key: statistics.median(one[key] for one in of) for key in of[0]} for name, of in costs.items()}
     about = {"model": model.name, "rows": len(calibration), "settings": told}
     write_json(arguments.output, about | {"costs": costs, "medians": medians})
-    for key, unit in (("seconds", "processor s"), ("memory_mb", "MB")):
-        here, there = (medians[name][key] for name in loops)
-        print(f"{key}: here {here:.4g} {unit}, released {there:.4g}: {there / here:.2f} times")
+    for name, found in medians.items():
+        print(f"{name}: {found['seconds']:.3g} processor s, {found['memory_mb']:.3g} MB")
+
+
+def short_of_memory(student, teacher, calibration, recipe) -> None:
+    from baselines.quest import finetune, weights_and_biases
+    from quest.runtime import memory
+
+    with memory.limited(SHORT):
+        finetune(student, teacher, calibration, recipe, weights_and_biases)
 
 
 def released(student, teacher, calibration, recipe) -> None:
