@@ -11,7 +11,7 @@ from torch import nn
 
 from quest.diffusion import samplers
 from quest.diffusion.denoisers import name_of
-from quest.quantization.layers import QuantLayer, attentions, is_quantized
+from quest.quantization.layers import ONE_DEVICE, QuantLayer, attentions, is_quantized
 
 # `QuantAttention` computes what these processors compute, for an attention with these parts and no others.
 PROCESSORS = AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
@@ -30,7 +30,6 @@ UNSET = ("fused_projections", "is_causal", "pre_only", "only_cross_attention")
 _ADAPTER = "load the adapter into the full-precision pipeline, fuse it there, and quantize that"
 _ATTENTION = "its attention is quantized, and this would put float attention in its place"
 _SAVE = "write the whole denoiser with save_pretrained or quest.save"
-_MOVE = "a quantized denoiser stays whole, on one device"
 REFUSED = {  # methods of a denoiser, its attentions or a pipeline -> what to do instead, or why it is refused
     **dict.fromkeys(("save_lora_adapter", "save_attn_procs"), _SAVE),
     **dict.fromkeys(
@@ -90,7 +89,7 @@ REFUSED = {  # methods of a denoiser, its attentions or a pipeline -> what to do
             "enable_sequential_cpu_offload",
             "enable_parallelism",
         ),
-        _MOVE,
+        ONE_DEVICE,
     ),
     "enable_gradient_checkpointing": "parts that are called again in the backward pass are in no forward pass",
     **dict.fromkeys(("half", "double", "bfloat16", "float", "type"), "it computes in torch.float32"),
@@ -167,7 +166,7 @@ def check(pipe, allow_meta: bool = False) -> None:
             )
     devices = sorted({str(tensor.device) for tensor in tensors.values()})
     if len(devices) > 1 or devices == ["meta"] and not allow_meta:
-        raise ValueError(f"the denoiser lies on {' and '.join(devices)}; {_MOVE}: load it there")
+        raise ValueError(f"the denoiser lies on {' and '.join(devices)}; {ONE_DEVICE}: load it there")
     for name, module in denoiser.named_modules():
         if hasattr(module, "_hf_hook"):
             raise ValueError(f"{name or part}: accelerate moves it between devices; load the pipeline without that")

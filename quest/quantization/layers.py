@@ -22,6 +22,12 @@ from quest.quantization.prologue import Prologue, along
 from quest.quantization.quantizer import Quantizer
 from quest.quantization.timegroups import TimeGroups
 
+ONE_DEVICE = "a quantized denoiser stays whole, on one device"
+
+
+def _moved_alone(_layer, _forward) -> None:
+    raise ValueError(f"accelerate cannot move the layers of a quantized denoiser one by one; {ONE_DEVICE}")
+
 
 class QuantLayer(nn.Module):
     """The common part of QuantLinear and QuantConv2d: quantizers, a kernel, and a weight that can be frozen.
@@ -54,6 +60,7 @@ class QuantLayer(nn.Module):
 
     kernel_name = "reference"  # a name, because a copy of the layer could not contain a Python module
     channels: int  # the dimension of the input that has the channels
+    _old_forward = property(fset=_moved_alone)  # accelerate sets it before it moves the tensors of a module
 
     @property
     def kernel(self) -> ModuleType:

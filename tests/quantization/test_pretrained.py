@@ -5,6 +5,7 @@ import importlib
 import json
 import sys
 
+import accelerate
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -63,6 +64,27 @@ def test_equal_bits(saved, text_pipe, text_calibration, tmp_path):
     for change in (again.unet.half, lambda: quest.quantize(again, "rtn"), lambda: again.unet.set_attention_slice(1)):
         with pytest.raises(ValueError, match="quantized"):
             change()
+
+
+def test_accelerate_does_not_take_layers_apart(saved, text_pipe, text_calibration):
+    """In whichever way a pipeline came to its quantized denoiser; moving it whole is allowed."""
+    quantized, folder, file = saved
+    inputs = text_calibration.inputs(torch.arange(2))
+    loaded = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    by_hand = copy.copy(text_pipe)
+    by_hand.unet = quest.load(text_pipe, file, kernel="reference").unet
+    for pipe in (loaded, by_hand):
+        with torch.no_grad():
+            expected = pipe.unet(**inputs).sample
+            with pytest.raises(ValueError, match="accelerate cannot move .*; a quantized denoiser stays whole, on one"):
+                accelerate.cpu_offload(pipe.unet, torch.device("cpu"), offload_buffers=True)
+            assert torch.equal(pipe.unet(**inputs).sample, expected)
+            accelerate.cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
+            assert torch.equal(pipe.unet(**inputs).sample, expected)
+    parts = {name: part for name, part in loaded.components.items() if name != "vae"}
+    again = StableDiffusionPipeline(**parts, vae=copy.deepcopy(loaded.vae), requires_safety_checker=False)
+    with pytest.raises(ValueError, match="stays whole, on one device"):
+        again.enable_sequential_cpu_offload(device="cpu")
 
 
 def test_a_pipeline_of_our_own(uncond_pipe, uncond_calibration, tmp_path):
