@@ -37,7 +37,6 @@ NEEDED = {  # packages by suffix
     ".onnx": ("onnx", "onnxscript", "onnxruntime"),
     ".xml": ("onnx", "onnxscript", "openvino"),
 }
-PARTS = {".onnx": (".onnx",), ".xml": (".bin", ".xml")}  # files by suffix
 
 
 @torch.library.custom_op("quest::export_input", mutates_args=())
@@ -218,8 +217,12 @@ def export(pipe, path: str | Path) -> float:
         difference = compared(made, denoiser, inputs)
         if not difference <= TOLERANCE:
             raise ValueError(f"{path}: differs by {difference:.2g} of the largest output, above {TOLERANCE}")
-        for suffix in PARTS[path.suffix]:
-            os.replace(made.with_suffix(suffix), path.with_suffix(suffix))
+        if path.suffix == ".xml":
+            # Two files cannot be replaced at once. If this ends in between, there is no .xml, and never one beside the
+            # weights of another export.
+            path.unlink(missing_ok=True)
+            os.replace(made.with_suffix(".bin"), path.with_suffix(".bin"))
+        os.replace(made, path)
     return difference
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import os
 
 import numpy as np
 import pytest
@@ -70,6 +71,36 @@ def test_other_runtimes_compute_the_same(quantized, tmp_path, monkeypatch):
     assert kinds.count("DequantizeLinear") - kinds.count("QuantizeLinear") == layers > 10
     codes = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.UINT8 and tensor.dims]
     assert sum(np.prod(tensor.dims) for tensor in codes) > 50_000
+
+
+def test_a_killed_export_leaves_no_pair_of_different_files(quantized, tmp_path, monkeypatch):
+    """Whichever step of putting the two files of OpenVINO in place is the last one."""
+    file, replace = tmp_path / "ir.xml", os.replace
+    monkeypatch.setattr(export, "NEEDED", {".xml": ()})
+    monkeypatch.setattr(export, "_write", lambda denoiser, inputs, path: None)
+    monkeypatch.setattr(export, "compared", lambda path, denoiser, inputs: 0.0)
+
+    def made(text):
+        return lambda _onnx, path: [path.with_suffix(s).write_text(text, encoding="utf-8") for s in (".xml", ".bin")]
+
+    monkeypatch.setattr(export, "to_ir", made("old"))
+    export.export(quantized, file)
+    monkeypatch.setattr(export, "to_ir", made("new"))
+    for last in (0, 1):
+        done = []
+
+        def until_killed(source, target, last=last, done=done):
+            if len(done) == last:
+                raise KeyboardInterrupt
+            done.append(replace(source, target))
+
+        monkeypatch.setattr(os, "replace", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            export.export(quantized, file)
+        assert [f.name for f in tmp_path.iterdir()] == ["ir.bin"]
+    monkeypatch.setattr(os, "replace", replace)
+    export.export(quantized, file)
+    assert {f.name: f.read_text(encoding="utf-8") for f in tmp_path.iterdir()} == {"ir.bin": "new", "ir.xml": "new"}
 
 
 def test_operators_on_bytes_are_the_quantizers(quantized):
