@@ -6,6 +6,9 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quest.diffusion.denoisers import NAMES, name_of
+from quest.runtime.files import read_text
+from quest.runtime.hashing import opened
 from quest.runtime.sums import check_sums
 
 if TYPE_CHECKING:
@@ -16,17 +19,18 @@ def load_pipeline(folder: Path, device="cpu", sampler: str | None = None) -> Dif
     """Load a folder in diffusers layout, in float32 and eval mode.
 
     sampler: a name of `samplers.kind`, in place of the scheduler in the folder.
-    Raises ValueError for a class of pipeline that diffusers does not have, for one without a denoiser, and for a file
-    whose hash differs from SHA256SUMS.
+    Raises ValueError for a class of pipeline that diffusers does not have, for one without a denoiser, for a file whose
+    hash differs from SHA256SUMS, and as `check_denoiser` does.
     """
     import diffusers
     import torch
 
     from quest.diffusion import samplers
-    from quest.diffusion.denoisers import name_of
     from quest.diffusion.pipelines import LatentDiffusionPipeline
 
     check_sums(folder)
+    for part in NAMES:
+        check_denoiser(Path(folder, part))
     index = diffusers.DiffusionPipeline.load_config(folder)
     name = index["_class_name"]
     kind = LatentDiffusionPipeline if name == "LatentDiffusionPipeline" else getattr(diffusers, str(name), None)
@@ -57,6 +61,23 @@ def load_pipeline(folder: Path, device="cpu", sampler: str | None = None) -> Dif
     if sampler is not None and samplers.name_of(pipe.scheduler) != sampler:
         pipe.scheduler = samplers.kind(sampler).from_config(pipe.scheduler.config)
     return pipe.to(device)
+
+
+def check_denoiser(folder: Path) -> None:
+    """Raise ValueError for weights that are quantized, in a denoiser's folder whose config.json does not say so.
+
+    diffusers would find none of its tensors there, draw random ones, and only warn of it.
+    """
+    config = folder / "config.json"
+    if not config.is_file() or '"quantization_config"' in read_text(config):
+        return
+    for weights in folder.glob("diffusion_pytorch_model*.safetensors"):
+        with opened(weights, "numpy") as file:
+            if any(name.endswith("_quantizer.scale") for name in file.keys()):
+                raise ValueError(
+                    f"{config}: no quantization_config, but {weights.name} is quantized; valid: the config.json that "
+                    "save_pretrained wrote beside it"
+                )
 
 
 def _number_of_no_class(transformer, args, kwargs):

@@ -12,7 +12,7 @@ from quest.diffusion import compvis, samplers
 from quest.diffusion.compvis import load, networks
 from quest.diffusion.compvis.configuration import parameters
 from quest.diffusion.denoisers import NAMES
-from quest.diffusion.loading import load_pipeline
+from quest.diffusion.loading import check_denoiser, load_pipeline
 from quest.diffusion.models import CAPTION_LINES, Model
 from quest.diffusion.pipelines import CLASSES, LatentDiffusionPipeline, forget_origin
 from quest.diffusion.random_checkpoints import COMPVIS
@@ -170,6 +170,7 @@ def _pixels(folder: Path) -> LatentDiffusionPipeline:
             f"{folder}: no config.json with {WEIGHTS} in it or in its unet/; valid: a U-Net "
             "in diffusers layout, such as google/ddpm-cifar10-32"
         )
+    check_denoiser(place)
     unet = UNet2DModel.from_pretrained(place).float().eval()
     if (unet.config.in_channels, unet.config.sample_size) != (3, 32):
         raise ValueError(f"{folder}: a U-Net for {unet.config.sample_size} pixels, not for CIFAR-10's 32")

@@ -5,12 +5,15 @@ attention by float attention, or write into weights that are codes. diffusers ra
 methods is replaced by one that raises an error and says what to do. (`save_pretrained` works, see `pretrained`.)
 """
 
+from pathlib import Path
+
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
 from torch import nn
 
 from quest.diffusion import samplers
 from quest.diffusion.denoisers import name_of
+from quest.diffusion.loading import check_denoiser
 from quest.quantization.layers import ONE_DEVICE, QuantLayer, attentions, is_quantized
 
 # `QuantAttention` computes what these processors compute, for an attention with these parts and no others.
@@ -158,6 +161,9 @@ def check(pipe, allow_meta: bool = False) -> None:
         raise ValueError("the pipeline is already quantized; take the full-precision one")
     if getattr(denoiser, "hf_quantizer", None) is not None or getattr(denoiser, "is_quantized", False):
         raise ValueError("the pipeline is already quantized by diffusers; take the full-precision one")
+    if place := getattr(denoiser, "config", {}).get("_name_or_path"):  # where diffusers loaded it
+        check_denoiser(Path(place))
+        check_denoiser(Path(place, part))
     tensors = dict(denoiser.named_parameters()) | dict(denoiser.named_buffers())
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
