@@ -29,9 +29,7 @@ Status conv(const Layer& l, const float* x, int64_t samples, int64_t height, int
 void check(const Layer& l, int64_t channels, int64_t side, const char* otherwise) {
   const Weight& w = weight_of(l.weight, l.bytes);
   require(w.channels == channels && w.height == side && w.width == side, otherwise);
-  require(side == 1 || (l.range.dynamic != OF_TOKENS && l.range.dynamic < OF_GROUPS && w.groups() == 1),
-          "a convolution has scales of samples, not of tokens or groups");
-  require(l.range.dynamic < OF_GROUPS || l.range.dynamic == w.group, "the weight was packed for other groups");
+  check_scales(w, l.range.dynamic, side > 1);
 }
 
 void check(const Norm& norm, int64_t channels, bool groups) {

@@ -113,7 +113,7 @@ int quest_linear(const float* x, int64_t rows, int64_t channels, int64_t stride,
     require((gated ? w.outputs / 2 : w.outputs) == width, "the weight gives another number of outputs");
     require(tokens > 0 && rows % tokens == 0, "the rows are no multiple of the tokens of a sample");
     const Range range{scale, low, high, dynamic};
-    require(dynamic < OF_GROUPS || dynamic == w.group, "the weight was packed for other groups");
+    check_scales(w, dynamic, false);
     return linear({&w, bytes, bias, range}, x, rows, tokens, stride, gated, residual, out, threads);
   });
 }
@@ -132,8 +132,7 @@ int quest_conv2d(const float* x, int64_t samples, int64_t channels, int64_t heig
     require(out_height == span(height, top, dilation_y, w.height, stride_y) &&
                 out_width == span(width, left, dilation_x, w.width, stride_x) && out_height > 0 && out_width > 0,
             "the output has another size than the convolution gives, or none");
-    require(dynamic == STATIC || dynamic == OF_SAMPLES, "a convolution has scales of samples, not of tokens");
-    require(w.groups() == 1, "the weight of a convolution has scales of groups");
+    check_scales(w, dynamic, true);
     const Conv c{x,   samples, height,     width,      sample,   row, pixel,      stride_y, stride_x,
                  top, left,    dilation_y, dilation_x, residual, out, out_height, out_width};
     return conv2d({&w, bytes, bias, {scale, low, high, dynamic}}, c, threads);

@@ -147,6 +147,16 @@ const Weight& weight_of(const void* packed, int64_t bytes);
 void pack(const uint8_t* codes, const int32_t* zero_points, const float* scales, const Weight& given, Weight& w);
 void unpack(const Weight& w, uint8_t* codes);
 
+// Throws std::invalid_argument if a layer cannot have scales of its input as `dynamic` says (Range::dynamic), or if a
+// convolution, whose sums run over several pixels, has other scales than one for each sample.
+inline void check_scales(const Weight& w, int dynamic, bool convolution) {
+  require(dynamic == STATIC || dynamic == OF_TOKENS || dynamic == OF_SAMPLES || dynamic >= OF_GROUPS,
+          "no such dynamic scales");
+  require(!convolution || (dynamic != OF_TOKENS && dynamic < OF_GROUPS && w.groups() == 1),
+          "a convolution has scales of samples, not of tokens or groups");
+  require(dynamic < OF_GROUPS || dynamic == w.group, "the weight was packed for other groups");
+}
+
 enum Kind { LAYERS, ATTENTION, NORMS };  // kinds of work that quest_time measures
 
 extern double* seconds;  // for each Kind; null if nobody measures
