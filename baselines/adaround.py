@@ -21,7 +21,7 @@ from typing import Annotated
 
 import torch
 
-from baselines.method import Count, Iterations, Method, Positive, one_of, takes
+from baselines.method import Count, Iterations, Method, Positive, Seed, one_of, takes
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
@@ -69,7 +69,7 @@ class RoundingRecipe:
     batch: Count | None = None  # default: the preset's
     keep: Keep | None = None  # layer glob -> minimum bits; default: the first and last layer at 8
     rows: Count = 1024  # of the calibration set, for reconstruction
-    seed: int = 0  # of the calibration rows, their order and the mini-batches
+    seed: Seed = 0  # of the calibration rows, their order and the mini-batches
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,20 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Step, Valid, one_of, takes
+from baselines.method import (
+    Bits,
+    Count,
+    Guidance,
+    Iterations,
+    Method,
+    Paper,
+    Positive,
+    Seed,
+    Step,
+    Valid,
+    one_of,
+    takes,
+)
 from quest.affine import FLOAT, round_ste
 from quest.diffusion.calibration_set import CalibrationSet, guide
 from quest.diffusion.denoisers import denoiser_of
@@ -92,7 +105,7 @@ class Recipe:
 
     init: str | None = None  # checkpoint whose weights to start from; default: nearest codes of the whole range
     preset: Annotated[str, one_of(PRESETS)] = "short"  # iterations and batch: "full" is the paper's
-    guidance: float | None = None  # guidance scale of the sampler; None without guidance
+    guidance: Guidance | None = None  # guidance scale of the sampler; None without guidance
     keep: Keep | None = None  # layer glob -> bits; these layers get no update; default: first and last layer at 8
     softmax_bits: Bits = 8
     granularity: Annotated[str, one_of(GRANULARITIES)] = "tensor"  # "released": as QuEST's code at 4 bits
@@ -105,7 +118,7 @@ class Recipe:
     lr_scale: Positive = 5e-4  # of the logarithm of the activation scales
     # Of the activation zero points, in codes; 0: they are fixed. Released: 5e-4.
     lr_zero_point: Annotated[float, Valid(minimum=0)] = 0.0
-    seed: int = 0
+    seed: Seed = 0
 
 
 def sizes(recipe) -> tuple[int, int]:

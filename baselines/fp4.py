@@ -21,7 +21,7 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from baselines.method import Bits, Count, Method, one_of, takes
+from baselines.method import Bits, Count, Method, Seed, one_of, takes
 from quest.affine import QParams, QuantSpec, fake_quantize
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
@@ -54,7 +54,7 @@ class Recipe:
     keep: Keep | None = None  # layer glob -> minimum bits; default: the first and last layer at 8
     softmax_bits: Bits = 8
     samples: Count | None = None  # rows that set static ranges; default: static_rows
-    seed: int = 0
+    seed: Seed = 0
 
 
 @takes(Recipe)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from baselines.adaround import splits, uniform, uniform_rows
-from baselines.method import Bits, Count, Method, Paper, one_of, takes
+from baselines.method import Bits, Count, Method, Paper, Seed, one_of, takes
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
@@ -35,7 +35,7 @@ class Recipe:
     split_conv1: bool = False  # the first convolution of the same residual blocks, too
     keep: Keep | None = None  # layer glob -> minimum bits; default: the first and last layer at 8
     softmax_bits: Bits = 8
-    seed: int = 0
+    seed: Seed = 0
 
 
 @takes(Recipe)

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from baselines.method import Bits, Count, one_of
+from baselines.method import Bits, Count, Seed, one_of
 from quest.affine import FLOAT, ROWS
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
@@ -36,7 +36,7 @@ class Dynamic:
     clip: Annotated[str, one_of(("whole", "searched"))] = "whole"
     keep: Keep | None = None  # layer glob -> minimum bits; default: the first and last layer at 8
     softmax_bits: Bits = 8
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)

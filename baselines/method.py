@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
+from numbers import Integral, Real
 from types import NoneType
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
@@ -34,9 +35,6 @@ class Valid:
             return f"{value!r} is not one of {', '.join(map(str, self.enum))}"
         if self.pattern is not None and not (isinstance(value, str) and re.search(self.pattern, value)):
             return f"{value!r} is not one of {self.description}"
-        bounds = (self.minimum, self.exclusiveMinimum, self.maximum)
-        if bounds != (None, None, None) and not isinstance(value, (int, float)):
-            return f"{value!r} is not a number"
         if self.exclusiveMinimum is not None and not value > self.exclusiveMinimum:
             return f"{value!r} is out of bounds; valid: above {self.exclusiveMinimum}"
         if self.minimum is not None and not self.minimum <= value <= (self.maximum or math.inf):
@@ -55,6 +53,8 @@ Count = Annotated[int, Valid(minimum=1)]
 Iterations = Annotated[int, Valid(minimum=0, description="0 leaves the stage out")]
 Bits = Annotated[int, Valid(minimum=2, maximum=16)]
 Positive = Annotated[float, Valid(exclusiveMinimum=0)]
+Guidance = Annotated[float, Valid(minimum=1, description="1 is no guidance")]
+Seed = Annotated[int, Valid(minimum=0, maximum=2**32 - 1)]
 
 
 class Paper(NamedTuple):
@@ -155,12 +155,18 @@ def keywords(function: Callable) -> dict[str, Parameter]:
 
 
 def check(function: Callable, arguments: dict) -> None:
-    """Raise ValueError for the first keyword argument that its annotation does not allow."""
+    """Raise ValueError for the first keyword argument that its annotation does not allow, NaN and infinity included."""
     for name, parameter in keywords(function).items():
-        if arguments.get(name) is None:
+        if (value := arguments.get(name)) is None:
             continue
-        for valid in _plain(parameter.annotation)[1:]:
-            if fault := valid.fault(arguments[name]):
+        kind, *bounds = _plain(parameter.annotation)
+        number = None if isinstance(value, bool) else value
+        if kind is int and not isinstance(number, Integral):
+            raise ValueError(f"{name}: {value!r} is not a whole number")
+        if kind is float and not (isinstance(number, Real) and math.isfinite(number)):
+            raise ValueError(f"{name}: {value!r} is not a finite number")
+        for valid in bounds:
+            if fault := valid.fault(value):
                 raise ValueError(f"{name}: {fault}")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from baselines.adaround import RoundingRecipe, rounding_work, weights_only
-from baselines.method import Count, Method, Paper, takes
+from baselines.method import Count, Method, Paper, Seed, takes
 from baselines.q_diffusion import ReconstructionRecipe, common_stack, stack_work
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion.calibration_set import CalibrationSet
@@ -112,7 +112,7 @@ def released(
     keep: Keep | None = None,  # layer glob -> minimum bits; default: RELEASED
     ndtc_bug: bool = True,  # label samples as the released code does, see `ndtc`
     rows: Count = 1024,  # of the calibration set
-    seed: int = 0,  # of the calibration rows and their order
+    seed: Seed = 0,  # of the calibration rows and their order
 ):
     """Quantize as the released command does; the paper reports it at 8 bits. Returns a new pipeline.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.adaround import uniform, uniform_rows
-from baselines.method import Method, Paper, one_of, takes
+from baselines.method import Guidance, Method, Paper, one_of, takes
 from baselines.q_diffusion import ReconstructionRecipe, common_stack, stack_work
 from quest.diffusion.calibration_set import CalibrationSet, guide
 from quest.diffusion.denoisers import denoiser_of
@@ -43,7 +43,7 @@ RELEASED: Keep = {
 class Recipe(ReconstructionRecipe):
     """`rows` counts the rows of reconstruction; the statistics use the whole calibration set."""
 
-    guidance: float | None = None  # guidance scale of the sampler; None without guidance
+    guidance: Guidance | None = None  # guidance scale of the sampler; None without guidance
     bias_of: Annotated[str, one_of(BIASES)] = "residual"  # see `statistics`
 
 

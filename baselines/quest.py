@@ -30,7 +30,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import nn
 
-from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Step, Valid, one_of, takes
+from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Seed, Step, Valid, one_of, takes
 from baselines.selection import (
     SELECTION,
     SELECTIONS,
@@ -170,7 +170,7 @@ class FinetuneRecipe:
     lr_temporal_scale: Positive | None = None  # of the temporal stage; default: lr_scale
     log_scales: bool = True  # tune the logarithm of a scale, so that a step is relative to it
     cosine: bool = True  # learning rates fall to zero over a stage
-    seed: int = 0
+    seed: Seed = 0
 
 
 def resolve(recipe: FinetuneRecipe, pipe, a: int) -> FinetuneRecipe:

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Annotated
 
 from baselines.after_silu import FORMATS, set_formats
-from baselines.method import Bits, Count, Method, one_of
+from baselines.method import Bits, Count, Method, Seed, one_of
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
 from quest.learning.calibrate import calibrate, static_rows
@@ -35,7 +35,7 @@ def quantize(
     per_step: bool = False,  # ranges for each sampling step, from as many rows of that step
     # Of 4-bit inputs that follow a SiLU, see `baselines.after_silu`; default: that of the other activations.
     after_silu: Annotated[str, one_of(FORMATS)] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ):
     """Quantize weights and activations to the nearest code of static ranges.
 

@@ -1,5 +1,6 @@
 """What methods say of themselves, and what is made from it."""
 
+import math
 import re
 import textwrap
 from dataclasses import dataclass
@@ -95,9 +96,12 @@ def test_schemas_of_annotations():
     "given, said",
     [
         ({"strength": 0}, "strength: 0 is out of bounds; valid: above 0"),
-        ({"strength": float("nan")}, "strength: nan is out of bounds"),
+        ({"strength": math.nan}, "strength: nan is not a finite number"),
+        ({"strength": math.inf}, "strength: inf is not a finite number"),
+        ({"rows": 1.5}, "rows: 1.5 is not a whole number"),
+        ({"rows": True}, "rows: True is not a whole number"),
         ({"kind": "solid"}, "kind: 'solid' is not one of soft, hard"),
-        ({"rows": "64"}, "rows: '64' is not a number"),
+        ({"rows": "64"}, "rows: '64' is not a whole number"),
         ({"rows": 0}, "rows: 0 is out of bounds; valid: 1 or more"),
         ({"bits": 17}, "bits: 17 is out of bounds; valid: 2 to 16"),
         ({"exact": True, "bits": 1}, "bits: 1 is out of bounds; valid: 2 to 16"),
@@ -106,6 +110,18 @@ def test_schemas_of_annotations():
 def test_keywords_out_of_bounds(given, said):
     with pytest.raises(ValueError, match=said):
         check(quantize, given)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_number_of_a_method_has_bounds(name):
+    """Counts, seeds and rates: none is negative, NaN or infinite, and a rate of zero learns nothing."""
+    function = METHODS[name].quantize
+    kinds = {key: schema(keyword).get("type") for key, keyword in keywords(function).items()}
+    for key in [key for key, kind in kinds.items() if kind in ("integer", "number")]:
+        rate = re.search(r"(^|_)lr($|_)", key) and key != "lr_zero_point"  # zero leaves zero points as they are
+        for value in (math.nan, math.inf, -math.inf, -1, *([0] if rate else [])):
+            with pytest.raises(ValueError, match=f"^{key}: "):
+                check(function, {key: value})
 
 
 def test_keywords_within_bounds_and_of_functions_without_any():

@@ -101,14 +101,14 @@ def test_weight_scales_and_zero_points_stay(uncond_pipe, uncond_calibration):
 
 
 def test_divergence_names_stage_and_iteration(uncond_pipe, uncond_calibration):
-    with pytest.raises(FloatingPointError, match="temporal layer alignment, iteration 1: the loss is nan"):
+    with pytest.raises(FloatingPointError, match="temporal layer alignment, iteration 1: the loss is (nan|inf)"):
         quest.quantize(
             uncond_pipe,
             "quest-suite",
             "w4a4",
             calibration=uncond_calibration,
             tla_iterations=3,
-            lr_weight=float("inf"),
+            lr_weight=1e30,
             **FAST,
         )
 
