@@ -1,10 +1,17 @@
 """Custom-op registration that the integer kernels share. torch uses ops while it traces, and functions otherwise."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from quest.affine import QParams
 from quest.kernels.cpu.core.shapes import attended, convolved
+
+
+def register(op: str, function: Callable, fake: Callable) -> None:
+    """Make an annotated function the op torch.ops.quest.<op>. fake: returns an empty result, for tracing."""
+    torch.library.custom_op(f"quest::{op}", function, mutates_args=()).register_fake(fake)
 
 
 def run(function, op: str, x: Tensor, *arguments) -> Tensor:

@@ -370,15 +370,15 @@ def test_training_needs_the_reference():
 def test_operators():
     """What torch traces: fake tensors, shapes and layouts, under torch.library's own checks."""
     torch.manual_seed(0)
-    scale, z = torch.tensor(0.05), torch.tensor(120.0)
+    ops, scale, z = torch.ops.quest, torch.tensor(0.05), torch.tensor(120.0)
     w, b = integer.pack(weight(10, 6, 3, 3, bits=4)), torch.randn(10)
     x = torch.randn(2, 6, 8, 8).contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(integer._conv2d_op, (x, w, b, scale, z, 0, 255, [2, 2], [1, 1], [1, 1], None))
+    torch.library.opcheck(ops.integer_conv2d, (x, w, b, scale, z, 0, 255, [2, 2], [1, 1], [1, 1], None))
     residual = torch.randn(2, 10, 8, 8)
-    torch.library.opcheck(integer._conv2d_op, (x, w, b, scale, z, 0, 255, [1, 1], [1, 1], [1, 1], residual))
+    torch.library.opcheck(ops.integer_conv2d, (x, w, b, scale, z, 0, 255, [1, 1], [1, 1], [1, 1], residual))
     w = integer.pack(weight(10, 6, bits=8))
-    torch.library.opcheck(integer._linear_op, (torch.randn(3, 4, 6), w, b, scale, z, 0, 255, True, None))
-    torch.library.opcheck(integer._linear_op, (torch.randn(3, 4, 6), w, b, scale, z, 0, 255, False, None, 1))
+    torch.library.opcheck(ops.integer_linear, (torch.randn(3, 4, 6), w, b, scale, z, 0, 255, True, None))
+    torch.library.opcheck(ops.integer_linear, (torch.randn(3, 4, 6), w, b, scale, z, 0, 255, False, None, 1))
     rows = [torch.randn(2, 3, 5, 8) for _ in range(3)]
     limits = [0, 255] * 4
-    torch.library.opcheck(integer._attention_op, (*rows, [scale] * 4, [z, z, z, torch.tensor(0.0)], limits, 0.3))
+    torch.library.opcheck(ops.integer_attention, (*rows, [scale] * 4, [z, z, z, torch.tensor(0.0)], limits, 0.3))

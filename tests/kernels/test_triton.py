@@ -263,15 +263,15 @@ def test_operators():
     scale, z, b = torch.tensor(0.05), torch.tensor(120.0), torch.randn(10)
     w = triton.pack(weight(10, 6, 3, 3, bits=4))
     x = torch.randn(1, 6, 4, 4).contiguous(memory_format=torch.channels_last)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(triton._conv2d_op, (x, w, b, scale, z, 0, 255, [2, 2], [1, 1], [1, 1]), test_utils=checks)
+    ops, checks = torch.ops.quest, ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.triton_conv2d, (x, w, b, scale, z, 0, 255, [2, 2], [1, 1], [1, 1]), test_utils=checks)
     w = triton.pack(weight(10, 6, bits=8))
-    torch.library.opcheck(triton._linear_op, (torch.randn(3, 4, 6), w, b, scale, z, 0, 255), test_utils=checks)
+    torch.library.opcheck(ops.triton_linear, (torch.randn(3, 4, 6), w, b, scale, z, 0, 255), test_utils=checks)
     limits = [0, 255] * 4
     for shape in ((2, 3, 5, 8), (2, 5, 8)):
         rows = [torch.randn(shape) for _ in range(3)]
         given = (*rows, [scale] * 4, [z, z, z, torch.tensor(0.0)], limits, 0.3)
-        torch.library.opcheck(triton._attention_op, given, test_utils=checks)
+        torch.library.opcheck(ops.triton_attention, given, test_utils=checks)
 
 
 @computes

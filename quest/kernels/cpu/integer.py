@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from quest.affine import FLOAT, QParams, QTensor, QuantSpec
 from quest.kernels.cpu.core import calls, core
-from quest.kernels.torch_ops import fake_attention, fake_conv2d, flat, run
+from quest.kernels.torch_ops import fake_attention, fake_conv2d, flat, register, run
 
 LARGEST = 32767  # largest code minus zero point, in int16
 SUM = 2**31 - 1  # largest sum, in int32
@@ -269,24 +269,7 @@ def _limits(scale, zero_point, qmin: int, qmax: int) -> calls.Limits:
     return float(scale), qmin - z, qmax - z
 
 
-def _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual, dynamic=0):
-    limits = *_limits(scale, zero_point, qmin, qmax), dynamic
-    return calls.linear(x, weight, bias, limits, gated, residual)
-
-
-def _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation, residual, dynamic=0):
-    limits = *_limits(scale, zero_point, qmin, qmax), dynamic
-    return calls.conv2d(x, weight, bias, limits, stride, padding, dilation, residual)
-
-
-def _attention(q, k, v, scales, zero_points, limits, scale):
-    each = enumerate(zip(scales, zero_points, strict=True))
-    ranges = [(*_limits(s, z, *limits[2 * i : 2 * i + 2]), 0) for i, (s, z) in each]
-    return calls.attention(q, k, v, ranges, scale)
-
-
-@torch.library.custom_op("quest::integer_linear", mutates_args=())
-def _linear_op(
+def _linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -298,16 +281,11 @@ def _linear_op(
     residual: Tensor | None,
     dynamic: int = 0,
 ) -> Tensor:
-    return _linear(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual, dynamic)
+    limits = *_limits(scale, zero_point, qmin, qmax), dynamic
+    return calls.linear(x, weight, bias, limits, gated, residual)
 
 
-@_linear_op.register_fake
-def _(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual, dynamic=0):
-    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0]))
-
-
-@torch.library.custom_op("quest::integer_conv2d", mutates_args=())
-def _conv2d_op(
+def _conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -321,17 +299,22 @@ def _conv2d_op(
     residual: Tensor | None,
     dynamic: int = 0,
 ) -> Tensor:
-    return _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation, residual, dynamic)
+    limits = *_limits(scale, zero_point, qmin, qmax), dynamic
+    return calls.conv2d(x, weight, bias, limits, stride, padding, dilation, residual)
 
 
-_conv2d_op.register_fake(fake_conv2d)
-
-
-@torch.library.custom_op("quest::integer_attention", mutates_args=())
-def _attention_op(
+def _attention(
     q: Tensor, k: Tensor, v: Tensor, scales: list[Tensor], zero_points: list[Tensor], limits: list[int], scale: float
 ) -> Tensor:
-    return _attention(q, k, v, scales, zero_points, limits, scale)
+    each = enumerate(zip(scales, zero_points, strict=True))
+    ranges = [(*_limits(s, z, *limits[2 * i : 2 * i + 2]), 0) for i, (s, z) in each]
+    return calls.attention(q, k, v, ranges, scale)
 
 
-_attention_op.register_fake(fake_attention)
+def _fake_linear(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual, dynamic=0):
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0]))
+
+
+register("integer_linear", _linear, _fake_linear)
+register("integer_conv2d", _conv2d, fake_conv2d)
+register("integer_attention", _attention, fake_attention)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from quest.affine import QParams, QTensor, QuantSpec
 from quest.kernels.cpu import integer
 from quest.kernels.cpu.core.shapes import convolved
-from quest.kernels.torch_ops import fake_attention, fake_conv2d, flat, run
+from quest.kernels.torch_ops import fake_attention, fake_conv2d, flat, register, run
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HEADER = 16  # bytes
@@ -202,7 +202,9 @@ def _multiply(
         )  # fmt: skip
 
 
-def _linear(x, weight, bias, scale, zero_point, qmin, qmax):
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+) -> Tensor:
     _check(x, "linear")
     rows = x.reshape(-1, x.shape[-1])
     range_ = scale, zero_point, qmin, qmax
@@ -217,7 +219,18 @@ def _linear(x, weight, bias, scale, zero_point, qmin, qmax):
     return y
 
 
-def _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation):
+def _conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
     _check(x, "conv2d")
     # Every tap and every tile of outputs reads each pixel, so pixels are quantized once, in a pass before.
     codes, sums = _quantize(x.permute(0, 2, 3, 1), scale, zero_point, qmin, qmax)
@@ -230,7 +243,9 @@ def _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dil
     return y
 
 
-def _attention(q, k, v, scales, zero_points, limits, scale):
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, scales: list[Tensor], zero_points: list[Tensor], limits: list[int], scale: float
+) -> Tensor:
     from quest.kernels.triton.programs import INTERPRETED, attend
 
     _check(q, "attention")
@@ -253,42 +268,10 @@ def _attention(q, k, v, scales, zero_points, limits, scale):
     return out if q.ndim == 4 else out[:, 0]
 
 
-@torch.library.custom_op("quest::triton_linear", mutates_args=())
-def _linear_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
-) -> Tensor:
-    return _linear(x, weight, bias, scale, zero_point, qmin, qmax)
-
-
-@_linear_op.register_fake
-def _(x, weight, bias, scale, zero_point, qmin, qmax):
+def _fake_linear(x, weight, bias, scale, zero_point, qmin, qmax):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.custom_op("quest::triton_conv2d", mutates_args=())
-def _conv2d_op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor,
-    qmin: int,
-    qmax: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> Tensor:
-    return _conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation)
-
-
-_conv2d_op.register_fake(fake_conv2d)
-
-
-@torch.library.custom_op("quest::triton_attention", mutates_args=())
-def _attention_op(
-    q: Tensor, k: Tensor, v: Tensor, scales: list[Tensor], zero_points: list[Tensor], limits: list[int], scale: float
-) -> Tensor:
-    return _attention(q, k, v, scales, zero_points, limits, scale)
-
-
-_attention_op.register_fake(fake_attention)
+register("triton_linear", _linear, _fake_linear)
+register("triton_conv2d", _conv2d, fake_conv2d)
+register("triton_attention", _attention, fake_attention)
