@@ -231,6 +231,13 @@ def _zoo(name: str, role: str, **protocol) -> Model:
     return Model(name=name, load=partial(_load_zoo, name), selection=role, batch_size=50, **ROLES[role], **protocol)
 
 
+def _published(name: str, **protocol) -> Model:
+    """A model of the paper, whose weights are published; `protocol` changes what most of these models share."""
+    shared = dict(batch_size=64, time_groups=20, trajectories=256, extractor="adm")
+    reference = REFERENCES / f"{name}.npz"
+    return Model(name=name, load=partial(_load_prepared, name), reference=reference, **shared | protocol)
+
+
 MODELS = {
     model.name: model
     for model in (
@@ -255,9 +262,8 @@ MODELS = {
         ),
         # The models of arXiv:2402.03666, with the settings of its experiments and released code: 8 bits for the first
         # and the last layer and for attention probabilities, which have 16 bits in Stable Diffusion.
-        Model(
-            name="lsun-bedrooms",
-            load=partial(_load_prepared, "lsun-bedrooms"),
+        _published(
+            "lsun-bedrooms",
             sampler="ddim",
             steps=200,
             eta=1.0,
@@ -265,17 +271,11 @@ MODELS = {
             selection="lsun",
             split=False,  # as Q-Diffusion's released command
             activation_ranges="ema-symmetric",
-            batch_size=64,
-            time_groups=20,
             reconstruction={"rows": 5120},
-            trajectories=256,
-            extractor="adm",
-            reference=REFERENCES / "lsun-bedrooms.npz",
             origin=Origin("model.ckpt of lsun_beds256, as CompVis/latent-diffusion releases it", "lsun-bedrooms"),
         ),
-        Model(
-            name="lsun-churches",
-            load=partial(_load_prepared, "lsun-churches"),
+        _published(
+            "lsun-churches",
             sampler="ddim",
             # The released commands say 400 or 500: CompVis's sampler takes every second of 1000 timesteps for both.
             steps=500,
@@ -283,35 +283,23 @@ MODELS = {
             conditioning="none",
             selection="lsun",
             split=False,  # as Q-Diffusion's released command
-            batch_size=64,
-            time_groups=20,
             reconstruction={"rows": 5120},
-            trajectories=256,
-            extractor="adm",
-            reference=REFERENCES / "lsun-churches.npz",
             origin=Origin("model.ckpt of lsun_churches256, as CompVis/latent-diffusion releases it", "lsun-churches"),
         ),
-        Model(
-            name="imagenet",
-            load=partial(_load_prepared, "imagenet"),
+        _published(
+            "imagenet",
             sampler="ddim",
             steps=20,
             guidance=3.0,
             conditioning="class",
             source=partial(spread_labels, 1000),
             selection="imagenet",
-            batch_size=64,
-            time_groups=20,
             # No command of Q-Diffusion was released for it; QuEST's draws 20 steps of 256, both halves.
             reconstruction={"rows": 10240},
-            trajectories=256,
-            extractor="adm",
-            reference=REFERENCES / "imagenet.npz",
             origin=Origin("model.ckpt of cin256-v2, as CompVis/latent-diffusion releases it", "imagenet"),
         ),
-        Model(
-            name="sd14",
-            load=partial(_load_prepared, "sd14"),
+        _published(
+            "sd14",
             sampler="plms",
             steps=50,
             guidance=7.5,
@@ -325,9 +313,7 @@ MODELS = {
             softmax_bits=16,
             reconstruction={"rows": 6400, "batch": 8},
             trajectories=128,
-            extractor="adm",
             clip="ViT-B-16",
-            reference=REFERENCES / "sd14.npz",
             origin=Origin(
                 "sd-v1-4.ckpt, or the folder of CompVis/stable-diffusion-v1-4 in diffusers layout, from Hugging Face",
                 "sd14",
@@ -336,9 +322,8 @@ MODELS = {
                 captions=True,
             ),
         ),
-        Model(
-            name="cifar10",
-            load=partial(_load_prepared, "cifar10"),
+        _published(
+            "cifar10",
             sampler="ddim-quadratic",
             steps=100,
             conditioning="none",
@@ -348,9 +333,7 @@ MODELS = {
             # 96 of the 100 quadratic timesteps are distinct. 20, one group for every fifth step, does not divide 96.
             time_groups=24,
             reconstruction={"rows": 5120},
-            trajectories=256,
             extractor="torch-fidelity",
-            reference=REFERENCES / "cifar10.npz",
             origin=Origin(
                 "folder of google/ddpm-cifar10-32 in diffusers layout from Hugging Face, or what "
                 "`python -m quest.zoo.train_cifar10` writes"
