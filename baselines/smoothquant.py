@@ -23,7 +23,8 @@ from baselines.granularity import STEP_ROWS, Granularity, ranges_work, set_range
 from baselines.method import Method, Paper, one_of, takes
 from quest.affine import FLOAT, fake_quantize
 from quest.diffusion.calibration_set import CalibrationSet
-from quest.diffusion.denoisers import denoiser_of
+from quest.diffusion.denoisers import denoiser_of, hooked
+from quest.learning.alignment import outputs_of
 from quest.learning.clipping import rows_of_each_step
 from quest.quantization import ranges
 from quest.quantization.layers import QuantLayer, attentions, quant_layers
@@ -124,14 +125,10 @@ def observe(teacher: nn.Module, calibration: CalibrationSet, recipe: Recipe) -> 
 
         return hook
 
-    handles = [m.register_forward_pre_hook(look(n, m)) for n, m in layers.items()]
-    try:
+    with hooked(m.register_forward_pre_hook(look(n, m)) for n, m in layers.items()):
         for rows in rows_of_each_step(calibration, STEP_ROWS, recipe.seed):
             teacher(**calibration.inputs(rows))
             first = False
-    finally:
-        for handle in handles:
-            handle.remove()
     over = STATISTICS[recipe.statistic]
     return [Observed(tuple(names), over(torch.stack(reaches[names[0]]))) for names in seen.values()]
 
@@ -160,12 +157,8 @@ def search(denoiser: nn.Module, teacher: nn.Module, groups: list[Observed], cali
 
         return look
 
-    handles = [teacher.get_submodule(name).register_forward_hook(hook(name)) for name in of]
-    try:
+    with hooked(teacher.get_submodule(name).register_forward_hook(hook(name)) for name in of):
         teacher(**calibration.inputs(rows))
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def best(layers: list[QuantLayer], x: Tensor, outputs: list[Tensor], reach: Tensor) -> Tensor:
@@ -225,11 +218,11 @@ def smooth_products(denoiser: nn.Module, teacher: nn.Module, calibration: Calibr
     generator = torch.Generator().manual_seed(recipe.seed)
     mixed = torch.randperm(len(calibration), generator=generator, device="cpu")[:SEARCH_ROWS]
     steps = [
-        {name: y.abs().flatten(0, -2).amax(0) for name, y in outputs_of(teacher, names, calibration, rows).items()}
+        {name: y.abs().flatten(0, -2).amax(0) for name, y in layer_outputs(teacher, names, calibration, rows).items()}
         for rows in rows_of_each_step(calibration, STEP_ROWS, recipe.seed)
     ]
     reach = {name: STATISTICS[recipe.statistic](torch.stack([step[name] for step in steps])) for name in names}
-    outputs = outputs_of(teacher, names, calibration, mixed) if recipe.alpha == "search" else {}
+    outputs = layer_outputs(teacher, names, calibration, mixed) if recipe.alpha == "search" else {}
     for name, module in chosen.items():
         q, k = f"{name}.to_q", f"{name}.to_k"
         if recipe.alpha == "search":
@@ -244,19 +237,10 @@ def smooth_products(denoiser: nn.Module, teacher: nn.Module, calibration: Calibr
                 layer.bias.data.mul_(factor)
 
 
-def outputs_of(teacher: nn.Module, names: list[str], calibration: CalibrationSet, rows: Tensor) -> dict[str, Tensor]:
+def layer_outputs(teacher: nn.Module, names: list[str], calibration: CalibrationSet, rows: Tensor) -> dict[str, Tensor]:
     """Return what these layers of a float denoiser compute for some calibration rows."""
-    found: dict[str, Tensor] = {}
-
-    def hook(name):
-        return lambda _module, _args, y: found.update({name: y})
-
-    handles = [teacher.get_submodule(name).register_forward_hook(hook(name)) for name in names]
-    try:
+    with outputs_of(teacher, names) as found:
         teacher(**calibration.inputs(rows))
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.denoisers import hooked
 from quest.learning.reconstruction import float_activations
 from quest.quantization.attention import QuantAttention
 from quest.quantization.layers import QuantLayer, freeze, input_quantizers
@@ -44,14 +45,10 @@ def search_clips(denoiser: nn.Module, calibration: CalibrationSet, *, rows: int,
             q.spec = float_spec
 
     modules = [m for m in denoiser.modules() if isinstance(m, QuantLayer | QuantAttention)]
-    handles = [m.register_forward_hook(try_ratios) for m in modules]
-    try:
-        with float_activations(input_quantizers(denoiser).values()):
-            float_spec = next(iter(specs)).spec
-            for own in rows_of_each_step(calibration, rows, seed):
-                denoiser(**calibration.inputs(own))
-    finally:
-        for handle in handles:
-            handle.remove()
+    tried = hooked(m.register_forward_hook(try_ratios) for m in modules)
+    with tried, float_activations(input_quantizers(denoiser).values()):
+        float_spec = next(iter(specs)).spec
+        for own in rows_of_each_step(calibration, rows, seed):
+            denoiser(**calibration.inputs(own))
     for q, found in errors.items():
         q.scale.data.fill_(RATIOS[int(found.argmin())])

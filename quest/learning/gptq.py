@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 
 from quest.affine import FLOAT, QParams, fake_quantize, quantize
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.denoisers import hooked
 from quest.learning.reconstruction import float_activations, multiplying
 from quest.learning.units import call_modules, chunk_rows, fill, walk
 from quest.quantization import cost
@@ -82,12 +83,8 @@ def observed(layers: dict[str, QuantLayer]) -> Iterator[dict[str, Hessian]]:
     def hook(hessian):
         return lambda _, args, qparams: hessian.add(fake_quantize(args[0], qparams))
 
-    handles = [layer.input_quantizer.register_forward_hook(hook(hessians[n])) for n, layer in layers.items()]
-    try:
+    with hooked(layer.input_quantizer.register_forward_hook(hook(hessians[n])) for n, layer in layers.items()):
         yield hessians
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def compensated(weight: Tensor, hessian: Tensor, qparams: QParams, block: int = BLOCK) -> Tensor:

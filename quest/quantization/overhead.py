@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quest.affine import FLOAT, QuantSpec
+from quest.diffusion.denoisers import hooked
 from quest.quantization.attention import QuantAttention
 from quest.quantization.branch import BITS
 from quest.quantization.layers import QuantConv2d, QuantLayer
@@ -77,11 +78,8 @@ def overhead(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
 
     handles = [m.register_forward_hook(layer) for m in denoiser.modules() if isinstance(m, QuantLayer)]
     handles += [m.register_forward_hook(products) for m in denoiser.modules() if isinstance(m, QuantAttention)]
-    try:
+    with hooked(handles):
         denoiser(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return counted | {"branch_bops": counted["branch_macs"] * BITS**2}
 
 
