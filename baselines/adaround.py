@@ -48,8 +48,10 @@ class Preset:
     weight_lr: float | None = None  # of the rounding; default: TRAVEL / weight_iterations
 
     @property
-    def rounding_lr(self) -> float:
-        return TRAVEL / self.weight_iterations if self.weight_lr is None else self.weight_lr
+    def rounding(self) -> dict[str, float]:
+        """Keywords of the loop that learns the rounding, of at least one iteration."""
+        lr = TRAVEL / self.weight_iterations if self.weight_lr is None else self.weight_lr
+        return {"iterations": self.weight_iterations, "batch": self.batch, "lr": lr}
 
 
 PRESETS = {
@@ -148,11 +150,8 @@ def round_weights(student, pipe, drawn: CalibrationSet, recipe: RoundingRecipe) 
         denoiser_of(student),
         denoiser_of(pipe),
         drawn,
-        torch.arange(len(drawn), device="cpu"),
-        iterations=preset.weight_iterations,
-        batch=preset.batch,
-        lr=preset.rounding_lr,
-        exclude=[name for name, _ in quant_layers(denoiser_of(student)) if name not in learned_layers],
+        **preset.rounding,
+        only=learned_layers,
         generator=torch.Generator().manual_seed(recipe.seed),
     )
 

@@ -106,7 +106,6 @@ def common_stack(
             denoiser_of(student),
             denoiser_of(pipe),
             drawn,
-            torch.arange(len(drawn), device="cpu"),
             iterations=preset.activation_iterations,
             batch=preset.batch,
             lr=preset.activation_lr,

@@ -112,11 +112,8 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
             denoiser,
             denoiser_of(pipe),
             drawn,
-            torch.arange(len(drawn), device="cpu"),
-            iterations=preset.weight_iterations,
-            batch=preset.batch,
-            lr=preset.rounding_lr,
-            exclude=[n for n, _ in quant_layers(denoiser) if n not in others],
+            **preset.rounding,
+            only=others,
             generator=generator,
         )
     freeze(denoiser)
@@ -153,9 +150,7 @@ def reconstruct(
             lambda rows: block(t[rows]),
             lambda rows: target[rows],
             len(t),
-            iterations=preset.weight_iterations,
-            batch=preset.batch,
-            lr=preset.rounding_lr,
+            **preset.rounding,
             generator=generator,
         )
     learned = [layer.weight for layer in layers.values()]

@@ -8,9 +8,8 @@ only the tensors that the pass itself keeps alive (its skip connections) are in 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from fnmatch import fnmatch
 from functools import partial
 
 import torch
@@ -39,26 +38,25 @@ def reconstruct_weights(
     student: nn.Module,
     teacher: nn.Module,
     calibration: CalibrationSet,
-    rows: Tensor,
     *,
     iterations: int,
     batch: int,
     lr: float,
-    exclude: Iterable[str] = (),
+    only: Collection[str] | None = None,
     generator: torch.Generator,
 ) -> dict[str, tuple[float, float]]:
     """Learn the rounding of all weights by AdaRound, unit by unit; they end as plain QuantLayers' (`rounding.fold`).
 
-    student: a quantized denoiser whose weight ranges are chosen. teacher: the float denoiser. rows: of the calibration
-    set. exclude: globs over the names of layers that keep the codes they have.
+    student: a quantized denoiser whose weight ranges are chosen. teacher: the float denoiser. only: names of the
+    layers that learn, default all; others keep the codes they have.
     A unit's input comes from the weight-quantized network, its target from full precision; activations are float
     (Q-Diffusion's order). Time groups play no part, so rows of different groups may be mixed.
-    What waits: the tensors alive in one forward pass over 2 len(rows) rows.
+    What waits: the tensors alive in one forward pass over twice the calibration set.
     Returns each unit's reconstruction error before and after. Departure from the papers: a unit whose error did not
     fall keeps its nearest codes.
     Raises FloatingPointError naming unit and iteration where the loss is not finite.
     """
-    n, device, waiting = len(rows), student.device, memory.waiting(student.device.type)
+    n, device, waiting = len(calibration), student.device, memory.waiting(student.device.type)
     first, second = torch.arange(2 * n, device="cpu").split(n)
     errors: dict[str, tuple[float, float]] = {}
     learned: list[Tensor] = []
@@ -70,7 +68,7 @@ def reconstruct_weights(
         layers = {
             name: layer
             for name, layer in unit.layers.items()
-            if layer.weight_quantizer.spec.bits < FLOAT and not any(fnmatch(name, glob) for glob in exclude)
+            if layer.weight_quantizer.spec.bits < FLOAT and (only is None or name in only)
         }
         learning = bool(layers) and unit.name not in errors
         full = [teacher.get_submodule(m) for m in (unit.modules if learning else [name])]
@@ -104,7 +102,7 @@ def reconstruct_weights(
         return fill(partial(call, [forwards[name]]), second, 2 * n, waiting, output)
 
     # The first half of the rows runs through the units of full precision, the second through the quantized ones.
-    doubled = tree_map(Tensor.cpu, calibration.inputs(torch.cat([rows, rows])))
+    doubled = tree_map(Tensor.cpu, calibration.inputs(torch.arange(n, device="cpu").repeat(2)))
     with float_activations(input_quantizers(student).values()), frozen(student):
         walk(student, doubled, visit, "AdaRound", device, waiting)
     cost.record(student, "AdaRound", learned, iterations, batch)
@@ -115,7 +113,6 @@ def reconstruct_activations(
     student: nn.Module,
     teacher: nn.Module,
     calibration: CalibrationSet,
-    rows: Tensor,
     *,
     iterations: int,
     batch: int,
@@ -131,10 +128,10 @@ def reconstruct_activations(
     iterations: as inputs are those of full precision, groups do not depend on each other.
     Raises ValueError for a time group without a row.
     """
-    n, device, waiting = len(rows), student.device, memory.waiting(student.device.type)
+    n, device, waiting = len(calibration), student.device, memory.waiting(student.device.type)
     everything = torch.arange(n, device="cpu")
     groups = getattr(student, "time_groups", None)
-    parts = [everything] if groups is None else groups.rows(calibration.timestep[rows])
+    parts = [everything] if groups is None else groups.rows(calibration.timestep)
     shares = [iterations * (g + 1) // len(parts) - iterations * g // len(parts) for g in range(len(parts))]
     errors: dict[str, tuple[float, float]] = {}
     learned: list[Tensor] = []
@@ -172,7 +169,7 @@ def reconstruct_activations(
             learned.extend(q.scale for q in quantizers.values())
         return outputs[0]
 
-    inputs = tree_map(Tensor.cpu, calibration.inputs(rows))
+    inputs = tree_map(Tensor.cpu, calibration.inputs(everything))
     with frozen(student):
         walk(student, inputs, visit, "activation steps", device, waiting)
     cost.record(student, "activation steps", learned, iterations, batch)

@@ -178,9 +178,8 @@ def _of_all_units(student, pipe, calibration):
 
     def step(reconstruct):
         def learn(iterations, batch):
-            rows = torch.arange(len(calibration), device="cpu")
             common = dict(iterations=iterations, batch=batch, lr=0.0, generator=torch.Generator().manual_seed(0))
-            reconstruct(student, pipe.unet, calibration, rows, **common)
+            reconstruct(student, pipe.unet, calibration, **common)
 
         return Step(learn, ()), (1, 1)
 

@@ -80,10 +80,10 @@ def test_the_weight_pass_learns_roundings_and_nothing_else(case):
     pipe, calibration = case
     denoiser = student(pipe, calibration)
     before, full = state(denoiser), state(pipe.unet)
-    rows = torch.arange(0, len(calibration), 3)
-    exclude = ("*.time_emb_proj",)
-    arguments = dict(iterations=12, batch=8, lr=0.5, exclude=exclude)
-    errors = reconstruct_weights(denoiser, pipe.unet, calibration, rows, **arguments, generator=generator())
+    drawn = calibration.subset(torch.arange(0, len(calibration), 3))
+    only = [name for name, _ in quant_layers(denoiser) if not name.endswith("time_emb_proj")]
+    arguments = dict(iterations=12, batch=8, lr=0.5, only=only)
+    errors = reconstruct_weights(denoiser, pipe.unet, drawn, **arguments, generator=generator())
     moved = 0
     for name, value in denoiser.state_dict().items():
         if not name.endswith(".weight") or name.removesuffix(".weight") not in dict(quant_layers(denoiser)):
@@ -100,7 +100,7 @@ def test_the_weight_pass_learns_roundings_and_nothing_else(case):
     assert all(layer.operand is None for _, layer in quant_layers(denoiser))
     assert not any("forward" in m.__dict__ for m in denoiser.modules())  # nothing stands in for a unit any more
     again = student(pipe, calibration)
-    reconstruct_weights(again, pipe.unet, calibration, rows, **arguments, generator=generator())
+    reconstruct_weights(again, pipe.unet, drawn, **arguments, generator=generator())
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in denoiser.state_dict().items())
 
 
@@ -112,7 +112,7 @@ def in_files() -> int:
 def test_where_tensors_wait_and_what_streams_changes_no_bit(case, monkeypatch):
     """In memory or in files, all rows at once or in chunks between the units, as long as units see the same chunks."""
     pipe, calibration = case
-    rows = torch.arange(0, len(calibration), 2)
+    drawn = calibration.subset(torch.arange(0, len(calibration), 2))
     monkeypatch.setattr(units_module, "CHUNK", 5)
     found, before = {}, in_files()
     whole = lambda _self, operation, _types, args=(), kwargs=None: operation(*args, **(kwargs or {}))  # noqa: E731
@@ -123,8 +123,8 @@ def test_where_tensors_wait_and_what_streams_changes_no_bit(case, monkeypatch):
             monkeypatch.setattr(units_module.Streamed, "__torch_dispatch__", whole)
         denoiser = student(pipe, calibration)
         arguments = dict(iterations=2, batch=4, generator=generator())
-        errors = reconstruct_weights(denoiser, pipe.unet, calibration, rows, lr=0.5, **arguments)
-        steps = reconstruct_activations(denoiser, pipe.unet, calibration, rows, lr=1e-2, **arguments)
+        errors = reconstruct_weights(denoiser, pipe.unet, drawn, lr=0.5, **arguments)
+        steps = reconstruct_activations(denoiser, pipe.unet, drawn, lr=1e-2, **arguments)
         found[kind] = (errors, steps, state(denoiser), waiting)
         assert in_files() == before and waiting.held == waiting.in_memory == 0
     for kind in ("files", "whole"):
@@ -145,7 +145,7 @@ def test_files_are_gone_after_an_exception(uncond_pipe, uncond_calibration, monk
     denoiser = student(uncond_pipe, uncond_calibration)
     arguments = dict(iterations=1, batch=4, lr=0.1, generator=generator())
     with pytest.raises(FloatingPointError, match="diverged"):
-        reconstruct_weights(denoiser, uncond_pipe.unet, uncond_calibration, torch.arange(8), **arguments)
+        reconstruct_weights(denoiser, uncond_pipe.unet, uncond_calibration.subset(torch.arange(8)), **arguments)
     gc.collect()
     assert seen[0] > before and in_files() == before and waiting.held == 0
     assert not any("forward" in m.__dict__ for m in denoiser.modules())
@@ -167,7 +167,7 @@ def test_the_input_of_a_unit_comes_from_the_quantized_network_and_its_target_fro
     reconstruction.learn_rounding = look
     try:
         arguments = dict(iterations=1, batch=4, lr=0.1, generator=generator())
-        reconstruct_weights(denoiser, class_pipe.unet, class_calibration, rows, **arguments)
+        reconstruct_weights(denoiser, class_pipe.unet, class_calibration.subset(rows), **arguments)
     finally:
         reconstruction.learn_rounding = original
     inputs = class_calibration.inputs(rows)
@@ -183,7 +183,7 @@ def test_the_weight_pass_does_not_mind_time_groups(uncond_pipe, uncond_calibrati
     )
     for denoiser in (plain, timed):
         arguments = dict(iterations=2, batch=4, lr=0.2, generator=generator())
-        reconstruct_weights(denoiser, uncond_pipe.unet, uncond_calibration, torch.arange(8), **arguments)
+        reconstruct_weights(denoiser, uncond_pipe.unet, uncond_calibration.subset(torch.arange(8)), **arguments)
     weights = [{n: m.weight for n, m in quant_layers(d)} for d in (plain, timed)]
     assert all(torch.equal(w, weights[1][n]) for n, w in weights[0].items())
 
@@ -198,18 +198,18 @@ def test_every_time_group_learns_its_steps_on_its_own_rows(uncond_pipe, uncond_c
 
     monkeypatch.setattr(reconstruction, "learn_steps", look)
     arguments = dict(iterations=10, batch=4, lr=4e-4, generator=generator())
-    rows = torch.arange(len(uncond_calibration)).flip(0)
-    errors = reconstruct_activations(timed, uncond_pipe.unet, uncond_calibration, rows, **arguments)
+    drawn = uncond_calibration.subset(torch.arange(len(uncond_calibration)).flip(0))
+    errors = reconstruct_activations(timed, uncond_pipe.unet, drawn, **arguments)
     assert [(g, n) for name, g, n, _, _ in seen] == [(0, 3), (1, 3), (2, 4)] * len(errors)
     assert set(errors.values()) == {(1.0, 0.0)}  # means over the groups
     for g, output, target in [(g, output, target) for name, g, _, output, target in seen if name == "conv_in"]:
-        own = uncond_calibration.sample[rows][groups.index(uncond_calibration.timestep[rows]) == g]
+        own = drawn.sample[groups.index(drawn.timestep) == g]
         groups.enter(groups.starts[g])
         assert len(own) == 8
         torch.testing.assert_close(target, uncond_pipe.unet.conv_in(own))
         torch.testing.assert_close(output, timed.conv_in(own))
     with pytest.raises(ValueError, match="no calibration row of time group 0"):
-        reconstruct_activations(timed, uncond_pipe.unet, uncond_calibration, rows[:8], **arguments)
+        reconstruct_activations(timed, uncond_pipe.unet, drawn.subset(torch.arange(8)), **arguments)
 
 
 def test_the_activation_pass_learns_scales_and_nothing_else(case):
@@ -218,9 +218,9 @@ def test_the_activation_pass_learns_scales_and_nothing_else(case):
     denoiser = student(pipe, calibration, keep={"conv_in": 8, "*.processor": [4, 16]})
     calibrate(denoiser, calibration, ranges.minmax, samples=16, seed=0)
     before = state(denoiser)
-    rows = torch.arange(0, len(calibration), 3)
+    drawn = calibration.subset(torch.arange(0, len(calibration), 3))
     arguments = dict(iterations=12, batch=8, lr=2e-2, generator=generator())
-    errors = reconstruct_activations(denoiser, pipe.unet, calibration, rows, **arguments)
+    errors = reconstruct_activations(denoiser, pipe.unet, drawn, **arguments)
     changed = {k for k, v in denoiser.state_dict().items() if not torch.equal(v, before[k])}
     scales = {f"{n}.scale" for n in input_quantizers(denoiser)}
     assert changed <= scales and len(changed) > len(scales) / 3
