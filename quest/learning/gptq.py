@@ -21,15 +21,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from quest.affine import FLOAT, QParams, fake_quantize, quantize
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import hooked
 from quest.learning.reconstruction import float_activations, multiplying
-from quest.learning.units import call_modules, chunk_rows, fill, walk
+from quest.learning.units import ALONE, call_modules, chunk_rows, fill, walk
 from quest.quantization import cost
-from quest.quantization.attention import QuantAttention
 from quest.quantization.layers import QuantLayer, input_quantizers, quant_layers
 from quest.runtime import memory
 
@@ -204,7 +202,6 @@ def _one_by_one(denoiser: nn.Module, layers: dict[str, QuantLayer], calibration:
             layers[name].freeze()
         return fill(call, everything, n, waiting)
 
-    inputs = tree_map(Tensor.cpu, calibration.inputs(everything))
-    walk(denoiser, inputs, visit, STAGE, device, waiting, kinds=(QuantLayer, QuantAttention))
+    walk(denoiser, calibration, everything, visit, STAGE, waiting, ALONE)
     for layer in layers.values():
         layer.thaw()

@@ -16,13 +16,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.learning.gptq import observed, round_weight
 from quest.learning.reconstruction import float_activations, multiplying
-from quest.learning.units import call_modules, fill, walk
+from quest.learning.units import ALONE, call_modules, fill, walk
 from quest.quantization import cost, ranges
 from quest.quantization.attention import QuantAttention
 from quest.quantization.branch import Branch
@@ -213,11 +212,10 @@ def decompose(
             layer.weight.data.copy_(round_weight(layer, hessians[name]))
         return exact
 
-    inputs = tree_map(Tensor.cpu, calibration.inputs(everything))
     others = [q for m in denoiser.modules() if isinstance(m, QuantAttention) for q in (m.q, m.k, m.v, m.p)]
     floats = [m for m in denoiser.modules() if isinstance(m, QuantLayer) and m.weight_quantizer.spec.bits == FLOAT]
     with float_activations([*others, *(m.input_quantizer for m in floats)]), _for_all_timesteps(layers.values()):
-        walk(denoiser, inputs, visit, STAGE, device, waiting, kinds=(QuantLayer, QuantAttention))
+        walk(denoiser, calibration, everything, visit, STAGE, waiting, ALONE)
     learned = [b for m in layers.values() if m.branch is not None for b in m.branch.buffers()]
     cost.record(denoiser, STAGE, learned, len(candidates), n)
     return errors

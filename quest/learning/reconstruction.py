@@ -15,7 +15,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion.calibration_set import CalibrationSet
@@ -102,9 +101,9 @@ def reconstruct_weights(
         return fill(partial(call, [forwards[name]]), second, 2 * n, waiting, output)
 
     # The first half of the rows runs through the units of full precision, the second through the quantized ones.
-    doubled = tree_map(Tensor.cpu, calibration.inputs(torch.arange(n, device="cpu").repeat(2)))
+    doubled = torch.arange(n, device="cpu").repeat(2)
     with float_activations(input_quantizers(student).values()), frozen(student):
-        walk(student, doubled, visit, "AdaRound", device, waiting)
+        walk(student, calibration, doubled, visit, "AdaRound", waiting)
     cost.record(student, "AdaRound", learned, iterations, batch)
     return errors
 
@@ -169,9 +168,8 @@ def reconstruct_activations(
             learned.extend(q.scale for q in quantizers.values())
         return outputs[0]
 
-    inputs = tree_map(Tensor.cpu, calibration.inputs(everything))
     with frozen(student):
-        walk(student, inputs, visit, "activation steps", device, waiting)
+        walk(student, calibration, everything, visit, "activation steps", waiting)
     cost.record(student, "activation steps", learned, iterations, batch)
     return errors
 

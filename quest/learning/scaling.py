@@ -9,22 +9,19 @@ gradient reaches their scales too.
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from quest.affine import FLOAT, QParams, QuantSpec, fake_quantize
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.learning.adam import Adam, half_cosine
 from quest.learning.lowrank import factors
 from quest.learning.reconstruction import CHECK, finite, float_activations, gradients, multiplying
-from quest.learning.units import call_modules, fill, walk
+from quest.learning.units import ALONE, call_modules, fill, walk
 from quest.quantization import cost
-from quest.quantization.attention import QuantAttention
 from quest.quantization.layers import QuantLayer, input_quantizers, quant_layers
 from quest.quantization.prologue import along
 from quest.runtime import memory
@@ -203,12 +200,10 @@ def learn_scaling(
         call = partial(call_modules, [forwards[name]], args=args, kwargs=kwargs, n=n, device=device)
         return fill(call, everything, n, waiting)
 
-    inputs = tree_map(Tensor.cpu, calibration.inputs(everything))
     every = dict(quant_layers(denoiser))
-    with ExitStack() as stack:
-        stack.enter_context(float_activations(input_quantizers(denoiser).values()))
-        stack.enter_context(multiplying(every.values(), [layer.float_weight for layer in every.values()]))
-        walk(denoiser, inputs, visit, STAGE, device, waiting, kinds=(QuantLayer, QuantAttention))
+    floats = multiplying(every.values(), [layer.float_weight for layer in every.values()])
+    with float_activations(input_quantizers(denoiser).values()), floats:
+        walk(denoiser, calibration, everything, visit, STAGE, waiting, ALONE)
     changed = {name: tau for name, tau in found.items() if (tau != 1).any()}
     for name, tau in changed.items():
         every[name].scale_input(tau)

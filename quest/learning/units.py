@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 
+from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import hooked
 from quest.quantization.attention import QuantAttention
 from quest.quantization.layers import QuantLayer, attentions, input_quantizers, quant_layers
@@ -21,7 +22,8 @@ from quest.runtime.memory import Waiting
 
 ATEN = torch.ops.aten
 WEIGHTS = {ATEN.addmm.default: (0, 2), ATEN.mm.default: (1,), ATEN.embedding.default: (0,)}  # among the arguments
-KINDS = (ResnetBlock2D, BasicTransformerBlock, QuantLayer, QuantAttention)  # of modules that are reconstructed together
+ALONE = (QuantLayer, QuantAttention)  # kinds of modules, where each layer and each attention's products are a unit
+KINDS = (ResnetBlock2D, BasicTransformerBlock, *ALONE)  # of modules that are reconstructed together
 CHUNK = 64  # rows of one forward pass of a unit where nothing is learned, or fewer where memory is short
 ALIVE = 8  # tensors as large as a layer's largest output that are in memory in such a pass
 
@@ -96,24 +98,25 @@ def units(denoiser: nn.Module, inputs: dict[str, Tensor], kinds: tuple[type, ...
 @torch.no_grad()
 def walk(
     denoiser: nn.Module,
-    inputs: dict[str, Tensor],
+    calibration: CalibrationSet,
+    rows: Tensor,
     visit: Callable,
     stage: str,
-    device: torch.device,
     waiting: Waiting,
     kinds: tuple[type, ...] = KINDS,
 ) -> None:
-    """One forward pass in which visit(unit, forwards, name, *args, **kwargs) stands in for every unit's modules.
+    """One forward pass on calibration rows, in which visit(unit, forwards, name, *args, **kwargs) stands in for every
+    unit's modules.
 
     forwards: what the unit's modules compute, by name. name: which of them is called. All tensors of the pass lie on
     the CPU, as `waiting` allocates them; what happens between units is `Streamed`.
     `forward` and not a call of the denoiser: a pass over all timesteps is in no time group.
     """
-    first = tree_map(lambda value: value[:1].to(device), inputs)
+    first, inputs = calibration.inputs(rows[:1]), tree_map(Tensor.cpu, calibration.inputs(rows))
     found = units(denoiser, first, kinds)
     waiting.chunk = chunk_rows(denoiser, first)
     modules = {n: m for unit in found for n, m in unit.modules.items()}
-    between = Streamed(len(inputs["timestep"]), device, waiting)
+    between = Streamed(len(rows), denoiser.device, waiting)
     bar = tqdm(total=len(modules), desc=stage, mininterval=5)
 
     def visited(*args, **kwargs):
