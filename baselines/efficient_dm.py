@@ -46,7 +46,7 @@ from quest.quantization import cost, ranges
 from quest.quantization.checkpoint import load_weights
 from quest.quantization.layer_names import KEEP, Keep
 from quest.quantization.layers import QuantLayer, input_quantizers, quant_layers
-from quest.quantization.swapping import GRANULARITIES, scale_axes, swap
+from quest.quantization.swapping import GRANULARITIES, set_granularity, swap
 from quest.quantization.timegroups import TimeGroups
 
 
@@ -156,9 +156,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     for layer in layers.values():
         layer.freeze()
         layer.origin = None  # W0 is what the codes mean
-    axes = scale_axes(denoiser, recipe.granularity, a)
-    for name, q in input_quantizers(denoiser).items():
-        q.spec = replace(q.spec, axis=axes.get(name))
+    set_granularity(denoiser, recipe.granularity, a)
     calibrate(denoiser, calibration, ranges.mse_zero_point, samples=recipe.samples, seed=recipe.seed)
 
     tuned = {n: layer for n, layer in layers.items() if not any(fnmatch(n, glob) for glob in keep)}

@@ -27,7 +27,7 @@ from quest.quantization import ranges
 from quest.quantization.checkpoint import load_weights
 from quest.quantization.layers import input_quantizers
 from quest.quantization.splitting import split_layers
-from quest.quantization.swapping import GRANULARITIES, scale_axes, swap
+from quest.quantization.swapping import GRANULARITIES, set_granularity, swap
 from quest.quantization.timegroups import TimeGroups, grouped
 
 RUNNING = ("ema", "ema-symmetric")
@@ -89,9 +89,7 @@ def common_stack(
         if split_layers(denoiser_of(student)) != parts:
             count = len(split_layers(denoiser_of(student)))
             raise ValueError(f"split: {recipe.split}, but {recipe.init} has {count} split layers")
-    axes = scale_axes(denoiser_of(student), recipe.granularity, a)
-    for name, q in input_quantizers(denoiser_of(student)).items():
-        q.spec = replace(q.spec, axis=axes.get(name))
+    set_granularity(denoiser_of(student), recipe.granularity, a)
     activation_ranges_of(
         denoiser_of(student),
         drawn,

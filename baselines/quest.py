@@ -53,7 +53,7 @@ from quest.quantization.checkpoint import load_weights
 from quest.quantization.header import read as read_header
 from quest.quantization.layer_names import KEEP, Keep
 from quest.quantization.layers import QuantLayer, freeze, input_quantizers, own_floats, quant_layers, share_floats
-from quest.quantization.swapping import GRANULARITIES, make_dynamic, scale_axes, swap
+from quest.quantization.swapping import GRANULARITIES, make_dynamic, set_granularity, swap
 from quest.quantization.timegroups import TimeGroups, grouped
 from quest.runtime.resume import part
 
@@ -137,7 +137,7 @@ class FinetuneRecipe:
     time_groups: Count | None = None  # TAQuant's number of groups, 1 for a single set; default: one for each timestep
     keep: Keep | None = None  # layer glob -> minimum bits; default: the first and last layer at 8
     softmax_bits: Bits = 8
-    # "released": at 4 bits one scale per channel or token, see `scale_axes`.
+    # "released": at 4 bits one scale per channel or token, see `set_granularity`.
     granularity: Annotated[str, one_of(GRANULARITIES)] = "tensor"
     # "wide" has 33 levels at "4 bit"; "released": the model's.
     levels: Annotated[str, one_of((*LEVELS, "released"))] = "asymmetric"
@@ -291,11 +291,10 @@ def quantize_and_finetune(pipe, calibration: CalibrationSet, w: int, a: int, rec
 
 def set_static_ranges(denoiser: nn.Module, calibration: CalibrationSet, a: int, recipe: FinetuneRecipe) -> None:
     """Choose formats and ranges of all activations. recipe: what `resolve` returns."""
-    axes = scale_axes(denoiser, recipe.granularity, a)
+    set_granularity(denoiser, recipe.granularity, a)
     for name, q in input_quantizers(denoiser).items():
-        # Attention probabilities are never negative, so their codes are always unsigned.
-        kind = {} if name.endswith("processor.p") else LEVELS[recipe.levels]
-        q.spec = replace(q.spec, axis=axes.get(name), **kind)
+        if not name.endswith("processor.p"):  # probabilities are never negative, so their codes are always unsigned
+            q.spec = replace(q.spec, **LEVELS[recipe.levels])
     momentum = MOMENTUM if recipe.ranges == "running" else None
     choose = RANGES[recipe.ranges]
     calibrate(denoiser, calibration, choose, samples=recipe.samples, seed=recipe.seed, momentum=momentum)
@@ -315,22 +314,17 @@ def finetune(
     if recipe.qkv_as_one:
         share_inputs(denoiser)
     control = recipe.seed if recipe.control else None
-    (temporal, temporal_scales), (critical, critical_scales) = selected(
-        denoiser, recipe.selection, recipe.time_embedding, control
-    )
+    temporal, critical = selected(denoiser, recipe.selection, recipe.time_embedding, control)
 
-    def global_weight(tuned):
-        return (
-            tuned_layers(denoiser, tuned, recipe.qkv_as_one) if recipe.global_weight is None else recipe.global_weight
-        )
-
-    def stage_of(number, tuned, scales, local, iterations, lr_scale):
+    def stage_of(number, chosen, local, iterations, lr_scale):
+        tuned, scales = chosen
+        count = tuned_layers(denoiser, tuned, recipe.qkv_as_one)
         return Stage(
             STAGES[number],
             tuned,
             scales,
             local=tuple(tuned) if local else (),
-            global_weight=global_weight(tuned),
+            global_weight=count if recipe.global_weight is None else recipe.global_weight,
             iterations=iterations,
             batch=recipe.batch[number],
             visit=SCHEDULES[recipe.schedule][number],
@@ -339,8 +333,8 @@ def finetune(
             groups_per_step=recipe.groups_per_step,
         )
 
-    tla = stage_of(0, temporal, temporal_scales, recipe.local_tla, recipe.tla_iterations, recipe.lr_temporal_scale)
-    cma = stage_of(1, critical, critical_scales, recipe.local_cma, recipe.cma_iterations, recipe.lr_scale)
+    tla = stage_of(0, temporal, recipe.local_tla, recipe.tla_iterations, recipe.lr_temporal_scale)
+    cma = stage_of(1, critical, recipe.local_cma, recipe.cma_iterations, recipe.lr_scale)
     stages = {"tla-cma": (tla, cma), "cma-tla": (cma, tla), "joint": (joint(tla, cma),)}[recipe.order]
     stages = [stage for stage in stages if stage.iterations]
     targets = teacher_outputs(teacher, list(dict.fromkeys(n for s in stages for n in s.local)), calibration)
@@ -413,11 +407,9 @@ def _stage_alone(stage: int) -> Callable:
     """The measured step of one stage: iterations of it, and none of the other."""
 
     def learn(student, pipe, calibration: CalibrationSet, model, iterations: int, batch: int) -> None:
-        counts = [0, 0]
-        counts[stage] = iterations
         recipe = FinetuneRecipe(
-            tla_iterations=counts[0],
-            cma_iterations=counts[1],
+            tla_iterations=iterations if stage == 0 else 0,
+            cma_iterations=iterations if stage == 1 else 0,
             batch=batch,
             lr_weight=0.0,
             lr_scale=0.0,

@@ -127,15 +127,16 @@ def summed_axes(denoiser: nn.Module) -> dict[str, int]:
     return {n: channels.get(n, axis) for n, axis in others.items()}
 
 
-def scale_axes(denoiser: nn.Module, granularity: str, a: int) -> dict[str, int]:
-    """Return by name the dimension of the scales of each activation quantizer that has several; others have one scale.
+def set_granularity(denoiser: nn.Module, granularity: str, a: int) -> None:
+    """Let each activation have one scale ("tensor"), or with "released" at 4 bits those of `released_axes`.
 
-    granularity "tensor" gives none, "released" gives `released_axes` at 4 bits and none at other bits. Raises
-    ValueError for another name.
+    Raises ValueError for another name.
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity: {granularity!r} is not one of {', '.join(GRANULARITIES)}")
-    return released_axes(denoiser) if granularity == "released" and a == 4 else {}
+    axes = released_axes(denoiser) if granularity == "released" and a == 4 else {}
+    for name, q in input_quantizers(denoiser).items():
+        q.spec = dataclasses.replace(q.spec, axis=axes.get(name))
 
 
 def released_axes(denoiser: nn.Module) -> dict[str, int]:

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -8,7 +6,7 @@ from quest.learning.calibrate import calibrate, calibrating
 from quest.learning.units import Streamed
 from quest.quantization.layers import input_quantizers, quant_layers
 from quest.quantization.ranges import minmax, mse_zero_point
-from quest.quantization.swapping import scale_axes, swap
+from quest.quantization.swapping import set_granularity, swap
 from quest.quantization.timegroups import TimeGroups
 
 
@@ -90,9 +88,7 @@ def test_rows_in_chunks_set_the_ranges_of_all_rows(how, kind, request, monkeypat
         q = swap(pipe, 8, 4, groups=groups)
         for _, layer in quant_layers(q.unet):
             layer.choose_weight_range()
-        for name, axis in scale_axes(q.unet, "released" if how == "several scales" else "tensor", 4).items():
-            quantizer = q.unet.get_submodule(name)
-            quantizer.spec = replace(quantizer.spec, axis=axis)
+        set_granularity(q.unet, "released" if how == "several scales" else "tensor", 4)
         momentum = 0.9 if how == "averages" else None
         calibrate(q.unet, calibration, mse_zero_point, samples=8, seed=0, momentum=momentum)
         assert not any("forward" in m.__dict__ for m in q.unet.modules())
