@@ -11,8 +11,6 @@ each channel in its own bits, so that effective bits show what was spent.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -24,7 +22,7 @@ from baselines.granularity import Granularity, ranges_work, set_ranges, swapped
 from baselines.method import Count, Method, Valid, one_of, takes
 from quest.affine import QParams, QuantSpec, fake_quantize
 from quest.diffusion.calibration_set import CalibrationSet
-from quest.diffusion.denoisers import denoiser_of
+from quest.diffusion.denoisers import changed, denoiser_of
 from quest.quantization import ranges
 from quest.quantization.layers import QuantLayer, quant_layers
 
@@ -103,7 +101,7 @@ def sensitivities(
         for name, weight in weights.items()
     }
     generator = torch.Generator().manual_seed(seed)
-    with differentiable(list(weights.values())), torch.enable_grad():
+    with changed(weights.values(), "requires_grad", True), torch.enable_grad():
         for row in range(len(calibration)):
             prediction = teacher(**calibration.inputs(torch.tensor([row], dtype=torch.long, device="cpu"))).sample
             signs = (
@@ -119,19 +117,6 @@ def sensitivities(
                     effect = effect.sum(0, keepdim=True) if whole else effect
                     errors[name][:, j] += effect.square().cpu() / len(calibration)
     return errors
-
-
-@contextmanager
-def differentiable(parameters: list[Tensor]) -> Iterator[None]:
-    """While inside, gradients reach these parameters."""
-    before = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, required in zip(parameters, before, strict=True):
-            parameter.requires_grad_(required)
 
 
 def allocate(errors: Tensor, sizes: Tensor, choices: list[int], budget: float) -> Tensor:

@@ -36,6 +36,19 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def changed(things: Iterable, name: str, value) -> Iterator[None]:
+    """Give an attribute of some modules or tensors another value inside this context."""
+    before = [(thing, getattr(thing, name)) for thing in things]
+    for thing, _ in before:
+        setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        for thing, old in before:
+            setattr(thing, name, old)
+
+
 def sample_argument(denoiser: nn.Module) -> str:
     """The name under which a denoiser takes its noisy input: `sample` of a U-Net, `hidden_states` of a transformer."""
     return next(iter(signature(denoiser.forward).parameters))

@@ -10,8 +10,7 @@ One layer at a time, on inputs x of full precision, with y = W x as the target:
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.denoisers import changed
 from quest.learning.gptq import observed, round_weight
 from quest.learning.reconstruction import float_activations, multiplying
 from quest.learning.units import ALONE, call_modules, fill, walk
@@ -135,19 +135,6 @@ class Decomposed:
         return kept
 
 
-@contextmanager
-def _for_all_timesteps(layers: Iterable[QuantLayer]) -> Iterator[None]:
-    """While inside, the first range of each input quantizer holds for all timesteps, and time groups are left alone."""
-    groups = [(layer.input_quantizer, layer.input_quantizer.groups) for layer in layers]
-    for quantizer, _ in groups:
-        quantizer.groups = None
-    try:
-        yield
-    finally:
-        for quantizer, own in groups:
-            quantizer.groups = own
-
-
 @torch.no_grad()
 def decompose(
     denoiser: nn.Module,
@@ -214,7 +201,9 @@ def decompose(
 
     others = [q for m in denoiser.modules() if isinstance(m, QuantAttention) for q in (m.q, m.k, m.v, m.p)]
     floats = [m for m in denoiser.modules() if isinstance(m, QuantLayer) and m.weight_quantizer.spec.bits == FLOAT]
-    with float_activations([*others, *(m.input_quantizer for m in floats)]), _for_all_timesteps(layers.values()):
+    # Without its groups, the first range of an input quantizer holds for all timesteps.
+    for_all_timesteps = changed([layer.input_quantizer for layer in layers.values()], "groups", None)
+    with float_activations([*others, *(m.input_quantizer for m in floats)]), for_all_timesteps:
         walk(denoiser, calibration, everything, visit, STAGE, waiting, ALONE)
     learned = [b for m in layers.values() if m.branch is not None for b in m.branch.buffers()]
     cost.record(denoiser, STAGE, learned, len(candidates), n)

@@ -9,7 +9,7 @@ only the tensors that the pass itself keeps alive (its skip connections) are in 
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.denoisers import changed
 from quest.learning.adam import Adam, half_cosine
 from quest.learning.rounding import Rounding, beta
 from quest.learning.units import CHUNK, Unit, call_modules, chunked, fill, side_by_side, walk
@@ -280,17 +281,9 @@ class _Power(torch.autograd.Function):
         return powered.div(x).nan_to_num_(0).mul_(grad * ctx.power), None  # 0 / 0 where x is 0
 
 
-@contextmanager
-def float_activations(quantizers: Iterable[Quantizer]) -> Iterator[None]:
+def float_activations(quantizers: Iterable[Quantizer]) -> AbstractContextManager[None]:
     """While inside, these quantizers leave their tensors in float."""
-    specs = [(q, q.spec) for q in quantizers]
-    for q, _ in specs:
-        q.spec = QuantSpec(FLOAT)
-    try:
-        yield
-    finally:
-        for q, spec in specs:
-            q.spec = spec
+    return changed(quantizers, "spec", QuantSpec(FLOAT))
 
 
 @contextmanager

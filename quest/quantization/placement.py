@@ -11,6 +11,7 @@ from torch import nn
 from quest import kernels
 from quest.affine import QParams
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.denoisers import changed
 from quest.kernels.cpu import blocks
 from quest.quantization.attention import QuantAttention
 from quest.quantization.layers import QuantConv2d, QuantLayer, attentions, quant_layers
@@ -101,24 +102,16 @@ def on_reference(denoiser: nn.Module) -> Iterator[None]:
     """Run a denoiser on the reference kernel inside this context; operands of its own kernel are kept."""
     layers = [(layer, layer.operand, layer.codes, layer.kernel_name) for _, layer in quant_layers(denoiser)]
     processors = [m.processor for _, m in attentions(denoiser) if isinstance(m.processor, QuantAttention)]
-    kernels_of = [processor.kernel_name for processor in processors]
-    quantizers = [(m, m.numbers) for m in denoiser.modules() if isinstance(m, Quantizer)]
+    quantizers = [m for m in denoiser.modules() if isinstance(m, Quantizer)]
     for layer, *_ in layers:
         layer.freeze("reference")
-    for processor in processors:
-        processor.kernel_name = "reference"
-    for quantizer, _ in quantizers:
-        quantizer.as_numbers(False)
     blocks.unfuse(denoiser)
     try:
-        yield
+        with changed(processors, "kernel_name", "reference"), changed(quantizers, "numbers", None):
+            yield
     finally:
         for layer, operand, codes, name in layers:
             layer.operand, layer.codes, layer.kernel_name = operand, codes, name
-        for processor, name in zip(processors, kernels_of, strict=True):
-            processor.kernel_name = name
-        for quantizer, numbers in quantizers:
-            quantizer.numbers = numbers
         if denoiser.placement.kernel == "integer":
             blocks.fuse(denoiser)
 
