@@ -20,9 +20,7 @@ from quest.diffusion.conditions import scene_captions, spread_labels
 from quest.diffusion.denoisers import NAMES, denoiser_of
 from quest.diffusion.loading import load_pipeline
 from quest.diffusion.models import CONDITIONED, PREPARED, REFERENCES, Model, Origin, find
-from quest.runtime.files import atomic_folder, dumps, read_lines, read_text, write_lines
-from quest.runtime.provenance import provenance
-from quest.runtime.sums import write_sums
+from quest.runtime.files import atomic_folder, read_lines, read_text
 
 # Names of samplers and the classes they stand for, of diffusers or of `quest.diffusion.samplers`.
 SAMPLERS = {
@@ -131,25 +129,15 @@ def prepare(name: str, settings: dict, out: str | Path) -> None:
 
     Raises FileNotFoundError or ValueError for prompts that are missing or empty.
     """
-    from quest.diffusion.published import weights_hash
+    from quest.diffusion.published import record
 
     folder = Path(settings["pipeline"]).absolute()
     lines = caption_files.load(settings["prompts"]) if "prompts" in settings else None
     if lines == []:
         raise ValueError(f"models.{name}.prompts: {settings['prompts']} is empty; write one prompt per line")
+    settings = settings | {key: str(Path(settings[key]).absolute()) for key in PATHS if key in settings}
     with atomic_folder(out) as temporary:
-        if lines is not None:
-            write_lines(temporary / "captions.txt", lines)
-        origin = {
-            "model": name,
-            "checkpoint": folder.name,
-            "sha256": weights_hash(folder),
-            "captions": lines and {"file": Path(settings["prompts"]).name, "sha256": caption_files.sha256(lines)},
-            "settings": settings | {key: str(Path(settings[key]).absolute()) for key in PATHS if key in settings},
-            "provenance": provenance(),
-        }
-        (temporary / "origin.json").write_text(dumps(origin, indent=2) + "\n", encoding="utf-8")
-        write_sums(temporary)
+        record(temporary, name, folder, settings.get("prompts"), lines, settings=settings)
 
 
 def of_pipeline(pipe, prompts: Sequence[str] | None = None) -> Model:

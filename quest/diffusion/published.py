@@ -63,17 +63,21 @@ def prepare(model: Model, checkpoint, out, *, tokenizer=None, captions=None) -> 
         pipe.save_pretrained(folder)
         for config in folder.glob("*/config.json"):
             forget_origin(config)
-        if lines is not None:
-            write_lines(folder / "captions.txt", lines)
-        origin = {
-            "model": model.name,
-            "checkpoint": checkpoint.name,
-            "sha256": weights_hash(checkpoint),
-            "captions": None if lines is None else {"file": Path(captions).name, "sha256": caption_files.sha256(lines)},
-            "provenance": provenance(),
-        }
-        (folder / "origin.json").write_text(dumps(origin, indent=2) + "\n", encoding="utf-8")
-        write_sums(folder)
+        record(folder, model.name, checkpoint, captions, lines)
+
+
+def record(folder: Path, name: str, checkpoint: Path, captions, lines: list[str] | None, **more) -> None:
+    """Write into a model's folder where it comes from (origin.json, with `more`), its captions, and SHA256SUMS.
+
+    captions: the file that `lines` were read from; without lines it is not looked at.
+    """
+    origin = {"model": name, "checkpoint": checkpoint.name, "sha256": weights_hash(checkpoint), "captions": None}
+    if lines is not None:
+        write_lines(folder / "captions.txt", lines)
+        origin["captions"] = {"file": Path(captions).name, "sha256": caption_files.sha256(lines)}
+    origin |= {**more, "provenance": provenance()}
+    (folder / "origin.json").write_text(dumps(origin, indent=2) + "\n", encoding="utf-8")
+    write_sums(folder)
 
 
 def denoiser(model: Model, device="meta"):
