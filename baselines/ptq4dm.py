@@ -16,6 +16,7 @@ from baselines.q_diffusion import ReconstructionRecipe, common_stack, stack_work
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
+from quest.learning.calibrate import choosing
 from quest.quantization import ranges
 from quest.quantization.layer_names import Keep, layer_bits
 from quest.quantization.layers import input_quantizers, name_quantizers, quant_layers
@@ -132,17 +133,11 @@ def released(
     name_quantizers(denoiser)
 
     drawn = ndtc(calibration, rows, seed, ndtc_bug)
+    order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed), device="cpu")
     quantizers = [q for q in input_quantizers(denoiser).values() if q.spec.bits < FLOAT]
-    try:
-        for q in quantizers:
-            q.choose = ranges.Running(MOMENTUM, thresholds)
-        for batch in torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed), device="cpu").split(
-            BATCH
-        ):
+    with choosing({q: ranges.Running(MOMENTUM, thresholds) for q in quantizers}):
+        for batch in order.split(BATCH):
             denoiser(**drawn.inputs(batch))
-    finally:
-        for q in quantizers:
-            q.choose = None
     return student
 
 

@@ -20,7 +20,7 @@ from baselines.adaround import SplitRecipe, preset_of, round_weights, rounding_w
 from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Valid, one_of, takes
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
-from quest.learning.calibrate import calibrate, calibrating, observe, running, static_rows
+from quest.learning.calibrate import calibrate, calibrating, choosing, observe, running, static_rows
 from quest.learning.reconstruction import CHECK, reconstruct_activations
 from quest.learning.units import chunk_rows
 from quest.quantization import ranges
@@ -154,17 +154,10 @@ def activation_ranges_of(
     chunk = chunk_rows(denoiser, drawn.inputs(order[:1]), BATCH)
     with calibrating(denoiser, ranges.minmax if kind == "ema-symmetric" else ranges.mse):
         observe(denoiser, drawn.inputs(batches[0]), chunk)
-    choosers = {
-        name: running(name, MOMENTUM) for name in quantizers if ".processor." not in name or name.startswith(blocks)
-    }
-    try:
-        for name, chooser in choosers.items():
-            quantizers[name].choose = chooser
+    averaged = {n: q for n, q in quantizers.items() if ".processor." not in n or n.startswith(blocks)}
+    with choosing({q: running(name, MOMENTUM) for name, q in averaged.items()}):
         for rows in batches:
             observe(denoiser, drawn.inputs(rows), chunk)
-    finally:
-        for q in quantizers.values():
-            q.choose = None
 
 
 def stack_work(recipe, w: int, rows: int) -> Counter:

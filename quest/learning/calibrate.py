@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -29,19 +29,21 @@ def static_rows(a: int) -> int:
 
 
 @contextmanager
-def calibrating(denoiser: nn.Module, choose: Callable) -> Iterator[None]:
-    """While inside, a forward pass sets the range of each activation quantizer from its own (quantized) input.
-
-    Softmax probabilities take [0, max] whatever is chosen for the others.
-    """
-    quantizers = input_quantizers(denoiser)
-    for name, q in quantizers.items():
-        q.choose = ranges.always_zero if name.endswith("processor.p") else choose
+def choosing(choosers: dict[Quantizer, Callable]) -> Iterator[None]:
+    """While inside, a forward pass sets the range of each of these quantizers from its own (quantized) input."""
+    for q, choose in choosers.items():
+        q.choose = choose
     try:
         yield
     finally:
-        for q in quantizers.values():
+        for q in choosers:
             q.choose = None
+
+
+def calibrating(denoiser: nn.Module, choose: Callable) -> AbstractContextManager[None]:
+    """`choosing` for all activation quantizers; softmax probabilities take [0, max], whatever the others choose."""
+    quantizers = input_quantizers(denoiser)
+    return choosing({q: ranges.always_zero if n.endswith("processor.p") else choose for n, q in quantizers.items()})
 
 
 def running(quantizer: str, momentum: float) -> ranges.Running:
