@@ -94,6 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _plan(options):
+    import torch
+
     from quest.config import read, validate
     from quest.planning import budget, costs, plan
     from quest.planning.forecast import GPUS
@@ -104,7 +106,7 @@ def _plan(options):
     validate(config)
     known = costs.read(options.costs or costs.COSTS)
     machines = sorted({row["machine"] for row in known})
-    here = costs.machine("cuda" if _has_gpu() else "cpu")
+    here = costs.machine("cuda" if torch.cuda.is_available() else "cpu")
     machine = options.machine or here
     if machine in GPUS and machine not in machines:
         measured = here if here in machines else next((m for m in machines if m.endswith("one thread")), here)
@@ -211,12 +213,6 @@ def _settle(options):
     print(verdicts.table(judged).markdown() if len(judged) else "no pair of these families has records yet")
     if options.output:
         verdicts.write(judged, options.output)
-
-
-def _has_gpu():
-    import torch
-
-    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

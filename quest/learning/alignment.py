@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import hooked
-from quest.learning.adam import half_cosine
+from quest.learning.adam import BETAS, half_cosine
 from quest.learning.recomputing import recomputing
 from quest.quantization.layers import QuantLayer
 from quest.quantization.quantizer import Quantizer
@@ -218,14 +218,7 @@ class ScaleAdam:
     them pass through zero).
     """
 
-    def __init__(
-        self,
-        scales: list[Tensor],
-        betas: tuple[float, float] = (0.9, 0.999),
-        *,
-        log: bool = True,
-        least: float = EPS,
-    ):
+    def __init__(self, scales: list[Tensor], *, log: bool = True, least: float = EPS):
         self.scales, self.least = scales, least
         # The scales of a group side by side: one vector to move, whatever the number and the shapes of the quantizers.
         self.sizes = [s[0].numel() for s in self.scales]
@@ -233,7 +226,7 @@ class ScaleAdam:
         self.mean, self.square = torch.zeros(
             2, len(self.steps), sum(self.sizes), dtype=torch.float32, device=self.scales[0].device
         )
-        self.betas, self.log = betas, log
+        self.log = log
         self.eps = 1e-12 if log else 1e-8  # a relative gradient is small; 1e-8 is Adam's own
 
     def zero_grad(self) -> None:
@@ -248,7 +241,7 @@ class ScaleAdam:
     @torch.no_grad()
     def step(self, group: int, lr: float) -> None:
         """Move the scales of one group by about lr: relative to each with `log`, else as it is."""
-        b1, b2 = self.betas
+        b1, b2 = BETAS
         self.steps[group] += 1
         n = self.steps[group]
         scale = torch.cat([s[group].flatten() for s in self.scales])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quest.affine import QuantSpec, Table, clamp_
+from quest.quantization.prologue import along
 
 EPS = 1e-8
 BINS = 2048  # most bins of the histogram that replaces a large tensor in the search; 8 per step of an 8-bit code
@@ -28,11 +29,7 @@ def _rows(x: Tensor, spec: QuantSpec) -> Tensor:
 
 def _shaped(value: Tensor, x: Tensor, spec: QuantSpec) -> Tensor:
     """Reshape a value for each channel, [channels], so that it broadcasts against x."""
-    if spec.axis is None:
-        return value.reshape(())
-    shape = [1] * x.ndim
-    shape[spec.axis] = -1
-    return value.reshape(shape)
+    return value.reshape(()) if spec.axis is None else along(value, x, spec.axis)
 
 
 def affine(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
