@@ -184,5 +184,5 @@ def idle(dropout: nn.Module) -> bool:
 def _range(quantizer: nn.Module, channels: int = 0) -> calls.Range:
     """Return the range of the current time group. channels: of the input, which a dynamic format can divide."""
     number, spec = 0 if quantizer.groups is None else quantizer.groups.number, quantizer.spec
-    scale, zero_point = quantizer.scale[number].item(), quantizer.zero_point[number].item()
-    return scale, spec.qmin - zero_point, spec.qmax - zero_point, dynamic(spec, channels)
+    scale, zero_point = quantizer.scale[number], quantizer.zero_point[number]
+    return calls.range_of(scale, zero_point, spec.qmin, spec.qmax, dynamic(spec, channels))

@@ -183,7 +183,7 @@ def linear(
     """
     scale, zero_point, spec = qparams
     values = scale, zero_point, spec.qmin, spec.qmax, gated, residual, dynamic(spec, x.shape[-1] if x.ndim else 1)
-    return run(_linear, "integer_linear", x, weight, bias, *values)
+    return run(calls.linear, "integer_linear", x, weight, bias, *values)
 
 
 def conv2d(
@@ -205,7 +205,7 @@ def conv2d(
     scale, zero_point, spec = qparams
     scales = dynamic(spec, x.shape[1] if x.ndim == 4 else 1)
     values = scale, zero_point, spec.qmin, spec.qmax, stride, padding, dilation, residual, scales
-    return run(_conv2d, "integer_conv2d", x, weight, bias, *values)
+    return run(calls.conv2d, "integer_conv2d", x, weight, bias, *values)
 
 
 def attention(
@@ -223,7 +223,7 @@ def attention(
     Rows may have any strides. The normalized probabilities are quantized, as in the reference.
     """
     params = flat(q_params, k_params, v_params, p_params)
-    return run(_attention, "integer_attention", q, k, v, *params, scale)
+    return run(calls.attention, "integer_attention", q, k, v, *params, scale)
 
 
 def computes(x: Tensor) -> bool:
@@ -264,57 +264,10 @@ def dynamic(spec: QuantSpec, channels: int) -> int:
     return spec.group if spec.dynamic and spec.scales(channels) > 1 else calls.DYNAMIC[spec.rows]
 
 
-def _limits(scale, zero_point, qmin: int, qmax: int) -> calls.Limits:
-    z = float(zero_point)
-    return float(scale), qmin - z, qmax - z
-
-
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor,
-    qmin: int,
-    qmax: int,
-    gated: bool,
-    residual: Tensor | None,
-    dynamic: int = 0,
-) -> Tensor:
-    limits = *_limits(scale, zero_point, qmin, qmax), dynamic
-    return calls.linear(x, weight, bias, limits, gated, residual)
-
-
-def _conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor,
-    qmin: int,
-    qmax: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    residual: Tensor | None,
-    dynamic: int = 0,
-) -> Tensor:
-    limits = *_limits(scale, zero_point, qmin, qmax), dynamic
-    return calls.conv2d(x, weight, bias, limits, stride, padding, dilation, residual)
-
-
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, scales: list[Tensor], zero_points: list[Tensor], limits: list[int], scale: float
-) -> Tensor:
-    each = enumerate(zip(scales, zero_points, strict=True))
-    ranges = [(*_limits(s, z, *limits[2 * i : 2 * i + 2]), 0) for i, (s, z) in each]
-    return calls.attention(q, k, v, ranges, scale)
-
-
 def _fake_linear(x, weight, bias, scale, zero_point, qmin, qmax, gated, residual, dynamic=0):
     return x.new_empty((*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0]))
 
 
-register("integer_linear", _linear, _fake_linear)
-register("integer_conv2d", _conv2d, fake_conv2d)
-register("integer_attention", _attention, fake_attention)
+register("integer_linear", calls.linear, _fake_linear)
+register("integer_conv2d", calls.conv2d, fake_conv2d)
+register("integer_attention", calls.attention, fake_attention)

@@ -118,12 +118,27 @@ def unpack(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
     return codes
 
 
+def range_of(scale, zero_point, qmin: int, qmax: int, dynamic: int = 0) -> Range:
+    """Return the range of a format, whose scale and zero point are tensors or numbers."""
+    z = float(zero_point)
+    return float(scale), qmin - z, qmax - z, dynamic
+
+
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, limits: Range, gated: bool = False, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    gated: bool,
+    residual: Tensor | None,
+    dynamic: int = 0,
 ) -> Tensor:
     """x [..., K], weight the result of `pack`, bias [N] -> [..., N]; gated: [..., N / 2], see `integer.linear`.
 
-    Dimension 0 of x counts samples.
+    Dimension 0 of x counts samples. scale to dynamic: the range of x, see `range_of`.
     """
     x = checked(x, "linear")
     if not x.ndim or not x.shape[-1]:
@@ -137,9 +152,9 @@ def linear(
     out = x.new_empty((*x.shape[:-1], width))
     residual = _beside(residual, out, "linear, residual")
     status = core().quest_linear(
-        rows.data_ptr(), *rows.shape, rows.stride(0), *packed(weight, "linear"), address(bias), *limits,
-        len(rows) // len(x) if x.ndim > 1 and len(rows) else 1, gated, address(residual), out.data_ptr(), width,
-        torch.get_num_threads(),
+        rows.data_ptr(), *rows.shape, rows.stride(0), *packed(weight, "linear"), address(bias),
+        *range_of(scale, zero_point, qmin, qmax, dynamic), len(rows) // len(x) if x.ndim > 1 and len(rows) else 1,
+        gated, address(residual), out.data_ptr(), width, torch.get_num_threads(),
     )  # fmt: skip
     if status:
         check(status, "linear", x=x)
@@ -150,28 +165,32 @@ def conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    limits: Range,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    residual: Tensor | None = None,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    residual: Tensor | None,
+    dynamic: int = 0,
 ) -> Tensor:
     """x [N, C, H, W] or [C, H, W], weight the result of `pack`, bias [O] -> [N, O, H', W'], channels innermost.
 
     With scales of tokens, x has four dimensions, the weight has one pixel, and there is no padding.
     """
     x = checked(x, "conv2d")
-    if limits[3] not in (0, DYNAMIC["tensor"]):  # a linear layer of pixels
+    if dynamic not in (0, DYNAMIC["tensor"]):  # a linear layer of pixels
         if x.ndim != 4 or weight.shape[1:3] != (1, 1) or any(padding):
             raise ValueError(f"conv2d: scales of tokens for an input of {list(x.shape)}; it takes 1x1 without padding")
         pixels = x[:, :, :: stride[0], :: stride[1]].movedim(1, 3)
         residual = None if residual is None else _dimensions(residual, 4, "conv2d, residual").movedim(1, 3)
-        return linear(pixels, weight, bias, limits, False, residual).movedim(3, 1)
+        return linear(pixels, weight, bias, scale, zero_point, qmin, qmax, False, residual, dynamic).movedim(3, 1)
     if x.ndim != 4:
-        if x.ndim != 3 or limits[3]:
+        if x.ndim != 3 or dynamic:
             raise ValueError(f"conv2d: its shape is {list(x.shape)}; it takes [N, C, H, W] or [C, H, W]")
         more = None if residual is None else residual[None]
-        return conv2d(x[None], weight, bias, limits, stride, padding, dilation, more)[0]
+        return conv2d(x[None], weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation, more)[0]
     if x.stride(1) != 1:
         x = x.contiguous(memory_format=torch.channels_last)
     sample, _, row, pixel = x.stride()
@@ -180,19 +199,24 @@ def conv2d(
     out = torch.empty(shape, dtype=FLOAT32, device=CPU, memory_format=torch.channels_last)
     residual = _beside(residual, out, "conv2d, residual")
     status = core().quest_conv2d(
-        x.data_ptr(), *x.shape, sample, row, pixel, *packed(weight, "conv2d"), address(bias), *limits, *stride,
-        *padding, *dilation, address(residual), out.data_ptr(), *shape[1:], torch.get_num_threads(),
+        x.data_ptr(), *x.shape, sample, row, pixel, *packed(weight, "conv2d"), address(bias),
+        *range_of(scale, zero_point, qmin, qmax, dynamic), *stride, *padding, *dilation, address(residual),
+        out.data_ptr(), *shape[1:], torch.get_num_threads(),
     )  # fmt: skip
     if status:
         check(status, "conv2d", x=x)
     return out
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, ranges: list[Range], scale: float) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scales: list[Tensor], zero_points: list[Tensor], limits: list[int], scale: float
+) -> Tensor:
     """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, heads, n, d]; all also without `heads`.
 
-    ranges: those of q, k, v and the probabilities. scale: the factor of the scores.
+    scales, zero_points: of q, k, v and the probabilities. limits: their qmin and qmax, one after another. scale: the
+    factor of the scores.
     """
+    ranges = map(range_of, scales, zero_points, limits[::2], limits[1::2])
     q, k, v = checked(q, "attention, q"), checked(k, "attention, k"), checked(v, "attention, v")
     attended(q, k, v)
     q4, k4, v4 = (t if t.ndim == 4 else t[:, None] for t in (q, k, v))
