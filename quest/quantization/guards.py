@@ -5,6 +5,8 @@ attention by float attention, or write into weights that are codes. diffusers ra
 methods is replaced by one that raises an error and says what to do. (`save_pretrained` works, see `pretrained`.)
 """
 
+import re
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,74 +32,18 @@ JOINT = {
 }  # parts that only the last processor computes
 UNSET = ("fused_projections", "is_causal", "pre_only", "only_cross_attention")
 
-_ADAPTER = "load the adapter into the full-precision pipeline, fuse it there, and quantize that"
-_ATTENTION = "its attention is quantized, and this would put float attention in its place"
-_SAVE = "write the whole denoiser with save_pretrained or quest.save"
-REFUSED = {  # methods of a denoiser, its attentions or a pipeline -> what to do instead, or why it is refused
-    **dict.fromkeys(("save_lora_adapter", "save_attn_procs"), _SAVE),
-    **dict.fromkeys(
-        (
-            "load_lora_weights",
-            "load_lora_adapter",
-            "load_lora_into_unet",
-            "load_lora_into_transformer",
-            "load_ip_adapter",
-            "_load_ip_adapter_weights",
-            "load_attn_procs",
-            "add_adapter",
-            "set_adapter",
-            "set_adapters",
-            "enable_adapters",
-            "disable_adapters",
-            "delete_adapters",
-            "enable_lora",
-            "disable_lora",
-            "enable_lora_hotswap",
-            "fuse_lora",
-            "unfuse_lora",
-            "unload_lora",
-            "unload_lora_weights",
-        ),
-        _ADAPTER,
+REFUSED = {  # names of methods of a denoiser, its attentions or a pipeline -> what to do instead, or why it is refused
+    r"save_(lora_adapter|attn_procs)": "write the whole denoiser with save_pretrained or quest.save",
+    r"_?(load|add|set|enable|disable|delete|fuse|unfuse|unload)_.*(lora|adapter|attn_procs).*": (
+        "load the adapter into the full-precision pipeline, fuse it there, and quantize that"
     ),
-    **dict.fromkeys(
-        (
-            "set_processor",
-            "set_attn_processor",
-            "set_default_attn_processor",
-            "set_attention_slice",
-            "enable_attention_slicing",
-            "disable_attention_slicing",
-            "set_attention_backend",
-            "reset_attention_backend",
-            "set_use_memory_efficient_attention_xformers",
-            "enable_xformers_memory_efficient_attention",
-            "disable_xformers_memory_efficient_attention",
-            "set_use_npu_flash_attention",
-            "enable_npu_flash_attention",
-            "disable_npu_flash_attention",
-            "set_use_xla_flash_attention",
-            "enable_xla_flash_attention",
-            "disable_xla_flash_attention",
-            "fuse_projections",
-            "fuse_qkv_projections",
-            "unfuse_qkv_projections",
-        ),
-        _ATTENTION,
+    r"(set|reset|enable|disable|fuse|unfuse)_.*(attention|attn|processor|projections).*": (
+        "its attention is quantized, and this would put float attention in its place"
     ),
-    **dict.fromkeys(
-        (
-            "enable_layerwise_casting",
-            "enable_group_offload",
-            "enable_sequential_cpu_offload",
-            "enable_parallelism",
-        ),
-        ONE_DEVICE,
-    ),
-    "enable_gradient_checkpointing": "parts that are called again in the backward pass are in no forward pass",
-    **dict.fromkeys(("half", "double", "bfloat16", "float", "type"), "it computes in torch.float32"),
+    r"enable_(layerwise_casting|group_offload|sequential_cpu_offload|parallelism)": ONE_DEVICE,
+    r"enable_gradient_checkpointing": "parts that are called again in the backward pass are in no forward pass",
+    r"half|double|bfloat16|float|type": "it computes in torch.float32",
 }
-OF_ATTENTION = [name for name, why in REFUSED.items() if why is _ATTENTION]
 
 
 class Refusal:
@@ -110,11 +56,16 @@ class Refusal:
         raise ValueError(f"{self.name}: not of a quantized pipeline; {self.instead}")
 
 
-def guard(thing, names=REFUSED) -> None:
-    """Replace each of these methods that a module or pipeline has by a `Refusal`."""
-    for name in names:
-        if callable(getattr(thing, name, None)):
-            vars(thing)[name] = Refusal(name, REFUSED[name])
+@cache
+def refusals(kind: type) -> dict[str, Refusal]:
+    """The methods of a class whose names match a key of REFUSED, by name."""
+    names = [name for name in dir(kind) if callable(getattr(kind, name))]
+    return {n: Refusal(n, why) for n in names for pattern, why in REFUSED.items() if re.fullmatch(pattern, n)}
+
+
+def guard(thing) -> None:
+    """Replace methods of a module or pipeline by their `refusals`."""
+    vars(thing).update(refusals(type(thing)))
 
 
 def guard_denoiser(denoiser: nn.Module) -> None:
@@ -124,7 +75,7 @@ def guard_denoiser(denoiser: nn.Module) -> None:
     """
     guard(denoiser)
     for _, attention in attentions(denoiser):
-        guard(attention, OF_ATTENTION)
+        guard(attention)
     denoiser.is_quantized = True
 
 
