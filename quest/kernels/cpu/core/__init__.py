@@ -38,7 +38,7 @@ def core() -> ctypes.CDLL:
             function.restype, function.argtypes = result, arguments
     if not hasattr(library, "quest_abi") or library.quest_abi().decode() != abi.digest():
         raise RuntimeError(f"{found[0]} is older than its source: `pip install -e .` builds it anew")
-    if os.name == "posix" and (parallel := getattr(ctypes.CDLL(None), "GOMP_parallel", None)):
+    if parallel := getattr(ctypes.CDLL(None), "GOMP_parallel", None):
         library.quest_use_openmp(ctypes.cast(parallel, ctypes.c_void_p))
     if isa := os.environ.get("QUEST_ISA"):
         try:

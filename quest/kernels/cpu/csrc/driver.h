@@ -55,22 +55,6 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// The first exception of several threads. An exception must not leave a thread, so it is stored here.
-class Failure {
- public:
-  void keep() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (!first_) first_ = std::current_exception();
-  }
-  void rethrow() const {
-    if (first_) std::rethrow_exception(first_);
-  }
-
- private:
-  std::mutex mutex_;
-  std::exception_ptr first_;
-};
-
 // Calls work(), which must not throw, on this thread and on up to `others` other threads if they are free. The runtime may
 // use `threads` threads altogether.
 void run(int others, int threads, const std::function<void()>& work);
@@ -94,16 +78,18 @@ void parallel(int64_t tasks, int threads, int64_t work, const Task& task) {
     return;
   }
   std::atomic<int64_t> next{0};
-  Failure failure;
+  std::mutex mutex;
+  std::exception_ptr first;  // an exception must not leave its thread
   run(busy - 1, threads, [&] {
     try {
       for (int64_t i; (i = next++) < tasks;) task(i);
     } catch (...) {
-      failure.keep();
+      std::lock_guard<std::mutex> lock(mutex);
+      if (!first) first = std::current_exception();
       next = tasks;
     }
   });
-  failure.rethrow();
+  if (first) std::rethrow_exception(first);
 }
 
 // A packed weight: this header, then zero points, scales and sums, and the codes of each panel of NR outputs. `pack` writes

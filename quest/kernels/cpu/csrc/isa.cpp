@@ -28,8 +28,6 @@ std::vector<const Isa*> available() {
 
 const std::vector<const Isa*> all = available();
 
-
-
 }  // namespace
 
 const Isa* isa = all.back();

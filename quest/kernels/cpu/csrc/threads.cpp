@@ -7,9 +7,7 @@
 #include <system_error>
 #include <thread>
 
-#if !defined(_WIN32)
 #include <pthread.h>
-#endif
 
 namespace quest {
 namespace {
@@ -84,9 +82,7 @@ Region region = nullptr;
 // The pool is never destroyed, because its threads wait until the process ends. A child of fork() has none of these threads
 // and makes its own pool. It must not use the runtime either, because it would wait for its threads forever.
 Pool* pool = new Pool;
-#if !defined(_WIN32)
 const int forgotten = pthread_atfork(nullptr, nullptr, [] { pool = new Pool, region = nullptr; });
-#endif
 
 }  // namespace
 
