@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from quest.diffusion import samplers
-from quest.diffusion.denoisers import denoiser_of
+from quest.diffusion.denoisers import denoiser_of, overridden
 from quest.diffusion.models import Model
 from quest.runtime import memory
 
@@ -94,11 +94,8 @@ def _last_sample(scheduler) -> Iterator[list[torch.Tensor]]:
         last[:] = [output[0] if isinstance(output, tuple) else output.prev_sample]
         return output
 
-    scheduler.step = recording
-    try:
+    with overridden("step", {scheduler: recording}):
         yield last
-    finally:
-        del scheduler.step
 
 
 def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> np.ndarray:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from quest.diffusion.calibration_set import CalibrationSet
+from quest.diffusion.denoisers import overridden
 from quest.learning.units import Streamed, call_modules, chunk_rows, fill
 from quest.quantization import ranges
 from quest.quantization.attention import QuantAttention
@@ -67,16 +68,11 @@ def observe(denoiser: nn.Module, inputs: dict[str, Tensor], chunk: int) -> None:
     waiting.chunk = chunk
     between = Streamed(n, denoiser.device, waiting)
     modules = [m for m in denoiser.modules() if isinstance(m, QuantLayer | QuantAttention)]
-    for module in modules:
-        module.forward = partial(_in_chunks, module, module.forward, between)
+    in_chunks = overridden("forward", {m: partial(_in_chunks, m, m.forward, between) for m in modules})
     groups = getattr(denoiser, "time_groups", None)
-    try:
-        # `forward` and not a call of the denoiser, whose hooks are no operations on rows.
-        with nullcontext() if groups is None else groups.inside(inputs["timestep"]), between:
-            denoiser.forward(**tree_map(Tensor.cpu, inputs))
-    finally:
-        for module in modules:
-            del module.forward
+    # `forward` and not a call of the denoiser, whose hooks are no operations on rows.
+    with in_chunks, nullcontext() if groups is None else groups.inside(inputs["timestep"]), between:
+        denoiser.forward(**tree_map(Tensor.cpu, inputs))
 
 
 def _in_chunks(module: nn.Module, forward: Callable, between: Streamed, *args, **kwargs) -> Tensor:

@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+from quest.diffusion.denoisers import overridden
 from quest.runtime import memory
 
 BLOCKS = (ResnetBlock2D, BasicTransformerBlock, JointTransformerBlock, Attention)
@@ -37,13 +38,8 @@ def recomputing(denoiser: nn.Module, inputs: dict[str, Tensor], rows: int) -> It
     for name, module in denoiser.named_modules():
         if isinstance(module, BLOCKS) and not any(name.startswith(f"{outer}.") for outer in blocks):
             blocks[name] = module
-    for module in blocks.values():
-        module.forward = partial(_again, module.forward, groups)
-    try:
+    with overridden("forward", {m: partial(_again, m.forward, groups) for m in blocks.values()}):
         yield
-    finally:
-        for module in blocks.values():
-            del module.forward
 
 
 def _again(forward: Callable, groups, *args, **kwargs):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion.calibration_set import CalibrationSet
-from quest.diffusion.denoisers import changed
+from quest.diffusion.denoisers import changed, overridden
 from quest.learning.adam import Adam, half_cosine
 from quest.learning.rounding import Rounding, beta
 from quest.learning.units import CHUNK, Unit, call_modules, chunked, fill, side_by_side, walk
@@ -297,17 +297,10 @@ def frozen(denoiser: nn.Module) -> Iterator[None]:
             layer.thaw()
 
 
-@contextmanager
-def multiplying(layers: Iterable[QuantLayer], weights: Iterable[Tensor]) -> Iterator[None]:
+def multiplying(layers: Iterable[QuantLayer], weights: Iterable[Tensor]) -> AbstractContextManager[None]:
     """While inside, each layer multiplies its input by one of these float weights, not by the codes of its own."""
-    layers = list(layers)
-    for layer, weight in zip(layers, weights, strict=True):
-        layer.multiplied = lambda weight=weight: weight
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.multiplied
+    pairs = zip(layers, weights, strict=True)
+    return overridden("multiplied", {layer: lambda weight=weight: weight for layer, weight in pairs})
 
 
 def _check(n: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 
 from quest.diffusion.calibration_set import CalibrationSet
-from quest.diffusion.denoisers import hooked
+from quest.diffusion.denoisers import hooked, overridden
 from quest.quantization.attention import QuantAttention
 from quest.quantization.layers import QuantLayer, attentions, input_quantizers, quant_layers
 from quest.quantization.quantizer import Quantizer
@@ -115,9 +115,8 @@ def walk(
     first, inputs = calibration.inputs(rows[:1]), tree_map(Tensor.cpu, calibration.inputs(rows))
     found = units(denoiser, first, kinds)
     waiting.chunk = chunk_rows(denoiser, first)
-    modules = {n: m for unit in found for n, m in unit.modules.items()}
     between = Streamed(len(rows), denoiser.device, waiting)
-    bar = tqdm(total=len(modules), desc=stage, mininterval=5)
+    bar = tqdm(total=sum(len(unit.modules) for unit in found), desc=stage, mininterval=5)
 
     def visited(*args, **kwargs):
         between.__exit__(None, None, None)
@@ -128,16 +127,12 @@ def walk(
         bar.update()
         return output
 
+    stand_ins = {}
     for unit in found:
         forwards = {n: m.forward for n, m in unit.modules.items()}
-        for name, module in unit.modules.items():
-            module.forward = partial(visited, unit, forwards, name)
-    try:
-        with bar, between:
-            denoiser.forward(**inputs)
-    finally:
-        for module in modules.values():
-            del module.forward
+        stand_ins |= {m: partial(visited, unit, forwards, n) for n, m in unit.modules.items()}
+    with overridden("forward", stand_ins), bar, between:
+        denoiser.forward(**inputs)
 
 
 @torch.no_grad()

@@ -2,12 +2,12 @@
 // processors busy for milliseconds after each operation of torch, so other threads would have to share the processors.
 #include "driver.h"
 
+#include <pthread.h>
+
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
 #include <thread>
-
-#include <pthread.h>
 
 namespace quest {
 namespace {
