@@ -10,8 +10,6 @@ The channel form keeps whole inputs instead: y = (codes of W without these chann
 equal size.
 """
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,12 +67,6 @@ class Branch(nn.Module):
         """Multiply-accumulates for one sample; outputs: values of the layer's output, all channels together."""
         each = self.down.numel() + (0 if self.up is None else self.up.numel())
         return each * outputs // (len(self.down) if self.up is None else len(self.up))
-
-
-def described(layers: Iterable[tuple[str, nn.Module]]) -> dict[str, dict]:
-    """The field of a checkpoint's header that lists branches by layer; no field where no layer has one."""
-    found = {name: layer.branch.description for name, layer in layers if layer.branch is not None}
-    return {"branches": found} if found else {}
 
 
 def names(header: dict) -> set[str]:

@@ -71,8 +71,8 @@ def content(denoiser, scheduler=None, floats: bool = False, path="", **extra) ->
         },
         "shapes": {n: list(m.weight_shape) for n, m in quant_layers(denoiser)},
         "attentions": {n: [spec.fields for spec in m.processor.formats] for n, m in attentions(denoiser)},
-        **prologue.described(quant_layers(denoiser)),
-        **branch.described(quant_layers(denoiser)),
+        **_described(denoiser, "prologues", "prologue"),
+        **_described(denoiser, "branches", "branch"),
         **({"coupled": denoiser.coupled} if getattr(denoiser, "coupled", None) else {}),
         "granularity": cost.granularity(denoiser),
         "time_groups": groups.starts.tolist() if groups else None,
@@ -87,6 +87,12 @@ def content(denoiser, scheduler=None, floats: bool = False, path="", **extra) ->
     header = headers.sealed(header)
     check_tensors(header, tensors, path)
     return tensors, header
+
+
+def _described(denoiser, field: str, part: str) -> dict[str, dict]:
+    """A field of the header that describes this part of layers, by name; no field where no layer has it."""
+    found = {n: getattr(m, part).description for n, m in quant_layers(denoiser) if getattr(m, part) is not None}
+    return {field: found} if found else {}
 
 
 def save_diverged(path, reason: str, **fields) -> None:

@@ -46,10 +46,8 @@ def macs(denoiser: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
             context = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
             tokens = x[0, 0].numel() if x.ndim == 4 else x.shape[1]
             keys = tokens if context is None else context.shape[1]
-            if (
-                context is not None and module.added_kv_proj_dim is not None
-            ):  # joint attention: both streams attend to both
-                tokens = keys = tokens + keys
+            if context is not None and module.added_kv_proj_dim is not None:
+                tokens = keys = tokens + keys  # joint attention: both streams attend to both
             counted[name] = counted.get(name, 0) + 2 * tokens * keys * module.to_q.out_features
 
         return hook
@@ -157,7 +155,8 @@ def tensor_class(name: str) -> str:
 def parameters(denoiser: nn.Module) -> int:
     """Count the parameters of the denoiser itself, without the scales of quantizers."""
     frozen = sum(math.prod(layer.weight_shape) for _, layer in quant_layers(denoiser) if layer.is_frozen)
-    return _numel(denoiser.parameters()) - _numel(_scales(denoiser)) + frozen
+    scales = _numel(m.scale for m in denoiser.modules() if isinstance(m, Quantizer))
+    return _numel(denoiser.parameters()) - scales + frozen
 
 
 def footprint(denoiser: nn.Module, work: dict[str, int]) -> dict[str, float]:
@@ -246,9 +245,7 @@ def summary(denoiser: nn.Module, w: int, a: int, calibration: CalibrationSet) ->
     kept: dict[str, dict] = {}
     mean, mixed = mixed_bits(denoiser)
     for name, layer in quant_layers(denoiser):
-        bits = _bits(layer)
-        if name in mixed:
-            bits = w, bits[1]
+        bits = (w, _bits(layer)[1]) if name in mixed else _bits(layer)
         if bits[0] > w or bits[1] > a:
             row = kept.setdefault("w{}a{}".format(*bits), {"layers": 0, "parameters": 0.0, "macs": 0.0, "names": []})
             row["layers"] += 1
@@ -298,10 +295,6 @@ def _numel(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() for t in tensors)
 
 
-def _scales(denoiser: nn.Module) -> Iterable[Tensor]:
-    return (m.scale for m in denoiser.modules() if isinstance(m, Quantizer))
-
-
 def granularity(denoiser: nn.Module) -> dict[str, str]:
     """The granularities of the weight scales and of the activation scales, in words."""
     return {
@@ -312,9 +305,6 @@ def granularity(denoiser: nn.Module) -> dict[str, str]:
 
 def _granularity(quantizers: Iterable[Quantizer]) -> str:
     """Return "per tensor", "per channel 0, 20 time groups" and the like; different ones are joined by "; "."""
-    found = set()
-    for q in quantizers:
-        if q.spec.bits == FLOAT:
-            continue
-        found.add(q.spec.granularity + ("" if len(q.scale) == 1 else f", {len(q.scale)} time groups"))
+    quantizers = [q for q in quantizers if q.spec.bits < FLOAT]
+    found = {q.spec.granularity + (f", {len(q.scale)} time groups" if len(q.scale) > 1 else "") for q in quantizers}
     return "; ".join(sorted(found)) or "float"

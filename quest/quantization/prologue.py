@@ -13,7 +13,6 @@ zero. A prologue runs in float in front of the kernel, whichever that is.
                         | -1  1  1  1 |     Sylvester's form exists for every power of two; it collects the mean in one
 """
 
-from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -84,12 +83,6 @@ class Prologue(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.description.items())
-
-
-def described(layers: Iterable[tuple[str, nn.Module]]) -> dict[str, dict]:
-    """The field of a checkpoint's header that describes prologues by layer; no field where no layer has one."""
-    found = {name: layer.prologue.description for name, layer in layers if layer.prologue is not None}
-    return {"prologues": found} if found else {}
 
 
 def restore(layers: dict[str, nn.Module], header: dict, tensors: dict[str, Tensor], path) -> None:
