@@ -11,6 +11,7 @@ One layer at a time, on inputs x of full precision, with y = W x as the target:
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -72,29 +73,26 @@ def factors(largest: Tensor, weight: Tensor, alpha: float, beta: float) -> Tenso
     return logarithm.clamp(-10, 10).exp()
 
 
+@dataclass
 class Decomposed:
-    """A layer while its factors and its branch are searched.
+    """A layer while its factors and its branch are searched."""
 
-    run() computes the layer's output for all rows, and target is that of full precision. largest: [C], max|x_c|.
-    calibrate() sets the range of a static input quantizer.
-    """
+    layer: QuantLayer
+    run: Callable[[], Iterable[tuple[Tensor, Tensor]]]  # for all rows: the layer's output, and that of full precision
+    largest: Tensor  # [C], max|x_c|
+    calibrate: Callable  # sets the range of a static input quantizer
 
-    def __init__(
-        self,
-        layer: QuantLayer,
-        run: Callable[[], Iterable[tuple[Tensor, Tensor]]],
-        largest: Tensor,
-        calibrate: Callable,
-    ):
-        self.layer, self.run, self.largest, self.calibrate = layer, run, largest, calibrate
-        self.weight = layer.weight.detach().clone()
+    def __post_init__(self):
+        self.weight = self.layer.weight.detach().clone()
 
-    def smooth(self, alpha: float, beta: float) -> None:
+    def smooth(self, alpha: float, beta: float) -> Tensor:
+        """Give the layer no branch and these factors. Returns its weight with them."""
         self.layer.weight.data.copy_(self.weight)
         self.layer.prologue = self.layer.branch = None
         if alpha or beta:
             self.layer.scale_input(factors(self.largest, self.weight, alpha, beta))
         self.calibrate()
+        return self.layer.weight.detach().clone()
 
     def error(self, smoothed: Tensor, branch: Branch | None) -> float:
         """The squared output error with this branch beside the nearest codes of what it leaves."""
@@ -117,12 +115,10 @@ class Decomposed:
         """Steps 1 and 2, with at most so many alternations. Returns the errors that were kept, each below the last."""
         found = []
         for alpha, beta in candidates:
-            self.smooth(alpha, beta)
-            smoothed = self.layer.weight.detach().clone()
+            smoothed = self.smooth(alpha, beta)
             found.append((self.error(smoothed, self.first(smoothed, rank, channels)), alpha, beta))
         best, alpha, beta = min(found)
-        self.smooth(alpha, beta)
-        smoothed = self.layer.weight.detach().clone()
+        smoothed = self.smooth(alpha, beta)
         branch, kept = self.first(smoothed, rank, channels), [best]
         self.error(smoothed, branch)
         for _ in range(most - 1 if rank and not channels else 0):
@@ -158,10 +154,8 @@ def decompose(
     which names the layer, for an input that is not finite.
     """
     n, device, waiting = len(calibration), denoiser.device, memory.waiting(denoiser.device.type)
-    everything, candidates = torch.arange(n, device="cpu"), [(0.0, 0.0)]
-    candidates += [
-        (i / grid, beta) for beta_of in (0, 1) for i in range(1, grid) for beta in [beta_of * (1 - i / grid)]
-    ]
+    everything, alphas = torch.arange(n, device="cpu"), [i / grid for i in range(1, grid)]
+    candidates = [(0.0, 0.0), *((alpha, 0.0) for alpha in alphas), *((alpha, 1 - alpha) for alpha in alphas)]
     errors: dict[str, list[float]] = {}
 
     def visit(unit, forwards, name, *args, **kwargs) -> Tensor:
