@@ -142,8 +142,8 @@ def _attention(layer, batch, name):
         return partial(F.scaled_dot_product_attention, *(t.to(dtype) for t in (q, k, v)))
     params = [qparams(8)] * 3 + [qparams(8, 256 / 255, 0.0)]
     if name.startswith("integer"):
-        return partial(integer.attention, q, k, v, *params, scale)
-    return lambda: reference.attention(*(t.flatten(0, 1) for t in (q, k, v)), *params, scale)
+        return partial(integer.attention, q, k, v, params, scale)
+    return lambda: reference.attention(*(t.flatten(0, 1) for t in (q, k, v)), params, scale)
 
 
 @lru_cache(1)

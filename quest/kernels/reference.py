@@ -3,6 +3,7 @@
 It defines what each function of a kernel computes, and it is the only kernel with gradients.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -50,27 +51,19 @@ def conv2d(x: Tensor, qparams: QParams, weight: QTensor | Tensor, bias: Tensor |
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_params: QParams,
-    k_params: QParams,
-    v_params: QParams,
-    p_params: QParams,
-    scale: float,
-    mask: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, formats: Sequence[QParams], scale: float, mask: Tensor | None = None
 ) -> Tensor:
     """q [B, n, d], k and v [B, m, d] (B counts heads) -> [B, n, d].
 
-    Queries, keys, values and the normalized softmax probabilities are quantized. mask [B, 1 or n, m] is added to the
-    logits; other kernels take none. At most AT_ONCE probabilities are in memory. A larger attention is computed in
+    formats: those of queries, keys, values and the normalized softmax probabilities. mask [B, 1 or n, m] is added to
+    the logits; other kernels take none. At most AT_ONCE probabilities are in memory. A larger attention is computed in
     parts, which the backward pass computes again; it adds up the gradients of p's scale over the parts.
     """
-    q, k, v = fake_quantize(q, q_params), fake_quantize(k, k_params), fake_quantize(v, v_params)
+    q, k, v = map(fake_quantize, (q, k, v), formats)
     masks = () if mask is None else (mask,)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
-        return torch.bmm(fake_quantize(probabilities(q, k, scale, *masks), p_params), v)
+        return torch.bmm(fake_quantize(probabilities(q, k, scale, *masks), formats[3]), v)
 
     if len(q) <= (size := _part(q, k)):
         return attend(q, k, v, *masks)

@@ -1,6 +1,6 @@
 """Custom-op registration that the integer kernels share. torch uses ops while it traces, and functions otherwise."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ def run(function, op: str, x: Tensor, *arguments) -> Tensor:
     return getattr(torch.ops.quest, op)(x, *arguments)
 
 
-def flat(*params: QParams) -> tuple[tuple, tuple, list[int]]:
+def flat(formats: Sequence[QParams]) -> tuple[tuple, tuple, list[int]]:
     """Flatten the parameters of several tensors for an op: scales, zero points, and (qmin, qmax) one after another."""
-    scales, zero_points, specs = zip(*params, strict=True)
+    scales, zero_points, specs = zip(*formats, strict=True)
     return scales, zero_points, [limit for spec in specs for limit in (spec.qmin, spec.qmax)]
 
 

@@ -133,13 +133,13 @@ class QuantAttention(nn.Module):
 
         Kernels other than the reference also take [B, heads, n, d]. With a mask, the reference kernel computes.
         """
-        q_params, k_params, v_params = self.q(q), self.k(k), self.v(v)
+        formats = [self.q(q), self.k(k), self.v(v)]
         if self.p.choose is not None:
             self.p.calibrate(self.observed(q, k, v, scale, mask), self.p.choose)
-        parameters = q_params, k_params, v_params, self.p.qparams
+        formats.append(self.p.qparams)
         if mask is None:
-            return self.kernel.attention(q, k, v, *parameters, scale)
-        return reference.attention(q, k, v, *map(_as_tensors, parameters), scale, mask)
+            return self.kernel.attention(q, k, v, formats, scale)
+        return reference.attention(q, k, v, [_as_tensors(one) for one in formats], scale, mask)
 
     def observed(self, q: Tensor, k: Tensor, _v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         """The probabilities from which their range is chosen, see `reference.observed_probabilities`."""

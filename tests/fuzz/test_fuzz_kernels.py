@@ -206,7 +206,7 @@ def test_attentions(draw):
         expected = bound = None
     refused = expected is None or any(t.dtype != torch.float32 or t.isnan().any() for t in rows)
     said = f"{params}, scale {factor}, " + ", ".join(f"{t.dtype} {tuple(t.shape)} {t.stride()}" for t in rows)
-    check(lambda: integer.attention(*rows, *params, factor), expected, bound, refused, False, said)
+    check(lambda: integer.attention(*rows, params, factor), expected, bound, refused, False, said)
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,7 @@ def test_attention(isa, shapes, other):
     q, k, v = map(torch.randn, shapes)
     params = [activation(8, 128.0)] * 3 + [activation(8, 0.0, 1 / 255)]
     for rows in ((q, k.to(other), v.to(other)), (q, k, v.to(other)), (q.to(other), k, v)):
-        agree(lambda kernel, rows=rows: kernel.attention(*rows, *params, 0.3), other, 0.02)
+        agree(lambda kernel, rows=rows: kernel.attention(*rows, params, 0.3), other, 0.02)
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 4, 4), (0, 8, 4, 4), (0, 8, 3), (2, 8, 0, 4), (2, 6, 4, 4), (2, 8)], ids=str)

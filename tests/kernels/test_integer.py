@@ -102,9 +102,9 @@ def test_signed_inputs(isa, spec):
     assert torch.equal(integer.linear(rows, qparams, integer.pack(w), None), exact(rows, qparams, w, F.linear).float())
     q, k, v = (torch.randn(2, 9, 8) * spec.qmax for _ in range(3))
     p = QParams(torch.tensor(1 / 255), torch.tensor(0.0), QuantSpec(8))
-    params = (qparams, qparams, qparams, p, 0.01)
-    assert integer.supports_attention(*[QParams(t.scale[None], t.zero_point[None], t.spec) for t in params[:4]]) is None
-    torch.testing.assert_close(integer.attention(q, k, v, *params), reference.attention(q, k, v, *params))
+    params = (qparams, qparams, qparams, p)
+    assert integer.supports_attention(*[QParams(t.scale[None], t.zero_point[None], t.spec) for t in params]) is None
+    torch.testing.assert_close(integer.attention(q, k, v, params, 0.01), reference.attention(q, k, v, params, 0.01))
 
 
 def test_inputs_of_more_codes_than_a_byte_holds(isa):
@@ -191,8 +191,8 @@ def test_attention(isa, threads, monkeypatch, q, n, m, d, heads, heads_apart):
     top = 0.4 if m > 1 else 1.0
     params = [activation(q, 2.0 ** (q - 1) + i, 6 / 2**q) for i in range(3)] + [activation(8, 0.0, top / 255)]
     poison(monkeypatch)
-    y = integer.attention(*rows, *params, d**-0.5)
-    e = reference.attention(*(t.flatten(0, -3) for t in rows), *params, d**-0.5).reshape(y.shape)
+    y = integer.attention(*rows, params, d**-0.5)
+    e = reference.attention(*(t.flatten(0, -3) for t in rows), params, d**-0.5).reshape(y.shape)
     # A probability at a tie may take the neighbouring code: a step of its scale times the largest value.
     step = top / 255 * 6
     assert (y - e).abs().max() <= 2.5 * step
@@ -230,7 +230,7 @@ def test_threads_do_not_touch_a_bit(isa, regions):
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         convolved = integer.conv2d(x, activation(8, 99.0), w, b, **conv)
-        results.append((convolved, integer.attention(*head, *params, 0.3)))
+        results.append((convolved, integer.attention(*head, params, 0.3)))
     torch.set_num_threads(1)
     assert regions == [2, 2, 3, 3]
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))

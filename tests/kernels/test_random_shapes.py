@@ -105,7 +105,7 @@ def test_attentions(isa):
             rows.append(x.unflatten(2, (heads, d)).transpose(1, 2))
         if draw.random() < 0.5:
             rows = [t.contiguous() for t in rows]
-        y = integer.attention(*rows, *params, d**-0.5)
-        e = reference.attention(*(t.flatten(0, 1) for t in rows), *params, d**-0.5).view(y.shape)
+        y = integer.attention(*rows, params, d**-0.5)
+        e = reference.attention(*(t.flatten(0, 1) for t in rows), params, d**-0.5).view(y.shape)
         assert (y - e).abs().max() <= 2.5 * params[3].scale * rows[2].abs().max()
         assert ((y - e).abs() > 1e-5 * e.abs().max()).float().mean() < 0.1

@@ -151,8 +151,8 @@ def test_half_precision_inputs(dtype):
     torch.testing.assert_close(y, e, rtol=rtol, atol=0)
     rows = [torch.randn(2, 2, 20, 12).to(dtype) for _ in range(3)]
     params = [activation(8, 128.0)] * 3 + [activation(8, 0.0, 0.4 / 255)]
-    y = triton.attention(*rows, *params, 0.3)
-    e = triton.attention(*(t.float() for t in rows), *params, 0.3).to(dtype)
+    y = triton.attention(*rows, params, 0.3)
+    e = triton.attention(*(t.float() for t in rows), params, 0.3).to(dtype)
     torch.testing.assert_close(y, e, rtol=rtol, atol=0)
 
 
@@ -196,8 +196,8 @@ def test_attention(poison, bits, n, m, d, heads, zero_points):
         params.append(activation(bits, float(z), 6 / 2**bits))
     top = 0.4 if m > 1 else 1.0
     params.append(activation(8, float(zero_points[3]), top / 255))
-    y = triton.attention(*rows, *params, d**-0.5)
-    e = reference.attention(*(t.flatten(0, -3) for t in rows), *params, d**-0.5).reshape(y.shape)
+    y = triton.attention(*rows, params, d**-0.5)
+    e = reference.attention(*(t.flatten(0, -3) for t in rows), params, d**-0.5).reshape(y.shape)
     # A probability at a tie may take the neighbouring code: a step of its scale times the largest value.
     assert (y - e).abs().max() <= 2.5 * top / 255 * rows[2].abs().max()
     assert ((y - e).abs() > 1e-5 * e.abs().max()).float().mean() < 0.02
@@ -207,8 +207,8 @@ def test_attention(poison, bits, n, m, d, heads, zero_points):
 def test_heads_may_be_counted_with_the_batch():
     rows = [torch.randn(2, 9, 24).unflatten(2, (3, 8)).transpose(1, 2) for _ in range(3)]
     params = [activation(8, 128.0)] * 3 + [activation(8, 0.0, 0.4 / 255)]
-    y = triton.attention(*rows, *params, 0.3)
-    assert torch.equal(triton.attention(*(t.flatten(0, 1) for t in rows), *params, 0.3), y.flatten(0, 1))
+    y = triton.attention(*rows, params, 0.3)
+    assert torch.equal(triton.attention(*(t.flatten(0, 1) for t in rows), params, 0.3), y.flatten(0, 1))
 
 
 @computes
@@ -217,7 +217,7 @@ def test_attention_sums_are_those_of_the_codes():
     m = 40
     q, k, v = torch.randn(1, 1, 3, 8), torch.ones(1, 1, m, 8), torch.randn(1, 1, m, 8) * 50
     params = activation(8, 128.0, 0.1), activation(8, 7.0, 0.1), activation(8, 100.0, 1.0)
-    y = triton.attention(q, k, v, *params, activation(8, 0.0, 1 / m), 0.3)
+    y = triton.attention(q, k, v, (*params, activation(8, 0.0, 1 / m)), 0.3)
     v_int = quantize(v, params[2])
     torch.testing.assert_close(y, ((v_int.codes - 100).sum(2, keepdim=True) / m).expand_as(y), rtol=1e-6, atol=0)
 
@@ -238,7 +238,7 @@ def test_nan_in_is_nan_out():
     for which, expected in ((0, (slice(None), 2)), (1, slice(None)), (2, (slice(None), slice(None), 1))):
         rows = [torch.zeros(1, 5, 4) for _ in range(3)]
         rows[which][0, 2, 1] = torch.nan
-        y = triton.attention(*rows, *params, 0.5)
+        y = triton.attention(*rows, params, 0.5)
         assert y[expected].isnan().all() and y.isnan().sum() == y[expected].numel()
 
 
@@ -300,7 +300,7 @@ def test_calls_wait_for_nothing_and_replay_from_a_cuda_graph():
     def step():
         groups.enter(timestep)
         y = triton.conv2d(x, quantizer(x), conv, None, (1, 1), (1, 1), (1, 1), 1).flatten(2).transpose(1, 2)
-        y = triton.attention(y, y, y, *[quantizer(y)] * 3, probability, 0.2)
+        y = triton.attention(y, y, y, [*[quantizer(y)] * 3, probability], 0.2)
         return triton.linear(y, quantizer(y), dense, None)
 
     stream = torch.cuda.Stream()

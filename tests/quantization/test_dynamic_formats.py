@@ -239,7 +239,7 @@ def test_products_of_attention_are_their_sums_of_codes():
     logits = product(q, k.transpose(1, 2), specs[0], QuantSpec(8, axis=1, rows="token", group=4))
     p = (logits * 0.3).softmax(-1).float()
     expected = product(p, v, specs[3], specs[2])
-    torch.testing.assert_close(reference.attention(q, k, v, *params, 0.3).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reference.attention(q, k, v, params, 0.3).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_save_and_load(student, class_pipe, class_calibration, tmp_path):

@@ -192,7 +192,7 @@ def test_attention_quantizes_normalised_probabilities():
     p = torch.softmax(0.3 * q @ k.transpose(1, 2), -1)
     coarse = QuantSpec(4)
     scale, zero_point = ranges.always_zero(p, coarse)
-    y = reference.attention(q, k, v, wide, wide, wide, QParams(scale, zero_point, coarse), 0.3)
+    y = reference.attention(q, k, v, [wide, wide, wide, QParams(scale, zero_point, coarse)], 0.3)
     torch.testing.assert_close(y, fake_quantize(p, QParams(scale, zero_point, coarse)) @ v, rtol=1e-3, atol=1e-3)
     assert zero_point == 0 and torch.isclose(scale * 15, p.max())
     assert (y - p @ v).abs().max() > 1e-2  # and that is not the float product
@@ -216,10 +216,10 @@ def test_large_attentions_are_computed_in_parts(monkeypatch):
         given = [t.clone().requires_grad_() for t in tensors]
         scales = [torch.tensor(s, requires_grad=True) for s in (0.3, 0.2, 0.3, 0.05)]
         params = [QParams(s, torch.tensor(z), spec) for s, z in zip(scales, (7.0, 8.0, 6.0, 0.0), strict=True)]
-        y = reference.attention(*given, *params, 0.5)
+        y = reference.attention(*given, params, 0.5)
         y.square().sum().backward()
         with torch.no_grad():
-            silent = reference.attention(*given, *params, 0.5)
+            silent = reference.attention(*given, params, 0.5)
         assert torch.equal(y, silent)
         observed = reference.observed_probabilities(*tensors[:2], 0.5)
         extremes = torch.stack([observed.amin(0), observed.amax(0)])

@@ -15,6 +15,8 @@ scales is not one sum of integers: groups of channels have a sum of integers eac
 convolution of more than one pixel, a token must not have a scale of its own.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -208,22 +210,12 @@ def conv2d(
     return run(calls.conv2d, "integer_conv2d", x, weight, bias, *values)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_params: QParams,
-    k_params: QParams,
-    v_params: QParams,
-    p_params: QParams,
-    scale: float,
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, formats: Sequence[QParams], scale: float) -> Tensor:
     """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, heads, n, d]; also without `heads`, then B counts heads.
 
     Rows may have any strides. The normalized probabilities are quantized, as in the reference.
     """
-    params = flat(q_params, k_params, v_params, p_params)
-    return run(calls.attention, "integer_attention", q, k, v, *params, scale)
+    return run(calls.attention, "integer_attention", q, k, v, *flat(formats), scale)
 
 
 def computes(x: Tensor) -> bool:

@@ -11,6 +11,8 @@ after a first call of each shape, which times a few tilings. They do not change 
 With the environment variable TRITON_INTERPRET=1, set before triton is imported, the programs run slowly on a CPU.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -132,22 +134,12 @@ def conv2d(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None, str
     return run(_conv2d, "triton_conv2d", x, weight, bias, scale, zero_point, *limits, stride, padding, dilation)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_params: QParams,
-    k_params: QParams,
-    v_params: QParams,
-    p_params: QParams,
-    scale: float,
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, formats: Sequence[QParams], scale: float) -> Tensor:
     """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, heads, n, d]; also without `heads`, then B counts heads.
 
     Tensors may have any strides. The normalized probabilities are quantized, as in the reference.
     """
-    params = flat(q_params, k_params, v_params, p_params)
-    return run(_attention, "triton_attention", q, k, v, *params, scale)
+    return run(_attention, "triton_attention", q, k, v, *flat(formats), scale)
 
 
 def _check(x: Tensor, name: str) -> None:
