@@ -74,7 +74,8 @@ def common_stack(
     pipe, calibration: CalibrationSet, drawn: CalibrationSet, w: int, a: int, recipe: ReconstructionRecipe
 ):
     """Q-Diffusion on `drawn`, the rows that a method chose from its calibration set."""
-    groups = groups_of(calibration, recipe.time_groups)
+    starts = grouped(calibration.timesteps, recipe.time_groups)
+    groups = None if recipe.time_groups == 1 else TimeGroups(starts)
     if groups is not None and (recipe.activation_ranges in RUNNING or recipe.stored_order):
         valid = f"{' or '.join(ranges.SEARCHED)}, shuffled"
         raise ValueError(f"time_groups: running ranges and the stored order hold at all timesteps; valid: {valid}")
@@ -110,15 +111,6 @@ def common_stack(
             generator=torch.Generator().manual_seed(recipe.seed),
         )
     return student
-
-
-def groups_of(calibration: CalibrationSet, time_groups: int) -> TimeGroups | None:
-    """Equal time groups of the sampler's timesteps; None for a single group.
-
-    Raises ValueError where `time_groups` does not divide the number of timesteps.
-    """
-    starts = grouped(calibration.timesteps, time_groups)
-    return None if time_groups == 1 else TimeGroups(starts)
 
 
 @torch.no_grad()

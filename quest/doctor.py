@@ -26,7 +26,8 @@ def report() -> tuple[list[tuple[str, str, str]], bool]:
     sound = reference is not None and reference < TOLERANCE
     findings = [("machine", "ok", _machine()), ("threads", "ok", _threads())]
     findings += [_kernel(name, torch.device("cpu")) for name in ("reference", "integer")]
-    findings += [("integer: path", *_path()), _cuda(), _kernel("triton", _gpu())]
+    gpu = torch.device("cuda") if torch.cuda.is_available() else None
+    findings += [("integer: path", *_path()), _cuda(), _kernel("triton", gpu)]
     chosen = kernels.choose("auto", torch.device("cpu"))
     findings.append(("kernel auto", "ok", f"{chosen} on a CPU, reference on a GPU"))
     findings += _weights() + _models() + _extras()
@@ -111,10 +112,6 @@ def _path():
         "avxvnni": "no AVX-512 on this processor, whose vectors are twice as long",
     }
     return "ok", isa + (f": {lacking[isa]}" if isa in lacking else "")
-
-
-def _gpu():
-    return torch.device("cuda") if torch.cuda.is_available() else None
 
 
 def _cuda():

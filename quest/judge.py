@@ -175,7 +175,8 @@ def judge(
             mean, low, high = student(values)
             verdict.rows[name] = f"{mean:.4g} ({low:.4g} to {high:.4g})"
     else:
-        apart = _nearest(a_features, b_features)
+        # From each image of A to the nearest one of B.
+        apart = np.sqrt([((b_features - row) ** 2).sum(1).min() for row in a_features.astype(np.float64)])
     verdict.worst = np.argsort(-apart)[:SHOWN]
     verdict.rows |= _by_other_networks(first, second, captions)
     if page:
@@ -234,11 +235,6 @@ def blurred(images: np.ndarray) -> np.ndarray:
 
     blur = ImageFilter.GaussianBlur(BLUR * min(images.shape[1:3]))
     return np.stack([np.asarray(Image.fromarray(image).filter(blur)) for image in images])
-
-
-def _nearest(a, b):
-    """Distance [N] of each row of a to its nearest row of b."""
-    return np.sqrt([((b - row) ** 2).sum(1).min() for row in a.astype(np.float64)])
 
 
 def _by_other_networks(a, b, captions):

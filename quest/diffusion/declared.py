@@ -78,7 +78,9 @@ def declared(name: str, settings: dict) -> Model:
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"models.{name}.pipeline: no {folder / 'model_index.json'}; name a folder in diffusers layout")
     index = _settings_of(folder / "model_index.json")
-    parts = {part for part, entry in index.items() if _is_there(entry)}
+    parts = {  # those of model_index.json that are not left out
+        part for part, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+    }
     denoiser = next((part for part in NAMES if part in parts), None)
     if denoiser is None or "scheduler" not in parts:
         raise ValueError(f"models.{name}.pipeline: {folder} holds no unet or transformer with a scheduler")
@@ -176,11 +178,6 @@ def of_pipeline(pipe, prompts: Sequence[str] | None = None) -> Model:
 def _settings_of(file: Path) -> dict:
     """A JSON file of diffusers, which may contain infinite numbers: those of some schedulers."""
     return json.loads(read_text(file))
-
-
-def _is_there(entry) -> bool:
-    """Whether an entry of model_index.json is a component that is not left out."""
-    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
 
 def _short(class_name: str) -> str:

@@ -8,7 +8,7 @@ ranges from what they quantize, the weight's for each output channel and the inp
 gradient reaches their scales too.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -207,10 +207,6 @@ def learn_scaling(
     changed = {name: tau for name, tau in found.items() if (tau != 1).any()}
     for name, tau in changed.items():
         every[name].scale_input(tau)
-    cost.record(denoiser, STAGE, _once(found.values()), iterations, batch)
+    learned = {id(tau): tau for tau in found.values()}  # each once, where layers share it
+    cost.record(denoiser, STAGE, learned.values(), iterations, batch)
     return errors
-
-
-def _once(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Each tensor once, where layers share it."""
-    return list({id(t): t for t in tensors}.values())

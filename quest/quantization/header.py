@@ -154,10 +154,10 @@ def _spec_faults(field, specs, counts, groups, weight=False):
         for key, (holds, valid) in (SPEC | SOME).items():
             if key in spec and not holds(spec[key]):
                 yield f"{where}.{key}", spec[key], valid
-        plain = spec["axis"] is None or spec["wide"] is True or spec["bits"] == FLOAT
-        if "rows" in spec and (plain or groups is not None or weight and place == 0):
-            yield f"{where}.rows", spec["rows"], "of an activation with an axis and less than 32 bits, no time groups"
         of_weight = weight and place == 0
+        plain = spec["axis"] is None or spec["wide"] is True or spec["bits"] == FLOAT
+        if "rows" in spec and (plain or groups is not None or of_weight):
+            yield f"{where}.rows", spec["rows"], "of an activation with an axis and less than 32 bits, no time groups"
         if "group" in spec and (spec["axis"] is None or of_weight != (spec["axis"] == 0)):
             yield f"{where}.group", spec["group"], "of a weight with axis 0, or of an activation with another axis"
         if "block_scale" in spec and ("group" not in spec or spec["block_scale"] != "e4m3" and not spec["symmetric"]):
@@ -167,9 +167,9 @@ def _spec_faults(field, specs, counts, groups, weight=False):
                 yield f"{where}.table", table, "bits of exponent and mantissa that add up to those of the format"
         if "narrow" in spec and (spec["symmetric"] is not True or spec["wide"] is True):
             yield f"{where}.narrow", spec["narrow"], "of symmetric codes that are not wide"
-        if "widths" in spec and not (weight and place == 0 and _widths(spec)):
+        if "widths" in spec and not (of_weight and _widths(spec)):
             yield f"{where}.widths", spec["widths"], "of a weight of unsigned whole numbers: digits from 2 to its bits"
-        if "shifts" in spec and (plain or {"rows", "group", "table"} & spec.keys() or weight and place == 0):
+        if "shifts" in spec and (plain or {"rows", "group", "table"} & spec.keys() or of_weight):
             yield f"{where}.shifts", spec["shifts"], "of a static activation with an axis and less than 32 bits"
         if spec["wide"] is True and spec["symmetric"] is not True:
             yield f"{where}.wide", True, "wide codes are symmetric"
@@ -231,12 +231,12 @@ def _cost(value) -> bool:
 
 def _schedule(value) -> bool:
     """Whether a value has the form of what `samplers.trained_on` returns."""
-    kinds = {"prediction_type": _text, "num_train_timesteps": _count, "betas": _betas}
+    kinds = {
+        "prediction_type": _text,
+        "num_train_timesteps": _count,
+        "betas": lambda v: isinstance(v, list) and len(v) == 3 and all(map(_amount, v)),
+    }
     return isinstance(value, dict) and value.keys() <= kinds.keys() and all(kinds[k](v) for k, v in value.items())
-
-
-def _betas(value) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(_amount, value))
 
 
 def _prologue(value) -> bool:

@@ -51,7 +51,8 @@ class Block:
 
     def __init__(self, make: Callable[[], ctypes.Structure], parts: Iterable[nn.Module]):
         self.parts = parts = tuple(dict.fromkeys(parts))
-        quantizers = [q for part in parts for q in part.children() if is_range(q)]
+        # Kernels do not import the class of quantizers, so they know them by a buffer.
+        quantizers = [q for part in parts for q in part.children() if "zero_point" in q._buffers]
         quantizers = [q for q in quantizers if q.spec.axis is None]  # ranges of weights are packed with them
         self.make = make
         groups = list({id(q.groups): q.groups for q in quantizers if q.groups is not None}.values())
@@ -109,11 +110,6 @@ class Block:
             struct = self.structs[number] = self.make()
             struct.kept = self.kept  # keeps tensors alive even if another thread replaces this block
         return self.structs[number]
-
-
-def is_range(module: nn.Module) -> bool:
-    """Return whether a module is a quantizer; kernels do not import its class."""
-    return "zero_point" in module._buffers
 
 
 def forget(denoiser: nn.Module) -> None:
