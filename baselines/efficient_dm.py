@@ -81,9 +81,8 @@ class LowRank(nn.Module):
         super().__init__()
         rows, columns = weight.flatten(1).shape  # of a convolution: [C_out, C_in * kh * kw]
         rank = min(rank, rows, columns)
-        start = (
-            2 * torch.rand(rank, columns, generator=generator, dtype=torch.float32, device="cpu") - 1
-        ) / columns**0.5  # as LoRA (arXiv:2106.09685)
+        draw = torch.rand(rank, columns, generator=generator, dtype=torch.float32, device="cpu")
+        start = (2 * draw - 1) / columns**0.5  # as LoRA (arXiv:2106.09685)
         self.a = nn.Parameter(start.to(weight))
         self.b = nn.Parameter(weight.new_zeros(rows, rank))
 

@@ -63,9 +63,8 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     if recipe.by == "layer":
         sizes = [size * len(layer.weight) for size, layer in zip(sizes, layers.values(), strict=True)]
     counts = [len(each) for each in errors.values()]
-    of_each = torch.tensor(sizes, dtype=torch.long, device="cpu").repeat_interleave(
-        torch.tensor(counts, dtype=torch.long, device="cpu")
-    )
+    of_each = [size for size, count in zip(sizes, counts, strict=True) for _ in range(count)]
+    of_each = torch.tensor(of_each, dtype=torch.long, device="cpu")
     bits = allocate(torch.cat(list(errors.values())), of_each, choices, budget)
     for layer, own in zip(layers.values(), bits.split(counts), strict=True):
         own = own.expand(len(layer.weight)).tolist()
@@ -104,16 +103,14 @@ def sensitivities(
     with changed(weights.values(), "requires_grad", True), torch.enable_grad():
         for row in range(len(calibration)):
             prediction = teacher(**calibration.inputs(torch.tensor([row], dtype=torch.long, device="cpu"))).sample
-            signs = (
-                torch.randint(0, 2, prediction.shape, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1
-            )
-            gradients = torch.autograd.grad((prediction * signs.to(prediction.device)).sum(), list(weights.values()))
+            draw = torch.randint(0, 2, prediction.shape, generator=generator, dtype=torch.float32, device="cpu")
+            signs = (2 * draw - 1).to(prediction.device)
+            gradients = torch.autograd.grad((prediction * signs).sum(), list(weights.values()))
             for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
                 weight = weight.detach()
                 for j, qparams in enumerate(found[name]):
-                    effect = (
-                        ((fake_quantize(weight, qparams) - weight) * gradient).flatten(1).sum(1, dtype=torch.float64)
-                    )
+                    moved = (fake_quantize(weight, qparams) - weight) * gradient
+                    effect = moved.flatten(1).sum(1, dtype=torch.float64)
                     effect = effect.sum(0, keepdim=True) if whole else effect
                     errors[name][:, j] += effect.square().cpu() / len(calibration)
     return errors

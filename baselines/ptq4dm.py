@@ -53,17 +53,12 @@ def ndtc(calibration: CalibrationSet, rows: int, seed: int, bug: bool = False) -
     calls = calls.view(-1, trajectories, calls.shape[1])  # noisiest first
     steps, n = len(calls), max(1, rows // calls.shape[2])
     generator = torch.Generator().manual_seed(seed)
-    step = (
-        (MEAN * steps + DEVIATION * steps * torch.randn(n, generator=generator, dtype=torch.float32, device="cpu"))
-        .floor()
-        .clamp(0, steps - 1)
-        .long()
-    )
+    noise = torch.randn(n, generator=generator, dtype=torch.float32, device="cpu")
+    step = (MEAN * steps + DEVIATION * steps * noise).floor().clamp(0, steps - 1).long()
     call = (steps - 1 - step).sort().values
     # Neighbouring rows have different trajectories; a trajectory repeats only after all others.
-    trajectory = torch.randperm(trajectories, generator=generator, device="cpu")[
-        torch.arange(n, device="cpu") % trajectories
-    ]
+    order = torch.randperm(trajectories, generator=generator, device="cpu")
+    trajectory = order[torch.arange(n, device="cpu") % trajectories]
     drawn = calibration.subset(calls[call, trajectory].flatten())
     if bug:
         labels = drawn.timestep

@@ -36,14 +36,8 @@ SAMPLERS = {
     "lcm": "LCMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-PROTOCOL = (
-    "sampler",
-    "steps",
-    "guidance",
-    "prompts",
-    "pictures",
-    "selection",
-)  # what a config may say beside the folder
+# What a config may say beside the folder.
+PROTOCOL = ("sampler", "steps", "guidance", "prompts", "pictures", "selection")
 PATHS = ("pipeline", "pictures")  # where the record says from where
 BATCH, TRAJECTORIES = 8, 16
 

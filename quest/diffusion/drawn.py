@@ -10,12 +10,8 @@ import numpy as np
 from quest.runtime.files import loads, merged, read_arrays
 
 Arrays = dict[str, np.ndarray]
-OF_THE_CELL = (
-    "eps_error",
-    "guided_eps_error",
-    "timesteps",
-    "metadata",
-)  # arrays about the whole cell, without a row for each image
+# Arrays about the whole cell, without a row for each image.
+OF_THE_CELL = ("eps_error", "guided_eps_error", "timesteps", "metadata")
 
 
 def earlier(

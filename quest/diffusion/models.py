@@ -57,9 +57,8 @@ class Model:
     eta: float = 0.0
     guidance: float = 1.0  # scale of classifier-free guidance; 1 means none
     guidance_is_input: bool = False  # whether the denoiser is distilled: it takes the scale, and a call has one half
-    source: Callable[[str, int, int], Sequence] | None = (
-        None  # source(split, start, stop) gives labels or captions, fewer if there are no more
-    )
+    # source(split, start, stop) gives labels or captions, fewer if there are no more.
+    source: Callable[[str, int, int], Sequence] | None = None
     caption_lines: dict | None = field(default=None, hash=False)  # of a file of captions: split -> first line, end
     # Layer glob -> bits; None: the first and the last layer at 8.
     keep: dict[str, int] | None = field(default_factory=lambda: {"conv_in": 8, "conv_out": 8}, hash=False)

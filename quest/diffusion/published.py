@@ -112,10 +112,8 @@ def rehearsed(model: Model, device="cpu") -> LatentDiffusionPipeline:
         scheduler = QuadraticDDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
     else:
         file = COMPVIS / f"{model.origin.compvis}.yaml"
-        vae, scheduler = (
-            networks.autoencoder(file, device, parameters(file).get("scale_factor", 1)),
-            compvis.scheduler(file),
-        )
+        vae = networks.autoencoder(file, device, parameters(file).get("scale_factor", 1))
+        scheduler = compvis.scheduler(file)
     for module in (unet, vae):
         if module is not None:
             module.requires_grad_(False).eval().to(memory_format=torch.channels_last)
@@ -184,10 +182,8 @@ def _pixels(folder: Path) -> LatentDiffusionPipeline:
     file = folder / "scheduler" / "scheduler_config.json"
     if file.is_file():  # its own sampler is DDPM's; what the model was trained on must be the same
         kind = getattr(diffusers, read_json(file)["_class_name"], DDPMScheduler)
-        differ = samplers.differences(
-            samplers.trained_on(kind.from_pretrained(file.parent)), samplers.trained_on(scheduler)
-        )
-        if differ:
+        own = samplers.trained_on(kind.from_pretrained(file.parent))
+        if differ := samplers.differences(own, samplers.trained_on(scheduler)):
             raise ValueError(f"{file}: {'; '.join(differ)}, as DDPM's for CIFAR-10")
     return LatentDiffusionPipeline(unet, None, scheduler)
 
@@ -217,9 +213,8 @@ def _same_protocol(pipe, model: Model, checkpoint) -> None:
     if own is not type(wanted):
         raise ValueError(f"{checkpoint}: its scheduler is a {own.__name__}, the protocol's a {type(wanted).__name__}")
     scaled = params.get("scale_by_std", False)  # then only the weights' own file says by how much
-    first = networks.autoencoder(
-        file, "meta", pipe.vae.config.scaling_factor if scaled else params.get("scale_factor", 1)
-    )
+    factor = pipe.vae.config.scaling_factor if scaled else params.get("scale_factor", 1)
+    first = networks.autoencoder(file, "meta", factor)
     parts = {"scheduler": (pipe.scheduler, wanted), "unet": (pipe.unet, denoiser(model)), "vae": (pipe.vae, first)}
     differ = [
         f"{part}.{key} {_plain(mine.config.get(key))!r}, not {_plain(value)!r}"

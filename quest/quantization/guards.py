@@ -22,14 +22,8 @@ from quest.quantization.layers import ONE_DEVICE, QuantLayer, attentions, is_qua
 PROCESSORS = AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
 PARTS = {"to_q", "to_k", "to_v", "to_out", "group_norm", "processor"}
 NORMED = {"norm_q", "norm_k"}  # parts that all processors but the first compute
-JOINT = {
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "to_add_out",
-    "norm_added_q",
-    "norm_added_k",
-}  # parts that only the last processor computes
+# Parts that only the last processor computes.
+JOINT = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_q", "norm_added_k"}
 UNSET = ("fused_projections", "is_causal", "pre_only", "only_cross_attention")
 
 REFUSED = {  # names of methods of a denoiser, its attentions or a pipeline -> what to do instead, or why it is refused

@@ -125,13 +125,12 @@ def mse_shifted(x: Tensor, spec: QuantSpec, agreement: float = 0.85) -> tuple[Te
     scale, zero_point = mse_zero_point(x, replace(spec, axis=None, shifts=None))
     rows = x.movedim(spec.axis, 1).flatten(2)  # [samples, C, values]
     flat = rows.flatten(0, 1)
-    errors = [
-        (_dequantized(flat, *(t.expand(len(flat)) for t in (scale * 2.0**-k, zero_point)), spec) - flat)
-        .square()
-        .mean(1)
-        for k in range(spec.shifts + 1)
-    ]
-    votes = torch.stack(errors).argmin(0).view(rows.shape[:2])  # [samples, C]
+
+    def error(k: int) -> Tensor:
+        scales, zero_points = (t.expand(len(flat)) for t in (scale * 2.0**-k, zero_point))
+        return (_dequantized(flat, scales, zero_points, spec) - flat).square().mean(1)
+
+    votes = torch.stack([error(k) for k in range(spec.shifts + 1)]).argmin(0).view(rows.shape[:2])  # [samples, C]
     counts = torch.stack([(votes == k).sum(0) for k in range(spec.shifts + 1)])  # [shifts + 1, C]
     most, k = counts.max(0)
     k = torch.where(most >= agreement * len(rows), k, 0)

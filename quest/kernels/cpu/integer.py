@@ -58,11 +58,8 @@ def supports(weight: QTensor, weight_spec: QuantSpec, input: QParams, **conv) ->
     centred = weight.codes - weight.zero_point
     if not torch.equal(centred, centred.round()):
         return "weight: zero points are no integers"
-    if reason := _too_large(weight.zero_point, weight_spec, "weight") or _too_large(
-        input.zero_point, input.spec, "input"
-    ):
-        return reason
-    if reason := _scales(input.scale, "input"):
+    reason = _too_large(weight.zero_point, weight_spec, "weight") or _too_large(input.zero_point, input.spec, "input")
+    if reason := reason or _scales(input.scale, "input"):
         return reason
     total = centred.abs().flatten(1).sum(1, dtype=torch.float64).max().item()
     if total * _magnitude(input.zero_point, input.spec) > SUM:
