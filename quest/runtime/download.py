@@ -18,11 +18,8 @@ TIMEOUT = 60  # seconds to wait for an answer
 
 def sha256_of(path: str | os.PathLike) -> str:
     """SHA-256 of a file, 64 hexadecimal digits."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checked(path: str | os.PathLike, sha256: str | None = None, hint: str = "") -> Path:
