@@ -28,7 +28,7 @@ def ended(*words):
     [
         (["-m", "quest", "--help"], 0),
         (["-u", "-m", "quest", "plan", "--help"], 0),
-        (["-m", "workflow.scripts.seeds", "--help"], 0),
+        (["-m", "workflow.scripts.tables", "--help"], 0),
         (["-c", PRINTS], 1),
     ],
 )
