@@ -112,8 +112,8 @@ def array_names(path: str | os.PathLike) -> list[str]:
 def read_arrays(path: str | os.PathLike, names: Iterable[str] | None = None) -> dict:
     """All arrays of an .npz file, or those of `names` that it has. Raises ValueError that names any other file.
 
-    Large arrays lie in the file, which the system maps into memory, so that its pages can be dropped. The file may be
-    replaced meanwhile, but not written.
+    Large arrays lie in the file, or in a temporary copy, which the system maps into memory, so that its pages can be
+    dropped. The file may be replaced meanwhile, but not written.
     """
     return _npz(path, lambda file: {n: _array(file, n, path) for n in file.files if names is None or n in names})
 
@@ -134,10 +134,19 @@ def _array(file, name: str, path: str | os.PathLike):
             pass
     if dtype.hasobject or math.prod(shape) * dtype.itemsize != info.file_size - start:
         return file[name]  # numpy says what is wrong
+    order = "F" if fortran else "C"
     with open(path, "rb") as whole:
         whole.seek(info.header_offset + 26)
-        start += info.header_offset + 30 + sum(struct.unpack("<HH", whole.read(4)))  # past the name and what follows it
-    return np.asarray(np.memmap(path, dtype, "c", start, shape, "F" if fortran else "C"))
+        place = info.header_offset + 30 + sum(struct.unpack("<HH", whole.read(4)))  # past the name and what follows it
+    if (place + start) % dtype.alignment == 0:
+        return np.asarray(np.memmap(path, dtype, "c", place + start, shape, order))
+    # numpy adds up an array that is not aligned in other parts, so sums would have other last bits: it gets a copy.
+    try:
+        with file.zip.open(info) as stream, tempfile.TemporaryFile() as copy:
+            shutil.copyfileobj(stream, copy, LARGE)
+            return np.asarray(np.memmap(copy, dtype, "c", start, shape, order))
+    except OSError:  # no room for temporary files
+        return file[name]
 
 
 def merged(parts: Sequence, order: Sequence[int]):
@@ -148,7 +157,7 @@ def merged(parts: Sequence, order: Sequence[int]):
     if (size := math.prod(shape) * dtype.itemsize) < LARGE:
         return np.concatenate(parts)[order]
     with tempfile.TemporaryFile() as file:
-        file.truncate(size)
+        os.posix_fallocate(file.fileno(), 0, size)  # an error here where the disk is full, not a signal later
         result = np.asarray(np.memmap(file, dtype, "r+", shape=shape))
     places = np.split(np.argsort(order), np.cumsum([len(part) for part in parts])[:-1])
     for part, own in zip(parts, places, strict=True):

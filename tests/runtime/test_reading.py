@@ -108,6 +108,16 @@ def test_large_arrays_stay_in_their_file(tmp_path):
         read_arrays(tmp_path / "c.npz")
 
 
+def test_large_arrays_are_aligned(tmp_path, monkeypatch):
+    rows = np.random.default_rng(0).normal(size=(3000, 100)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", rows=rows)
+    for no_room in (False, True):
+        if no_room:
+            monkeypatch.setattr(files.tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b"))
+        found = read_arrays(tmp_path / "a.npz")["rows"]
+        assert found.flags.aligned and np.array_equal(found, rows) and found.mean() == rows.mean()
+
+
 @pytest.mark.parametrize("large", [files.LARGE, 0])
 def test_parts_are_merged_in_order(large, monkeypatch):
     monkeypatch.setattr(files, "LARGE", large)
