@@ -392,12 +392,13 @@ def work_of(*steps: str) -> Callable:
         # Targets: full precision on all rows once; on each mini-batch of a large model, whose outputs are not kept.
         once, anew = trajectories * model.calls * model.halves, rows[0] * recipe.local_tla + rows[1] * cma
         counted = Counter({"call": anew if model.origin else once})
-        counted["ranges"] = recipe.time_groups or model.steps
-        counted["ranges row"] = counted["ranges"] * recipe.samples
+        if recipe.dynamic is None:
+            counted["ranges"] = recipe.time_groups or model.steps
+            counted["ranges row"] = counted["ranges"] * recipe.samples
         if not recipe.init:
             counted["weight ranges"] = 1
         for step, n, of_stage in zip(steps, iterations, rows, strict=True):
-            counted += Counter({step: n, f"{step} row": of_stage})
+            counted += Counter({step: n * recipe.groups_per_step, f"{step} row": of_stage})  # a pass for each group
         return counted
 
     return work

@@ -163,6 +163,9 @@ def test_work_of_the_rivals():
     }
     paper = count("quest-paper", "w4a4", init="adaround")
     assert (paper["ranges"], paper["ranges row"]) == (1, 256)
+    shared = count("quest-suite", "w4a4", init="adaround", groups_per_step=4, dynamic="token")
+    assert shared["critical alignment"] == 4 * 200 and shared["critical alignment row"] == 200 * 16
+    assert "ranges" not in shared
     assert (paper["temporal alignment row"], paper["critical alignment row"]) == (2 * 1600, 4 * 640)
     assert count("full-finetune", "w4a4") == tuned | {
         "weight ranges": 1, "full finetuning": 300, "full finetuning row": 4800
