@@ -55,6 +55,7 @@ def test_what_identifies_a_row_is_the_same_for_all_seeds_and_changes_with_its_re
         (_put([["fp", "rtn"]], "settle", "families", "x"), ["settle.families.x[0]: fp against rtn"]),
         (_put([["rtnn", "rtn"]], "settle", "families", "x"), ["settle.families.x.method: 'rtnn'", "'rtn'"]),
         (_put([["rtn"]], "settle", "families", "x"), ["settle.families.x[0]"]),
+        (_put(7, "methods", "quest-suite", "time_groups"), ["quest-suite.time_groups: 7 does not divide the 40"]),
         (_put(["w4"], "settle", "bits"), ["settle.families.rivals.bits", "'w4'"]),
         (_put(30, "models", "scenes-class", "first"), ["models.scenes-class.first: 30", "50"]),
     ],

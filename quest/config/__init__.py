@@ -175,7 +175,8 @@ def validate(config: dict) -> None:
             chain.append(start)
     if "ablations" in config:
         _check_ablations(config)
-    for run in [*runs(config), *seed_runs(config), *ablation_runs(config)]:
+    cells = [cell for block in blocks.values() for cell in product(block["model"], block["method"], block["bits"])]
+    for run in [*(Run(*cell) for cell in cells), *ablation_runs(config)]:
         _check_time_groups(config, run, models[run.model])
     if "search" in config:
         from quest.config import searched
