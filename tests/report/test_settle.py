@@ -327,6 +327,9 @@ def test_rows_stand_with_their_interval_and_stored_bits(tmp_path):
     assert [row[0] for row in table.rows] == ["fp", "good"] and "| 4.5 | 50% |" in table.markdown()
     levels.figure(found, "psnr", tmp_path / "bits.png")
     assert (tmp_path / "bits.png").stat().st_size > 10_000
+    alone = record("fp", seed=0, footprint={"effective_bits": 32.0, "realizable": None})
+    (table,) = levels.tables(levels.frame(evidence(alone)))
+    assert [row[0] for row in table.rows] == ["fp"]
 
 
 def test_anyone_recomputes_the_verdicts_without_torch(tmp_path):

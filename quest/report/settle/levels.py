@@ -44,7 +44,8 @@ def frame(evidence: Sequence[Evidence]) -> pd.DataFrame:
                 square += float(stdtrit(seeds - 1, 0.975)) ** 2 * float(np.var(values, ddof=1)) / seeds
             value, half = float(np.mean(values)), math.sqrt(square)
             rows.append([model, bits, method, endpoint, value, value - half, value + half, seeds, *stored])
-    return pd.DataFrame(rows, columns=COLUMNS)
+    # A record has null where its cell has no such number, as full precision's products.
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"effective_bits": float, "realizable": float})
 
 
 def tables(found: pd.DataFrame) -> list[Table]:
