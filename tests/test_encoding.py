@@ -19,7 +19,7 @@ SOURCES = sorted(
 # Position of the mode among the arguments of what opens a file.
 OPENERS = {"open": 1, "fdopen": 1, "NamedTemporaryFile": 0, "TemporaryFile": 0, "Path.open": 0}
 PROCESSES = {"run", "Popen", "check_output", "check_call", "call"}
-BINARY_OPENERS = {"Image", "os", "tarfile", "zipfile", "tokenize", "gzip"}  # whose `open` takes no text mode by default
+BINARY_OPENERS = {"Image", "os", "tarfile", "zipfile", "tokenize", "gzip", "zip"}  # whose `open` takes no text mode by default
 
 
 def without_encoding(tree: ast.AST) -> list[int]:
@@ -28,7 +28,8 @@ def without_encoding(tree: ast.AST) -> list[int]:
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         keywords = {keyword.arg: keyword.value for keyword in call.keywords}
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-        owner = getattr(getattr(call.func, "value", None), "id", "")
+        value = getattr(call.func, "value", None)
+        owner = getattr(value, "id", getattr(value, "attr", ""))
         if "encoding" in keywords:
             continue
         if name in ("read_text", "write_text") and isinstance(call.func, ast.Attribute):
@@ -60,6 +61,7 @@ def python_of(file: Path) -> str:
         if line and not line[0].isspace():
             python = word not in (
                 "rule",
+                "use",
                 "checkpoint",
                 "report",
                 "include",
@@ -89,6 +91,7 @@ JSON_ELSEWHERE = {
     "quest/report/settle/lottery.py",
     "workflow/scripts/ablations.py",
     "workflow/scripts/evidence.py",
+    "workflow/scripts/growth.py",
     "workflow/scripts/model.py",
     "workflow/scripts/quantize.py",
     "workflow/scripts/search.py",
