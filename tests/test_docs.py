@@ -147,13 +147,17 @@ def test_the_matrix_of_the_readme_is_what_the_records_decide():
 
     families = read(ROOT / "workflow/config/settle.yaml")["settle"]["families"]
     settled = verdicts.frame(cells.read(ROOT / "results/settled"), families)
-    rows = settled[(settled["model"] == "photos-class") & (settled["method"] == "quest-suite")]
-    found = rows.set_index(["versus", "endpoint"])["verdict"]
+    rows = settled[settled["method"] == "quest-suite"]
+    found = rows.set_index(["model", "versus", "endpoint"])[["verdict", "seeds"]]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, label in (("q-diffusion",) * 2, ("full-finetune",) * 2, ("fp", "full precision")):
-        (marks,) = re.findall(rf"^\| {label} \| (.*) \| (.*) \| (.*) \|$", text, re.MULTILINE)
-        outcomes = [found.get((name, metric), "") for metric in ("kid_64w", "log_latent_mse", "psnr")]
-        assert marks == tuple({"better": "▲", "worse": "▼", "open": "○", "": ""}[outcome] for outcome in outcomes)
+    lines = re.findall(r"^\| (\S+), (\d) seeds \| ([\w -]+) \| (.*) \| (.*) \| (.*) \| (.*) \|$", text, re.MULTILINE)
+    assert {model for model, *_ in lines} == set(rows["model"]) - {verdicts.ALL}
+    signs = {"better": "▲", "worse": "▼", "equivalent": "=", "open": "○"}
+    for model, seeds, label, *marks in lines:
+        for endpoint, mark in zip(("kid_64w", "log_latent_mse", "psnr", "retrieval"), marks, strict=True):
+            key = (model, "fp" if label == "full precision" else label, endpoint)
+            assert mark == (signs[found["verdict"][key]] if key in found.index else ""), key
+        assert int(seeds) == rows[(rows["model"] == model)]["seeds"].max()
 
 
 def test_python_blocks_are_python():

@@ -19,7 +19,8 @@ SOURCES = sorted(
 # Position of the mode among the arguments of what opens a file.
 OPENERS = {"open": 1, "fdopen": 1, "NamedTemporaryFile": 0, "TemporaryFile": 0, "Path.open": 0}
 PROCESSES = {"run", "Popen", "check_output", "check_call", "call"}
-BINARY_OPENERS = {"Image", "os", "tarfile", "zipfile", "tokenize", "gzip", "zip"}  # whose `open` takes no text mode by default
+# Whose `open` takes no text mode by default.
+BINARY_OPENERS = {"Image", "os", "tarfile", "zipfile", "tokenize", "gzip", "zip"}
 
 
 def without_encoding(tree: ast.AST) -> list[int]:

@@ -31,7 +31,7 @@ def main() -> None:
     ranked = [rankings.frame(*tables).assign(run=name) for name, tables in runs.items()]
     rendering.write(assets / "rankings.csv", pd.concat(ranked))
     rankings.figure(runs["main.csv"][0], None, assets / "rankings.png")
-    levels.figure(rows, "log_latent_mse", assets / "stored-bits.png")
+    levels.figure(rows, "log_latent_mse", assets / "standing.png")
 
 
 def made():

@@ -141,6 +141,17 @@ FIELD = (
         expected=(AHEAD, EQUIVALENT),
     ),
     Claim(
+        "QuEST's finetuning still pays where each token has its own scale",
+        "this suite",
+        (("quest-token", "adaround-token"),),
+    ),
+    Claim(
+        "where each token has its own scale, tuning selected layers is as good as tuning all weights, or better",
+        "this suite",
+        (("quest-token", "full-finetune-token"),),
+        expected=(AHEAD, EQUIVALENT),
+    ),
+    Claim(
         "normally distributed calibration timesteps are worse than uniform ones",
         "iszry/DI2N-PTQ4DM",
         (("q-diffusion-unsplit", "ptq4dm"),),
@@ -187,8 +198,8 @@ def document(
         "compare methods on the same images. Stored bits are those of a parameter, scales and branches included; on "
         "integers is the share of the products that our integer kernel computes.",
         *(table.markdown() for table in rows),
-        "![Distance to full precision against stored bits per parameter, a point for each row; hollow points do not "
-        "run on integers alone](assets/stored-bits.png)",
+        "![Distance to full precision of every row with its stored bits per parameter; hollow points do not run on "
+        "integers alone](assets/standing.png)",
         "## The quantization lottery",
         _lottery(lottery),
     ]

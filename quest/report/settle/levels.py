@@ -68,19 +68,20 @@ def tables(found: pd.DataFrame) -> list[Table]:
 
 
 def figure(found: pd.DataFrame, endpoint: str, path: str | Path) -> None:
-    """Draw an endpoint against stored bits per parameter, a panel per model; hollow: not all on the integer kernel."""
-    found = found[(found["endpoint"] == endpoint) & (found["method"] != FP) & found["effective_bits"].notna()]
+    """Draw an endpoint of every row, named with its stored bits, a panel per model; hollow: not all on integers."""
+    found = found[(found["endpoint"] == endpoint) & (found["method"] != FP)]
     models = list(dict.fromkeys(found["model"]))
-    drawing, panels = style.subplots(1, max(1, len(models)), (6.4 * max(1, len(models)), 4.6))
-    methods = sorted(dict.fromkeys(found["method"]))
+    most = max((len(rows) for _, rows in found.groupby("model")), default=1)
+    drawing, panels = style.subplots(1, max(1, len(models)), (5.6 * max(1, len(models)), 1 + 0.24 * most))
     for axes, model in zip(panels[0], models, strict=False):
-        for row in found[found["model"] == model].itertuples():
-            look, point = style.look(methods.index(row.method)), pd.DataFrame([row._asdict()])
-            fill = look["color"] if row.realizable == 1 else "white"
-            style.error_bars(axes, [row.effective_bits], point, ms=6, mfc=fill, **look)
-            axes.annotate(row.method, (row.effective_bits, row.value), (5, 4), textcoords="offset points", fontsize=7)
+        of_model = found[found["model"] == model].sort_values("value", ascending=False)
+        for place, row in enumerate(of_model.itertuples()):
+            fill = style.COLOURS[0] if row.realizable == 1 else "white"
+            look = {"color": style.COLOURS[0], "marker": "o", "mfc": fill, "ms": 6}
+            style.error_bars(axes, [place], pd.DataFrame([row._asdict()]), horizontal=True, **look)
+        bits = [f"{row.method} ({row.effective_bits:.2f} bits)" for row in of_model.itertuples()]
         style.plain(axes)
+        axes.set_yticks(range(len(bits)), bits)
         axes.set_title(model)
-        axes.set_xlabel("stored bits per parameter, scales and branches included")
-        axes.set_ylabel(METRICS[endpoint].label)
+        axes.set_xlabel(METRICS[endpoint].label)
     style.save(drawing, path)
