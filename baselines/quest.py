@@ -6,6 +6,7 @@ outputs are the targets. Equations are those of the sixth version of the paper.
 1. Start from a denoiser with rounded weights, as AdaRound leaves them.
 2. TAQuant gives every activation quantizer one scale and one zero point per time group (a stretch of timesteps):
    x~ = s (clamp(round(x / s) + z) - z) (equations 2 and 3), with s and z of the group that the call's timestep is in.
+   With `dynamic`, which is ours, s and z come from the tensor itself, and a clip ratio of each quantizer is tuned.
 3. Temporal layer alignment minimizes L_TLA + L_G: the squared error of the output of each time-embedding projection
    (equation 4) plus that of the predicted noise (equation 6). It tunes the projections' weights and activation scales.
 4. Critical module alignment minimizes L_CMA + L_G: the same for the attention-related layers, each with the quantized
@@ -207,10 +208,11 @@ def check_combinations(recipe: FinetuneRecipe) -> None:
         raise ValueError(f"groups_per_step: {several} does not divide the {uneven[0]} rows of an iteration (batch)")
     if recipe.dynamic is not None:
         static = {name: getattr(FinetuneRecipe, name) for name in ("granularity", "levels", "ranges", "samples")}
-        if wrong := next((name for name, default in static.items() if getattr(recipe, name) != default), None):
-            raise ValueError(
-                f"{wrong}: of static ranges only; dynamic={recipe.dynamic!r} takes scales from each tensor"
-            )
+        for name, default in static.items():
+            if (value := getattr(recipe, name)) != default:
+                raise ValueError(
+                    f"{name}: {value!r} is of static ranges; dynamic={recipe.dynamic!r} has none; valid: {default!r}"
+                )
 
 
 def sizes(recipe, kind: str) -> tuple[tuple[int, int], tuple[int, int]]:

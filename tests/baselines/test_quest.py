@@ -120,7 +120,10 @@ def test_divergence_names_stage_and_iteration(uncond_pipe, uncond_calibration):
         (dict(time_groups=4), "time_groups.*valid: "),
         (dict(groups_per_step=3, batch=16), "groups_per_step: 3 does not divide the 16 rows"),
         (dict(groups_per_step=2, schedule="sequential"), "groups_per_step: 2 with schedule 'sequential'; valid"),
-        (dict(dynamic="token", granularity="released"), "granularity: of static ranges only; dynamic='token'"),
+        (
+            dict(dynamic="token", granularity="released"),
+            "granularity: 'released' is of static ranges; dynamic='token' has none; valid",
+        ),
     ],
 )
 def test_bad_recipes(recipe, said, uncond_pipe, uncond_calibration):
