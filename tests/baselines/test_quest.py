@@ -68,28 +68,6 @@ def test_finetuning_lowers_the_error_of_the_noise_prediction(class_pipe, class_m
     assert b < 0.9 * a, (a, b)
 
 
-def test_scales_of_tokens_are_finetuned_by_their_clip_ratios(class_pipe, class_model, class_calibration, tmp_path):
-    from quest.diffusion.calibration_set import collect
-
-    held_out = collect(class_pipe, class_model, "validation", 4)
-    before, after = (
-        quest.quantize(
-            class_pipe, "quest-suite", "w4a4", calibration=class_calibration, dynamic="token",
-            tla_iterations=tla, cma_iterations=cma, batch=8, time_groups=3,
-        )
-        for tla, cma in ((0, 0), (5, 25))
-    )  # fmt: skip
-    assert all(q.spec.rows == "token" for q in input_quantizers(before.unet).values() if q.spec.bits < 32)
-    changed = moved(before, after)
-    assert any(name.endswith("input_quantizer.scale") for name in changed) and any(
-        n.endswith("weight") for n in changed
-    )
-    quest.save(after, tmp_path / "token.safetensors")
-    loaded = quest.load(class_pipe, tmp_path / "token.safetensors", "reference")
-    a, b, c = (eps_error(q, held_out)[0].mean() for q in (before, after, loaded))
-    assert b < 0.9 * a and b == c, (a, b, c)
-
-
 def test_weight_scales_and_zero_points_stay(uncond_pipe, uncond_calibration):
     a = quest.quantize(
         uncond_pipe, "quest-suite", "w4a4", calibration=uncond_calibration, tla_iterations=0, cma_iterations=0, **FAST
@@ -129,13 +107,6 @@ def test_divergence_names_stage_and_iteration(uncond_pipe, uncond_calibration):
 def test_bad_recipes(recipe, said, uncond_pipe, uncond_calibration):
     with pytest.raises(ValueError, match=said):
         quest.quantize(uncond_pipe, "quest-suite", "w4a4", calibration=uncond_calibration, **recipe)
-
-
-@pytest.mark.parametrize("groups", [1, 3])
-def test_an_iteration_moves_the_scales_of_its_groups(groups, uncond_pipe, uncond_calibration):
-    start, after = (run(uncond_pipe, uncond_calibration, 0, n, batch=6, groups_per_step=groups) for n in (0, 1))
-    scales = [q.unet.get_submodule("conv_in").input_quantizer.scale for q in (start, after)]
-    assert (scales[0] != scales[1]).sum() == groups
 
 
 def test_the_old_name_quantizes_the_same(uncond_pipe, uncond_calibration, capsys):

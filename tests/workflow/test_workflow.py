@@ -58,18 +58,8 @@ def test_every_config_runs_its_own_recipes(stubbed, name):
     assert {words[3] for words in of(commands, "model")} == {m for m in config["models"] if find(m).origin}
     # The plan's numbers of jobs are Snakemake's.
     planned = plan.jobs(config)
-    scripts = {
-        "model",
-        "network",
-        "reference",
-        "trajectories",
-        "quantize",
-        "sample",
-        "metrics",
-        "tables",
-        "curves",
-        "grid",
-    }
+    of_cells = ("model", "network", "reference", "trajectories", "quantize", "sample", "metrics")
+    scripts = {*of_cells, "tables", "curves", "grid"}
     planned["trajectories"] += planned["evaluation"]  # of one script
     assert {script: len(of(commands, script)) for script in scripts} == {script: planned[script] for script in scripts}
     (curves,) = of(commands, "curves")
