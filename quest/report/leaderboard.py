@@ -206,7 +206,7 @@ def draw() -> int:
     Who scores draws it, after the submissions were made. It must follow from nothing that a submitter controls: of an
     index that follows from the file, somebody who makes many files can choose the images that suit.
     """
-    return 10_000 + secrets.randbelow(900_000)
+    return FRESH * (100 + secrets.randbelow(9_000))  # whole batches of the sampler
 
 
 def knows_the_images(judged: np.ndarray, fresh: np.ndarray) -> bool:

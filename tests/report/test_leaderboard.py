@@ -9,7 +9,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from quest.diffusion.models import SEEDS
+from quest.diffusion.models import MODELS, SEEDS
 from quest.metrics import METRICS
 from quest.report import leaderboard
 from quest.runtime.download import sha256_of
@@ -145,6 +145,7 @@ def test_fresh_images_are_drawn_by_who_scores_so_that_no_file_can_search_for_the
     drawn = [*firsts, *(leaderboard.draw() for _ in range(1000))]
     assert all(leaderboard.FIRST + leaderboard.IMAGES < f < SEEDS["calibration"] - leaderboard.FRESH for f in drawn)
     assert len(set(drawn)) > 900
+    assert not any(first % MODELS[leaderboard.MODEL].batch_size for first in drawn)  # sampling begins with a batch
 
 
 def draw_parts(folder, error, seed):
