@@ -35,7 +35,8 @@ def earlier(
     have = set(index.tolist())
     whole = {start for start in starts if have.issuperset(range(start, min(start + size, end)))}
     rows = [row for row, i in enumerate(index.tolist()) if i - i % size in whole and i < end]
-    return whole, [{k: v[rows] for k, v in arrays.items() if k not in OF_THE_CELL} for arrays in contents]
+    kept = slice(None) if len(rows) == len(index) else rows  # all of them need no copy in memory
+    return whole, [{k: v[kept] for k, v in arrays.items() if k not in OF_THE_CELL} for arrays in contents]
 
 
 def joined(old: Arrays, new: Arrays) -> Arrays:
