@@ -11,9 +11,9 @@ import pandas as pd
 from quest.metrics import METRICS
 from quest.metrics.comparison import outcome
 from quest.report import rankings
-from quest.report.settle import FP, LOOKS
+from quest.report.settle import FP
 from quest.report.settle.cells import Evidence
-from quest.report.settle.verdicts import ALL, chosen
+from quest.report.settle.verdicts import ALL, of_first_look
 
 Fact = tuple[str, list[str]]
 Tables = Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]  # name: main.csv and paired.csv of a run
@@ -34,11 +34,9 @@ def of(evidence: Sequence[Evidence], settled: pd.DataFrame, runs: Tables, layers
 def means(evidence: Sequence[Evidence]) -> pd.DataFrame:
     """The records of methods with the seeds of the first look as main.csv: the mean over seeds of each endpoint."""
     rows = []
-    for (model, bits, method), cells in chosen(evidence, {}).items():
-        if method != FP and len({seed for seed, _ in cells}) < LOOKS[0]:
-            continue
-        for endpoint in {name: None for cell in cells.values() for name in cell.endpoints}:
-            values = [cell.value(endpoint) for cell in cells.values() if endpoint in cell.endpoints]
+    for (model, bits, method), cells in of_first_look(evidence):
+        for endpoint in {name: None for cell in cells for name in cell.endpoints}:
+            values = [cell.value(endpoint) for cell in cells if endpoint in cell.endpoints]
             rows.append((model, method, bits, endpoint, sum(values) / len(values)))
     return pd.DataFrame(rows, columns=["model", "method", "bits", "metric", "value"]).astype({"value": float})
 

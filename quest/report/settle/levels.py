@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
 from quest.metrics import METRICS
 from quest.report import style
 from quest.report.rendering import Table, columns, interval, number
-from quest.report.settle import FP, LOOKS
+from quest.report.settle import FP
 from quest.report.settle.cells import Evidence
+from quest.report.settle.looks import ALPHA, Estimate
 from quest.report.settle.lottery import error_over_images
-from quest.report.settle.verdicts import MARGINS, chosen
+from quest.report.settle.verdicts import MARGINS, of_first_look
 
 COLUMNS = ["model", "bits", "method", "endpoint", "value", "low", "high", "seeds", "effective_bits", "realizable"]
 
@@ -30,19 +30,16 @@ def frame(evidence: Sequence[Evidence]) -> pd.DataFrame:
     share of the products that the integer kernel of the record's machine computed.
     """
     rows = []
-    for (model, bits, method), by_seed in chosen(evidence, {}).items():
-        cells = [by_seed[key] for key in sorted(by_seed)]
-        seeds = len({cell.seed for cell in cells})
-        if any(cell.diverged for cell in cells) or (method != FP and seeds < LOOKS[0]):
+    for (model, bits, method), cells in of_first_look(evidence):
+        if any(cell.diverged for cell in cells):
             continue
         footprint = next((cell.about["footprint"] for cell in cells if "footprint" in cell.about), {})
         stored = [footprint.get(name, math.nan) for name in ("effective_bits", "realizable")]
         for endpoint in (name for name in MARGINS if all(name in cell.endpoints for cell in cells)):
             values = [cell.value(endpoint) for cell in cells]
-            square = (1.96**2) * float(np.mean([error_over_images(cell, endpoint) ** 2 for cell in cells]))
-            if method != FP:
-                square += float(stdtrit(seeds - 1, 0.975)) ** 2 * float(np.var(values, ddof=1)) / seeds
-            value, half = float(np.mean(values)), math.sqrt(square)
+            images = math.sqrt(np.mean([error_over_images(cell, endpoint) ** 2 for cell in cells]))
+            half = 1.96 * images if method == FP else Estimate.of(values, images).half(ALPHA)
+            value, seeds = float(np.mean(values)), len({cell.seed for cell in cells})
             rows.append([model, bits, method, endpoint, value, value - half, value + half, seeds, *stored])
     # A record has null where its cell has no such number, as full precision's products.
     return pd.DataFrame(rows, columns=COLUMNS).astype({"effective_bits": float, "realizable": float})

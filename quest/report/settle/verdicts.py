@@ -7,7 +7,7 @@ of two cells on the same images and the same instruction sets. `looks.settle` de
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +77,13 @@ def chosen(evidence: Sequence[Evidence], identities: dict) -> dict[tuple, dict[t
         row: of_row.get(identities[row], {}) if row in identities else max(of_row.values(), key=len)
         for row, of_row in rows.items()
     }
+
+
+def of_first_look(evidence: Sequence[Evidence]) -> Iterator[tuple[tuple, list[Evidence]]]:
+    """(model, bits, method) with its cells, of full precision and of the methods with the seeds of the first look."""
+    for row, cells in chosen(evidence, {}).items():
+        if row[2] == FP or len({seed for seed, _ in cells}) >= LOOKS[0]:
+            yield row, list(cells.values())
 
 
 class Pair:
