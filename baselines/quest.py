@@ -207,9 +207,9 @@ def check_combinations(recipe: FinetuneRecipe) -> None:
     if uneven := [batch for batch in recipe.batch if batch % several]:
         raise ValueError(f"groups_per_step: {several} does not divide the {uneven[0]} rows of an iteration (batch)")
     if recipe.dynamic is not None:
-        static = {name: getattr(FinetuneRecipe, name) for name in ("granularity", "levels", "ranges", "samples")}
-        for name, default in static.items():
-            if (value := getattr(recipe, name)) != default:
+        for name in ("granularity", "levels", "ranges", "samples"):
+            value, default = getattr(recipe, name), getattr(FinetuneRecipe, name)
+            if value != default:
                 raise ValueError(
                     f"{name}: {value!r} is of static ranges; dynamic={recipe.dynamic!r} has none; valid: {default!r}"
                 )

@@ -9,19 +9,18 @@ from importlib import import_module
 
 from quest.runtime import command_line
 
-# Kind of tables -> the module of quest.report that writes them, and those of its files that are printed.
-KINDS = {name: (name, [f"{name}.md"]) for name in ("seeds", "nulls", "outliers")}
-KINDS |= {"main": ("tables", ["main.md"]), "paper": ("paper", [f"table{number}.md" for number in range(2, 12)])}
+KINDS = ("main", "seeds", "nulls", "outliers", "paper")
 
 
 def main() -> None:
     parser = command_line.parser(__doc__, "metrics", "folder")
     parser.add_argument("--kind", choices=KINDS, default="main", help="(default %(default)s)")
     arguments = parser.parse_args()
-    module, files = KINDS[arguments.kind]
-    import_module(f"quest.report.{module}").write(arguments.metrics, arguments.output)
-    for file in files:
-        print((arguments.output / file).read_text(encoding="utf-8"))
+    kind = arguments.kind
+    module = import_module(f"quest.report.{'tables' if kind == 'main' else kind}")
+    module.write(arguments.metrics, arguments.output)
+    for name in [f"table{number}" for number in module.TABLES] if kind == "paper" else [kind]:
+        print((arguments.output / f"{name}.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
