@@ -40,6 +40,7 @@ QUESTIONS = (
 SELECTION = (("quest-suite", "full-finetune"), ("quest-groups-5", "full-finetune-groups-5"))
 SELECTION += (("quest-groups-1", "full-finetune-groups-1"),)
 GROUPS = (("quest-suite", "quest-groups-1"), ("quest-groups-5", "quest-groups-1"))
+AFTER = "this suite; asked after the first look at finetuned static scales against scales of each token"
 PAPERS = (
     Claim(
         "QuEST is ahead of Q-Diffusion at W4A4 (as this suite configures it)", PAPER, (("quest-suite", "q-diffusion"),)
@@ -142,12 +143,12 @@ FIELD = (
     ),
     Claim(
         "QuEST's finetuning still pays where each token has its own scale",
-        "this suite",
+        AFTER,
         (("quest-token", "adaround-token"),),
     ),
     Claim(
         "where each token has its own scale, tuning selected layers is as good as tuning all weights, or better",
-        "this suite",
+        AFTER,
         (("quest-token", "full-finetune-token"),),
         expected=(AHEAD, EQUIVALENT),
     ),
