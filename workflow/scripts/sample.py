@@ -106,8 +106,9 @@ def main() -> None:
             del new["images"]
         samples, features = joined(samples, new), joined(features, kept)
     else:  # one call more, which says how long it takes
+        rows = (evaluation.call == 0).nonzero().flatten()[: model.batch_size]  # of one timestep, as in sampling
         with timed(denoiser_of(pipe)) as calls, torch.no_grad():
-            denoiser_of(pipe)(**evaluation.inputs(torch.arange(min(len(evaluation), model.batch_size))))
+            denoiser_of(pipe)(**evaluation.inputs(rows))
     if (arguments.checkpoint or arguments.null) and shard == 0:
         errors, guided, timesteps = eps_errors(pipe, evaluation, model.guidance)
         measured = {"eps_error": errors} | ({} if guided is None else {"guided_eps_error": guided})
