@@ -5,8 +5,8 @@ import copy
 import pytest
 from test_config import _put
 
-from quest.config import ConfigError, Run, starting_points, validate
-from quest.config.settled import settled_runs, told
+from quest.config import ConfigError, Run, recipe_of, starting_points, validate
+from quest.config.settled import lottery_runs, settled_runs, told
 from quest.diffusion.models import MODELS
 
 
@@ -34,11 +34,27 @@ def test_cells_that_settle_a_family(settling):
     assert "scenes-uncond/adaround@3/w4a32" in starts
 
 
+def test_cells_of_the_lottery_cross_draws_and_seeds(settling):
+    settling["settle"]["lottery"] = {
+        "model": ["scenes-class"],
+        "method": ["q-diffusion"],
+        "draw": [3, 4],
+        "seed": [3, 4],
+    }
+    validate(settling)
+    cells = lottery_runs(settling)
+    assert [run.method for run in cells] == [f"q-diffusion@{numbers}" for numbers in ("3", "3.4", "4.3", "4")]
+    assert [recipe_of(settling, run.method)[1]["seed"] for run in cells] == [3, 4, 3, 4]
+    starts = [run.path for run in starting_points(settling, cells)]
+    assert starts == [f"scenes-class/adaround@{numbers}/w4a32" for numbers in ("3", "3.4", "4.3", "4")]
+    assert lottery_runs({}) == []
+
+
 def test_what_identifies_a_row_is_the_same_for_all_seeds_and_changes_with_its_recipe_and_start(settling):
     def of(method, config=settling):
         return told(config, Run("scenes-class", method, "w4a4"), MODELS["scenes-class"], 1)
 
-    assert of("quest-suite@3") == of("quest-suite@7") == of("quest-suite")
+    assert of("quest-suite@3") == of("quest-suite@7.3") == of("quest-suite")
     assert of("quest-suite")["images"] == "0-499" and len(of("quest-suite")["weights"]) == 64
     assert [name for name, _, _ in of("quest-suite")["recipes"]] == ["quest-suite", "adaround"]
     changed = copy.deepcopy(settling)
@@ -56,6 +72,11 @@ def test_what_identifies_a_row_is_the_same_for_all_seeds_and_changes_with_its_re
         (_put([["rtnn", "rtn"]], "settle", "families", "x"), ["settle.families.x.method: 'rtnn'", "'rtn'"]),
         (_put([["rtn"]], "settle", "families", "x"), ["settle.families.x[0]"]),
         (_put(7, "methods", "quest-suite", "time_groups"), ["quest-suite.time_groups: 7 does not divide the 40"]),
+        (_put({"model": ["scenes-class"]}, "settle", "lottery"), ["settle.lottery", "method"]),
+        (
+            _put({"model": ["x"], "method": ["rtn"], "draw": [3, 4], "seed": [3, 4]}, "settle", "lottery"),
+            ["settle.lottery.model: 'x'", "scenes-class"],
+        ),
         (_put(["w4"], "settle", "bits"), ["settle.families.rivals.bits", "'w4'"]),
         (_put(30, "models", "scenes-class", "first"), ["models.scenes-class.first: 30", "50"]),
     ],

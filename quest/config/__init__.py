@@ -49,6 +49,13 @@ def parse_bits(bits: str) -> tuple[int, int]:
     )
 
 
+def parts_of(method: str) -> tuple[str, str, str]:
+    """Row, calibration draw and quantization seed: "x@3" has draw and seed 3, "x@4.3" draw 4 and seed 3, "x" none."""
+    row, _, numbers = method.partition("@")
+    draw, _, seed = numbers.partition(".")
+    return row, draw, seed or draw
+
+
 def recipe_of(config: dict, method: str) -> tuple[str, dict]:
     """(name in baselines.METHODS, keyword arguments) of a row, e.g. "quest-suite", or "quest-suite@1" for seed 1.
 
@@ -56,7 +63,7 @@ def recipe_of(config: dict, method: str) -> tuple[str, dict]:
     `ablations` changes keywords of the recipe that it is compared with, or of the recipe that it names under `of`; if
     it has a `method`, it is that method's whole recipe.
     """
-    name, _, seed = method.partition("@")
+    name, _, seed = parts_of(method)
     rows = config.get("ablations", {}).get("rows", {})
     if name in config["methods"] or name not in rows:
         recipe = dict(config["methods"][name])
@@ -72,14 +79,14 @@ def recipe_of(config: dict, method: str) -> tuple[str, dict]:
 
 
 def start_of(config: dict, run: Run) -> Run | None:
-    """The run from whose checkpoint a run starts (`init`), or None: of the same seed, at its bits or weight bits."""
+    """The run from whose checkpoint a run starts (`init`), or None: of equal draw and seed, and weight bits."""
     _, recipe = recipe_of(config, run.method)
     if "init" not in recipe:
         return None
     registered, _ = recipe_of(config, recipe["init"])
-    _, at, seed = run.method.partition("@")
+    _, at, numbers = run.method.partition("@")
     weight, _ = parse_bits(run.bits)
-    return Run(run.model, recipe["init"] + at + seed, f"w{weight}a32" if registered in weights_only() else run.bits)
+    return Run(run.model, recipe["init"] + at + numbers, f"w{weight}a32" if registered in weights_only() else run.bits)
 
 
 def starting_points(config: dict, cells: list[Run]) -> list[Run]:
@@ -162,6 +169,8 @@ def validate(config: dict) -> None:
             key = f"settle.families.{family}"
             blocks[key] = {"model": list(config["models"]), "method": rows, "bits": config["settle"]["bits"]}
             _check_pairs(key, pairs)
+        if "lottery" in config["settle"]:
+            blocks["settle.lottery"] = {"bits": config["settle"]["bits"]} | config["settle"]["lottery"]
     if "questions" in config:
         question = config["questions"]
         blocks["questions"] = {"model": [question["model"]], "method": ["quest-suite"], "bits": [question["bits"]]}
@@ -192,7 +201,7 @@ def _check_time_groups(config: dict, run: Run, model) -> None:
     steps, groups = model.steps, recipe_of(config, run.method)[1].get("time_groups")
     # Quadratic timesteps coincide at the end, so there are fewer than steps; the scheduler knows how many.
     if groups and steps % groups and model.sampler != "ddim-quadratic":
-        method = run.method.partition("@")[0]
+        method = parts_of(run.method)[0]
         key = "methods" if method in config["methods"] else "ablations.rows"
         valid = [number for number in range(1, steps + 1) if steps % number == 0]
         raise ConfigError(

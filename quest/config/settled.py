@@ -2,7 +2,7 @@
 
 from itertools import product
 
-from quest.config import FULL_PRECISION, Run, recipe_of, start_of
+from quest.config import FULL_PRECISION, Run, parts_of, recipe_of, start_of
 from quest.diffusion.models import Model
 from quest.runtime import sums
 from quest.runtime.download import sha256_of
@@ -20,10 +20,22 @@ def settled_runs(config: dict, seeds: tuple[int, ...]) -> list[Run]:
     return [*(Run(model, *FULL_PRECISION) for model in config["models"]), *cells]
 
 
+def lottery_runs(config: dict) -> list[Run]:
+    """The cells of `lottery` in `settle`: each row with every calibration draw and every quantization seed."""
+    block = config.get("settle", {}).get("lottery")
+    if block is None:
+        return []
+    cells = product(block["model"], config["settle"]["bits"], block["method"], block["draw"], block["seed"])
+    return [
+        Run(model, f"{row}@{draw}" if draw == seed else f"{row}@{draw}.{seed}", bits)
+        for model, bits, row, draw, seed in cells
+    ]
+
+
 def told(config: dict, run: Run, model: Model, version: int) -> dict:
     """What all seeds of a row share, ready for JSON: weights, images, calibration, and the recipes it starts from."""
     settings = config["models"][run.model]
-    chain, step = [], Run(run.model, run.method.partition("@")[0], run.bits)
+    chain, step = [], Run(run.model, parts_of(run.method)[0], run.bits)
     while step is not None:
         chain.append([*recipe_of(config, step.method), step.bits])
         step = start_of(config, step)

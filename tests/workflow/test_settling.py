@@ -17,11 +17,13 @@ from quest.report.settle import identity
 told = json.loads(sys.argv[sys.argv.index("--told") + 1])
 path = Path(sys.argv[sys.argv.index("-o") + 1])
 model, row, bits = path.parts[-4:-1]
-method, _, seed = row.partition("@")
+method, _, numbers = row.partition("@")
+draw, _, seed = numbers.partition(".")
+seed = seed or draw
 value = {"good": 30.0, "plain": 20.0, "close": 20.0, "fp": 0.0}[method]
 value += random.Random(row).gauss(0, 0 if method == "fp" else 1)
 record = {
-    "version": 1, "model": model, "bits": bits, "method": method, "seed": int(seed or 0), "draw": int(seed or 0),
+    "version": 1, "model": model, "bits": bits, "method": method, "seed": int(seed or 0), "draw": int(draw or 0),
     "isa": "avx2-avx2", "identity": identity(told), "images": told["images"], "n": 4,
     "values": {} if method == "fp" else {"psnr": [value - 1, value, value, value + 1]}, "sets": {},
     "about": told | {"seconds": 3600.0},
@@ -88,8 +90,25 @@ def test_pairs_stop_when_decided_and_a_later_run_goes_on_from_the_records(stubbe
     assert table.loc["close", "seeds"] == LOOKS[-1] and table.loc["good", "seeds"] == 3
 
 
+@pytest.mark.timeout(900)
+def test_the_lottery_crosses_draws_and_seeds_and_keeps_the_records(stubbed):
+    stubbed.write("workflow/scripts/evidence.py", EVIDENCE)
+    rows = {"model": ["scenes-class"], "method": ["good"], "draw": [3, 4], "seed": [3, 4]}
+    stubbed.configure(CONFIG | {"settle": CONFIG["settle"] | {"lottery": rows}})
+    run = stubbed.snakemake("lottery", timeout=800)
+    assert run.returncode == 0, run.stdout
+    places = [path.name.split("-")[0] for path in (stubbed.folder / "results/settled").glob("scenes-class/w4a4/*.json")]
+    assert sorted(places) == ["good@3.3", "good@3.4", "good@4.3", "good@4.4"]
+    made = (stubbed.folder / "results/default/scenes-class/good@4.3/w4a4/model.safetensors").read_text(encoding="utf-8")
+    assert "calibration-4.safetensors" in made and '"seed": 3' in made
+    table = pd.read_csv(stubbed.folder / "results/default/settle/lottery.csv")
+    assert {"calibration draw", "quantization seed", "draw and seed"} <= set(table["source"])
+
+
 def test_a_config_without_pairs_or_with_no_hours_says_so(stubbed):
     run = stubbed.snakemake("-n", "settle")
     assert run.returncode and "settle: the config has no such key" in run.stdout
+    run = stubbed.snakemake("-n", "lottery")
+    assert run.returncode and "settle.lottery: the config has no such key" in run.stdout
     run = stubbed.snakemake("-n", "settle", "--config", "hours=-1")
     assert run.returncode and "hours: -1 is no number above 0" in run.stdout

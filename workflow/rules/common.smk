@@ -16,6 +16,7 @@ from quest.config import (
     ablation_runs,
     check_names,
     missing_files,
+    parts_of,
     recipe_of,
     runs,
     seed_runs,
@@ -25,7 +26,7 @@ from quest.config import (
 )
 from quest.config.schema import renamed
 from quest.config.searched import starts as search_starts
-from quest.config.settled import settled_runs, told
+from quest.config.settled import lottery_runs, settled_runs, told
 from quest.diffusion.declared import PROTOCOL, of_config
 from quest.diffusion.models import find
 from quest.diffusion.nulls import KINDS
@@ -53,6 +54,7 @@ RUNS = runs(config)
 SEED_RUNS = seed_runs(config)
 ABLATION_RUNS = ablation_runs(config)
 SETTLE_RUNS = settled_runs(config, SEEDS)
+LOTTERY_RUNS = lottery_runs(config)
 STARTED = round(time.time())
 SEARCH_STARTS = search_starts(config) if "search" in config else []
 # {model, bits}: the cell whose questions need finetuning. Properties are measured on every model.
@@ -62,7 +64,7 @@ QUESTION_RUNS = [
     Run(QUESTIONS["model"], f"quest-suite@{seed}", QUESTIONS["bits"]) for seed in range(1, QAT_SEEDS) if QUESTIONS
 ]
 STARTING_POINTS = (
-    starting_points(config, RUNS + SEED_RUNS + ABLATION_RUNS + SETTLE_RUNS + QUESTION_RUNS) + SEARCH_STARTS
+    starting_points(config, RUNS + SEED_RUNS + ABLATION_RUNS + SETTLE_RUNS + LOTTERY_RUNS + QUESTION_RUNS) + SEARCH_STARTS
 )
 METHODS = [*config["methods"], *config.get("ablations", {}).get("rows", {})]
 DEVICE = config.get("device", "cpu")
@@ -107,7 +109,7 @@ shell.prefix(
 wildcard_constraints:
     name=re.escape(NAME),
     model="|".join(map(re.escape, config["models"])),
-    method=f"({'|'.join(map(re.escape, METHODS))})(@[0-9]+)?|{'|'.join(NULLS)}",
+    method=rf"({'|'.join(map(re.escape, METHODS))})(@[0-9]+(\.[0-9]+)?)?|{'|'.join(NULLS)}",
     draw=r"\d+",
     bits=r"w\d+a\d+",
     shard=r"\d+",
@@ -189,9 +191,8 @@ def calibration_draw(wc):
 
 def calibration(wc):
     """The calibration set of a cell; each quantization seed has its own draw of trajectories."""
-    _, _, seed = wc.method.partition("@")
-    draw = f"-{seed}" if seed else ""
-    return f"results/{NAME}/{wc.model}/calibration{draw}.safetensors"
+    _, draw, _ = parts_of(wc.method)
+    return f"results/{NAME}/{wc.model}/calibration{'-' * bool(draw)}{draw}.safetensors"
 
 
 def init(wc):
@@ -350,6 +351,16 @@ def asked_for(wc):
     return [f"results/{wc.name}/{run}/evidence.json" for run in runs]
 
 
+def lottery_evidence(wc):
+    """Records of the cells of `lottery`."""
+    if not LOTTERY_RUNS:
+        raise WorkflowError(
+            "settle.lottery: the config has no such key; e.g. lottery: {model: [photos-class], method: [quest-suite], "
+            "draw: [3, 4], seed: [3, 4]}, or --configfile workflow/config/settle.yaml"
+        )
+    return files_of(LOTTERY_RUNS, "evidence.json")
+
+
 def families(wc):
     if "settle" not in config:
         raise WorkflowError(
@@ -361,7 +372,7 @@ def families(wc):
 
 def identities(wc):
     """[[model, bits, row, identity]] of all rows of `settle`."""
-    rows = dict.fromkeys((run.model, run.bits, run.method.partition("@")[0]) for run in SETTLE_RUNS)
+    rows = dict.fromkeys((run.model, run.bits, parts_of(run.method)[0]) for run in SETTLE_RUNS)
     return json.dumps(
         [[*row, identity(told(config, Run(row[0], row[2], row[1]), MODELS[row[0]], VERSION))] for row in rows]
     )

@@ -44,6 +44,25 @@ rule settle:
         "python -m workflow.scripts.settle {input.last:q} --tables {params.folder:q} > {log:q} 2>&1"
 
 
+# How far the calibration draw and the quantization seed move a cell, each alone. Verdicts leave cells out whose draw is not
+# their seed.
+rule lottery:
+    input:
+        script=project("workflow/scripts/settle.py"),
+        evidence=lottery_evidence,
+    output:
+        f"results/{NAME}/settle/lottery.csv",
+    log:
+        f"results/{NAME}/settle/lottery.log",
+    localrule: True
+    conda:
+        "../../environment.yml"
+    resources:
+        **needs(1000, 10),
+    shell:
+        "python -m workflow.scripts.settle lottery --evidence {input.evidence:q} -o {output:q} > {log:q} 2>&1"
+
+
 rule evidence:
     input:
         script=project("workflow/scripts/evidence.py"),

@@ -15,6 +15,7 @@ def main() -> None:
     parser.add_argument("--told", type=json.loads, required=True, help="what all seeds share, see quest.config.settled")
     arguments = parser.parse_args()
 
+    from quest.config import parts_of
     from quest.metrics import Cell
     from quest.quantization.header import read as read_header
     from quest.report.cells import read_cells
@@ -26,8 +27,8 @@ def main() -> None:
     cell = Cell.load(arguments.features, arguments.samples)
     exact = measured["method"] == "fp"
     fp = None if exact else Cell.load(arguments.fp_features, arguments.fp_samples)
-    _, at, draw = measured["method"].partition("@")
-    seed = int(draw) if at else arguments.told["recipes"][0][1].get("seed", 0)
+    _, draw, seed = parts_of(measured["method"])
+    seed = int(seed) if seed else arguments.told["recipes"][0][1].get("seed", 0)
     header = read_header(arguments.checkpoint, diverged=True) if arguments.checkpoint else {}
     metadata = [loads(str(read_arrays(file)["metadata"]), file) for file in arguments.samples]
     # What is not known of an old file is left out of the sum.

@@ -1,7 +1,7 @@
 """Take the records of new cells into results/settled, judge all pairs, and say which cells the next look needs.
 
-LOOK is the number of the next look, from 0; or the file that this script wrote for the last one, with --tables. Imports
-no model.
+LOOK is the number of the next look, from 0; or the file that this script wrote for the last one, with --tables; or
+`lottery`, which estimates how far each source of chance moves a cell instead. Imports no model.
 """
 
 import json
@@ -13,7 +13,7 @@ from quest.runtime import command_line
 
 def main() -> None:
     parser = command_line.parser(__doc__)
-    parser.add_argument("look", help="number of the next look, or a file of this script")
+    parser.add_argument("look", help="number of the next look, a file of this script, or lottery")
     parser.add_argument("--evidence", type=Path, nargs="*", default=[], help="evidence.json of new cells")
     parser.add_argument("--store", type=Path, default=Path("results/settled"), help="(default %(default)s)")
     parser.add_argument("--families", type=json.loads, help="JSON mapping of names to lists of [row, versus]")
@@ -24,7 +24,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
 
-    from quest.report.settle import LOOKS, cells, plan, verdicts
+    from quest.report import rendering
+    from quest.report.settle import LOOKS, cells, lottery, plan, verdicts
     from quest.runtime.files import read_json
     from quest.runtime.provenance import write_json
 
@@ -35,6 +36,9 @@ def main() -> None:
         return
     for file in arguments.evidence:
         print(f"recorded: {cells.write(read_json(file), arguments.store)}")
+    if arguments.look == "lottery":
+        rendering.write(arguments.output, lottery.frame(cells.read(arguments.store)))
+        return
     look, rows = int(arguments.look), _by_row(arguments.identities)
     evidence = cells.read(arguments.store)
     judged = verdicts.frame(evidence, arguments.families, rows)
