@@ -127,7 +127,9 @@ def _array(file, name: str, path: str | os.PathLike):
     if info.file_size < LARGE or info.compress_type != zipfile.ZIP_STORED:
         return file[name]
     with file.zip.open(info) as stream:
-        read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(stream)]
+        read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(npy.read_magic(stream))
+        if read_header is None:  # names of fields that are not Latin 1 have version 3.0
+            return file[name]
         shape, fortran, dtype = read_header(stream)
         start = stream.tell()
         while stream.read(LARGE):  # raises where the content has another checksum
@@ -142,11 +144,29 @@ def _array(file, name: str, path: str | os.PathLike):
         return np.asarray(np.memmap(path, dtype, "c", place + start, shape, order))
     # numpy adds up an array that is not aligned in other parts, so sums would have other last bits: it gets a copy.
     try:
-        with file.zip.open(info) as stream, tempfile.TemporaryFile() as copy:
+        with file.zip.open(info) as stream, scratch(info.file_size) as copy:
             shutil.copyfileobj(stream, copy, LARGE)
             return np.asarray(np.memmap(copy, dtype, "c", start, shape, order))
     except OSError:  # no room for temporary files
         return file[name]
+
+
+@contextmanager
+def scratch(size: int) -> Iterator:
+    """Open a file of so many bytes that has no name, so that it is gone with what is mapped from it.
+
+    Raises OSError where there is no room for it, now and not by a signal when it is written. It names the folder.
+    """
+    with tempfile.TemporaryFile() as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, max(1, size))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{tempfile.gettempdir()}: no room for {size / 1e6:.0f} MB of temporary arrays ({error.strerror}); set "
+                "TMPDIR to a folder on a disk that has it (a RAM disk takes memory)",
+            ) from None
+        yield file
 
 
 def merged(parts: Sequence, order: Sequence[int]):
@@ -156,8 +176,7 @@ def merged(parts: Sequence, order: Sequence[int]):
     shape, dtype = (len(order), *parts[0].shape[1:]), np.result_type(*parts)
     if (size := math.prod(shape) * dtype.itemsize) < LARGE:
         return np.concatenate(parts)[order]
-    with tempfile.TemporaryFile() as file:
-        os.posix_fallocate(file.fileno(), 0, size)  # an error here where the disk is full, not a signal later
+    with scratch(size) as file:
         result = np.asarray(np.memmap(file, dtype, "r+", shape=shape))
     places = np.split(np.argsort(order), np.cumsum([len(part) for part in parts])[:-1])
     for part, own in zip(parts, places, strict=True):

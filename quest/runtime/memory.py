@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import re
-import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from quest.runtime.files import scratch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,8 +118,8 @@ def _number(file: str, otherwise: float = math.inf) -> float:
 class Waiting:
     """Allocates tensors that wait on the CPU: in memory up to `budget` bytes in all, others in temporary files.
 
-    A file has no name once it is open, so it is gone with its tensor, however the process ends. `held` and `most`:
-    bytes that wait now and that waited at most, in either place.
+    `held` and `most`: bytes that wait now and that waited at most, in either place. Files are those of
+    `files.scratch`.
     """
 
     def __init__(self, budget: int):
@@ -145,8 +146,7 @@ class Waiting:
         if resident:
             array = numpy.empty(size + ALIGNED, numpy.uint8)
         else:
-            with tempfile.TemporaryFile() as file:
-                file.truncate(size)
+            with scratch(size) as file:
                 array = numpy.memmap(file, numpy.uint8, "r+", shape=(size,))
         self.held += size
         self.in_memory += size * resident

@@ -1,8 +1,11 @@
 """What reads a file says which one it could not read and why, in one line, whatever stands in it."""
 
+import errno
 import io
 import mmap
+import os
 import struct
+import tempfile
 import zipfile
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 from quest.config import ConfigError
 from quest.runtime import files
 from quest.runtime.files import LINE, array_names, one_line, read_arrays, read_json, read_rows
+from quest.runtime.memory import Waiting
 from quest.runtime.yaml_files import read_yaml
 
 
@@ -116,6 +120,27 @@ def test_large_arrays_are_aligned(tmp_path, monkeypatch):
             monkeypatch.setattr(files.tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b"))
         found = read_arrays(tmp_path / "a.npz")["rows"]
         assert found.flags.aligned and np.array_equal(found, rows) and found.mean() == rows.mean()
+
+
+def test_fields_with_any_name(tmp_path):
+    """Their arrays have a header of version 3.0."""
+    rows = np.zeros(2**18, dtype=[("\u03b5", "<f4"), ("\u03c3", "<i8")])
+    rows["\u03c3"] = np.arange(len(rows))
+    with pytest.warns(UserWarning, match="3.0"):
+        np.savez(tmp_path / "a.npz", rows=rows)
+    assert np.array_equal(read_arrays(tmp_path / "a.npz")["rows"], rows)
+
+
+def test_a_full_disk_is_told_with_its_folder_before_anything_is_written(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"no room for 2 MB of temporary arrays \(No space left.*set TMPDIR") as caught:
+        files.merged([np.zeros(2**17), np.ones(2**17)], np.arange(2**18))
+    assert tempfile.gettempdir() in str(caught.value)
+    with pytest.raises(OSError, match="no room for 1 MB of temporary arrays"):
+        Waiting(0)._bytes(10**6)
 
 
 @pytest.mark.parametrize("large", [files.LARGE, 0])
