@@ -1,11 +1,13 @@
 """What is handed to the library and cannot be quantized, or would undo quantization, is refused in words."""
 
 import copy
+import operator
 import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor, AttnProcessor, SlicedAttnProcessor
 from torch import nn
 
@@ -77,6 +79,28 @@ def test_what_would_undo_quantization_is_refused(call, pipe, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
     assert all(isinstance(a.processor, QuantAttention) for _, a in attentions(pipe.unet))
     quest.save(pipe, tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("place", ["unet", "unet.mid_block", "unet.conv_in"])
+@pytest.mark.parametrize(
+    "hook", [dict(offload_type="leaf_level"), dict(offload_type="block_level", num_blocks_per_group=1), None]
+)
+def test_functions_that_move_or_cast_layers_one_by_one_are_refused(hook, place, pipe, text_calibration):
+    """Whichever part they are called with; full precision and other parts of a pipeline take them."""
+    inputs = text_calibration.inputs(torch.arange(2))
+
+    def act(module):
+        if hook is None:
+            apply_layerwise_casting(module, storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+        else:
+            apply_group_offloading(module, onload_device=torch.device("cpu"), **hook)
+
+    with torch.no_grad():
+        before = pipe.unet(**inputs).sample
+        with pytest.raises(ValueError, match="stays whole, on one device, in torch.float32"):
+            act(operator.attrgetter(place)(pipe))
+        assert torch.equal(pipe.unet(**inputs).sample, before)
+    act(nn.Sequential(nn.Linear(2, 2)))
 
 
 def test_what_keeps_quantization_works(pipe, text_calibration, tmp_path):
