@@ -69,7 +69,7 @@ FORMATS: dict[str, tuple[dict, Callable | None]] = {  # fields of the format, an
 def set_formats(denoiser: nn.Module, name: str) -> dict[str, Callable]:
     """Give 4-bit inputs after a SiLU this format. Returns how the ranges of static ones are chosen, by quantizer.
 
-    Raises ValueError where there is no such input, and for a dynamic format with time groups.
+    Raises ValueError where there is no such input.
     """
     fields, choose = FORMATS[name]
     layers = {n: m for n, m in quant_layers(denoiser) if any(fnmatch(n, glob) for glob in LAYERS)}

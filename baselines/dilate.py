@@ -31,7 +31,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Granular
 
     Weight ranges are those of `rtn-mse`, chosen before, so the row differs in activation ranges and codes alone.
     The log says how much of each layer was dilated. Departure from the paper: its second part, blockwise distillation
-    with ranges for each step, is left out. Raises ValueError for keywords that contradict each other.
+    with ranges for each step, is left out.
     """
     student = swapped(pipe, calibration, w, a, recipe)
     for name, layer in quant_layers(denoiser_of(student)):

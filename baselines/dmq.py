@@ -17,13 +17,13 @@ x / tau is a prologue of the layer, so a kernel with per-channel multipliers com
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 
 from baselines.adaround import SplitRecipe, preset_of, round_weights, rounding_work, splits, uniform, uniform_rows
 from baselines.granularity import STEP_ROWS
-from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Step, one_of, takes
+from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Rule, Step, Valid, one_of, takes
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
@@ -50,6 +50,10 @@ class Recipe(SplitRecipe):
     samples: Count = STEP_ROWS  # rows of each step that set its ranges (released: 256)
     softmax_bits: Bits = 8
 
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule({}, {"a": Valid(minimum=2, maximum=8)}, "DMQ scales the channels of quantized activations"),
+    )
+
 
 @takes(Recipe)
 def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
@@ -62,10 +66,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     - Ranges of a step depend on the rows of this step alone (released: 2 to 29 % of the running average of the step
       before remain), are those of least error, and have whole zero points within the codes.
     - Layers that the released code keeps in float are quantized; the parts of a split shortcut are treated alike.
-    Raises ValueError for float activations, whose channels need no factors.
     """
-    if a == FLOAT:
-        raise ValueError(f"bits w{w}a32: DMQ scales the channels of quantized activations; give them 2 to 8 bits")
     drawn = uniform(calibration, recipe.rows, recipe.seed)
     groups, parts = TimeGroups(calibration.timesteps), splits(pipe, drawn, recipe)
     student = swap(pipe, w, a, keep=recipe.keep, softmax_bits=recipe.softmax_bits, groups=groups, splits=parts)

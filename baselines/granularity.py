@@ -7,9 +7,9 @@ dynamic   scales that are computed from the tensor itself, for each sample or ea
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
-from baselines.method import Bits, Count, Seed, one_of
+from baselines.method import Bits, Count, Rule, Seed, one_of
 from quest.affine import FLOAT, ROWS
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
@@ -38,6 +38,10 @@ class Dynamic:
     softmax_bits: Bits = 8
     seed: Seed = 0
 
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule({"clip": one_of(("searched",))}, {"dynamic": one_of(ROWS)}, "clip ratios are of dynamic scales"),
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Granularity(Dynamic):
@@ -46,18 +50,15 @@ class Granularity(Dynamic):
     per_step: bool = False  # static ranges for each sampling step, not one for all
     samples: Count | None = None  # rows that set static ranges; default: STEP_ROWS of each step, or static_rows
 
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Dynamic.rules,
+        Rule({"dynamic": one_of(ROWS)}, {"per_step": one_of((False,))}, "dynamic scales come from each tensor"),
+    )
+
 
 def swapped(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Dynamic):
-    """A quantized pipeline whose activations have this granularity; weights, and static ranges, are not chosen yet.
-
-    Raises ValueError for keywords that contradict each other.
-    """
-    per_step = getattr(recipe, "per_step", False)
-    if recipe.dynamic is not None and per_step:
-        raise ValueError(f"per_step: of static ranges only; dynamic={recipe.dynamic!r} takes scales from each tensor")
-    if recipe.dynamic is None and recipe.clip != "whole":
-        raise ValueError(f"clip: of dynamic scales only; valid with dynamic: {' or '.join(ROWS)}")
-    groups = TimeGroups(calibration.timesteps) if per_step else None
+    """A quantized pipeline whose activations have this granularity; weights, and static ranges, are not chosen yet."""
+    groups = TimeGroups(calibration.timesteps) if getattr(recipe, "per_step", False) else None
     student = swap(pipe, w, a, keep=recipe.keep, softmax_bits=recipe.softmax_bits, groups=groups)
     denoiser, symmetric = denoiser_of(student), recipe.levels == "symmetric"
     if recipe.dynamic is not None:

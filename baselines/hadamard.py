@@ -43,7 +43,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     Departures from the papers, which rotate linear layers of transformers: convolutions too, by pixel; blocks of at
     most 64 channels (ConvRot: 256, with inputs padded by zeros), because 256 divides few widths of U-Nets. A layer
     whose channels no block divides is not rotated (an input of three channels). Attention products are not rotated.
-    HQ-DM also finetunes, and leaves tokens unrotated. Raises ValueError for keywords that contradict each other.
+    HQ-DM also finetunes, and leaves tokens unrotated.
     """
     student = swapped(pipe, calibration, w, a, recipe)
     denoiser = denoiser_of(student)

@@ -5,42 +5,17 @@ workflow/config/all-methods.yaml, the table in docs/protocols.md and the bibliog
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from numbers import Integral, Real
 from types import NoneType
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
+from quest.config.rules import Rule, Valid, check_together
 from quest.quantization.layer_names import KEEP, Keep
-
-
-@dataclass(frozen=True)
-class Valid:
-    """Valid values of a keyword: `Annotated[int, Valid(minimum=1)]`. The fields have their names in JSON Schema."""
-
-    enum: tuple | None = None
-    minimum: float | None = None
-    exclusiveMinimum: float | None = None  # noqa: N815
-    maximum: float | None = None
-    pattern: str | None = None
-    description: str | None = None
-
-    def fault(self, value) -> str | None:
-        """Explain why a value is not valid. Returns None for a valid value."""
-        if self.enum is not None and value not in self.enum:
-            return f"{value!r} is not one of {', '.join(map(str, self.enum))}"
-        if self.pattern is not None and not (isinstance(value, str) and re.search(self.pattern, value)):
-            return f"{value!r} is not one of {self.description}"
-        if self.exclusiveMinimum is not None and not value > self.exclusiveMinimum:
-            return f"{value!r} is out of bounds; valid: above {self.exclusiveMinimum}"
-        if self.minimum is not None and not self.minimum <= value <= (self.maximum or math.inf):
-            most = "or more" if self.maximum is None else f"to {self.maximum}"
-            return f"{value!r} is out of bounds; valid: {self.minimum} {most}"
-        return None
 
 
 def one_of(names: Iterable) -> Valid:
@@ -135,15 +110,21 @@ class Method:
 
 
 def takes(kind: type) -> Callable:
-    """Decorator of quantize(pipe, calibration, w, a, recipe): the fields of dataclass `kind` become its keywords."""
+    """Decorator of quantize(pipe, calibration, w, a, recipe): the fields of dataclass `kind` become its keywords.
+
+    `kind.rules`, where there are any, are rules of these keywords (`Rule`); a recipe that breaks one is a ValueError.
+    """
 
     def decorate(function):
         @wraps(function)
         def quantize(pipe, calibration, w, a, **keywords):
-            return function(pipe, calibration, w, a, kind(**keywords))
+            recipe = kind(**keywords)
+            check_together(quantize.rules, {"w": w, "a": a} | vars(recipe), keywords)
+            return function(pipe, calibration, w, a, recipe)
 
         positional = list(signature(function).parameters.values())[:4]
         quantize.__signature__ = Signature([*positional, *signature(kind).parameters.values()])
+        quantize.rules = getattr(kind, "rules", ())
         return quantize
 
     return decorate
@@ -154,8 +135,16 @@ def keywords(function: Callable) -> dict[str, Parameter]:
     return {n: p for n, p in signature(function).parameters.items() if p.kind == p.KEYWORD_ONLY}
 
 
-def check(function: Callable, arguments: dict) -> None:
-    """Raise ValueError for the first keyword argument that its annotation does not allow, NaN and infinity included."""
+def rules_of(function: Callable) -> tuple[Rule, ...]:
+    """The rules of a method's keywords."""
+    return getattr(function.func if isinstance(function, partial) else function, "rules", ())
+
+
+def check(function: Callable, arguments: dict, w: int, a: int) -> None:
+    """Raise ValueError for the first keyword argument that its annotation or a rule does not allow.
+
+    NaN and infinity are not allowed either. w, a: bits of weights and activations.
+    """
     for name, parameter in keywords(function).items():
         if (value := arguments.get(name)) is None:
             continue
@@ -168,6 +157,8 @@ def check(function: Callable, arguments: dict) -> None:
         for valid in bounds:
             if fault := valid.fault(value):
                 raise ValueError(f"{name}: {fault}")
+    defaults = {name: parameter.default for name, parameter in keywords(function).items()}
+    check_together(rules_of(function), {"w": w, "a": a} | defaults | arguments, arguments)
 
 
 def schema(keyword: Parameter) -> dict:
@@ -175,9 +166,9 @@ def schema(keyword: Parameter) -> dict:
     kind, *bounds = _plain(keyword.annotation)
     if kind == Keep:
         return {"$ref": "#/$defs/keep"}
-    limits = {name: value for valid in bounds for name, value in asdict(valid).items() if value is not None}
+    limits = {name: value for valid in bounds for name, value in valid.limits.items()}
     if "enum" in limits:
-        return limits | {"enum": list(limits["enum"])}
+        return limits
     if kind not in TYPES:
         raise TypeError(f"{keyword}: annotate it as bool, int, float, str, Keep or Annotated[one of them, Valid(...)]")
     return {"type": TYPES[kind]} | limits

@@ -12,14 +12,14 @@ each channel in its own bits, so that effective bits show what was spent.
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from baselines.adaround import uniform, uniform_rows
 from baselines.granularity import Granularity, ranges_work, set_ranges, swapped
-from baselines.method import Count, Method, Valid, one_of, takes
+from baselines.method import Count, Method, Rule, Valid, one_of, takes
 from quest.affine import QParams, QuantSpec, fake_quantize
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import changed, denoiser_of
@@ -36,6 +36,15 @@ class Recipe(Granularity):
     spread: Annotated[int, Valid(minimum=1, maximum=MOST - LEAST)] = 1  # bits by which one may differ from the budget
     rows: Count = 64  # of the calibration set, evenly from 20 sampler calls: a backward pass for each
 
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Granularity.rules,
+        Rule(
+            {"w": Valid(minimum=LEAST)},
+            {"budget": Valid(minimum=LEAST, maximum="w")},
+            "the name of the cell would hide that its weights have more bits on average",
+        ),
+    )
+
 
 @takes(Recipe)
 def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
@@ -47,12 +56,8 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
 
     MPQ-DM (arXiv:2412.11549) instead gives the 10 % of a layer's channels with the largest kurtosis one bit more, the
     10 % with the least one bit less, and finetunes; MixDQ (arXiv:2405.17873) solves an integer program over layers.
-    Raises ValueError for a budget above w, which the name of the cell would hide, and for keywords that contradict each
-    other.
     """
     budget = w if recipe.budget is None else recipe.budget
-    if budget > w:
-        raise ValueError(f"budget: {budget} mean bits, more than the {w} bits of the weights; valid: {LEAST} to {w}")
     student = swapped(pipe, calibration, w, a, recipe)
     denoiser = denoiser_of(student)
     layers = {name: layer for name, layer in quant_layers(denoiser) if layer.weight_quantizer.spec.bits == w}

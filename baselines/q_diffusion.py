@@ -11,13 +11,13 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 
 from baselines.adaround import SplitRecipe, preset_of, round_weights, rounding_work, splits, uniform, uniform_rows
-from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Valid, one_of, takes
+from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Rule, Valid, one_of, takes
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
 from quest.learning.calibrate import calibrate, calibrating, choosing, observe, running, static_rows
@@ -53,6 +53,14 @@ class ReconstructionRecipe(SplitRecipe):
     time_groups: Count = 1  # QuEST's time groups; 1: one set of activation scales for all timesteps
     samples: Count | None = None  # rows (of each time group) that set the searched ranges; default: static_rows
 
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            {"time_groups": Valid(minimum=2)},
+            {"activation_ranges": one_of(ranges.SEARCHED), "stored_order": one_of((False,))},
+            "running ranges and the stored order hold at all timesteps",
+        ),
+    )
+
 
 @takes(ReconstructionRecipe)
 def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: ReconstructionRecipe):
@@ -65,7 +73,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Reconstr
 
     Split shortcuts are part of the method and the default. Its released commands for LSUN leave them out, and so do the
     LSUN models here (`split` in quest.diffusion.models).
-    Returns a new pipeline. Raises ValueError where init and split disagree, and for time groups with running ranges.
+    Returns a new pipeline. Raises ValueError where init and split disagree.
     """
     return common_stack(pipe, calibration, uniform(calibration, recipe.rows, recipe.seed), w, a, recipe)
 
@@ -76,9 +84,6 @@ def common_stack(
     """Q-Diffusion on `drawn`, the rows that a method chose from its calibration set."""
     starts = grouped(calibration.timesteps, recipe.time_groups)
     groups = None if recipe.time_groups == 1 else TimeGroups(starts)
-    if groups is not None and (recipe.activation_ranges in RUNNING or recipe.stored_order):
-        valid = f"{' or '.join(ranges.SEARCHED)}, shuffled"
-        raise ValueError(f"time_groups: running ranges and the stored order hold at all timesteps; valid: {valid}")
     parts = splits(pipe, drawn, recipe)
     quantizers = dict(keep=recipe.keep, softmax_bits=recipe.softmax_bits, groups=groups)
     if recipe.init is None:

@@ -22,16 +22,17 @@ A method is one file that describes itself, so this one holds all three recipes,
 why it has more than 400 lines.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
-from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Seed, Step, Valid, one_of, takes
+from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Rule, Seed, Step, Valid, one_of, takes
 from baselines.selection import (
     SELECTION,
     SELECTIONS,
@@ -42,7 +43,7 @@ from baselines.selection import (
     tuned_layers,
     unshare_inputs,
 )
-from quest.affine import FLOAT, ROWS
+from quest.affine import ROWS
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
 from quest.diffusion.models import CONDITIONED
@@ -84,6 +85,14 @@ RELEASED = {
     "sd": dict(levels="asymmetric", ranges="percentile", ranges_a4="percentile", local_cma=True),
 }
 
+
+def divides_rows(preset: str) -> Rule:
+    """The rule for numbers of time groups that share the rows of a preset's iterations."""
+    shared = math.gcd(*PRESETS[preset].batch)
+    divisors = tuple(n for n in range(1, shared + 1) if shared % n == 0)
+    return Rule({"preset": one_of((preset,)), "batch": one_of((None,))}, {"groups_per_step": one_of(divisors)}, EVENLY)
+
+
 LEVELS = {"asymmetric": {}, "symmetric": dict(symmetric=True), "wide": dict(symmetric=True, wide=True)}
 RANGES = {
     **choosers.SEARCHED,
@@ -93,6 +102,7 @@ RANGES = {
 }
 MOMENTUM = 0.95  # of running averages of ranges
 
+EVENLY = "time groups share the rows of an iteration evenly"
 STAGES = ("temporal layer alignment", "critical module alignment")
 # How each of the two stages goes through the time groups. None: every iteration takes another group, in random order.
 # Visit: groups follow each other from the noisiest to the cleanest, and every visit has a new Adam for the scales.
@@ -173,6 +183,27 @@ class FinetuneRecipe:
     cosine: bool = True  # learning rates fall to zero over a stage
     seed: Seed = 0
 
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule({}, {"a": Valid(minimum=2, maximum=8)}, "QuEST tunes the scales of activations"),
+        Rule(
+            {"groups_per_step": Valid(minimum=2)},
+            {"schedule": one_of(("interleaved",))},
+            "the other schedules visit one time group after the other",
+        ),
+        Rule({"groups_per_step": Valid(minimum=2)}, {"batch": Valid(multipleOf="groups_per_step")}, EVENLY),
+        *map(divides_rows, PRESETS),
+        Rule(
+            {"dynamic": one_of(ROWS)},
+            {
+                "granularity": one_of((granularity,)),
+                "levels": one_of((levels,)),
+                "ranges": one_of((ranges,)),
+                "samples": one_of((samples,)),
+            },
+            "only static ranges have other values than the default",
+        ),
+    )
+
 
 def resolve(recipe: FinetuneRecipe, pipe, a: int) -> FinetuneRecipe:
     """The recipe with every value decided for one pipeline and `a` activation bits.
@@ -197,22 +228,6 @@ def resolve(recipe: FinetuneRecipe, pipe, a: int) -> FinetuneRecipe:
         lr_scale=recipe.lr_scale * multiplier,
         lr_temporal_scale=(recipe.lr_scale if temporal is None else temporal) * multiplier,
     )
-
-
-def check_combinations(recipe: FinetuneRecipe) -> None:
-    """Raise ValueError for keywords that contradict each other. recipe: what `resolve` returns."""
-    several = recipe.groups_per_step
-    if several > 1 and recipe.schedule != "interleaved":
-        raise ValueError(f"groups_per_step: {several} with schedule {recipe.schedule!r}; valid: 1, or 'interleaved'")
-    if uneven := [batch for batch in recipe.batch if batch % several]:
-        raise ValueError(f"groups_per_step: {several} does not divide the {uneven[0]} rows of an iteration (batch)")
-    if recipe.dynamic is not None:
-        for name in ("granularity", "levels", "ranges", "samples"):
-            value, default = getattr(recipe, name), getattr(FinetuneRecipe, name)
-            if value != default:
-                raise ValueError(
-                    f"{name}: {value!r} is of static ranges; dynamic={recipe.dynamic!r} has none; valid: {default!r}"
-                )
 
 
 def sizes(recipe, kind: str) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -262,10 +277,7 @@ def weights_and_biases(denoiser: nn.Module, tuned: dict[str, QuantLayer]) -> dic
 
 def quantize_and_finetune(pipe, calibration: CalibrationSet, w: int, a: int, recipe: FinetuneRecipe, learn: Callable):
     """QuEST with `learn(denoiser, tuned)` in place of `weights_and_biases`: it returns the parameters to learn."""
-    if a == FLOAT:
-        raise ValueError(f"bits w{w}a32: QuEST tunes the scales of activations; give them 2 to 8 bits")
     recipe, timesteps = resolve(recipe, pipe, a), calibration.timesteps
-    check_combinations(recipe)
     groups = TimeGroups(grouped(timesteps, recipe.time_groups or len(timesteps)))
     if recipe.schedule == "released":
         # All steps of a group share the scale of its noisiest step, which alone is calibrated and trained.

@@ -52,7 +52,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
       (released: absmax, groups of 64).
     - Dynamic activations have a scale for each token unless `group` is set (released: 64 channels), and zero points
       (released: signed, or unsigned after a shift). Products are quantized.
-    Raises ValueError for keywords that contradict each other, and FloatingPointError for inputs that are not finite.
+    Raises FloatingPointError for inputs that are not finite.
     """
     recipe = replace(recipe, dynamic=None) if recipe.dynamic == "static" else recipe
     student = swapped(pipe, calibration, w, a, recipe)

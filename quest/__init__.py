@@ -38,7 +38,7 @@ def quantize(pipe, method="quest-suite", bits: str = "w4a8", *, calibration=None
         raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
     function = method if callable(method) else METHODS[method].quantize
     w, a = parse_bits(bits)
-    check(function, recipe)
+    check(function, recipe, w, a)
     guards.check(pipe)
     if calibration is None or isinstance(calibration, list):
         calibration, model = draw(pipe, calibration)

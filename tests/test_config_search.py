@@ -45,6 +45,10 @@ def test_starting_points_are_those_of_every_seed_and_of_a_start_that_is_tried():
         ({"quest-suite": {"lr_weight": [1.0, 2.0]}}, ["begins with 1.0", "None"]),
         ({"quest-suite": {"lr_weight": [None, 2.0, 2.0]}}, ["lr_weight", "twice"]),
         ({"quest-suite": {"time_groups": [None, 3]}}, ["time_groups: 3 does not divide", "scenes-class"]),
+        (
+            {"quest-suite": {"groups_per_step": [None, 4], "schedule": [None, "sequential"]}},
+            ["methods.quest-suite.schedule: 'sequential' is not one of interleaved with groups_per_step=4"],
+        ),
         ({"quest-suite": {"init": ["adaround", "gptq"]}}, ["init", "'gptq' is no starting point"]),
         ({"quest-suite": {"lr_weight": [None]}}, ["search.methods.quest-suite.lr_weight", "what ships first"]),
         ({}, ["search.methods"]),

@@ -44,6 +44,7 @@ ROOMS = {
     "baselines": {
         "quest.quantization.header",
         "quest.runtime",
+        "quest.config",  # rules of keywords, which configs are checked by, too
         "quest.affine",
         "quest.diffusion",
         "quest.quantization",

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from quest.config.schema import ConfigError, check_against, one_of, read, schema_validators, weights_only
+from quest.config.rules import check_together
+from quest.config.schema import ConfigError, check_against, method_rules, one_of, read, schema_validators, weights_only
 from quest.runtime import memory
 
 FULL_PRECISION = ("fp", "w32a32")
@@ -184,29 +185,53 @@ def validate(config: dict) -> None:
             chain.append(start)
     if "ablations" in config:
         _check_ablations(config)
+    for name in [*config["methods"], *config.get("ablations", {}).get("rows", {})]:
+        _check_rules(config, name)
     cells = [cell for block in blocks.values() for cell in product(block["model"], block["method"], block["bits"])]
     for run in [*(Run(*cell) for cell in cells), *ablation_runs(config)]:
-        _check_time_groups(config, run, models[run.model])
+        _check_run(config, run, models[run.model])
     if "search" in config:
         from quest.config import searched
 
         _check_cells("search", {"model": [], "method": [], "bits": [config["search"]["bits"]]}, config)
         searched.check(config)
         for changed, run in searched.variants(config):
-            _check_time_groups(changed, run, models[run.model])
+            _check_run(changed, run, models[run.model])
 
 
-def _check_time_groups(config: dict, run: Run, model) -> None:
-    """Raise ConfigError where the time groups of a recipe do not divide the timesteps of the model."""
+def _check_run(config: dict, run: Run, model) -> None:
+    """Raise ConfigError where the recipe of a run does not suit its model or its bits."""
     steps, groups = model.steps, recipe_of(config, run.method)[1].get("time_groups")
     # Quadratic timesteps coincide at the end, so there are fewer than steps; the scheduler knows how many.
     if groups and steps % groups and model.sampler != "ddim-quadratic":
-        method = parts_of(run.method)[0]
-        key = "methods" if method in config["methods"] else "ablations.rows"
         valid = [number for number in range(1, steps + 1) if steps % number == 0]
         raise ConfigError(
-            f"{key}.{method}.time_groups: {groups} does not divide the {steps} steps of {run.model}; valid: {valid}"
+            f"{_key(config, run.method)}.time_groups: {groups} does not divide the {steps} steps of {run.model}; "
+            f"valid: {valid}"
         )
+    _check_rules(config, run.method, model, run.bits)
+
+
+def _check_rules(config: dict, method: str, model=None, bits: str | None = None) -> None:
+    """Raise ConfigError for keywords of a row that do not go together, on one model at its bits where these are set."""
+    registered, recipe = recipe_of(config, method)
+    if registered not in method_rules():
+        return
+    defaults, fixed, rules = method_rules()[registered]
+    values = dict(defaults)
+    if model is not None:
+        w, a = parse_bits(bits)
+        values |= model.settings(defaults.keys() - fixed, a) | {"w": w, "a": a}
+    try:
+        check_together(rules, values | recipe, recipe)
+    except ValueError as error:
+        raise ConfigError(f"{_key(config, method)}{': ' if str(error).startswith('bits ') else '.'}{error}") from None
+
+
+def _key(config: dict, method: str) -> str:
+    """Where the recipe of a row stands."""
+    name, *_ = parts_of(method)
+    return f"{'methods' if name in config['methods'] else 'ablations.rows'}.{name}"
 
 
 def _check_pairs(key: str, pairs: list) -> None:

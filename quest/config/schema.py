@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from quest.config.old_names import with_current_names
+from quest.config.rules import Rule, Valid
 from quest.runtime.files import one_line
 from quest.runtime.yaml_files import read_yaml
 
@@ -50,6 +51,20 @@ def _schema() -> dict:
 def weights_only() -> list[str]:
     """Names of the methods that quantize weights only. Read from the schema, because baselines need torch."""
     return _schema()["$defs"]["weights-only"]["enum"]
+
+
+@functools.cache
+def method_rules() -> dict[str, tuple[dict, frozenset[str], list[Rule]]]:
+    """For each method with rules: what their keywords are without a recipe, which of them its row fixes, the rules."""
+    found = {}
+    for block in _schema()["rules"]:
+        rules = [
+            Rule(*({n: Valid(**limits) for n, limits in rule[key].items()} for key in ("when", "valid")), rule["why"])
+            for rule in block["rules"]
+        ]
+        for name, about in block["methods"].items():
+            found[name] = (about["values"], frozenset(about["fixed"]), rules)
+    return found
 
 
 @functools.cache

@@ -53,9 +53,10 @@ def cell(config: dict, model: str, row: str, seed: int) -> Run:
 
 
 def variants(config: dict) -> Iterator[tuple[dict, Run]]:
-    """For each value that is tried on each model: the config with it, and the run."""
+    """For each value that is tried, and each trial, on each model: the config with it, and the run."""
     for row, space in config["search"]["methods"].items():
-        for changed in (with_changes(config, row, {name: v}) for name, values in space.items() for v in values):
+        for changes in [*({name: v} for name, values in space.items() for v in values), *trials(config, row)]:
+            changed = with_changes(config, row, changes)
             yield from ((changed, cell(config, model, row, 0)) for model in config["models"])
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
@@ -116,12 +116,18 @@ class Model:
     def recipe(self, method: Callable, activation_bits: int) -> dict:
         """Keyword arguments that the model sets for a method: those the method has and does not fix itself.
 
-        A config's recipe overrides them. The released activation ranges exist for 8 bits only; below 8 bits the
-        method's default, the MSE search, gives smaller errors.
+        A config's recipe overrides them.
+        """
+        return self.settings(set(signature(method).parameters) - set(getattr(method, "keywords", ())), activation_bits)
+
+    def settings(self, accepted: Collection[str], activation_bits: int) -> dict:
+        """The keyword arguments among `accepted` that the model sets.
+
+        The released activation ranges exist for 8 bits only; below 8 bits the method's default, the MSE search, gives
+        smaller errors.
         """
         names = ("keep", "softmax_bits", "time_groups", "selection", "guidance", "split")
         names += ("activation_ranges",) if activation_bits >= 8 else ()
-        accepted = set(signature(method).parameters) - set(getattr(method, "keywords", ()))
         values = {name: getattr(self, name) for name in names if name in accepted}
         if self.guidance_is_input and "guidance" in values:
             values["guidance"] = 1.0  # nothing is left to combine

@@ -70,8 +70,12 @@ def test_searched_clip_ratios_have_the_least_error_of_the_output(uncond_pipe, un
         ("dynamic", dict(dynamic="pixel"), "dynamic: 'pixel' is not one of tensor, token"),
         ("dynamic", dict(group=48), "group: 48 is not one of 64, 32, 16"),
         ("smoothquant", dict(group=48), "group: 48 is not one of 64, 32, 16"),
-        ("hadamard", dict(clip="searched"), "clip: of dynamic scales only"),
-        ("smoothquant", dict(dynamic="token", per_step=True), "per_step: of static ranges only"),
+        ("hadamard", dict(clip="searched"), "clip: 'searched' does not go with dynamic=None; clip ratios"),
+        (
+            "smoothquant",
+            dict(dynamic="token", per_step=True),
+            "per_step: True is not one of False with dynamic='token'; dynamic scales",
+        ),
     ],
 )
 def test_keywords_without_meaning_are_refused(method, recipe, said, uncond_pipe, uncond_calibration):

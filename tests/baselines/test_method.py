@@ -109,7 +109,7 @@ def test_schemas_of_annotations():
 )
 def test_keywords_out_of_bounds(given, said):
     with pytest.raises(ValueError, match=said):
-        check(quantize, given)
+        check(quantize, given, 4, 8)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -121,12 +121,12 @@ def test_every_number_of_a_method_has_bounds(name):
         rate = re.search(r"(^|_)lr($|_)", key) and key != "lr_zero_point"  # zero leaves zero points as they are
         for value in (math.nan, math.inf, -math.inf, -1, *([0] if rate else [])):
             with pytest.raises(ValueError, match=f"^{key}: "):
-                check(function, {key: value})
+                check(function, {key: value}, 4, 8)
 
 
 def test_keywords_within_bounds_and_of_functions_without_any():
-    check(quantize, {"strength": 1e-9, "kind": "hard", "axis": None, "rows": None, "bits": 16, "unknown": 0})
-    check(lambda pipe, calibration, w, a, *, rows=1: pipe, {"rows": 0})
+    check(quantize, {"strength": 1e-9, "kind": "hard", "axis": None, "rows": None, "bits": 16, "unknown": 0}, 4, 8)
+    check(lambda pipe, calibration, w, a, *, rows=1: pipe, {"rows": 0}, 4, 8)
 
 
 def test_variants_are_rows_that_differ_in_some_fields():

@@ -96,11 +96,14 @@ def test_divergence_names_stage_and_iteration(uncond_pipe, uncond_calibration):
     [
         (dict(selection="ldm"), "selection.*lsun, imagenet, sd"),
         (dict(time_groups=4), "time_groups.*valid: "),
-        (dict(groups_per_step=3, batch=16), "groups_per_step: 3 does not divide the 16 rows"),
-        (dict(groups_per_step=2, schedule="sequential"), "groups_per_step: 2 with schedule 'sequential'; valid"),
+        (dict(groups_per_step=3, batch=16), "batch: 16 is no multiple of 3 with groups_per_step=3; time groups share"),
+        (
+            dict(groups_per_step=2, schedule="sequential"),
+            "schedule: 'sequential' is not one of interleaved with groups_per_step=2",
+        ),
         (
             dict(dynamic="token", granularity="released"),
-            "granularity: 'released' is of static ranges; dynamic='token' has none; valid",
+            "granularity: 'released' is not one of tensor with dynamic='token'; only static ranges",
         ),
     ],
 )

@@ -36,7 +36,7 @@ def texts() -> dict[Path, str]:
 
 
 def schema(methods) -> str:
-    """Return the $defs of the schema: the methods that quantize weights only, and the keywords of each method."""
+    """Return the end of the schema: methods that quantize weights only, keywords of each method, and their rules."""
     from baselines import method
 
     weights_only = [row.name for row in methods if row.weights_only]
@@ -53,7 +53,35 @@ def schema(methods) -> str:
         lines.append(f"      {row.name}: {{type: object, additionalProperties: false, properties: {{")
         lines += [keywords + "}}"] if keywords else []
         lines[-1] += "" if keywords else "}}"
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *rules(methods), ""])
+
+
+def rules(methods) -> list[str]:
+    """Return the lines of the schema with the rules of keywords, and what these keywords are without a recipe.
+
+    fixed: keywords that define the row, which a model's protocol leaves as they are.
+    """
+    from baselines import method
+
+    rows: dict[tuple, list] = {}  # rules -> the methods that have them
+    for row in methods:
+        if found := method.rules_of(row.function):
+            rows.setdefault(tuple(map(_rule, found)), []).append((row, {n for rule in found for n in rule.keywords}))
+    lines = ["rules:"]
+    for found, having in rows.items():
+        lines.append("  - methods:")
+        for row, names in having:
+            defaults = {n: p.default for n, p in method.keywords(row.quantize).items() if n in names}
+            about = {"values": defaults, "fixed": [n for n in row.fixed if n in names]}
+            lines.append(f"      {row.name}: {_flow(about)}")
+        lines += ["    rules:", *(f"      - {rule}" for rule in found)]
+    return lines
+
+
+def _rule(rule) -> str:
+    """Return a rule as one line of YAML."""
+    parts = {key: {n: valid.limits for n, valid in getattr(rule, key).items()} for key in ("when", "valid")}
+    return _flow(parts | {"why": rule.why})
 
 
 def grid(methods) -> str:
