@@ -94,7 +94,9 @@ def test_snakemake_accepts_its_command_lines():
 
     files = [ROOT / "Snakefile", *ROOT.glob("workflow/rules/*.smk")]
     rules = {
-        name for file in files for name in re.findall(r"^rule (\w+):", file.read_text(encoding="utf-8"), re.MULTILINE)
+        name
+        for file in files
+        for name in re.findall(r"^(?:use rule \w+ as|rule) (\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
     }
     for line, place in SNAKEMAKE.items():
         _, given = parse_args(list(line))

@@ -23,28 +23,22 @@ rule ablations:
 
 
 # Not part of `all`. The paper's tables, with the cells of the grid and with the ablations that have already run.
-rule paper_tables:
+use rule tables as paper_tables with:
     input:
         script=project("workflow/scripts/tables.py"),
         published=project("resources/published.csv"),
-        metrics=files_of(RUNS),
-        ablations=ablations_run,
+        metrics=lambda wc: files_of(RUNS) + ablations_run(wc),
     output:
         expand("results/{name}/tables/{table}", name=NAME, table=PAPER_TABLES),
     log:
         f"results/{NAME}/tables/paper_tables.log",
-    conda:
-        "../../environment.yml"
-    resources:
-        **needs(1000, 10),
     params:
+        kind="paper",
         folder=subpath(output[0], parent=True),
-    shell:
-        "python -m workflow.scripts.tables {input.metrics:q} {input.ablations:q} --kind paper -o {params.folder:q} > {log:q} 2>&1"
 
 
 # Not part of `all`. Models with the outlier dial at 1, 4 and 16: workflow/config/outliers.yaml.
-rule outliers:
+use rule tables as outliers with:
     input:
         script=project("workflow/scripts/tables.py"),
         metrics=files_of(RUNS),
@@ -53,11 +47,6 @@ rule outliers:
         shown_tables("outliers.csv", "outliers.md"),
     log:
         f"results/{NAME}/tables/outliers.log",
-    conda:
-        "../../environment.yml"
-    resources:
-        **needs(1000, 10),
     params:
+        kind="outliers",
         folder=subpath(output[0], parent=True),
-    shell:
-        "python -m workflow.scripts.tables {input.metrics:q} --kind outliers -o {params.folder:q} > {log:q} 2>&1"

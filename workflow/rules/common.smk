@@ -64,7 +64,8 @@ QUESTION_RUNS = [
     Run(QUESTIONS["model"], f"quest-suite@{seed}", QUESTIONS["bits"]) for seed in range(1, QAT_SEEDS) if QUESTIONS
 ]
 STARTING_POINTS = (
-    starting_points(config, RUNS + SEED_RUNS + ABLATION_RUNS + SETTLE_RUNS + LOTTERY_RUNS + QUESTION_RUNS) + SEARCH_STARTS
+    starting_points(config, RUNS + SEED_RUNS + ABLATION_RUNS + SETTLE_RUNS + LOTTERY_RUNS + QUESTION_RUNS)
+    + SEARCH_STARTS
 )
 METHODS = [*config["methods"], *config.get("ablations", {}).get("rows", {})]
 DEVICE = config.get("device", "cpu")

@@ -2,7 +2,7 @@
 # floors that it measures, where it has run: a difference below the floor is no verdict.
 
 
-rule nulls:
+use rule tables as nulls with:
     input:
         script=project("workflow/scripts/tables.py"),
         metrics=files_of(Run(model, null, "w32a32") for model in config["models"] for null in NULLS),
@@ -10,12 +10,6 @@ rule nulls:
         shown_tables("nulls.csv", "nulls.md"),
     log:
         f"results/{NAME}/tables/nulls.log",
-    localrule: True
-    conda:
-        "../../environment.yml"
-    resources:
-        **needs(1000, 10),
     params:
+        kind="nulls",
         folder=subpath(output[0], parent=True),
-    shell:
-        "python -m workflow.scripts.tables {input.metrics:q} --kind nulls -o {params.folder:q} > {log:q} 2>&1"

@@ -2,6 +2,9 @@
 # it starts from the calibration sets and checkpoints of the grid.
 
 PROPERTIES = ["activations", "activation_changes", "temporal", "time_ranges", "embeddings", "sensitivity"]
+# What is measured on every model, and the checkpoints that it takes, as functions of the wildcards.
+FINETUNED = {"finetuned": question_file("model.safetensors")}
+MEASURED = {"activations": {"init": question_init} | FINETUNED, "temporal": FINETUNED, "sensitivity": {}}
 PROPERTY_FIGURES = ["activations", "imbalance", "temporal", "sensitivity"]
 # Variants of finetuning: {variant: (keyword arguments of QuEST, further arguments of workflow.scripts.tuning)}.
 GLOBAL = {"local_tla": False, "local_cma": False}
@@ -33,68 +36,29 @@ rule questions:
         expand("results/{name}/questions/figures/{figure}.png", name=NAME, figure=PROPERTY_FIGURES),
 
 
-rule activations:
+rule measure_property:
     input:
-        script=project("workflow/scripts/activations.py"),
+        unpack(lambda wc: {key: file(wc) for key, file in MEASURED[wc.property].items()}),
+        script=lambda wc: project(f"workflow/scripts/{wc.property}.py"),
         calibration="results/{name}/{model}/calibration.safetensors",
         evaluation="results/{name}/{model}/evaluation.safetensors",
-        init=question_init,
-        finetuned=question_file("model.safetensors"),
     output:
-        "results/{name}/questions/{model}/activations.json",
+        "results/{name}/questions/{model}/{property}.json",
     log:
-        "results/{name}/questions/{model}/activations.log",
+        "results/{name}/questions/{model}/{property}.log",
+    wildcard_constraints:
+        property="|".join(MEASURED),
     conda:
         "../../environment.yml"
     resources:
         **needs((3000, 64000), (30, 720)),
     params:
         bits=QUESTIONS.get("bits"),
+        checkpoints=lambda wc, input: [word for key in MEASURED[wc.property] for word in (f"--{key}", input[key])],
     shell:
-        "python -m workflow.scripts.activations {wildcards.model:q} {params.bits:q} --calibration {input.calibration:q}"
-        " --evaluation {input.evaluation:q} --init {input.init:q} --finetuned {input.finetuned:q} --threads {threads:q}"
+        "python -m workflow.scripts.{wildcards.property:q} {wildcards.model:q} {params.bits:q}"
+        " --calibration {input.calibration:q} --evaluation {input.evaluation:q} {params.checkpoints:q} --threads {threads:q}"
         " -o {output:q} > {log:q} 2>&1"
-
-
-rule temporal:
-    input:
-        script=project("workflow/scripts/temporal.py"),
-        calibration="results/{name}/{model}/calibration.safetensors",
-        evaluation="results/{name}/{model}/evaluation.safetensors",
-        finetuned=question_file("model.safetensors"),
-    output:
-        "results/{name}/questions/{model}/temporal.json",
-    log:
-        "results/{name}/questions/{model}/temporal.log",
-    conda:
-        "../../environment.yml"
-    resources:
-        **needs((3000, 64000), (30, 720)),
-    params:
-        bits=QUESTIONS.get("bits"),
-    shell:
-        "python -m workflow.scripts.temporal {wildcards.model:q} {params.bits:q} --calibration {input.calibration:q}"
-        " --evaluation {input.evaluation:q} --finetuned {input.finetuned:q} --threads {threads:q} -o {output:q} > {log:q} 2>&1"
-
-
-rule sensitivity:
-    input:
-        script=project("workflow/scripts/sensitivity.py"),
-        calibration="results/{name}/{model}/calibration.safetensors",
-        evaluation="results/{name}/{model}/evaluation.safetensors",
-    output:
-        "results/{name}/questions/{model}/sensitivity.json",
-    log:
-        "results/{name}/questions/{model}/sensitivity.log",
-    conda:
-        "../../environment.yml"
-    resources:
-        **needs((3000, 64000), (30, 720)),
-    params:
-        bits=QUESTIONS.get("bits"),
-    shell:
-        "python -m workflow.scripts.sensitivity {wildcards.model:q} {params.bits:q} --calibration {input.calibration:q}"
-        " --evaluation {input.evaluation:q} --threads {threads:q} -o {output:q} > {log:q} 2>&1"
 
 
 rule properties:

@@ -16,9 +16,10 @@ rule tables:
     resources:
         **needs(1000, 10),
     params:
+        kind="main",
         folder=subpath(output[0], parent=True),
     shell:
-        "python -m workflow.scripts.tables {input.metrics:q} -o {params.folder:q} > {log:q} 2>&1"
+        "python -m workflow.scripts.tables {input.metrics:q} --kind {params.kind:q} -o {params.folder:q} > {log:q} 2>&1"
 
 
 # Not part of `all`; its inputs are results of `all`. Results of optional targets, such as `snakemake seeds`, are shown
@@ -72,7 +73,7 @@ rule crate:
 
 
 # Not part of `all`. Quantizes and samples again with other calibration draws.
-rule seeds:
+use rule tables as seeds with:
     input:
         script=project("workflow/scripts/tables.py"),
         metrics=files_of(seeds_and_full_precision()),
@@ -81,15 +82,9 @@ rule seeds:
         shown_tables("seeds.csv", "seeds.md"),
     log:
         f"results/{NAME}/tables/seeds.log",
-    localrule: True
-    conda:
-        "../../environment.yml"
-    resources:
-        **needs(1000, 10),
     params:
+        kind="seeds",
         folder=subpath(output[0], parent=True),
-    shell:
-        "python -m workflow.scripts.tables {input.metrics:q} --kind seeds -o {params.folder:q} > {log:q} 2>&1"
 
 
 rule curves:
