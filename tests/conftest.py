@@ -16,13 +16,19 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from diffusers.models.attention_processor import Attention
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from quest.affine import FLOAT, QuantSpec
 from quest.diffusion.models import Model
 from quest.diffusion.pipelines import ClassEmbedder, LatentDiffusionPipeline
+from quest.quantization import cost
 from quest.quantization import header as headers
+from quest.quantization.layer_names import layer_bits
+from quest.quantization.layers import quant_layers
 
 torch.set_num_threads(1)
 
@@ -38,6 +44,40 @@ def write_checkpoint():
         save_file({"x": torch.zeros(1)}, path, {"quest": json.dumps(headers.sealed(empty | told))})
 
     return write
+
+
+@pytest.fixture(scope="session")
+def undeclared():
+    """A function that lists what in a denoiser has other bits than w, a and `keep` say: "name: bits, not bits".
+
+    A Linear, Conv2d or attention that is not quantized at all is in the list too. Weights whose output channels have
+    bits of their own are right if their mean over all such layers is at most w.
+    """
+
+    def attention_bits(attention):
+        q, k, v, p = (getattr(getattr(attention.processor, n, None), "spec", QuantSpec(FLOAT)).bits for n in "qkvp")
+        return max(q, k, v), p
+
+    def wrong(denoiser, w, a, keep, softmax_bits=8):
+        layers, (mean, mixed) = dict(quant_layers(denoiser)), cost.mixed_bits(denoiser)
+        found = [f"bits of each output channel: {mean:.3f} on average, not {w}"] if mixed and mean > w else []
+        for name, module in denoiser.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                whole = name.removesuffix(".hidden").removesuffix(".skip")  # of a split convolution
+                bits, expected = (FLOAT, FLOAT), layer_bits(whole, w, a, keep)
+                if layer := layers.get(name):
+                    activation = layer.output_quantizer or layer.input_quantizer
+                    bits = (expected[0] if name in mixed else layer.weight_quantizer.spec.bits, activation.spec.bits)
+            elif isinstance(module, Attention):
+                name = f"{name}.processor"
+                bits, expected = attention_bits(module), layer_bits(name, a, max(softmax_bits, a), keep)
+            else:
+                continue
+            if bits != expected:
+                found.append(f"{name}: {bits}, not {expected}")
+        return found
+
+    return wrong
 
 
 def pytest_addoption(parser):

@@ -15,7 +15,7 @@ from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import hooked
 from quest.quantization import packing
-from quest.quantization.layer_names import Keep, layer_bits, layer_class
+from quest.quantization.layer_names import layer_class
 from quest.quantization.layers import QuantLayer, attentions, input_quantizers, quant_layers
 from quest.quantization.overhead import overhead
 from quest.quantization.quantizer import Quantizer
@@ -172,31 +172,6 @@ def footprint(denoiser: nn.Module, work: dict[str, int]) -> dict[str, float]:
         "bytes": size,
         "effective_bits": 8 * size / count,
     }
-
-
-def undeclared(denoiser: nn.Module, w: int, a: int, keep: Keep, softmax_bits: int = 8) -> list[str]:
-    """List layers and attention products whose bits differ from w, a and `keep`, each as "name: bits, not bits".
-
-    A Linear, Conv2d or attention that is not quantized at all is in the list too. Weights whose output channels have
-    bits of their own are right if their mean over all such layers is at most w.
-    """
-    found = {n: _bits(m) for n, m in quant_layers(denoiser)}
-    mean, mixed = mixed_bits(denoiser)
-    wrong = [f"bits of each output channel: {mean:.3f} on average, not {w}"] if mixed and mean > w else []
-    for name, module in denoiser.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            whole = name.removesuffix(".hidden").removesuffix(".skip")  # of a split convolution
-            bits, expected = found.get(name, (FLOAT, FLOAT)), layer_bits(whole, w, a, keep)
-            bits = (expected[0], bits[1]) if name in mixed else bits
-        elif isinstance(module, Attention):
-            name = f"{name}.processor"
-            bits = _attention_bits(module)
-            expected = layer_bits(name, a, max(softmax_bits, a), keep)
-        else:
-            continue
-        if bits != expected:
-            wrong.append(f"{name}: {bits}, not {expected}")
-    return wrong
 
 
 def mixed_bits(denoiser: nn.Module) -> tuple[float, dict[str, QuantLayer]]:

@@ -14,7 +14,6 @@ import quest
 from baselines import METHODS, MODULES
 from baselines.method import Bits, Count, Method, Paper, Positive, Valid, check, keywords, one_of, schema, takes
 from quest.config import weights_only
-from quest.quantization import cost
 from quest.quantization.layer_names import KEEP, Keep
 from workflow.scripts import generate
 
@@ -139,7 +138,7 @@ def test_variants_are_rows_that_differ_in_some_fields():
     assert released.description == "A method. Here: rows = 5."
 
 
-def test_the_example_of_contributing_is_a_method(uncond_pipe, uncond_calibration):
+def test_the_example_of_contributing_is_a_method(uncond_pipe, uncond_calibration, undeclared):
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     namespace = {"__name__": "foo"}
     exec(textwrap.dedent(re.search(r"```python\n(.*?)```", text, re.S)[1]), namespace)
@@ -147,7 +146,7 @@ def test_the_example_of_contributing_is_a_method(uncond_pipe, uncond_calibration
     assert foo.name == "foo" and schema(keywords(foo.function)["power"])["maximum"] == 8
     q = quest.quantize(uncond_pipe, foo.quantize, "w4a8", calibration=uncond_calibration, samples=4, power=3.0)
     assert q.unet.quantization["method"] == "foo.quantize" and q.unet.quantization["recipe"]["power"] == 3
-    assert cost.undeclared(q.unet, 4, 8, foo.keeps) == []
+    assert undeclared(q.unet, 4, 8, foo.keeps) == []
     with pytest.raises(ValueError, match="power: 9 is out of bounds; valid: 1 to 8"):
         quest.quantize(uncond_pipe, foo.quantize, "w4a8", calibration=uncond_calibration, power=9)
 

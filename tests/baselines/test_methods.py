@@ -21,7 +21,7 @@ from quest.diffusion.sampling import arguments, timesteps
 from quest.kernels import reference
 from quest.metrics.noise_prediction import eps_error
 from quest.planning import costs, plan
-from quest.quantization import checkpoint, cost
+from quest.quantization import checkpoint
 from quest.quantization.layer_names import KEEP
 from quest.quantization.layers import input_quantizers, is_quantized, quant_layers
 
@@ -104,9 +104,9 @@ def test_the_given_pipeline_is_as_it_was(cell):
 
 
 @pytest.mark.parametrize("bits", ["w4a8", "w8a8"])
-def test_everything_is_quantized_but_what_is_declared(cell, bits):
+def test_everything_is_quantized_but_what_is_declared(cell, bits, undeclared):
     w, a = int(bits[1]), int(bits[3])
-    assert cost.undeclared(cell.made[bits].unet, w, a, METHODS[cell.method].keeps) == []
+    assert undeclared(cell.made[bits].unet, w, a, METHODS[cell.method].keeps) == []
 
 
 def test_size_is_that_of_the_file(cell):
@@ -240,13 +240,13 @@ def test_what_is_declared_belongs_to_a_row_as_released():
     assert len(kept) == 5 and all(name.endswith(("-as-released", "-official")) for name in kept)
 
 
-def test_a_layer_left_in_float_is_found(tiny):
+def test_a_layer_left_in_float_is_found(tiny, undeclared):
     """The check of declared exceptions can fail: one layer put back in float, and one of too many bits."""
     pipe, _, calibration = tiny("uncond")
     q = quest.quantize(pipe, "rtn", "w4a8", calibration=calibration)
     q.unet.time_embedding.linear_1 = copy.deepcopy(pipe.unet.time_embedding.linear_1)
-    assert cost.undeclared(q.unet, 4, 8, KEEP) == ["time_embedding.linear_1: (32, 32), not (4, 8)"]
-    assert cost.undeclared(q.unet, 4, 4, KEEP | {"time_embedding.linear_1": 32})
+    assert undeclared(q.unet, 4, 8, KEEP) == ["time_embedding.linear_1: (32, 32), not (4, 8)"]
+    assert undeclared(q.unet, 4, 4, KEEP | {"time_embedding.linear_1": 32})
 
 
 @pytest.mark.parametrize("bits", ["W4A4", "w4", "4/8", ""])

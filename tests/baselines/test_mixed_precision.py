@@ -98,7 +98,7 @@ def test_layers_have_bits_of_their_own(uncond_pipe, uncond_calibration):
     assert 3.2 < mean <= 3.5 and all(len(set(one)) == 1 for one in widths) and len({one[0] for one in widths}) > 1
 
 
-def test_the_budget_holds_in_the_file_and_in_the_counts(class_pipe, class_calibration, tmp_path):
+def test_the_budget_holds_in_the_file_and_in_the_counts(class_pipe, class_calibration, tmp_path, undeclared):
     own = quest.quantize(class_pipe, "mixed-precision", "w4a8", calibration=class_calibration, budget=3.5, **QUICK)
     mean, mixed = cost.mixed_bits(own.unet)
     assert 3.4 < mean <= 3.5 and "conv_in" not in mixed and len(mixed) == len(list(quant_layers(own.unet))) - 2
@@ -118,8 +118,8 @@ def test_the_budget_holds_in_the_file_and_in_the_counts(class_pipe, class_calibr
         assert loaded.unet.get_submodule(name).qweight.equal(layer.qweight)
     if core.available():
         assert not loaded.unet.placement.refused  # sums of whole numbers, whatever their bits
-    assert cost.undeclared(own.unet, 4, 8, {"conv_in": 8, "conv_out": 8}) == []
-    assert cost.undeclared(own.unet, 3, 8, {"conv_in": 8, "conv_out": 8})[0].startswith("bits of each output channel")
+    assert undeclared(own.unet, 4, 8, {"conv_in": 8, "conv_out": 8}) == []
+    assert undeclared(own.unet, 3, 8, {"conv_in": 8, "conv_out": 8})[0].startswith("bits of each output channel")
     found = header.read(path)
     name = next(iter(mixed))
     digits = found["layers"][name][0]["widths"]

@@ -82,14 +82,14 @@ def test_bit_operations_are_of_the_operands_that_are_multiplied(kept, class_pipe
     assert found["effective_bits"] == 8 * found["bytes"] / found["parameters"]
 
 
-def test_undeclared(kept, class_pipe):
+def test_undeclared(kept, class_pipe, undeclared):
     denoiser, keep = kept
-    assert cost.undeclared(denoiser, 4, 4, keep) == []
-    said = cost.undeclared(denoiser, 4, 4, {"conv_in": 8, "*.processor": [8, 32]})
+    assert undeclared(denoiser, 4, 4, keep) == []
+    said = undeclared(denoiser, 4, 4, {"conv_in": 8, "*.processor": [8, 32]})
     assert said and all("conv_shortcut: (32, 32), not (4, 4)" in line for line in said)
-    assert any(".processor: (8, 32), not (4, 8)" in line for line in cost.undeclared(denoiser, 4, 4, {"conv_in": 8}))
+    assert any(".processor: (8, 32), not (4, 8)" in line for line in undeclared(denoiser, 4, 4, {"conv_in": 8}))
     # A float denoiser lacks everything, its attention products included.
-    float_lines = cost.undeclared(class_pipe.unet, 4, 4, {})
+    float_lines = undeclared(class_pipe.unet, 4, 4, {})
     assert any(line.startswith("conv_in") for line in float_lines)
     assert any(".processor: (32, 32), not (4, 8)" in line for line in float_lines)
 

@@ -7,7 +7,6 @@ import torch
 import quest
 from quest.diffusion.calibration_set import collect
 from quest.properties.sensitivity import parts
-from quest.quantization.cost import undeclared
 from quest.quantization.layer_names import KEEP
 from quest.zoo import signals, train_signals
 
@@ -38,7 +37,7 @@ def test_the_command_trains_into_the_file_that_it_is_given(tmp_path, monkeypatch
     assert out.is_file()
 
 
-def test_a_trained_denoiser_is_quantized_like_any_other(tmp_path):
+def test_a_trained_denoiser_is_quantized_like_any_other(tmp_path, undeclared):
     train_signals.train(tmp_path / "signals.safetensors", iterations=2, batch=4, examples=8)
     model = train_signals.model(tmp_path / "signals.safetensors")
     pipe = model.load()
