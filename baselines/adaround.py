@@ -25,6 +25,7 @@ from baselines.method import Count, Iterations, Method, Positive, Seed, one_of, 
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
+from quest.learning.adam import Descent
 from quest.learning.reconstruction import CHECK, reconstruct_weights
 from quest.quantization import ranges
 from quest.quantization.layer_names import Keep
@@ -47,11 +48,10 @@ class Preset:
     nearest_from: int = FLOAT  # layers with at least so many weight bits are rounded to nearest
     weight_lr: float | None = None  # of the rounding; default: TRAVEL / weight_iterations
 
-    @property
-    def rounding(self) -> dict[str, float]:
-        """Keywords of the loop that learns the rounding, of at least one iteration."""
+    def rounding(self, generator: torch.Generator) -> Descent:
+        """How the rounding is learned, in at least one iteration."""
         lr = TRAVEL / self.weight_iterations if self.weight_lr is None else self.weight_lr
-        return {"iterations": self.weight_iterations, "batch": self.batch, "lr": lr}
+        return Descent(self.weight_iterations, self.batch, lr, generator)
 
 
 PRESETS = {
@@ -146,14 +146,8 @@ def round_weights(student, pipe, drawn: CalibrationSet, recipe: RoundingRecipe) 
             learned_layers.append(name)
     if not learned_layers or not preset.weight_iterations:
         return
-    reconstruct_weights(
-        denoiser_of(student),
-        denoiser_of(pipe),
-        drawn,
-        **preset.rounding,
-        only=learned_layers,
-        generator=torch.Generator().manual_seed(recipe.seed),
-    )
+    descent = preset.rounding(torch.Generator().manual_seed(recipe.seed))
+    reconstruct_weights(denoiser_of(student), denoiser_of(pipe), drawn, descent, learned_layers)
 
 
 def uniform_rows(recipe, model, trajectories: int) -> int:

@@ -27,6 +27,7 @@ from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, R
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
+from quest.learning.adam import Descent
 from quest.learning.calibrate import calibrate
 from quest.learning.scaling import STAGE, STARTS, learn_scaling
 from quest.quantization import ranges
@@ -72,16 +73,9 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     student = swap(pipe, w, a, keep=recipe.keep, softmax_bits=recipe.softmax_bits, groups=groups, splits=parts)
     denoiser = denoiser_of(student)
     if iterations := scaling_iterations(recipe):
-        learn_scaling(
-            denoiser,
-            drawn,
-            train_timesteps=pipe.scheduler.config.num_train_timesteps,
-            iterations=iterations,
-            batch=preset_of(recipe).batch,
-            lr=TRAVEL / iterations,
-            start=recipe.start,
-            generator=torch.Generator().manual_seed(recipe.seed),
-        )
+        generator = torch.Generator().manual_seed(recipe.seed)
+        descent = Descent(iterations, preset_of(recipe).batch, TRAVEL / iterations, generator)
+        learn_scaling(denoiser, drawn, pipe.scheduler.config.num_train_timesteps, descent, recipe.start)
     round_weights(student, pipe, drawn, recipe)
     set_tables(denoiser, calibration, recipe)
     return student
@@ -122,9 +116,7 @@ def work(recipe, w: int, model, trajectories: int) -> Counter:
 
 def scale_all(student, pipe, calibration: CalibrationSet, model, iterations: int, batch: int) -> None:
     """The step of scaling that is measured."""
-    generator = torch.Generator().manual_seed(0)
-    common = dict(iterations=iterations, batch=batch, lr=0.0, train_timesteps=1000, generator=generator)
-    learn_scaling(student, calibration, **common)
+    learn_scaling(student, calibration, 1000, Descent(iterations, batch, 0.0, torch.Generator().manual_seed(0)))
 
 
 METHOD = Method(

@@ -20,6 +20,7 @@ from baselines.adaround import SplitRecipe, preset_of, round_weights, rounding_w
 from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Rule, Valid, one_of, takes
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
+from quest.learning.adam import Descent
 from quest.learning.calibrate import calibrate, calibrating, choosing, observe, running, static_rows
 from quest.learning.reconstruction import CHECK, reconstruct_activations
 from quest.learning.units import chunk_rows
@@ -106,15 +107,9 @@ def common_stack(
     )
     preset = preset_of(recipe)
     if preset.activation_iterations:
-        reconstruct_activations(
-            denoiser_of(student),
-            denoiser_of(pipe),
-            drawn,
-            iterations=preset.activation_iterations,
-            batch=preset.batch,
-            lr=preset.activation_lr,
-            generator=torch.Generator().manual_seed(recipe.seed),
-        )
+        generator = torch.Generator().manual_seed(recipe.seed)
+        descent = Descent(preset.activation_iterations, preset.batch, preset.activation_lr, generator)
+        reconstruct_activations(denoiser_of(student), denoiser_of(pipe), drawn, descent)
     return student
 
 

@@ -108,14 +108,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     others = [n for n in learned_layers if n not in block.layers]
     if recipe.init is None and others and preset.weight_iterations:
         drawn = uniform(calibration, recipe.rows, recipe.seed)
-        reconstruct_weights(
-            denoiser,
-            denoiser_of(pipe),
-            drawn,
-            **preset.rounding,
-            only=others,
-            generator=generator,
-        )
+        reconstruct_weights(denoiser, denoiser_of(pipe), drawn, preset.rounding(generator), others)
     freeze(denoiser)
     samples = recipe.samples or (64 if everywhere else static_rows(a))
     calibrate(denoiser, calibration, ranges.mse_zero_point, samples=samples, seed=recipe.seed)
@@ -150,8 +143,7 @@ def reconstruct(
             lambda rows: block(t[rows]),
             lambda rows: target[rows],
             len(t),
-            **preset.rounding,
-            generator=generator,
+            preset.rounding(generator),
         )
     learned = [layer.weight for layer in layers.values()]
     cost.record(denoiser, "temporal information block", learned, preset.weight_iterations, preset.batch)

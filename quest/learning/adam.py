@@ -1,6 +1,7 @@
 """Adam (arXiv:1412.6980) for loops of many short iterations, where torch.optim's Python takes a tenth of the time."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,24 @@ BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim's
 def half_cosine(iteration: int, iterations: int) -> float:
     """The factor of a learning rate that falls from 1 to 0."""
     return 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How something is learned: that many iterations, each on a mini-batch drawn anew."""
+
+    iterations: int
+    batch: int  # rows of a mini-batch
+    lr: float
+    generator: torch.Generator
+
+    def rows(self, n: int) -> Tensor:
+        """The next mini-batch of n rows."""
+        return torch.randperm(n, generator=self.generator, device="cpu")[: self.batch]
+
+    def falling(self, iteration: int) -> float:
+        """The learning rate of this iteration where it falls to zero as a cosine."""
+        return self.lr * half_cosine(iteration, self.iterations)
 
 
 class Adam:

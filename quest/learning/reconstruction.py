@@ -10,7 +10,9 @@ only the tensors that the pass itself keeps alive (its skip connections) are in 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import changed, overridden
-from quest.learning.adam import Adam, half_cosine
+from quest.learning.adam import Adam, Descent
 from quest.learning.rounding import Rounding, beta
 from quest.learning.units import CHUNK, Unit, call_modules, chunked, fill, side_by_side, walk
 from quest.quantization import cost
@@ -38,12 +40,8 @@ def reconstruct_weights(
     student: nn.Module,
     teacher: nn.Module,
     calibration: CalibrationSet,
-    *,
-    iterations: int,
-    batch: int,
-    lr: float,
+    descent: Descent,
     only: Collection[str] | None = None,
-    generator: torch.Generator,
 ) -> dict[str, tuple[float, float]]:
     """Learn the rounding of all weights by AdaRound, unit by unit; they end as plain QuantLayers' (`rounding.fold`).
 
@@ -87,13 +85,10 @@ def reconstruct_weights(
                     lambda r: unit.arrange(call(list(forwards.values()), r + n), len(r)),
                     lambda r: unit.arrange(side_by_side(exact, r, n, device), len(r)),
                     n,
-                    iterations=iterations,
-                    batch=batch,
-                    lr=lr,
-                    generator=generator,
-                    chunk=waiting.chunk,
+                    descent,
+                    waiting.chunk,
                 ),
-                generator,
+                descent.generator,
             )
             learned.extend(layer.weight for layer in layers.values())
             for layer in layers.values():
@@ -105,19 +100,12 @@ def reconstruct_weights(
     doubled = torch.arange(n, device="cpu").repeat(2)
     with float_activations(input_quantizers(student).values()), frozen(student):
         walk(student, calibration, doubled, visit, "AdaRound", waiting)
-    cost.record(student, "AdaRound", learned, iterations, batch)
+    cost.record(student, "AdaRound", learned, descent.iterations, descent.batch)
     return errors
 
 
 def reconstruct_activations(
-    student: nn.Module,
-    teacher: nn.Module,
-    calibration: CalibrationSet,
-    *,
-    iterations: int,
-    batch: int,
-    lr: float,
-    generator: torch.Generator,
+    student: nn.Module, teacher: nn.Module, calibration: CalibrationSet, descent: Descent
 ) -> dict[str, tuple[float, float]]:
     """Learn the steps of the activation quantizers, unit by unit; weights and zero points stay (arXiv:2302.04304).
 
@@ -132,7 +120,8 @@ def reconstruct_activations(
     everything = torch.arange(n, device="cpu")
     groups = getattr(student, "time_groups", None)
     parts = [everything] if groups is None else groups.rows(calibration.timestep)
-    shares = [iterations * (g + 1) // len(parts) - iterations * g // len(parts) for g in range(len(parts))]
+    ends = [descent.iterations * g // len(parts) for g in range(len(parts) + 1)]
+    shares = [end - start for start, end in pairwise(ends)]
     errors: dict[str, tuple[float, float]] = {}
     learned: list[Tensor] = []
 
@@ -155,23 +144,20 @@ def reconstruct_activations(
                     lambda r, own=own: unit.arrange(call(list(forwards.values()), own[r]), len(r)),
                     lambda r, own=own: unit.arrange(side_by_side(outputs, own[r], n, device), len(r)),
                     len(own),
-                    iterations=share,
-                    batch=batch,
-                    lr=lr,
-                    generator=generator,
-                    chunk=waiting.chunk,
+                    replace(descent, iterations=share),
+                    waiting.chunk,
                 )
                 scales = {name: q.scale for name, q in quantizers.items()}
                 kept = f"activation-steps-{unit.name}" + (f"-{g}" if groups is not None else "")
                 with nullcontext() if groups is None else groups.inside(groups.starts[g]):
-                    found.append(part(kept, lambda scales=scales: scales, learning_steps, generator))
+                    found.append(part(kept, lambda scales=scales: scales, learning_steps, descent.generator))
             errors[unit.name] = tuple(sum(values) / len(found) for values in zip(*found, strict=True))
             learned.extend(q.scale for q in quantizers.values())
         return outputs[0]
 
     with frozen(student):
         walk(student, calibration, everything, visit, "activation steps", waiting)
-    cost.record(student, "activation steps", learned, iterations, batch)
+    cost.record(student, "activation steps", learned, descent.iterations, descent.batch)
     return errors
 
 
@@ -181,11 +167,7 @@ def learn_rounding(
     run: Callable[[Tensor], Tensor],
     target: Callable[[Tensor], Tensor],
     n: int,
-    *,
-    iterations: int,
-    batch: int,
-    lr: float,
-    generator: torch.Generator,
+    descent: Descent,
     chunk: int = CHUNK,
 ) -> tuple[float, float]:
     """AdaRound of one unit (arXiv:2004.10568, equations 21 to 25): Adam on alpha, mini-batches drawn anew each time.
@@ -198,11 +180,11 @@ def learn_rounding(
     before = _judge(run, target, check, 2, chunk)
     rounding = Rounding(list(layers.values()))
     with torch.enable_grad(), multiplying(layers.values(), rounding.soft):
-        for i in range(iterations):
-            rows = torch.randperm(n, generator=generator, device="cpu")[:batch]
+        for i in range(descent.iterations):
+            rows = descent.rows(n)
             loss = error(run(rows), target(rows), 2)
             finite(loss, f"AdaRound, unit {name}", i)
-            rounding.step(gradients(loss, rounding.soft), beta(i, iterations), lr)
+            rounding.step(gradients(loss, rounding.soft), beta(i, descent.iterations), descent.lr)
     weights = [layer.weight.data for layer in layers.values()]
     for layer, weight in zip(layers.values(), rounding.folded(), strict=True):
         layer.weight.data = weight
@@ -219,11 +201,7 @@ def learn_steps(
     run: Callable[[Tensor], Tensor],
     target: Callable[[Tensor], Tensor],
     n: int,
-    *,
-    iterations: int,
-    batch: int,
-    lr: float,
-    generator: torch.Generator,
+    descent: Descent,
     chunk: int = CHUNK,
 ) -> tuple[float, float]:
     """Adam on the scales of one unit's activation quantizers, its rate falling to zero as a cosine.
@@ -237,11 +215,11 @@ def learn_steps(
     before = _judge(run, target, check, ACTIVATION_POWER, chunk)
     adam = Adam([s.requires_grad_() for s in scales])
     with torch.enable_grad():
-        for i in range(iterations):
-            rows = torch.randperm(n, generator=generator, device="cpu")[:batch]
+        for i in range(descent.iterations):
+            rows = descent.rows(n)
             loss = error(run(rows), target(rows), ACTIVATION_POWER)
             finite(loss, f"activation steps, unit {name}", i)
-            adam.step(gradients(loss, scales), lr * half_cosine(i, iterations))
+            adam.step(gradients(loss, scales), descent.falling(i))
             with torch.no_grad():
                 torch._foreach_clamp_min_(scales, EPS)
     for s in scales:

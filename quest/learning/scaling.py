@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quest.affine import FLOAT, QParams, QuantSpec, fake_quantize
 from quest.diffusion.calibration_set import CalibrationSet
-from quest.learning.adam import Adam, half_cosine
+from quest.learning.adam import Adam, Descent
 from quest.learning.lowrank import factors
 from quest.learning.reconstruction import CHECK, finite, float_activations, gradients, multiplying
 from quest.learning.units import ALONE, call_modules, fill, walk
@@ -94,12 +94,8 @@ def learn_factors(
     timesteps: Tensor,
     bits: dict[str, tuple[int, int]],
     log_tau: Tensor,
-    *,
-    iterations: int,
-    batch: int,
-    lr: float,
     weights: TimestepWeights,
-    generator: torch.Generator,
+    descent: Descent,
     chunk: int,
 ) -> tuple[float, float]:
     """Adam on log tau [C], in place; its rate falls to zero as a cosine. The logarithm keeps tau positive.
@@ -128,12 +124,12 @@ def learn_factors(
     before = judged(torch.ones_like(log_tau))
     adam = Adam([log_tau.requires_grad_()])
     with torch.enable_grad():
-        for i in range(iterations):
-            rows = torch.randperm(n, generator=generator, device="cpu")[:batch]
+        for i in range(descent.iterations):
+            rows = descent.rows(n)
             each = losses(rows, log_tau.exp())
             loss = (weights(timesteps[rows], each.detach()) * each).mean()
             finite(loss, f"{STAGE}, layer {name}", i)
-            adam.step(gradients(loss, [log_tau]), lr * half_cosine(i, iterations))
+            adam.step(gradients(loss, [log_tau]), descent.falling(i))
     log_tau.requires_grad_(False)
     after = judged(log_tau.exp())
     if not after < before:
@@ -143,15 +139,7 @@ def learn_factors(
 
 @torch.no_grad()
 def learn_scaling(
-    denoiser: nn.Module,
-    calibration: CalibrationSet,
-    *,
-    train_timesteps: int,
-    iterations: int,
-    batch: int,
-    lr: float,
-    start: str = "ones",
-    generator: torch.Generator,
+    denoiser: nn.Module, calibration: CalibrationSet, train_timesteps: int, descent: Descent, start: str = "ones"
 ) -> dict[str, tuple[float, float]]:
     """Learn factors for the inputs of all layers whose weights and inputs are quantized, and scale the layers by them.
 
@@ -188,14 +176,11 @@ def learn_scaling(
                 calibration.timestep,
                 bits,
                 log_tau,
-                iterations=iterations,
-                batch=batch,
-                lr=lr,
-                weights=TimestepWeights(train_timesteps),
-                generator=generator,
-                chunk=waiting.chunk,
+                TimestepWeights(train_timesteps),
+                descent,
+                waiting.chunk,
             )
-            errors[unit.name] = part(f"scaling-{unit.name}", lambda: {"log_tau": log_tau}, learn, generator)
+            errors[unit.name] = part(f"scaling-{unit.name}", lambda: {"log_tau": log_tau}, learn, descent.generator)
             found.update(dict.fromkeys(own, log_tau.exp()))
         call = partial(call_modules, [forwards[name]], args=args, kwargs=kwargs, n=n, device=device)
         return fill(call, everything, n, waiting)
@@ -208,5 +193,5 @@ def learn_scaling(
     for name, tau in changed.items():
         every[name].scale_input(tau)
     learned = {id(tau): tau for tau in found.values()}  # each once, where layers share it
-    cost.record(denoiser, STAGE, learned.values(), iterations, batch)
+    cost.record(denoiser, STAGE, learned.values(), descent.iterations, descent.batch)
     return errors

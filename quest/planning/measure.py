@@ -174,12 +174,13 @@ def _of_all_units(student, pipe, calibration):
     """{step: (Step, scales)} of a pass over all units, which learn one after the other."""
     import torch
 
+    from quest.learning.adam import Descent
     from quest.learning.reconstruction import reconstruct_activations, reconstruct_weights
 
     def step(reconstruct):
         def learn(iterations, batch):
-            common = dict(iterations=iterations, batch=batch, lr=0.0, generator=torch.Generator().manual_seed(0))
-            reconstruct(student, pipe.unet, calibration, **common)
+            descent = Descent(iterations, batch, 0.0, torch.Generator().manual_seed(0))
+            reconstruct(student, pipe.unet, calibration, descent)
 
         return Step(learn, ()), (1, 1)
 
@@ -196,6 +197,7 @@ def _of_largest_unit(student, teacher, work, first, many):
 
     from quest.diffusion.denoisers import hooked
     from quest.learning import reconstruction
+    from quest.learning.adam import Descent
     from quest.learning.units import call_modules, units
     from quest.quantization.layers import input_quantizers, quant_layers
 
@@ -222,8 +224,8 @@ def _of_largest_unit(student, teacher, work, first, many):
         with torch.no_grad():
             target = unit.arrange(call(exact, rows), batch)
         run, wanted = lambda r: unit.arrange(call(forwards, r), len(r)), lambda r: target[r]
-        common = dict(iterations=iterations, batch=batch, lr=0.0, generator=torch.Generator().manual_seed(0))
-        function(unit.name, learned, run, wanted, batch, **common)
+        descent = Descent(iterations, batch, 0.0, torch.Generator().manual_seed(0))
+        function(unit.name, learned, run, wanted, batch, descent)
 
     def rounding(iterations, batch):
         for layer in unit.layers.values():

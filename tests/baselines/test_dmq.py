@@ -13,6 +13,7 @@ import quest
 from baselines.dmq import SHIFTS
 from quest.affine import FLOAT, QuantSpec, fake_quantize, quantize
 from quest.kernels.cpu import integer
+from quest.learning.adam import Descent
 from quest.learning.scaling import POWER, TimestepWeights, learn_factors, learn_scaling
 from quest.quantization import header, ranges
 from quest.quantization.layers import input_quantizers, quant_layers, quantized
@@ -54,22 +55,12 @@ def test_learned_factors_lower_the_error_and_leave_the_float_layer(make, shape):
     channel[layer.channels] = 2
     x[tuple(channel)] *= 20  # an outlier channel
     expected, log_tau = plain(x), torch.zeros(6)
-    options = dict(batch=8, lr=0.05, generator=torch.Generator().manual_seed(0), chunk=16)
+    generator = torch.Generator().manual_seed(0)
 
     def learn(iterations, log_tau):
-        weights = TimestepWeights(1000)
+        weights, descent = TimestepWeights(1000), Descent(iterations, 8, 0.05, generator)
         t = torch.arange(16) * 60
-        return learn_factors(
-            "x",
-            {"x": layer},
-            lambda r: x[r],
-            t,
-            {"x": (4, 4)},
-            log_tau,
-            iterations=iterations,
-            weights=weights,
-            **options,
-        )
+        return learn_factors("x", {"x": layer}, lambda r: x[r], t, {"x": (4, 4)}, log_tau, weights, descent, 16)
 
     before, same = learn(0, log_tau)
     assert before == same and not log_tau.any()
@@ -84,16 +75,8 @@ def test_learned_factors_lower_the_error_and_leave_the_float_layer(make, shape):
 def test_layers_of_one_input_share_their_factors(class_pipe, class_calibration):
     student = swap(class_pipe, 4, 4, keep={"conv_in": 8, "conv_out": 8, "*.conv_shortcut": 32}).unet
     plain = copy.deepcopy(student)
-    errors = learn_scaling(
-        student,
-        class_calibration.subset(torch.arange(8)),
-        train_timesteps=1000,
-        iterations=3,
-        batch=4,
-        lr=0.02,
-        start="smooth",
-        generator=torch.Generator().manual_seed(0),
-    )
+    descent = Descent(3, 4, 0.02, torch.Generator().manual_seed(0))
+    errors = learn_scaling(student, class_calibration.subset(torch.arange(8)), 1000, descent, "smooth")
     block = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     assert f"{block}.qkv" in errors and all(after <= before for before, after in errors.values())
     multipliers = [student.get_submodule(f"{block}.{leaf}").prologue.multiplier for leaf in ("to_q", "to_k", "to_v")]

@@ -9,6 +9,7 @@ from torch import nn
 
 from quest.learning import reconstruction
 from quest.learning import units as units_module
+from quest.learning.adam import Descent
 from quest.learning.calibrate import calibrate
 from quest.learning.reconstruction import error, learn_rounding, reconstruct_activations, reconstruct_weights
 from quest.learning.units import units
@@ -42,8 +43,8 @@ def test_adaround_beats_the_nearest_codes(layer_of):
     q = layer_of(torch.randn(8, 24, generator=g), 3)
     full, before = nn.functional.linear(x, q.weight, q.bias), q.weight.clone()
     nearest = error(q(x), full, 2).item()
-    arguments = dict(iterations=400, batch=32, lr=0.05, generator=g)
-    first, last = learn_rounding("unit", {"layer": q}, lambda r: q(x[r]), lambda r: full[r], 256, **arguments)
+    descent = Descent(400, 32, 0.05, g)
+    first, last = learn_rounding("unit", {"layer": q}, lambda r: q(x[r]), lambda r: full[r], 256, descent)
     assert first == pytest.approx(nearest, rel=1e-5) and last < 0.8 * first
     assert last == pytest.approx(error(q(x), full, 2).item(), rel=1e-5)
     assert ((q.weight - before).abs() <= 0.5001 * q.weight_quantizer.scale[0]).all()
@@ -54,9 +55,7 @@ def test_a_diverging_unit_is_named(layer_of):
     target = torch.full((10, 8), torch.nan)
     with pytest.raises(FloatingPointError, match="AdaRound, unit up.conv, iteration 0"):
         run = lambda r: q(torch.ones(len(r), 24))  # noqa: E731
-        learn_rounding(
-            "up.conv", {"": q}, run, lambda r: target[r], 10, iterations=3, batch=4, lr=0.1, generator=generator()
-        )
+        learn_rounding("up.conv", {"": q}, run, lambda r: target[r], 10, Descent(3, 4, 0.1, generator()))
 
 
 @pytest.fixture(params=["uncond", "class"])
@@ -82,8 +81,7 @@ def test_the_weight_pass_learns_roundings_and_nothing_else(case):
     before, full = state(denoiser), state(pipe.unet)
     drawn = calibration.subset(torch.arange(0, len(calibration), 3))
     only = [name for name, _ in quant_layers(denoiser) if not name.endswith("time_emb_proj")]
-    arguments = dict(iterations=12, batch=8, lr=0.5, only=only)
-    errors = reconstruct_weights(denoiser, pipe.unet, drawn, **arguments, generator=generator())
+    errors = reconstruct_weights(denoiser, pipe.unet, drawn, Descent(12, 8, 0.5, generator()), only)
     moved = 0
     for name, value in denoiser.state_dict().items():
         if not name.endswith(".weight") or name.removesuffix(".weight") not in dict(quant_layers(denoiser)):
@@ -100,7 +98,7 @@ def test_the_weight_pass_learns_roundings_and_nothing_else(case):
     assert all(layer.operand is None for _, layer in quant_layers(denoiser))
     assert not any("forward" in m.__dict__ for m in denoiser.modules())  # nothing stands in for a unit any more
     again = student(pipe, calibration)
-    reconstruct_weights(again, pipe.unet, drawn, **arguments, generator=generator())
+    reconstruct_weights(again, pipe.unet, drawn, Descent(12, 8, 0.5, generator()), only)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in denoiser.state_dict().items())
 
 
@@ -122,9 +120,9 @@ def test_where_tensors_wait_and_what_streams_changes_no_bit(case, monkeypatch):
         if kind == "whole":
             monkeypatch.setattr(units_module.Streamed, "__torch_dispatch__", whole)
         denoiser = student(pipe, calibration)
-        arguments = dict(iterations=2, batch=4, generator=generator())
-        errors = reconstruct_weights(denoiser, pipe.unet, drawn, lr=0.5, **arguments)
-        steps = reconstruct_activations(denoiser, pipe.unet, drawn, lr=1e-2, **arguments)
+        g = generator()
+        errors = reconstruct_weights(denoiser, pipe.unet, drawn, Descent(2, 4, 0.5, g))
+        steps = reconstruct_activations(denoiser, pipe.unet, drawn, Descent(2, 4, 1e-2, g))
         found[kind] = (errors, steps, state(denoiser), waiting)
         assert in_files() == before and waiting.held == waiting.in_memory == 0
     for kind in ("files", "whole"):
@@ -137,15 +135,15 @@ def test_files_are_gone_after_an_exception(uncond_pipe, uncond_calibration, monk
     waiting, seen, before = Waiting(0), [], in_files()
     monkeypatch.setattr(reconstruction.memory, "waiting", lambda _device: waiting)
 
-    def fail(*_args, **_settings):
+    def fail(*_args):
         seen.append(in_files())
         raise FloatingPointError("diverged")
 
     monkeypatch.setattr(reconstruction, "learn_rounding", fail)
     denoiser = student(uncond_pipe, uncond_calibration)
-    arguments = dict(iterations=1, batch=4, lr=0.1, generator=generator())
+    descent = Descent(1, 4, 0.1, generator())
     with pytest.raises(FloatingPointError, match="diverged"):
-        reconstruct_weights(denoiser, uncond_pipe.unet, uncond_calibration.subset(torch.arange(8)), **arguments)
+        reconstruct_weights(denoiser, uncond_pipe.unet, uncond_calibration.subset(torch.arange(8)), descent)
     gc.collect()
     assert seen[0] > before and in_files() == before and waiting.held == 0
     assert not any("forward" in m.__dict__ for m in denoiser.modules())
@@ -159,15 +157,15 @@ def test_the_input_of_a_unit_comes_from_the_quantized_network_and_its_target_fro
     rows, seen = torch.arange(6), []
     original = reconstruction.learn_rounding
 
-    def look(name, layers, run, target, n, **_):
+    def look(name, layers, run, target, n, *_):
         if name == "conv_out":
             seen.append((run(torch.arange(n)), target(torch.arange(n))))
         return 0.0, 0.0
 
     reconstruction.learn_rounding = look
     try:
-        arguments = dict(iterations=1, batch=4, lr=0.1, generator=generator())
-        reconstruct_weights(denoiser, class_pipe.unet, class_calibration.subset(rows), **arguments)
+        descent = Descent(1, 4, 0.1, generator())
+        reconstruct_weights(denoiser, class_pipe.unet, class_calibration.subset(rows), descent)
     finally:
         reconstruction.learn_rounding = original
     inputs = class_calibration.inputs(rows)
@@ -182,8 +180,8 @@ def test_the_weight_pass_does_not_mind_time_groups(uncond_pipe, uncond_calibrati
         for groups in (None, TimeGroups(grouped(uncond_calibration.timesteps, 3)))
     )
     for denoiser in (plain, timed):
-        arguments = dict(iterations=2, batch=4, lr=0.2, generator=generator())
-        reconstruct_weights(denoiser, uncond_pipe.unet, uncond_calibration.subset(torch.arange(8)), **arguments)
+        descent = Descent(2, 4, 0.2, generator())
+        reconstruct_weights(denoiser, uncond_pipe.unet, uncond_calibration.subset(torch.arange(8)), descent)
     weights = [{n: m.weight for n, m in quant_layers(d)} for d in (plain, timed)]
     assert all(torch.equal(w, weights[1][n]) for n, w in weights[0].items())
 
@@ -192,14 +190,14 @@ def test_every_time_group_learns_its_steps_on_its_own_rows(uncond_pipe, uncond_c
     groups = TimeGroups(grouped(uncond_calibration.timesteps, 3))
     timed, seen = student(uncond_pipe, uncond_calibration, groups=groups), []
 
-    def look(name, quantizers, run, target, n, *, iterations, **_):
-        seen.append((name, groups.number, iterations, run(torch.arange(n)), target(torch.arange(n))))
+    def look(name, quantizers, run, target, n, descent, *_):
+        seen.append((name, groups.number, descent.iterations, run(torch.arange(n)), target(torch.arange(n))))
         return float(groups.number), 0.0
 
     monkeypatch.setattr(reconstruction, "learn_steps", look)
-    arguments = dict(iterations=10, batch=4, lr=4e-4, generator=generator())
+    descent = Descent(10, 4, 4e-4, generator())
     drawn = uncond_calibration.subset(torch.arange(len(uncond_calibration)).flip(0))
-    errors = reconstruct_activations(timed, uncond_pipe.unet, drawn, **arguments)
+    errors = reconstruct_activations(timed, uncond_pipe.unet, drawn, descent)
     assert [(g, n) for name, g, n, _, _ in seen] == [(0, 3), (1, 3), (2, 4)] * len(errors)
     assert set(errors.values()) == {(1.0, 0.0)}  # means over the groups
     for g, output, target in [(g, output, target) for name, g, _, output, target in seen if name == "conv_in"]:
@@ -209,7 +207,7 @@ def test_every_time_group_learns_its_steps_on_its_own_rows(uncond_pipe, uncond_c
         torch.testing.assert_close(target, uncond_pipe.unet.conv_in(own))
         torch.testing.assert_close(output, timed.conv_in(own))
     with pytest.raises(ValueError, match="no calibration row of time group 0"):
-        reconstruct_activations(timed, uncond_pipe.unet, drawn.subset(torch.arange(8)), **arguments)
+        reconstruct_activations(timed, uncond_pipe.unet, drawn.subset(torch.arange(8)), descent)
 
 
 def test_the_activation_pass_learns_scales_and_nothing_else(case):
@@ -219,8 +217,8 @@ def test_the_activation_pass_learns_scales_and_nothing_else(case):
     calibrate(denoiser, calibration, ranges.minmax, samples=16, seed=0)
     before = state(denoiser)
     drawn = calibration.subset(torch.arange(0, len(calibration), 3))
-    arguments = dict(iterations=12, batch=8, lr=2e-2, generator=generator())
-    errors = reconstruct_activations(denoiser, pipe.unet, drawn, **arguments)
+    descent = Descent(12, 8, 2e-2, generator())
+    errors = reconstruct_activations(denoiser, pipe.unet, drawn, descent)
     changed = {k for k, v in denoiser.state_dict().items() if not torch.equal(v, before[k])}
     scales = {f"{n}.scale" for n in input_quantizers(denoiser)}
     assert changed <= scales and len(changed) > len(scales) / 3
