@@ -5,7 +5,8 @@ then multiply integers. Exported are U-Nets whose activations have one scale per
 format cannot hold is refused with its name: a scale for each time group or channel, more than 8 bits.
 
 Codes of fewer than 8 bits are clipped before they are rounded, so that one operator on bytes serves all widths; codes
-of weights take a byte each. OpenVINO's own format (IR) is made from the ONNX. Needs the extra `export`
+of weights take a byte each, or four in a layer with an output whose zero point no byte holds. OpenVINO's own format
+(IR) is made from the ONNX. Needs the extra `export`
 (`pip install 'quest-suite[export]'`).
 """
 
@@ -48,7 +49,7 @@ def on_bytes(x: Tensor, scale: Tensor, zero_point: Tensor, low: float, high: flo
 
 @torch.library.custom_op("quest::export_weight", mutates_args=())
 def of_codes(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Dequantize codes [O, ...] with a scale and a zero point for each output channel, [O]; codes are uint8."""
+    """Dequantize codes [O, ...], uint8 or int32, with a scale and a zero point for each output channel, [O]."""
     shape = (-1,) + (1,) * (codes.ndim - 1)
     return (codes.float() - zero_point.reshape(shape)) * scale.reshape(shape)
 
@@ -109,14 +110,19 @@ class _Layer(nn.Module):
         if spec.bits == FLOAT:
             self.register_buffer("weight", layer.weight.detach())
             return
-        weight = layer.qweight
-        self.weight = None
-        self.register_buffer("codes", _byte(weight.codes.detach() - spec.qmin, spec.qmax - spec.qmin, f"{name}.weight"))
+        weight, levels = layer.qweight, spec.qmax - spec.qmin
         each = (len(weight.codes),)
         scale, zero_point = weight.scale.detach().flatten(), weight.zero_point.detach().flatten() - spec.qmin
+        codes, zero_point = weight.codes.detach() - spec.qmin, zero_point.expand(each)
+        self.weight = None
         self.register_buffer("scale", scale.expand(each).clone())
-        zero_point = zero_point.expand(each)
-        self.register_buffer("zero_point", _byte(zero_point, spec.qmax - spec.qmin, f"{name}.weight"))
+        if zero_point.min() < 0 or zero_point.max() > 255:  # of an output whose weights have one sign: in four bytes
+            codes = (codes - zero_point.view(-1, *[1] * (codes.ndim - 1))).to(torch.int32)
+            zero_point = torch.zeros(each, dtype=torch.int32)
+        else:
+            codes, zero_point = (_byte(values, levels, f"{name}.weight") for values in (codes, zero_point))
+        self.register_buffer("codes", codes)
+        self.register_buffer("zero_point", zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = of_codes(self.codes, self.scale, self.zero_point) if self.weight is None else self.weight
@@ -211,7 +217,7 @@ def export(pipe, path: str | Path) -> float:
     new, inputs = exportable(denoiser), inputs_of(denoiser, 3)
     with TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         made = Path(folder, path.name)
-        _write(new, inputs_of(denoiser), made.with_suffix(".onnx"))
+        write(new, inputs_of(denoiser), made.with_suffix(".onnx"))
         if path.suffix == ".xml":
             to_ir(made.with_suffix(".onnx"), made)
         difference = compared(made, denoiser, inputs)
@@ -260,7 +266,8 @@ def _by_openvino(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
     return core.compile_model(core.read_model(path), "CPU", mode)(inputs)[0]
 
 
-def _write(denoiser, inputs, path):
+def write(denoiser: nn.Module, inputs: dict[str, Tensor], path: Path) -> None:
+    """Write what `exportable` returned to an ONNX file. inputs: those of the call that is traced (`inputs_of`)."""
     from onnxscript import opset18 as op
 
     def quantized(x, scale, zero_point, low, high):

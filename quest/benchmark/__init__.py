@@ -11,23 +11,27 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
 
-from quest.benchmark import whole_steps
+from quest.benchmark import trained, whole_steps
 from quest.benchmark.machine import busy_elsewhere, free_memory, instruction_set, made_with, peaks, processor_time
-from quest.benchmark.shapes import FIRST, ZOO, Layer, layers
+from quest.benchmark.shapes import FIRST, Layer, layers
 from quest.benchmark.single_layers import ATTENTION_KERNELS, LAYER_KERNELS, absent, bits_of, contenders, failed
-from quest.benchmark.stopwatch import seconds_in_rounds, shares, timed
+from quest.benchmark.stopwatch import clock, seconds_in_rounds, shares, timed
+from quest.benchmark.whole_steps import RIVALS
 from quest.diffusion import published
 from quest.diffusion.models import MODELS
-from quest.planning.shapes import inputs
 from quest.report import speed
+
+PARTS = ("peak", "layer", "step")
 
 
 class Point(NamedTuple):
-    """One measurement. kernel: only of a step, "suite" (all kernels of the suite) or one of FLOAT_STEPS."""
+    """One measurement. kernel: only of a step, "suite" (all kernels of the suite) or one of RIVALS."""
 
     part: str  # "peak", "layer" or "step"
     threads: int
@@ -47,20 +51,30 @@ class Point(NamedTuple):
         return ATTENTION_KERNELS if self.layer.kind == "attention" else LAYER_KERNELS
 
 
-def points(models: tuple[str, ...], threads: tuple[int, ...]) -> list[Point]:
-    """All measurements, those that say most about a machine first.
+def ships(model: str) -> bool:
+    """Whether a model has its own weights here, and not random ones."""
+    return MODELS[model].origin is None
+
+
+def sampled(model: str) -> int:
+    """Rows of a model's denoiser call while it samples; guidance doubles a batch."""
+    return MODELS[model].batch_size * MODELS[model].halves
+
+
+def points(models: tuple[str, ...], threads: tuple[int, ...], parts: tuple[str, ...] = PARTS) -> list[Point]:
+    """All measurements of these parts, those that say most about a machine first.
 
     A layer that two models share is measured once, for the first model.
     """
-    zoo, paper = ([name for name in models if (name in ZOO) == shipped] for shipped in (True, False))
+    zoo, paper = ([name for name in models if ships(name) == shipped] for shipped in (True, False))
     first, second, seen = [], {1: [], 2: []}, set()
     for name in models:
         for layer in layers(MODELS[name]):
             if (key := layer._replace(count=0)) in seen:
                 continue
             seen.add(key)
-            for batch in (1, 64) if name in ZOO else (1, 2):
-                early = name in ZOO or (name == "sd14" and batch == 1 and layer.name in FIRST)
+            for batch in (1, 64) if ships(name) else (1, 2):
+                early = ships(name) or (name == "sd14" and batch == 1 and layer.name in FIRST)
                 into = first if early else second[batch]
                 into += [Point("layer", n, name, layer, batch) for n in threads]
 
@@ -69,36 +83,41 @@ def points(models: tuple[str, ...], threads: tuple[int, ...]) -> list[Point]:
             Point("step", n, name, batch=batch, kernel=kernel)
             for name in names
             for kernel in kernels
-            # By default 1, and a batch of the sampler, which has two halves under guidance.
-            for batch in (batches or (1, MODELS[name].batch_size * MODELS[name].halves))
+            # By default a batch of the sampler, and for the suite also 1.
+            for batch in (batches or (sampled(name),) + (1,) * (kernel == "suite"))
             for n in threads
         ]
 
     peak = [Point("peak", n) for n in threads]
     result = peak + first + steps(zoo, None, ("suite",)) + steps(paper, (1,), ("suite",))
-    result += second[1] + steps(zoo, None, ("OpenVINO int8", "OpenVINO fp32", "bf16", "bf16 compiled"))
-    result += second[2] + steps(paper, (2,), ("suite",)) + steps(zoo, None, ("fp32 compiled",))
-    rivals = ("OpenVINO int8", "OpenVINO fp32", "fp32 compiled", "bf16", "bf16 compiled")
-    return result + [point for name in paper for point in steps([name], (1, 2), rivals)]
+    result += second[1] + steps(zoo, None, RIVALS) + second[2] + steps(paper, (2,), ("suite",))
+    result += [point for batch in (1, 2) for name in paper for point in steps([name], (batch,), RIVALS)]
+    return [point for point in result if point.part in parts]
 
 
-def measure(point: Point) -> list[dict]:
-    """Measure all contenders of a point. Returns their rows, with the columns of `speed.COLUMNS`."""
+def measure(point: Point, folder: Path) -> list[dict]:
+    """Measure all contenders of a point. Returns their rows, with the columns of `speed.COLUMNS`.
+
+    folder: what is made of a model for several points lies there.
+    """
     torch.set_num_threads(point.threads)
     before = processor_time()
     with torch.no_grad():
-        rows = {"peak": _measure_peak, "layer": _measure_layer, "step": _measure_step}[point.part](point)
+        if point.part == "step":
+            rows = _measure_step(point, folder)
+        else:
+            rows = (_measure_peak if point.part == "peak" else _measure_layer)(point)
     others = round(busy_elsewhere(before), 2)
     return [row | {"others": others} for row in rows]
 
 
-def measure_apart(point: Point) -> list[dict]:
+def measure_apart(point: Point, folder: Path) -> list[dict]:
     """`measure` in a separate process, because another project's converter or compiler may crash the process."""
     whole_steps.forget()
     whole_steps.full_precision.cache_clear()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(measure, point).result()
+            return pool.submit(measure, point, folder).result()
         except BrokenProcessPool:
             return unmeasured(point, f"{point.kernel} crashed")
 
@@ -130,7 +149,8 @@ _best: dict[tuple[int, str], float] = {}  # (threads, peak) -> best rate; a busy
 
 def _measure_layer(point):
     calls = contenders(point.layer, point.batch, point.names())
-    seconds = seconds_in_rounds({name: call for name, call in calls.items() if callable(call)}, 0.4, (3, 25))
+    calls_of = {name: call for name, call in calls.items() if callable(call)}
+    seconds = seconds_in_rounds(calls_of, 0.4, (3, 25), clock(point.threads))
     rows = []
     for name, call in calls.items():
         if not callable(call):
@@ -143,25 +163,24 @@ def _measure_layer(point):
     return rows
 
 
-def _measure_step(point):
-    model = MODELS[point.model]
-    denoiser = published.denoiser(model)  # on the meta device
-    size = 4 * sum(p.numel() for p in denoiser.parameters())
+def _measure_step(point, folder):
+    size = 4 * sum(p.numel() for p in published.denoiser(MODELS[point.model]).parameters())  # on the meta device
     needed, free = (3.7 if point.kernel == "suite" else 6) * size, free_memory()
     if point.kernel != "suite" and (reason := absent(point.kernel)):
         return unmeasured(point, reason)
     if free is not None and needed > free and point.model not in whole_steps.cached:
         return unmeasured(point, f"it takes {needed / 1e9:.0f} GB of memory, of which {free / 1e9:.0f} are free")
-    arguments = inputs(denoiser, model, point.batch, "cpu")
     if point.kernel == "suite":
-        calls = {name: partial(one, **arguments) for name, one in whole_steps.quantized_denoisers(point.model).items()}
+        calls = whole_steps.quantized_denoisers(point.model, folder)
     else:
         try:
-            calls = {point.kernel: whole_steps.rival(point.model, point.kernel, arguments)}
+            calls = {point.kernel: whole_steps.rival(point.model, point.kernel, point.batch, folder)}
         except Exception as error:  # another project's converter or compiler may raise anything
             return unmeasured(point, failed(error))
-    calls = {"fp32": partial(whole_steps.full_precision(point.model), **arguments)} | calls
-    seconds = seconds_in_rounds(calls, 10.0, (3, 25))
+    arguments = whole_steps.arguments(point.model, point.batch, folder)
+    calls = {"fp32": whole_steps.full_precision(point.model)} | calls
+    timed_calls = {name: partial(call, **arguments) for name, call in calls.items()}
+    seconds = seconds_in_rounds(timed_calls, 10.0, (3, 25), clock(point.threads))
     rows = []
     for name in point.names():
         if name not in seconds:
@@ -169,25 +188,34 @@ def _measure_step(point):
             continue
         row = _row(point, name) | timed(seconds[name], seconds["fp32"])
         if name.startswith("integer"):
-            row |= {f"in_{kind}": share for kind, share in shares(calls[name]).items()}
+            row |= {f"in_{kind}": share for kind, share in shares(timed_calls[name]).items()}
+        if ships(point.model) and point.batch == sampled(point.model) and name != "fp32":
+            row["error"] = trained.error(point.model, calls[name], folder)
         rows.append(row)
     return rows
 
 
-def run(models: tuple[str, ...], threads: tuple[int, ...], budget: float, known: set[tuple] = frozenset()) -> Iterator:
-    """Measure every point and yield its rows; after `budget` minutes, yield rows that say what was left out.
+def run(
+    models: tuple[str, ...],
+    threads: tuple[int, ...],
+    budget: float,
+    known: set[tuple] = frozenset(),
+    parts: tuple[str, ...] = PARTS,
+) -> Iterator:
+    """Measure every point of these parts and yield its rows; after `budget` minutes, rows that say what was left out.
 
     known: keys (`speed.key`) of rows that an earlier run measured; their points come last.
     """
     where = {"isa": instruction_set(), "machine": speed.machine(), **made_with()}
     where |= {"load": round(os.getloadavg()[0], 2)}
     until = time.monotonic() + 60 * budget
-    everything = points(models, threads)
+    everything = points(models, threads, parts)
     everything.sort(key=lambda p: p.part != "peak" and all(speed.key(_row(p, n)) in known for n in p.names()))
-    for point in everything + [point for point in everything if point.part == "peak"]:
-        if time.monotonic() > until and point.part != "peak":
-            rows = unmeasured(point, f"the {budget:g} minutes of this run were over")
-        else:
-            apart = point.kernel in whole_steps.FLOAT_STEPS and not absent(point.kernel)
-            rows = (measure_apart if apart else measure)(point)
-        yield [{"note": ""} | row | where for row in rows]
+    with TemporaryDirectory() as folder:
+        for point in everything + [point for point in everything if point.part == "peak"]:
+            if time.monotonic() > until and point.part != "peak":
+                rows = unmeasured(point, f"the {budget:g} minutes of this run were over")
+            else:
+                apart = point.kernel in RIVALS and not absent(point.kernel)
+                rows = (measure_apart if apart else measure)(point, Path(folder))
+            yield [{"note": ""} | row | where for row in rows]

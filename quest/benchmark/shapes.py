@@ -12,7 +12,7 @@ from quest.diffusion.models import Model
 from quest.planning.shapes import inputs
 from quest.quantization.layer_names import layer_class
 
-ZOO = ("scenes-uncond", "scenes-class", "scenes-text")
+ZOO = ("emoji-uncond", "photos-class", "emoji-text")  # those of the default run
 PAPER = ("sd14", "lsun-bedrooms")  # Stable Diffusion v1.4 and LDM-4
 # One layer of each kind in Stable Diffusion. They are measured first, in case the time runs out.
 FIRST = (

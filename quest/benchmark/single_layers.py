@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from quest import export
 from quest.affine import QParams, QuantSpec, quantize
 from quest.benchmark.machine import has_bf16, missing
 from quest.benchmark.shapes import Layer
@@ -210,22 +211,32 @@ def _openvino_layer(layer, x, weight):
         strides, pads = [layer.stride] * 2, [layer.padding] * 2
         convolved = op.convolution(op.transpose(quantized, channels_first), weight, strides, pads, pads, [1, 1])
         result = op.transpose(convolved, channels_last)
-    return compiled_openvino(openvino.Model([op.result(result)], [source]), [x.contiguous().numpy()])
+    compiled = compiled_openvino(openvino.Model([op.result(result)], [source]))
+    return partial(compiled, [x.contiguous().numpy()])
 
 
-def compiled_openvino(network, inputs: list) -> Callable[[], object]:
-    """A function that runs an OpenVINO network with the number of threads that torch is set to now."""
+def compiled_openvino(network, accurate: bool = False) -> Callable:
+    """A function of the inputs, a list or a dict of arrays, that runs an OpenVINO network and returns its first output.
+
+    It has the number of threads that torch is set to now, and computes in bf16 where the processor can. accurate: all
+    that is not quantized in float32, and no input is quantized once more. The next call overwrites the output.
+    """
     import openvino
 
-    precision = "bf16" if has_bf16() else "f32"
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
-    compiled = openvino.Core().compile_model(network, "CPU", options | {"INFERENCE_PRECISION_HINT": precision})
-    return partial(compiled, inputs, share_inputs=True, share_outputs=True)
+    if accurate:
+        options["EXECUTION_MODE_HINT"] = "ACCURACY"
+    else:
+        options["INFERENCE_PRECISION_HINT"] = "bf16" if has_bf16() else "f32"
+    compiled = openvino.Core().compile_model(network, "CPU", options)
+    return lambda inputs: compiled(inputs, share_inputs=True, share_outputs=True)[0]
 
 
 @cache
 def absent(name: str) -> str | None:
     """Why a contender is not measured on this machine; None if it is. Determined once, with one thread."""
+    if "w8a8" in name and name.startswith(("OpenVINO", "onnxruntime")):
+        return missing(*export.NEEDED[".xml" if name.startswith("OpenVINO") else ".onnx"])
     if name.startswith("OpenVINO"):
         return missing("openvino", "nncf") if name.endswith("int8") else missing("openvino")
     if name.startswith("integer"):

@@ -9,32 +9,39 @@ from collections.abc import Callable
 from quest.kernels.cpu.core import core
 
 
-def seconds_in_rounds(calls: dict[str, Callable], seconds: float, rounds: tuple[int, int]) -> dict[str, list[float]]:
-    """Seconds of every call in each round, {name: [rounds]}.
+def clock(threads: int) -> Callable[[], float]:
+    """What times calls: of one thread the processor time, which other processes lengthen little; else wall time."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def seconds_in_rounds(
+    calls: dict[str, Callable], seconds: float, rounds: tuple[int, int], clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of every call in each round by a clock, {name: [rounds]}.
 
     Each call first runs once (twice if it is short). A short call is repeated until it takes two milliseconds, and its
     mean counts. As many rounds run as fit into `seconds`, within (least, most) = `rounds`; each starts at another call.
     """
     repeats, estimate = {}, 0.0
     for name, call in calls.items():
-        duration = seconds_of(call)
-        duration = duration if duration > 0.5 else seconds_of(call)
+        duration = seconds_of(call, clock=clock)
+        duration = duration if duration > 0.5 else seconds_of(call, clock=clock)
         repeats[name] = math.ceil(2e-3 / duration)
         estimate += duration * repeats[name]
     number = min(max(int(seconds / estimate), rounds[0]), rounds[1])
     names, result = list(calls), {name: [] for name in calls}
     for i in range(number):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            result[name].append(seconds_of(calls[name], repeats[name]))
+            result[name].append(seconds_of(calls[name], repeats[name], clock))
     return result
 
 
-def seconds_of(call: Callable, repeats: int = 1) -> float:
+def seconds_of(call: Callable, repeats: int = 1, clock: Callable[[], float] = time.perf_counter) -> float:
     """Mean seconds of a call over `repeats` runs."""
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def shares(call: Callable) -> dict[str, float]:

@@ -1,13 +1,16 @@
 """What is measured and how it is told; the numbers themselves are those of a machine."""
 
+import copy
+import dataclasses
 import math
 import time
+from functools import partial
 
 import pytest
 import torch
 
 from quest import benchmark
-from quest.benchmark import machine, shapes, single_layers, stopwatch
+from quest.benchmark import machine, shapes, single_layers, stopwatch, trained, whole_steps
 from quest.diffusion import published
 from quest.diffusion.models import MODELS
 from quest.kernels.cpu import integer
@@ -65,9 +68,49 @@ def test_contenders_compute_the_same_layer(layer):
     )
 
 
-def test_rounds_are_interleaved(monkeypatch):
+@needs_core
+def test_speed_and_error_of_a_model_that_ships_stand_in_one_row(class_pipe, class_model, monkeypatch, tmp_path):
+    name, model = "scenes-class", dataclasses.replace(class_model, name="scenes-class", batch_size=2)
+    whole_steps.forget()
+    whole_steps.full_precision.cache_clear()
+    monkeypatch.setitem(MODELS, name, model)
+    monkeypatch.setattr(trained, "pipeline", lambda name: copy.deepcopy(class_pipe))
+    few = partial(stopwatch.seconds_in_rounds, seconds=0, rounds=(3, 3))
+    monkeypatch.setattr(benchmark, "seconds_in_rounds", lambda calls, _seconds, _rounds, clock: few(calls, clock=clock))
+    monkeypatch.setattr(whole_steps, "SUITE_KERNELS", ("reference w8a8", "integer w8a8", "integer w4a4"))
+    point = benchmark.Point("step", 1, name, batch=benchmark.sampled(name), kernel="suite")
+    rows = {row["kernel"]: row for row in benchmark.measure(point, tmp_path)}
+    assert list(rows) == ["fp32", "integer w8a8", "integer w4a4", "reference w8a8"]
+    assert "error" not in rows["fp32"] and all(row["ms"] > 0 and row["rounds"] == 3 for row in rows.values())
+    assert 0 < rows["integer w8a8"]["error"] < 0.02 < rows["integer w4a4"]["error"]
+    assert rows["integer w8a8"]["error"] == pytest.approx(rows["reference w8a8"]["error"], rel=0.05)
+    single = {row["kernel"]: row for row in benchmark.measure(point._replace(batch=1), tmp_path)}
+    assert all("error" not in row for row in single.values())  # errors are of a sampling batch
+    (row,) = benchmark.measure(point._replace(kernel="bf16"), tmp_path)
+    assert row["error"] < 0.01 or "not measured" in row["note"]
+    whole_steps.forget()
+    whole_steps.full_precision.cache_clear()
+
+
+def test_one_thread_is_timed_by_processor_time():
+    """Which waiting does not lengthen, nor do other processes."""
+    assert stopwatch.seconds_of(lambda: time.sleep(0.05), clock=stopwatch.clock(1)) < 0.04
+    assert stopwatch.seconds_of(lambda: time.sleep(0.05), clock=stopwatch.clock(2)) >= 0.05
+
+
+def test_parts_of_a_run():
+    kinds = {part: benchmark.points(("photos-class", "sd14"), (1, 2), (part,)) for part in benchmark.PARTS}
+    assert all(points and {point.part for point in points} == {part} for part, points in kinds.items())
+    assert sum(map(len, kinds.values())) == len(benchmark.points(("photos-class", "sd14"), (1, 2)))
+    batches = {(point.model, point.batch) for point in kinds["step"]}
+    assert batches == {("photos-class", 1), ("photos-class", 100), ("sd14", 1), ("sd14", 2)}
+
+
+def test_rounds_are_interleaved():
     clock, order = [0.0], []
-    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: clock[0])
+
+    def now():
+        return clock[0]
 
     def call(name, seconds):
         def run():
@@ -76,14 +119,14 @@ def test_rounds_are_interleaved(monkeypatch):
 
         return run
 
-    found = stopwatch.seconds_in_rounds({"a": call("a", 4e-3), "b": call("b", 8e-3)}, 0.04, (2, 3))
+    found = stopwatch.seconds_in_rounds({"a": call("a", 4e-3), "b": call("b", 8e-3)}, 0.04, (2, 3), now)
     assert "".join(order) == "aabb" + "abbaab"  # twice to warm up, then three rounds
     rows = stopwatch.timed(found["b"], found["a"])
     assert rows["rounds"] == 3 and rows["ms"] == pytest.approx(8 * 1.07, rel=0.03)
     assert rows["speedup"] == pytest.approx(0.5, rel=0.02)
     assert rows["speedup_low"] < rows["speedup"] < rows["speedup_high"]
     order.clear()
-    stopwatch.seconds_in_rounds({"a": call("a", 1.0), "b": call("b", 1e-3)}, 0.04, (2, 3))
+    stopwatch.seconds_in_rounds({"a": call("a", 1.0), "b": call("b", 1e-3)}, 0.04, (2, 3), now)
     assert "".join(order) == "abb" + "abb" + "bba"  # one second needs no second try, one millisecond is taken twice
 
 
@@ -99,7 +142,7 @@ def test_shares_of_a_step_add_up_and_leave_no_timer_behind():
 
 @needs_core
 def test_a_run_tells_what_its_budget_left_out(monkeypatch):
-    monkeypatch.setattr(benchmark, "points", lambda models, threads: [
+    monkeypatch.setattr(benchmark, "points", lambda models, threads, parts: [
         benchmark.Point("layer", 1, "scenes-text", LINEAR, 1), benchmark.Point("layer", 1, "scenes-text", CONV, 1)
     ])  # fmt: skip
     monkeypatch.setattr(benchmark, "LAYER_KERNELS", ("fp32", "integer w8a8"))
@@ -132,9 +175,9 @@ def test_a_rival_that_crashes_takes_nothing_with_it(monkeypatch):
         def __exit__(self, *error):
             return None
 
-        def submit(self, function, point):
+        def submit(self, function, point, folder):
             raise benchmark.BrokenProcessPool("a process in the process pool was terminated abruptly")
 
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda *arguments: Broken())
-    (row,) = benchmark.measure_apart(benchmark.Point("step", 1, "scenes-text", batch=1, kernel="OpenVINO int8"))
+    (row,) = benchmark.measure_apart(benchmark.Point("step", 1, "scenes-text", batch=1, kernel="OpenVINO int8"), None)
     assert row["note"] == "not measured: OpenVINO int8 crashed" and row["kernel"] == "OpenVINO int8"

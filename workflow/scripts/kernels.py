@@ -10,6 +10,7 @@ def main() -> None:
     models = "names in diffusion.models.MODELS (default: those that ship and two of the paper)"
     parser.add_argument("--models", nargs="+", help=models)
     parser.add_argument("--threads", type=command_line.whole, nargs="+", default=[1, 2])
+    parser.add_argument("--parts", nargs="+", choices=("peak", "layer", "step"), default=["peak", "layer", "step"])
     budget = "minutes; the table lists the timings that did not fit, and the next run begins with them"
     parser.add_argument("--budget", type=float, default=25, help=budget)
     output = "folder to write MACHINE.csv, .md and .png into"
@@ -27,7 +28,8 @@ def main() -> None:
     frame = speed.read(path) if path.is_file() else None
     known = set() if frame is None else {speed.key(row) for row in frame.to_dict("records") if not speed.left_out(row)}
     left_out = []
-    for rows in benchmark.run(models, tuple(dict.fromkeys(arguments.threads)), arguments.budget, known):
+    threads, parts = (tuple(dict.fromkeys(given)) for given in (arguments.threads, arguments.parts))
+    for rows in benchmark.run(models, threads, arguments.budget, known, parts):
         if all(map(speed.left_out, rows)):
             left_out += rows
             continue
@@ -46,9 +48,10 @@ def describe(row: dict) -> str:
     name += f", batch {row['batch']}, {row['threads']} threads, {row['kernel']}"
     if note := row.get("note"):
         return f"{name}: {note}"
+    error = f", error {row['error']:.2g}" if "error" in row else ""
     if row["part"] == "peak":
         return f"{name}: {row.get('gops') or row['gbs']:.4g}"
-    return f"{name}: {row['ms']:.4g} ms, {row['speedup']:.2f} times fp32, others busy {row['others']}"
+    return f"{name}: {row['ms']:.4g} ms, {row['speedup']:.2f} times fp32, others busy {row['others']}{error}"
 
 
 if __name__ == "__main__":
