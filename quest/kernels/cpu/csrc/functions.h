@@ -69,22 +69,28 @@ struct Encoder {
   }
 };
 
-bool quantize(const float* x, int64_t n, int64_t padded, Range range, uint8_t* out) {
-  const Encoder encode(range);
-  const I lowest = to_int(encode.low);
-  M nan{};
-  const auto code = [&](F v) INLINE_LAMBDA {
-    nan = nan | is_nan(v);
-    return encode(v) - lowest;
-  };
+// out[i] = code(i, which), for n numbers; code gives a vector of them.
+template <class Code>
+INLINE void bytes_of(int64_t n, uint8_t* out, const Code& code) {
   int64_t i = 0;
   for (; i + 4 * L <= n; i += 4 * L) {
     I c[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) c[j] = code(load(x + i + L * j));
+    for (int j = 0; j < 4; j++) c[j] = code(i + L * j, All{});
     store_bytes(out + i, c[0], c[1], c[2], c[3]);
   }
-  each(n - i, [&](int64_t j, auto there) INLINE_LAMBDA { store_bytes(out + i + j, code(load(x + i + j, there)), there); });
+  each(n - i, [&](int64_t j, auto there) INLINE_LAMBDA { store_bytes(out + i + j, code(i + j, there), there); });
+}
+
+bool quantize(const float* x, int64_t n, int64_t padded, Range range, uint8_t* out) {
+  const Encoder encode(range);
+  const I lowest = to_int(encode.low);
+  M nan{};
+  bytes_of(n, out, [&](int64_t i, auto there) INLINE_LAMBDA {
+    const F v = load(x + i, there);
+    nan = nan | is_nan(v);
+    return encode(v) - lowest;
+  });
   if (n < padded) std::memset(out + n, 0, padded - n);
   return any(nan);
 }
@@ -204,8 +210,8 @@ void softmax(int rows, int32_t* scores, int64_t width, int64_t m, int64_t padded
     for (int r = 0; r < some; r++) {
       const float* work = reinterpret_cast<const float*>(scores + r * width);
       uint8_t* to = out + r * padded;
-      each(m, [&](int64_t i, auto there) INLINE_LAMBDA {
-        store_bytes(to + i, to_int(min(max(load(work + i) * scale[r], low), high)) - lowest, there);
+      bytes_of(m, to, [&](int64_t i, auto) INLINE_LAMBDA {
+        return to_int(min(max(load(work + i) * scale[r], low), high)) - lowest;
       });
       if (m < padded) std::memset(to + m, 0, padded - m);
     }

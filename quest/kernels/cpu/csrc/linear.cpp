@@ -80,6 +80,16 @@ const float* const* counterparts(const float* residual, const float* base, const
   return rows.data();
 }
 
+// The number of rows that are multiplied together from row r on. Rows that are not stored, which lie between the lines of a
+// convolution, are left out. But an instruction set with a `begin` multiplies tiles of 16 rows, and half a tile takes as long.
+int64_t rows_together(const Rows& a, int64_t r) {
+  const int64_t most = std::min<int64_t>(isa->rows, a.count - r);
+  if (!a.out || isa->begin) return most;
+  int64_t rows = 1;
+  while (rows < most && !a.out[r + rows] == !a.out[r]) rows++;
+  return rows;
+}
+
 bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int64_t last, bool gated) {
   static thread_local Scratch<int8_t> codes;
   static thread_local Scratch<int32_t> products;
@@ -105,8 +115,9 @@ bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
       panels.emplace_back(w, a, p, count, b + i * size);
       if (gated) others.emplace_back(w, a, half + p, count, b + (calls + i) * size);
     }
-    for (int64_t r = 0; r < a.count; r += on.rows) {
-      const int rows = static_cast<int>(std::min<int64_t>(on.rows, a.count - r));
+    for (int64_t r = 0, rows; r < a.count; r += rows) {
+      rows = rows_together(a, r);
+      if (a.out && !a.out[r]) continue;
       for (size_t i = 0; i < panels.size(); i++) {
         const ptrdiff_t column = panels[i].first * NR;
         if (!gated) {

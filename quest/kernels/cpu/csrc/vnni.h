@@ -45,13 +45,15 @@ INLINE void vnni_tile(const uint8_t* a, ptrdiff_t stride, int segments, const pt
 template <int P>
 void vnni_panels(const uint8_t* a, ptrdiff_t stride, int rows, int segments, const ptrdiff_t* offset, int64_t bytes,
                  const int8_t* b, ptrdiff_t panel, int32_t* out, ptrdiff_t out_stride) {
-  for (; rows > 0; rows -= 6, a += 6 * stride, out += 6 * out_stride) switch (rows) {
+  for (int n; rows > 0; rows -= n, a += n * stride, out += n * out_stride) {
+    n = rows < 7 ? rows : rows < 12 ? (rows + 1) / 2 : 6;  // two tiles of 4 rows are faster than one of 6 and one of 2
+    switch (n) {
 #define CASE(R) \
   case R: vnni_tile<R, P>(a, stride, segments, offset, bytes, b, panel, out, out_stride); break;
-      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5)
+      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #undef CASE
-      default: vnni_tile<6, P>(a, stride, segments, offset, bytes, b, panel, out, out_stride);
     }
+  }
 }
 
 // Computes R x LANES N products of groups. Sums of a group and floats are in registers.
