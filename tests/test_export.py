@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,13 @@ from diffusers import UNet2DConditionModel
 import quest
 from quest import export
 from quest.__main__ import main
+from quest.affine import QuantSpec
 from quest.benchmark import trained, whole_steps
 from quest.diffusion.calibration_set import collect
 from quest.diffusion.denoisers import denoiser_of
 from quest.diffusion.models import MODELS
+from quest.quantization import ranges
+from quest.quantization.layers import quantized as quantized_layer
 
 NEEDED = sorted(set().union(*export.NEEDED.values()))
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -39,8 +43,6 @@ def calibrated(class_pipe, class_model):
         cross_attention_dim=32,
         attention_head_dim=4,
     ).eval()
-    with torch.no_grad():  # an output whose weights have one sign, so that no byte holds its zero point
-        pipe.unet.conv_out.weight[1].abs_().add_(0.02)
     return pipe, collect(pipe, class_model, "calibration", 2)
 
 
@@ -74,8 +76,7 @@ def test_other_runtimes_compute_the_same(quantized, file, tmp_path, monkeypatch)
             inputs = export.inputs_of(denoiser, batch=1) | {"timestep": torch.tensor(step)}
             inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :2] * step / 1000
             differences.append(export.compared(made, denoiser, inputs))
-        # Some of these inputs have a value at a tie.
-        assert min(differences) < 1e-5 and max(differences) <= export.TOLERANCE, made
+        assert sorted(differences)[2] < 1e-5 and max(differences) <= export.TOLERANCE, made
     # Weights are codes of a byte, and quantizers are operators of the format.
     graph = onnx.load(file).graph
     kinds = [node.op_type for node in graph.node]
@@ -83,8 +84,34 @@ def test_other_runtimes_compute_the_same(quantized, file, tmp_path, monkeypatch)
     assert kinds.count("DequantizeLinear") - kinds.count("QuantizeLinear") == layers > 10
     codes = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.UINT8 and tensor.dims]
     assert sum(np.prod(tensor.dims) for tensor in codes) > 50_000
-    wide = [list(t.dims) for t in graph.initializer if t.data_type == onnx.TensorProto.INT32 and len(t.dims) == 4]
-    assert wide == [list(denoiser.conv_out.weight_shape)]
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")
+def test_weights_of_one_sign_have_a_zero_point_that_no_byte_holds(tmp_path):
+    conv = torch.nn.Conv2d(8, 4, 3)
+    with torch.no_grad():
+        conv.weight[1].abs_().add_(0.5)
+    layer = quantized_layer(conv, QuantSpec(8, axis=0), QuantSpec(8), None)
+    layer.choose_weight_range(ranges.mse_zero_point)
+    layer.input_quantizer.scale.data.fill_(8 / 255)
+    layer.input_quantizer.zero_point.fill_(127)
+    layer.freeze()
+    assert layer.qweight.zero_point.min() < 0
+
+    class Denoiser(torch.nn.Module):
+        config = SimpleNamespace(sample_size=8, in_channels=8, get=lambda key: None)
+
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, sample, timestep, return_dict=True):
+            y = self.layer(sample) + 0 * timestep
+            return SimpleNamespace(sample=y) if return_dict else (y,)
+
+    inputs, path = export.inputs_of(Denoiser(layer)), tmp_path / "layer.onnx"
+    export.write(Denoiser(export._Layer(layer, "layer")), inputs, path)
+    assert export.compared(path, Denoiser(layer), inputs) < 1e-5
 
 
 def test_the_benchmark_runs_the_export(calibrated, quantized, file, class_model, monkeypatch):

@@ -6,11 +6,13 @@ speedup is the median of the ratios within the rounds. A row also says what coul
 
 import multiprocessing
 import os
+import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from operator import truediv
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -28,6 +30,7 @@ from quest.diffusion.models import MODELS
 from quest.report import speed
 
 PARTS = ("peak", "layer", "step")
+OURS = "integer w8a8"  # is timed beside every rival
 
 
 class Point(NamedTuple):
@@ -165,7 +168,7 @@ def _measure_layer(point):
 
 def _measure_step(point, folder):
     size = 4 * sum(p.numel() for p in published.denoiser(MODELS[point.model]).parameters())  # on the meta device
-    needed, free = (3.7 if point.kernel == "suite" else 6) * size, free_memory()
+    needed, free = 4 * size, free_memory()
     if point.kernel != "suite" and (reason := absent(point.kernel)):
         return unmeasured(point, reason)
     if free is not None and needed > free and point.model not in whole_steps.cached:
@@ -175,6 +178,8 @@ def _measure_step(point, folder):
     else:
         try:
             calls = {point.kernel: whole_steps.rival(point.model, point.kernel, point.batch, folder)}
+            if not absent(OURS):  # beside each rival, since other processes and rounds have other conditions
+                calls[OURS] = whole_steps.quantized(point.model, OURS, folder)
         except Exception as error:  # another project's converter or compiler may raise anything
             return unmeasured(point, failed(error))
     arguments = whole_steps.arguments(point.model, point.batch, folder)
@@ -187,6 +192,8 @@ def _measure_step(point, folder):
             rows.append(_row(point, name) | {"note": f"not measured: {whole_steps.reason_to_skip(point.model, name)}"})
             continue
         row = _row(point, name) | timed(seconds[name], seconds["fp32"])
+        if OURS in seconds and point.kernel != "suite":
+            row["ours"] = statistics.median(map(truediv, seconds[name], seconds[OURS]))
         if name.startswith("integer"):
             row |= {f"in_{kind}": share for kind, share in shares(timed_calls[name]).items()}
         if ships(point.model) and point.batch == sampled(point.model) and name != "fp32":

@@ -16,11 +16,12 @@ KEY = ["part", "model", "layer", "batch", "threads", "kernel"]
 # part: "peak", "layer" or "step" (a whole denoiser call). count: number of equal layers in the denoiser. ms, speedup:
 # medians with quartiles, of one thread in processor time (rows up to 2026-11-28: in wall time); speedup is relative to
 # fp32 in eager mode in the same rounds. gops: 1e9 operations per second; a multiply-accumulate is two. error: of a
-# whole step's noise prediction against full precision, relative and squared. intensity: operations per byte that must
+# whole step's noise prediction against full precision, relative and squared. ours: how many times as long as
+# integer w8a8 a rival's step takes in the same rounds. intensity: operations per byte that must
 # be moved. in_*: shares of a step. others: the number of processors that other processes kept busy meanwhile. load:
 # load average at the start of the run.
 COLUMNS = [*KEY, "count", "ms", "ms_low", "ms_high", "speedup", "speedup_low", "speedup_high", "rounds", "gops", "gbs"]
-COLUMNS += ["error", "intensity", "in_layers", "in_attention", "in_norms", "in_rest", "note", "others", "load"]
+COLUMNS += ["error", "ours", "intensity", "in_layers", "in_attention", "in_norms", "in_rest", "note", "others", "load"]
 COLUMNS += ["isa", "machine", "versions", "commit", "date"]
 BUSY = 0.1  # a row with a larger value of `others` was timed under load
 HALF = ("bf16", "bf16 compiled", "bf16 prepacked")
@@ -96,7 +97,7 @@ def markdown(frame: pd.DataFrame) -> str:
         f"Instruction set: {first['isa'] or 'no compiled core'}. {first['versions']}. "
         "Median [quartiles] of rounds in which every contender runs once; times as fast as fp32 in eager mode, "
         "channels innermost, of the same rounds. One thread is timed by processor time, several by wall time. "
-        "Weights are random but where an error stands. * timed while other processes kept more than "
+        "Weights are random except where an error is given. * timed while other processes kept more than "
         f"{BUSY:g} processors busy. Prepacked: what torch.compile calls for a single layer. A single layer of OpenVINO "
         "pays for the call from Python. oneDNN's sums saturate on processors without VNNI; ours are exact.",
     ]
@@ -152,15 +153,25 @@ def _steps(measured):
 
 def _errors(measured):
     lines = []
-    for row in measured[measured["error"].notna()].to_dict("records"):
+    for row in measured[measured["error"].notna() | measured["ours"].notna()].to_dict("records"):
         names = [row["model"], row["kernel"], str(row["batch"]), str(row["threads"])]
-        lines.append([*names, f"{row['ms']:.4g}", speedup(row), f"{row['error']:.2g}"])
+        ours = NONE if math.isnan(row["ours"]) else f"{row['ours']:.2f}"
+        lines.append(
+            [
+                *names,
+                f"{row['ms']:.4g}",
+                speedup(row),
+                ours,
+                NONE if math.isnan(row["error"]) else f"{row['error']:.2g}",
+            ]
+        )
     note = (
         "Models that ship, with their weights: the relative squared error of the noise prediction against full "
         "precision, over held-out trajectories. The suite's rows and those with w8a8 in their names are one method, "
-        "rtn-mse; OpenVINO int8 is quantized by NNCF from the same calibration set."
+        "rtn-mse; OpenVINO int8 is quantized by NNCF from the same calibration set. A rival is also compared with "
+        "integer w8a8 in the same rounds (times as long as ours)."
     )
-    heads = ["model", "kernel", "batch", "threads", "ms", "times fp32", "error"]
+    heads = ["model", "kernel", "batch", "threads", "ms", "times fp32", "times as long as ours", "error"]
     return lines and f"{note}\n\n{Table(columns(*heads, texts=2), lines).markdown()}"
 
 

@@ -87,7 +87,7 @@ def test_speed_and_error_of_a_model_that_ships_stand_in_one_row(class_pipe, clas
     single = {row["kernel"]: row for row in benchmark.measure(point._replace(batch=1), tmp_path)}
     assert all("error" not in row for row in single.values())  # errors are of a sampling batch
     (row,) = benchmark.measure(point._replace(kernel="bf16"), tmp_path)
-    assert row["error"] < 0.01 or "not measured" in row["note"]
+    assert "not measured" in row.get("note", "") or (row["error"] < 0.01 and row["ours"] > 0)
     whole_steps.forget()
     whole_steps.full_precision.cache_clear()
 

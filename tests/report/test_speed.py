@@ -20,7 +20,7 @@ ROWS = [
     row("memory", None, "peak", model="", batch=0, gbs=10.0),
     row("fp32", 100.0),
     row("integer w8a8", 60.0, in_layers=0.5, in_attention=0.2, in_norms=0.1, in_rest=0.2),
-    row("integer w4a8", 40.0, others=0.7, error=0.0123),
+    row("integer w4a8", 40.0, others=0.7, error=0.0123, ours=1.25),
     row("bf16", 50.0),
     row("OpenVINO int8", None, note="not measured: openvino is not installed"),
     row("fp32", 10.0, "layer", layer="conv", gops=40.0, intensity=30.0),
@@ -35,7 +35,7 @@ def test_tables_for_people(tmp_path):
     assert "| 1 | avx2 | 100 | 50 | 10.0 |" in text
     assert "1.67 [1.50, 1.83] | 2.50 [2.25, 2.75]* |" in text  # the star: others were busy
     assert "| sd14 | integer w8a8 | 1 | 1 | 60 | 50 | 20 | 10 | 20 |" in text
-    assert "| sd14 | integer w4a8 | 1 | 1 | 40 | 2.50 [2.25, 2.75]* | 0.012 |" in text
+    assert "| sd14 | integer w4a8 | 1 | 1 | 40 | 2.50 [2.25, 2.75]* | 1.25 | 0.012 |" in text
     slower = text.partition("## Slower than half precision")[2].partition("##")[0]
     assert "integer w8a8: 60 ms, 50 in bf16" in slower and "w4a8" not in slower
     assert "OpenVINO int8 (steps): 1 — openvino is not installed" in text
