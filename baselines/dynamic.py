@@ -2,8 +2,8 @@
 
 Kernels for language models do this, and the naive rows of SVDQuant (arXiv:2411.05007); here it is done for convolutions
 and attention products too. A token of a convolution is a pixel of its input, over all channels, and a group is some
-channels of one pixel. The integer kernel for CPUs computes linear layers and 1x1 convolutions by sample, token or group
-of a token, and other convolutions by sample. `quest.quantization.overhead` counts what a kernel pays beside products.
+channels of one pixel. The integer kernel for CPUs computes layers by sample, token or group of a token, and attention
+products by token. `quest.quantization.overhead` counts what a kernel pays beside products.
 """
 
 from dataclasses import dataclass

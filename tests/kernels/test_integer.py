@@ -333,7 +333,7 @@ SAME = {"groups": 1, "padding": (1, 1)}
         (PER_CHANNEL, groups(QuantSpec(8), 0.0)._replace(scale=-torch.ones(1)), {}, "input: scales are not positive"),
         (PER_CHANNEL, groups(QuantSpec(8), 0.0), {"groups": 2, "padding": (1, 1)}, "grouped"),
         (PER_CHANNEL, groups(QuantSpec(8), 0.0), {"groups": 1, "padding": "same"}, "by name"),
-        (PER_CHANNEL, groups(QuantSpec(8, axis=1, rows="token"), 0.0), SAME, "token, of a convolution"),
+        (PER_CHANNEL, groups(QuantSpec(8, axis=1, rows="token", group=4), 0.0), SAME, "per token in groups of 4"),
         (PER_CHANNEL, groups(QuantSpec(8, axis=1, rows="tensor", group=4), 0.0), SAME, "per tensor in groups of 4"),
         (PER_CHANNEL, groups(QuantSpec(8, axis=-1, rows="tensor"), 0.0), SAME, "input: scales dynamic per tensor"),
     ],
@@ -381,4 +381,6 @@ def test_operators():
     torch.library.opcheck(ops.integer_linear, (torch.randn(3, 4, 6), w, b, scale, z, 0, 255, False, None, 1))
     rows = [torch.randn(2, 3, 5, 8) for _ in range(3)]
     limits = [0, 255] * 4
-    torch.library.opcheck(ops.integer_attention, (*rows, [scale] * 4, [z, z, z, torch.tensor(0.0)], limits, 0.3))
+    torch.library.opcheck(
+        ops.integer_attention, (*rows, [scale] * 4, [z, z, z, torch.tensor(0.0)], limits, [0, 1, 1, 0], 0.3)
+    )

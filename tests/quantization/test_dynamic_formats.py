@@ -194,8 +194,8 @@ def test_other_kernels_refuse_them_by_name(kernel):
     said = get(kernel).supports(layer.qweight, layer.weight_quantizer.spec, parameters)
     assert said == "input: scales dynamic per token in groups of 4"
     static = QParams(*CLIP, QuantSpec(8))
-    said = get(kernel).supports_attention(static, static, QParams(*CLIP, QuantSpec(8, axis=-2, rows="token")), static)
-    assert said == "v: scales dynamic per token"
+    said = get(kernel).supports_attention(static, static, QParams(*CLIP, QuantSpec(8, axis=-2, rows="tensor")), static)
+    assert said == "v: scales dynamic per tensor"
 
 
 @pytest.fixture(scope="module")
@@ -253,15 +253,13 @@ def test_save_and_load(student, class_pipe, class_calibration, tmp_path):
         assert torch.equal(loaded.unet(**inputs).sample, expected)
     for name, q in input_quantizers(loaded.unet).items():
         assert q.spec == student.unet.get_submodule(name).spec
-    if core.available():  # only the reference kernel computes convolutions of several pixels, and the placement says so
+    if core.available():  # only the reference kernel computes attention in groups, and the placement says so
         refused = place(loaded.unet, "integer").refused
-        assert refused["conv_in"].startswith("input: scales dynamic per token in groups of 16")
         assert refused["down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor"].startswith(
-            "q: scales dynamic"
+            "q: scales dynamic per token in groups of 16"
         )
         layers = dict(quant_layers(loaded.unet))
-        larger = {n for n, m in layers.items() if getattr(m, "kernel_size", (1, 1)) != (1, 1)}
-        assert {n for n in layers if n in refused} == larger | {n for n in layers if "conv_shortcut" in n}
+        assert {n for n in layers if n in refused} == {n for n in layers if "conv_shortcut" in n}
 
 
 def test_headers_say_what_dynamic_formats_are_and_nothing_of_others(student, tmp_path):

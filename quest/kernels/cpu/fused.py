@@ -53,7 +53,8 @@ class Block:
         self.parts = parts = tuple(dict.fromkeys(parts))
         # Kernels do not import the class of quantizers, so they know them by a buffer.
         quantizers = [q for part in parts for q in part.children() if "zero_point" in q._buffers]
-        quantizers = [q for q in quantizers if q.spec.axis is None]  # ranges of weights are packed with them
+        # Ranges of weights are packed with them.
+        quantizers = [q for q in quantizers if q.spec.axis is None or q.spec.dynamic]
         self.make = make
         groups = list({id(q.groups): q.groups for q in quantizers if q.groups is not None}.values())
         self.groups, self.divided = groups[0] if groups else None, len(groups) > 1

@@ -11,8 +11,8 @@ Results differ from the reference's only by the rounding of its float sums, abou
 attention, such a difference in a score can move a probability to the neighbouring code.
 
 Scales of a dynamic format are computed from each row or sample before it is quantized. A sum over inputs of different
-scales is not one sum of integers: groups of channels have a sum of integers each, and are added as floats. So in a
-convolution of more than one pixel, a token must not have a scale of its own.
+scales is not one sum of integers: groups of channels have a sum of integers each, and are added as floats. So has each
+tap of a convolution whose pixels have scales of their own.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,9 @@ def supports(weight: QTensor, weight_spec: QuantSpec, input: QParams, **conv) ->
         return "grouped convolution" if conv["groups"] != 1 else "padding given by name"
     if reason := _format(weight_spec, "weight") or _format(input.spec, "input"):
         return reason
-    if reason := _rows(weight, input.spec, **conv) or _groups(weight, weight_spec, input.spec, **conv):
+    if reason := _rows(weight.shape[1], input.spec, 1 if conv else -1) or _groups(
+        weight, weight_spec, input.spec, **conv
+    ):
         return reason
     if weight_spec.axis not in (None, 0) or not weight.codes.numel():
         return "weight: one scale per input" if weight.codes.numel() else "weight: without values"
@@ -75,8 +77,9 @@ def supports_attention(q: QParams, k: QParams, v: QParams, p: QParams) -> str | 
     for name, qparams in zip("qkvp", (q, k, v, p), strict=True):
         if reason := _format(qparams.spec, name) or _too_large(qparams.zero_point, qparams.spec, name):
             return reason
-        if qparams.spec.dynamic:
-            return f"{name}: scales {qparams.spec.granularity}"
+        spec = qparams.spec
+        if spec.dynamic and (spec.rows != "token" or spec.group or spec.axis != (-2 if name == "v" else -1)):
+            return f"{name}: scales {spec.granularity}"
         if reason := _scales(qparams.scale, name):
             return reason
         if (codes := qparams.spec.qmax - qparams.spec.qmin + 1) > 256:  # "wide" ones of 8 bits
@@ -106,16 +109,11 @@ def _format(spec: QuantSpec, what: str) -> str | None:
     return None
 
 
-def _rows(weight: QTensor, spec: QuantSpec, **conv) -> str | None:
+def _rows(channels: int, spec: QuantSpec, axis: int) -> str | None:
     """Return why scales of rows cannot be factors of sums of integers; None if they can, and for a static format."""
-    if not spec.dynamic:
-        return None
-    channels, pixels = weight.shape[1], weight.numel() // weight.shape[0] // weight.shape[1]
     divided = spec.scales(channels) > 1 and (spec.rows == "tensor" or spec.group % 16)
-    if spec.block_scale is not None or divided or spec.axis != (1 if conv else -1):
+    if spec.dynamic and (spec.block_scale is not None or divided or spec.axis != axis):
         return f"input: scales {spec.granularity}"
-    if spec.rows == "token" and (pixels > 1 or conv and any(conv["padding"])):
-        return f"input: scales {spec.granularity}, of a convolution of several pixels"
     return None
 
 
@@ -212,7 +210,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, formats: Sequence[QParams], scale
 
     Rows may have any strides. The normalized probabilities are quantized, as in the reference.
     """
-    return run(calls.attention, "integer_attention", q, k, v, *flat(formats), scale)
+    rows = [calls.DYNAMIC[spec.rows] for *_, spec in formats]
+    return run(calls.attention, "integer_attention", q, k, v, *flat(formats), rows, scale)
 
 
 def computes(x: Tensor) -> bool:

@@ -57,10 +57,8 @@ def supports(weight: QTensor, weight_spec: QuantSpec, input: QParams, **conv) ->
     """
     if weight.codes[0].numel() > LONGEST:
         return f"sums of {weight.codes[0].numel()} products, more than {LONGEST}"
-    for name, spec in (("weight", weight_spec), ("input", input.spec)):
-        if spec.dynamic or spec.group is not None:
-            return f"{name}: scales {spec.granularity}"
-    return _signed(input=input) or integer.supports(weight, weight_spec, input, **conv)
+    reason = _refused(weight=weight_spec, input=input.spec)
+    return reason or integer.supports(weight, weight_spec, input, **conv)
 
 
 def supports_attention(q: QParams, k: QParams, v: QParams, p: QParams) -> str | None:
@@ -68,12 +66,20 @@ def supports_attention(q: QParams, k: QParams, v: QParams, p: QParams) -> str | 
 
     Each argument has the scales and zero points of all time groups.
     """
-    return _signed(q=q, k=k, v=v, p=p) or integer.supports_attention(q, k, v, p)
+    return _refused(q=q.spec, k=k.spec, v=v.spec, p=p.spec) or integer.supports_attention(q, k, v, p)
 
 
-def _signed(**inputs: QParams) -> str | None:
-    """Return why signed codes are refused: signed bytes hold codes minus 128, which codes below 0 would exceed."""
-    return next((f"{name}: signed codes" for name, qparams in inputs.items() if qparams.spec.symmetric), None)
+def _refused(**specs: QuantSpec) -> str | None:
+    """Return why formats are refused that the `integer` kernel takes; None if they are not.
+
+    Signed bytes hold codes minus 128, which signed codes would exceed.
+    """
+    for name, spec in specs.items():
+        if spec.dynamic or spec.group is not None:
+            return f"{name}: scales {spec.granularity}"
+        if spec.symmetric:
+            return f"{name}: signed codes"
+    return None
 
 
 def _width(channels: int) -> int:

@@ -33,7 +33,7 @@ void same(const Exactly<float>& a, const Exactly<float>& b) {
 }
 
 // The range of a block's inputs, static or dynamic.
-Range any_range(int of = static_cast<int>(integer(1, 2))) { return chance(.6) ? Range{.05f, -128, 127} : dynamic_range(of); }
+Range any_range() { return chance(.6) ? Range{.05f, -128, 127} : dynamic_range(static_cast<int>(integer(1, 2))); }
 
 struct Attention {
   Packed q, k, v, out;
@@ -45,7 +45,11 @@ struct Attention {
       : q(heads * d, channels, 1, 1, 4, 0), k(heads * d, context, 1, 1, 8, 0), v(heads * d, context, 1, 1, 8, 0),
         out(channels, heads * d, 1, 1, 4, 0), bias(numbers(channels)),
         block{q.layer(nullptr, range), k.layer(nullptr, range), v.layer(nullptr, range), out.layer(bias, range),
-              {fixed, fixed, fixed, {1.f / 255, 0, 255}}, .3f, heads} {}
+              {fixed, fixed, fixed, {1.f / 255, 0, 255}}, .3f, heads} {
+    for (int i = 0; i < 4; i++)
+      if (chance(.4)) block.ranges[i] = dynamic_range(1);
+    block.ranges[3].low = 0;
+  }
 
   Exactly<float> apart(const float* x, const float* context, int64_t batch, int64_t n, int64_t m, const float* residual) const {
     const int64_t width = q.outputs, d = width / block.heads;
@@ -98,7 +102,7 @@ void transformer(int64_t batch, int64_t n, int64_t m) {
 void resnet(int64_t samples, int64_t height, int64_t width) {
   const int64_t groups = integer(1, 3), channels = groups * integer(1, 12), outputs = groups * integer(1, 12), e = integer(1, 30);
   const bool modulated = chance(.5), embedded = chance(.8);
-  const Range r = any_range(2);
+  const Range r = any_range();
   const Packed first(outputs, channels, 3, 3, 8, 0), second(outputs, outputs, 3, 3, 4, 0);
   const Packed embedding(modulated ? 2 * outputs : outputs, e, 1, 1, 8, 0);
   const auto w1 = numbers(channels), w2 = numbers(outputs), bias = numbers(outputs), known = numbers(samples * e);

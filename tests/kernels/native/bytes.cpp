@@ -102,24 +102,27 @@ void groups(const Isa& on) {
   for (int i = 0; on.multiply_groups && i < 150; i++) {
     const int rows = static_cast<int>(integer(1, on.rows)), panels = static_cast<int>(integer(1, on.panels));
     const int64_t bytes = 4 * integer(1, 60), group = 16 * integer(1, 4), number = ceil_div(bytes, group);
-    const int64_t stride = bytes + integer(0, 9), width = panels * NR, panel = bytes * NR, own = chance(.5) ? rows : 0;
-    const Exactly<uint8_t> a((rows - 1) * stride + bytes, [] { return integer(0, 255); });
+    const int64_t segments = integer(1, 4), of_rows = rows + 7;  // numbers of rows in a group
+    const int64_t stride = bytes + integer(0, 9), width = panels * NR, panel = segments * bytes * NR, own = chance(.5) ? of_rows : 0;
+    const Exactly<ptrdiff_t> offset(segments, [] { return integer(0, 90); }), shift(segments, [] { return integer(0, 7); });
+    const Exactly<uint8_t> a((rows - 1) * stride + bytes + 90, [] { return integer(0, 255); });
     const Exactly<int8_t> b(panels * panel, [] { return integer(-128, 127); });
     const auto some = [] { return pair(static_cast<int32_t>(integer(-300, 300)), static_cast<int32_t>(integer(-300, 300))); };
-    const Exactly<int32_t> row_pairs(number * rows, some), pairs(number * width, some);
-    const Exactly<float> row_scale(own ? number * rows : rows, [] { return test::number(); }), scale(number * width, [] { return test::number(); });
+    const Exactly<int32_t> row_pairs(number * of_rows, some), pairs(segments * number * width, some);
+    const Exactly<float> row_scale(own ? number * of_rows : of_rows, [] { return test::number(); }), scale(number * width, [] { return test::number(); });
     Exactly<float> out(rows * width, [] { return NAN; });
-    const Grouped g{group, row_pairs, pairs, row_scale, scale, rows, own, width};
+    const Grouped g{group, segments, offset, shift, row_pairs, pairs, row_scale, scale, of_rows, own, width};
     on.multiply_groups(a, stride, rows, bytes, b, panel, panels, g, out, width);
     for (int r = 0; r < rows; r++)
       for (int64_t c = 0; c < width; c++) {
         double y = 0, size = 0;
-        for (int64_t j = 0; j < number; j++) {
-          const int32_t x = row_pairs[j * rows + r], w = pairs[j * width + c];
+        for (int64_t part = 0; part < segments * number; part++) {
+          const int64_t s = part / number, j = part % number, row = r + shift[s];
+          const int32_t x = row_pairs[j * of_rows + row], w = pairs[part * width + c];
           int32_t sum = static_cast<int16_t>(x) * static_cast<int16_t>(w) + (x >> 16) * (w >> 16);
           for (int64_t k = j * group; k < std::min(bytes, (j + 1) * group); k++)
-            sum += a[r * stride + k] * b[c / NR * panel + (k / 4 * NR + c % NR) * 4 + k % 4];
-          const double term = static_cast<double>(sum) * row_scale[j * own + r] * scale[j * width + c];
+            sum += a[r * stride + offset[s] + k] * b[c / NR * panel + s * bytes * NR + (k / 4 * NR + c % NR) * 4 + k % 4];
+          const double term = static_cast<double>(sum) * row_scale[j * own + row] * scale[j * width + c];
           y += term, size += std::fabs(term);
         }
         CHECK(close(out[r * width + c], y, 1e-6 * size));
@@ -148,21 +151,30 @@ void softmax(const Isa& on) {
   for (int i = 0; i < 100; i++) {
     const int rows = static_cast<int>(integer(1, on.rows));
     const int64_t m = integer(1, 70), width = round_up(m, NR), padded = round_up(m, on.depth);
+    const bool floats = chance(.5), dynamic = chance(.5);
     Exactly<int32_t> scores(rows * width, [] { return integer(-20000, 20000); });
-    const Exactly<int32_t> column(width, [] { return integer(-5000, 5000); });
+    const Exactly<int32_t> column(width, [&] { return floats ? 0 : integer(-5000, 5000); });
     const Exactly<int32_t> before(rows * width, [&, j = int64_t{0}]() mutable { return scores[j++]; });
+    for (int64_t j = 0; floats && j < scores.size; j++) {
+      const float score = static_cast<float>(before[j]);
+      std::memcpy(scores + j, &score, sizeof score);
+    }
     const float low = static_cast<float>(integer(-40, 0)), factor = 3e-4f;
-    const Range r{1.f / 200, low, low + 255};
+    const Range r{dynamic ? .9f : 1.f / 200, low, low + 255, dynamic};
     Exactly<uint8_t> out(rows * padded);
     Exactly<int32_t> totals(rows);
-    on.softmax(rows, scores, width, m, padded, factor, r, column, out, totals);
+    Exactly<float> own(rows);
+    on.softmax(rows, scores, width, m, padded, factor, r, column.when(!floats), out, totals, own);
     for (int row = 0; row < rows; row++) {
       double total = 0;
       int32_t sum = 0;
       const auto raised = [&](int64_t j) { return std::exp(static_cast<double>(before[row * width + j] - column[j]) * factor); };
-      for (int64_t j = 0; j < m; j++) total += raised(j);
+      double most = 0;
+      for (int64_t j = 0; j < m; j++) total += raised(j), most = std::max(most, raised(j));
+      const double scale = dynamic ? .9f * most / total / r.high : r.scale;
+      if (dynamic) CHECK(close(own[row], scale, 1e-5 * scale));
       for (int64_t j = 0; j < padded; j++) {
-        const double p = j < m ? std::min<double>(raised(j) / total * 200, r.high) - low : 0;
+        const double p = j < m ? std::min<double>(raised(j) / total / scale, r.high) - low : 0;
         CHECK(close(out[row * padded + j], p, j < m ? .501 : 0));
         sum += out[row * padded + j];
       }

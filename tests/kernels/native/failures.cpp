@@ -66,19 +66,22 @@ void memory() {
     const int64_t side = 16, size = side * side;
     const Packed kernel(32, 20, 3, 3, 4, 0);
     const Exactly<float> image(3 * size * 20, [&] { return input(r); }), residual(3 * size * 32, [] { return number(); });
-    for (int64_t stride : {1, 2})
-      starve(Exactly<float>(3 * size * 32 / stride / stride), [&](float* out) {
-        return quest_conv2d(image, 3, 20, side, side, size * 20, side * 20, 20, kernel.memory, kernel.memory.size, nullptr,
-                            r.scale, r.low, r.high, 0, stride, stride, 1, 1, 1, 1, residual.when(stride == 1), out, 32,
-                            side / stride, side / stride, threads);
-      });
+    for (int dynamic : {0, 1})
+      for (int64_t stride : {1, 2})
+        starve(Exactly<float>(3 * size * 32 / stride / stride), [&](float* out) {
+          return quest_conv2d(image, 3, 20, side, side, size * 20, side * 20, 20, kernel.memory, kernel.memory.size, nullptr,
+                              r.scale, -127, 127, dynamic, stride, stride, 1, 1, 1, 1, residual.when(stride == 1), out, 32,
+                              side / stride, side / stride, threads);
+        });
     const int64_t n = 120, d = 24;
     const Exactly<float> q(4 * n * d, [&] { return input(r); });
     const int64_t strides[12] = {2 * n * d, d, 2 * d, 2 * n * d, d, 2 * d, 2 * n * d, d, 2 * d, 2 * n * d, d, 2 * d};
-    const Range ranges[4] = {r, r, r, {1.f / 255, 0, 255}};
-    starve(Exactly<float>(4 * n * d), [&](float* out) {
-      return quest_attention(q, q, q, strides, 2, 2, n, n, d, ranges, .2f, out, threads);
-    });
+    const Range own{1, -127, 127, 1};
+    const Range fixed[4] = {r, r, r, {1.f / 255, 0, 255}}, dynamic[4] = {own, own, own, {1, 0, 255, 1}};
+    for (const Range* ranges : {fixed, dynamic})
+      starve(Exactly<float>(4 * n * d), [&](float* out) {
+        return quest_attention(q, q, q, strides, 2, 2, n, n, d, ranges, .2f, out, threads);
+      });
     const Exactly<float> affine(20, [] { return number(); });
     starve(Exactly<float>(3 * size * 20), [&](float* out) {
       return quest_group_norm(image, size * 20, 20, 3, size, 20, 5, 1e-5f, affine, affine, nullptr, nullptr, 1, out, threads);
@@ -139,7 +142,8 @@ void refusals() {
   };
   CHECK(!conv(2, 10, 4, 1, 1, 4));
   CHECK(!conv(0, 10, 4, 1, 1, 4));
-  for (int dynamic : {1, 16}) refused(conv(2, 10, 4, 1, 1, 4, dynamic), "scales of samples");
+  CHECK(!conv(2, 10, 4, 1, 1, 4, 1));
+  refused(conv(2, 10, 4, 1, 1, 4, 16), "other groups");
   for (int dynamic : {-1, 3, 15}) refused(conv(2, 10, 4, 1, 1, 4, dynamic), "no such dynamic scales");
   refused(conv(2, 9, 4, 1, 1, 4), "another number of channels");
   refused(conv(2, 10, 4, 1, 1, 5), "another size");
@@ -152,7 +156,7 @@ void refusals() {
   refused(quest_use("avx"), "no instruction set");
   CHECK(!quest_packed_bytes(0, 4, 1, 1, 8, 4) && !quest_packed_bytes(4, 4, 1, 1, 5, 4) && !quest_packed_bytes(4, -4, 1, 1, 8, -4));
   for (int64_t group : {0, -16, 8, 33, 64}) CHECK(!quest_packed_bytes(4, 40, 1, 1, 8, group));
-  CHECK(quest_packed_bytes(4, 40, 1, 1, 8, 16) && !quest_packed_bytes(4, 40, 3, 3, 8, 16));
+  CHECK(quest_packed_bytes(4, 40, 1, 1, 8, 16) && quest_packed_bytes(4, 40, 3, 3, 8, 16));
   Exactly<float> wrong(30);
   wrong[17] = NAN;
   const auto of = [&](const float* from, float high, int dynamic) {
@@ -161,10 +165,20 @@ void refusals() {
   for (float bad : {NAN, INFINITY})
     for (int dynamic : {0, 1, 2}) {
       wrong[17] = bad;
-      CHECK(of(wrong, 255, dynamic) == (std::isnan(bad) || dynamic ? HAS_NAN : OK));
-      CHECK(std::strstr(quest_message(), "NaN"));
-      CHECK(quest_conv2d(wrong, 1, 10, 3, 1, 30, 10, 10, kernel.memory, kernel.memory.size, nullptr, 1, 0, 255, 2, 1, 1, 1, 1, 1,
-                         1, nullptr, out, 6, 3, 1, 1) == HAS_NAN);
+      const int expected = std::isnan(bad) || dynamic ? HAS_NAN : OK;
+      CHECK(of(wrong, 255, dynamic) == expected);
+      CHECK(expected == OK || std::strstr(quest_message(), "NaN"));
+      for (int of_conv : {1, 2})
+        CHECK(quest_conv2d(wrong, 1, 10, 3, 1, 30, 10, 10, kernel.memory, kernel.memory.size, nullptr, 1, 0, 255, of_conv, 1, 1,
+                           1, 1, 1, 1, nullptr, out, 6, 3, 1, 1) == HAS_NAN);
+      const Range own{1, 0, 255, dynamic}, ranges[4] = {own, own, own, {1, 0, 255, dynamic}};
+      const int64_t strides[12] = {30, 10, 10, 30, 10, 10, 30, 10, 10, 30, 10, 10};
+      for (int i = 0; i < 3; i++) {
+        const float* rows[3] = {x, x, x};
+        rows[i] = wrong;
+        const int status = quest_attention(rows[0], rows[1], rows[2], strides, 1, 1, 3, 3, 10, ranges, 1, out, 1);
+        CHECK(status == (dynamic == 2 ? INVALID : expected));
+      }
     }
   for (float high : {4e4f, NAN, INFINITY}) CHECK(of(x, high, 0) == OUT_OF_RANGE);
   refused(of(x, 255, 16), "other groups");
@@ -173,6 +187,8 @@ void refusals() {
   const Range byte{1, 0, 255}, wide{1, 0, 256}, ranges[4] = {byte, wide, byte, byte};
   const int64_t strides[12] = {10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10};
   CHECK(quest_attention(x, x, x, strides, 1, 1, 1, 1, 10, ranges, 1, out, 1) == OUT_OF_RANGE);
+  const Range samples{1, 0, 255, 2}, wrong_ranges[4] = {byte, byte, samples, byte};
+  refused(quest_attention(x, x, x, strides, 1, 1, 1, 1, 10, wrong_ranges, 1, out, 1), "or those of tokens");
 }
 
 }  // namespace

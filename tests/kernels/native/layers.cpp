@@ -8,8 +8,8 @@ using namespace quest;
 
 void pack() {
   for (int i = 0; i < 60; i++) {
-    const int64_t channels = integer(1, 40), group = some_groups(channels), height = group ? 1 : integer(1, 3);
-    const Packed w(integer(1, 40), channels, height, group ? 1 : integer(1, 3), chance(.5) ? 4 : 8, 1, group);
+    const int64_t channels = integer(1, 40), group = some_groups(channels);
+    const Packed w(integer(1, 40), channels, integer(1, 3), integer(1, 3), chance(.5) ? 4 : 8, 1, group);
     Exactly<uint8_t> codes(w.codes.size);
     CHECK(!quest_unpack(w.memory, w.memory.size, w.outputs, w.channels, w.height, w.width, codes));
     for (int64_t j = 0; j < codes.size; j++) CHECK(codes[j] == w.codes[j]);
@@ -75,8 +75,11 @@ void conv2d() {
     const int64_t pixel = channels + (chance(.6) ? 0 : integer(1, 9));
     if (height + 2 * top < dy * (kh - 1) + 1 || width + 2 * left < dx * (kw - 1) + 1) continue;
     const int64_t oh = (height + 2 * top - dy * (kh - 1) - 1) / sy + 1, ow = (width + 2 * left - dx * (kw - 1) - 1) / sx + 1;
-    const Packed w(outputs, channels, kh, kw, chance(.5) ? 4 : 8, 1);
-    const Range r = chance(.4) ? dynamic_range(2) : range();
+    const int64_t group = chance(.7) ? 0 : some_groups(channels);
+    const Packed w(outputs, channels, kh, kw, chance(.5) ? 4 : 8, group ? 0 : 1.f, group);
+    Range r = range();
+    if (chance(.6)) r = dynamic_range(static_cast<int>(group && chance(.6) ? group : integer(1, 2)));
+    if (group) r.high = std::min(r.high, r.low + 255);
     const int64_t row = width * pixel, sample = height * row;
     const Exactly<float> x(samples ? samples * sample - pixel + channels : 0, [&] { return input(r); });
     const bool biased = chance(.5), more = chance(.5);
@@ -86,23 +89,39 @@ void conv2d() {
     CHECK(!quest_conv2d(x, samples, channels, height, width, sample, row, pixel, w.memory, w.memory.size,
                         bias.when(biased), r.scale, r.low, r.high, r.dynamic, sy, sx, top, left, dy, dx, residual.when(more), out,
                         outputs, oh, ow, static_cast<int>(integer(1, 3))));
+    // The range of each number; those of a token and group are the same.
+    std::vector<Range> own(x.size, r);
+    const int64_t input_group = r.dynamic >= 16 ? w.group : channels;
+    for (int64_t s = 0; r.dynamic && s < samples; s++) {
+      const Range whole = fitted(r, x + s * sample, height * width, pixel, channels);
+      for (int64_t p = 0; p < height * width; p++)
+        for (int64_t c = 0; c < channels; c++) {
+          const int64_t at = s * sample + p * pixel, begin = c / input_group * input_group;
+          own[at + c] = r.dynamic == 2 ? whole : fitted(r, x + at + begin, 1, 0, std::min(input_group, channels - begin));
+        }
+    }
     Exactly<int> codes(x.size);
-    std::vector<Range> own;
-    for (int64_t s = 0; s < samples; s++)
-      own.push_back(r.dynamic ? fitted(r, x + s * sample, height * width, pixel, channels) : r);
-    for (int64_t j = 0; j < x.size; j++) codes[j] = code(x[j], own[j / sample]);
+    for (int64_t j = 0; j < x.size; j++) codes[j] = code(x[j], own[j]);
+    const bool parts = group || r.dynamic == 1 || r.dynamic >= 16;
     for (int64_t at = 0; at < out.size; at++) {
       const int64_t o = at % outputs, ox = at / outputs % ow, oy = at / outputs / ow % oh, s = at / outputs / ow / oh;
       int64_t sum = 0;
+      double y = 0, size = 9 + std::fabs(bias[o]);
       for (int64_t ky = 0; ky < kh; ky++)
         for (int64_t kx = 0; kx < kw; kx++) {
           const int64_t iy = oy * sy - top + ky * dy, ix = ox * sx - left + kx * dx;
           if (iy < 0 || iy >= height || ix < 0 || ix >= width) continue;
-          const int* from = codes + s * sample + iy * row + ix * pixel;
-          for (int64_t c = 0; c < channels; c++) sum += from[c] * w.value(o, c, ky, kx);
+          const int64_t from = s * sample + iy * row + ix * pixel;
+          for (int64_t c = 0; c < channels; c++) {
+            sum += codes[from + c] * w.value(o, c, ky, kx);
+            const double term = static_cast<double>(codes[from + c]) * w.value(o, c, ky, kx) * own[from + c].scale;
+            y += term * w.scale[o * w.groups + c / w.group], size += parts ? std::fabs(term * w.scale[o * w.groups + c / w.group]) : 0;
+          }
         }
-      const double y = static_cast<double>(static_cast<float>(sum)) * own[s].scale + (biased ? bias[o] : 0);
-      CHECK(close(out[at], static_cast<float>(y) + (more ? residual[at] : 0), r.dynamic ? 1e-6 * (9 + std::fabs(y)) : 0));
+      if (!parts) y = static_cast<double>(static_cast<float>(sum)) * (samples && r.dynamic ? own[s * sample].scale : r.scale);
+      y += biased ? bias[o] : 0;
+      CHECK(close(out[at], static_cast<float>(y) + (more ? residual[at] : 0),
+                  parts ? 1e-6 * size : r.dynamic ? 1e-6 * (9 + std::fabs(y)) : 0));
     }
   }
 }

@@ -87,7 +87,7 @@ def pack(codes: Tensor, zero_point: Tensor, scale: Tensor, group: int | None = N
 
     group: how many channels share a scale, of the weight (then zero_point and scale have the shape of codes) or of its
     input; all if None. Returns [O, kh, kw, bytes]. Raises ValueError for other codes, none at all, zero points beyond
-    16 bits, or groups that are no multiple of 16 channels or of a kernel of several pixels.
+    16 bits, or groups that are no multiple of 16 channels.
     """
     outputs, channels, kh, kw = (*codes.shape, 1, 1)[:4]
     if not codes.numel() or not all(t.is_cpu for t in (codes, zero_point, scale)):
@@ -177,15 +177,9 @@ def conv2d(
 ) -> Tensor:
     """x [N, C, H, W] or [C, H, W], weight the result of `pack`, bias [O] -> [N, O, H', W'], channels innermost.
 
-    With scales of tokens, x has four dimensions, the weight has one pixel, and there is no padding.
+    With dynamic scales, x has four dimensions.
     """
     x = checked(x, "conv2d")
-    if dynamic not in (0, DYNAMIC["tensor"]):  # a linear layer of pixels
-        if x.ndim != 4 or weight.shape[1:3] != (1, 1) or any(padding):
-            raise ValueError(f"conv2d: scales of tokens for an input of {list(x.shape)}; it takes 1x1 without padding")
-        pixels = x[:, :, :: stride[0], :: stride[1]].movedim(1, 3)
-        residual = None if residual is None else _dimensions(residual, 4, "conv2d, residual").movedim(1, 3)
-        return linear(pixels, weight, bias, scale, zero_point, qmin, qmax, False, residual, dynamic).movedim(3, 1)
     if x.ndim != 4:
         if x.ndim != 3 or dynamic:
             raise ValueError(f"conv2d: its shape is {list(x.shape)}; it takes [N, C, H, W] or [C, H, W]")
@@ -209,14 +203,21 @@ def conv2d(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, scales: list[Tensor], zero_points: list[Tensor], limits: list[int], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: list[Tensor],
+    zero_points: list[Tensor],
+    limits: list[int],
+    dynamic: list[int],
+    scale: float,
 ) -> Tensor:
     """q [B, heads, n, d], k and v [B, heads, m, d] -> [B, heads, n, d]; all also without `heads`.
 
-    scales, zero_points: of q, k, v and the probabilities. limits: their qmin and qmax, one after another. scale: the
-    factor of the scores.
+    scales, zero_points: of q, k, v and the probabilities. limits: their qmin and qmax, one after another. dynamic: what
+    has scales of its own in each, see `Range`. scale: the factor of the scores.
     """
-    ranges = map(range_of, scales, zero_points, limits[::2], limits[1::2])
+    ranges = map(range_of, scales, zero_points, limits[::2], limits[1::2], dynamic)
     q, k, v = checked(q, "attention, q"), checked(k, "attention, k"), checked(v, "attention, v")
     attended(q, k, v)
     q4, k4, v4 = (t if t.ndim == 4 else t[:, None] for t in (q, k, v))
@@ -229,7 +230,7 @@ def attention(
         (STRUCTS["Range"] * 4)(*ranges), scale, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if status:
-        check(status, "attention", q=q, k=k)
+        check(status, "attention", q=q, k=k, v=v)
     return out if q.ndim == 4 else out[:, 0]
 
 

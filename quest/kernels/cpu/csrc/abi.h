@@ -12,9 +12,9 @@ namespace quest {
 struct Weight;
 
 // The range of a quantized tensor: code - zero point = clamp(round(x / scale), low, high). dynamic: not 0 if scales come from
-// the tensor itself, one for each token (1), for each sample (2), or for each group of so many channels of a token (16 and
-// more). Then `scale` is the share of the numbers' range that codes reach, and low and high are the lowest and the highest
-// code.
+// the tensor itself, one for each token (1; of a convolution, each pixel), for each sample (2), or for each group of so many
+// channels of a token (16 and more). Then `scale` is the share of the numbers' range that codes reach, and low and high are
+// the lowest and the highest code.
 struct Range {
   float scale;
   float low;
@@ -118,15 +118,16 @@ int quest_linear(const float* x, int64_t rows, int64_t channels, int64_t stride,
                  const float* residual, float* out, int64_t width, int threads);
 
 // x [samples, height, width, channels] -> out [samples, out_height, out_width, outputs]. sample, row and pixel are the
-// strides of x; its channels lie side by side. residual, range: as in quest_linear, but not dynamic for each token.
+// strides of x; its channels lie side by side. residual, range: as in quest_linear.
 int quest_conv2d(const float* x, int64_t samples, int64_t channels, int64_t height, int64_t width, int64_t sample,
                  int64_t row, int64_t pixel, const void* packed, int64_t bytes, const float* bias, float scale, float low,
-                 float high, int dynamic, int64_t stride_y, int64_t stride_x, int64_t top, int64_t left,
+                 float high, int dynamic, int64_t stride_y, int64_t stride_x, int64_t padding_y, int64_t padding_x,
                  int64_t dilation_y, int64_t dilation_x, const float* residual, float* out, int64_t outputs,
                  int64_t out_height, int64_t out_width, int threads);
 
 // q [batch, heads, n, d], k and v [batch, heads, m, d] -> out, of the shape of q. strides: of batch, head and row, for q,
-// k, v and out; the numbers of a row lie side by side. ranges: those of q, k, v and the probabilities, none of them dynamic.
+// k, v and out; the numbers of a row lie side by side. ranges: those of q, k, v and the probabilities. A dynamic one has a
+// scale for each token of each head, but that of v one for each of the d channels of each head.
 int quest_attention(const float* q, const float* k, const float* v, const int64_t* strides, int64_t batch, int64_t heads,
                     int64_t n, int64_t m, int64_t d, const quest::Range* ranges, float scale, float* out, int threads);
 

@@ -2,6 +2,60 @@
 #include "product.h"
 
 namespace quest {
+namespace {
+
+// Quantizes rows of d numbers, `stride` apart, and sets their terms from i on; rows of codes are `apart` bytes apart. Returns
+// true if there is a NaN or infinity.
+bool quantize_rows(Range r, const float* x, int64_t rows, int64_t stride, int64_t d, uint8_t* to, int64_t apart,
+                   RowTerms& terms, int64_t i) {
+  bool wrong = false;
+  for (int64_t row = 0; row < rows; row++, x += stride, to += apart) {
+    const Range own = measured(r, x, d);
+    wrong |= isa->quantize(x, d, d, own, to) || !std::isfinite(own.scale);
+    terms.set(i + row, own);
+  }
+  return wrong;
+}
+
+// Quantizes heads first..last of sample b: to[0], to[1] and to[2] get codes [n or m, heads, d] of q, k and v, and terms what a
+// dynamic range determines for each head and token. A dynamic range of v is that of a channel over all tokens, so v becomes
+// codes [heads, d, m]. Returns true if there is a NaN, or infinity where ranges are dynamic.
+bool quantize(const Attention& a, int64_t b, int64_t first, int64_t last, uint8_t* const* to, RowTerms* terms) {
+  static thread_local Scratch<float> memory;
+  bool wrong = false;
+  const float* from[3] = {a.q, a.k, a.v};
+  const int64_t d = a.d, columns = (last - first) * d, lengths[3] = {a.n, a.m, a.m};
+  for (int i = 0; i < 3; i++) {
+    const int64_t *s = a.strides + 3 * i, length = lengths[i];
+    const float* x = from[i] + b * s[0] + first * s[1];
+    const Range range = a.range[i];
+    if (range.dynamic) {
+      const bool turned = i == 2;
+      terms[i].clear((last - first) * (turned ? d : length));
+      float* columns_of_head = turned ? memory.get(d * length) : nullptr;
+      for (int64_t h = 0; h < last - first; h++, x += s[1]) {
+        if (!turned) {
+          wrong |= quantize_rows(range, x, length, s[2], d, to[i] + h * d, columns, terms[i], h * length);
+          continue;
+        }
+        for (int64_t r = 0; r < length; r++)
+          for (int64_t e = 0; e < d; e++) columns_of_head[e * length + r] = x[r * s[2] + e];
+        wrong |= quantize_rows(range, columns_of_head, d, length, length, to[i] + h * d * length, length, terms[i], h * d);
+      }
+    } else if (s[1] == d && s[2] == columns) {
+      wrong |= isa->quantize(x, length * columns, length * columns, range, to[i]);
+    } else {
+      // Neighbouring heads are quantized together, because longer rows are faster.
+      const int64_t together = s[1] == d ? columns : d;
+      for (int64_t r = 0; r < length; r++)
+        for (int64_t h = 0; h < columns / together; h++)
+          wrong |= isa->quantize(x + r * s[2] + h * s[1], together, together, range, to[i] + r * columns + h * d);
+    }
+  }
+  return wrong;
+}
+
+}  // namespace
 
 Status attention(const Attention& a, int threads) {
   const Clock clock(ATTENTION);
@@ -16,31 +70,46 @@ Status attention(const Attention& a, int threads) {
           std::fill_n(a.out + b * a.strides[9] + h * a.strides[10] + i * a.strides[11], d, 0.f);
     return OK;
   }
-  if (!std::all_of(range, range + 4, [](Range r) { return in_int16(r) && one_byte(r) && !r.dynamic; }) ||
+  if (!std::all_of(range, range + 4, [](Range r) { return in_int16(r) && one_byte(r) && zero_in_bytes(r); }) ||
       largest(range[0]) * largest(range[1]) * d > INT32_MAX || largest(range[3]) * largest(range[2]) * m > INT32_MAX)
     return OUT_OF_RANGE;
   const int64_t depth = round_up(d, on.depth), length = round_up(m, on.depth);  // bytes per row of the two products
   const int64_t key_panels = ceil_div(m, NR), value_panels = ceil_div(d, NR), width = round_up(key_panels, on.panels) * NR;
   const int64_t value_width = round_up(value_panels, on.panels) * NR;
-  const std::vector<float> scale(value_width, range[3].scale * range[2].scale), none(value_width, 0.f);
-  const std::vector<int32_t> zero_v(value_width, zero_of(range[2]) - 128);
+  const std::vector<float> none(std::max(width, value_width), 0.f);
   const int32_t zero_q = zero_of(range[0]), zero_k = zero_of(range[1]) - 128, zero_p = zero_of(range[3]);
   const float factor = range[0].scale * range[1].scale * a.scale;
+  // If queries or keys have scales of their own, scores become floats before the softmax.
+  const bool floats = range[0].dynamic || range[1].dynamic, of_rows = range[3].dynamic;
+  const std::vector<int32_t> rows_zero(on.rows, zero_p);
   const int64_t parts = std::min(heads, ceil_div(threads, batch));
   std::atomic<bool> nan{false};
   parallel(batch * parts, threads, a.macs(), [&](int64_t task) {
     static thread_local Scratch<uint8_t> codes[3], probabilities, one_row;
     static thread_local Scratch<int8_t> keys, values;
-    static thread_local Scratch<int32_t> scores, key_terms, value_terms, p_sums, products;
+    static thread_local Scratch<int32_t> scores, key_terms, value_terms, p_sums, products, q_sums;
+    static thread_local Scratch<float> float_scores;
+    static thread_local std::vector<int32_t> zeros_k, zero_v;
+    static thread_local std::vector<float> scale_k, scale_q, scale, p_scale;
+    static thread_local RowTerms terms[3];
     const int64_t b = task / parts, first = task % parts * heads / parts, last = (task % parts + 1) * heads / parts;
     const int64_t columns = (last - first) * d, lengths[3] = {n, m, m};
     uint8_t* c[3];
-    for (int i = 0; i < 3; i++) c[i] = rows_of(codes[i], lengths[i], columns);
-    if (a.quantize(b, first, last, c)) nan = true;
+    for (int i = 0; i < 3; i++)
+      c[i] = i == 2 && range[2].dynamic ? rows_of(codes[i], columns, m) : rows_of(codes[i], lengths[i], columns);
+    if (quantize(a, b, first, last, c, terms)) nan = true;
+    for (int i = 0; floats && i < 2; i++) {
+      if (!range[i].dynamic) terms[i].clear(), terms[i].add(range[i], (last - first) * lengths[i]);
+    }
+    zero_v.assign(value_width, zero_of(range[2]) - 128);
+    scale.assign(value_width, (of_rows ? 1.f : range[3].scale) * range[2].scale);
+    zeros_k.assign(width, 0), scale_k.assign(width, 0.f), scale_q.resize(n), p_scale.resize(on.rows);
     int8_t* kp = keys.get(key_panels * depth * NR);
     int8_t* vp = values.get(value_panels * length * NR);
     uint8_t* p = rows_of(probabilities, on.rows, length);
     int32_t* s = scores.get(on.rows * width);
+    float* fs = floats ? float_scores.get(on.rows * width) : nullptr;
+    int32_t* of_q = q_sums.get(n);
     int32_t* of_keys = key_terms.get(width);
     int32_t* of_values = value_terms.get(value_width);
     int32_t* of_p = p_sums.get(on.rows);
@@ -58,27 +127,53 @@ Status attention(const Attention& a, int threads) {
       }
     };
     for (int64_t h = first; h < last; h++) {
-      const uint8_t *qh = c[0] + (h - first) * d, *kh = c[1] + (h - first) * d, *vh = c[2] + (h - first) * d;
+      const int64_t head = h - first;
+      const uint8_t *qh = c[0] + head * d, *kh = c[1] + head * d, *vh = c[2] + head * d;
       on.pack_keys(kh, columns, m, d, depth, kp);
       sum(kp, key_panels, depth, of_keys);
-      for (int64_t j = 0; j < m; j++) of_keys[j] = zero_q * (of_keys[j] - static_cast<int32_t>(d) * zero_k);
-      on.pack_values(vh, columns, m, d, length, vp);
+      if (floats) {
+        for (int64_t j = 0; j < m; j++) {
+          zeros_k[j] = terms[1].zero[head * m + j] - 128, scale_k[j] = terms[1].scale[head * m + j];
+          of_keys[j] -= static_cast<int32_t>(d) * zeros_k[j];
+        }
+        for (int64_t i = 0; i < n; i++) scale_q[i] = terms[0].scale[head * n + i] * a.scale;
+        on.sums(qh, columns, n, d, of_q);
+      } else {
+        for (int64_t j = 0; j < m; j++) of_keys[j] = zero_q * (of_keys[j] - static_cast<int32_t>(d) * zero_k);
+      }
+      if (range[2].dynamic) {  // a row of codes is a channel, as a row of keys is an output
+        on.pack_keys(c[2] + head * d * m, m, d, m, length, vp);
+        for (int64_t e = 0; e < d; e++) {
+          zero_v[e] = terms[2].zero[head * d + e] - 128;
+          scale[e] = (of_rows ? 1.f : range[3].scale) * terms[2].scale[head * d + e];
+        }
+      } else {
+        on.pack_values(vh, columns, m, d, length, vp);
+      }
       sum(vp, value_panels, length, of_values);
-      for (int64_t e = 0; e < d; e++) of_values[e] = zero_p * (of_values[e] - static_cast<int32_t>(m) * zero_v[0]);
+      for (int64_t e = 0; e < d; e++)
+        of_values[e] = (of_rows ? 1 : zero_p) * (of_values[e] - static_cast<int32_t>(m) * zero_v[e]);
       float* o = a.out + b * a.strides[9] + h * a.strides[10];
       for (int64_t i = 0; i < n; i += on.rows) {
         const int rows = static_cast<int>(std::min<int64_t>(on.rows, n - i));
         for (int64_t j = 0; j < key_panels; j += on.panels)
           on.multiply(qh + i * columns, columns, rows, 1, &start, depth, kp + j * depth * NR, depth * NR,
                       static_cast<int>(std::min<int64_t>(on.panels, key_panels - j)), s + j * NR, width);
-        on.softmax(rows, s, width, m, length, factor, range[3], of_keys, p, of_p);
         float* to[MAX_ROWS];
+        if (floats) {
+          for (int r = 0; r < rows; r++) to[r] = fs + r * width;
+          on.finish(s, width, rows, of_q + i, zeros_k.data(), of_keys, scale_k.data(), none.data(), static_cast<int>(m), to,
+                    nullptr, 0, scale_q.data() + i, terms[0].zero.data() + head * n + i);
+        }
+        on.softmax(rows, floats ? reinterpret_cast<int32_t*>(fs) : s, width, m, length, floats ? 1.f : factor, range[3],
+                   floats ? nullptr : of_keys, p, of_p, p_scale.data());
         for (int r = 0; r < rows; r++) to[r] = o + (i + r) * a.strides[11];
         for (int64_t j = 0; j < value_panels; j += on.panels) {
           const int count = static_cast<int>(std::min<int64_t>(on.panels, value_panels - j));
           on.multiply(p, length, rows, 1, &start, length, vp + j * length * NR, length * NR, count, sums, on.panels * NR);
-          on.finish(sums, on.panels * NR, rows, of_p, zero_v.data(), of_values + j * NR, scale.data(), none.data(),
-                    static_cast<int>(std::min<int64_t>(count * NR, d - j * NR)), to, nullptr, j * NR, nullptr, nullptr);
+          on.finish(sums, on.panels * NR, rows, of_p, zero_v.data() + j * NR, of_values + j * NR, scale.data() + j * NR,
+                    none.data(), static_cast<int>(std::min<int64_t>(count * NR, d - j * NR)), to, nullptr, j * NR,
+                    of_rows ? p_scale.data() : nullptr, rows_zero.data());
         }
       }
     }

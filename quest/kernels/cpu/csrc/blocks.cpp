@@ -29,7 +29,7 @@ Status conv(const Layer& l, const float* x, int64_t samples, int64_t height, int
 void check(const Layer& l, int64_t channels, int64_t side, const char* otherwise) {
   const Weight& w = weight_of(l.weight, l.bytes);
   require(w.channels == channels && w.height == side && w.width == side, otherwise);
-  check_scales(w, l.range.dynamic, side > 1);
+  check_scales(w, l.range.dynamic);
 }
 
 void check(const Norm& norm, int64_t channels, bool groups) {
@@ -48,6 +48,7 @@ void check(const AttentionBlock& a, int64_t channels, int64_t context_channels, 
           "queries, keys and values are not equally wide, or not a multiple of the heads");
   check(a.out, width, 1, "the last layer takes another number of channels than the values have");
   require(a.out.weight->outputs == outputs, "the last layer gives another number of channels than the output has");
+  check_scales(a.ranges);
 }
 
 void check(const TransformerBlock& t, int64_t channels, int64_t context_channels) {

@@ -28,37 +28,113 @@ namespace {
 using AllPlanes = std::vector<Planes>;
 const Planes& of(const AllPlanes& planes, int64_t sample) { return planes[planes.size() == 1 ? 0 : sample]; }
 
-// The lines of some samples, or some lines of one sample, with padding between them.
-struct Block {
-  int64_t stride;               // pixels from one line to the next
-  int64_t lines;                // lines from one sample to the next
-  int64_t sample, samples;      // the first sample, and their number
-  int64_t first, count;         // output lines of each sample
+// How the pixels of a block lie in memory, so that the rows of neighbouring outputs are neighbours (see product.h). With a
+// stride of 2, these are the pixels of every second line, and every second one of them. So the block has four planes:
+//
+//     a b c d      lines 0, 2:  a c   b d     lines 1, 3:  e g   f h
+//     e f g h                   i k   j l                  m o   n p
+//     i j k l
+//     m n o p
+//
+// Padding is part of them. Where the stride is 1, the padding after a line is that before the next one.
+struct Layout {
+  struct Plane {
+    int64_t y, x;  // its first pixel
+    bool operator==(const Plane& other) const { return y == other.y && x == other.x; }
+  };
+  std::vector<Plane> planes;  // those that taps read
+  int64_t stride, lines;      // pixels from one line to the next, lines from one sample to the next
+  int64_t lower, beside;      // how many lines lower, and how many pixels beside its row, the last tap is
+
+  Layout(const Weight& w, const Conv& c) {
+    const int64_t reach_y = (w.height - 1) * c.dilation_y, reach_x = (w.width - 1) * c.dilation_x;
+    const int64_t needed = (c.out_height - 1) * c.stride_y + reach_y + 1, columns = (c.out_width - 1) * c.stride_x + reach_x + 1;
+    // If padding is wider than the kernel, some outputs see only padding. They need places of their own too.
+    stride = c.stride_x == 1 ? std::max(columns - c.left, c.out_width) : ceil_div(columns, c.stride_x);
+    lines = c.stride_y == 1 ? std::max(needed - c.top, c.out_height) : ceil_div(needed, c.stride_y);
+    lower = reach_y / c.stride_y, beside = reach_x / c.stride_x;
+    for (int64_t tap = 0; tap < w.taps(); tap++)
+      if (std::find(planes.begin(), planes.end(), plane_of(w, c, tap)) == planes.end()) planes.push_back(plane_of(w, c, tap));
+  }
+  // Returns how many pixels after the pixel of a row its tap lies, in planes of `size` pixels.
+  int64_t shift(const Weight& w, const Conv& c, int64_t tap, int64_t size) const {
+    const int64_t plane = std::find(planes.begin(), planes.end(), plane_of(w, c, tap)) - planes.begin();
+    return plane * size + tap / w.width * c.dilation_y / c.stride_y * stride + tap % w.width * c.dilation_x / c.stride_x;
+  }
+
+ private:
+  static Plane plane_of(const Weight& w, const Conv& c, int64_t tap) {
+    return {tap / w.width * c.dilation_y % c.stride_y, tap % w.width * c.dilation_x % c.stride_x};
+  }
 };
 
-// Quantizes `rows` lines of a block with their padding. Returns true if they contain a NaN.
-bool quantize(const Conv& c, const Block& b, const AllPlanes& all, int64_t rows, uint8_t* out) {
-  const int64_t pixel = all[0].pixel();
-  const bool together = c.pixel == all[0].channels && pixel == c.pixel;
-  bool nan = false;
-  for (int64_t r = 0; r < rows; r++, out += b.stride * pixel) {
-    const int64_t sample = std::min(r / b.lines, b.samples - 1), y = b.first + r - sample * b.lines - c.top;
-    const Planes& planes = of(all, b.sample + sample);
-    if (y < 0 || y >= c.height) {
-      planes.pad(out, b.stride);
-      continue;
+// The lines of some samples, or some lines of one sample, with padding between them.
+struct Block {
+  int64_t sample, samples;  // the first sample, and their number
+  int64_t first, count;     // output lines of each sample
+  int64_t rows, size;       // lines and pixels of a plane
+};
+
+// Calls real(place, number of pixels, sample, address) for each stretch of pixels of a block, and padding(place, number of
+// pixels) for what lies between. Places count pixels.
+template <class Real, class Padding>
+void each_stretch(const Conv& c, const Layout& l, const Block& b, const Real& real, const Padding& padding) {
+  int64_t plane = 0;
+  for (const auto [first_y, first_x] : l.planes) {
+    for (int64_t r = 0, at = plane; r < b.rows; r++, at += l.stride) {
+      const int64_t sample = std::min(r / l.lines, b.samples - 1);
+      const int64_t y = (b.first + r - sample * l.lines) * c.stride_y + first_y - c.top;
+      if (y < 0 || y >= c.height) {
+        padding(at, l.stride);
+        continue;
+      }
+      const int64_t begin = std::clamp<int64_t>(ceil_div(c.left - first_x, c.stride_x), 0, l.stride);
+      const int64_t end = std::clamp<int64_t>(ceil_div(c.left + c.width - first_x, c.stride_x), begin, l.stride);
+      const float* from = c.x + (b.sample + sample) * c.sample + y * c.row;
+      padding(at, begin);
+      if (begin < end)
+        real(at + begin, end - begin, b.sample + sample, from + (begin * c.stride_x + first_x - c.left) * c.pixel);
+      padding(at + end, l.stride - end);
     }
-    const int64_t end = std::min(b.stride, c.left + c.width);
-    planes.pad(out, c.left);
-    planes.pad(out + end * pixel, b.stride - end);
-    const float* in = c.x + (b.sample + sample) * c.sample + y * c.row;
-    uint8_t* to = out + c.left * pixel;
-    if (together)
-      nan |= isa->quantize(in, (end - c.left) * pixel, (end - c.left) * pixel, planes.range, to);
-    else
-      for (int64_t x = c.left; x < end; x++, in += c.pixel, to += pixel) nan |= planes.quantize(in, to);
+    padding(plane + b.rows * l.stride, b.size - b.rows * l.stride);
+    plane += b.size;
   }
+}
+
+// Quantizes a block with its padding. Returns true if it contains a NaN.
+bool quantize(const Conv& c, const Layout& l, const Block& b, const AllPlanes& all, uint8_t* out) {
+  const int64_t pixel = all[0].pixel();
+  const bool together = c.stride_x == 1 && c.pixel == all[0].channels && pixel == c.pixel;
+  bool nan = false;
+  each_stretch(
+      c, l, b,
+      [&](int64_t at, int64_t n, int64_t of_sample, const float* in) {
+        const Planes& planes = of(all, of_sample);
+        uint8_t* to = out + at * pixel;
+        if (together) {
+          nan |= isa->quantize(in, n * pixel, n * pixel, planes.range, to);
+        } else {
+          for (int64_t i = 0; i < n; i++, in += c.stride_x * c.pixel, to += pixel) nan |= planes.quantize(in, to);
+        }
+      },
+      [&](int64_t at, int64_t n) { of(all, b.sample).pad(out + at * pixel, n); });
   return nan;
+}
+
+// The same where each pixel has terms of its own. Padding is the bytes 0.
+bool quantize(const Conv& c, const Layout& l, const Block& b, const AllPlanes& all, uint8_t* out, RowTerms& terms) {
+  const int64_t pixel = all[0].pixel();
+  bool wrong = false;
+  each_stretch(
+      c, l, b,
+      [&](int64_t at, int64_t n, int64_t sample, const float* in) {
+        const Planes& planes = of(all, sample);
+        const bool fixed = planes.range.dynamic == STATIC;
+        for (int64_t i = 0; i < n; i++, in += c.stride_x * c.pixel)
+          wrong |= quantize_token(planes, in, fixed ? &planes.range : nullptr, out + (at + i) * pixel, terms, at + i);
+      },
+      [&](int64_t at, int64_t n) { std::memset(out + at * pixel, 0, n * pixel); });
+  return wrong;
 }
 
 constexpr int64_t TILES = 320 << 10;  // bytes of transformed tiles, times `products`, in the second cache of a processor core
@@ -93,7 +169,7 @@ void winograd_product(const Weight& w, const Terms& t, const Rows& a, int middle
   int32_t* sum = sums.get(most * 16);
   int8_t* b = memory.get(9 * a.stride * NR);
   std::vector<int32_t> constant = t.constant;
-  for (size_t o = 0; !a.terms && o < constant.size(); o++) constant[o] -= middle * w.sum()[o];
+  for (size_t o = 0; !a.terms && o < constant.size(); o++) constant[o] -= middle * w.sum_of_taps(o);
   RowTerms terms;
   std::vector<ptrdiff_t> offset(most);
   std::vector<float*> out(16 * most);
@@ -125,117 +201,89 @@ void winograd_product(const Weight& w, const Terms& t, const Rows& a, int middle
   }
 }
 
-// Convolutions with stride 1 and dilation 1, see product.h. The padding after the last line of a block is the beginning of one
-// more line.
-bool conv_stretches(const Weight& w, const Conv& c, const Terms& t, const AllPlanes& all_planes, bool dynamic, int threads) {
+// apart: each pixel has a scale of its own, so each tap has sums of its own. dynamic: each sample has a scale.
+bool convolve(const Weight& w, const Conv& c, const Terms& t, const AllPlanes& all_planes, bool apart, bool dynamic,
+              int threads) {
   const Planes& planes = all_planes[0];
   const int64_t pixel = planes.pixel();
-  const int64_t columns = c.out_width + w.width - 1, needed = c.out_height + w.height - 1;
-  Block all;
-  // If padding is wider than the kernel, some outputs see only padding. They need places of their own too.
-  all.stride = std::max({c.width + c.left, columns - c.left, c.out_width});
-  all.lines = std::max({c.height + c.top, needed - c.top, c.out_height});
-  const int64_t line = all.stride * pixel;
-  int64_t samples = BLOCK / (all.lines * line);  // samples per block
+  const Layout l(w, c);
+  const bool near = c.stride_y == 1 && c.stride_x == 1 && c.dilation_y == 1 && c.dilation_x == 1;
+  const int64_t line = l.planes.size() * l.stride * pixel;
+  int64_t samples = BLOCK / (l.lines * line);  // samples per block
   // Samples of one block share the padding between them, so it must be the same byte for both.
   for (const Planes& one : all_planes)
-    if (one.low != planes.low) samples = std::min<int64_t>(samples, 1);
-  const bool winograd = by_winograd(w, c, planes);
+    if (!apart && one.low != planes.low) samples = std::min<int64_t>(samples, 1);
+  const bool winograd = near && !apart && by_winograd(w, c, planes);
   const int64_t unit = winograd ? 4 : 1, units = ceil_div(c.out_height, unit);  // lines that are computed together
-  const int64_t strips = samples ? 1 : blocks_of(units, (BLOCK / line - (w.height - 1)) / unit, threads);
+  const int64_t strips = samples ? 1 : blocks_of(units, (BLOCK / line - l.lower) / unit, threads);
   const int64_t groups = samples ? blocks_of(c.samples, samples, threads) : c.samples;
-  std::vector<ptrdiff_t> offset;
-  for (int64_t y = 0; y < w.height; y++) offset.push_back(y * line);
-  const int64_t bytes = round_up(w.width * pixel, isa->depth);
+  const int64_t together = near && !apart ? w.width : 1;  // taps of a segment
+  const int64_t bytes = round_up(together * pixel, apart && w.taps() > 1 ? planes.padded : isa->depth);
   std::atomic<bool> nan{false};
   share(w.panels(), groups * strips, threads, c.macs(w), [&](int64_t block, int64_t from, int64_t to) {
     static thread_local Scratch<uint8_t> codes;
     static thread_local Scratch<int32_t> pixel_sums, sums;
     static thread_local std::vector<float*> out;
     static thread_local std::vector<const float*> residual;
+    static thread_local std::vector<ptrdiff_t> shift, offset;
     static thread_local RowTerms terms;
-    Block b = all;
+    Block b;
     const int64_t group = block / strips, strip = block % strips;
     b.sample = group * c.samples / groups, b.samples = (group + 1) * c.samples / groups - b.sample;
     b.first = strip * units / strips * unit;
     b.count = std::min(c.out_height, (strip + 1) * units / strips * unit) - b.first;
-    const int64_t rows = (b.samples - 1) * b.lines + b.count + w.height - 1;
-    const int64_t positions = ((b.samples - 1) * b.lines + b.count - 1) * b.stride + c.out_width;
-    const int64_t pixels = rows * b.stride + w.width;
-    uint8_t* q = rows_of(codes, pixels + 4 * b.stride, pixel);  // whole tiles are read
-    if (quantize(c, b, all_planes, rows, q)) nan = true;
-    of(all_planes, b.sample + b.samples - 1).pad(q + rows * line, w.width);
-    int32_t* each = pixel_sums.get(pixels);
-    int32_t* total = sums.get(positions);
-    isa->sums(q, pixel, pixels, pixel, each);
-    std::memset(total, 0, positions * sizeof(int32_t));
-    for (int64_t y = 0; y < w.height; y++)
-      for (int64_t x = 0; x < w.width; x++) {
-        const int32_t* from_here = each + y * b.stride + x;
-        for (int64_t p = 0; p < positions; p++) total[p] += from_here[p];
-      }
+    b.rows = (b.samples - 1) * l.lines + b.count + l.lower;
+    b.size = b.rows * l.stride + l.beside;
+    const int64_t positions = ((b.samples - 1) * l.lines + b.count - 1) * l.stride + c.out_width;
+    const int64_t pixels = l.planes.size() * b.size;
+    uint8_t* q = rows_of(codes, pixels + 4 * l.stride, pixel);  // whole tiles are read
+    shift.clear(), offset.clear();
+    for (int64_t tap = 0; tap < w.taps(); tap++) {
+      shift.push_back(l.shift(w, c, tap, b.size));
+      if (tap % together == 0) offset.push_back(shift.back() * pixel);
+    }
     out.assign(positions, nullptr);
     for (int64_t s = 0; s < b.samples; s++)
       for (int64_t y = 0; y < b.count; y++) {
         float* to_line = c.out + (((b.sample + s) * c.out_height + b.first + y) * c.out_width) * w.outputs;
-        for (int64_t x = 0; x < c.out_width; x++) out[(s * b.lines + y) * b.stride + x] = to_line + x * w.outputs;
+        for (int64_t x = 0; x < c.out_width; x++) out[(s * l.lines + y) * l.stride + x] = to_line + x * w.outputs;
       }
     const float* const* added = counterparts(c.residual, c.out, out, residual);
+    Rows rows{q,           positions, pixel,      static_cast<int64_t>(offset.size()), offset.data(), bytes, planes.count,
+              nullptr, out.data(), added};
+    if (apart) {
+      const int64_t sums_of_pixel = w.groups();
+      const bool of_groups = planes.range.dynamic >= OF_GROUPS;
+      terms.clear((of_groups ? sums_of_pixel : 1) * pixels, of_groups ? pixels : 0);
+      if (quantize(c, l, b, all_planes, q, terms)) nan = true;
+      int32_t* each = pixel_sums.get(sums_of_pixel * pixels);
+      for (int64_t g = 0; g < sums_of_pixel; g++)
+        isa->sums(q + g * w.group, pixel, pixels, std::min(w.group, pixel - g * w.group), each + g * pixels);
+      if (!t.pairs.empty()) terms.pair_with(each, sums_of_pixel * pixels);
+      rows.sums = each, rows.terms = &terms, rows.shift = shift.data(), rows.apart = pixels;
+      product(w, t, rows, from, to);
+      return;
+    }
+    if (quantize(c, l, b, all_planes, q)) nan = true;
+    int32_t* each = pixel_sums.get(pixels);
+    int32_t* total = sums.get(positions);
+    isa->sums(q, pixel, pixels, pixel, each);
+    std::memset(total, 0, positions * sizeof(int32_t));
+    for (const ptrdiff_t from_here : shift)
+      for (int64_t p = 0; p < positions; p++) total[p] += each[from_here + p];
     terms.clear();
-    for (int64_t s = 0; dynamic && s < b.samples; s++) terms.add(of(all_planes, b.sample + s).range, b.lines * b.stride);
-    const Rows all_rows{q,     positions,          pixel, w.height,   offset.data(), bytes,
-                        planes.count, total, out.data(), added, dynamic ? &terms : nullptr};
+    for (int64_t s = 0; dynamic && s < b.samples; s++) terms.add(of(all_planes, b.sample + s).range, l.lines * l.stride);
+    rows.sums = total;
+    if (dynamic) rows.terms = &terms;
     if (!winograd) {
-      product(w, t, all_rows, from, to);
+      product(w, t, rows, from, to);
       return;
     }
     std::vector<int64_t> starts;
     for (int64_t s = 0; s < b.samples; s++)
       for (int64_t y = 0; y < b.count; y += 4)
-        for (int64_t x = 0; x < c.out_width; x += 4) starts.push_back((s * b.lines + y) * b.stride + x);
-    winograd_product(w, t, all_rows, middle_of(planes), line, starts, from, to);
-  });
-  return nan;
-}
-
-// Other strides: the taps of each output pixel are copied to one row.
-bool conv_gathered(const Weight& w, const Conv& c, const Terms& t, const AllPlanes& planes, bool dynamic, int threads) {
-  const int64_t pixel = planes[0].pixel(), row = w.taps() * pixel, total = c.out_height * c.samples;
-  const int64_t blocks = blocks_of(total, BLOCK / (row * c.out_width), threads);
-  const int64_t bytes = round_up(row, isa->depth);
-  std::atomic<bool> nan{false};
-  share(w.panels(), blocks, threads, c.macs(w), [&](int64_t block, int64_t from, int64_t to) {
-    static thread_local Scratch<uint8_t> lines, codes;
-    static thread_local Scratch<int32_t> sums;
-    static thread_local std::vector<float*> out;
-    static thread_local std::vector<const float*> residual;
-    static thread_local RowTerms terms;
-    const int64_t first = block * total / blocks, last = (block + 1) * total / blocks;
-    const int64_t count = (last - first) * c.out_width, columns = (c.out_width - 1) * c.stride_x + (w.width - 1) * c.dilation_x + 1;
-    uint8_t* q = rows_of(codes, count, row);
-    Block line{};
-    line.stride = std::max(columns, c.left + c.width), line.lines = 1, line.samples = 1;
-    uint8_t* pixels = lines.get(line.stride * pixel);
-    out.clear(), terms.clear();
-    for (int64_t i = first; i < last; i++) {
-      line.sample = i / c.out_height;
-      for (int64_t y = 0; y < w.height; y++) {
-        line.first = i % c.out_height * c.stride_y + y * c.dilation_y;
-        if (quantize(c, line, planes, 1, pixels)) nan = true;
-        for (int64_t x = 0; x < c.out_width; x++)
-          for (int64_t k = 0; k < w.width; k++)
-            std::memcpy(q + ((i - first) * c.out_width + x) * row + (y * w.width + k) * pixel,
-                        pixels + (x * c.stride_x + k * c.dilation_x) * pixel, pixel);
-      }
-      for (int64_t x = 0; x < c.out_width; x++) out.push_back(c.out + (i * c.out_width + x) * w.outputs);
-      if (dynamic) terms.add(of(planes, line.sample).range, c.out_width);
-    }
-    int32_t* total_of = sums.get(count);
-    isa->sums(q, row, count, row, total_of);
-    const ptrdiff_t none = 0;
-    const float* const* added = counterparts(c.residual, c.out, out, residual);
-    product(w, t, {q, count, row, 1, &none, bytes, planes[0].count, total_of, out.data(), added, dynamic ? &terms : nullptr},
-            from, to);
+        for (int64_t x = 0; x < c.out_width; x += 4) starts.push_back((s * l.lines + y) * l.stride + x);
+    winograd_product(w, t, rows, middle_of(planes), l.stride * pixel, starts, from, to);
   });
   return nan;
 }
@@ -247,17 +295,18 @@ Status conv2d(const Layer& l, const Conv& c, int threads) {
   if (!c.samples || !c.out_height || !c.out_width) return OK;
   const Weight& w = *l.weight;
   if (!fits(w, l.range)) return OUT_OF_RANGE;
-  const bool padding = c.top || c.left;
+  const bool apart = l.range.dynamic == OF_TOKENS || l.range.dynamic >= OF_GROUPS || w.groups() > 1;
+  const bool padding = !apart && (c.top || c.left);
+  const int64_t unit = apart ? 16 : 4;
   AllPlanes planes;
-  if (l.range.dynamic) {
-    for (Range r : of_samples(c, w.channels, l.range, threads)) planes.emplace_back(r, w.channels, padding);
+  if (l.range.dynamic == OF_SAMPLES) {
+    for (Range r : of_samples(c, w.channels, l.range, threads)) planes.emplace_back(r, w.channels, padding, unit);
   } else {
-    planes.emplace_back(l.range, w.channels, padding);
+    planes.emplace_back(l.range, w.channels, padding, unit);
   }
   if (planes.empty()) return HAS_NAN;
-  const Terms t(w, l.bias, planes[0], l.range.dynamic);
-  const bool stretches = c.stride_y == 1 && c.stride_x == 1 && c.dilation_y == 1 && c.dilation_x == 1;
-  return (stretches ? conv_stretches : conv_gathered)(w, c, t, planes, l.range.dynamic, threads) ? HAS_NAN : OK;
+  const Terms t(w, l.bias, planes[0], apart || l.range.dynamic, apart);
+  return convolve(w, c, t, planes, apart, l.range.dynamic, threads) ? HAS_NAN : OK;
 }
 
 }  // namespace quest

@@ -113,28 +113,28 @@ int quest_linear(const float* x, int64_t rows, int64_t channels, int64_t stride,
     require((gated ? w.outputs / 2 : w.outputs) == width, "the weight gives another number of outputs");
     require(tokens > 0 && rows % tokens == 0, "the rows are no multiple of the tokens of a sample");
     const Range range{scale, low, high, dynamic};
-    check_scales(w, dynamic, false);
+    check_scales(w, dynamic);
     return linear({&w, bytes, bias, range}, x, rows, tokens, stride, gated, residual, out, threads);
   });
 }
 
 int quest_conv2d(const float* x, int64_t samples, int64_t channels, int64_t height, int64_t width, int64_t sample,
                  int64_t row, int64_t pixel, const void* packed, int64_t bytes, const float* bias, float scale, float low,
-                 float high, int dynamic, int64_t stride_y, int64_t stride_x, int64_t top, int64_t left,
+                 float high, int dynamic, int64_t stride_y, int64_t stride_x, int64_t padding_y, int64_t padding_x,
                  int64_t dilation_y, int64_t dilation_x, const float* residual, float* out, int64_t outputs,
                  int64_t out_height, int64_t out_width, int threads) {
   return guarded([&] {
     const Weight& w = weight_of(packed, bytes);
-    check_sizes(threads, samples, channels, height, width, sample, row, pixel, top, left);
+    check_sizes(threads, samples, channels, height, width, sample, row, pixel, padding_y, padding_x);
     require(w.channels == channels, "the weight was packed for another number of channels");
     require(w.outputs == outputs, "the weight gives another number of outputs");
     require(stride_y > 0 && stride_x > 0 && dilation_y > 0 && dilation_x > 0, "strides and dilations must be positive");
-    require(out_height == span(height, top, dilation_y, w.height, stride_y) &&
-                out_width == span(width, left, dilation_x, w.width, stride_x) && out_height > 0 && out_width > 0,
+    require(out_height == span(height, padding_y, dilation_y, w.height, stride_y) &&
+                out_width == span(width, padding_x, dilation_x, w.width, stride_x) && out_height > 0 && out_width > 0,
             "the output has another size than the convolution gives, or none");
-    check_scales(w, dynamic, true);
-    const Conv c{x,   samples, height,     width,      sample,   row, pixel,      stride_y, stride_x,
-                 top, left,    dilation_y, dilation_x, residual, out, out_height, out_width};
+    check_scales(w, dynamic);
+    const Conv c{x,         samples,   height,     width,      sample,   row, pixel,      stride_y, stride_x,
+                 padding_y, padding_x, dilation_y, dilation_x, residual, out, out_height, out_width};
     return conv2d({&w, bytes, bias, {scale, low, high, dynamic}}, c, threads);
   });
 }
@@ -143,6 +143,7 @@ int quest_attention(const float* q, const float* k, const float* v, const int64_
                     int64_t n, int64_t m, int64_t d, const Range* ranges, float scale, float* out, int threads) {
   return guarded([&] {
     check_sizes(threads, batch, heads, n, m, d);
+    check_scales(ranges);
     const Attention a{q, k, v, strides, batch, heads, n, m, d, ranges, scale, out};
     return attention(a, threads);
   });

@@ -18,6 +18,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 // Functions between these two lines are compiled for an instruction set, which the rest of the core need not have.
 #define QUEST_PRAGMA(x) _Pragma(#x)
@@ -56,14 +57,17 @@ struct Winograd {
 constexpr int POINTS = 36;              // products for one 4x4 output tile in the transformed domain, 6x6
 constexpr int WINOGRAD_CHANNELS = 128;  // transformed tiles have room for a multiple of this number of channels
 
-// What the sums of groups of channels are corrected by and multiplied with, for the rows and columns of one tile. Those of a
-// row of group g are at g * row_apart, those of a column at g * apart. A pair holds two int16: of a column its zero point and
-// its constant, of a row its sum and its zero point, both negative. Their product is what `finish` subtracts.
+// What the sums of groups of channels are corrected by and multiplied with, for the rows and columns of one tile. Each segment
+// of a row (see `multiply`) has groups of its own. The numbers of row r, segment s and group g are at r + shift[s] in
+// row_pairs and row_scale, plus g * row_apart or g * scale_apart. Those of a column are at (s * groups + g) * apart in pairs,
+// and at g * apart in scale. A pair holds two int16: of a column its zero point and its constant, of a row its sum and its
+// zero point, both negative. Their product is what `finish` subtracts.
 struct Grouped {
-  int64_t group;  // bytes
+  int64_t group, segments;  // bytes of a group, and number of segments
+  const ptrdiff_t *offset, *shift;
   const int32_t *row_pairs, *pairs;
   const float *row_scale, *scale;
-  int64_t row_apart, scale_apart, apart;  // scale_apart: of row_scale
+  int64_t row_apart, scale_apart, apart;
 };
 
 struct Isa {
@@ -88,7 +92,7 @@ struct Isa {
                    const int8_t* b, ptrdiff_t panel, int panels, int32_t* out, ptrdiff_t out_stride);
   // The same for any number of bytes that is a multiple of 16.
   decltype(multiply) multiply_some;
-  // Null, or out[rows, panels * NR] = the sum over groups of (product + pairs) * scale * row_scale, for one segment.
+  // Null, or out[rows, panels * NR] = the sum over segments and groups of (product + pairs) * scale * row_scale.
   void (*multiply_groups)(const uint8_t* a, ptrdiff_t stride, int rows, int64_t bytes, const int8_t* b, ptrdiff_t panel,
                           int panels, const Grouped& g, float* out, ptrdiff_t out_stride);
   // out[r][0..columns) = (in - zero * sums[r] - constant) * scale + bias, plus residual[r] if it is not null. Rows of `in`
@@ -102,11 +106,12 @@ struct Isa {
   // depth and length are zeros. Those of outputs are not: whole panels are read there.
   void (*pack_keys)(const uint8_t* k, ptrdiff_t stride, int64_t m, int64_t d, int64_t depth, int8_t* out);
   void (*pack_values)(const uint8_t* v, ptrdiff_t stride, int64_t m, int64_t d, int64_t length, int8_t* out);
-  // Computes softmax(factor * (scores - column)) over the m scores of each row. out gets its codes minus the lowest code,
-  // then zeros up to `padded`, and sums their sums. Rows of scores are `width` apart, a multiple of NR, and are overwritten.
-  // Rows of out are `padded` apart.
+  // Computes softmax(factor * (scores - column)) over the m scores of each row; if column is null, the scores are floats, and
+  // nothing is subtracted. out gets its codes minus the lowest code, then zeros up to `padded`, and sums their sums. If the
+  // range is dynamic, row_scale gets the scale of each row. Rows of scores are `width` apart, a multiple of NR, and are
+  // overwritten. Rows of out are `padded` apart.
   void (*softmax)(int rows, int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
-                  const int32_t* column, uint8_t* out, int32_t* sums);
+                  const int32_t* column, uint8_t* out, int32_t* sums, float* row_scale);
 
   // out[c] = the sum of x[c] over pixels, or of (x[c] - mean[c])^2 if mean is not null. Pixels of x are `pixel` apart.
   void (*channel_sums)(const float* x, ptrdiff_t pixel, int64_t pixels, int64_t channels, const float* mean, float* out);

@@ -97,7 +97,7 @@ void parallel(int64_t tasks, int threads, int64_t work, const Task& task) {
 //
 //   header | zero points, int32 | scales, float | sums, int32 | codes of outputs 0..15 | codes of outputs 16..31 | ...
 //
-// Zero points, scales and sums are ordered [group of channels][output].
+// Zero points and scales are ordered [group of channels][output], sums [tap][group of channels][output].
 // Within a panel, codes are ordered [tap][four channels][output][channel of the four]. With 8 bits they are stored as the
 // signed bytes of a product (see core.h), so they need no unpacking. With 4 bits they are stored as unpack4 reads them.
 struct Weight {
@@ -111,16 +111,22 @@ struct Weight {
   char* base() { return reinterpret_cast<char*>(this); }
   int64_t panels() const { return ceil_div(outputs, NR); }
   int64_t groups() const { return ceil_div(channels, group); }
+  int64_t numbers() const { return groups() * panels() * NR; }  // of all groups and outputs
   int64_t padded() const { return round_up(channels, 4); }
   int64_t taps() const { return height * width; }
   int64_t panel_codes() const { return taps() * padded() * NR * bits / 8; }  // bytes
   int offset() const { return bits == 8 ? 128 : 8; }  // a signed byte is a code minus this number
   const uint8_t* panel(int64_t p) const { return reinterpret_cast<const uint8_t*>(base() + codes) + p * panel_codes(); }
-  // For each group and output its zero point minus offset(), its scale, and its sum of codes minus zero point. Zeros fill up
-  // the last panel.
+  // For each group and output its zero point minus offset(), its scale, and for each tap its sum of codes minus zero point.
+  // Zeros fill up the last panel.
   const int32_t* zero_point() const { return reinterpret_cast<const int32_t*>(base() + zero_points); }
   const float* scale() const { return reinterpret_cast<const float*>(base() + scales); }
   const int32_t* sum() const { return reinterpret_cast<const int32_t*>(base() + sums); }
+  int32_t sum_of_taps(int64_t i) const {
+    int32_t all = 0;
+    for (int64_t tap = 0; tap < taps(); tap++) all += sum()[tap * numbers() + i];
+    return all;
+  }
 };
 
 enum Dynamic { STATIC, OF_TOKENS, OF_SAMPLES, OF_GROUPS = 16 };  // Range::dynamic
@@ -133,14 +139,16 @@ const Weight& weight_of(const void* packed, int64_t bytes);
 void pack(const uint8_t* codes, const int32_t* zero_points, const float* scales, const Weight& given, Weight& w);
 void unpack(const Weight& w, uint8_t* codes);
 
-// Throws std::invalid_argument if a layer cannot have scales of its input as `dynamic` says (Range::dynamic), or if a
-// convolution, whose sums run over several pixels, has other scales than one for each sample.
-inline void check_scales(const Weight& w, int dynamic, bool convolution) {
+// Throw std::invalid_argument if a layer or an attention cannot have scales as `dynamic` says (Range::dynamic).
+inline void check_scales(const Weight& w, int dynamic) {
   require(dynamic == STATIC || dynamic == OF_TOKENS || dynamic == OF_SAMPLES || dynamic >= OF_GROUPS,
           "no such dynamic scales");
-  require(!convolution || (dynamic != OF_TOKENS && dynamic < OF_GROUPS && w.groups() == 1),
-          "a convolution has scales of samples, not of tokens or groups");
   require(dynamic < OF_GROUPS || dynamic == w.group, "the weight was packed for other groups");
+}
+inline void check_scales(const Range* of_attention) {
+  for (int i = 0; i < 4; i++)
+    require(of_attention[i].dynamic == STATIC || of_attention[i].dynamic == OF_TOKENS,
+            "the products of an attention have static scales, or those of tokens");
 }
 
 enum Kind { LAYERS, ATTENTION, NORMS };  // kinds of work that quest_time measures
@@ -164,10 +172,12 @@ class Clock {
 
 inline bool in_int16(Range r) { return std::fabs(r.low) <= 32767.f && std::fabs(r.high) <= 32767.f; }
 
+// Whether codes fit into bytes and include those of zero, if the range is dynamic.
+inline bool zero_in_bytes(Range r) { return !r.dynamic || (r.low <= 0 && r.high > 0 && r.high - r.low <= 255); }
+
 inline bool fits(const Weight& w, Range r) {
-  const bool codes = !r.dynamic || (r.low <= 0 && r.high > 0 && r.high - r.low <= 255);
   if (w.groups() > 1 && r.high - r.low > 255) return false;  // in several bytes, channels would not lie group by group
-  return in_int16(r) && codes && largest(r) * w.row_sum <= INT32_MAX;
+  return in_int16(r) && zero_in_bytes(r) && largest(r) * w.row_sum <= INT32_MAX;
 }
 
 struct Conv {
@@ -213,27 +223,6 @@ struct Attention {
   float* out;
 
   int64_t macs() const { return 2 * batch * heads * n * m * d; }
-  // Quantizes heads first..last of sample b: to[0], to[1] and to[2] get codes [n or m, heads, d] of q, k and v. Returns
-  // true if they contain a NaN.
-  bool quantize(int64_t b, int64_t first, int64_t last, uint8_t* const* to) const {
-    bool nan = false;
-    const float* from[3] = {q, k, v};
-    const int64_t columns = (last - first) * d, lengths[3] = {n, m, m};
-    for (int i = 0; i < 3; i++) {
-      const int64_t* s = strides + 3 * i;
-      const float* x = from[i] + b * s[0] + first * s[1];
-      if (s[1] == d && s[2] == columns) {
-        nan |= isa->quantize(x, lengths[i] * columns, lengths[i] * columns, range[i], to[i]);
-        continue;
-      }
-      // Neighbouring heads are quantized together, because longer rows are faster.
-      const int64_t together = s[1] == d ? columns : d;
-      for (int64_t r = 0; r < lengths[i]; r++)
-        for (int64_t h = 0; h < columns / together; h++)
-          nan |= isa->quantize(x + r * s[2] + h * s[1], together, together, range[i], to[i] + r * columns + h * d);
-    }
-    return nan;
-  }
 };
 
 // The group norm of one sample [pixels, channels], or of some of its groups:

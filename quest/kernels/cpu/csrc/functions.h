@@ -180,20 +180,35 @@ void pack_values(const uint8_t* v, ptrdiff_t stride, int64_t m, int64_t d, int64
 }
 
 // Each of the three passes runs over some rows. So the processor need not wait for the end of one row's sum. The first pass
-// finds the largest score, among integers.
-void softmax(int rows, int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
-             const int32_t* column, uint8_t* out, int32_t* totals) {
+// finds the largest score, among integers if scores are integers (INTEGERS). Its probability is 1 / total. A dynamic range
+// takes its scale from this probability, so no pass is needed to find it.
+template <bool INTEGERS>
+INLINE void softmax_of(int rows, int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
+                       const int32_t* column, uint8_t* out, int32_t* totals, float* row_scale) {
+  using Score = std::conditional_t<INTEGERS, I, F>;
   constexpr int TOGETHER = 4;
+  const auto score = [&](const int32_t* in, int64_t i) INLINE_LAMBDA {
+    if constexpr (INTEGERS) return load(in + i) - load(column + i);
+    else return load(reinterpret_cast<const float*>(in) + i);
+  };
+  const auto least = []() INLINE_LAMBDA {
+    if constexpr (INTEGERS) return set(INT32_MIN);
+    else return set(-INFINITY);
+  };
+  const auto floats = [](Score x) INLINE_LAMBDA {
+    if constexpr (INTEGERS) return to_float(x);
+    else return x;
+  };
   const F by = set(factor * 1.44269504f), low = set(range.low), high = set(range.high);
   const I lowest = to_int(low);
   for (; rows > 0; rows -= TOGETHER, scores += TOGETHER * width, out += TOGETHER * padded, totals += TOGETHER) {
     const int some = rows < TOGETHER ? rows : TOGETHER;
-    I top[TOGETHER];
+    Score top[TOGETHER];
     F scale[TOGETHER];
     for (int r = 0; r < some; r++) {
       const int32_t* in = scores + r * width;
-      I most = set(INT32_MIN);
-      each(m, [&](int64_t i, auto there) INLINE_LAMBDA { most = select(there, max(most, load(in + i) - load(column + i)), most); });
+      Score most = least();
+      each(m, [&](int64_t i, auto there) INLINE_LAMBDA { most = select(there, max(most, score(in, i)), most); });
       top[r] = set(highest(most));
     }
     for (int r = 0; r < some; r++) {
@@ -201,11 +216,12 @@ void softmax(int rows, int32_t* scores, int64_t width, int64_t m, int64_t padded
       float* work = reinterpret_cast<float*>(scores + r * width);
       F all = set(0.f);
       each(m, [&](int64_t i, auto there) INLINE_LAMBDA {
-        const F e = exp2(to_float(load(in + i) - load(column + i) - top[r]) * by);
+        const F e = exp2(floats(score(in, i) - top[r]) * by);
         store(work + i, e, All{});
         all = all + select(there, e, set(0.f));
       });
-      scale[r] = set(1.f / (total(all) * range.scale));
+      scale[r] = set(range.dynamic ? range.high / range.scale : 1.f / (total(all) * range.scale));
+      if (range.dynamic) *row_scale++ = range.scale / (total(all) * range.high);
     }
     for (int r = 0; r < some; r++) {
       const float* work = reinterpret_cast<const float*>(scores + r * width);
@@ -217,6 +233,12 @@ void softmax(int rows, int32_t* scores, int64_t width, int64_t m, int64_t padded
     }
     sums(out, padded, some, padded, totals);
   }
+}
+
+void softmax(int rows, int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
+             const int32_t* column, uint8_t* out, int32_t* totals, float* row_scale) {
+  (column ? softmax_of<true> : softmax_of<false>)(rows, scores, width, m, padded, factor, range, column, out, totals,
+                                                  row_scale);
 }
 
 // Sums of x over pixels, or with MEAN of (x - mean)^2, for four vectors of channels at once.

@@ -40,7 +40,7 @@ struct Panels {
   }
 
   // Computes the outputs of rows r..r + rows and stores them at out[..] + from. `products` is memory for the products. Sums of
-  // further groups are added to `out`.
+  // further groups and taps are added to `out`.
   void multiply(const Weight& w, const Terms& t, const Rows& a, int64_t r, int rows, int32_t* products, float* const* out,
                 const float* const* residual, ptrdiff_t from) const {
     const int columns = static_cast<int>(std::min(count * int64_t{NR}, w.outputs - first * NR));
@@ -48,24 +48,25 @@ struct Panels {
     if (!t.pairs.empty()) {
       const int64_t at = first * NR, apart = w.panels() * NR;
       const RowTerms& of = *a.terms;
-      const Grouped grouped{w.group, of.pairs.data() + r, t.pairs.data() + at, of.scale.data() + r, t.scale.data() + at,
-                            a.count, of.apart, apart};
+      const Grouped grouped{round_up(w.group, 16), a.segments, a.offset, a.shift, of.pairs.data() + r, t.pairs.data() + at,
+                            of.scale.data() + r, t.scale.data() + at, a.apart, of.apart, apart};
       float* sums = reinterpret_cast<float*>(products);
       isa->multiply_groups(a.codes + r * a.stride, a.stride, rows, a.stride, codes, size, count, grouped, sums, width);
       for (int i = 0; i < rows; i++, sums += width)
-        for (int c = 0; c < columns; c++)
+        for (int c = 0; out[i] && c < columns; c++)
           out[i][from + c] = sums[c] + t.bias[at + c] + (residual ? residual[i][from + c] : 0.f);
       return;
     }
-    for (int64_t g = 0; g < groups; g++) {
-      const int64_t begin = g * w.group, at = (g * w.panels() + first) * NR, row = a.terms ? g * a.terms->apart + r : 0;
-      const int64_t bytes = g < groups - 1 ? w.group : a.bytes - begin;
-      (groups == 1 ? isa->multiply : isa->multiply_some)(a.codes + r * a.stride + begin, a.stride, rows,
-                                                         static_cast<int>(a.segments), a.offset, bytes, codes + begin * NR,
-                                                         size, count, products, width);
-      isa->finish(products, width, rows, a.sums + g * a.count + r, t.zero + at, t.constant.data() + at, t.scale.data() + at,
-                  t.bias.data() + at, columns, out, g ? out : residual, from, a.terms ? a.terms->scale.data() + row : nullptr,
-                  a.terms ? a.terms->zero.data() + row : nullptr);
+    for (int64_t i = 0; i < t.taps * groups; i++) {
+      const int64_t tap = i / groups, g = i % groups, begin = g * w.group, bytes = g < groups - 1 ? w.group : a.bytes - begin;
+      const int64_t at = (g * w.panels() + first) * NR, term = (i * w.panels() + first) * NR;
+      const int64_t row = r + (a.shift ? a.shift[tap] : 0), of_row = a.terms ? g * a.terms->apart + row : 0;
+      (t.taps * groups == 1 ? isa->multiply : isa->multiply_some)(
+          a.codes + r * a.stride + begin, a.stride, rows, static_cast<int>(t.taps == 1 ? a.segments : 1), a.offset + tap, bytes,
+          codes + (tap * a.bytes + begin) * NR, size, count, products, width);
+      isa->finish(products, width, rows, a.sums + g * a.apart + row, t.zero + at, t.constant.data() + term,
+                  t.scale.data() + at, t.bias.data() + term, columns, out, i ? out : residual, from,
+                  a.terms ? a.terms->scale.data() + of_row : nullptr, a.terms ? a.terms->zero.data() + of_row : nullptr);
     }
   }
 };
@@ -139,14 +140,14 @@ bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
 
 namespace {
 
-// Computes a linear layer on the codes of source(first row, number of rows, terms of rows, NaN?), which adds terms if the range
+// Computes a linear layer on the codes of source(first row, number of rows, terms of rows, NaN?), which sets terms if the range
 // is dynamic. next: as in Rows, for all rows.
 template <class Source>
 bool multiply_rows(const Layer& l, const Planes& planes, int64_t rows, bool gated, const float* residual, float* out,
                    uint8_t* next, Range next_range, int threads, const Source& source) {
   const Weight& w = *l.weight;
   const bool of_rows = l.range.dynamic || w.groups() > 1;
-  const Terms t(w, l.bias, planes, of_rows);
+  const Terms t(w, l.bias, planes, of_rows, false);
   const int64_t row = planes.pixel(), tiles = ceil_div(rows, 16), work = rows * w.channels * w.outputs;
   const int64_t width = gated ? w.outputs / 2 : w.outputs;
   // Each block unpacks the whole weight. This only pays if a block has many rows.
@@ -159,18 +160,22 @@ bool multiply_rows(const Layer& l, const Planes& planes, int64_t rows, bool gate
     static thread_local RowTerms terms;
     const int64_t first = i * tiles / blocks * 16, count = std::min(rows, (i + 1) * tiles / blocks * 16) - first;
     bool wrong = false;
-    terms.clear(), terms.apart = l.range.dynamic < OF_GROUPS ? 0 : count;
-    const uint8_t* q = source(first, count, terms, wrong);
     const int64_t groups = w.groups();
+    if (l.range.dynamic < OF_GROUPS) {
+      terms.clear(l.range.dynamic ? count : 0);
+    } else {
+      terms.clear(groups * count, count);
+    }
+    const uint8_t* q = source(first, count, terms, wrong);
     int32_t* total = sums.get(groups * count);
     for (int64_t g = 0; g < groups; g++)
       isa->sums(q + g * w.group, row, count, g < groups - 1 ? w.group : row - g * w.group, total + g * count);
     const ptrdiff_t none = 0;
     Rows all{q, count, row, 1, &none, round_up(row, isa->depth), planes.count, total, nullptr, nullptr};
+    all.shift = &none, all.apart = count;
     if (of_rows) all.terms = &terms;
     if (!l.range.dynamic && of_rows) terms.add(l.range, count);
-    for (int64_t i = 0; !t.pairs.empty() && i < groups * count; i++)
-      terms.pairs.push_back(pair(-total[i], -terms.zero[terms.apart ? i : i % count]));
+    if (!t.pairs.empty()) terms.pair_with(total, groups * count);
     if (next) {
       all.next = next + first * width, all.range = next_range;
     } else {
@@ -190,24 +195,10 @@ auto quantizing(const Planes& planes, const float* x, int64_t stride, const std:
     static thread_local Scratch<uint8_t> codes;
     const int64_t row = planes.pixel();
     uint8_t* q = rows_of(codes, count, row);
-    if (planes.range.dynamic >= OF_GROUPS) {
-      const int64_t group = planes.range.dynamic;
-      for (int64_t begin = 0; begin < planes.channels; begin += group)
-        for (int64_t r = 0; r < count; r++) {
-          const float* from = x + (first + r) * stride + begin;
-          const int64_t n = std::min(group, planes.channels - begin);
-          const Range range = measured(planes.range, from, n);
-          nan |= isa->quantize(from, n, std::min(group, row - begin), range, q + r * row + begin);
-          nan |= !std::isfinite(range.scale);
-          terms.add(range);
-        }
-    } else if (planes.range.dynamic) {
-      for (int64_t r = 0; r < count; r++) {
-        const float* from = x + (first + r) * stride;
-        const Range range = samples.empty() ? measured(planes.range, from, planes.channels) : samples[(first + r) / tokens];
-        nan |= isa->quantize(from, planes.channels, row, range, q + r * row) || !std::isfinite(range.scale);
-        terms.add(range);
-      }
+    if (planes.range.dynamic) {
+      for (int64_t r = 0; r < count; r++)
+        nan |= quantize_token(planes, x + (first + r) * stride, samples.empty() ? nullptr : &samples[(first + r) / tokens],
+                              q + r * row, terms, r);
     } else if (row == planes.channels && stride == row) {
       nan = isa->quantize(x + first * stride, count * row, count * row, planes.range, q);
     } else {

@@ -8,6 +8,9 @@
 //     o e f g h o      "o a b" and "o e f". The row of pixel b begins one pixel later: "o o o", "a b c" and "e f g".
 //
 // Rows that begin in the padding are computed too, but their results are not stored.
+//
+// If each pixel has a scale of its own, each tap is a segment, and its sum is a group of channels: such sums are added as
+// floats.
 #pragma once
 #include "driver.h"
 
@@ -48,7 +51,9 @@ struct Planes {
   int64_t coded, count;      // planes that depend on the code, and all planes
   int64_t channels, padded;  // numbers per pixel, and bytes of a plane
 
-  Planes(Range range, int64_t channels, bool padding) : range(range), channels(channels), padded(round_up(channels, 4)) {
+  // padding: zero gets bytes too. unit: bytes of a plane are a multiple of it.
+  Planes(Range range, int64_t channels, bool padding, int64_t unit = 4)
+      : range(range), channels(channels), padded(round_up(channels, unit)) {
     const int64_t lowest = static_cast<int64_t>(range.low), highest = static_cast<int64_t>(range.high);
     low = padding ? std::min<int64_t>(lowest, 0) : lowest;
     coded = std::max<int64_t>(1, ceil_div(highest - lowest, 255));
@@ -86,42 +91,73 @@ inline uint8_t* rows_of(Scratch<uint8_t>& memory, int64_t rows, int64_t stride) 
   return memory.get((rows + isa->rows) * stride + SLACK);
 }
 
+inline bool in_int16(int64_t n) { return n == static_cast<int16_t>(n); }
+inline int32_t pair(int32_t a, int32_t b) { return (a & 0xffff) | static_cast<int32_t>(static_cast<uint32_t>(b) << 16); }
+
 // The scale and zero point of each row. Those of the next group of channels begin `apart` numbers later; 0 if groups share
 // them. Where there are no RowTerms, all rows have one scale and zero point, and Terms contains them.
 struct RowTerms {
   std::vector<float> scale;
   std::vector<int32_t> zero, pairs;
   int64_t apart = 0;
-  void clear() { scale.clear(), zero.clear(), pairs.clear(); }
-  void add(Range r) { scale.push_back(r.scale), zero.push_back(zero_of(r)); }
+  // Makes n terms of what is only padding: codes of 0, which are zero.
+  void clear(int64_t n = 0, int64_t apart_ = 0) {
+    scale.assign(n, 0.f), zero.assign(n, 0), pairs.clear();
+    apart = apart_;
+  }
   void add(Range r, int64_t rows) {
     scale.insert(scale.end(), rows, r.scale);
     zero.insert(zero.end(), rows, zero_of(r));
   }
+  void set(int64_t i, Range r) { scale[i] = r.scale, zero[i] = zero_of(r); }
+  // Makes the pairs of Grouped. sums: n of them, group by group.
+  void pair_with(const int32_t* sums, int64_t n) {
+    const int64_t own = zero.size();
+    for (int64_t i = 0; i < n; i++) pairs.push_back(pair(-sums[i], -zero[i % own]));
+  }
 };
 
-inline bool in_int16(int64_t n) { return n == static_cast<int16_t>(n); }
-inline int32_t pair(int32_t a, int32_t b) { return (a & 0xffff) | static_cast<int32_t>(static_cast<uint32_t>(b) << 16); }
+// Quantizes the numbers of a token, and sets its terms, in each group at i. known: null if the range comes from the numbers,
+// or that range. Returns true if x contains a NaN, or infinity where the range comes from it.
+inline bool quantize_token(const Planes& planes, const float* x, const Range* known, uint8_t* out, RowTerms& terms, int64_t i) {
+  const int64_t group = planes.range.dynamic < OF_GROUPS ? planes.channels : planes.range.dynamic;
+  bool wrong = false;
+  for (int64_t begin = 0; begin < planes.channels; begin += group, i += terms.apart) {
+    const int64_t n = std::min(group, planes.channels - begin);
+    const int64_t padded = begin + n < planes.channels ? n : planes.pixel() - begin;
+    const Range range = known ? *known : measured(planes.range, x + begin, n);
+    wrong |= isa->quantize(x + begin, n, padded, range, out + begin);
+    wrong |= !std::isfinite(range.scale);
+    terms.set(i, range);
+  }
+  return wrong;
+}
 
-// The arguments of Isa::finish for every group and output, padded to whole panels. dynamic: scales and zero points of the
-// input are left out, because RowTerms has them. The bias is added with the first group. pairs: those of Grouped, or none if
-// numbers of a pair can exceed 16 bits.
+// The arguments of Isa::finish for every output, padded to whole panels; zero and scale for each group of channels, constant
+// and bias for each sum. Each group has a sum, and if taps_apart, each group of each tap; the bias is added with the first
+// one. of_rows: scales and zero points of the input are left out, because RowTerms has them. pairs: those of Grouped, or none
+// if numbers of a pair can exceed 16 bits.
 struct Terms {
   const int32_t* zero;
+  int64_t taps;  // with sums of their own
   std::vector<int32_t> constant, pairs;
   std::vector<float> scale, bias;
-  Terms(const Weight& w, const float* given, const Planes& planes, int dynamic)
-      : zero(w.zero_point()), constant(w.groups() * w.panels() * NR), scale(constant.size()), bias(constant.size()) {
-    for (size_t o = 0; o < constant.size(); o++) {
-      constant[o] = static_cast<int32_t>(dynamic ? w.sum()[o] : -planes.low * w.sum()[o]);
-      scale[o] = dynamic ? w.scale()[o] : w.scale()[o] * planes.range.scale;
+  Terms(const Weight& w, const float* given, const Planes& planes, bool of_rows, bool taps_apart)
+      : zero(w.zero_point()), taps(taps_apart ? w.taps() : 1), constant(taps * w.numbers()), scale(w.numbers()),
+        bias(constant.size()) {
+    const int64_t numbers = w.numbers(), sums = constant.size();
+    for (int64_t i = 0; i < sums; i++) {
+      const int32_t sum = taps_apart ? w.sum()[i] : w.sum_of_taps(i);
+      constant[i] = of_rows ? sum : static_cast<int32_t>(-planes.low * sum);
     }
+    for (int64_t o = 0; o < numbers; o++) scale[o] = of_rows ? w.scale()[o] : w.scale()[o] * planes.range.scale;
     if (given) std::copy(given, given + w.outputs, bias.begin());
-    if (w.groups() == 1 || !isa->multiply_groups || 255 * w.group > INT16_MAX) return;
+    const int64_t largest_sum = static_cast<int64_t>(planes.range.high - planes.range.low) * w.group;
+    if (sums == w.panels() * NR || !isa->multiply_groups || largest_sum > INT16_MAX) return;
     bool fit = true;
-    for (size_t o = 0; o < constant.size(); o++) {
-      fit = fit && in_int16(zero[o]) && in_int16(constant[o]);
-      pairs.push_back(pair(zero[o], constant[o]));
+    for (int64_t i = 0; i < sums; i++) {
+      fit = fit && in_int16(zero[i % numbers]) && in_int16(constant[i]);
+      pairs.push_back(pair(zero[i % numbers], constant[i]));
     }
     if (!fit) pairs.clear();
   }
@@ -135,12 +171,14 @@ struct Rows {
   const ptrdiff_t* offset;
   int64_t bytes;        // the length of a segment
   int64_t planes;       // how often the weights of each tap are repeated in it
-  const int32_t* sums;  // the sum of all segments of each row; those of further groups follow
+  const int32_t* sums;  // the sum of all segments of each row, or as RowTerms if groups or taps have sums of their own
   float* const* out;    // where each row goes; null: it is not stored
   const float* const* residual;  // null, or for each row what is added to it
   const RowTerms* terms = nullptr;
   uint8_t* next = nullptr;       // for gated outputs: in place of `out`, their codes in `range`, without gaps
   Range range{};                 // the range of the next layer
+  const ptrdiff_t* shift = nullptr;  // if taps have sums of their own: how far apart their terms and those of the row are
+  int64_t apart = 0;                 // from the sums of a group to those of the next one
 };
 
 // Returns for every row of `out` the place in `residual` that corresponds to it. residual has the layout of `base`.

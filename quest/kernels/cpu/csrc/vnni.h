@@ -56,7 +56,7 @@ void vnni_panels(const uint8_t* a, ptrdiff_t stride, int rows, int segments, con
   }
 }
 
-// Computes R x LANES N products of groups. Sums of a group and floats are in registers.
+// Computes R x LANES N products of groups of all segments. Sums of a group and floats are in registers.
 template <int R, int N>
 INLINE void group_tile(const uint8_t* a, ptrdiff_t stride, int64_t bytes, const int8_t* b, ptrdiff_t panel, const Grouped& g,
                        float* out, ptrdiff_t out_stride) {
@@ -66,35 +66,39 @@ INLINE void group_tile(const uint8_t* a, ptrdiff_t stride, int64_t bytes, const 
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
     for (int j = 0; j < N; j++) sum[r][j] = FV{};
-  const int32_t *row_pairs = g.row_pairs, *columns = g.pairs;
-  const float *row_scale = g.row_scale, *scale = g.scale;
-  for (int64_t done = 0, end; done < bytes; done = end) {
-    end = done + g.group < bytes ? done + g.group : bytes;
-    V c[R][N];
+  const int32_t* columns = g.pairs;
+  for (int64_t segment = 0; segment < g.segments; segment++) {
+    const uint8_t* x = a + g.offset[segment];
+    const int32_t* row_pairs = g.row_pairs + g.shift[segment];
+    const float *row_scale = g.row_scale + g.shift[segment], *scale = g.scale;
+    for (int64_t done = 0, end; done < bytes; done = end) {
+      end = done + g.group < bytes ? done + g.group : bytes;
+      V c[R][N];
 #pragma GCC unroll 2
-    for (int j = 0; j < N; j++) {
-      const V column = vector(reinterpret_cast<const int8_t*>(columns + LANES * j));
+      for (int j = 0; j < N; j++) {
+        const V column = vector(reinterpret_cast<const int8_t*>(columns + LANES * j));
 #pragma GCC unroll 6
-      for (int r = 0; r < R; r++) c[r][j] = pairs(column, four(row_pairs[r]));
-    }
-    for (int64_t k = done; k < end; k += 4, b += 4 * NR) {
-      V w[N];
-#pragma GCC unroll 2
-      for (int j = 0; j < N; j++) w[j] = vector(b + j / EACH * panel + j % EACH * 4 * LANES);
-#pragma GCC unroll 6
-      for (int r = 0; r < R; r++) {
-        const V v = four(*reinterpret_cast<const four_bytes*>(a + r * stride + k));
-#pragma GCC unroll 2
-        for (int j = 0; j < N; j++) add_dot(c[r][j], v, w[j]);
+        for (int r = 0; r < R; r++) c[r][j] = pairs(column, four(row_pairs[r]));
       }
-    }
+      for (int64_t k = done; k < end; k += 4, b += 4 * NR) {
+        V w[N];
 #pragma GCC unroll 2
-    for (int j = 0; j < N; j++) {
-      const FV s = floats(scale + LANES * j);
+        for (int j = 0; j < N; j++) w[j] = vector(b + j / EACH * panel + j % EACH * 4 * LANES);
 #pragma GCC unroll 6
-      for (int r = 0; r < R; r++) sum[r][j] = fmadd(c[r][j], times(s, row_scale[r]), sum[r][j]);
+        for (int r = 0; r < R; r++) {
+          const V v = four(*reinterpret_cast<const four_bytes*>(x + r * stride + k));
+#pragma GCC unroll 2
+          for (int j = 0; j < N; j++) add_dot(c[r][j], v, w[j]);
+        }
+      }
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) {
+        const FV s = floats(scale + LANES * j);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) sum[r][j] = fmadd(c[r][j], times(s, row_scale[r]), sum[r][j]);
+      }
+      row_pairs += g.row_apart, row_scale += g.scale_apart, columns += g.apart, scale += g.apart;
     }
-    row_pairs += g.row_apart, row_scale += g.scale_apart, columns += g.apart, scale += g.apart;
   }
 #pragma GCC unroll 6
   for (int r = 0; r < R; r++)

@@ -26,8 +26,8 @@ struct Row {
 
 Weight layout(int64_t outputs, int64_t channels, int64_t height, int64_t width, int64_t bits, int64_t group) {
   require(outputs > 0 && channels > 0 && height > 0 && width > 0 && (bits == 4 || bits == 8), "no shape of a packed weight");
-  require(group == channels || (0 < group && group < channels && group % 16 == 0 && height * width == 1),
-          "groups are of all channels, or of a multiple of 16 in a linear layer");
+  require(group == channels || (0 < group && group < channels && group % 16 == 0),
+          "groups are of all channels, or of a multiple of 16");
   Weight w{MAGIC, outputs, channels, height, width, bits, 0, 0, 0, 0, 0, 0, 0, group};
   int64_t at = round_up(sizeof(Weight), 64);
   auto take = [&](int64_t bytes) {
@@ -35,10 +35,9 @@ Weight layout(int64_t outputs, int64_t channels, int64_t height, int64_t width, 
     at += round_up(bytes, 64);
     return start;
   };
-  const int64_t numbers = w.groups() * w.panels() * NR;
-  w.zero_points = take(numbers * sizeof(int32_t));
-  w.scales = take(numbers * sizeof(float));
-  w.sums = take(numbers * sizeof(int32_t));
+  w.zero_points = take(w.numbers() * sizeof(int32_t));
+  w.scales = take(w.numbers() * sizeof(float));
+  w.sums = take(w.taps() * w.numbers() * sizeof(int32_t));
   w.codes = take(w.panels() * w.panel_codes());
   w.bytes = at;
   return w;
@@ -83,7 +82,7 @@ void pack(const uint8_t* codes, const int32_t* zero_points, const float* scales,
         char& at = w.base()[row.byte(k)];
         at = static_cast<char>(at ^ (code ^ sign ^ fill) << row.shift);
         const int32_t centred = code - zero_points[o * groups + k / w.group];
-        sums[k / w.group * width + o] += centred;
+        sums[(t * groups + k / w.group) * width + o] += centred;
         magnitude += std::abs(centred), bytes += std::abs(code - w.offset());
       }
     }
