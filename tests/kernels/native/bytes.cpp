@@ -1,5 +1,5 @@
 // The functions on bytes.
-#include "check.h"
+#include "packed.h"
 #include "product.h"
 
 namespace test {
@@ -31,6 +31,29 @@ void quantize(const Isa& on) {
       int32_t sum = 0;
       for (int64_t j = 0; j < length; j++) sum += a[k * stride + j];
       CHECK(sums[k] == sum);
+    }
+  }
+}
+
+void quantize_rows(const Isa& on) {
+  for (int i = 0; i < 100; i++) {
+    const int64_t rows = integer(1, 40), n = integer(1, 100), stride = n + integer(0, 9), padded = n + integer(0, 20);
+    const Range r = dynamic_range(1);
+    const Exactly<float> x((rows - 1) * stride + n, [&] { return input(r); });
+    Exactly<uint8_t> out(rows * padded);
+    Exactly<float> scale(rows);
+    Exactly<int32_t> zero(rows);
+    CHECK(!on.quantize_rows(x, stride, rows, n, padded, r, out, padded, scale, zero));
+    for (int64_t row = 0; row < rows; row++) {
+      const Range own = fitted(r, x + row * stride, 1, 0, n);
+      CHECK(scale[row] == own.scale && zero[row] == -own.low);
+      for (int64_t j = 0; j < padded; j++)
+        CHECK(out[row * padded + j] == (j < n ? code(x[row * stride + j], own) + zero[row] : 0));
+    }
+    for (float bad : {NAN, INFINITY, -INFINITY}) {
+      Exactly<float> wrong(x.size, [&] { return 1; });
+      wrong[integer(0, rows - 1) * stride + integer(0, n - 1)] = bad;
+      CHECK(on.quantize_rows(wrong, stride, rows, n, padded, r, out, padded, scale, zero));
     }
   }
 }
@@ -187,6 +210,7 @@ void softmax(const Isa& on) {
 
 void test_bytes() {
   quantize(*isa);
+  quantize_rows(*isa);
   unpack(*isa);
   multiply(*isa);
   groups(*isa);

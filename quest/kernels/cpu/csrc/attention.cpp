@@ -4,19 +4,6 @@
 namespace quest {
 namespace {
 
-// Quantizes rows of d numbers, `stride` apart, and sets their terms from i on; rows of codes are `apart` bytes apart. Returns
-// true if there is a NaN or infinity.
-bool quantize_rows(Range r, const float* x, int64_t rows, int64_t stride, int64_t d, uint8_t* to, int64_t apart,
-                   RowTerms& terms, int64_t i) {
-  bool wrong = false;
-  for (int64_t row = 0; row < rows; row++, x += stride, to += apart) {
-    const Range own = measured(r, x, d);
-    wrong |= isa->quantize(x, d, d, own, to) || !std::isfinite(own.scale);
-    terms.set(i + row, own);
-  }
-  return wrong;
-}
-
 // Quantizes heads first..last of sample b: to[0], to[1] and to[2] get codes [n or m, heads, d] of q, k and v, and terms what a
 // dynamic range determines for each head and token. A dynamic range of v is that of a channel over all tokens, so v becomes
 // codes [heads, d, m]. Returns true if there is a NaN, or infinity where ranges are dynamic.
@@ -35,12 +22,14 @@ bool quantize(const Attention& a, int64_t b, int64_t first, int64_t last, uint8_
       float* columns_of_head = turned ? memory.get(d * length) : nullptr;
       for (int64_t h = 0; h < last - first; h++, x += s[1]) {
         if (!turned) {
-          wrong |= quantize_rows(range, x, length, s[2], d, to[i] + h * d, columns, terms[i], h * length);
+          wrong |= isa->quantize_rows(x, s[2], length, d, d, range, to[i] + h * d, columns, &terms[i].scale[h * length],
+                                      &terms[i].zero[h * length]);
           continue;
         }
         for (int64_t r = 0; r < length; r++)
           for (int64_t e = 0; e < d; e++) columns_of_head[e * length + r] = x[r * s[2] + e];
-        wrong |= quantize_rows(range, columns_of_head, d, length, length, to[i] + h * d * length, length, terms[i], h * d);
+        wrong |= isa->quantize_rows(columns_of_head, length, d, length, length, range, to[i] + h * d * length, length,
+                                    &terms[i].scale[h * d], &terms[i].zero[h * d]);
       }
     } else if (s[1] == d && s[2] == columns) {
       wrong |= isa->quantize(x, length * columns, length * columns, range, to[i]);

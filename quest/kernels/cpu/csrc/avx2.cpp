@@ -156,7 +156,7 @@ void avx2_layer_norm(const float* x, int64_t n, float eps, const float* weight, 
 }
 
 extern const Isa avx2 = {
-    "avx2", ROWS, MAX_PANELS, 4, quantize, extremes, sums, unpack4, multiply, multiply, nullptr, finish, pack_keys,
+    "avx2", ROWS, MAX_PANELS, 4, quantize, quantize_rows, extremes, sums, unpack4, multiply, multiply, nullptr, finish, pack_keys,
     pack_values, softmax, channel_sums, scale_channels, avx2_layer_norm, geglu, fake_quantize, fake_quantize_backward,
     nullptr, nullptr, &winograd,
 };

@@ -118,7 +118,7 @@ void multiply(const uint8_t* a, ptrdiff_t stride, int rows, int segments, const 
 
 // Layer norms are those of AVX2. Vectors of sixteen numbers would add in another order and change last bits.
 extern const Isa avx512vnni = {
-    "avx512vnni", 24, MAX_PANELS, 4, quantize, extremes, sums, unpack4, multiply, multiply, multiply_groups, finish,
+    "avx512vnni", 24, MAX_PANELS, 4, quantize, quantize_rows, extremes, sums, unpack4, multiply, multiply, multiply_groups, finish,
     pack_keys, pack_values, softmax, channel_sums, scale_channels, avx2_layer_norm, geglu, fake_quantize,
     fake_quantize_backward, nullptr, nullptr, &winograd,
 };

@@ -130,8 +130,7 @@ bool quantize(const Conv& c, const Layout& l, const Block& b, const AllPlanes& a
       [&](int64_t at, int64_t n, int64_t sample, const float* in) {
         const Planes& planes = of(all, sample);
         const bool fixed = planes.range.dynamic == STATIC;
-        for (int64_t i = 0; i < n; i++, in += c.stride_x * c.pixel)
-          wrong |= quantize_token(planes, in, fixed ? &planes.range : nullptr, out + (at + i) * pixel, terms, at + i);
+        wrong |= quantize_tokens(planes, in, c.stride_x * c.pixel, n, fixed ? &planes.range : nullptr, out + at * pixel, terms, at);
       },
       [&](int64_t at, int64_t n) { std::memset(out + at * pixel, 0, n * pixel); });
   return wrong;

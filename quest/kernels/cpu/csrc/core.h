@@ -70,6 +70,20 @@ struct Grouped {
   int64_t row_apart, scale_apart, apart;
 };
 
+// The static range of numbers from least to most, both including 0, as a dynamic range determines it: so that the largest
+// code reaches the end of their range. Codes that can be negative have the zero point 0. If a number is infinite, so is the
+// scale.
+INLINE Range measured(Range r, float least, float most) {
+  // Products on both sides of a difference could become another operation, with other last bits.
+  least *= r.scale, most *= r.scale;
+  least = least < 0.f ? least : 0.f, most = most > 0.f ? most : 0.f;
+  const bool symmetric = r.low < 0;
+  const float reach = symmetric ? (-least < most ? most : -least) : most - least, scale = reach / r.high;
+  const float own = scale < 1e-10f ? 1e-10f : scale;
+  const float zero = symmetric || !(own <= __FLT_MAX__) ? 0.f : __builtin_nearbyintf(-least / own);
+  return {own, r.low - zero, r.high - zero, 0};
+}
+
 struct Isa {
   const char* name;
   int rows, panels;  // the largest numbers of rows and panels in one call of multiply; rows is at least NR
@@ -78,6 +92,11 @@ struct Isa {
   // out[0..n) = codes minus the lowest code, out[n..padded) = 0. The range has at most 256 codes. Returns true if x contains
   // a NaN.
   bool (*quantize)(const float* x, int64_t n, int64_t padded, Range range, uint8_t* out);
+  // Quantizes rows of n numbers, each by the range that a dynamic one determines for it (see `measured`). Rows of x are
+  // `stride` apart, and those of out, which `padded` zeros fill up, out_stride. scale and zero get the scale of each row and
+  // the zero point of its codes minus the lowest one. Returns true if there is a NaN or infinity.
+  bool (*quantize_rows)(const float* x, ptrdiff_t stride, int64_t rows, int64_t n, int64_t padded, Range range, uint8_t* out,
+                        ptrdiff_t out_stride, float* scale, int32_t* zero);
   // least and most of n numbers and 0; a NaN is left out.
   void (*extremes)(const float* x, int64_t n, float* least, float* most);
   // out[r] = the sum of the n bytes of row r. Rows are `stride` apart.

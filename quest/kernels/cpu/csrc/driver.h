@@ -193,24 +193,6 @@ struct Conv {
   }
 };
 
-// The static range of numbers from least to most, both including 0, as a dynamic range determines it: so that the largest
-// code reaches the end of their range. Codes that can be negative have the zero point 0. If a number is infinite, so is the
-// scale.
-inline Range measured(Range r, float least, float most) {
-  // Products on both sides of a difference could become another operation, with other last bits.
-  least = std::min(least * r.scale, 0.f), most = std::max(most * r.scale, 0.f);
-  const bool symmetric = r.low < 0;
-  const float scale = std::max((symmetric ? std::max(-least, most) : most - least) / r.high, 1e-10f);
-  const float zero = symmetric || !std::isfinite(scale) ? 0 : std::nearbyint(-least / scale);
-  return {scale, r.low - zero, r.high - zero, STATIC};
-}
-
-inline Range measured(Range r, const float* x, int64_t n) {
-  float least, most;
-  isa->extremes(x, n, &least, &most);
-  return measured(r, least, most);
-}
-
 // The range of each sample of c. Returns none if a number is infinite.
 std::vector<Range> of_samples(const Conv& c, int64_t channels, Range r, int threads);
 

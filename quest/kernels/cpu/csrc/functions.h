@@ -61,7 +61,7 @@ struct Encoder {
   F scale, inverse, low, high, tie;
   explicit Encoder(Range r)
       : scale(set(r.scale)), inverse(set(1.f / r.scale)), low(set(r.low)), high(set(r.high)),
-        tie(set(.5f - std::fmax(1.f, std::fmax(std::fabs(r.low), std::fabs(r.high))) * 0x1p-21f)) {}
+        tie(set(.5f) - max(max(magnitude(low), magnitude(high)), set(1.f)) * set(0x1p-21f)) {}
   INLINE_LAMBDA I operator()(F x) const {
     F y = min(max(x * inverse, low), high);
     if (__builtin_expect(any(not_below(magnitude(y - round(y)), tie)), 0)) y = min(max(x / scale, low), high);
@@ -106,6 +106,25 @@ void extremes(const float* x, int64_t n, float* least, float* most) {
   each(n - i, [&](int64_t j, auto there) INLINE_LAMBDA { see(0, load(x + i + j, there)); });
   *least = -highest(set(0.f) - min(min(low[0], low[1]), min(low[2], low[3])));
   *most = highest(max(max(high[0], high[1]), max(high[2], high[3])));
+}
+
+bool quantize_rows(const float* x, ptrdiff_t stride, int64_t rows, int64_t n, int64_t padded, Range range, uint8_t* out,
+                   ptrdiff_t out_stride, float* scale, int32_t* zero) {
+  constexpr int64_t TOGETHER = 16;  // rows, so that the processor need not wait for the end of one row
+  float least[TOGETHER], most[TOGETHER];
+  Range own[TOGETHER];
+  bool wrong = false;
+  for (; rows > 0; rows -= TOGETHER, scale += TOGETHER, zero += TOGETHER) {
+    const int64_t some = rows < TOGETHER ? rows : TOGETHER;
+    for (int64_t r = 0; r < some; r++) extremes(x + r * stride, n, least + r, most + r);
+    for (int64_t r = 0; r < some; r++) {
+      own[r] = measured(range, least[r], most[r]);
+      wrong |= !(own[r].scale <= __FLT_MAX__);
+      scale[r] = own[r].scale, zero[r] = -static_cast<int32_t>(own[r].low);
+    }
+    for (int64_t r = 0; r < some; r++, x += stride, out += out_stride) wrong |= quantize(x, n, padded, own[r], out);
+  }
+  return wrong;
 }
 
 void sums(const uint8_t* a, ptrdiff_t stride, int64_t rows, int64_t n, int32_t* out) {

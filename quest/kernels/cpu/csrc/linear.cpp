@@ -195,10 +195,11 @@ auto quantizing(const Planes& planes, const float* x, int64_t stride, const std:
     static thread_local Scratch<uint8_t> codes;
     const int64_t row = planes.pixel();
     uint8_t* q = rows_of(codes, count, row);
-    if (planes.range.dynamic) {
+    if (planes.range.dynamic && samples.empty()) {
+      nan = quantize_tokens(planes, x + first * stride, stride, count, nullptr, q, terms, 0);
+    } else if (planes.range.dynamic) {
       for (int64_t r = 0; r < count; r++)
-        nan |= quantize_token(planes, x + (first + r) * stride, samples.empty() ? nullptr : &samples[(first + r) / tokens],
-                              q + r * row, terms, r);
+        nan |= quantize_tokens(planes, x + (first + r) * stride, stride, 1, &samples[(first + r) / tokens], q + r * row, terms, r);
     } else if (row == planes.channels && stride == row) {
       nan = isa->quantize(x + first * stride, count * row, count * row, planes.range, q);
     } else {

@@ -165,7 +165,7 @@ void layer_norm(const float* x, int64_t n, float eps, const float* weight, const
 }  // namespace
 
 extern const Isa neon = {
-    "neon", 32, MAX_PANELS, DEPTH, quantize, extremes, sums, unpack4, multiply, multiply, nullptr, finish, pack_keys,
+    "neon", 32, MAX_PANELS, DEPTH, quantize, quantize_rows, extremes, sums, unpack4, multiply, multiply, nullptr, finish, pack_keys,
     pack_values, softmax, channel_sums, scale_channels, layer_norm, geglu, fake_quantize, fake_quantize_backward, nullptr,
     nullptr, nullptr,
 };

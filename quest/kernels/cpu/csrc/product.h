@@ -117,18 +117,21 @@ struct RowTerms {
   }
 };
 
-// Quantizes the numbers of a token, and sets its terms, in each group at i. known: null if the range comes from the numbers,
-// or that range. Returns true if x contains a NaN, or infinity where the range comes from it.
-inline bool quantize_token(const Planes& planes, const float* x, const Range* known, uint8_t* out, RowTerms& terms, int64_t i) {
-  const int64_t group = planes.range.dynamic < OF_GROUPS ? planes.channels : planes.range.dynamic;
+// Quantizes the numbers of `count` tokens, `stride` apart, and sets their terms, in each group from i on. known: null if ranges
+// come from the numbers, or the range of all. Returns true if there is a NaN, or infinity where ranges come from the numbers.
+inline bool quantize_tokens(const Planes& planes, const float* x, ptrdiff_t stride, int64_t count, const Range* known,
+                            uint8_t* out, RowTerms& terms, int64_t i) {
+  const int64_t group = planes.range.dynamic < OF_GROUPS ? planes.channels : planes.range.dynamic, row = planes.pixel();
   bool wrong = false;
-  for (int64_t begin = 0; begin < planes.channels; begin += group, i += terms.apart) {
+  for (int64_t r = 0; known && r < count; r++) {
+    wrong |= isa->quantize(x + r * stride, planes.channels, row, *known, out + r * row);
+    terms.set(i + r, *known);
+  }
+  for (int64_t begin = 0; !known && begin < planes.channels; begin += group, i += terms.apart) {
     const int64_t n = std::min(group, planes.channels - begin);
-    const int64_t padded = begin + n < planes.channels ? n : planes.pixel() - begin;
-    const Range range = known ? *known : measured(planes.range, x + begin, n);
-    wrong |= isa->quantize(x + begin, n, padded, range, out + begin);
-    wrong |= !std::isfinite(range.scale);
-    terms.set(i, range);
+    const int64_t padded = begin + n < planes.channels ? n : row - begin;
+    wrong |= isa->quantize_rows(x + begin, stride, count, n, padded, planes.range, out + begin, row, &terms.scale[i],
+                                &terms.zero[i]);
   }
   return wrong;
 }
