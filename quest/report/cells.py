@@ -37,7 +37,7 @@ _PROVENANCE = _mapping(
 CELL = _mapping(
     {
         "model": {"type": "string", "pattern": "^[a-z0-9][a-z0-9-]{0,99}$"},
-        "method": {"type": "string", "pattern": "^[a-z0-9][a-z0-9-]{0,99}(@[0-9]{1,9})?$"},
+        "method": {"type": "string", "pattern": r"^[a-z0-9][a-z0-9-]{0,99}(@[0-9]{1,9}(\.[0-9]{1,9})?)?$"},
         "bits": {"type": "string", "pattern": r"^w\d{1,2}a\d{1,2}$"},
         "rows": {"type": "array", "items": _ROW},
         "eps_error": {"type": "array", "items": _mapping({"call": COUNT, "timestep": NUMBER} | _INTERVAL)},

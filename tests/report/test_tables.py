@@ -354,6 +354,12 @@ def test_bad_input(cells, tmp_path):
         tables.paired_frame(cells)
 
 
+def test_a_cell_may_have_another_draw_than_its_seed(cells, tmp_path):
+    cells[0]["method"] = "quest-suite@4.3"
+    (tmp_path / "metrics.json").write_text(dumps(cells[0]), encoding="utf-8")
+    assert read_cells([tmp_path / "metrics.json"])[0]["method"] == "quest-suite@4.3"
+
+
 @pytest.mark.parametrize("name, beyond, short_of", [("fid", 0.5, 1.5), ("clip", 31.0, 29.0)])
 def test_a_value_beyond_full_precision_is_not_the_best(name, beyond, short_of):
     full = {"fid": 1.0, "clip": 30.0}[name]
