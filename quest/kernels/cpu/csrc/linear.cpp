@@ -118,7 +118,7 @@ bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
     }
     for (int64_t r = 0, rows; r < a.count; r += rows) {
       rows = rows_together(a, r);
-      if (a.out && !a.out[r]) continue;
+      if (a.out && std::none_of(a.out + r, a.out + r + rows, [](const float* out) { return out; })) continue;
       for (size_t i = 0; i < panels.size(); i++) {
         const ptrdiff_t column = panels[i].first * NR;
         if (!gated) {
