@@ -15,6 +15,7 @@ from types import NoneType
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 from quest.config.rules import Rule, Valid, check_together
+from quest.quantization import layer_names
 from quest.quantization.layer_names import KEEP, Keep
 
 
@@ -143,22 +144,36 @@ def rules_of(function: Callable) -> tuple[Rule, ...]:
 def check(function: Callable, arguments: dict, w: int, a: int) -> None:
     """Raise ValueError for the first keyword argument that its annotation or a rule does not allow.
 
-    NaN and infinity are not allowed either. w, a: bits of weights and activations.
+    NaN and infinity are not allowed either. w, a: bits of weights and activations. Raises TypeError for a keyword that
+    the function does not have.
     """
+    known = signature(function).parameters
+    if not any(parameter.kind == Parameter.VAR_KEYWORD for parameter in known.values()):
+        if (unknown := next((name for name in arguments if name not in known), None)) is not None:
+            raise TypeError(f"{unknown}: no keyword of this method; valid: {', '.join(keywords(function)) or 'none'}")
     for name, parameter in keywords(function).items():
-        if (value := arguments.get(name)) is None:
-            continue
-        kind, *bounds = _plain(parameter.annotation)
-        number = None if isinstance(value, bool) else value
-        if kind is int and not isinstance(number, Integral):
-            raise ValueError(f"{name}: {value!r} is not a whole number")
-        if kind is float and not (isinstance(number, Real) and math.isfinite(number)):
-            raise ValueError(f"{name}: {value!r} is not a finite number")
-        for valid in bounds:
-            if fault := valid.fault(value):
-                raise ValueError(f"{name}: {fault}")
+        if name in arguments and (fault := _fault(parameter, arguments[name])):
+            raise ValueError(f"{name}: {fault}")
     defaults = {name: parameter.default for name, parameter in keywords(function).items()}
     check_together(rules_of(function), {"w": w, "a": a} | defaults | arguments, arguments)
+
+
+def _fault(keyword: Parameter, value) -> str | None:
+    """Why a value of a keyword is not valid; None if it is, or if the annotation says nothing about it."""
+    kind, *bounds = _plain(keyword.annotation)
+    if value is None:
+        optional = kind not in TYPES or keyword.default is None or NoneType in get_args(keyword.annotation)
+        return None if optional else f"None is no value of it; leave it out for {keyword.default!r}"
+    number = None if isinstance(value, bool) else value
+    if kind is bool and not isinstance(value, bool):
+        return f"{value!r} is not one of True, False"
+    if kind is int and not isinstance(number, Integral):
+        return f"{value!r} is not a whole number"
+    if kind is float and not (isinstance(number, Real) and math.isfinite(number)):
+        return f"{value!r} is not a finite number"
+    if kind == Keep:
+        return layer_names.fault(value)
+    return next((fault for valid in bounds if (fault := valid.fault(value))), None)
 
 
 def schema(keyword: Parameter) -> dict:

@@ -83,8 +83,8 @@ def check_together(rules: Iterable[Rule], values: Mapping, written: Collection[s
                 raise ValueError(f"bits w{values['w']}a{values['a']}: {rule.why}; {fault}")
             subject = next((one for one in (name, *rule.when) if one in written), name)
             said = fault if subject == name else f"{values[subject]!r} does not go with {name}={values[name]!r}"
-            others = [f"{one}={values[one]!r}" for one in rule.when if one not in (subject, *BITS)]
-            raise ValueError(f"{subject}: {' with '.join([said, *others])}; {rule.why}")
+            others = " and ".join(f"{one}={values[one]!r}" for one in rule.when if one not in (subject, *BITS))
+            raise ValueError(f"{subject}: {' with '.join([said, others] if others else [said])}; {rule.why}")
 
 
 def _fault(valid: Valid, values: Mapping, name: str, otherwise: str | None = None) -> str | None:

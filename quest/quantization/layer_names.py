@@ -4,8 +4,9 @@ For example, `keep: {"conv_in": 8, "*.conv_shortcut": 32}` means: `conv_in` has 
 float, and all other layers have the bits of the cell. The first pattern that matches counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
+from numbers import Integral
 
 Keep = dict[str, int | list[int]]  # glob over layer names -> minimum bits of weight and input, or [weight, input]
 
@@ -20,6 +21,18 @@ def layer_bits(name: str, w: int, a: int, keep: Keep) -> tuple[int, int]:
             kept_w, kept_a = bits if isinstance(bits, list | tuple) else (bits, bits)
             return max(kept_w, w), max(kept_a, a)
     return w, a
+
+
+def fault(keep) -> str | None:
+    """Explain why a value is no `Keep`. Returns None for one."""
+    if not isinstance(keep, Mapping):
+        return f"{keep!r} is no mapping of layer names to bits, such as {{'conv_in': 8}}"
+    for glob, bits in keep.items():
+        pair = bits if isinstance(bits, list | tuple) else (bits, bits)
+        numbers = [n for n in pair if isinstance(n, Integral) and not isinstance(n, bool) and (2 <= n <= 16 or n == 32)]
+        if not isinstance(glob, str) or len(pair) != 2 or len(numbers) != 2:
+            return f"{glob!r}: {bits!r}; valid: a layer name and its bits, 2 to 16 or 32, or [weight, input] bits"
+    return None
 
 
 # The first and the last layer of U-Nets and of transformers. The released QuEST keeps both at 8 bits.

@@ -104,6 +104,11 @@ def test_schemas_of_annotations():
         ({"rows": 0}, "rows: 0 is out of bounds; valid: 1 or more"),
         ({"bits": 17}, "bits: 17 is out of bounds; valid: 2 to 16"),
         ({"exact": True, "bits": 1}, "bits: 1 is out of bounds; valid: 2 to 16"),
+        ({"exact": "no"}, "exact: 'no' is not one of True, False"),
+        ({"kind": None}, "kind: None is no value of it; leave it out for 'soft'"),
+        ({"keep": ["conv_in"]}, "keep: .'conv_in'. is no mapping of layer names to bits"),
+        ({"keep": {"conv_in": "8"}}, "keep: 'conv_in': '8'; valid: a layer name and its bits, 2 to 16 or 32"),
+        ({"keep": {"conv_in": [8, 8, 8]}}, r"keep: 'conv_in': \[8, 8, 8\]; valid"),
     ],
 )
 def test_keywords_out_of_bounds(given, said):
@@ -124,8 +129,17 @@ def test_every_number_of_a_method_has_bounds(name):
 
 
 def test_keywords_within_bounds_and_of_functions_without_any():
-    check(quantize, {"strength": 1e-9, "kind": "hard", "axis": None, "rows": None, "bits": 16, "unknown": 0}, 4, 8)
-    check(lambda pipe, calibration, w, a, *, rows=1: pipe, {"rows": 0}, 4, 8)
+    given = {"strength": 1e-9, "kind": "hard", "axis": None, "rows": None, "bits": 16, "keep": {"a": 2, "b": [16, 32]}}
+    check(quantize, given, 4, 8)
+    check(lambda pipe, calibration, w, a, *, rows=1: pipe, {"rows": None}, 4, 8)
+    check(lambda pipe, calibration, w, a, rows=1: pipe, {"rows": 0}, 4, 8)
+    check(lambda pipe, calibration, w, a, **others: pipe, {"rows": 0}, 4, 8)
+
+
+def test_a_keyword_that_a_method_lacks_is_refused_before_a_calibration_set_is_drawn(uncond_pipe, monkeypatch):
+    monkeypatch.setattr("quest.diffusion.calibration_set.draw", lambda *_: pytest.fail("drawn"))
+    with pytest.raises(TypeError, match="sample: no keyword of this method; valid: ranges, keep, softmax_bits"):
+        quest.quantize(uncond_pipe, "rtn", sample=4)
 
 
 def test_variants_are_rows_that_differ_in_some_fields():
