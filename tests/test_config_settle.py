@@ -64,6 +64,9 @@ def test_what_identifies_a_row_is_the_same_for_all_seeds_and_changes_with_its_re
     assert of("rtn", changed)["images"] == "500-999"
 
 
+LOTTERY = {"model": ["x"], "method": ["rtn"], "draw": [3, 4], "seed": [3, 4]}
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -74,8 +77,16 @@ def test_what_identifies_a_row_is_the_same_for_all_seeds_and_changes_with_its_re
         (_put(7, "methods", "quest-suite", "time_groups"), ["quest-suite.time_groups: 7 does not divide the 40"]),
         (_put({"model": ["scenes-class"]}, "settle", "lottery"), ["settle.lottery", "method"]),
         (
-            _put({"model": ["x"], "method": ["rtn"], "draw": [3, 4], "seed": [3, 4]}, "settle", "lottery"),
+            _put(LOTTERY, "settle", "lottery"),
             ["settle.lottery.model: 'x'", "scenes-class"],
+        ),
+        (
+            lambda config: config.update(
+                models={"emoji-text": {"images": 9}},
+                grid=[{"model": ["emoji-text"], "method": ["fp"], "bits": ["w32a32"]}],
+                settle=config["settle"] | {"lottery": LOTTERY | {"model": ["emoji-text"], "draw": [3, 99]}},
+            ),
+            ["models.emoji-text.trajectories", "captions are needed", "for calibration there are those of 1000"],
         ),
         (_put(["w4"], "settle", "bits"), ["settle.families.rivals.bits", "'w4'"]),
         (_put(30, "models", "scenes-class", "first"), ["models.scenes-class.first: 30", "50"]),

@@ -330,7 +330,10 @@ def _check_captions(model, settings: dict, config: dict) -> None:
     if model.caption_lines is None:
         return
     # The draw of every seed starts with a whole batch, and its last batch is filled up.
-    draws = 1 + max(config.get("seeds", {}).get("seed", [0]))
+    drawn = [*config.get("seeds", {}).get("seed", []), *config.get("search", {}).get("seeds", [])]
+    lottery = config.get("settle", {}).get("lottery", {"model": []})
+    drawn += lottery["draw"] if model.name in lottery["model"] else []
+    draws = 1 + max(drawn, default=0)
     batches = -(-settings.get("trajectories", model.trajectories) // model.batch_size)
     counts = {
         "images": ("evaluation", settings.get("first", 0) + settings["images"]),
