@@ -41,12 +41,16 @@ def seeds_frame(cells: list[dict]) -> pd.DataFrame:
     value: the mean over seeds; for a pair (`versus` is not empty), the mean of the differences seed by seed.
     over_images, over_seeds: half widths of the two 95 % intervals, which low and high combine. better: see
     `Comparison.better`. A cell of full precision has no row: no method that is beyond it is better than another that
-    is. Raises ValueError if methods have different seeds or only one, or if cells differ in images.
+    is. Raises ValueError if methods have different seeds or only one, if the draw of a cell is not its seed,
+    or if cells differ in images.
     """
     full = {cell["model"]: cell for cell in cells if cell["method"] == FULL_PRECISION}
     groups: dict[tuple, dict[str, dict[int, dict]]] = {}
     for cell in (cell for cell in cells if cell["method"] != FULL_PRECISION):
         method, _, seed = cell["method"].partition("@")
+        if "." in seed:
+            valid = f"{method}@{seed.rpartition('.')[2]}"
+            raise ValueError(f"{cell['method']}: its draw is not its seed; valid: cells such as {valid}")
         groups.setdefault((cell["model"], cell["bits"]), {}).setdefault(method, {})[int(seed or 0)] = cell
     rows = []
     for (model, bits), methods in groups.items():

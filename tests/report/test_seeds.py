@@ -88,6 +88,8 @@ def test_what_cannot_be_compared_is_an_error():
         seeds.seeds_frame(cells(quest=(1.0, 1.3)))
     with pytest.raises(ValueError, match="at least two"):
         seeds.seeds_frame([cell("quest", 1.0)])
+    with pytest.raises(ValueError, match="quest@4.3: its draw is not its seed; valid: cells such as quest@3"):
+        seeds.seeds_frame([*cells(), cell("quest@4.3", 1.0)])
     with pytest.raises(ValueError, match="equal images"):
         seeds.seeds_frame([*cells(quest=(1.0, 1.3)), cell("quest@2", 1.3, images="0-99")])
 
