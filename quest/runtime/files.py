@@ -159,7 +159,10 @@ def scratch(size: int) -> Iterator:
     """
     with tempfile.TemporaryFile() as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, max(1, size))
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, max(1, size))
+            else:  # macOS lacks it
+                file.truncate(max(1, size))
         except OSError as error:
             raise OSError(
                 error.errno,

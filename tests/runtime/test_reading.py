@@ -143,9 +143,11 @@ def test_a_full_disk_is_told_with_its_folder_before_anything_is_written(monkeypa
         Waiting(0)._bytes(10**6)
 
 
-@pytest.mark.parametrize("large", [files.LARGE, 0])
-def test_parts_are_merged_in_order(large, monkeypatch):
+@pytest.mark.parametrize("large, mac", [(files.LARGE, False), (0, False), (0, True)])
+def test_parts_are_merged_in_order(large, mac, monkeypatch):
     monkeypatch.setattr(files, "LARGE", large)
+    if mac:
+        monkeypatch.delattr(files.os, "posix_fallocate")
     parts = [np.arange(12.0).reshape(3, 4), 100 + np.arange(8.0).reshape(2, 4)]
     order = np.array([3, 0, 4, 2, 1])
     assert np.array_equal(files.merged(parts, order), np.concatenate(parts)[order])
