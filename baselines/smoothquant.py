@@ -67,7 +67,6 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     Departures from the paper: convolutions too, with one factor per input channel for all taps; queries and keys, whose
     factors go into the rows of to_q and to_k; weights and static activations have ranges of least error, weights one
     for each output channel. A channel that is always zero keeps the factor 1 (released: 1e-5).
-
     """
     student = swapped(pipe, calibration, w, a, recipe)
     denoiser, teacher = denoiser_of(student), denoiser_of(pipe)
