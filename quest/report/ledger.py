@@ -66,7 +66,8 @@ def fingerprint(model: Model, images: str, n: int, reference_sha256: str = "") -
 
 def _origin(model):
     if model.origin is None:
-        return {"sha256": weights.sha256_of(model.folder / "unet" / "diffusion_pytorch_model.safetensors")}
+        files = [model.folder / part / "diffusion_pytorch_model.safetensors" for part in ("unet", "transformer")]
+        return {"sha256": weights.sha256_of(next(file for file in files if file.is_file()))}
     path = PREPARED / model.name / "origin.json"
     origin = read_json(path)
     hashes = [None]

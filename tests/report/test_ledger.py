@@ -190,6 +190,13 @@ def test_beside_prefers_the_tables_of_results(numbers):
     assert ("lsun-bedrooms", "quest-paper", "w4a4", "sfid") not in beside
 
 
+def test_every_shipped_model_has_a_fingerprint():
+    shipped = [name for name, model in MODELS.items() if model.origin is None and model.folder.is_dir()]
+    assert {"photos-class", "photos-dit", "emoji-text", "scenes-text"} <= set(shipped)
+    hashes = [ledger.fingerprint(MODELS[name], "0-299", 300)["weights"] for name in shipped]
+    assert len(set(hashes)) == len(shipped)
+
+
 def test_fingerprint_of_a_shipped_and_of_a_published_model(tmp_path, monkeypatch):
     shipped = ledger.fingerprint(MODELS["scenes-uncond"], "0-499", 500, "f" * 64)
     assert len(shipped["weights"]) == 64 and shipped["eta"] == 1.0 and shipped["steps"] == 40
