@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from quest.diffusion.denoisers import NAMES
 from quest.diffusion.models import MODELS, PREPARED, Model
 from quest.metrics import METRICS, RESIZE, weights
 from quest.runtime.files import one_line, read_json, read_rows
@@ -66,7 +67,7 @@ def fingerprint(model: Model, images: str, n: int, reference_sha256: str = "") -
 
 def _origin(model):
     if model.origin is None:
-        files = [model.folder / part / "diffusion_pytorch_model.safetensors" for part in ("unet", "transformer")]
+        files = [model.folder / part / "diffusion_pytorch_model.safetensors" for part in NAMES]
         return {"sha256": weights.sha256_of(next(file for file in files if file.is_file()))}
     path = PREPARED / model.name / "origin.json"
     origin = read_json(path)
