@@ -175,7 +175,7 @@ def test_dynamic_gated_linear(isa, threads):
         torch.testing.assert_close(y, e, rtol=0, atol=2e-6 * e.abs().max().item())
 
 
-def test_inputs_that_a_dynamic_layer_cannot_take_are_errors():
+def test_inputs_that_a_dynamic_layer_cannot_take_are_errors(isa):
     x, w = torch.full((2, 6, 3, 3), torch.inf), weight(4, 6, 3, 3, bits=8)
     conv = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1)
     for rows in ROWS:
@@ -191,6 +191,11 @@ def test_inputs_that_a_dynamic_layer_cannot_take_are_errors():
     q, of_rows = torch.ones(2, 3, 5, 8), [QParams(*CLIP, QuantSpec(8, axis=a, rows="token")) for a in (-1, -1, -2, -1)]
     with pytest.raises(ValueError, match="attention: the input holds NaN, or infinity"):
         integer.attention(q, q, q.masked_fill(torch.arange(8) == 3, torch.inf), of_rows, 0.3)
+    static_p = QParams(torch.tensor(1 / 255), torch.tensor(0.0), QuantSpec(8))
+    for formats in (of_rows, [*of_rows[:3], static_p]):
+        assert integer.attention(1e18 * q, 1e18 * q, q, formats, 0.3).isfinite().all()
+        with pytest.raises(ValueError, match="infinity or too large numbers"):  # scores of 1e39
+            integer.attention(1e19 * q, 1e20 * q, q, formats, 0.3)
     said = integer.supports_attention(*(f._replace(spec=replace(f.spec, rows="tensor")) for f in of_rows))
     assert said == "q: scales dynamic per tensor"
     said = integer.supports_attention(*of_rows[:2], of_rows[0], of_rows[3])  # v has the axis of q

@@ -154,8 +154,9 @@ Status attention(const Attention& a, int threads) {
           on.finish(s, width, rows, of_q + i, zeros_k.data(), of_keys, scale_k.data(), none.data(), static_cast<int>(m), to,
                     nullptr, 0, scale_q.data() + i, terms[0].zero.data() + head * n + i);
         }
-        on.softmax(rows, floats ? reinterpret_cast<int32_t*>(fs) : s, width, m, length, floats ? 1.f : factor, range[3],
-                   floats ? nullptr : of_keys, p, of_p, p_scale.data());
+        if (on.softmax(rows, floats ? reinterpret_cast<int32_t*>(fs) : s, width, m, length, floats ? 1.f : factor, range[3],
+                       floats ? nullptr : of_keys, p, of_p, p_scale.data()))
+          nan = true;
         for (int r = 0; r < rows; r++) to[r] = o + (i + r) * a.strides[11];
         for (int64_t j = 0; j < value_panels; j += on.panels) {
           const int count = static_cast<int>(std::min<int64_t>(on.panels, value_panels - j));

@@ -26,7 +26,7 @@ template <class Compute>
 int guarded(const Compute& compute) noexcept {
   try {
     const Status status = compute();
-    if (status == HAS_NAN) return failed(status, "the input holds NaN, or infinity where its scales are dynamic");
+    if (status == HAS_NAN) return failed(status, "the input holds NaN, or infinity or too large numbers where its scales are dynamic");
     if (status == OUT_OF_RANGE)
       return failed(status, "codes less zero point, or their sums, exceed the integers of the kernel");
     return status;

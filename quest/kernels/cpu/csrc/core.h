@@ -128,8 +128,8 @@ struct Isa {
   // Computes softmax(factor * (scores - column)) over the m scores of each row; if column is null, the scores are floats, and
   // nothing is subtracted. out gets its codes minus the lowest code, then zeros up to `padded`, and sums their sums. If the
   // range is dynamic, row_scale gets the scale of each row. Rows of scores are `width` apart, a multiple of NR, and are
-  // overwritten. Rows of out are `padded` apart.
-  void (*softmax)(int rows, int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
+  // overwritten. Rows of out are `padded` apart. Returns true if scores are NaN or infinite, or too far apart for floats.
+  bool (*softmax)(int rows, int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
                   const int32_t* column, uint8_t* out, int32_t* sums, float* row_scale);
 
   // out[c] = the sum of x[c] over pixels, or of (x[c] - mean[c])^2 if mean is not null. Pixels of x are `pixel` apart.

@@ -202,7 +202,7 @@ void pack_values(const uint8_t* v, ptrdiff_t stride, int64_t m, int64_t d, int64
 // finds the largest score, among integers if scores are integers (INTEGERS). Its probability is 1 / total. A dynamic range
 // takes its scale from this probability, so no pass is needed to find it.
 template <bool INTEGERS>
-INLINE void softmax_of(int rows, int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
+INLINE bool softmax_of(int rows, int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
                        const int32_t* column, uint8_t* out, int32_t* totals, float* row_scale) {
   using Score = std::conditional_t<INTEGERS, I, F>;
   constexpr int TOGETHER = 4;
@@ -220,6 +220,7 @@ INLINE void softmax_of(int rows, int32_t* scores, int64_t width, int64_t m, int6
   };
   const F by = set(factor * 1.44269504f), low = set(range.low), high = set(range.high);
   const I lowest = to_int(low);
+  bool wrong = false;
   for (; rows > 0; rows -= TOGETHER, scores += TOGETHER * width, out += TOGETHER * padded, totals += TOGETHER) {
     const int some = rows < TOGETHER ? rows : TOGETHER;
     Score top[TOGETHER];
@@ -239,8 +240,10 @@ INLINE void softmax_of(int rows, int32_t* scores, int64_t width, int64_t m, int6
         store(work + i, e, All{});
         all = all + select(there, e, set(0.f));
       });
-      scale[r] = set(range.dynamic ? range.high / range.scale : 1.f / (total(all) * range.scale));
-      if (range.dynamic) *row_scale++ = range.scale / (total(all) * range.high);
+      const float sum = total(all);
+      wrong |= !(sum <= __FLT_MAX__);
+      scale[r] = set(range.dynamic ? range.high / range.scale : 1.f / (sum * range.scale));
+      if (range.dynamic) *row_scale++ = range.scale / (sum * range.high);
     }
     for (int r = 0; r < some; r++) {
       const float* work = reinterpret_cast<const float*>(scores + r * width);
@@ -252,12 +255,13 @@ INLINE void softmax_of(int rows, int32_t* scores, int64_t width, int64_t m, int6
     }
     sums(out, padded, some, padded, totals);
   }
+  return wrong;
 }
 
-void softmax(int rows, int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
+bool softmax(int rows, int32_t* scores, int64_t width, int64_t m, int64_t padded, float factor, Range range,
              const int32_t* column, uint8_t* out, int32_t* totals, float* row_scale) {
-  (column ? softmax_of<true> : softmax_of<false>)(rows, scores, width, m, padded, factor, range, column, out, totals,
-                                                  row_scale);
+  return (column ? softmax_of<true> : softmax_of<false>)(rows, scores, width, m, padded, factor, range, column, out, totals,
+                                                         row_scale);
 }
 
 // Sums of x over pixels, or with MEAN of (x - mean)^2, for four vectors of channels at once.
