@@ -116,7 +116,8 @@ class _Layer(nn.Module):
         codes, zero_point = weight.codes.detach() - spec.qmin, zero_point.expand(each)
         self.weight = None
         self.register_buffer("scale", scale.expand(each).clone())
-        if zero_point.min() < 0 or zero_point.max() > 255:  # of an output whose weights have one sign: in four bytes
+        beyond = zero_point.min() < 0 or zero_point.max() > 255
+        if levels <= 255 and beyond:  # of an output whose weights have one sign: in four bytes
             codes = (codes - zero_point.view(-1, *[1] * (codes.ndim - 1))).to(torch.int32)
             zero_point = torch.zeros(each, dtype=torch.int32)
         else:

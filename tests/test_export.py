@@ -97,6 +97,11 @@ def test_weights_of_one_sign_have_a_zero_point_that_no_byte_holds(tmp_path):
     layer.input_quantizer.zero_point.fill_(127)
     layer.freeze()
     assert layer.qweight.zero_point.min() < 0
+    wide = quantized_layer(torch.nn.Conv2d(8, 4, 3), QuantSpec(12, axis=0), QuantSpec(8), None)
+    wide.choose_weight_range(ranges.mse_zero_point)
+    wide.input_quantizer = layer.input_quantizer
+    with pytest.raises(ValueError, match="wide.weight: codes or zero points that a byte cannot hold"):
+        export._Layer(wide, "wide")
 
     class Denoiser(torch.nn.Module):
         config = SimpleNamespace(sample_size=8, in_channels=8, get=lambda key: None)
