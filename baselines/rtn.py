@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from baselines.after_silu import FORMATS, set_formats
-from baselines.method import Bits, Count, Method, Rule, Seed, one_of, takes
+from baselines.after_silu import BITS, FORMATS, set_formats
+from baselines.method import Bits, Count, Method, Rule, Seed, Valid, one_of, takes
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
 from quest.learning.calibrate import calibrate, static_rows
@@ -41,6 +41,11 @@ class Recipe:
             {"after_silu": one_of(name for name, (_, choose) in FORMATS.items() if choose is None)},
             {"per_step": one_of((False,))},
             "scales of blocks come from each tensor",
+        ),
+        Rule(
+            {"after_silu": one_of(FORMATS)},
+            {"a": Valid(minimum=2, maximum=BITS)},
+            f"after_silu is of {BITS}-bit inputs after a SiLU",
         ),
     )
 

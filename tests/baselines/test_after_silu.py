@@ -90,7 +90,9 @@ def test_rows_differ_in_inputs_after_a_silu_alone(name, uncond_pipe, uncond_cali
 
 def test_it_is_of_four_bits(uncond_pipe, uncond_calibration):
     with pytest.raises(ValueError, match="after_silu: 'free' is of 4-bit inputs"):
-        quest.quantize(uncond_pipe, "rtn-mse", "w4a8", calibration=uncond_calibration, after_silu="free")
+        quest.quantize(uncond_pipe, "rtn-mse", "w4a3", calibration=uncond_calibration, after_silu="free")
+    with pytest.raises(ValueError, match="bits w4a8: after_silu is of 4-bit inputs.* valid: 2 to 4"):
+        quest.quantize(uncond_pipe, "rtn-mse", "w4a8", after_silu="free")  # before a calibration set is drawn
     student = swap(uncond_pipe, 4, 4).unet
     set_formats(student, "nvfp4")
     assert any(q.spec.table == "e2m1" for q in input_quantizers(student).values())
