@@ -87,7 +87,7 @@ def peak(method: str, pipe, calibration: CalibrationSet, **changes) -> tuple[flo
     return most, made
 
 
-# In a process of their own 2.6 to 3.0, 2.4 to 2.9 and 1.4 to 1.6 times; after many other tests the small budget holds more.
+# In a process of their own 2.6 to 3.0, 2.4 to 2.9 and 1.4 to 1.6 times; after other tests the small budget holds more.
 @pytest.mark.parametrize("method, times", [("adaround", 1.8), ("rtn-mse", 1.5), ("quest-suite", 1.3)])
 def test_a_small_budget_lowers_the_peak(method, times, monkeypatch):
     pipe = pipeline()
