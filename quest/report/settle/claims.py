@@ -198,7 +198,8 @@ def document(
         "Means over seeds with 95 % intervals over seeds and images. The verdicts above are sharper, because they "
         "compare methods on the same images. Stored bits are those of a parameter, scales and branches included; on "
         "integers is the share of the products that our integer kernel computed when the row was sampled. Now it "
-        "computes all products with scales of tokens, which it did not in rows whose names end in -token.",
+        "computes all products with scales of tokens, which it did not in rows whose names end in -token; weights of "
+        "convolutions with scales of groups, as in fine-weights-token, it still leaves to the reference kernel.",
         *(table.markdown() for table in rows),
         "![Distance to full precision of every row with its stored bits per parameter; hollow points did not run on "
         "integers alone](assets/standing.png)",
