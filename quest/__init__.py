@@ -41,6 +41,7 @@ def quantize(pipe, method="quest-suite", bits: str = "w4a8", *, calibration=None
     check(function, recipe, w, a)
     guards.check(pipe)
     if calibration is None or isinstance(calibration, list):
+        guards.check_text_encoders(pipe)
         calibration, model = draw(pipe, calibration)
         recipe = {k: v for k, v in model.recipe(function, a).items() if k == "guidance"} | recipe
     guards.check_calibration(pipe, calibration)

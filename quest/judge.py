@@ -156,6 +156,8 @@ def judge(
     Raises FileNotFoundError and ValueError that name the file or folder for input that cannot be used.
     """
     captions = read_lines(prompts) if prompts else None
+    if captions is not None and len(captions) < FEWEST:  # before anything is sampled
+        raise ValueError(f"{prompts}: {len(captions)} prompts; at least {FEWEST} are needed")
     (first, names), (second, other_names) = (load(source, captions, images) for source in (a, b))
     paired = len(first) == len(second) and names == other_names
     real = load(reference, None, images)[0] if reference else None

@@ -120,6 +120,9 @@ def test_bad_input_is_named_and_has_its_own_code(sets, tmp_path, capsys, bad, sa
     assert code(tmp_path / bad, sets["scenes"]) == 3
     assert said in capsys.readouterr().err
     assert code(sets["scenes"]) == 3  # B is missing
+    (tmp_path / "prompts.txt").write_text("a cat\n", encoding="utf-8")
+    assert code(tmp_path / "nowhere", sets["scenes"], "--prompts", tmp_path / "prompts.txt") == 3
+    assert "prompts.txt: 1 prompts; at least 20" in capsys.readouterr().err  # before a pipeline is even opened
 
 
 def test_a_pipeline_is_sampled_with_its_own_settings(class_pipe, text_pipe, tmp_path):

@@ -34,6 +34,17 @@ def pipe(quantized):
     return new
 
 
+def test_prompts_need_a_text_encoder_in_float32(text_pipe, text_calibration):
+    """transformers loads a text encoder as it was stored, also in half precision; diffusers does not."""
+    half = copy.copy(text_pipe)
+    half.text_encoder = copy.deepcopy(text_pipe.text_encoder).half()
+    with pytest.raises(
+        ValueError, match=r"text_encoder is in torch.float16; load the pipeline with .to\(torch.float32"
+    ):
+        quest.quantize(half, "rtn", "w8a8", calibration=["a red circle"])
+    quest.quantize(half, "rtn", "w8a8", calibration=text_calibration)  # its prompts are sampled already
+
+
 CALLS = {
     "pipe.unet.save_attn_procs": ("x",),
     "pipe.unet.save_lora_adapter": ("x",),
