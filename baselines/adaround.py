@@ -172,8 +172,8 @@ def rounding_work(recipe, w: int, rows: int) -> Counter:
 METHOD = Method(
     "adaround",
     quantize,
-    about="learned rounding of the weights, activations in float: one file for each model and weight width, where the"
-    " next start",
+    about="learned rounding of the weights, activations in float: one file for each model and weight width; rows with "
+    "`init: adaround` start from it",
     work=lambda recipe, w, model, trajectories: rounding_work(recipe, w, uniform_rows(recipe, model, trajectories)),
     weights_only=True,
 )
