@@ -101,11 +101,14 @@ def test_in_a_browser(run, written, tmp_path):
     text = written.read_text(encoding="utf-8")
     (tmp_path / "report.html").write_text(text.replace("</body>", CLICKS + "</body>"), encoding="utf-8")
     frame = "<iframe src=report.html style='width:390px;height:800px;border:0'></iframe>"
-    read = "document.body.textContent = frames[0].document.body.textContent"
-    probe = f"<script>onload = () => setTimeout(() => {{ {read}; }}, 5000)</script>"
+    # Virtual time runs on while images are decoded, so the probe looks again and again until the page has said all.
+    probe = """<script>onload = function look() {
+      const said = frames[0].document.body.textContent;
+      if (said.startsWith("{")) document.body.textContent = said; else setTimeout(look, 50);
+    }</script>"""
     (tmp_path / "phone.html").write_text(f"<!doctype html><body>{frame}{probe}", encoding="utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--allow-file-access-from-files"]
-    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=120000"]
     command = [CHROMIUM, *flags, "--dump-dom", (tmp_path / "phone.html").as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, encoding="utf-8")
     assert "CONSOLE" not in shown.stderr, [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
