@@ -56,8 +56,7 @@ def exported(name: str, bits: str, folder: Path) -> Path:
 def inputs(name: str, batch: int, folder: Path) -> dict[str, Tensor]:
     """Arguments of a denoiser call halfway through held-out trajectories."""
     held_out = trajectories(name, "evaluation", folder)
-    rows = (held_out.call == int(held_out.call.max()) // 2).nonzero().flatten()
-    return held_out.inputs(rows[:batch])
+    return held_out.inputs(held_out.rows_of_call(held_out.call.max() // 2)[:batch])
 
 
 def error(name: str, step: Callable, folder: Path) -> float:

@@ -82,6 +82,10 @@ class CalibrationSet:
         """These rows, in this order; a row may occur more than once."""
         return self.replaced(lambda tensor: tensor[rows])
 
+    def rows_of_call(self, number: int | Tensor) -> Tensor:
+        """Row indices of one sampler call, all of which have one timestep."""
+        return (self.call == number).nonzero().flatten()
+
     def calls(self) -> Tensor:
         """Row indices of each sampler call, [calls * trajectories, halves], call by call.
 

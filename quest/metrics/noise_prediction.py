@@ -32,7 +32,7 @@ def eps_errors(
     calls = int(calibration.call.max()) + 1
     errors, steps, of_guided = torch.zeros(len(trajectories), calls), [], []
     for number in range(calls):
-        rows = (calibration.call == number).nonzero().flatten()
+        rows = calibration.rows_of_call(number)
         steps.append(calibration.timestep[rows[0]].item())
         prediction = denoiser_of(pipe)(**calibration.inputs(rows)).sample.cpu()
         target = calibration.target[rows].cpu()

@@ -51,7 +51,7 @@ def visit_inputs(denoiser: nn.Module, evaluation: CalibrationSet, see: Callable[
     ]
     with hooked(handles):
         for call in evaluation.call.unique().tolist():
-            rows = (evaluation.call == call).nonzero().flatten()
+            rows = evaluation.rows_of_call(call)
             denoiser(**evaluation.inputs(rows))
 
 

@@ -38,7 +38,7 @@ def layer_errors(pipe, student, evaluation: CalibrationSet) -> dict[str, float]:
     last = int(evaluation.call.max())
     with hooked(module.register_forward_hook(hook(name)) for name, module in layers.items()):
         for call in dict.fromkeys(round(share * last / (CALLS - 1)) for share in range(CALLS)):
-            inputs = evaluation.inputs((evaluation.call == call).nonzero().flatten()[:ROWS])
+            inputs = evaluation.inputs(evaluation.rows_of_call(call)[:ROWS])
             with groups.inside(inputs["timestep"]) if groups is not None else nullcontext():
                 exact(**inputs)
     return {name: sum(values) / len(values) for name, values in errors.items()}

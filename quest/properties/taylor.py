@@ -113,7 +113,7 @@ def taylor(denoiser: nn.Module, evaluation: CalibrationSet, widths: list[int], c
     for bits in widths:
         sums: dict[str, Tensor] = {}
         for call in chosen:
-            at = (evaluation.call == call).nonzero().flatten()
+            at = evaluation.rows_of_call(call)
             with perturbed(denoiser, evaluation.inputs(at), bits) as f:
                 for what, values in remainders(f).items():
                     total = sums.setdefault(what, torch.zeros(len(trajectories), dtype=torch.float64))

@@ -129,7 +129,7 @@ def deviation(denoiser: nn.Module, evaluation: CalibrationSet, rows: int = 8) ->
     kernel = denoiser.placement.kernel
     if kernel == "reference":
         return 0.0
-    chosen = (evaluation.call == evaluation.call.max() // 2).nonzero().flatten()[:rows]
+    chosen = evaluation.rows_of_call(evaluation.call.max() // 2)[:rows]
     inputs, target = evaluation.inputs(chosen), evaluation.target[chosen]
     own = denoiser(**inputs).sample
     with on_reference(denoiser):

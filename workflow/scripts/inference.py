@@ -34,7 +34,7 @@ def main() -> None:
         write_json(arguments.output, nothing | {"diverged": reason})
         return
     _, pipe, evaluation = opened(arguments)
-    at = (evaluation.call == evaluation.call.max() // 2).nonzero().flatten()
+    at = evaluation.rows_of_call(evaluation.call.max() // 2)
     inputs = evaluation.inputs(at)
     rows = []
     for kernel in dict.fromkeys(("reference", kernels.choose("auto", torch.device("cpu")))):

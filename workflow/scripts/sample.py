@@ -106,7 +106,7 @@ def main() -> None:
             del new["images"]
         samples, features = joined(samples, new), joined(features, kept)
     else:  # one call more, which says how long it takes
-        rows = (evaluation.call == 0).nonzero().flatten()[: model.batch_size]  # of one timestep, as in sampling
+        rows = evaluation.rows_of_call(0)[: model.batch_size]
         with timed(denoiser_of(pipe)) as calls, torch.no_grad():
             denoiser_of(pipe)(**evaluation.inputs(rows))
     if (arguments.checkpoint or arguments.null) and shard == 0:
