@@ -130,8 +130,8 @@ def _measure(options):
 
     torch.set_num_threads(1)
     model, random = get(options.model), options.command == "rehearse"
-    if random and model.origin is None:
-        valid = ", ".join(name for name, one in MODELS.items() if one.origin)
+    if random and model.ships:
+        valid = ", ".join(name for name, one in MODELS.items() if not one.ships)
         raise ValueError(f"model: {model.name} ships with its weights, use `measure`; valid: {valid}")
     if unknown := set(options.steps or ()) - set(costs.HELD):
         raise ValueError(f"--steps: {sorted(unknown)[0]!r} is not one of {', '.join(costs.HELD)}")

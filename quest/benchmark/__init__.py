@@ -54,11 +54,6 @@ class Point(NamedTuple):
         return ATTENTION_KERNELS if self.layer.kind == "attention" else LAYER_KERNELS
 
 
-def ships(model: str) -> bool:
-    """Whether a model has its own weights here, and not random ones."""
-    return MODELS[model].origin is None
-
-
 def sampled(model: str) -> int:
     """Rows of a model's denoiser call while it samples; guidance doubles a batch."""
     return MODELS[model].batch_size * MODELS[model].halves
@@ -69,15 +64,15 @@ def points(models: tuple[str, ...], threads: tuple[int, ...], parts: tuple[str, 
 
     A layer that two models share is measured once, for the first model.
     """
-    zoo, paper = ([name for name in models if ships(name) == shipped] for shipped in (True, False))
+    zoo, paper = ([name for name in models if MODELS[name].ships == shipped] for shipped in (True, False))
     first, second, seen = [], {1: [], 2: []}, set()
     for name in models:
         for layer in layers(MODELS[name]):
             if (key := layer._replace(count=0)) in seen:
                 continue
             seen.add(key)
-            for batch in (1, 64) if ships(name) else (1, 2):
-                early = ships(name) or (name == "sd14" and batch == 1 and layer.name in FIRST)
+            for batch in (1, 64) if MODELS[name].ships else (1, 2):
+                early = MODELS[name].ships or (name == "sd14" and batch == 1 and layer.name in FIRST)
                 into = first if early else second[batch]
                 into += [Point("layer", n, name, layer, batch) for n in threads]
 
@@ -196,7 +191,7 @@ def _measure_step(point, folder):
             row["ours"] = statistics.median(map(truediv, seconds[name], seconds[OURS]))
         if name.startswith("integer"):
             row |= {f"in_{kind}": share for kind, share in shares(timed_calls[name]).items()}
-        if ships(point.model) and point.batch == sampled(point.model) and name != "fp32":
+        if MODELS[point.model].ships and point.batch == sampled(point.model) and name != "fp32":
             row["error"] = trained.error(point.model, calls[name], folder)
         rows.append(row)
     return rows

@@ -34,7 +34,7 @@ ROWS = 300  # of the calibration set, from which NNCF takes its ranges; its own 
 @lru_cache(1)
 def full_precision(name: str) -> nn.Module:
     """A model's denoiser with channels innermost: with its weights if it ships, otherwise with random ones."""
-    if MODELS[name].origin is None:
+    if MODELS[name].ships:
         return trained.pipeline(name).unet
     torch.manual_seed(0)
     denoiser = published.denoiser(MODELS[name], "cpu").to(memory_format=torch.channels_last).requires_grad_(False)
@@ -46,7 +46,7 @@ def full_precision(name: str) -> nn.Module:
 
 def arguments(name: str, batch: int, folder: Path) -> dict[str, Tensor]:
     """Arguments of a denoiser call: of a model that ships from its trajectories, otherwise random."""
-    if MODELS[name].origin is None:
+    if MODELS[name].ships:
         return trained.inputs(name, batch, folder)
     return inputs(published.denoiser(MODELS[name]), MODELS[name], batch, "cpu")
 
@@ -57,7 +57,7 @@ def quantized(name: str, kernel: str, folder: Path) -> nn.Module:
     Random weights are quantized for random inputs.
     """
     model, bits = MODELS[name], bits_of(kernel)
-    if model.origin is None:
+    if model.ships:
         return trained.quantized(name, "w{}a{}".format(*bits), kernel.split()[0], folder).unet
     softmax_bits = model.softmax_bits if "softmax" in kernel else 8
     pipe = SimpleNamespace(unet=full_precision(name), scheduler=None)
@@ -171,7 +171,7 @@ def _by_nncf(network, name, named, folder):
     import nncf
 
     nncf.set_log_level("ERROR")
-    calls, ships = [named], MODELS[name].origin is None
+    calls, ships = [named], MODELS[name].ships
     if ships:
         rows = trained.trajectories(name, "calibration", folder)
         order, batch = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)), len(named["sample"])
@@ -186,7 +186,7 @@ def _by_nncf(network, name, named, folder):
 def _exported_step(name, kernel, batch, folder):
     """The suite's own W8A8 checkpoint, exported, on another runtime."""
     named = arguments(name, batch, folder)
-    path = trained.exported(name, "w8a8", folder) if MODELS[name].origin is None else _exported(name, folder)
+    path = trained.exported(name, "w8a8", folder) if MODELS[name].ships else _exported(name, folder)
 
     def one_timestep(given):
         return {key: (value[0] if key == "timestep" else value).numpy() for key, value in given.items()}

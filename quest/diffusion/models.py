@@ -108,6 +108,11 @@ class Model:
             raise ValueError(f"{self.name}: guidance: {self.guidance} is below 1 (none), or not finite")
 
     @property
+    def ships(self) -> bool:
+        """Whether its weights are part of the project; others are published, or a user's own."""
+        return self.origin is None
+
+    @property
     def protocol(self) -> str:
         """How images are sampled, in one line, e.g. "ddim 20, eta 0, guidance 3"."""
         eta = f", eta {self.eta:g}" if self.has_eta else ""
@@ -372,7 +377,7 @@ MODELS = {
 def find(name: str) -> Model | None:
     """The model of the suite with this name, of MODELS or one that ships with outliers, such as "photos-class-x4"."""
     base, _, factor = name.rpartition("-x")
-    if name not in MODELS and base in MODELS and MODELS[base].origin is None and factor in ("4", "16"):
+    if name not in MODELS and base in MODELS and MODELS[base].ships and factor in ("4", "16"):
         return replace(MODELS[base], name=name, base=base, load=partial(_load_zoo, base, outliers=int(factor)))
     return MODELS.get(name)
 

@@ -48,7 +48,7 @@ def measure(
     try:
         pipe = None if random else model.load(device=device)
     except FileNotFoundError:
-        if model.origin is None:
+        if model.ships:
             raise
         pipe = None
     random = pipe is None

@@ -66,9 +66,9 @@ def fingerprint(model: Model, images: str, n: int, reference_sha256: str = "") -
 
 
 def _origin(model):
-    if model.origin is None:
-        files = [model.folder / part / "diffusion_pytorch_model.safetensors" for part in NAMES]
-        return {"sha256": weights.sha256_of(next(file for file in files if file.is_file()))}
+    if model.ships:
+        part = next((name for name in NAMES if (model.folder / name).is_dir()), NAMES[0])
+        return {"sha256": weights.sha256_of(model.folder / part / "diffusion_pytorch_model.safetensors")}
     path = PREPARED / model.name / "origin.json"
     origin = read_json(path)
     hashes = [None]
