@@ -89,11 +89,13 @@ def unwrapped(denoiser):
 def check_text_encoders(pipe) -> None:
     """Raise ValueError for a text encoder that is not in float32, as transformers loads one that was stored in half."""
     for name, part in getattr(pipe, "components", {}).items():
-        found = {p.dtype for p in part.parameters()} if name.startswith("text_encoder") and part is not None else set()
-        if other := found - {torch.float32}:
-            raise ValueError(
-                f"{name} is in {other.pop()}; load the pipeline with .to(torch.float32) to sample its prompts"
-            )
+        if not name.startswith("text_encoder") or part is None:
+            continue
+        for parameter in part.parameters():
+            if parameter.dtype != torch.float32:
+                raise ValueError(
+                    f"{name} is in {parameter.dtype}; load the pipeline with .to(torch.float32) to sample its prompts"
+                )
 
 
 def check(pipe, allow_meta: bool = False) -> None:

@@ -193,7 +193,8 @@ def calibration_draw(wc):
 def calibration(wc):
     """The calibration set of a cell; each quantization seed has its own draw of trajectories."""
     _, draw, _ = parts_of(wc.method)
-    return f"results/{NAME}/{wc.model}/calibration{'-' * bool(draw)}{draw}.safetensors"
+    draw = f"-{draw}" if draw else ""
+    return f"results/{NAME}/{wc.model}/calibration{draw}.safetensors"
 
 
 def init(wc):

@@ -39,8 +39,8 @@ def frame(evidence: Sequence[Evidence]) -> pd.DataFrame:
             values = [cell.value(endpoint) for cell in cells]
             images = math.sqrt(np.mean([error_over_images(cell, endpoint) ** 2 for cell in cells]))
             half = 1.96 * images if method == FP else Estimate.of(values, images).half(ALPHA)
-            value, seeds = float(np.mean(values)), len({cell.seed for cell in cells})
-            rows.append([model, bits, method, endpoint, value, value - half, value + half, seeds, *stored])
+            value = float(np.mean(values))
+            rows.append([model, bits, method, endpoint, value, value - half, value + half, len(cells), *stored])
     # A record has null where its cell has no such number, as full precision's products.
     return pd.DataFrame(rows, columns=COLUMNS).astype({"effective_bits": float, "realizable": float})
 
