@@ -144,69 +144,62 @@ def test_cells_become_ablations_and_the_papers_tables(run, tmp_path, write_check
 MARKED = "before\n<!-- results: begin -->\nstale\n<!-- results: end -->\nafter\n"
 
 
-def put_into(readme: Path, run: Path, *options: object) -> subprocess.CompletedProcess:
+def put_into(page: Path, run: Path, *options: object) -> subprocess.CompletedProcess:
     names = {"--table": "main.md", "--main": "main.csv", "--paired": "paired.csv"}
     tables = [word for option, name in names.items() for word in (option, run / "tables" / name)]
     figures = ["--figures", *(run / "figures" / f"{name}.png" for name in ("samples-scenes-class-w4a4", "fid_vs_bits"))]
-    return script("readme", *tables, *options, *figures, "--readme", readme)
+    return script("readme", *tables, *options, *figures, "--page", page)
 
 
 @pytest.fixture()
-def pages(tmp_path) -> tuple[Path, Path]:
-    readme, results = tmp_path / "README.md", tmp_path / "docs" / "results.md"
-    results.parent.mkdir()
-    for page in (readme, results):
-        page.write_text(MARKED, encoding="utf-8")
-    return readme, results
+def page(tmp_path) -> Path:
+    page = tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    page.write_text(MARKED, encoding="utf-8")
+    return page
 
 
-def test_results_go_between_the_markers_of_the_readme_and_of_their_page(run, pages, tmp_path):
-    readme, results = pages
-    assert put_into(readme, run).returncode == 0
-    once, whole = readme.read_text(encoding="utf-8"), results.read_text(encoding="utf-8")
-    for text in (once, whole):
-        assert text.startswith("before\n<!-- results: begin -->\n") and text.endswith("<!-- results: end -->\nafter\n")
-        assert "stale" not in text and "commit abc" in text
-    main = (run / "tables/main.md").read_text(encoding="utf-8").strip()
-    assert main in whole and main not in once
-    assert "| scenes-class | w4a4 | quest-suite | rtn |" in whole and "| log10 latent MSE to FP | FID to FP |" in whole
+def test_results_go_between_the_markers_of_their_page(run, page, tmp_path):
+    assert put_into(page, run).returncode == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- results: begin -->\n") and text.endswith("<!-- results: end -->\nafter\n")
+    assert "stale" not in text and "commit abc" in text
+    assert (run / "tables/main.md").read_text(encoding="utf-8").strip() in text
+    assert "| scenes-class | w4a4 | quest-suite | rtn |" in text and "| log10 latent MSE to FP | FID to FP |" in text
     assert (
-        "In log10 latent MSE to FP, PSNR to FP and FID to FP, quest-suite's checkpoint is better than rtn's on" in once
+        "In log10 latent MSE to FP, PSNR to FP and FID to FP, quest-suite's checkpoint is better than rtn's on" in text
     )
-    assert "not on methods" in once
-    for link in ("samples-scenes-class-w4a4.png", "main.csv", "paired.csv"):
-        assert f"(docs/assets/{link})" in once and f"(assets/{link})" in whole
+    assert "not on methods" in text
+    for link in ("samples-scenes-class-w4a4.png", "fid_vs_bits.png", "main.csv", "paired.csv"):
+        assert f"(assets/{link})" in text
         assert (tmp_path / "docs/assets" / link).is_file()
-    assert "(assets/fid_vs_bits.png)" in whole and "fid_vs_bits" not in once
-    assert put_into(readme, run).returncode == 0
-    assert (readme.read_text(encoding="utf-8"), results.read_text(encoding="utf-8")) == (once, whole)
+    assert put_into(page, run).returncode == 0
+    assert page.read_text(encoding="utf-8") == text
 
 
-def test_verdicts_of_the_readme_speak_of_methods_over_seeds_only(run, pages, tmp_path):
+def test_verdicts_speak_of_methods_over_seeds_only(run, page, tmp_path):
     """In the words of the table over seeds, which here contradicts the checkpoints of the run."""
     seeds = tmp_path / "seeds.csv"
     row = {"model": "scenes-class", "bits": "w4a4", "metric": "psnr", "method": "quest-suite", "versus": "rtn"}
     pd.DataFrame([row | {"better": "neither", "seeds": "0,1,2", "n": 40}]).to_csv(seeds, index=False)
-    assert put_into(pages[0], run, "--seeds", seeds).returncode == 0
-    text = pages[0].read_text(encoding="utf-8")
+    assert put_into(page, run, "--seeds", seeds).returncode == 0
+    text = page.read_text(encoding="utf-8")
     assert "At W4A4, over quantization seeds 0,1,2, the methods as configured here (n = 40):" in text
     assert "In PSNR to FP, quest-suite is not told apart from rtn on scenes-class." in text
     assert "checkpoint is better than rtn" not in text
-    assert "(docs/assets/seeds.csv)" in text and (tmp_path / "docs/assets/seeds.csv").is_file()
+    assert "(assets/seeds.csv)" in text and (tmp_path / "docs/assets/seeds.csv").is_file()
 
 
-def test_a_readme_without_markers_is_left_alone(run, pages):
-    readme, _ = pages
-    readme.write_text("no markers", encoding="utf-8")
-    said = put_into(readme, run)
+def test_a_page_without_markers_is_left_alone(run, page):
+    page.write_text("no markers", encoding="utf-8")
+    said = put_into(page, run)
     assert said.returncode != 0 and "<!-- results: begin -->" in said.stderr
-    assert readme.read_text(encoding="utf-8") == "no markers"
+    assert page.read_text(encoding="utf-8") == "no markers"
 
 
-def test_the_readme_has_the_markers_and_the_two_commands():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for page in (text, (ROOT / "docs" / "results.md").read_text(encoding="utf-8")):
-        assert page.count("<!-- results: begin -->") == page.count("<!-- results: end -->") == 1
+def test_the_readme_has_the_two_commands_and_the_results_their_markers():
+    results, text = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/results.md", "README.md"))
+    assert results.count("<!-- results: begin -->") == results.count("<!-- results: end -->") == 1
     assert "\n    pip install -e . && snakemake --cores all\n" in text
     assert "\n    pip install -e '.[test]' && pytest\n" in text
 

@@ -90,7 +90,7 @@ METRICS += ["clip"] if any(MODELS[run.model].clip for run in RUNS) else []
 CURVES = [f"{metric}_vs_bits" for metric in METRICS] + ["eps_error_vs_timestep"] if CELLS else []
 CURVES += ["activation_ranges_vs_timestep"]
 GRIDS = [f"samples-{model}-{bits}" for model, bits in CELLS if model in PICTURED]
-# Figures of the README: for each model the last bits in the grid, at which methods differ most.
+# Figures of docs/results.md: for each model the last bits in the grid, at which methods differ most.
 SHOWN = [f"samples-{model}-{bits}" for model, bits in dict(CELLS).items() if model in PICTURED]
 SHOWN += [figure for figure in CURVES if figure.startswith(("latent_mse_vs_bits", "eps_error_vs_t", "activation"))]
 

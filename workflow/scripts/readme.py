@@ -1,7 +1,4 @@
-"""Write the results of a run into README.md and docs/results.md, between markers, and copy its files to docs/assets.
-
-The README shows the verdicts and one picture; docs/results.md shows every table and the other figures.
-"""
+"""Write the results of a run into docs/results.md, between markers, and copy its files to docs/assets beside it."""
 
 import shutil
 from pathlib import Path
@@ -20,25 +17,21 @@ def main() -> None:
     seeds = "seeds.csv; without it, verdicts speak of checkpoints, not of methods"
     parser.add_argument("--seeds", type=Path, help=seeds)
     parser.add_argument("--figures", type=Path, nargs="+", required=True)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the folder docs is beside it")
+    page = ROOT / "docs" / "results.md"
+    parser.add_argument("--page", type=Path, default=page, help="(default docs/results.md); assets lies beside it")
     arguments = parser.parse_args()
 
     from quest.runtime.files import between
 
-    docs = arguments.readme.parent / "docs"
     images = [f"![{file.stem.replace('_', ' ')}](assets/{file.name})" for file in arguments.figures]
     samples = [image for image in images if image.startswith("![samples-")]
     others = [image for image in images if image not in samples]
     tables = [file for file in (arguments.main, arguments.paired, arguments.seeds) if file]
-    source = origin(arguments.main)
-    every = ", ".join(f"[{file.name}]({{}}assets/{file.name})" for file in tables)
-    shown = [
-        verdicts(arguments.main, arguments.paired, arguments.seeds),
-        *(image.replace("(", "(docs/") for image in samples[-1:]),
-        f"{source} Every bit width and metric: [results](docs/results.md). Every row: {every.format(*['docs/'] * 3)}.",
-    ]
+    every = ", ".join(f"[{file.name}](assets/{file.name})" for file in tables)
     whole = [
-        f"{source} Every row: {every.format(*[''] * 3)}.",
+        f"{origin(arguments.main)} Every row: {every}.",
+        "## Verdicts",
+        verdicts(arguments.main, arguments.paired, arguments.seeds),
         "## At the fewest bits",
         short_table(arguments.main, arguments.paired),
         "## Checkpoint against checkpoint",
@@ -49,9 +42,8 @@ def main() -> None:
         *samples,
         *others,
     ]
-    between(docs / "results.md", BEGIN, END, "\n\n".join(whole))
-    between(arguments.readme, BEGIN, END, "\n\n".join(shown))
-    assets = docs / "assets"
+    between(arguments.page, BEGIN, END, "\n\n".join(whole))
+    assets = arguments.page.parent / "assets"
     assets.mkdir(parents=True, exist_ok=True)
     for file in [*tables, *arguments.figures]:
         shutil.copyfile(file, assets / file.name)
