@@ -30,7 +30,7 @@ def quantize(pipe, method="quest-suite", bits: str = "w4a8", *, calibration=None
     from quest.config.old_names import current
     from quest.diffusion.calibration_set import draw
     from quest.diffusion.denoisers import denoiser_of
-    from quest.quantization import cost, guards
+    from quest.quantization import cost, guards, layer_names, swapping
     from quest.quantization.layers import freeze
 
     method = current(method)
@@ -38,8 +38,13 @@ def quantize(pipe, method="quest-suite", bits: str = "w4a8", *, calibration=None
         raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
     function = method if callable(method) else METHODS[method].quantize
     w, a = parse_bits(bits)
+    if isinstance(method, str) and METHODS[method].weights_only and a != 32:
+        raise ValueError(f"bits: {bits!r}; {method} quantizes weights only, such as w{w}a32")
     check(function, recipe, w, a)
     guards.check(pipe)
+    if recipe.get("keep"):
+        layers, processors = swapping.quantizable(denoiser_of(pipe))
+        layer_names.check([*layers, *processors], recipe["keep"])
     if calibration is None or isinstance(calibration, list):
         guards.check_text_encoders(pipe)
         calibration, model = draw(pipe, calibration)

@@ -136,10 +136,14 @@ def test_keywords_within_bounds_and_of_functions_without_any():
     check(lambda pipe, calibration, w, a, **others: pipe, {"rows": 0}, 4, 8)
 
 
-def test_a_keyword_that_a_method_lacks_is_refused_before_a_calibration_set_is_drawn(uncond_pipe, monkeypatch):
+def test_what_a_method_cannot_do_is_refused_before_a_calibration_set_is_drawn(uncond_pipe, monkeypatch):
     monkeypatch.setattr("quest.diffusion.calibration_set.draw", lambda *_: pytest.fail("drawn"))
     with pytest.raises(TypeError, match="sample: no keyword of this method; valid: ranges, keep, softmax_bits"):
         quest.quantize(uncond_pipe, "rtn", sample=4)
+    with pytest.raises(ValueError, match="bits: 'w4a8'; adaround quantizes weights only, such as w4a32"):
+        quest.quantize(uncond_pipe, "adaround", "w4a8")
+    with pytest.raises(ValueError, match=r"keep: no layer is named like 'conv_inn'; names are such as conv_in, "):
+        quest.quantize(uncond_pipe, "rtn", keep={"conv_inn": 8})
 
 
 def test_variants_are_rows_that_differ_in_some_fields():
