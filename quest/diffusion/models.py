@@ -235,6 +235,9 @@ ROLES = {
     "sd": dict(sampler="plms", steps=20, guidance=3.0, conditioning="text", activation_ranges="ema", time_groups=10),
 }
 
+# Photographs of CIFAR-10, by class.
+PHOTOGRAPHS = dict(source=photo_labels, extractor="lite0-photos", classifier="photos-classifier", reference=PHOTOS)
+
 
 def _zoo(name: str, role: str, **protocol) -> Model:
     """A shipped model; `role` is also the name of its selection in QuEST."""
@@ -254,10 +257,9 @@ MODELS = {
         _zoo("scenes-uncond", "lsun", reference=SCENES),
         _zoo("scenes-class", "imagenet", source=scene_labels, reference=SCENES),
         _zoo("scenes-text", "sd", source=scene_captions, clip="scenes-clip", reference=SCENES),
-        # Photographs of CIFAR-10, by class.
-        _zoo("photos-class", "imagenet", source=photo_labels, extractor="lite0-photos", reference=PHOTOS),
+        _zoo("photos-class", "imagenet", **PHOTOGRAPHS),
         # The same by a transformer, whose first and last layers have other names.
-        _zoo("photos-dit", "imagenet", source=photo_labels, extractor="lite0-photos", reference=PHOTOS, keep=None),
+        _zoo("photos-dit", "imagenet", **PHOTOGRAPHS, keep=None),
         # Emoji, without a condition and from captions such as "noto emoji: red apple". The captions are of the training
         # split: what held-out ones give is in the model's README.
         _zoo("emoji-uncond", "lsun", extractor="lite0-emoji", reference=EMOJI),

@@ -1,7 +1,7 @@
 """A classifier of small photographs, trained in `quest.zoo.train_classifier`: does an image show the class asked for?
 
-The network is that of airbench94 (Jordan, arXiv:2404.00498, section 3): a frozen layer that whitens 2x2 patches, three
-groups of two convolutions, and a linear head.
+The network is a narrower one of airbench96 (Jordan, arXiv:2404.00498, section 3): a frozen layer that whitens 2x2
+patches, three groups of three convolutions, and a linear head.
 """
 
 from pathlib import Path
@@ -19,27 +19,29 @@ FOLDER = ZOO / "photos-classifier"
 SIZE = 32  # side of its images in pixels
 
 
-def group(inner, outer):
-    """Two 3x3 convolutions with batch norm and GELU; the first halves the resolution."""
-    return nn.Sequential(
-        nn.Conv2d(inner, outer, 3, padding=1, bias=False),
-        nn.MaxPool2d(2),
-        nn.BatchNorm2d(outer, affine=False),
-        nn.GELU(),
-        nn.Conv2d(outer, outer, 3, padding=1, bias=False),
-        nn.BatchNorm2d(outer, affine=False),
-        nn.GELU(),
-    )
+class Group(nn.Module):
+    """Three 3x3 convolutions with batch norm and GELU: one that halves the resolution, then a residual block of two."""
+
+    def __init__(self, inner, outer):
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(i, outer, 3, padding=1, bias=False) for i in (inner, outer, outer))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(outer, affine=False) for _ in range(3))
+
+    def forward(self, x):
+        first, second, third = self.convolutions
+        x = F.gelu(self.norms[0](F.max_pool2d(first(x), 2)))
+        residual = F.gelu(self.norms[1](second(x)))
+        return F.gelu(x + self.norms[2](third(residual)))
 
 
 class PhotoNet(nn.Module):
     """Maps images [N, 3, 32, 32] in [-1, 1] to logits [N, classes]. Raises ValueError for another shape."""
 
-    def __init__(self, classes, widths=(64, 256, 256)):
+    def __init__(self, classes, widths=(64, 160, 192)):
         super().__init__()
         self.settings = {"classes": list(classes), "widths": list(widths)}
         self.whiten = nn.Conv2d(3, 24, 2)
-        groups = [group(inner, outer) for inner, outer in zip((24, *widths), widths, strict=False)]
+        groups = [Group(inner, outer) for inner, outer in zip((24, *widths), widths, strict=False)]
         self.groups = nn.Sequential(nn.GELU(), *groups, nn.MaxPool2d(3), nn.Flatten())
         self.head = nn.Linear(widths[-1], len(classes), bias=False)
         self.to(memory_format=torch.channels_last)  # a third faster on a CPU

@@ -27,7 +27,7 @@ from quest.runtime.yaml_files import read_yaml
 MODEL = "photos-class"
 FIRST, IMAGES = 500, 500  # the images that decide, as in PROTOCOL.md
 FRESH = 100  # images that are drawn after the submissions were made, see `draw`
-ENDPOINTS = ("kid_64w", "log_latent_mse", "psnr")  # the classifier for `agreement` does not ship
+ENDPOINTS = ("kid_64w", "log_latent_mse", "psnr", "agreement")
 ENDS, ENDS_BITS, SOFTMAX_BITS = ("conv_in", "conv_out"), 8, 8  # of the common stack (CONTRIBUTING.md)
 # They read two tensors side by side, which have a scale each where the layer is split.
 SPLITS = r"up_blocks\.\d+\.resnets\.\d+\.(conv1|conv_shortcut)"

@@ -148,7 +148,8 @@ def test_fresh_images_are_drawn_by_who_scores_so_that_no_file_can_search_for_the
     assert not any(first % MODELS[leaderboard.MODEL].batch_size for first in drawn)  # sampling begins with a batch
 
 
-MEASURED = ("kid_64w", "fd_64w", "psnr", "log_latent_mse")  # of what `metrics` writes for a cell of photos-class
+# Of what `metrics` writes for a cell of photos-class.
+MEASURED = ("kid_64w", "fd_64w", "psnr", "log_latent_mse", "agreement")
 
 
 def draw_parts(folder, error, seed):

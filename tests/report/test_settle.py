@@ -71,6 +71,20 @@ def judged():
     return verdicts.frame(evidence(*ROWS), FAMILIES)
 
 
+def test_older_records_without_an_endpoint_are_left_out_of_it_alone():
+    older, newer = (
+        [record(name, 0, seed, isa=isa) for name in ("good", "plain") for seed in SEEDS[:3]] for isa in "ab"
+    )
+    for one in (*older, newer[0]):  # newer[0] is the first seed of `good`
+        del one["values"]["agreement"]
+    found = verdicts.frame(evidence(FULL, *older, *newer[1:]), {"rivals": [["good", "plain"]]})
+    assert row_of(found, endpoint="psnr").isa == "a" and row_of(found, endpoint="psnr").seeds == 3
+    assert "agreement" not in set(found["endpoint"])  # the first seed lacks it
+    newer[0]["values"]["agreement"] = newer[1]["values"]["agreement"]
+    found = verdicts.frame(evidence(FULL, *older, *newer), {"rivals": [["good", "plain"]]})
+    assert row_of(found, endpoint="agreement").isa == "b" and row_of(found, endpoint="psnr").isa == "a"
+
+
 def test_a_cell_leaves_its_value_for_every_image_and_its_resamples(tmp_path):
     rng = np.random.default_rng(0)
     latents, images = rng.normal(size=(8, 2, 4, 4)), rng.integers(0, 255, (8, 6, 6, 3)).astype(np.uint8)

@@ -47,11 +47,19 @@ def test_it_learns_and_resumes_to_the_same_weights(shown, tmp_path, monkeypatch)
 
 
 def test_moved_images_are_parts_of_the_padded_ones():
-    padded = torch.arange(2 * 3 * 36 * 36).reshape(2, 3, 36, 36)
+    padded = torch.arange(2 * 3 * 40 * 40).reshape(2, 3, 40, 40)
     cut = train_classifier.moved(padded, torch.Generator().manual_seed(0))
     for image, whole in zip(cut, padded, strict=True):
-        places = [(y, x) for y in range(5) for x in range(5) if torch.equal(whole[:, y : y + 32, x : x + 32], image)]
+        places = [(y, x) for y in range(9) for x in range(9) if torch.equal(whole[:, y : y + 32, x : x + 32], image)]
         assert len(places) == 1
+
+
+def test_a_square_of_each_image_is_lost():
+    images = torch.ones(40, 3, 32, 32)
+    lost = train_classifier.with_hole(images, torch.Generator().manual_seed(0)) == 0
+    assert (lost.sum((1, 2, 3)) == 3 * 12 * 12).all()
+    assert all((one.sum(0) == 12).sum() == 12 and (one.sum(1) == 12).sum() == 12 for one in lost[:, 0])
+    assert len({tuple(one.flatten().tolist()) for one in lost[:, 0]}) > 30  # at places of their own
 
 
 def test_whitened_patches_have_unit_covariance(shown):

@@ -78,7 +78,7 @@ rule zoo_picture_statistics:
         " --captions {output.captions:q} -o {output.reference:q} --threads {threads:q} > {log:q} 2>&1"
 
 
-# The network that tells whether a photograph shows its class. It does not ship: see docs/protocols.md.
+# The network that tells whether a photograph shows its class.
 rule zoo_photos_classifier:
     input:
         ZOO_DATA["photos"],

@@ -100,10 +100,17 @@ class Pair:
 
     @classmethod
     def of(cls, cells, model: str, bits: str, pair: Sequence[str], endpoint: str) -> "Pair | None":
-        """None where the two have no seed in common, or lack the endpoint."""
-        first, second = (cells.get((model, FP_BITS if name == FP else bits, name), {}) for name in pair)
+        """None where the two have no seed in common that has the endpoint: older records may lack one."""
+        first, second = (
+            {
+                at: cell
+                for at, cell in cells.get((model, FP_BITS if name == FP else bits, name), {}).items()
+                if endpoint in cell.endpoints
+            }
+            for name in pair
+        )
         both = list(_couples(first, second, pair[1]))
-        if not both or not all(endpoint in cell.endpoints for couple in both for cell in couple):
+        if not both:
             return None
         if len({cell.images for couple in both for cell in couple}) > 1:
             raise ValueError(f"{model} {bits} {pair[0]} and {pair[1]}: records of different images")
