@@ -123,17 +123,30 @@ class Meter:
     ) -> None:
         """Measure one iteration of a training step. scales: of its fixed part and of its part per row.
 
-        Memory is that of the second iteration, when the optimizer holds its state beside the graph.
+        Memory is that of the second iteration, when the optimizer holds its state beside the graph. Where many rows
+        do not fit, few stand for them: seconds are then in proportion to the rows, and so is memory beyond what was
+        held before.
         """
         if what not in self.wanted:
             return
         found = []
         for rows, with_memory in self._alike(*((few, many) if step.rows is None else (step.rows,))):
-            with with_memory, self.peak(what, rows) as peak:
-                seconds = self.iteration(step.learn, rows)
+            try:
+                with with_memory, self.peak(what, rows) as peak:
+                    seconds = self.iteration(step.learn, rows)
+            except MemoryError:
+                if not found:
+                    raise
+                break
             found.append((seconds, peak["most"]))
+            held = peak["held"]
         if step.rows is not None:
             self.add(step.rows, how, **{what: found[0][0] * scales[0], f"memory of {what}": found[0][1]})
+        elif len(found) == 1:
+            seconds, most = found[0]
+            seconds = {what: 0.0, f"{what} row": seconds / few * scales[1]}
+            in_memory = {f"memory of {what}": held, f"memory of {what} row": (most - held) / few}
+            self.add(few, f"{how}; {many} rows do not fit, so in proportion to {few}", **seconds, **in_memory)
         else:
             self._line(what, few, many, *found, scales, how)
 

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from baselines import METHODS
+from baselines.method import Step
 from quest.__main__ import main
 from quest.config import ConfigError
 from quest.diffusion.models import MODELS
@@ -326,6 +327,30 @@ def test_a_step_that_does_not_fit_is_named():
         meter.per_row("decode", lambda rows: torch.empty(2**50), 2, 2)
     with pytest.raises(RuntimeError, match="must match the size"):
         meter.per_row("decode", lambda rows: torch.ones(2) + torch.ones(3), 2, 2)
+
+
+def test_few_rows_stand_for_many_that_do_not_fit():
+    meter = Meter("a", "cpu", "random", 1, None, lambda rows: None)
+
+    def learn(iterations, rows):
+        adam = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+        kept = torch.ones(10**7 if rows <= most else 2**50)  # 40 MB
+        for _ in range(iterations):
+            adam.step()
+        return kept
+
+    most = 1
+    meter.iterations("distillation", Step(learn, ()), 1, 2)
+    (fixed, row, memory_fixed, memory_row) = meter.rows
+    whole = "distillation", "memory of distillation"
+    assert [one["what"] for one in meter.rows] == [f"{one}{row}" for one in whole for row in ("", " row")]
+    assert fixed["value"] == "0" and float(row["value"]) >= 0 and float(memory_fixed["value"]) > 50
+    assert 20 < float(memory_row["value"]) < 80
+    assert {one["how"] for one in meter.rows} == {"measured; 2 rows do not fit, so in proportion to 1"}
+    assert {one["batch"] for one in meter.rows} == {1}
+    most = 0
+    with pytest.raises(MemoryError, match="distillation of 1 rows does not fit"):
+        meter.iterations("distillation", Step(learn, ()), 1, 2)
 
 
 def test_forecasts_follow_from_data_sheets():
