@@ -54,9 +54,10 @@ def check(model, method: str, recipe: dict, bits: str, trajectories: int, device
 
 
 def _known(model: str, device: str) -> dict[str, float]:
+    """The costs of a model on this machine, and of what was not measured here, those on others."""
     rows, here = [row for row in costs.read() if row["model"] == model], costs.machine(device)
-    machines = sorted({row["machine"] for row in rows}, key=lambda name: name != here)
-    return plan.known_of(rows, model, machines[0]) if machines else {}
+    machines = sorted({row["machine"] for row in rows}, key=lambda name: name == here)
+    return {what: value for name in machines for what, value in plan.known_of(rows, model, name).items()}
 
 
 def jobs(config: dict, known: list[dict], machine: str) -> list[dict]:

@@ -56,6 +56,13 @@ def test_a_job_that_does_not_fit_is_refused_with_what_would(known, monkeypatch):
     monkeypatch.setenv(memory.VARIABLE, "900MB")
     with pytest.raises(ValueError, match="the budget is 0.9 GB; what fits: memory: 2GB"):
         check("rtn-mse")
+    # One step measured here does not hide what another machine knows of the others.
+    here = [row for row in measured(costs.machine("cpu")) if row["what"] == "memory of call"]
+    both = measured("another box") + [row | {"value": 2000.0} for row in here]
+    monkeypatch.setattr(costs, "read", lambda: both)
+    monkeypatch.setenv(memory.VARIABLE, "3GB")
+    assert "adaround at w4a32 takes 1.2 GB" in check("adaround", "w4a32")
+    assert "rtn-mse at w4a4 takes 1.0 GB" in check("rtn-mse")
 
 
 def test_what_fits_itself_to_the_memory_is_not_refused(known, monkeypatch):
