@@ -44,6 +44,9 @@ bool quantize(const Attention& a, int64_t b, int64_t first, int64_t last, uint8_
   return wrong;
 }
 
+// Bytes from one row to the next. Rows at a multiple of a kilobyte would have few places in the first cache.
+int64_t spread(int64_t bytes) { return bytes % 1024 ? bytes : bytes + 64; }
+
 }  // namespace
 
 Status attention(const Attention& a, int threads) {
@@ -63,7 +66,8 @@ Status attention(const Attention& a, int threads) {
       largest(range[0]) * largest(range[1]) * d > INT32_MAX || largest(range[3]) * largest(range[2]) * m > INT32_MAX)
     return OUT_OF_RANGE;
   const int64_t depth = round_up(d, on.depth), length = round_up(m, on.depth);  // bytes per row of the two products
-  const int64_t key_panels = ceil_div(m, NR), value_panels = ceil_div(d, NR), width = round_up(key_panels, on.panels) * NR;
+  const int64_t key_panels = ceil_div(m, NR), value_panels = ceil_div(d, NR);
+  const int64_t width = spread(4 * round_up(key_panels, on.panels) * NR) / 4, apart = spread(length);  // of scores and codes
   const int64_t value_width = round_up(value_panels, on.panels) * NR;
   const std::vector<float> none(std::max(width, value_width), 0.f);
   const int32_t zero_q = zero_of(range[0]), zero_k = zero_of(range[1]) - 128, zero_p = zero_of(range[3]);
@@ -95,7 +99,7 @@ Status attention(const Attention& a, int threads) {
     zeros_k.assign(width, 0), scale_k.assign(width, 0.f), scale_q.resize(n), p_scale.resize(on.rows);
     int8_t* kp = keys.get(key_panels * depth * NR);
     int8_t* vp = values.get(value_panels * length * NR);
-    uint8_t* p = rows_of(probabilities, on.rows, length);
+    uint8_t* p = rows_of(probabilities, on.rows, apart);
     int32_t* s = scores.get(on.rows * width);
     float* fs = floats ? float_scores.get(on.rows * width) : nullptr;
     int32_t* of_q = q_sums.get(n);
@@ -154,13 +158,13 @@ Status attention(const Attention& a, int threads) {
           on.finish(s, width, rows, of_q + i, zeros_k.data(), of_keys, scale_k.data(), none.data(), static_cast<int>(m), to,
                     nullptr, 0, scale_q.data() + i, terms[0].zero.data() + head * n + i);
         }
-        if (on.softmax(rows, floats ? reinterpret_cast<int32_t*>(fs) : s, width, m, length, floats ? 1.f : factor, range[3],
+        if (on.softmax(rows, floats ? reinterpret_cast<int32_t*>(fs) : s, width, m, apart, floats ? 1.f : factor, range[3],
                        floats ? nullptr : of_keys, p, of_p, p_scale.data()))
           nan = true;
         for (int r = 0; r < rows; r++) to[r] = o + (i + r) * a.strides[11];
         for (int64_t j = 0; j < value_panels; j += on.panels) {
           const int count = static_cast<int>(std::min<int64_t>(on.panels, value_panels - j));
-          on.multiply(p, length, rows, 1, &start, length, vp + j * length * NR, length * NR, count, sums, on.panels * NR);
+          on.multiply(p, apart, rows, 1, &start, length, vp + j * length * NR, length * NR, count, sums, on.panels * NR);
           on.finish(sums, on.panels * NR, rows, of_p, zero_v.data() + j * NR, of_values + j * NR, scale.data() + j * NR,
                     none.data(), static_cast<int>(std::min<int64_t>(count * NR, d - j * NR)), to, nullptr, j * NR,
                     of_rows ? p_scale.data() : nullptr, rows_zero.data());

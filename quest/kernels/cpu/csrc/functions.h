@@ -220,6 +220,7 @@ INLINE bool softmax_of(int rows, int32_t* scores, int64_t width, int64_t m, int6
   };
   const F by = set(factor * 1.44269504f), low = set(range.low), high = set(range.high);
   const I lowest = to_int(low);
+  const bool from_zero = range.low == 0.f;  // as usual; probabilities are not below
   bool wrong = false;
   for (; rows > 0; rows -= TOGETHER, scores += TOGETHER * width, out += TOGETHER * padded, totals += TOGETHER) {
     const int some = rows < TOGETHER ? rows : TOGETHER;
@@ -249,7 +250,8 @@ INLINE bool softmax_of(int rows, int32_t* scores, int64_t width, int64_t m, int6
       const float* work = reinterpret_cast<const float*>(scores + r * width);
       uint8_t* to = out + r * padded;
       bytes_of(m, to, [&](int64_t i, auto) INLINE_LAMBDA {
-        return to_int(min(max(load(work + i) * scale[r], low), high)) - lowest;
+        const F code = min(load(work + i) * scale[r], high);
+        return from_zero ? to_int(code) : to_int(max(code, low)) - lowest;
       });
       if (m < padded) std::memset(to + m, 0, padded - m);
     }
