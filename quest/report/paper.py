@@ -19,6 +19,7 @@ from quest.report import ledger, rendering
 from quest.report.cells import read_cells
 from quest.report.rendering import columns, plus_minus
 from quest.report.tables import PROVENANCE, paired_rows, provenance_of
+from quest.runtime.yaml_files import read_yaml
 
 # The models that can represent a model of the paper; the first one that was measured does. Tables 2 and 7 do not state
 # their model.
@@ -53,81 +54,22 @@ class PaperTable:
     """
 
     title: str
-    models: tuple[str, ...]
-    bits: tuple[str, ...]
-    rows: tuple[Row, ...]
-    quantities: tuple[str, ...]
-    ablation_only: tuple[str, ...] = ()
+    models: Sequence[str]
+    bits: Sequence[str]
+    rows: Sequence[Row]
+    quantities: Sequence[str]
+    ablation_only: Sequence[str] = ()
 
 
-def _methods(*names: str) -> tuple[Row, ...]:
-    return tuple(Row(name, name, name) for name in names)
+def _read() -> dict[int, PaperTable]:
+    tables = {}
+    for number, table in read_yaml(Path(__file__).parents[2] / "resources" / "tables.yaml").items():
+        rows = [Row(*(row if isinstance(row, list) else [row] * 3)) for row in table.pop("rows")]
+        tables[int(number)] = PaperTable(**table, rows=rows)
+    return tables
 
 
-ALL = ("w8a8", "w4a8", "w4a4")
-# fmt: off
-TABLES = {
-    2: PaperTable(
-        "Time embeddings: quantized, in full precision, or aligned", ("unknown",), ("w8a8", "w4a8"), (
-            Row("PTQ", "time-embedding-ptq", "quest-untuned"),
-            Row("full precision", "time-embedding-fp", "quest-untuned-float-time-embedding"),
-            Row("L_TLA + L_G", "time-embedding-quest", "quest-tla-only"),
-        ),
-        ("fid", "sfid"), ("quest-untuned", "quest-untuned-float-time-embedding", "quest-tla-only"),
-    ),
-    3: PaperTable(
-        "Unconditional, LSUN", ("lsun-bedrooms", "lsun-churches"), ALL,
-        _methods("fp", "ptq4dm", "q-diffusion", "ptqd", "efficient-dm", "quest"), ("size_mib", "fid"),
-    ),
-    4: PaperTable(
-        "By class, ImageNet", ("imagenet",), ALL,
-        _methods("fp", "q-diffusion", "ptqd", "efficient-dm", "quest"), ("size_mib", "fid", "sfid", "is"),
-    ),
-    5: PaperTable(
-        "By text, Stable Diffusion v1.4", ("sd14",), ALL, _methods("fp", "q-diffusion", "quest"), ("size_mib", "clip"),
-    ),
-    6: PaperTable(
-        "Components and their cost", ("lsun-bedrooms",), ("w4a8",), (
-            Row("full precision", "fp", "fp"),
-            Row("PTQ (Q-Diffusion)", "q-diffusion", "q-diffusion"),
-            Row("baseline (AdaRound)", "adaround", "quest-untuned"),
-            Row("baseline, one time group", "", "quest-untuned-groups-1"),
-            Row("+ TLA", "quest-tla", "quest-tla-only"),
-            Row("+ TLA + CMA", "quest", "quest"),
-        ),
-        ("hours_in_all", "memory_in_all", "size_mib", "fid"), ("quest-untuned", "quest-tla-only"),
-    ),
-    7: PaperTable(
-        "The global loss", ("unknown",), (), (
-            Row("TLA without L_G", "quest-tla-without-global", "quest-tla-only-no-global", "quest-tla-only"),
-            Row("TLA", "quest-tla", "quest-tla-only"),
-            Row("TLA, L_G alone", "quest-tla-only-global", "quest-tla-only-no-local", "quest-tla-only"),
-            Row("CMA without L_G", "quest-cma-without-global", "quest-cma-only-no-global", "quest-cma-only"),
-            Row("CMA", "", "quest-cma-only"),
-            Row("both without L_G", "", "quest-no-global", "quest-suite"),
-            Row("both", "", "quest"),
-            Row("both, L_G alone", "", "quest-only-global", "quest-suite"),
-        ),
-        ("fid", "fid_change", "sfid", "sfid_change"),
-        ("quest-tla-only-no-global", "quest-no-global", "quest-only-global"),
-    ),
-    8: PaperTable(
-        "Finetuning: EfficientDM, all weights, QuEST", ("lsun-bedrooms",), ("w4a8", "w4a4"),
-        _methods("efficient-dm", "full-finetune", "quest"), ("hours", "memory", "iterations", "fid"),
-        ("efficient-dm", "full-finetune"),
-    ),
-    9: PaperTable(
-        "TFMQ-DM", ("lsun-bedrooms", "imagenet"), ("w8a8", "w4a8"), _methods("tfmq-dm", "quest"), ("fid",),
-    ),
-    10: PaperTable(
-        "LSUN-Bedrooms by sFID and IS", ("lsun-bedrooms",), ("w8a8", "w4a4"),
-        _methods("q-diffusion", "ptqd", "efficient-dm", "quest"), ("sfid", "is"),
-    ),
-    11: PaperTable(
-        "CIFAR-10", ("cifar10",), ("w8a8", "w4a4"), _methods("q-diffusion", "efficient-dm", "quest"), ("fid",),
-    ),
-}
-# fmt: on
+TABLES = _read()
 BESIDE = ("latent_mse",)  # every table shows it, because with few images it separates methods that FID does not
 # The names in published.csv of quantities that are measured in another way here.
 PUBLISHED_AS = {"hours": "gpu_hours", "hours_in_all": "gpu_hours", "memory": "memory_mb", "memory_in_all": "memory_mb"}
@@ -188,7 +130,7 @@ def _models(spec, cells) -> list[tuple[str, list[str]]]:
             represented.setdefault(model, []).append(paper_model)
     for model, method, _ in cells:
         if method in spec.ablation_only:
-            represented.setdefault(model, list(spec.models[:1]))
+            represented.setdefault(model, spec.models[:1])
     missing = [name for name in spec.models if not any(name in names for names in represented.values())]
     return [*represented.items(), *([("–", missing)] if missing else [])]
 
