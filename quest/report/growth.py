@@ -91,14 +91,9 @@ def figure(frame: pd.DataFrame, path: str | Path) -> None:
     save(drawing, path)
 
 
-def keep(frame: pd.DataFrame, folder: Path) -> None:
-    """Write growth.csv, which `read` reads."""
-    rendering.write(folder / "growth.csv", frame)
-
-
 def write(frame: pd.DataFrame, folder: Path) -> None:
     """Write growth.csv, and growth.md and growth.png of the jobs that were measured four times or more."""
-    keep(frame, folder)
+    rendering.write(folder / "growth.csv", frame)
     counts = frame.groupby(["axis", "job"])["size"].transform("count")
     whole = frame[counts >= 4]
     if len(whole):
@@ -108,7 +103,4 @@ def write(frame: pd.DataFrame, folder: Path) -> None:
 
 def read(path: Path) -> pd.DataFrame:
     """Rows that were measured before; none where there is no file. Raises ValueError for other columns than COLUMNS."""
-    frame = rendering.read_csv(path) if path.is_file() else pd.DataFrame(columns=COLUMNS)
-    if list(frame.columns) != COLUMNS:
-        raise ValueError(f"{path}: columns are {', '.join(frame.columns)}; needed: {', '.join(COLUMNS)}")
-    return frame
+    return rendering.read_csv(path, COLUMNS) if path.is_file() else pd.DataFrame(columns=COLUMNS)

@@ -136,7 +136,8 @@ def ledger(cells: Sequence[dict], numbers: pd.DataFrame) -> pd.DataFrame:
         ours = next((row for row in cell["rows"] if row["metric"] == number.metric), None) if cell else None
         verdict, why = _verdict(number, cell, ours)
         stated = protocol_says(number.protocol)
-        needed = [key for key in (*KEYS, *_of_metric(number.metric)) if _applies(key, model)]
+        missing = {"eta": not model.has_eta, "guidance": model.conditioning == "none"}
+        needed = [key for key in (*KEYS, *_of_metric(number.metric)) if not missing.get(key)]
         rows.append(
             {key: getattr(number, key) for key in ("source", "table", "model", "bits", "metric")}
             | {"method": cell["method"] if cell else number.method, "published": number.value}
@@ -150,10 +151,6 @@ def ledger(cells: Sequence[dict], numbers: pd.DataFrame) -> pd.DataFrame:
 def _of_metric(name):
     """The facts on which this metric depends beside KEYS."""
     return (*OF_NETWORK[METRICS[name].network], *(("reference",) if METRICS[name].real else ()))
-
-
-def _applies(key, model):
-    return not (key == "eta" and not model.has_eta or key == "guidance" and model.conditioning == "none")
 
 
 def _verdict(number, cell, ours):
@@ -182,9 +179,9 @@ def _differences(number, fingerprint) -> list[str]:
     differences = []
     of_metric = _of_metric(number.metric)
     for key, stated in protocol_says(number.protocol).items():
-        if key in ("extractor", "clip", "prompts", "reference") and key not in of_metric:
-            continue
         if key in ("prompts", "reference"):  # the source states a name and the cell a hash
+            continue
+        if key in ("extractor", "clip") and key not in of_metric:
             continue
         ours = fingerprint.get(key)
         if ours is None or not _equal(number.metric, key, ours, stated):

@@ -9,15 +9,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import jinja2
+import pandas as pd
 from markdown_it import MarkdownIt
 
 from quest.metrics import METRICS
+from quest.quantization.header import read as read_header
 from quest.report import figures, ledger, page_tables, style, tables
-from quest.report.page_details import details
 from quest.report.page_images import drawings, farthest, grids, illustrated, picture
 from quest.report.rendering import read_csv
 from quest.report.verdicts import comparisons, seed_matrix, seed_sentences, verdict_matrix, verdict_sentences
-from quest.runtime.files import atomic
+from quest.runtime.files import atomic, dumps, read_json
 
 DRAWN = ("kid_64w", "latent_mse", "fd_64w_to_fp", "fid_to_fp", "fid", "eps_error", "sfid", "is")
 DRAWN += ("clip", "psnr", "precision", "recall")
@@ -31,6 +32,8 @@ OPTIONAL = {
     "questions": ("questions/questions.md", "snakemake questions"),
 }
 KERNELS = "snakemake kernels"
+LINES, LETTERS = 30, 200  # of a log that the page shows
+OF_HEADER = ("method", "bits", "recipe", "init", "seconds", "peak_memory", "diverged")
 
 
 def write(
@@ -125,8 +128,7 @@ def _range(frame, column):
 
 def _kernels(file):
     """Return the timings of one machine: the Markdown file beside the csv file, and a table of all whole steps."""
-    text = file.with_suffix(".md")
-    html = markdown(text) if text.is_file() else ""
+    html = markdown(text) if (text := file.with_suffix(".md")).is_file() else ""
     return {"caption": file.stem, "html": html, "table": page_tables.csv_table(file, "step")}
 
 
@@ -180,3 +182,31 @@ def _bibtex(references, methods, shown):
     entries = re.findall(r"^@.*?^}", Path(references).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     descriptions = " ".join(methods.get(method, "") for method in shown)
     return "\n\n".join(entry for entry in entries if re.search(r"eprint\s*=\s*\{(.*?)\}", entry)[1] in descriptions)
+
+
+def details(run: Path, main: pd.DataFrame, methods: dict[str, str]) -> list[dict]:
+    """Return {"model", "method", "bits", "about", "parts"} of each cell in main.csv, in its order.
+
+    parts: {title: text}. The recipe is that in the header of the checkpoint, the provenance that of metrics.json, and
+    each log stands under its name. What a cell does not have is left out.
+    """
+    cells = dict.fromkeys(zip(main["model"], main["method"], main["bits"], strict=True))
+    found = []
+    for model, method, bits in cells:
+        folder, parts = run / model / method / bits, {}
+        if (checkpoint := folder / "model.safetensors").is_file():
+            header = read_header(checkpoint, diverged=True)
+            parts["Recipe"] = dumps({k: header[k] for k in OF_HEADER if k in header}, indent=1)
+        if (metrics := folder / "metrics.json").is_file():
+            parts["Provenance"] = dumps(read_json(metrics)["provenance"], indent=1)
+        parts |= {f"End of {log.name}": end(log) for log in sorted(folder.glob("*.log"))}
+        about = methods.get(method.partition("@")[0], "")
+        found.append({"model": model, "method": method, "bits": bits, "about": about, "parts": parts})
+    return found
+
+
+def end(log: Path) -> str:
+    """Return the last lines of a log; of a line that a progress bar wrote again and again, what it said at last."""
+    text = log.read_bytes().decode("utf-8", "replace")  # as text, a carriage return would end a line
+    lines = [line.rstrip("\r").rpartition("\r")[2][:LETTERS] for line in text.split("\n")]
+    return "\n".join([line for line in lines if line.strip()][-LINES:])

@@ -49,12 +49,8 @@ def _layers(e: Evidence) -> Answer:
             f"({least['value']:.2g}). Of {len(order)} classes, from the largest error to the smallest, the time "
             f"embedding is number {rank['time embedding']} and attention q, k, v is number {rank['attention q, k, v']}."
         )
-    pairs = [
-        ("quest-suite", "quest-control"),
-        ("quest-tla-only", "quest-control-only"),
-        ("quest-suite", "full-finetune"),
-    ]
-    answer.lines += [against(e, *pair) for pair in pairs]
+    pairs = [("quest-suite", "quest-control"), ("quest-tla-only", "quest-control-only")]
+    answer.lines += [against(e, *pair) for pair in [*pairs, ("quest-suite", "full-finetune")]]
     rows = ["quest-untuned", "quest-tla-only", "quest-control-only", "quest-cma-only", "quest-control"]
     answer.tables.append(comparisons(e, [*rows, "quest-lsun-set", "quest-sd-set", "full-finetune"], "quest-suite"))
     answer.figures.append("sensitivity")
@@ -63,6 +59,7 @@ def _layers(e: Evidence) -> Answer:
 
 def _groups(e: Evidence) -> Answer:
     answer = Answer("2. How many time groups does TAQuant need, and what do they cost?")
+    answer.tables.append(comparisons(e, [f"quest-groups-{n}" for n in (10, 5, 2, 1)], "quest-suite"))
     answer.lines += [against(e, "quest-groups-1", "quest-suite"), against(e, "quest-untuned-groups-1", "quest-untuned")]
     frame = e.properties["time_ranges"]
     for row in frame[frame["quantized"] == "all"].itertuples():
@@ -75,18 +72,13 @@ def _groups(e: Evidence) -> Answer:
     size = e.inference["bytes"]
     if reason := e.inference.get("diverged"):
         answer.lines.append(f"quest-suite diverged, so there are no scales to count: {reason}.")
-        return _with_groups(e, answer)
+        return answer
     answer.lines.append(
         f"The scales and zero points of {e.inference['groups']} groups take "
         f"{size['activation scales'] / 1e3:.1f} kB of "
         f"{sum(size.values()) / 1e6:.3f} MB ({size['activation scales'] / sum(size.values()):.1%}); they grow with the "
         "number of groups, and so does the time of calibration. Question 8 has the time of a call."
     )
-    return _with_groups(e, answer)
-
-
-def _with_groups(e: Evidence, answer: Answer) -> Answer:
-    answer.tables.append(comparisons(e, [f"quest-groups-{n}" for n in (10, 5, 2, 1)], "quest-suite"))
     return answer
 
 
@@ -94,13 +86,8 @@ def _theorem(e: Evidence) -> Answer:
     answer = Answer("3. What does theorem 1 assume, and what does tuning weights add to tuning scales?")
     remainders = {(r["bits"], r["what"]): student(r["values"]) for r in e.taylor["rows"]}
     bits = list(dict.fromkeys(b for b, _ in remainders))
-    names = {
-        "loss": "loss / output²",
-        "first": "first-order step, output",
-        "second": "second-order step, output",
-        "loss, 1 step": "loss, 1 step",
-        "loss, 4 steps": "loss, 4 steps",
-    }
+    names = {"loss": "loss / output²", "first": "first-order step, output", "second": "second-order step, output"}
+    names |= {"loss, 1 step": "loss, 1 step", "loss, 4 steps": "loss, 4 steps"}
 
     def text(b, what):
         return plus_minus(*remainders[b, what])

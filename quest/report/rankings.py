@@ -56,9 +56,10 @@ def frame(main: pd.DataFrame, paired: pd.DataFrame | None = None, layers: pd.Dat
             both = cells[[measure, endpoint]].dropna()
             if len(both) < LEAST:
                 continue
-            rho = spearman(both[measure] * _sign(measure), both[endpoint] * _sign(endpoint))
-            if math.isnan(rho):  # all methods have one value, such as that all images show what was asked for
+            if (both.nunique() == 1).any():  # such as that all images show what was asked for
                 continue
+            rho = both[measure].corr(both[endpoint], method="spearman") * _sign(measure) * _sign(endpoint)
+            rho = round(float(rho), 12)  # 1 where both orders are the same
             low, high = interval(rho, len(both))
             agree, disagree = _pairs(paired, model, bits, measure, endpoint)
             names = {"model": model, "bits": bits, "measure": measure, "endpoint": endpoint}
@@ -84,14 +85,6 @@ def _couples(cells: pd.DataFrame) -> Iterable[tuple[str, str]]:
 def _sign(name: str) -> int:
     """1 where larger is worse."""
     return 1 if name == LAYER_ERROR or METRICS[name].better == "lower" else -1
-
-
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """The rank correlation of two lists; NaN where one of them has equal values only."""
-    ranks = [pd.Series(np.asarray(values)).rank().to_numpy() for values in (a, b)]
-    if any(np.ptp(one) == 0 for one in ranks):
-        return math.nan
-    return round(float(np.corrcoef(ranks)[0, 1]), 12)  # 1 where both orders are the same
 
 
 def interval(rho: float, cells: int) -> tuple[float, float]:

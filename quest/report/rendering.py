@@ -125,13 +125,13 @@ class Table:
             Column(name, "number" if numeric else "text", choose=not numeric and frame[name].nunique() <= 12)
             for name, numeric in kinds.items()
         ]
-        rows = [
-            [
-                number(value, "d" if isinstance(value, int) else ".4g") if kinds[name] else Cell(_plain(value))
-                for name, value in record.items()
-            ]
-            for record in frame.to_dict("records")
-        ]
+
+        def cell(name, value):
+            if kinds[name]:
+                return number(value, "d" if isinstance(value, int) else ".4g")
+            return Cell("nan" if pd.isna(value) else str(value))
+
+        rows = [[cell(name, value) for name, value in record.items()] for record in frame.to_dict("records")]
         return cls(heads, rows)
 
     def _cells(self) -> Iterable[list[Cell]]:
@@ -225,10 +225,6 @@ def _value(cell):
     return cell.text if cell.value is None else cell.value
 
 
-def _plain(value):
-    return "nan" if pd.isna(value) else str(value)
-
-
 def tex(text: str) -> str:
     """Escape plain text for TeX."""
     return "".join(TEX.get(part, part) for part in re.split(r"(<=|.)", text, flags=re.DOTALL) if part)
@@ -240,9 +236,15 @@ def document(form: str, *parts: Table | str) -> str:
     return "\n\n".join(part if isinstance(part, str) else getattr(part, form)() for part in parts)
 
 
-def read_csv(path: str | Path) -> pd.DataFrame:
-    """Read a csv file that `write` wrote: "nan" is NaN, and an empty cell is an empty text."""
-    return pd.read_csv(path, keep_default_na=False, na_values=["nan"])
+def read_csv(path: str | Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Read a csv file that `write` wrote: "nan" is NaN, and an empty cell is an empty text.
+
+    Raises ValueError, which names the file, for other columns than these.
+    """
+    frame = pd.read_csv(path, keep_default_na=False, na_values=["nan"])
+    if columns is not None and list(frame.columns) != list(columns):
+        raise ValueError(f"{path}: columns are {', '.join(frame.columns)}; needed: {', '.join(columns)}")
+    return frame
 
 
 def write(path: str | Path, *parts: Table | str | pd.DataFrame, form: str = "") -> None:

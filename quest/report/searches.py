@@ -30,8 +30,7 @@ def objective(line: dict) -> float:
 
     It is that of the guided noise prediction where the model has guidance, otherwise that of the noise prediction.
     """
-    value = float(line["guided_eps_error"] or line["eps_error"])
-    return value if math.isfinite(value) else math.inf
+    return _finite(line["guided_eps_error"] or line["eps_error"])
 
 
 def tables(lines: Sequence[dict]) -> list[Table]:
@@ -71,7 +70,11 @@ def _row(method: str, lines: list[dict]) -> list[Cell | str]:
 
 
 def latent_mse(line: dict) -> float:
-    value = float(line["latent_mse"])
+    return _finite(line["latent_mse"])
+
+
+def _finite(text: str) -> float:
+    value = float(text)
     return value if math.isfinite(value) else math.inf
 
 

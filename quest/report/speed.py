@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from quest.report import rendering
-from quest.report.rendering import NONE, Table, columns
+from quest.report.rendering import NONE, Table, columns, number
 from quest.runtime.files import atomic
 from quest.runtime.provenance import provenance
 
@@ -46,10 +46,7 @@ def key(row: dict) -> tuple:
 
 def read(path: str | Path) -> pd.DataFrame:
     """Read the rows of a machine. Raises ValueError, which names the file, for other columns than COLUMNS."""
-    frame = rendering.read_csv(path)
-    if list(frame.columns) != COLUMNS:
-        raise ValueError(f"{path}: columns are {', '.join(frame.columns)}; needed: {', '.join(COLUMNS)}")
-    return frame
+    return rendering.read_csv(path, COLUMNS)
 
 
 def merge(old: pd.DataFrame | None, rows: list[dict]) -> pd.DataFrame:
@@ -155,16 +152,8 @@ def _errors(measured):
     lines = []
     for row in measured[measured["error"].notna() | measured["ours"].notna()].to_dict("records"):
         names = [row["model"], row["kernel"], str(row["batch"]), str(row["threads"])]
-        ours = NONE if math.isnan(row["ours"]) else f"{row['ours']:.2f}"
-        lines.append(
-            [
-                *names,
-                f"{row['ms']:.4g}",
-                speedup(row),
-                ours,
-                NONE if math.isnan(row["error"]) else f"{row['error']:.2g}",
-            ]
-        )
+        beside = [number(row["ours"], ".2f"), number(row["error"], ".2g")]
+        lines.append([*names, f"{row['ms']:.4g}", speedup(row), *beside])
     note = (
         "Models that ship, with their weights: the relative squared error of the noise prediction against full "
         "precision, over held-out trajectories. The suite's rows and those with w8a8 in their names are one method, "

@@ -13,7 +13,7 @@ from drawn import MADE, METHODS, NOISE
 
 from quest.metrics import METRICS, Cell
 from quest.report import page as report
-from quest.report import page_details, page_images, page_tables, rendering, tables, verdicts
+from quest.report import page_images, page_tables, rendering, tables, verdicts
 from quest.runtime.files import dumps
 
 ROOT = Path(__file__).parents[2]
@@ -174,7 +174,7 @@ def test_cost_and_speed_come_from_checkpoints_and_samples(page):
 
 def test_every_cell_has_its_recipe_provenance_and_log(run, written):
     main = pd.read_csv(run / "tables/main.csv")
-    found = page_details.details(run, main, METHODS)
+    found = report.details(run, main, METHODS)
     assert [(d["model"], d["method"], d["bits"]) for d in found] == list(
         dict.fromkeys(zip(main["model"], main["method"], main["bits"], strict=True))
     )

@@ -63,8 +63,12 @@ def test_the_interval_is_that_of_bonett_and_wright():
     expected = [math.tanh(math.atanh(0.5) + side * 1.96 * error) for side in (-1, 1)]
     assert [low, high] == pytest.approx(expected)
     assert all(map(math.isnan, rankings.interval(0.5, 3)))
-    assert rankings.spearman([1, 2, 2, 3], [1, 3, 3, 9]) == pytest.approx(1)
-    assert math.isnan(rankings.spearman([1, 1, 1], [1, 2, 3]))
+
+
+def test_equal_values_share_a_rank_and_alone_have_none():
+    ties = main_frame([0.5, 0.3, 0.3, 0.2, 0.1], [10, 15, 15, 20, 30])
+    assert only(rankings.frame(ties), measure="psnr", endpoint="kid_64w").rho == 1
+    assert rankings.frame(main_frame([0.5] * 5, [10, 15, 20, 25, 30])).empty
 
 
 def test_models_are_pooled_and_few_methods_say_nothing():

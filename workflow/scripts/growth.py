@@ -34,7 +34,7 @@ def main() -> None:
 
     import pandas as pd
 
-    from quest.report import growth
+    from quest.report import growth, rendering
 
     frame = growth.read(arguments.output / "growth.csv")
     frame = frame[~frame["axis"].isin(arguments.axes)]
@@ -43,7 +43,7 @@ def main() -> None:
         for row in AXES[axis](bench):
             rows = pd.DataFrame([{"axis": axis} | row], columns=growth.COLUMNS)
             frame = rows if frame.empty else pd.concat([frame, rows], ignore_index=True)
-            growth.keep(frame, arguments.output)
+            rendering.write(arguments.output / "growth.csv", frame)
             told = f"{row['size']}: {row['seconds']:.3g} s, {row['memory_mb']:.3g} MB"
             print(axis, row["job"], told, flush=True)
     growth.write(frame, arguments.output)

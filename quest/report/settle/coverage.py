@@ -7,11 +7,11 @@ as real cells (`looks.settle`), beside a reader who looks at a 95 % interval of 
 import argparse
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
 from quest.report import rendering
 from quest.report.settle import LOOKS
@@ -46,10 +46,11 @@ def simulate(scenario: dict, trials: int, seed: int = 0) -> dict:
     totals: Counter = Counter()
     for trial in values:
         family = {i: [Estimate.of(one[:k], scenario["images"]) for k in LOOKS] for i, one in enumerate(trial)}
+        plain = [[replace(estimate, images=0.0) for estimate in looks] for looks in family.values()]
         found = settle(family, m).values()
         totals["false_difference"] += any(one.verdict == "lower" or one.verdict == "higher" and d == 0 for one in found)
         totals["false_equivalence"] += d >= m and any(one.verdict == "equivalent" for one in found)
-        totals["naive"] += d == 0 and any(_excludes(estimate) for looks in family.values() for estimate in looks)
+        totals["naive"] += d == 0 and any(naive.excludes_zero(0.05) for looks in plain for naive in looks)
         totals["covered"] += sum(abs(one.estimate.value - d) <= one.estimate.half(one.level) for one in found)
         totals["decided"] += sum(one.verdict in ("lower", "higher") for one in found)
         totals["equivalent"] += sum(one.verdict == "equivalent" for one in found)
@@ -57,11 +58,6 @@ def simulate(scenario: dict, trials: int, seed: int = 0) -> dict:
     of_families = ("false_difference", "false_equivalence", "naive")
     counts = {name: trials if name in of_families else trials * scenario["family"] for name in totals}
     return scenario | {name: total / counts[name] for name, total in totals.items()} | {"trials": trials}
-
-
-def _excludes(estimate: Estimate) -> bool:
-    half = stdtrit(estimate.count - 1, 0.975) * estimate.seeds / math.sqrt(estimate.count)
-    return abs(estimate.value) > half
 
 
 def main() -> None:

@@ -109,7 +109,8 @@ class Pair:
             }
             for name in pair
         )
-        both = list(_couples(first, second, pair[1]))
+        # Up to the first seed that lacks one of the two.
+        both = list(itertools.takewhile(bool, (couple_of(first, second, seed, pair[1]) for seed in SEEDS)))
         if not both:
             return None
         if len({cell.images for couple in both for cell in couple}) > 1:
@@ -151,20 +152,11 @@ class Pair:
         return [Estimate.of(self.differences[:k], self.images(k), self.n) for k in counts]
 
 
-def _couples(first, second, versus: str):
-    """The two cells of each held-out seed, of equal instruction sets, up to the first seed that lacks them.
-
-    Full precision has no seeds. Where a seed ran on several instruction sets, the first by name counts.
-    """
-    for seed in SEEDS:
-        couple = couple_of(first, second, seed, versus)
-        if couple is None:
-            return
-        yield couple
-
-
 def couple_of(first: dict, second: dict, seed: int, versus: str) -> tuple[Evidence, Evidence] | None:
-    """The two cells of a seed on the first instruction sets that both ran on. first, second: by (seed, isa)."""
+    """The two cells of a seed on the first instruction sets that both ran on. first, second: by (seed, isa).
+
+    Full precision has no seeds.
+    """
     other = 0 if versus == FP else seed
     isas = {isa for of, isa in first if of == seed} & {isa for of, isa in second if of == other}
     return (first[seed, min(isas)], second[other, min(isas)]) if isas else None
@@ -188,10 +180,7 @@ def _row(pair: Pair, settled: Settled | None, margin: float) -> dict:
         return row | {"seeds": len(pair.differences), "verdict": verdict, "note": note}
     estimate, direction = settled.estimate, METRICS[pair.names["endpoint"]].better
     half = estimate.half(settled.level)
-    words = {
-        "lower": "better" if direction == "lower" else "worse",
-        "higher": "better" if direction == "higher" else "worse",
-    }
+    words = {"lower": "worse", "higher": "worse"} | {direction: "better"}
     row |= {"value": estimate.value, "low": estimate.value - half, "high": estimate.value + half}
     row |= {"level": settled.level, "over_images": estimate.images, "over_seeds": estimate.seeds}
     row |= {"seeds": settled.look, "verdict": words.get(settled.verdict, settled.verdict)}
