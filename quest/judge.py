@@ -32,7 +32,7 @@ from quest.metrics.intervals import half_width, resample_counts, student
 from quest.metrics.kernel_distance import kernel
 from quest.metrics.per_image import psnr, squared_distances
 from quest.metrics.reference import image_files, prepared
-from quest.runtime.files import atomic, read_arrays, read_lines
+from quest.runtime.files import read_arrays, read_lines, write_text
 
 EXIT = {"same or better": 0, "worse": 1, "cannot tell": 2}  # codes of the process
 FEWEST, MOST = 20, 5000  # images of one side
@@ -182,8 +182,7 @@ def judge(
     verdict.worst = np.argsort(-apart)[:SHOWN]
     verdict.rows |= _by_other_networks(first, second, captions)
     if page:
-        with atomic(Path(page)) as temporary:
-            temporary.write_text(html(verdict, first, second, (str(a), str(b))), encoding="utf-8")
+        write_text(page, html(verdict, first, second, (str(a), str(b))))
     return verdict
 
 

@@ -18,7 +18,7 @@ from quest.report import figures, ledger, page_tables, style, tables
 from quest.report.page_images import drawings, farthest, grids, illustrated, picture
 from quest.report.rendering import read_csv
 from quest.report.verdicts import comparisons, seed_matrix, seed_sentences, verdict_matrix, verdict_sentences
-from quest.runtime.files import atomic, dumps, read_json
+from quest.runtime.files import dumps, read_json, write_text
 
 DRAWN = ("kid_64w", "latent_mse", "fd_64w_to_fp", "fid_to_fp", "fid", "eps_error", "sfid", "is")
 DRAWN += ("clip", "psnr", "precision", "recall")
@@ -61,8 +61,7 @@ def write(
     )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     html = environment.get_template(template.name).render(contents(Path(run), kernels, methods or {}, references))
-    with atomic(output) as file:
-        file.write_text(html, encoding="utf-8")
+    write_text(output, html)
 
 
 def contents(run: Path, kernels: Iterable[str | Path], methods: dict[str, str], references) -> dict:

@@ -24,7 +24,7 @@ from pathlib import Path
 import pandas as pd
 from markupsafe import Markup, escape
 
-from quest.runtime.files import atomic
+from quest.runtime.files import write_text
 
 TEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#"}
 TEX |= {"^": r"\^{}", "~": r"\~{}", "±": r"$\pm$", "–": "--", "<=": r"$\le$"}
@@ -250,5 +250,4 @@ def read_csv(path: str | Path, columns: Sequence[str] | None = None) -> pd.DataF
 def write(path: str | Path, *parts: Table | str | pd.DataFrame, form: str = "") -> None:
     """Write a `document` in this form (default: the suffix of the path); a frame becomes a table of its columns."""
     parts = [Table.of_frame(part) if isinstance(part, pd.DataFrame) else part for part in parts]
-    with atomic(path) as file:
-        file.write_text(document(form or Path(path).suffix[1:], *parts) + "\n", encoding="utf-8")
+    write_text(path, document(form or Path(path).suffix[1:], *parts) + "\n")

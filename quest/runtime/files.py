@@ -228,6 +228,12 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text in UTF-8, all at once or not at all, see `atomic`."""
+    with atomic(path) as file:
+        file.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes its place when the block ends without an error.
@@ -288,5 +294,4 @@ def between(path: str | os.PathLike, begin: str, end: str, text: str) -> None:
     if whole.count(begin) != 1 or whole.count(end) != 1 or whole.index(begin) > whole.index(end):
         raise ValueError(f"{path}: needs {begin} and {end}, once each and in this order")
     before, after = whole.split(begin)[0], whole.split(end)[1]
-    with atomic(path) as file:
-        file.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+    write_text(path, f"{before}{begin}\n\n{text}\n\n{end}{after}")

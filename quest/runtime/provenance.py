@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from quest.runtime.files import atomic, dumps
+from quest.runtime.files import dumps, write_text
 
 PACKAGES = ("quest-suite", "torch", "torchvision", "diffusers", "transformers", "numpy", "scipy", "safetensors")
 
@@ -97,5 +97,4 @@ def resident_memory() -> int:
 
 def write_json(path: str | Path, content: dict) -> None:
     """Write a result and the provenance of this process as JSON (`files.dumps`), all at once or not at all."""
-    with atomic(path) as file:
-        file.write_text(dumps(content | {"provenance": provenance()}), encoding="utf-8")
+    write_text(path, dumps(content | {"provenance": provenance()}))

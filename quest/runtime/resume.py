@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quest.runtime.download import sha256_of
-from quest.runtime.files import atomic, dumps, loads, read_text
+from quest.runtime.files import atomic, dumps, loads, read_text, write_text
 from quest.runtime.hashing import opened, tensor_hash
 
 IDENTITY = "identity.json"
@@ -58,8 +58,7 @@ def resuming(folder: Path, identity: dict) -> Iterator[Parts]:
         else:
             print(f"{folder}: going on after {len(list(folder.glob('*.safetensors')))} parts", flush=True)
     if not folder.exists():
-        with atomic(record) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(record, text)
     parts = Parts(folder, hashlib.sha256(text.encode()).hexdigest())
     token = _parts.set(parts)
     try:

@@ -81,12 +81,6 @@ def shows(images, asked, judge):
     return classifier.classes_of(classifier.load(judge), images) == np.array(asked)
 
 
-def by_group(right, groups):
-    """The share of `right` (bool [n]) in all images and in each group."""
-    shares = {group: float(right[groups == group].mean()) for group in dict.fromkeys(groups.tolist())}
-    return {"all": float(right.mean())} | shares
-
-
 def measure(name, folder, data, n=500, guidance=3.0, judge=None):
     """Returns (numbers, samples uint8 [n, S, S, 3]). Raises ValueError for a model of scenes, or fewer than 65 samples.
 
@@ -113,7 +107,8 @@ def measure(name, folder, data, n=500, guidance=3.0, judge=None):
     numbers |= {"FD-64w, samples / reconstructions": ratio, "good enough": {"distance": ratio <= MOST}}
     if judge is not None and asked is not None:
         right = shows(images, asked, judge)
-        numbers["shows what was asked"] = by_group(right, groups)
+        shares = {group: float(right[groups == group].mean()) for group in dict.fromkeys(groups.tolist())}
+        numbers["shows what was asked"] = {"all": float(right.mean())} | shares
         if MODELS[name].conditioning == "class":
             labels = shown.labels[rows].tolist()
             for what in ("reconstructions", "held out"):

@@ -9,28 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from quest.diffusion import scenes
+from quest.diffusion.loading import load_pipeline
 from quest.diffusion.models import MODELS, ZOO
-from quest.diffusion.pipelines import LatentDiffusionPipeline
 from quest.diffusion.sampling import generate
 from quest.metrics.extractor import HEADS, load, outputs, targets
 from quest.metrics.frechet import Statistics, frechet_distance, load_reference
 from quest.runtime import command_line
-from quest.runtime.files import atomic, dumps
+from quest.runtime.files import atomic, dumps, write_text
 from quest.runtime.provenance import provenance
 from quest.zoo.latents import HELD_OUT, posterior_means
 from quest.zoo.train_autoencoder import to_tensor
 from quest.zoo.train_denoiser import Trainee, held_out_error
 from quest.zoo.train_extractor import reconstruct
-
-
-def load_pipeline(name, folder):
-    """Load the pipeline in a folder, in float32."""
-    kind = StableDiffusionPipeline if MODELS[name].conditioning == "text" else LatentDiffusionPipeline
-    return kind.from_pretrained(folder).to(torch.float32)
 
 
 def error_of(name, pipe):
@@ -46,7 +39,7 @@ def error_of(name, pipe):
 
 def judge(name, folder, extractor, reference, n=1000):
     """Returns (numbers, images uint8 [n, 64, 64, 3]); every number is measured on n images of the evaluation split."""
-    pipe, net, reference = load_pipeline(name, folder), load(extractor), load_reference(reference)
+    pipe, net, reference = load_pipeline(Path(folder)), load(extractor), load_reference(reference)
     numbers = {"model": name, "protocol": MODELS[name].protocol, "n": n}
     numbers["held-out error"] = error_of(name, pipe)
     images = np.concatenate([batch[2] for batch in generate(pipe, MODELS[name], "evaluation", n)])
@@ -58,9 +51,8 @@ def judge(name, folder, extractor, reference, n=1000):
         "real": outputs(net, to_tensor(real.images())),
     }
     for what, features in results.items():
-        numbers[f"FID (scenes net), {what}"] = frechet_distance(
-            Statistics.from_features(features["pool"].numpy()), reference.pool
-        )
+        found = Statistics.from_features(features["pool"].numpy())
+        numbers[f"FID (scenes net), {what}"] = frechet_distance(found, reference.pool)
     # Only attributes that the condition names can be checked.
     heads = {"none": [], "class": ["logits"], "text": list(HEADS)}[MODELS[name].conditioning]
     wanted = targets(real)
@@ -81,8 +73,7 @@ def write(numbers, images, output, picture):
     with atomic(picture) as temporary:
         grid(images[:64]).save(temporary)
     text = dumps(numbers | {"provenance": provenance()}, indent=2) + "\n"
-    with atomic(output) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(output, text)
     print(text)
 
 

@@ -46,13 +46,6 @@ def settings(tokenizer, name="scenes-clip"):
     }
 
 
-def contrastive_loss(image, text, scale):
-    """Symmetric cross entropy over all pairs of a batch; image and text [N, D] are normalised."""
-    logits = scale * image @ text.T
-    matches = torch.arange(len(logits))
-    return (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
-
-
 def material(kind, images, data=None):
     """Training images uint8 [N, 64, 64, 3], their captions, sampling weights float64 [N] or None, and a tokenizer."""
     if kind == "scenes":
@@ -100,7 +93,8 @@ def train(out, iterations, images=20_000, batch_size=128, held_out=1000, kind="s
             rows = torch.multinomial(weights, batch_size, generator=g)
         image = model.encode_image(augment(to_tensor(shown[rows.numpy()]), g), normalize=True)
         text = model.encode_text(ids[rows], normalize=True)
-        loss = contrastive_loss(image, text, model.logit_scale.exp())
+        logits, matches = model.logit_scale.exp() * image @ text.T, torch.arange(batch_size)  # all pairs of the batch
+        loss = (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
         descend(loss, optimizer, LEARNING_RATE * cosine(i, iterations), clip=False)
         with torch.no_grad():
             model.logit_scale.clamp_(max=4.6052)  # a factor of 100, as in CLIP

@@ -28,18 +28,8 @@ from quest.diffusion import scenes
 from quest.diffusion.pipelines import ClassEmbedder, forget_origin
 from quest.runtime import command_line
 from quest.runtime.files import atomic_folder
-from quest.zoo import latents, pictures
+from quest.zoo import latents, pictures, training
 from quest.zoo.architectures import MODELS, alphas, build_denoiser, build_pipeline, build_text_encoder, recipe_of
-from quest.zoo.training import (
-    Average,
-    Progress,
-    autocast,
-    constant_then_decay,
-    descend,
-    generator,
-    load_checkpoint,
-    save_checkpoint,
-)
 from quest.zoo.vocabulary import MAX_LENGTH, build_tokenizer, caption_words, encode
 
 LEARNING_RATE = 1e-3
@@ -102,7 +92,7 @@ class Trainee:
 
     def __call__(self, noisy, t, conditions):
         """The predicted noise, float32 like noisy [N, C, h, w]."""
-        with autocast(self.recipe.half):
+        with training.autocast(self.recipe.half):
             if self.recipe.blocks:
                 return self.denoiser(noisy, t, class_labels=conditions).sample.float()
             if self.encoder is None:
@@ -169,18 +159,18 @@ def train(
     held_out_conditions = trainee.conditions("validation", len(held_out))
     weights = trainee.drawing_weights(len(z))
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
-    average = Average(trainee.parameters(), recipe.average)
-    start = load_checkpoint(checkpoint, trainee.modules, optimizer, average)
+    average = training.Average(trainee.parameters(), recipe.average)
+    start = training.load_checkpoint(checkpoint, trainee.modules, optimizer, average)
 
     a = alphas()
     snr = a / (1 - a)
     # For the error of the sample this means SNR clamped to [0.2, 5]. Without the lower bound the noisiest steps, which
     # decide where objects are, hardly count, and the model paints the right objects in wrong places.
     weight = snr.clamp(0.2, 5) / snr
-    progress = Progress(name, start, iterations, 50)
+    progress = training.Progress(name, start, iterations, 50)
     saved = time.monotonic()
     for i in range(start, iterations):
-        g = generator(SEED, i)
+        g = training.generator(SEED, i)
         if weights is None:
             rows = torch.randint(len(z), (batch_size,), generator=g)
         else:
@@ -193,12 +183,12 @@ def train(
         noisy = (signal.sqrt() * z[rows] + (1 - signal).sqrt() * noise).contiguous(memory_format=layout)
         error = (trainee(noisy, t, condition) - noise).square().mean((1, 2, 3))
         loss = (weight[t] * error).mean()
-        descend(loss, optimizer, LEARNING_RATE * constant_then_decay(i, iterations))
+        training.descend(loss, optimizer, LEARNING_RATE * training.constant_then_decay(i, iterations))
         average.update(i)
         progress(i + 1, loss=loss, error=error.mean())
         due = time.monotonic() > saved + SAVE_SECONDS
         if i + 1 == iterations or due or (save_every and (i + 1) % save_every == 0):
-            save_checkpoint(checkpoint, i + 1, trainee.modules, optimizer, average)
+            training.save_checkpoint(checkpoint, i + 1, trainee.modules, optimizer, average)
             saved = time.monotonic()
     average.swap()
     error = held_out_error(trainee, held_out, held_out_conditions)

@@ -20,10 +20,8 @@ def main() -> None:
     from workflow.scripts import opened
 
     model, pipe, calibration, evaluation = opened(arguments)
-    recipe = model.recipe(METHODS["quest-suite"].quantize, parse_bits(arguments.bits)[1]) | {
-        "init": str(arguments.init)
-    }
-    recipe |= {"tla_iterations": 0, "cma_iterations": 0}
+    recipe = model.recipe(METHODS["quest-suite"].quantize, parse_bits(arguments.bits)[1])
+    recipe |= {"init": str(arguments.init), "tla_iterations": 0, "cma_iterations": 0}
     scale = spreads(denoiser_of(pipe), evaluation)
     denoisers = {"full precision": distributions(denoiser_of(pipe), evaluation, scale)}
     makers = {

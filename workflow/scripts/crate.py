@@ -11,14 +11,13 @@ def main() -> None:
     run = parser.parse_args().run
 
     from quest.report.crate import FILE, crate
-    from quest.runtime.files import atomic, dumps
+    from quest.runtime.files import dumps, write_text
 
     try:
         told = crate(run, run.resolve().name)
     except ValueError as error:
         raise SystemExit(f"crate: {error}") from None
-    with atomic(run / FILE) as file:
-        file.write_text(dumps(told, indent=1), encoding="utf-8")
+    write_text(run / FILE, dumps(told, indent=1))
     print(f"{run / FILE}: {sum(entity['@type'] == 'File' for entity in told['@graph'])} files")
 
 

@@ -21,7 +21,7 @@ def main() -> None:
     from quest.report.cells import read_cells
     from quest.report.settle import cells
     from quest.runtime.download import sha256_of
-    from quest.runtime.files import atomic, dumps, loads, read_arrays
+    from quest.runtime.files import dumps, loads, read_arrays, write_text
 
     (measured,) = read_cells([arguments.metrics])
     cell = Cell.load(arguments.features, arguments.samples)
@@ -32,13 +32,9 @@ def main() -> None:
     header = read_header(arguments.checkpoint, diverged=True) if arguments.checkpoint else {}
     metadata = [loads(str(read_arrays(file)["metadata"]), file) for file in arguments.samples]
     # What is not known of an old file is left out of the sum.
-    spent = [
-        header.get("seconds"),
-        (header.get("init") or {}).get("seconds"),
-        *(one.get("seconds") for one in metadata),
-    ]
+    spent = [one.get("seconds") or 0 for one in (header, header.get("init") or {}, *metadata)]
     about = {
-        "seconds": round(sum(seconds for seconds in spent if seconds), 1),
+        "seconds": round(sum(spent), 1),
         "commits": sorted({str(one.get("commit")) for one in [*measured["sampled"], measured["provenance"]]}),
         "versions": measured["provenance"].get("versions"),
         "machine": next((one.get("machine") for one in measured["sampled"]), None),
@@ -48,8 +44,7 @@ def main() -> None:
         "samples": [sha256_of(file) for file in arguments.samples],
     }
     record = cells.content(cell, fp, measured, seed, int(draw or 0), arguments.told, about)
-    with atomic(arguments.output) as file:
-        file.write_text(dumps(record), encoding="utf-8")
+    write_text(arguments.output, dumps(record))
 
 
 if __name__ == "__main__":

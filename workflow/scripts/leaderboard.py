@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from quest.runtime import command_line
-from quest.runtime.files import atomic, dumps, one_line, read_json
+from quest.runtime.files import dumps, one_line, read_json, write_text
 
 
 def main() -> None:
@@ -23,12 +23,10 @@ def run(arguments) -> None:
     from quest.report import leaderboard
 
     if arguments.draw:
-        with atomic(arguments.draw) as file:
-            file.write_text(f"{leaderboard.draw()}\n", encoding="utf-8")
+        write_text(arguments.draw, f"{leaderboard.draw()}\n")
     elif arguments.checked:
         (folder,) = arguments.entries
-        with atomic(arguments.checked) as file:
-            file.write_text(dumps({"refused": refusal(folder)}), encoding="utf-8")
+        write_text(arguments.checked, dumps({"refused": refusal(folder)}))
     elif arguments.scored:
         table(arguments.entries, arguments.scored, arguments.output)
     else:

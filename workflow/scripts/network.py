@@ -10,15 +10,14 @@ def main() -> None:
     parser.add_argument("network", choices=weights.WEIGHTS)
     arguments = parser.parse_args()
 
-    from quest.runtime.files import atomic, dumps
+    from quest.runtime.files import dumps, write_text
 
     try:
         path = weights.path(arguments.network)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{arguments.network}: {error}; QUEST_WEIGHTS names another folder") from None
     content = dumps({"path": str(path), "sha256": weights.sha256(arguments.network)})
-    with atomic(arguments.output) as file:
-        file.write_text(content + "\n", encoding="utf-8")
+    write_text(arguments.output, content + "\n")
     print(f"{arguments.network}: {path}")
 
 
