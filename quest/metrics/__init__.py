@@ -182,13 +182,10 @@ def _fid_to_fp(cell, fp, reference, counts, extractor):
     statistics = Statistics.from_features(features)
     value = frechet_distance(statistics, Statistics.from_features(target))
     resampled = intervals.resampled_frechet_between(features, target, counts)
-    return Estimate(value, resampled, statistics.n, note=_joined(_floor_note(target), _rank_note(statistics)))
-
-
-def _floor_note(features):
-    # The text is the same for all methods, so it stands once below a table.
-    found = floor(features)
-    return "" if found is None else "two independent sets of full precision are {:.3g} ± {:.1g} apart".format(*found)
+    # The text on the floor is the same for all methods, so it stands once below a table.
+    apart = floor(target)
+    note = apart and "two independent sets of full precision are {:.3g} ± {:.1g} apart".format(*apart)
+    return Estimate(value, resampled, statistics.n, note=_joined(note, _rank_note(statistics)))
 
 
 # Metric -> function of a cell and of full precision (None where the cell is it) that gives the value of every image, of
@@ -222,6 +219,10 @@ def _mean_of(name, cell, fp, reference, counts, extractor):
     return _mean(values, counts, NOTES[name](cell, fp) if name in NOTES else "")
 
 
+def _per_image(name, label, better, **settings):
+    return Metric(label, better, partial(_mean_of, name), is_mean=True, **settings)
+
+
 METRICS = {
     "kid_64w": Metric("KID-64w", "lower", _kid, network="extractor", real=True, lite0=True),
     "fd_64w": Metric("FD-64w", "lower", partial(_frechet, "pool"), network="extractor", real=True, lite0=True),
@@ -234,22 +235,16 @@ METRICS = {
     "recall": Metric("recall", "higher", partial(_manifold, recall), network="extractor", real=True),
     "fid_infinity": Metric("FID at infinity", "lower", _fid_infinity, network="extractor", real=True),
     "clip": Metric("CLIP score", "higher", _clip, is_mean=True, network="clip"),
-    "agreement": Metric("class agreement", "higher", partial(_mean_of, "agreement"), is_mean=True),
-    "retrieval": Metric("caption first of 100", "higher", partial(_mean_of, "retrieval"), is_mean=True, network="clip"),
-    "psnr": Metric("PSNR to FP [dB]", "higher", partial(_mean_of, "psnr"), is_mean=True, paired=True),
-    "latent_mse": Metric("latent MSE to FP", "lower", partial(_mean_of, "latent_mse"), is_mean=True, paired=True),
-    "log_latent_mse": Metric(
-        "log10 latent MSE to FP", "lower", partial(_mean_of, "log_latent_mse"), is_mean=True, paired=True
-    ),
-    "lite0_distance": Metric(
-        "Lite0 distance to FP", "lower", partial(_mean_of, "lite0_distance"), is_mean=True, paired=True, lite0=True
-    ),
+    "agreement": _per_image("agreement", "class agreement", "higher"),
+    "retrieval": _per_image("retrieval", "caption first of 100", "higher", network="clip"),
+    "psnr": _per_image("psnr", "PSNR to FP [dB]", "higher", paired=True),
+    "latent_mse": _per_image("latent_mse", "latent MSE to FP", "lower", paired=True),
+    "log_latent_mse": _per_image("log_latent_mse", "log10 latent MSE to FP", "lower", paired=True),
+    "lite0_distance": _per_image("lite0_distance", "Lite0 distance to FP", "lower", paired=True, lite0=True),
     "fd_64w_to_fp": Metric("FD-64w to FP", "lower", _fid_to_fp, paired=True, network="extractor", lite0=True),
     "fid_to_fp": Metric("FID to FP", "lower", _fid_to_fp, paired=True, network="extractor", lite0=False),
-    "eps_error": Metric("noise-prediction error", "lower", partial(_mean_of, "eps_error"), is_mean=True, paired=True),
-    "guided_eps_error": Metric(
-        "guided noise-prediction error", "lower", partial(_mean_of, "guided_eps_error"), is_mean=True, paired=True
-    ),
+    "eps_error": _per_image("eps_error", "noise-prediction error", "lower", paired=True),
+    "guided_eps_error": _per_image("guided_eps_error", "guided noise-prediction error", "lower", paired=True),
 }
 
 
@@ -306,19 +301,11 @@ def measure(
             draws = np.array(resampled["fid"]) + (estimate.value - values["fid"])
         values[name], resampled[name] = estimate.value, draws.tolist()
         low, high = intervals.interval(estimate.value, draws, estimate.n if metric.is_mean else None)
-        rows.append(
-            {
-                "metric": name,
-                "value": estimate.value,
-                "low": float(low),
-                "high": float(high),
-                "n": estimate.n,
-                "extractor": {"extractor": extractor, "clip": clip, None: ""}[metric.network],
-                "protocol": _joined(protocol, estimate.protocol),
-                "reference": reference_sha256[:12] if metric.real else "",
-                "note": _note(estimate, low, high),
-            }
-        )
+        row = {"metric": name, "value": estimate.value, "low": float(low), "high": float(high), "n": estimate.n}
+        row["extractor"] = {"extractor": extractor, "clip": clip, None: ""}[metric.network]
+        row["protocol"] = _joined(protocol, estimate.protocol)
+        row["reference"] = reference_sha256[:12] if metric.real else ""
+        rows.append(row | {"note": _note(estimate, low, high)})
     return {
         "rows": rows,
         "eps_error": [] if fp is None else _eps_error_by_call(cell),
@@ -348,9 +335,8 @@ def compare(a: dict, b: dict) -> dict[str, Comparison]:
     for name in (name for name in METRICS if name in of_a and name in of_b):
         keys = ("images", "trajectories", "timesteps") if name in OF_TRAJECTORIES else ("images",)
         equal = [(key, a["drawn"][key], b["drawn"][key]) for key in keys]
-        equal += [
-            (key, of_a[name].get(key), of_b[name].get(key)) for key in ("n", "extractor", "protocol", "reference")
-        ]
+        shared = ("n", "extractor", "protocol", "reference")
+        equal += [(key, of_a[name].get(key), of_b[name].get(key)) for key in shared]
         equal += [("number of resamples", *(len(cell["resampled"][name]) for cell in (a, b)))]
         for key, left, right in equal:
             if left != right:

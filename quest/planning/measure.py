@@ -154,20 +154,13 @@ def _quantizing(meter, pipe, student, model, first, few, many, scaled):
         meter.iterations(what, step._replace(learn=learn), few, many)
         freeze(student)
 
-    def thresholds(rows):
-        quest.quantize(pipe, "ptq4dm-as-released", "w8a8", calibration=calibration, rows=rows)
+    def whole(rows, method, bits, **settings):
+        quest.quantize(pipe, method, bits, calibration=calibration, rows=rows, **settings)
 
-    meter.line("threshold search", thresholds, many, 2 * many)  # it may draw more rows than the set has
-
-    def hessians(rows):
-        quest.quantize(pipe, "gptq", "w4a32", calibration=calibration, rows=rows)
-
-    meter.line("gptq", hessians, few, many)
-
-    def branches(rows):
-        quest.quantize(pipe, "svdquant", "w4a4", calibration=calibration, rows=rows, iterations=1, grid=1)
-
-    meter.line("svdquant", branches, few, many)
+    released = partial(whole, method="ptq4dm-as-released", bits="w8a8")
+    meter.line("threshold search", released, many, 2 * many)  # it may draw more rows than the set has
+    meter.line("gptq", partial(whole, method="gptq", bits="w4a32"), few, many)
+    meter.line("svdquant", partial(whole, method="svdquant", bits="w4a4", iterations=1, grid=1), few, many)
 
 
 def _of_all_units(student, pipe, calibration):

@@ -26,25 +26,12 @@ LISTED = 10  # names of each kind that a message shows; a checkpoint of another 
 
 # Keys that follow from the schedule or matter only in training. `betas`, `alphas_cumprod` and `scale_factor` are
 # compared with the configuration first.
-SCHEDULE_KEYS = {
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-    "lvlb_weights",
-    "logvar",
-    "scale_factor",
-    "model_ema.decay",
-    "model_ema.num_updates",
-}
+SCHEDULE_KEYS = set(
+    "betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod "
+    "log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance "
+    "posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2 lvlb_weights logvar scale_factor "
+    "model_ema.decay model_ema.num_updates".split()
+)
 TRAINING_PREFIXES = ("first_stage_model.loss.",)
 TEXT = "cond_stage_model.transformer.text_model."
 

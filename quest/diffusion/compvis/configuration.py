@@ -7,39 +7,14 @@ from quest.runtime.yaml_files import read_yaml
 UNCONDITIONAL = "__is_unconditional__"
 
 # Keys of `model.params.unet_config.params` that define the architecture, or that matter only in training.
-UNET_KEYS = {
-    "model_channels",
-    "num_res_blocks",
-    "channel_mult",
-    "in_channels",
-    "out_channels",
-    "attention_resolutions",
-    "num_heads",
-    "num_head_channels",
-    "use_spatial_transformer",
-    "transformer_depth",
-    "context_dim",
-    "use_scale_shift_norm",
-    "resblock_updown",
-    "use_new_attention_order",
-    "legacy",
-    "image_size",
-    "dropout",
-    "use_checkpoint",
-    "use_fp16",
-}
-AUTOENCODER_KEYS = {
-    "double_z",
-    "z_channels",
-    "resolution",
-    "in_channels",
-    "out_ch",
-    "ch",
-    "ch_mult",
-    "num_res_blocks",
-    "attn_resolutions",
-    "dropout",
-}
+UNET_KEYS = set(
+    "model_channels num_res_blocks channel_mult in_channels out_channels attention_resolutions num_heads "
+    "num_head_channels use_spatial_transformer transformer_depth context_dim use_scale_shift_norm resblock_updown "
+    "use_new_attention_order legacy image_size dropout use_checkpoint use_fp16".split()
+)
+AUTOENCODER_KEYS = set(
+    "double_z z_channels resolution in_channels out_ch ch ch_mult num_res_blocks attn_resolutions dropout".split()
+)
 
 
 def conditioning(config) -> str:
