@@ -39,7 +39,7 @@ SAMPLERS = {
 # What a config may say beside the folder.
 PROTOCOL = ("sampler", "steps", "guidance", "prompts", "pictures", "selection")
 PATHS = ("pipeline", "pictures")  # where the record says from where
-BATCH, TRAJECTORIES = 8, 16
+SHARED = {"batch_size": 8, "time_groups": None, "keep": None, "trajectories": 16}
 
 
 def of_config(config: dict) -> dict[str, Model]:
@@ -109,14 +109,11 @@ def declared(name: str, settings: dict) -> Model:
         conditioning=conditioning,
         source=source,
         selection=settings.get("selection", CONDITIONED[conditioning]),
-        batch_size=BATCH,
-        time_groups=None,
-        keep=None,
-        trajectories=TRAJECTORIES,
         pictures=pictures,
         extractor="adm" if known else "scenes",
         reference=REFERENCES / f"{name}.npz" if known else None,
         origin=Origin("the folder of a pipeline in diffusers layout, models.<name>.pipeline", folder=folder),
+        **SHARED,
     )
 
 
@@ -162,10 +159,7 @@ def of_pipeline(pipe, prompts: Sequence[str] | None = None) -> Model:
         conditioning=conditioning,
         source=source,
         selection=CONDITIONED[conditioning],
-        batch_size=BATCH,
-        time_groups=None,
-        keep=None,
-        trajectories=TRAJECTORIES,
+        **SHARED,
     )
 
 

@@ -193,6 +193,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"output_type: {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
 
 
+def text_pipeline(vae, encoder, tokenizer, unet, scheduler) -> DiffusionPipeline:
+    """A StableDiffusionPipeline of these parts, without a safety checker."""
+    from diffusers import StableDiffusionPipeline
+
+    parts = {"vae": vae, "text_encoder": encoder, "tokenizer": tokenizer, "unet": unet, "scheduler": scheduler}
+    unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(**parts, **unused)
+
+
 def forget_origin(path: Path) -> None:
     """Delete a component's source folder from its config file, because it means nothing on another machine."""
     settings = read_json(path)

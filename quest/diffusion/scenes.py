@@ -167,10 +167,7 @@ def _distance(kind, x, y, r):
             d = np.abs(np.hypot(X, Y) - 0.73 * R) - 0.25 * R
         else:
             w = 0.32 * R
-            d = np.minimum(
-                np.maximum(np.abs(X) - R, np.abs(Y) - w),
-                np.maximum(np.abs(Y) - R, np.abs(X) - w),
-            )
+            d = np.minimum(np.maximum(np.abs(X) - R, np.abs(Y) - w), np.maximum(np.abs(Y) - R, np.abs(X) - w))
         out[rows] = d
     return out
 

@@ -8,6 +8,7 @@ from quest.config import FULL_PRECISION, ablation_runs, recipe_of, runs, seed_ru
 from quest.diffusion.declared import of_config
 from quest.planning import costs, plan
 from quest.runtime import memory
+from quest.runtime.files import write_rows
 
 # What a recipe sets to change the rows of a step that are in memory at once.
 KEYS = {"rounding": "batch", "step learning": "batch", "threshold search": "rows"}
@@ -92,4 +93,4 @@ def jobs(config: dict, known: list[dict], machine: str) -> list[dict]:
 
 def write(rows: Iterable[dict], path: Path) -> None:
     """Write the rows of `jobs`, where the workflow finds them: results/<name>/jobs.csv."""
-    costs.write(rows, path, JOBS)
+    write_rows(path, rows, JOBS)

@@ -4,13 +4,11 @@
 each step. On a CPU, seconds are processor time of one thread, which other processes hardly change.
 """
 
-import csv
 import math
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from baselines import METHODS
-from quest.runtime.files import atomic, one_line, read_rows
+from quest.runtime.files import one_line, read_rows, write_rows
 
 COSTS = Path(__file__).parents[2] / "resources" / "costs.csv"
 # Steps that only some methods take.
@@ -76,15 +74,7 @@ def record(rows: list[dict], path: Path = COSTS) -> None:
 
     new = {key(row) for row in rows}
     kept = [row for row in read(path) if key(row) not in new] if path.is_file() else []
-    write(kept + rows, path)
-
-
-def write(rows: Iterable[dict], path: Path, columns: Sequence[str] = COLUMNS) -> None:
-    """Write rows as a CSV file, all at once or not at all."""
-    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(path, kept + rows, COLUMNS)
 
 
 def machine(device: str) -> str:

@@ -10,14 +10,7 @@ from quest.diffusion.denoisers import denoiser_of, name_of
 from quest.quantization import guards, pretrained
 from quest.quantization.attention import QuantAttention
 from quest.quantization.layer_names import KEEP, Keep, check, layer_bits
-from quest.quantization.layers import (
-    attentions,
-    input_quantizers,
-    name_quantizers,
-    quant_layers,
-    quantized,
-    replace,
-)
+from quest.quantization.layers import attentions, input_quantizers, name_quantizers, quant_layers, quantized, replace
 from quest.quantization.splitting import split
 from quest.quantization.timegroups import TimeGroups
 

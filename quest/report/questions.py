@@ -254,7 +254,7 @@ def _inference(e: Evidence) -> Answer:
     answer.lines += [
         f"{e.inference['model']} with {groups} time groups: a call finds its group from its timestep, so no sampler "
         "is changed. A denoiser that holds the scales of one group alone gives, at the timesteps of this group, "
-        + ("the same output bit for bit." if same else "another output."),
+        + ("the same output bit for bit." if same else "another output.")
     ]
     for r in rows:
         text = f"{groups} groups against one: {r[4]} ms a call ({r[5]}). Finding the group takes {r[3]} ms."

@@ -104,6 +104,14 @@ def read_rows(path: str | os.PathLike, columns: Sequence[str]) -> list[dict[str,
     return rows
 
 
+def write_rows(path: str | os.PathLike, rows: Iterable[dict], columns: Iterable[str]) -> None:
+    """Write rows as a CSV file, all at once or not at all."""
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def array_names(path: str | os.PathLike) -> list[str]:
     """Names of the arrays in an .npz file. Raises ValueError that names any other file."""
     return _npz(path, lambda file: list(file.files))

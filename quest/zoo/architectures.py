@@ -8,14 +8,13 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     PNDMScheduler,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from quest.diffusion.pipelines import LatentDiffusionPipeline
+from quest.diffusion.pipelines import LatentDiffusionPipeline, text_pipeline
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
@@ -154,16 +153,7 @@ def build_pipeline(denoiser, vae, encoder=None, tokenizer=None):
     """A diffusers pipeline of these modules; `encoder` encodes text if there is a tokenizer, otherwise classes."""
     if tokenizer is not None:
         scheduler = PNDMScheduler(**SCHEDULE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
-        return StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=encoder,
-            tokenizer=tokenizer,
-            unet=denoiser,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        return text_pipeline(vae, encoder, tokenizer, denoiser, scheduler)
     scheduler = DDIMScheduler(
         **SCHEDULE, timestep_spacing="leading", steps_offset=1, clip_sample=False, set_alpha_to_one=False
     )

@@ -1,6 +1,5 @@
 """Full-precision trajectories of one model: a calibration set with activation ranges over time, or a held-out set."""
 
-import csv
 import time
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def main() -> None:
         from quest.diffusion.models import SEEDS, get
         from quest.properties.distributions import activation_ranges
         from quest.runtime import gpu_lock
-        from quest.runtime.files import atomic
+        from quest.runtime.files import write_rows
         from quest.runtime.provenance import provenance
 
     torch.set_num_threads(arguments.threads)
@@ -55,10 +54,7 @@ def main() -> None:
         write("evaluation", arguments.e, 0, arguments.evaluation)
     if arguments.ranges:
         rows = activation_ranges(pipe, calibration.to(arguments.device))
-        with atomic(arguments.ranges) as file, file.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(arguments.ranges, rows, rows[0])
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ import math
 import re
 
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DModel
+from diffusers import DDIMScheduler, PNDMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from quest.diffusion.compvis.checkpoint import read
 from quest.diffusion.compvis.configuration import conditioning, parameters
 from quest.diffusion.compvis.names import AVERAGED, DENOISER, autoencoder_sources, denoiser_sources, without_dots
 from quest.diffusion.compvis.networks import autoencoder, denoiser
-from quest.diffusion.pipelines import ClassEmbedder, LatentDiffusionPipeline
+from quest.diffusion.pipelines import ClassEmbedder, LatentDiffusionPipeline, text_pipeline
 
 LISTED = 10  # names of each kind that a message shows; a checkpoint of another model lacks hundreds
 
@@ -82,16 +82,7 @@ def load(checkpoint, config, tokenizer=None):
 
     if kind == "text":
         encoder, tokenizer = _text_encoder({name: state[name] for name in text}, tokenizer, unet, checkpoint)
-        return StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler(config),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        return text_pipeline(vae, encoder, tokenizer, unet, scheduler(config))
     return LatentDiffusionPipeline(unet, vae, scheduler(config), embedder)
 
 
