@@ -68,7 +68,8 @@ def test_the_interval_is_that_of_bonett_and_wright():
 def test_equal_values_share_a_rank_and_alone_have_none():
     ties = main_frame([0.5, 0.3, 0.3, 0.2, 0.1], [10, 15, 15, 20, 30])
     assert only(rankings.frame(ties), measure="psnr", endpoint="kid_64w").rho == 1
-    assert rankings.frame(main_frame([0.5] * 5, [10, 15, 20, 25, 30])).empty
+    equal = rankings.frame(main_frame([0.5] * 5, [10, 15, 20, 25, 30]))
+    assert "kid_64w" not in set(equal["endpoint"])
 
 
 def test_models_are_pooled_and_few_methods_say_nothing():
