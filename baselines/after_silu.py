@@ -23,6 +23,7 @@ pad with the real zero here; integers would need a correction at the borders. Ke
 from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -48,16 +49,12 @@ def from_lowest(x: Tensor, spec: QuantSpec, rounded: Callable = torch.ceil) -> t
     return scale[best, 0], zero_point[best, 0]
 
 
-def unrounded(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    return from_lowest(x, spec, lambda zero_point: zero_point)
-
-
 # Table e1m3 has the whole numbers 0 to 15, and allows zero points between them.
 FORMATS: dict[str, tuple[dict, Callable | None]] = {  # fields of the format, and how its range is chosen
     "symmetric": (dict(symmetric=True, narrow=True), ranges.mse),
     "nearest": ({}, ranges.mse),
     "fixed": ({}, from_lowest),
-    "shifted": (dict(table="e1m3"), unrounded),
+    "shifted": (dict(table="e1m3"), partial(from_lowest, rounded=lambda zero_point: zero_point)),
     "free": (dict(table="e1m3"), ranges.mse_free),
     "e2m1": (dict(symmetric=True, table="e2m1"), ranges.mse),
     "e2m2": (dict(table="e2m2"), ranges.mse_free),

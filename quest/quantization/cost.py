@@ -188,12 +188,6 @@ def _bits(layer: QuantLayer) -> tuple[int, int]:
     return layer.weight_quantizer.spec.bits, activation.spec.bits
 
 
-def _attention_bits(module: Attention) -> tuple[int, int]:
-    """The largest of the bits of q, k and v, and the bits of the probabilities."""
-    *bits, probability = _product_bits(module)
-    return max(bits), probability
-
-
 def _product_bits(module: Attention) -> list[int]:
     """Bits of q, k, v and of the probabilities."""
     quantizers = [getattr(module.processor, n, None) for n in "qkvp"]
@@ -227,7 +221,7 @@ def summary(denoiser: nn.Module, w: int, a: int, calibration: CalibrationSet) ->
             row["parameters"] += _numel(layer.parameters(recurse=False)) / all_parameters
             row["macs"] += work.get(name, 0) / all_work
             row["names"].append(name)
-    products = sorted({_attention_bits(m) for _, m in attentions(denoiser)})
+    products = sorted({(max(qkv), p) for *qkv, p in (_product_bits(m) for _, m in attentions(denoiser))})
     return {
         **granularity(denoiser),
         "footprint": footprint(denoiser, work) | overhead(denoiser, inputs),

@@ -59,7 +59,8 @@ def metric_vs_bits(main: pd.DataFrame, metric: str, path: str | Path) -> None:
         raise ValueError(f"no row of metric {metric!r} to draw")
     models, (methods, bits) = list(dict.fromkeys(frame["model"])), _methods_and_bits(frame)
     figure, ((*panels,),) = subplots(1, len(models), (1.2 + 2.9 * len(models), 3.3))
-    logarithmic = _spans_decades(frame["value"])
+    finite = frame.loc[np.isfinite(frame["value"]), "value"]
+    logarithmic = finite.min() > 0 and finite.max() / finite.min() > 20
     for axes, model in zip(panels, models, strict=True):
         of_model = frame[frame["model"] == model]
         _band(axes, of_model[of_model["method"] == "fp"])
@@ -301,8 +302,3 @@ def paired_differences(frame: pd.DataFrame, against: str, metric: str, path: str
     axes.tick_params(axis="y", labelsize=7)
     legend(figure, [axes])
     save(figure, path)
-
-
-def _spans_decades(values):
-    values = values[np.isfinite(values)]
-    return len(values) > 0 and values.min() > 0 and values.max() / values.min() > 20

@@ -119,7 +119,8 @@ def speed_table(run: Path, main: pd.DataFrame) -> Table:
     heads += [Column("times full precision", direction="higher"), *columns("layers refused", "deviation")]
     rows, full_precision = [], {}
     for model, method, bits in _quantized(main, fp=True):
-        metadata = [_metadata(file) for file in shards(run / model / method / bits, "samples")]
+        files = shards(run / model / method / bits, "samples")
+        metadata = [loads(str(read_arrays(file, ["metadata"]).get("metadata", "{}")), file) for file in files]
         if not metadata or not all("seconds" in shard for shard in metadata):
             continue
         seconds = 100 * sum(shard["seconds"] for shard in metadata) / sum(shard["seeds"]["n"] for shard in metadata)
@@ -150,7 +151,3 @@ def _fewest_bits_first(method, bits):
 def shards(folder: Path, kind: str) -> list[Path]:
     """Return the files of a cell; kind: "samples" or "features"."""
     return sorted(folder.glob(f"{kind}-*.npz"))
-
-
-def _metadata(file):
-    return loads(str(read_arrays(file, ["metadata"]).get("metadata", "{}")), file)
