@@ -213,8 +213,8 @@ def test_prompts_of_evaluation_and_calibration_differ_where_there_are_enough():
 
 def test_three_lines_of_python_draw_their_calibration(folder_of, monkeypatch):
     """`calibration=None` follows the defaults of the pipeline's call, made few here."""
-    monkeypatch.setattr(declared, "TRAJECTORIES", 2)
-    monkeypatch.setattr(declared, "BATCH", 2)
+    monkeypatch.setitem(declared.SHARED, "trajectories", 2)
+    monkeypatch.setitem(declared.SHARED, "batch_size", 2)
     pipe = declared.load_pipeline(folder_of("sd1"))
     drawn = quest.quantize(pipe, "rtn", calibration=["a cat", "a dog"])
     assert denoiser_of(drawn).quantization["cost"]["calibration"]["halves"] == 2

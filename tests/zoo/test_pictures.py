@@ -158,13 +158,13 @@ def test_resumed_training_on_pictures_equals_an_uninterrupted_one(
         return train_denoiser.train(name, autoencoder, out, of, 4, batch_size=4, save_every=2, data=data)
 
     error = run(tmp_path / "whole")
-    save = train_denoiser.save_checkpoint
+    save = train_denoiser.training.save_checkpoint
 
     def killed(path, iteration, *rest):
         save(path, iteration, *rest)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_denoiser, "save_checkpoint", killed)
+    monkeypatch.setattr(train_denoiser.training, "save_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut")
     monkeypatch.undo()

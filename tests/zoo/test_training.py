@@ -9,7 +9,7 @@ from quest.diffusion import scenes
 from quest.diffusion.pipelines import LatentDiffusionPipeline
 from quest.metrics import clip, extractor
 from quest.runtime.files import atomic_folder
-from quest.zoo import architectures, latents, train_autoencoder, train_clip, train_denoiser, train_extractor
+from quest.zoo import architectures, latents, train_autoencoder, train_clip, train_denoiser, train_extractor, training
 from quest.zoo.training import constant_then_decay, cosine
 
 
@@ -44,13 +44,13 @@ def test_resumed_denoiser_equals_an_uninterrupted_one(name, autoencoder, latent_
         return train_denoiser.train(name, autoencoder, out, latent_file, iterations=4, batch_size=4, save_every=2)
 
     error = run(tmp_path / "whole")
-    save = train_denoiser.save_checkpoint
+    save = training.save_checkpoint
 
     def killed(path, iteration, *rest):
         save(path, iteration, *rest)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_denoiser, "save_checkpoint", killed)
+    monkeypatch.setattr(training, "save_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
