@@ -9,7 +9,8 @@ import torch
 import quest
 from baselines.quest import FinetuneRecipe, resolve
 from baselines.selection import selected
-from quest.report.growth import COLUMNS, keep, read
+from quest.report import rendering
+from quest.report.growth import COLUMNS, read
 from quest.report.rendering import read_csv
 from workflow.scripts import growth, released_loop
 
@@ -30,7 +31,7 @@ def test_growth_measures_the_scripts_and_keeps_other_axes(tmp_path, monkeypatch)
         "others": 0.5,
     }
     before = pd.DataFrame([before, before | {"axis": "cells"}], columns=COLUMNS)
-    keep(before, tmp_path)
+    rendering.write(tmp_path / "growth.csv", before)
     run(growth, monkeypatch, "--axes", "cells", "--repeats", 2, "-o", tmp_path)
     found = read(tmp_path / "growth.csv")
     assert found["axis"].tolist() == ["images"] + ["cells"] * 12
