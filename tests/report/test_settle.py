@@ -163,6 +163,20 @@ def test_a_seed_counts_where_both_ran_on_the_same_instruction_sets():
     assert found.seeds == 3 and found.isa == "amx-avx512, avx2-avx2"
 
 
+def test_of_several_instruction_sets_the_pair_that_was_recorded_first_counts():
+    older, newer = (
+        [record(name, shift, seed, isa=isa) for name, shift in (("good", 1.0), ("plain", 0.0)) for seed in SEEDS[:3]]
+        for isa in ("b", "a")  # the first by name is the newer one
+    )
+    for day, records in (("2026-11-29", older), ("2026-11-30", newer)):
+        for one in records:
+            one["about"]["date"] = day
+    found = verdicts.frame(evidence(FULL, *older, *newer), {"rivals": [["good", "plain"]]})
+    assert set(found["isa"]) == {"b"}
+    _, cells_of_good = next(one for one in verdicts.of_first_look(evidence(*older, *newer)) if one[0][2] == "good")
+    assert [cell.isa for cell in cells_of_good] == ["b"] * 3
+
+
 def test_two_seeds_are_no_verdict_and_a_gap_in_the_seeds_ends_them():
     few = evidence(*seeds_of("good", GOOD[:2]), *seeds_of("plain", [0.0] * 2))
     found = row_of(verdicts.frame(few, FAMILIES), endpoint="psnr")

@@ -82,10 +82,10 @@ def chosen(evidence: Sequence[Evidence], identities: dict) -> dict[tuple, dict[t
 def of_first_look(evidence: Sequence[Evidence]) -> Iterator[tuple[tuple, list[Evidence]]]:
     """(model, bits, method) with its cells, of full precision and of the methods with the seeds of the first look.
 
-    A seed has one cell: where it ran on several instruction sets, that of the first by name, as in comparisons.
+    A seed has one cell: where it ran on several instruction sets, that which was recorded first.
     """
     for row, cells in chosen(evidence, {}).items():
-        of_seed = {seed: cell for (seed, _), cell in sorted(cells.items(), key=lambda one: one[0], reverse=True)}
+        of_seed = {cell.seed: cell for cell in sorted(cells.values(), key=_recorded, reverse=True)}
         if row[2] == FP or len(of_seed) >= LOOKS[0]:
             yield row, [of_seed[seed] for seed in sorted(of_seed)]
 
@@ -153,13 +153,19 @@ class Pair:
 
 
 def couple_of(first: dict, second: dict, seed: int, versus: str) -> tuple[Evidence, Evidence] | None:
-    """The two cells of a seed on the first instruction sets that both ran on. first, second: by (seed, isa).
+    """The two cells of a seed on equal instruction sets, of several the pair that was first complete.
 
-    Full precision has no seeds.
+    So cells that run later on another processor cannot change a verdict. first, second: by (seed, isa). Full precision
+    has no seeds.
     """
     other = 0 if versus == FP else seed
     isas = {isa for of, isa in first if of == seed} & {isa for of, isa in second if of == other}
-    return (first[seed, min(isas)], second[other, min(isas)]) if isas else None
+    couples = [(first[seed, isa], second[other, isa]) for isa in isas]
+    return min(couples, key=lambda couple: max(map(_recorded, couple)), default=None)
+
+
+def _recorded(cell: Evidence) -> tuple[str, str]:
+    return cell.about.get("date", ""), cell.isa
 
 
 def _judged(family: dict, margin: float) -> list[dict]:
