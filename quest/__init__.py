@@ -38,9 +38,9 @@ def quantize(pipe, method="quest-suite", bits: str = "w4a8", *, calibration=None
         raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
     function = method if callable(method) else METHODS[method].quantize
     w, a = parse_bits(bits)
-    if isinstance(method, str) and METHODS[method].weights_only and a != 32:
-        raise ValueError(f"bits: {bits!r}; {method} quantizes weights only, such as w{w}a32")
     check(function, recipe, w, a)
+    if isinstance(method, str) and METHODS[method].weights_only and a != 32:
+        raise ValueError(f"{method} quantizes weights only: its bits are w{w}a32, not w{w}a{a}")
     guards.check(pipe)
     if recipe.get("keep"):
         layers, processors = swapping.quantizable(denoiser_of(pipe))

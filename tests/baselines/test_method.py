@@ -140,7 +140,7 @@ def test_what_a_method_cannot_do_is_refused_before_a_calibration_set_is_drawn(un
     monkeypatch.setattr("quest.diffusion.calibration_set.draw", lambda *_: pytest.fail("drawn"))
     with pytest.raises(TypeError, match="sample: no keyword of this method; valid: ranges, keep, softmax_bits"):
         quest.quantize(uncond_pipe, "rtn", sample=4)
-    with pytest.raises(ValueError, match="bits: 'w4a8'; adaround quantizes weights only, such as w4a32"):
+    with pytest.raises(ValueError, match="adaround quantizes weights only: its bits are w4a32, not w4a8"):
         quest.quantize(uncond_pipe, "adaround", "w4a8")
     with pytest.raises(ValueError, match=r"keep: no layer is named like 'conv_inn'; names are such as conv_in, "):
         quest.quantize(uncond_pipe, "rtn", keep={"conv_inn": 8})
