@@ -102,7 +102,7 @@ def test_rows_in_chunks_set_the_ranges_of_all_rows(how, kind, request, monkeypat
     first = [n for n in whole if n.startswith(("conv_in.", "time_embedding.linear_1."))]  # no sum comes before them
     assert len(first) == 2 and all(all(map(torch.equal, at_once[n], chunks[n])) for n in first)
     middle = [(chunks[n][0] / at_once[n][0] - 1).abs().median().item() for n in whole]
-    assert max(middle) < 0.2 and sorted(middle)[len(middle) // 2] < 0.02
+    assert max(middle) < 0.2 and sorted(middle)[len(middle) // 2] < 0.05
 
 
 def test_rows_in_chunks_pass_a_prologue_first(uncond_pipe, uncond_calibration, monkeypatch):
