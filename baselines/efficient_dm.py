@@ -260,7 +260,8 @@ METHOD = Method(
     ),
     variants={
         "efficient-dm-as-released": dict(
-            about="EfficientDM with the layers that its released code keeps at other bits", fixed={"keep": RELEASED}
+            about="EfficientDM with the layers that its released code keeps at other bits",
+            fixed={"keep": RELEASED},
         )
     },
 )

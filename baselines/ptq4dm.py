@@ -31,7 +31,12 @@ BATCH = 256  # calibration rows per update of these averages
 # Exceptions of the released code. Attention stays in float: its projections are 1-d convolutions, which it does not
 # wrap; its products and softmax are plain functions. 8 bits: the weights of the last convolution and of the time
 # embedding's first linear, the first in its list of layers. The output of the last convolution is not quantized.
-RELEASED: Keep = {"*.attentions.?.to_*": 32, "*.processor": 32, "time_embedding.linear_1": [8, 2], "conv_out": [8, 32]}
+RELEASED: Keep = {
+    "*.attentions.?.to_*": 32,
+    "*.processor": 32,
+    "time_embedding.linear_1": [8, 2],
+    "conv_out": [8, 32],
+}
 
 
 def ndtc(calibration: CalibrationSet, rows: int, seed: int, bug: bool = False) -> CalibrationSet:

@@ -94,8 +94,12 @@ def divides_rows(preset: str) -> Rule:
 
 
 LEVELS = {"asymmetric": {}, "symmetric": dict(symmetric=True), "wide": dict(symmetric=True, wide=True)}
-RANGES = {**choosers.SEARCHED, "minmax": choosers.minmax, "percentile": choosers.percentile}
-RANGES |= {"running": choosers.minmax}
+RANGES = {
+    **choosers.SEARCHED,
+    "minmax": choosers.minmax,
+    "percentile": choosers.percentile,
+    "running": choosers.minmax,
+}
 MOMENTUM = 0.95  # of running averages of ranges
 
 EVENLY = "time groups share the rows of an iteration evenly"
@@ -108,8 +112,15 @@ SCHEDULES = {
     "released": (Visit(rows=8), Visit(16, rows=64)),  # 200 epochs of 8 rows, group by group; 20 rounds of 64 new rows
 }
 
-PAPER = dict(preset="tenth", time_groups=1, samples=256, time_embedding="tuned", global_weight=1.0)
-PAPER |= dict(log_scales=False, cosine=False)
+PAPER = dict(
+    preset="tenth",
+    time_groups=1,
+    samples=256,
+    time_embedding="tuned",
+    global_weight=1.0,
+    log_scales=False,
+    cosine=False,
+)
 OFFICIAL = dict(
     preset="tenth",
     keep={"conv_in": [2, 8], "conv_out": [2, 8]},  # the ends: activations at 8 bits, weights like all others

@@ -83,5 +83,7 @@ METHOD = Method(
     quantize,
     about="round to nearest with whole ranges",
     work=work,
-    variants={"rtn-mse": dict(about="round to nearest with ranges of least error", fixed={"ranges": "mse-zero-point"})},
+    variants={
+        "rtn-mse": dict(about="round to nearest with ranges of least error", fixed={"ranges": "mse-zero-point"}),
+    },
 )

@@ -30,8 +30,22 @@ SPLITS = {
     "evaluation": range(14, 16),
 }
 
-_RGB = [[214, 40, 40], [40, 160, 64], [44, 92, 222], [248, 212, 44], [132, 52, 184], [244, 126, 22], [246, 128, 186]]
-_RGB = np.array([*_RGB, [248, 248, 246]], np.float32) / 255
+_RGB = (
+    np.array(
+        [
+            [214, 40, 40],
+            [40, 160, 64],
+            [44, 92, 222],
+            [248, 212, 44],
+            [132, 52, 184],
+            [244, 126, 22],
+            [246, 128, 186],
+            [248, 248, 246],
+        ],
+        np.float32,
+    )
+    / 255
+)
 _TOP = np.array([[14, 18, 42], [104, 106, 112], [118, 178, 226], [232, 212, 172]], np.float32) / 255
 _BOTTOM = np.array([[46, 42, 84], [148, 150, 156], [196, 224, 242], [196, 166, 122]], np.float32) / 255
 _WORDS = "a at the on background left right of above below top bottom center".split()
@@ -167,7 +181,10 @@ def _distance(kind, x, y, r):
             d = np.abs(np.hypot(X, Y) - 0.73 * R) - 0.25 * R
         else:
             w = 0.32 * R
-            d = np.minimum(np.maximum(np.abs(X) - R, np.abs(Y) - w), np.maximum(np.abs(Y) - R, np.abs(X) - w))
+            d = np.minimum(
+                np.maximum(np.abs(X) - R, np.abs(Y) - w),
+                np.maximum(np.abs(Y) - R, np.abs(X) - w),
+            )
         out[rows] = d
     return out
 

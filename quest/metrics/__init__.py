@@ -301,11 +301,19 @@ def measure(
             draws = np.array(resampled["fid"]) + (estimate.value - values["fid"])
         values[name], resampled[name] = estimate.value, draws.tolist()
         low, high = intervals.interval(estimate.value, draws, estimate.n if metric.is_mean else None)
-        row = {"metric": name, "value": estimate.value, "low": float(low), "high": float(high), "n": estimate.n}
-        row["extractor"] = {"extractor": extractor, "clip": clip, None: ""}[metric.network]
-        row["protocol"] = _joined(protocol, estimate.protocol)
-        row["reference"] = reference_sha256[:12] if metric.real else ""
-        rows.append(row | {"note": _note(estimate, low, high)})
+        rows.append(
+            {
+                "metric": name,
+                "value": estimate.value,
+                "low": float(low),
+                "high": float(high),
+                "n": estimate.n,
+                "extractor": {"extractor": extractor, "clip": clip, None: ""}[metric.network],
+                "protocol": _joined(protocol, estimate.protocol),
+                "reference": reference_sha256[:12] if metric.real else "",
+                "note": _note(estimate, low, high),
+            }
+        )
     return {
         "rows": rows,
         "eps_error": [] if fp is None else _eps_error_by_call(cell),

@@ -169,9 +169,16 @@ def save_reference(
     if pool.n != spatial.n:
         raise ValueError(f"pool and spatial statistics are of {pool.n} and {spatial.n} images")
     optional = {} if features is None else {"features": np.asarray(features, np.float32)}
-    parts = {"pool": pool, "spatial": spatial}
-    moments = {f"{part}_{what}": getattr(of, what) for part, of in parts.items() for what in ("mean", "cov")}
-    np.savez(path, **moments, n=pool.n, metadata=dumps(metadata), **optional)
+    np.savez(
+        path,
+        pool_mean=pool.mean,
+        pool_cov=pool.cov,
+        spatial_mean=spatial.mean,
+        spatial_cov=spatial.cov,
+        n=pool.n,
+        metadata=dumps(metadata),
+        **optional,
+    )
 
 
 def load_reference(path: str | Path) -> Reference:

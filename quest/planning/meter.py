@@ -144,9 +144,9 @@ class Meter:
             self.add(step.rows, how, **{what: found[0][0] * scales[0], f"memory of {what}": found[0][1]})
         elif len(found) == 1:
             seconds, most = found[0]
-            seconds = {what: 0.0, f"{what} row": seconds / few * scales[1]}
-            in_memory = {f"memory of {what}": held, f"memory of {what} row": (most - held) / few}
-            self.add(few, f"{how}; {many} rows do not fit, so in proportion to {few}", **seconds, **in_memory)
+            costs = {what: 0.0, f"{what} row": seconds / few * scales[1]}
+            costs |= {f"memory of {what}": held, f"memory of {what} row": (most - held) / few}
+            self.add(few, f"{how}; {many} rows do not fit, so in proportion to {few}", **costs)
         else:
             self._line(what, few, many, *found, scales, how)
 

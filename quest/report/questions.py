@@ -86,8 +86,13 @@ def _theorem(e: Evidence) -> Answer:
     answer = Answer("3. What does theorem 1 assume, and what does tuning weights add to tuning scales?")
     remainders = {(r["bits"], r["what"]): student(r["values"]) for r in e.taylor["rows"]}
     bits = list(dict.fromkeys(b for b, _ in remainders))
-    names = {"loss": "loss / output²", "first": "first-order step, output", "second": "second-order step, output"}
-    names |= {"loss, 1 step": "loss, 1 step", "loss, 4 steps": "loss, 4 steps"}
+    names = {
+        "loss": "loss / output²",
+        "first": "first-order step, output",
+        "second": "second-order step, output",
+        "loss, 1 step": "loss, 1 step",
+        "loss, 4 steps": "loss, 4 steps",
+    }
 
     def text(b, what):
         return plus_minus(*remainders[b, what])

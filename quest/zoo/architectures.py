@@ -39,10 +39,26 @@ class Recipe:
 
 _SCENES = dict(pictures="scenes", batch_size=32, size=8, latent_channels=8, widths=(48, 96), attention=(True, True))
 # Three resolutions and attention at two of them, as in the models of latent diffusion (arXiv:2112.10752).
-_EMOJI = dict(pictures="emoji", batch_size=64, size=16, latent_channels=4, widths=(48, 96, 144))
-_EMOJI |= dict(attention=(False, True, True), context=96, average=0.999, half=True)
-_PHOTOS = dict(pictures="photos", conditioning="class", batch_size=64, size=8, latent_channels=8)
-_PHOTOS |= dict(average=0.999, half=True)
+_EMOJI = dict(
+    pictures="emoji",
+    batch_size=64,
+    size=16,
+    latent_channels=4,
+    widths=(48, 96, 144),
+    attention=(False, True, True),
+    context=96,
+    average=0.999,
+    half=True,
+)
+_PHOTOS = dict(
+    pictures="photos",
+    conditioning="class",
+    batch_size=64,
+    size=8,
+    latent_channels=8,
+    average=0.999,
+    half=True,
+)
 MODELS = {
     "scenes-text": Recipe(conditioning="text", iterations=10500, **_SCENES),
     "scenes-class": Recipe(conditioning="class", iterations=6500, **_SCENES),
