@@ -182,10 +182,13 @@ def _fid_to_fp(cell, fp, reference, counts, extractor):
     statistics = Statistics.from_features(features)
     value = frechet_distance(statistics, Statistics.from_features(target))
     resampled = intervals.resampled_frechet_between(features, target, counts)
-    # The text on the floor is the same for all methods, so it stands once below a table.
-    apart = floor(target)
-    note = apart and "two independent sets of full precision are {:.3g} ± {:.1g} apart".format(*apart)
-    return Estimate(value, resampled, statistics.n, note=_joined(note, _rank_note(statistics)))
+    return Estimate(value, resampled, statistics.n, note=_joined(_floor_note(target), _rank_note(statistics)))
+
+
+def _floor_note(features):
+    # The text is the same for all methods, so it stands once below a table.
+    found = floor(features)
+    return "" if found is None else "two independent sets of full precision are {:.3g} ± {:.1g} apart".format(*found)
 
 
 # Metric -> function of a cell and of full precision (None where the cell is it) that gives the value of every image, of

@@ -53,9 +53,8 @@ def tables(found: pd.DataFrame) -> list[Table]:
         heads = [METRICS[name].label if METRICS[name].paired else f"change of {METRICS[name].label}" for name in names]
         rows = []
         for null, of_null in of_model.groupby("null", sort=False):
-            rows_of = {row.metric: row for row in of_null.itertuples()}
-            shown = {m: row.value - (0 if METRICS[m].paired else row.full_precision) for m, row in rows_of.items()}
-            rows.append([KINDS[null], *(number(shown[m], ".2g") if m in shown else MISSING for m in names)])
+            shown = {row.metric: number(_shown(row), ".2g") for row in of_null.itertuples()}
+            rows.append([KINDS[null], *(shown.get(name, MISSING) for name in names)])
         note = (
             f"n = {of_model['n'].max()}, seeds {of_model['seeds'].iloc[0]}. Full precision against itself. The largest "
             "error of the rows is the floor of a metric; decibels and logarithms are turned back into errors for that. "
@@ -63,3 +62,7 @@ def tables(found: pd.DataFrame) -> list[Table]:
         )
         made.append(Table([*columns("full precision in", texts=1), *map(Column, heads)], rows, model, [note]))
     return made
+
+
+def _shown(row) -> float:
+    return row.value if METRICS[row.metric].paired else row.value - row.full_precision

@@ -101,14 +101,8 @@ class Pair:
     @classmethod
     def of(cls, cells, model: str, bits: str, pair: Sequence[str], endpoint: str) -> "Pair | None":
         """None where the two have no seed in common that has the endpoint: older records may lack one."""
-        first, second = (
-            {
-                at: cell
-                for at, cell in cells.get((model, FP_BITS if name == FP else bits, name), {}).items()
-                if endpoint in cell.endpoints
-            }
-            for name in pair
-        )
+        rows = [cells.get((model, FP_BITS if name == FP else bits, name), {}) for name in pair]
+        first, second = ({at: cell for at, cell in row.items() if endpoint in cell.endpoints} for row in rows)
         # Up to the first seed that lacks one of the two.
         both = list(itertools.takewhile(bool, (couple_of(first, second, seed, pair[1]) for seed in SEEDS)))
         if not both:
