@@ -109,11 +109,12 @@ def _plan(options):
     here = costs.machine("cuda" if torch.cuda.is_available() else "cpu")
     machine = options.machine or here
     if machine in GPUS and machine not in machines:
-        measured = here if here in machines else next((m for m in machines if m.endswith("one thread")), here)
-        known = plan.forecasts(config, known, measured, machine)
+        known = plan.forecasts(config, costs.with_stand_ins(known, here), here, machine)
     elif options.machine and options.machine not in machines:
         valid = ", ".join([*machines, *(f"{gpu} (a forecast)" for gpu in GPUS)])
         raise ValueError(f"--machine: nothing was measured on {options.machine!r}; valid: {valid}")
+    else:
+        known = costs.with_stand_ins(known, machine)
     print(plan.report(config, known, machine), end="")
     if options.jobs:
         file = Path("results", config["name"], "jobs.csv")

@@ -5,6 +5,7 @@ each step. On a CPU, seconds are processor time of one thread, which other proce
 """
 
 import math
+from collections import Counter
 from pathlib import Path
 
 from baselines import METHODS
@@ -13,6 +14,7 @@ from quest.runtime.files import one_line, read_rows, write_rows
 COSTS = Path(__file__).parents[2] / "resources" / "costs.csv"
 # Steps that only some methods take.
 STEPS = {what: step for method in METHODS.values() for what, step in method.steps.items()}
+ONE_THREAD = ", one thread"  # the end of a processor's name
 COLUMNS = ["model", "machine", "what", "value", "unit", "batch", "weights", "how", "date"]
 # How a value was found, as a row says.
 MEASURED = "measured"
@@ -77,6 +79,22 @@ def record(rows: list[dict], path: Path = COSTS) -> None:
     write_rows(path, kept + rows, COLUMNS)
 
 
+def with_stand_ins(rows: list[dict], machine: str) -> list[dict]:
+    """The rows, and for what was not measured on a processor those of another one, as rows of it.
+
+    machine: a name as `machine` gives it; for a GPU no other machine stands in. Of several others the one with the most
+    rows of the model comes first. A row that stands in has the other's name under "elsewhere".
+    """
+    if not machine.endswith(ONE_THREAD):
+        return rows
+    others = [row for row in rows if row["machine"].endswith(ONE_THREAD) and row["machine"] != machine]
+    number = Counter((row["model"], row["machine"]) for row in others)
+    here = {(row["model"], row["what"]): row for row in rows if row["machine"] == machine}
+    for row in sorted(others, key=lambda row: -number[row["model"], row["machine"]]):
+        here.setdefault((row["model"], row["what"]), row | {"machine": machine, "elsewhere": row["machine"]})
+    return [row for row in rows if row["machine"] != machine] + list(here.values())
+
+
 def machine(device: str) -> str:
     """Name of the GPU or processor, as in `resources/costs.csv`. Jobs on a CPU have one thread."""
     import torch
@@ -85,4 +103,4 @@ def machine(device: str) -> str:
 
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"{provenance()['machine']['cpu']}, one thread"
+    return provenance()["machine"]["cpu"] + ONE_THREAD

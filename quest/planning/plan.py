@@ -1,6 +1,7 @@
 """Estimates what a config will cost: jobs, hours, disk and memory, from measured costs of single steps.
 
-Costs that were not measured on a machine are reported as unknown. No total contains a guess.
+Costs that were measured on no processor are reported as unknown. No total contains a guess. Hours that rest on another
+processor's costs (`costs.with_stand_ins`) are marked.
 """
 
 import math
@@ -250,8 +251,14 @@ def report(config: dict, costs: list[dict], machine: str) -> str:
     lines += [f"| {rule} | {count} |" for rule, count in of_rule.items()]
     lines += [f"| in all | {sum(of_rule.values())} |", ""]
     lines += ["| model | jobs | number | hours | disk [GB] | peak memory [GB] |", "|---|---|---:|---:|---:|---:|"]
+    elsewhere = {row["model"] for row in costs if "elsewhere" in row and row["what"] in SECONDS}
     for part in all_parts:
-        hours = f"{part.hours:.2f}" if math.isfinite(part.hours) else f"not measured: {', '.join(part.missing)}"
+        about = "about " if part.model in elsewhere else ""
+        hours = (
+            f"{about}{part.hours:,.{0 if part.hours > 100 else 2}f}"
+            if math.isfinite(part.hours)
+            else f"not measured: {', '.join(part.missing)}"
+        )
         memory = f"{part.memory / 1e3:.1f}" if math.isfinite(part.memory) else "not measured"
         lines.append(f"| {part.model} | {part.kind} | {part.jobs} | {hours} | {part.bytes / 1e9:.2f} | {memory} |")
     lines += ["", *_totals(all_parts), "", *_sizes(config), "", *_measured(config, costs, machine)]
@@ -308,7 +315,8 @@ def _measured(config, known, machine):
     lines = []
     for name, model in of_config(config).items():
         rows = [row for row in known if row["model"] == name]
-        here = [row for row in rows if row["machine"] == machine]
+        here = [row for row in rows if row["machine"] == machine and "elsewhere" not in row]
+        stand_in = Counter(row["elsewhere"] for row in rows if "elsewhere" in row and row["what"] in SECONDS)
         memory = next((row["value"] for row in here if row["what"] == "memory"), None)
         if here:
             row, steps = here[0], [row for row in here if row["what"] in SECONDS]
@@ -317,11 +325,13 @@ def _measured(config, known, machine):
             sentence += f" ({', '.join(scaled)}: of a part, scaled)" if scaled else ""
             sentence += f"; at most {memory:.0f} MB" if memory is not None else "; memory not measured"
         else:
-            others = sorted({row["machine"] for row in rows})
-            how = f"`python -m quest measure {name} --device DEVICE` does, in a minute"
+            how = f"`python -m quest {'measure' if model.ships else 'rehearse'} {name}` does"
             if not is_unet(model):
                 how = "`python -m quest measure` takes U-Nets only"
             sentence = f"nothing measured here; {how}"
-            sentence += f" (measured on {'; '.join(others)})" if others else ""
+            if not stand_in and (others := sorted({row["machine"] for row in rows})):
+                sentence += f" (measured on {'; '.join(others)})"
+        for other, count in stand_in.items():
+            sentence += f"; {count} costs are those of another processor ({other})"
         lines.append(f"- {name}: {sentence}.")
     return lines
