@@ -53,7 +53,8 @@ def assumptions(machine: str) -> str:
     """What `forecast` assumes, in sentences."""
     sheets = ", ".join(f"{name} {g.teraflops:g} TFLOPS and {g.bandwidth:g} GB/s" for name, g in GPUS.items())
     return (
-        f"Nobody measured these. They are the costs in this plan of {machine}, scaled: matrix products reach {REACHED:.0%} of the "
-        f"GPU's peak in float32 without tensor cores, all else {MOVED:.0%} of its bandwidth (data sheets: {sheets})."
-        " Memory is what was measured on a processor, since the tensors are the same, with about 0.5 GB of the process itself."
+        f"Nobody measured these. They are the costs in this plan of {machine}, scaled: matrix products reach "
+        f"{REACHED:.0%} of the GPU's peak in float32 without tensor cores, all else {MOVED:.0%} of its bandwidth (data "
+        f"sheets: {sheets}). Memory is what was measured on a processor, since the tensors are the same, with about "
+        "0.5 GB of the process itself."
     )

@@ -224,7 +224,8 @@ def test_a_forecast_uses_all_that_stands_in(tmp_path, capsys):
     everything = {what.replace(" ", "_"): 0.1 for what in table.WHAT}
     table.record(costs("scenes-class", "other, one thread", **everything) + costs("scenes-class", here, start=1), file)
     main(["plan", str(CONFIGS / "smoke.yaml"), "--machine", "NVIDIA RTX 4090", "--costs", str(file)])
-    assert "not measured" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "| not measured" not in told and re.search(r"\| scenes-class \| quantize \| 2 \| about \d", told)
 
 
 def test_a_method_whose_work_is_not_written_down():

@@ -60,7 +60,8 @@ def made():
     settled = verdicts.frame(evidence, families)
     rows = levels.frame(evidence)
     measured = facts.of(evidence, settled, runs, layers)
-    text = claims.document(settled, before, lottery.summary(found), measured, levels.tables(rows))
+    matched = [table for endpoint in ("psnr", "kid_64w") for table in levels.by_granularity(rows, endpoint)]
+    text = claims.document(settled, before, lottery.summary(found), measured, levels.tables(rows), matched)
     tables = {"main.csv": runs["main.csv"][0]}
     tables |= {name: read_csv(assets / name) for name in ("tuned.csv", "qat.csv")}
     sources = ten.Sources(tables, (ROOT / "docs" / "findings.md").read_text(encoding="utf-8"))

@@ -46,11 +46,12 @@ def document(
     lottery: pd.DataFrame,
     facts: dict[str, tuple[str, list[str]]],
     rows: Sequence[Table],
+    matched: Sequence[Table],
 ) -> str:
     """Return docs/claims.md.
 
     settled: `verdicts.frame`. before: tables over seeds by name, which only illustrate. lottery: `lottery.summary`.
-    facts: `quest.report.settle.facts.of`. rows: `levels.tables`.
+    facts: `quest.report.settle.facts.of`. rows: `levels.tables`. matched: `levels.by_granularity`.
     """
     claims = read()
     parts = [
@@ -73,10 +74,21 @@ def document(
         *(table.markdown() for table in rows),
         "![Distance to full precision of every row with its stored bits per parameter; hollow points did not run on "
         "integers alone](assets/standing.png)",
+        *(_matched(matched) if matched else ()),
         "## The quantization lottery",
         _lottery(lottery),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _matched(tables: Sequence[Table]) -> list[str]:
+    return [
+        "## At equal granularity",
+        "What shares a scale of an activation, against what is done to the layers before they are rounded, at W4A4. "
+        "Weights have a scale for each output channel. Means over seeds with 95 % intervals as above; verdicts on "
+        "pairs stand under the claims, stored bits and what runs on integers in the table above.",
+        *(table.markdown() for table in tables),
+    ]
 
 
 def _section(claim: Claim, settled: pd.DataFrame, before: dict[str, pd.DataFrame], facts: dict) -> str:

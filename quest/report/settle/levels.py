@@ -19,6 +19,25 @@ from quest.report.settle.looks import ALPHA, Estimate
 from quest.report.settle.lottery import error_over_images
 from quest.report.settle.verdicts import MARGINS, of_first_look
 
+# The table at equal granularity: rows by what is done to the layers before they are rounded, columns by what shares a
+# scale of an activation. A cell is the row NAME-COLUMN of workflow/config/settle.yaml.
+BEFORE_ROUNDING = {
+    "mse": "nothing but ranges of least error",
+    "smooth": "smoothing",
+    "hadamard": "rotation of 16 channels",
+    "gptq": "GPTQ",
+    "lowrank": "low-rank branch",
+    "adaround": "AdaRound",
+    "quest": "AdaRound and QuEST's finetuning",
+}
+GRANULARITIES = {
+    "tensor": "tensor, static",
+    "step": "tensor and step, static",
+    "sample": "sample",
+    "token": "token",
+    "group-16": "16 channels of a token",
+}
+ELSEWHERE = {"quest-tensor": "quest-groups-1", "quest-step": "quest-suite"}  # rows with another name
 COLUMNS = ["model", "bits", "method", "endpoint", "value", "low", "high", "seeds", "effective_bits", "realizable"]
 
 
@@ -61,6 +80,26 @@ def tables(found: pd.DataFrame) -> list[Table]:
             nearness = at["log_latent_mse"].value if "log_latent_mse" in at else -math.inf
             rows.append((nearness, [method, bits.upper(), *told, *shown]))
         made.append(Table(heads, [row for _, row in sorted(rows, key=lambda one: one[0])], title=str(model)))
+    return made
+
+
+def by_granularity(found: pd.DataFrame, endpoint: str) -> list[Table]:
+    """A table for each model at W4A4 with more than two granularities: an endpoint by what was done and granularity."""
+    made = []
+    for model, of_model in found[(found["endpoint"] == endpoint) & (found["bits"] == "w4a4")].groupby(
+        "model", sort=False
+    ):
+        at = {row.method: row for row in of_model.itertuples()}
+        names = {(b, g): ELSEWHERE.get(f"{b}-{g}", f"{b}-{g}") for b in BEFORE_ROUNDING for g in GRANULARITIES}
+        shown = [g for g in GRANULARITIES if sum(names[b, g] in at for b in BEFORE_ROUNDING) > 1]
+        if len(shown) < 3:
+            continue
+        rows = []
+        for before, words in BEFORE_ROUNDING.items():
+            cells = [at.get(names[before, g]) for g in shown]
+            rows.append([words, *(interval(c.value, c.low, c.high) if c else number(math.nan) for c in cells)])
+        heads = columns("before rounding", texts=1) + columns(*(GRANULARITIES[g] for g in shown))
+        made.append(Table(heads, rows, title=f"{model}: {METRICS[endpoint].label}"))
     return made
 
 
