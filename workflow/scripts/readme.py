@@ -30,16 +30,17 @@ def main() -> None:
     every = ", ".join(f"[{file.name}](assets/{file.name})" for file in tables)
     whole = [
         f"{origin(arguments.main)} Every row: {every}.",
-        "## Verdicts",
-        verdicts(arguments.main, arguments.paired, arguments.seeds),
-        "## At the fewest bits",
-        short_table(arguments.main, arguments.paired),
-        "## Checkpoint against checkpoint",
-        paired_table(arguments.paired),
-        "## Every bit width and metric",
-        arguments.table.read_text(encoding="utf-8").strip(),
-        "## Samples and figures",
+        "### Samples",
         *samples,
+        "### Verdicts",
+        verdicts(arguments.main, arguments.paired, arguments.seeds),
+        "### At the fewest bits",
+        short_table(arguments.main, arguments.paired),
+        "### Checkpoint against checkpoint",
+        paired_table(arguments.paired),
+        "### Every bit width and metric",
+        arguments.table.read_text(encoding="utf-8").strip().replace("### ", "#### "),
+        "### Figures",
         *others,
     ]
     between(arguments.page, BEGIN, END, "\n\n".join(whole))
