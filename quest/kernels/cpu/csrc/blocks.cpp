@@ -1,6 +1,6 @@
 // Computes a whole block of a denoiser in one call. Tensors between its layers are in memory that is used again. Python also
 // has less to do, which matters because the data of a large batch has displaced Python's code from the caches.
-#include "driver.h"
+#include "product.h"
 
 namespace quest {
 namespace {
@@ -11,6 +11,26 @@ enum Place { QUERIES, KEYS, VALUES, ATTENDED, NORMED, HIDDEN, STREAM, OTHER_STRE
 float* memory(Place place, int64_t numbers) {
   static thread_local Scratch<float> places[PLACES];
   return places[place].get(numbers);
+}
+
+// Bytes of floats between the layers of a block. They stay in the second cache of a processor core, because only so many
+// samples are computed at a time. But these have at least so many rows, because each layer unpacks its weight for each part.
+constexpr int64_t BETWEEN = 1 << 20, LEAST_ROWS = 256;
+
+// Calls compute(first sample, number of samples, threads) for parts of the samples, which have `rows` rows and `numbers`
+// floats between layers each. Returns the status that one call for all samples would return.
+template <class Compute>
+Status in_parts(int64_t samples, int64_t rows, int64_t numbers, int threads, const Compute& compute) {
+  const int64_t some = std::max(ceil_div(LEAST_ROWS, std::max<int64_t>(1, rows)), BETWEEN / (4 * numbers + 1));
+  if (ceil_div(samples, some) < std::max(2, threads)) return compute(0, samples, threads);
+  const int64_t parts = blocks_of(samples, some, threads);
+  std::atomic<int> wrong{FAILED};
+  parallel(parts, threads, threads * WAKE, [&](int64_t i) {
+    const int64_t first = i * samples / parts;
+    const int status = compute(first, (i + 1) * samples / parts - first, 1);
+    for (int now = wrong; status && status < now && !wrong.compare_exchange_weak(now, status);) {}
+  });
+  return wrong == FAILED ? OK : static_cast<Status>(wrong.load());
 }
 
 Status linear(const Layer& l, const float* x, int64_t samples, int64_t tokens, const float* residual, float* out,
@@ -80,52 +100,68 @@ void check(const ResnetBlock& b, int64_t channels, int64_t embedding_channels, i
 Status attention_block(const AttentionBlock& a, const float* x, const float* context, int64_t batch, int64_t n, int64_t m,
                        const float* residual, float* out, int threads) {
   const int64_t width = a.q.weight->outputs, d = width / a.heads, value_width = a.v.weight->outputs;
-  float *q = memory(QUERIES, batch * n * width), *k = memory(KEYS, batch * m * width);
-  float *v = memory(VALUES, batch * m * value_width), *y = memory(ATTENDED, batch * n * value_width);
-  if (Status wrong = linear(a.q, x, batch, n, nullptr, q, threads)) return wrong;
-  if (Status wrong = linear(a.k, context, batch, m, nullptr, k, threads)) return wrong;
-  if (Status wrong = linear(a.v, context, batch, m, nullptr, v, threads)) return wrong;
-  const int64_t strides[12] = {n * width, d, width, m * width, d, width, m * width, d, width, n * width, d, width};
-  const Attention products{q, k, v, strides, batch, a.heads, n, m, d, a.ranges, a.scale, y};
-  if (Status wrong = attention(products, threads)) return wrong;
-  return linear(a.out, y, batch, n, residual, out, threads);
+  const int64_t channels = a.q.weight->channels, context_channels = a.k.weight->channels, outputs = a.out.weight->outputs;
+  const int64_t numbers = n * (channels + width + value_width + outputs) + m * (context_channels + width + value_width);
+  return in_parts(batch, n, numbers, threads, [&](int64_t b, int64_t some, int threads) {
+    float *q = memory(QUERIES, some * n * width), *k = memory(KEYS, some * m * width);
+    float *v = memory(VALUES, some * m * value_width), *y = memory(ATTENDED, some * n * value_width);
+    const float *from = x + b * n * channels, *to = context + b * m * context_channels;
+    if (Status wrong = linear(a.q, from, some, n, nullptr, q, threads)) return wrong;
+    if (Status wrong = linear(a.k, to, some, m, nullptr, k, threads)) return wrong;
+    if (Status wrong = linear(a.v, to, some, m, nullptr, v, threads)) return wrong;
+    const int64_t strides[12] = {n * width, d, width, m * width, d, width, m * width, d, width, n * width, d, width};
+    const Attention products{q, k, v, strides, some, a.heads, n, m, d, a.ranges, a.scale, y};
+    if (Status wrong = attention(products, threads)) return wrong;
+    const int64_t at = b * n * outputs;
+    return linear(a.out, y, some, n, residual ? residual + at : nullptr, out + at, threads);
+  });
 }
 
-Status transformer_block(const TransformerBlock& t, const float* x, const float* context, int64_t batch, int64_t n,
+Status transformer_block(const TransformerBlock& t, const float* all, const float* context, int64_t batch, int64_t n,
                          int64_t m, bool outside, float* out, int threads) {
-  const int64_t rows = batch * n, channels = t.attentions[0].q.weight->channels;
-  float* normed = memory(NORMED, rows * channels);
-  for (int i = 0; i < t.count; i++) {
-    const bool there = outside && (i == 1 || t.only_context);
-    layer_norm(x, rows, t.norms[i], normed, threads);
-    float* to = memory(i ? OTHER_STREAM : STREAM, rows * channels);
-    if (Status wrong = attention_block(t.attentions[i], normed, there ? context : normed, batch, n, there ? m : n, x, to,
-                                       threads))
-      return wrong;
-    x = to;
-  }
-  layer_norm(x, rows, t.norms[2], normed, threads);
-  return feed_forward(t.gated, t.linear, normed, rows, n, x, out, threads);
+  const int64_t channels = t.attentions[0].q.weight->channels, context_channels = t.attentions[t.count - 1].k.weight->channels;
+  return in_parts(batch, n, 8 * n * channels, threads, [&](int64_t b, int64_t some, int threads) {
+    const int64_t rows = some * n, at = b * n * channels;
+    const float* x = all + at;
+    float* normed = memory(NORMED, rows * channels);
+    for (int i = 0; i < t.count; i++) {
+      const bool there = outside && (i == 1 || t.only_context);
+      layer_norm(x, rows, t.norms[i], normed, threads);
+      float* to = memory(i ? OTHER_STREAM : STREAM, rows * channels);
+      if (Status wrong = attention_block(t.attentions[i], normed, there ? context + b * m * context_channels : normed, some, n,
+                                         there ? m : n, x, to, threads))
+        return wrong;
+      x = to;
+    }
+    layer_norm(x, rows, t.norms[2], normed, threads);
+    return feed_forward(t.gated, t.linear, normed, rows, n, x, out + at, threads);
+  });
 }
 
 Status resnet_block(const ResnetBlock& b, const float* x, int64_t samples, int64_t height, int64_t width,
                     const float* embedding, const float* residual, float* out, int threads) {
   const int64_t pixels = height * width, channels = b.first.weight->channels, outputs = b.first.weight->outputs;
-  const auto norm = [&](int i, const float* from, const float* shift, const float* modulation, float* to) {
-    const int64_t c = b.norms[i].channels;
-    group_norm(from, pixels * c, c, samples, pixels, b.norms[i], shift, modulation, true, to, threads);
-  };
-  float* normed = memory(NORMED, samples * pixels * std::max(channels, outputs));
-  float* hidden = memory(HIDDEN, samples * pixels * outputs);
+  const int64_t known_width = embedding ? b.embedding.weight->outputs : 0;
   float* known = nullptr;
-  norm(0, x, nullptr, nullptr, normed);
-  if (Status wrong = conv(b.first, normed, samples, height, width, nullptr, hidden, threads)) return wrong;
   if (embedding) {
-    known = memory(EMBEDDING, samples * b.embedding.weight->outputs);
+    known = memory(EMBEDDING, samples * known_width);
     if (Status wrong = linear(b.embedding, embedding, samples, 1, nullptr, known, threads)) return wrong;
   }
-  norm(1, hidden, b.modulated ? nullptr : known, b.modulated ? known : nullptr, normed);
-  return conv(b.second, normed, samples, height, width, residual, out, threads);
+  const int64_t numbers = pixels * (2 * channels + 3 * outputs);
+  return in_parts(samples, pixels, numbers, threads, [&](int64_t first, int64_t some, int threads) {
+    const float* more = known ? known + first * known_width : nullptr;
+    const auto norm = [&](int i, const float* from, const float* shift, const float* modulation, float* to) {
+      const int64_t c = b.norms[i].channels;
+      group_norm(from, pixels * c, c, some, pixels, b.norms[i], shift, modulation, true, to, threads);
+    };
+    float* normed = memory(NORMED, some * pixels * std::max(channels, outputs));
+    float* hidden = memory(HIDDEN, some * pixels * outputs);
+    norm(0, x + first * pixels * channels, nullptr, nullptr, normed);
+    if (Status wrong = conv(b.first, normed, some, height, width, nullptr, hidden, threads)) return wrong;
+    norm(1, hidden, b.modulated ? nullptr : more, b.modulated ? more : nullptr, normed);
+    const int64_t at = first * pixels * outputs;
+    return conv(b.second, normed, some, height, width, residual ? residual + at : nullptr, out + at, threads);
+  });
 }
 
 }  // namespace quest

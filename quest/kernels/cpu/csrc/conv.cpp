@@ -56,10 +56,12 @@ struct Layout {
     for (int64_t tap = 0; tap < w.taps(); tap++)
       if (std::find(planes.begin(), planes.end(), plane_of(w, c, tap)) == planes.end()) planes.push_back(plane_of(w, c, tap));
   }
-  // Returns how many pixels after the pixel of a row its tap lies, in planes of `size` pixels.
-  int64_t shift(const Weight& w, const Conv& c, int64_t tap, int64_t size) const {
+  // Returns how many places after the pixel of a row its tap lies, in planes of `size` places, if neighbouring pixels are
+  // `mixed` places apart.
+  int64_t shift(const Weight& w, const Conv& c, int64_t tap, int64_t size, int64_t mixed) const {
     const int64_t plane = std::find(planes.begin(), planes.end(), plane_of(w, c, tap)) - planes.begin();
-    return plane * size + tap / w.width * c.dilation_y / c.stride_y * stride + tap % w.width * c.dilation_x / c.stride_x;
+    const int64_t pixels = tap / w.width * c.dilation_y / c.stride_y * stride + tap % w.width * c.dilation_x / c.stride_x;
+    return plane * size + pixels * mixed;
   }
 
  private:
@@ -68,35 +70,43 @@ struct Layout {
   }
 };
 
-// The lines of some samples, or some lines of one sample, with padding between them.
+// The lines of some samples, or some lines of one sample, with padding between them. Samples follow one another, and `mixed`
+// is 1. Or the same pixel of all samples lies together, and `mixed` is their number. Then rows in the padding are neighbours,
+// and are left out also where rows are multiplied in large tiles.
 struct Block {
   int64_t sample, samples;  // the first sample, and their number
   int64_t first, count;     // output lines of each sample
-  int64_t rows, size;       // lines and pixels of a plane
+  int64_t mixed;
+  int64_t rows, size;  // lines and places of a plane
+  // The place of a pixel, from the first one on.
+  int64_t place(const Layout& l, int64_t s, int64_t y, int64_t x) const {
+    return ((s / mixed * l.lines + y) * l.stride + x) * mixed + s % mixed;
+  }
 };
 
 // Calls real(place, number of pixels, sample, address) for each stretch of pixels of a block, and padding(place, number of
-// pixels) for what lies between. Places count pixels.
+// places) for what lies between.
 template <class Real, class Padding>
 void each_stretch(const Conv& c, const Layout& l, const Block& b, const Real& real, const Padding& padding) {
   int64_t plane = 0;
   for (const auto [first_y, first_x] : l.planes) {
-    for (int64_t r = 0, at = plane; r < b.rows; r++, at += l.stride) {
-      const int64_t sample = std::min(r / l.lines, b.samples - 1);
+    for (int64_t r = 0, at = plane; r < b.rows; r++, at += l.stride * b.mixed) {
+      const int64_t sample = std::min(r / l.lines, b.samples / b.mixed - 1);
       const int64_t y = (b.first + r - sample * l.lines) * c.stride_y + first_y - c.top;
       if (y < 0 || y >= c.height) {
-        padding(at, l.stride);
+        padding(at, l.stride * b.mixed);
         continue;
       }
       const int64_t begin = std::clamp<int64_t>(ceil_div(c.left - first_x, c.stride_x), 0, l.stride);
       const int64_t end = std::clamp<int64_t>(ceil_div(c.left + c.width - first_x, c.stride_x), begin, l.stride);
       const float* from = c.x + (b.sample + sample) * c.sample + y * c.row;
-      padding(at, begin);
-      if (begin < end)
-        real(at + begin, end - begin, b.sample + sample, from + (begin * c.stride_x + first_x - c.left) * c.pixel);
-      padding(at + end, l.stride - end);
+      padding(at, begin * b.mixed);
+      for (int64_t i = 0; begin < end && i < b.mixed; i++, from += c.sample)
+        real(at + begin * b.mixed + i, end - begin, b.sample + sample + i,
+             from + (begin * c.stride_x + first_x - c.left) * c.pixel);
+      padding(at + end * b.mixed, (l.stride - end) * b.mixed);
     }
-    padding(plane + b.rows * l.stride, b.size - b.rows * l.stride);
+    padding(plane + b.rows * l.stride * b.mixed, b.size - b.rows * l.stride * b.mixed);
     plane += b.size;
   }
 }
@@ -104,7 +114,7 @@ void each_stretch(const Conv& c, const Layout& l, const Block& b, const Real& re
 // Quantizes a block with its padding. Returns true if it contains a NaN.
 bool quantize(const Conv& c, const Layout& l, const Block& b, const AllPlanes& all, uint8_t* out) {
   const int64_t pixel = all[0].pixel();
-  const bool together = c.stride_x == 1 && c.pixel == all[0].channels && pixel == c.pixel;
+  const bool together = c.stride_x == 1 && c.pixel == all[0].channels && pixel == c.pixel && b.mixed == 1;
   bool nan = false;
   each_stretch(
       c, l, b,
@@ -114,7 +124,7 @@ bool quantize(const Conv& c, const Layout& l, const Block& b, const AllPlanes& a
         if (together) {
           nan |= isa->quantize(in, n * pixel, n * pixel, planes.range, to);
         } else {
-          for (int64_t i = 0; i < n; i++, in += c.stride_x * c.pixel, to += pixel) nan |= planes.quantize(in, to);
+          for (int64_t i = 0; i < n; i++, in += c.stride_x * c.pixel, to += pixel * b.mixed) nan |= planes.quantize(in, to);
         }
       },
       [&](int64_t at, int64_t n) { of(all, b.sample).pad(out + at * pixel, n); });
@@ -200,6 +210,14 @@ void winograd_product(const Weight& w, const Terms& t, const Rows& a, int middle
   }
 }
 
+// Returns whether a block of several samples should be `mixed`: whether that saves a fifth of the tiles. Then each tap is a
+// segment of its own, whose length the depth of a tile rounds up. Instruction sets without tiles leave out rows anyway.
+bool worth_mixing(const Weight& w, const Conv& c, const Layout& l, bool near, int64_t pixel) {
+  const int64_t taps = w.taps() * round_up(pixel, isa->depth);
+  const int64_t lines = near ? w.height * round_up(w.width * pixel, isa->depth) : taps;
+  return isa->begin && 5 * taps * c.out_height * c.out_width < 4 * lines * l.lines * l.stride;
+}
+
 // apart: each pixel has a scale of its own, so each tap has sums of its own. dynamic: each sample has a scale.
 bool convolve(const Weight& w, const Conv& c, const Terms& t, const AllPlanes& all_planes, bool apart, bool dynamic,
               int threads) {
@@ -216,7 +234,8 @@ bool convolve(const Weight& w, const Conv& c, const Terms& t, const AllPlanes& a
   const int64_t unit = winograd ? 4 : 1, units = ceil_div(c.out_height, unit);  // lines that are computed together
   const int64_t strips = samples ? 1 : blocks_of(units, (BLOCK / line - l.lower) / unit, threads);
   const int64_t groups = samples ? blocks_of(c.samples, samples, threads) : c.samples;
-  const int64_t together = near && !apart ? w.width : 1;  // taps of a segment
+  const bool mixed = samples > 1 && !apart && !dynamic && !winograd && worth_mixing(w, c, l, near, pixel);
+  const int64_t together = near && !apart && !mixed ? w.width : 1;  // taps of a segment
   const int64_t bytes = round_up(together * pixel, apart && w.taps() > 1 ? planes.padded : isa->depth);
   std::atomic<bool> nan{false};
   share(w.panels(), groups * strips, threads, c.macs(w), [&](int64_t block, int64_t from, int64_t to) {
@@ -231,21 +250,22 @@ bool convolve(const Weight& w, const Conv& c, const Terms& t, const AllPlanes& a
     b.sample = group * c.samples / groups, b.samples = (group + 1) * c.samples / groups - b.sample;
     b.first = strip * units / strips * unit;
     b.count = std::min(c.out_height, (strip + 1) * units / strips * unit) - b.first;
-    b.rows = (b.samples - 1) * l.lines + b.count + l.lower;
-    b.size = b.rows * l.stride + l.beside;
-    const int64_t positions = ((b.samples - 1) * l.lines + b.count - 1) * l.stride + c.out_width;
+    b.mixed = mixed ? b.samples : 1;
+    b.rows = (b.samples / b.mixed - 1) * l.lines + b.count + l.lower;
+    b.size = (b.rows * l.stride + l.beside) * b.mixed;
+    const int64_t positions = b.place(l, b.samples - 1, b.count - 1, c.out_width - 1) + 1;
     const int64_t pixels = l.planes.size() * b.size;
     uint8_t* q = rows_of(codes, pixels + 4 * l.stride, pixel);  // whole tiles are read
     shift.clear(), offset.clear();
     for (int64_t tap = 0; tap < w.taps(); tap++) {
-      shift.push_back(l.shift(w, c, tap, b.size));
+      shift.push_back(l.shift(w, c, tap, b.size, b.mixed));
       if (tap % together == 0) offset.push_back(shift.back() * pixel);
     }
     out.assign(positions, nullptr);
     for (int64_t s = 0; s < b.samples; s++)
       for (int64_t y = 0; y < b.count; y++) {
         float* to_line = c.out + (((b.sample + s) * c.out_height + b.first + y) * c.out_width) * w.outputs;
-        for (int64_t x = 0; x < c.out_width; x++) out[(s * l.lines + y) * l.stride + x] = to_line + x * w.outputs;
+        for (int64_t x = 0; x < c.out_width; x++) out[b.place(l, s, y, x)] = to_line + x * w.outputs;
       }
     const float* const* added = counterparts(c.residual, c.out, out, residual);
     Rows rows{q,           positions, pixel,      static_cast<int64_t>(offset.size()), offset.data(), bytes, planes.count,

@@ -12,6 +12,7 @@
 #include <mutex>
 #include <new>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 namespace quest {
@@ -67,6 +68,8 @@ constexpr int64_t WAKE = 1 << 20;
 // How many of the allowed threads are worth waking up for this much work.
 inline int64_t useful(int threads, int64_t work) { return std::min<int64_t>(threads, 1 + work / WAKE); }
 
+inline thread_local bool helps = false;  // whether this thread computes a part for another one
+
 // Calls task(0), ..., task(tasks - 1) on up to `threads` threads, on fewer for little `work` (multiply-accumulates). Each
 // task writes to its own memory, so their order does not matter. If a task throws, no further task begins, and the
 // exception is thrown again here.
@@ -80,7 +83,9 @@ void parallel(int64_t tasks, int threads, int64_t work, const Task& task) {
   std::atomic<int64_t> next{0};
   std::mutex mutex;
   std::exception_ptr first;  // an exception must not leave its thread
+  const auto caller = std::this_thread::get_id();
   run(busy - 1, threads, [&] {
+    helps = std::this_thread::get_id() != caller;
     try {
       for (int64_t i; (i = next++) < tasks;) task(i);
     } catch (...) {
@@ -155,14 +160,14 @@ enum Kind { LAYERS, ATTENTION, NORMS };  // kinds of work that quest_time measur
 
 extern double* seconds;  // for each Kind; null if nobody measures
 
-// Adds the time of its life to the seconds of a kind of work.
+// Adds the time of its life to the seconds of a kind of work, on the thread that was called.
 class Clock {
  public:
   explicit Clock(Kind kind) : kind_(kind) {
-    if (seconds) start_ = std::chrono::steady_clock::now();
+    if (seconds && !helps) start_ = std::chrono::steady_clock::now();
   }
   ~Clock() {
-    if (seconds) seconds[kind_] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+    if (seconds && !helps) seconds[kind_] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
   }
 
  private:

@@ -82,12 +82,17 @@ const float* const* counterparts(const float* residual, const float* base, const
 }
 
 // The number of rows that are multiplied together from row r on. Rows that are not stored, which lie between the lines of a
-// convolution, are left out. But an instruction set with a `begin` multiplies tiles of 16 rows, and half a tile takes as long.
+// convolution, are left out. But an instruction set with a `begin` multiplies tiles of 16 rows, and half a tile takes as
+// long. There they are only left out before and after a tile.
 int64_t rows_together(const Rows& a, int64_t r) {
   const int64_t most = std::min<int64_t>(isa->rows, a.count - r);
-  if (!a.out || isa->begin) return most;
+  if (!a.out) return most;
   int64_t rows = 1;
-  while (rows < most && !a.out[r + rows] == !a.out[r]) rows++;
+  if (isa->begin && a.out[r]) {
+    for (rows = most; !a.out[r + rows - 1];) rows--;
+  } else {
+    while (rows < most && !a.out[r + rows] == !a.out[r]) rows++;
+  }
   return rows;
 }
 
