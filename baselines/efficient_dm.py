@@ -198,23 +198,26 @@ def distil(denoiser: nn.Module, calibration: CalibrationSet, tuned: dict[str, Qu
     decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda i: 1 - i / max(iterations, 1))
     try:
         with (
-            recomputing(denoiser, calibration.inputs(calls[0, 0, :1]), recipe.batch * calls.shape[2]),
+            recomputing(denoiser, calibration.inputs(calls[0, 0, :1]), recipe.batch * calls.shape[2]) as at_once,
             tqdm(range(iterations), desc="distillation", mininterval=5) as bar,
         ):
             for i in bar:
                 if i % len(calls) == 0:
                     chosen = torch.randperm(calls.shape[1], generator=generator, device="cpu")[: recipe.batch]
                 rows = calls[i % len(calls), chosen]  # [batch, halves]
-                for q, z in zip(shifted, exact, strict=True):
-                    q.zero_point = round_ste(z)
-                prediction = denoiser(**calibration.inputs(rows.flatten())).sample.unflatten(0, rows.shape)
-                target = guide(calibration.target[rows], recipe.guidance)
-                loss = F.mse_loss(guide(prediction, recipe.guidance), target)
-                if not loss.isfinite():
-                    raise FloatingPointError(f"distillation, iteration {i}: the loss is {loss.item()}; lower lr_scale")
                 for optimizer in filter(None, (adam, scales, weight_scales, zero_points)):
                     optimizer.zero_grad()
-                loss.backward()
+                for part in rows.split(max(1, at_once // calls.shape[2])):
+                    for q, z in zip(shifted, exact, strict=True):
+                        q.zero_point = round_ste(z)
+                    prediction = denoiser(**calibration.inputs(part.flatten())).sample.unflatten(0, part.shape)
+                    target = guide(calibration.target[part], recipe.guidance)
+                    loss = F.mse_loss(guide(prediction, recipe.guidance), target)
+                    if not loss.isfinite():
+                        raise FloatingPointError(
+                            f"distillation, iteration {i}: the loss is {loss.item()}; lower lr_scale"
+                        )
+                    (loss * (len(part) / len(rows))).backward()
                 adam.step()
                 group = denoiser.time_groups.index(calibration.timestep[rows[0, :1]]).item()
                 scales.step(group, recipe.lr_scale * (1 - i / iterations))

@@ -88,8 +88,8 @@ def align(
     learned: the parameters to tune beside the scales, by layer, usually the weights and biases of the stage's layers.
     targets: what `teacher_outputs` gives for the layers with a local loss. groups: of timesteps, which iterations go
     through; static scales have a set for each, dynamic ones have one clip ratio for all. Where memory is short, blocks
-    are computed again for their gradients (`recomputing`). Raises FloatingPointError naming stage, iteration and layer
-    if the loss is not finite.
+    are computed again for their gradients, and gradients are summed over parts of the rows (`recomputing`). Raises
+    FloatingPointError naming stage, iteration and layer if the loss is not finite.
     """
     weights = [p.requires_grad_() for parameters in learned.values() for p in parameters]
     adam = torch.optim.Adam(weights, lr=stage.lr_weight, fused=True)
@@ -100,7 +100,7 @@ def align(
     turns = scheduled(groups, calibration, stage, generator)
     try:
         with (
-            recomputing(denoiser, calibration.inputs(torch.arange(1, device="cpu")), stage.batch),
+            recomputing(denoiser, calibration.inputs(torch.arange(1, device="cpu")), stage.batch) as at_once,
             tqdm(range(stage.iterations), desc=stage.name, mininterval=5) as bar,
         ):
             for i in bar:
@@ -108,23 +108,9 @@ def align(
                 adam_scales.zero_grad()
                 visited = []
                 for rows, new_visit in islice(turns, stage.groups_per_step):
-                    wanted = targets(rows) if stage.local else {}
-                    # Looked at once: what a block gives when it is computed again would keep its whole graph in memory.
-                    with outputs_of(denoiser, stage.layers) as outputs:
-                        prediction = denoiser(**calibration.inputs(rows)).sample
-                    losses = [F.mse_loss(outputs[n], wanted[n].to(prediction.dtype)) for n in stage.local]
-                    local = sum(losses, start=prediction.new_zeros(()))
-                    whole = F.mse_loss(prediction, calibration.target[rows])
-                    loss = local + stage.global_weight * whole
-                    if not loss.isfinite():
-                        first = next((n for n in stage.layers if not outputs[n].isfinite().all()), "the prediction")
-                        raise FloatingPointError(
-                            f"{stage.name}, iteration {i}: the loss is {loss.item()}, not finite first in {first}; "
-                            "lower lr_weight or lr_scale"
-                        )
-                    outputs.clear()
-                    wanted.clear()
-                    loss.backward()
+                    for part in rows.split(at_once):
+                        local, whole = _losses(denoiser, stage, targets, calibration, part, i)
+                        ((local + stage.global_weight * whole) * (len(part) / len(rows))).backward()
                     visited.append(groups.index(calibration.timestep[rows[:1]]).item() if sets > 1 else 0)
                     if new_visit:
                         adam_scales.restart(visited[-1])
@@ -136,6 +122,25 @@ def align(
                 bar.set_postfix(local=f"{local.item():.2e}", whole=f"{whole.item():.2e}", refresh=False)
     finally:
         denoiser.requires_grad_(False)
+
+
+def _losses(denoiser, stage, targets, calibration, rows, iteration) -> tuple[Tensor, Tensor]:
+    """The sum of the local losses on some rows, and the loss of the noise prediction."""
+    wanted = targets(rows) if stage.local else {}
+    # Looked at once: what a block gives when it is computed again would keep its whole graph in memory.
+    with outputs_of(denoiser, stage.layers) as outputs:
+        prediction = denoiser(**calibration.inputs(rows)).sample
+    losses = [F.mse_loss(outputs[n], wanted[n].to(prediction.dtype)) for n in stage.local]
+    local = sum(losses, start=prediction.new_zeros(()))
+    whole = F.mse_loss(prediction, calibration.target[rows])
+    loss = local + stage.global_weight * whole
+    if not loss.isfinite():
+        first = next((n for n in stage.layers if not outputs[n].isfinite().all()), "the prediction")
+        raise FloatingPointError(
+            f"{stage.name}, iteration {iteration}: the loss is {loss.item()}, not finite first in {first}; "
+            "lower lr_weight or lr_scale"
+        )
+    return local, whole
 
 
 def teacher_outputs(

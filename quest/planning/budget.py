@@ -12,8 +12,9 @@ from quest.runtime.files import write_rows
 
 # What a recipe sets to change the rows of a step that are in memory at once.
 KEYS = {"rounding": "batch", "step learning": "batch", "threshold search": "rows"}
-# Steps that fit themselves to the memory there is: blocks are computed again (quest.learning.recomputing), and the
-# search of ranges and units take fewer rows at once (quest.learning.calibrate and quest.learning.units).
+# Steps that fit themselves to the memory there is: blocks are computed again, and a mini-batch takes several passes
+# (quest.learning.recomputing); the search of ranges and units take fewer rows at once (quest.learning.calibrate and
+# quest.learning.units).
 SHRINK = {"ranges", "distillation", "full finetuning", "temporal alignment", "critical alignment", "call", "gptq"}
 SHRINK |= {"svdquant"}
 JOBS = ["rule", "model", "method", "bits", "least_mb", "mem_mb", "runtime"]

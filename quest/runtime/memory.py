@@ -50,6 +50,15 @@ def budget(device: str = "cpu") -> int:
     return min(unused + torch.cuda.memory_reserved(), whole * taken // parts) - torch.cuda.memory_allocated()
 
 
+def left(device: str = "cpu") -> int:
+    """Bytes that a job may take beside what it holds: what is left of its budget, and on a processor what is free."""
+    if device != "cpu":
+        import torch
+
+        return budget(device) - (torch.cuda.memory_allocated() if os.environ.get(VARIABLE) else 0)
+    return min(budget() - int(field("/proc/self/status", "VmRSS")), free()) if os.environ.get(VARIABLE) else free()
+
+
 @contextmanager
 def limited(size: int) -> Iterator[None]:
     """While inside, the budget is so many bytes, at least one."""
