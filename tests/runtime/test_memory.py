@@ -38,6 +38,18 @@ def test_the_budget_is_the_limit_or_what_is_free(monkeypatch):
         memory.budget()
 
 
+def test_what_is_left_is_the_budget_less_what_the_process_holds(monkeypatch):
+    monkeypatch.delenv(memory.VARIABLE, raising=False)
+    assert 0 < memory.left() <= memory.field("/proc/meminfo", "MemTotal")
+    held = memory.field("/proc/self/status", "VmRSS")
+    with memory.limited(int(held) + 10**8):
+        assert 0 < memory.left() < 2 * 10**8
+    with memory.limited(int(held) // 2):
+        assert memory.left() < 0
+    with memory.limited(2**60):
+        assert memory.left() <= memory.free() + 10**9
+
+
 def test_ulimit_counts_as_memory():
     code = "from quest.runtime.memory import free; print(free())"
     limit = 2 * 10**9
