@@ -83,6 +83,17 @@ TOLERANCES = {
     "prediction": (0.05, 0.1, 0.8),
 }
 
+# Cells whose numbers differ more between processors, by name and part, with what was seen.
+OTHER_TOLERANCES = {
+    # Nearest codes at four bits give images of noise there: one code that rounds the other way moves all that follow.
+    # An Intel Xeon with AMX has 0.88 and 0.87 of the pinned magnitude. Codes and scales are compared as everywhere.
+    ("scenes-text rtn w4a4", "prediction"): (0.25, 0.1, 1.0),
+    ("scenes-text rtn w4a4 integer", "prediction"): (0.25, 0.1, 1.0),
+    # Rows vote for the power of two of a channel; where they are split, another processor has a shortcut with powers
+    # more or less, and so another number of floats (8,264 for 8,200 on that Xeon). None: only that there are some.
+    ("uncond dmq", "floats"): None,
+}
+
 
 def platform() -> str:
     """What the last bits of a sum depend on: torch, what of it and of the core runs here, and the processor's model.
@@ -127,7 +138,8 @@ class Pins:
         else:
             self.compared["by samples, to a tolerance"] += 1
             pinned = self.content["samples"].get(name, {})
-            wrong = [f"{p}: {said}" for p in samples | pinned if (said := apart(p, samples.get(p), pinned.get(p)))]
+            bounds = {p: OTHER_TOLERANCES.get((name, p), TOLERANCES[p]) for p in samples | pinned}
+            wrong = [f"{p}: {said}" for p in bounds if (said := apart(bounds[p], samples.get(p), pinned.get(p)))]
         if not self.write:
             assert not wrong, f"{name} does not give the numbers that are pinned ({self.RULE}): {'; '.join(wrong)}"
             return
@@ -168,14 +180,16 @@ def sampled(values: dict[str, numpy.ndarray]) -> list[int | float]:
     return [int(value) if value.is_integer() else value for value in rounded]
 
 
-def apart(part: str, own: list[float] | None, pinned: list[float] | None) -> str | None:
-    """How samples differ by more than platforms do; None where they do not."""
+def apart(bounds: tuple | None, own: list[float] | None, pinned: list[float] | None) -> str | None:
+    """How samples differ by more than platforms do; None where they do not. bounds: one of TOLERANCES; None: any."""
     if own is None or pinned is None:
         return "is missing" if own is None else "is not pinned"
+    if bounds is None:
+        return None
     (count, mean, *values), (pinned_count, pinned_mean, *pinned_values) = own, pinned
     if count != pinned_count:
         return f"{count:g} values, not {pinned_count:g}"
-    of_mean, tolerance, share = TOLERANCES[part]
+    of_mean, tolerance, share = bounds
     if abs(mean - pinned_mean) > of_mean * pinned_mean:
         return f"mean magnitude {mean:g}, not {pinned_mean:g}"
     pairs = zip(values, pinned_values, strict=True)
