@@ -89,7 +89,7 @@ INLINE I add_bytes(I sum, const uint8_t* x, int64_t n) {
 
 INLINE M is_nan(F a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
 INLINE M equal(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
-INLINE M not_below(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)}; }
+INLINE M not_below(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_NLT_UQ)}; }
 INLINE M operator|(M a, M b) { return {_mm256_or_ps(a.v, b.v)}; }
 INLINE bool any(M a) { return _mm256_movemask_ps(a.v); }
 INLINE F select(M which, F a, F b) { return {_mm256_blendv_ps(b.v, a.v, which.v)}; }

@@ -84,7 +84,7 @@ INLINE I add_bytes(I sum, const uint8_t* x, int64_t n) {
 
 INLINE M is_nan(F a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
 INLINE M equal(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
-INLINE M not_below(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
+INLINE M not_below(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ)}; }
 INLINE M operator|(M a, M b) { return {static_cast<__mmask16>(a.v | b.v)}; }
 INLINE bool any(M a) { return a.v; }
 INLINE F select(M which, F a, F b) { return {_mm512_mask_mov_ps(b.v, which.v, a.v)}; }

@@ -56,17 +56,15 @@ INLINE F gelu(F x) {
 
 // Codes minus zero point: clamp(round(x / scale)). Multiplying with 1 / scale is much faster than dividing. The relative
 // difference of the two results is at most 2^-22. So both round to the same integer, unless the product is this close to the
-// middle between two integers. Only then this divides.
+// middle between two integers. Only then `exact` divides.
 struct Encoder {
   F scale, inverse, low, high, tie;
   explicit Encoder(Range r)
       : scale(set(r.scale)), inverse(set(1.f / r.scale)), low(set(r.low)), high(set(r.high)),
         tie(set(.5f) - max(max(magnitude(low), magnitude(high)), set(1.f)) * set(0x1p-21f)) {}
-  INLINE_LAMBDA I operator()(F x) const {
-    F y = min(max(x * inverse, low), high);
-    if (__builtin_expect(any(not_below(magnitude(y - round(y)), tie)), 0)) y = min(max(x / scale, low), high);
-    return to_int(y);
-  }
+  INLINE_LAMBDA F near(F x) const { return min(high, max(low, x * inverse)); }  // NaN stays
+  INLINE_LAMBDA M unsure(F y) const { return not_below(magnitude(y - round(y)), tie); }  // also NaN
+  INLINE_LAMBDA F exact(F x) const { return min(max(x / scale, low), high); }
 };
 
 // out[i] = code(i, which), for n numbers; code gives a vector of them.
@@ -86,10 +84,24 @@ bool quantize(const float* x, int64_t n, int64_t padded, Range range, uint8_t* o
   const Encoder encode(range);
   const I lowest = to_int(encode.low);
   M nan{};
-  bytes_of(n, out, [&](int64_t i, auto there) INLINE_LAMBDA {
-    const F v = load(x + i, there);
+  const auto again = [&](F v) INLINE_LAMBDA {
     nan = nan | is_nan(v);
-    return encode(v) - lowest;
+    return encode.exact(v);
+  };
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L) {  // four vectors are asked together
+    F y[4];
+    M unsure{};
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) y[j] = encode.near(load(x + i + L * j)), unsure = unsure | encode.unsure(y[j]);
+    if (__builtin_expect(any(unsure), 0))
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) y[j] = again(load(x + i + L * j));
+    store_bytes(out + i, to_int(y[0]) - lowest, to_int(y[1]) - lowest, to_int(y[2]) - lowest, to_int(y[3]) - lowest);
+  }
+  each(n - i, [&](int64_t j, auto there) INLINE_LAMBDA {
+    const F v = load(x + i + j, there), y = encode.near(v);
+    store_bytes(out + i + j, to_int(any(encode.unsure(y)) ? again(v) : y) - lowest, there);
   });
   if (n < padded) std::memset(out + n, 0, padded - n);
   return any(nan);

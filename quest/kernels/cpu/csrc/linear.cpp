@@ -100,6 +100,7 @@ bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
   static thread_local Scratch<int8_t> codes;
   static thread_local Scratch<int32_t> products;
   static thread_local Scratch<float> halves;
+  static thread_local Scratch<uint8_t> next_codes;
   const Isa& on = *isa;
   const int64_t size = on.panels * a.segments * a.bytes * NR, width = on.panels * NR, half = w.panels() / 2;
   // As many panels as fit into the second cache are unpacked together. Rows then stay in the first cache, and each row of
@@ -109,7 +110,7 @@ bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
   int32_t* m = products.get(on.rows * width);
   float* h = gated ? halves.get(2 * on.rows * width) : nullptr;
   float *hidden[MAX_ROWS], *gate[MAX_ROWS];
-  for (int r = 0; r < on.rows; r++) hidden[r] = h + r * width, gate[r] = h + (on.rows + r) * width;
+  uint8_t* next = gated ? next_codes.get(on.rows * width) : nullptr;
   std::vector<Panels> panels, others;
   panels.reserve(calls), others.reserve(gated ? calls : 0);  // nothing below throws
   bool nan = false;
@@ -130,13 +131,15 @@ bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
           panels[i].multiply(w, t, a, r, rows, m, a.out + r, a.residual ? a.residual + r : nullptr, column);
           continue;
         }
+        const int64_t columns = panels[i].count * NR, numbers = rows * columns;
+        for (int j = 0; j < rows; j++) hidden[j] = h + j * columns, gate[j] = hidden[j] + numbers;
         panels[i].multiply(w, t, a, r, rows, m, hidden, nullptr, 0);
         others[i].multiply(w, t, a, r, rows, m, gate, nullptr, 0);
-        const int64_t columns = panels[i].count * NR;
-        for (int j = 0; j < rows; j++) {
-          isa->geglu(hidden[j], gate[j], columns, a.next ? hidden[j] : a.out[r + j] + column);
-          if (a.next) nan |= on.quantize(hidden[j], columns, columns, a.range, a.next + (r + j) * half * NR + column);
-        }
+        for (int j = 0; !a.next && j < rows; j++) on.geglu(hidden[j], gate[j], columns, a.out[r + j] + column);
+        if (!a.next) continue;
+        on.geglu(h, gate[0], numbers, h);  // of all rows in one call, because a row is short
+        nan |= on.quantize(h, numbers, numbers, a.range, next);
+        for (int j = 0; j < rows; j++) std::memcpy(a.next + (r + j) * half * NR + column, next + j * columns, columns);
       }
     }
   }

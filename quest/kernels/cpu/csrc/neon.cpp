@@ -88,7 +88,7 @@ INLINE I add_bytes(I sum, const uint8_t* x, int64_t n) {
 
 INLINE M is_nan(F a) { return {vmvnq_u32(vceqq_f32(a.v, a.v))}; }
 INLINE M equal(F a, F b) { return {vceqq_f32(a.v, b.v)}; }
-INLINE M not_below(F a, F b) { return {vcgeq_f32(a.v, b.v)}; }
+INLINE M not_below(F a, F b) { return {vmvnq_u32(vcltq_f32(a.v, b.v))}; }
 INLINE M operator|(M a, M b) { return {vorrq_u32(a.v, b.v)}; }
 INLINE bool any(M a) { return vmaxvq_u32(a.v); }
 INLINE F select(M which, F a, F b) { return {vbslq_f32(which.v, a.v, b.v)}; }

@@ -79,7 +79,7 @@ INLINE I add_bytes(I sum, const uint8_t* x, int64_t n = 4 * L) {
 
 INLINE M is_nan(F a) { return made<M>([&](int i) { return std::isnan(a.v[i]); }); }
 INLINE M equal(F a, F b) { return made<M>([&](int i) { return a.v[i] == b.v[i]; }); }
-INLINE M not_below(F a, F b) { return made<M>([&](int i) { return a.v[i] >= b.v[i]; }); }
+INLINE M not_below(F a, F b) { return made<M>([&](int i) { return !(a.v[i] < b.v[i]); }); }
 INLINE M operator|(M a, M b) { return made<M>([&](int i) { return a.v[i] || b.v[i]; }); }
 INLINE bool any(M a) {
   bool one = false;
