@@ -66,7 +66,8 @@ def document(
         "## The field",
         *(_section(claim, settled, before, facts) for claim in claims["field"]),
         "## Where the rows stand",
-        "Means over seeds with 95 % intervals over seeds and images. The verdicts above are sharper, because they "
+        "Means over seeds with 95 % intervals over seeds and images (3-5 seeds: an endpoint has 3, another 5). The "
+        "verdicts above are sharper, because they "
         "compare methods on the same images. Stored bits are those of a parameter, scales and branches included; on "
         "integers is the share of the products that our integer kernel computed when the row was sampled. Now it "
         "computes all products with scales of tokens, which it did not in rows whose names end in -token; weights of "

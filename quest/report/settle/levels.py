@@ -49,17 +49,18 @@ def frame(evidence: Sequence[Evidence]) -> pd.DataFrame:
     share of the products that the integer kernel of the record's machine computed.
     """
     rows = []
-    for (model, bits, method), cells in of_first_look(evidence):
-        if any(cell.diverged for cell in cells):
-            continue
-        footprint = next((cell.about["footprint"] for cell in cells if "footprint" in cell.about), {})
-        stored = [footprint.get(name, math.nan) for name in ("effective_bits", "realizable")]
-        for endpoint in (name for name in MARGINS if all(name in cell.endpoints for cell in cells)):
+    for endpoint in MARGINS:  # older records may lack one that later records of the row have
+        for (model, bits, method), cells in of_first_look([cell for cell in evidence if endpoint in cell.endpoints]):
+            if any(cell.diverged for cell in cells):
+                continue
+            footprint = next((cell.about["footprint"] for cell in cells if "footprint" in cell.about), {})
+            stored = [footprint.get(name, math.nan) for name in ("effective_bits", "realizable")]
             values = [cell.value(endpoint) for cell in cells]
             images = math.sqrt(np.mean([error_over_images(cell, endpoint) ** 2 for cell in cells]))
             half = 1.96 * images if method == FP else Estimate.of(values, images).half(ALPHA)
             value = float(np.mean(values))
             rows.append([model, bits, method, endpoint, value, value - half, value + half, len(cells), *stored])
+    rows.sort(key=lambda row: row[:3])
     # A record has null where its cell has no such number, as full precision's products.
     return pd.DataFrame(rows, columns=COLUMNS).astype({"effective_bits": float, "realizable": float})
 
@@ -74,7 +75,8 @@ def tables(found: pd.DataFrame) -> list[Table]:
         rows = []
         for (method, bits), of_row in of_model.groupby(["method", "bits"], sort=False):
             first, at = next(of_row.itertuples()), {row.endpoint: row for row in of_row.itertuples()}
-            told = [number(math.nan if method == FP else first.seeds, "d"), number(first.effective_bits, ".3g")]
+            seeds = "-".join(map(str, sorted(set(of_row["seeds"])))) if method != FP else number(math.nan)
+            told = [seeds, number(first.effective_bits, ".3g")]
             told.append(number(first.realizable, ".0%"))
             shown = [interval(at[e].value, at[e].low, at[e].high) if e in at else number(math.nan) for e in endpoints]
             nearness = at["log_latent_mse"].value if "log_latent_mse" in at else -math.inf
