@@ -5,8 +5,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import forked
 import pandas as pd
 import pytest
 import yaml
@@ -83,20 +85,20 @@ class Project:
             "env": os.environ | {"PYTHONPATH": modules, "PATH": path},
         }
 
-    def snakemake(self, *arguments: str, timeout: int = 300) -> subprocess.CompletedProcess:
-        """Run Snakemake; what it says is in `stdout`."""
-        return subprocess.run(
-            **self.command(*arguments),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-            encoding="utf-8",
-        )
+    def snakemake(self, *arguments: str, timeout: int = 300, alone: bool = False) -> subprocess.CompletedProcess:
+        """Run Snakemake; what it says is in `stdout`. `alone`: in a new process, as a user does."""
+        command = self.command(*arguments)
+        if alone:
+            run = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
+            return subprocess.run(**command, **run, timeout=timeout)
+        with tempfile.NamedTemporaryFile() as log:
+            file = Path(log.name)
+            code = forked.snakemake(command["args"][3:], command["cwd"], command["env"], file, timeout)
+            return subprocess.CompletedProcess(command["args"], code, stdout=file.read_text(encoding="utf-8"))
 
-    def planned(self, *arguments: str) -> list[str]:
+    def planned(self, *arguments: str, alone: bool = False) -> list[str]:
         """The shell commands Snakemake would run."""
-        run = self.snakemake("--dry-run", "--printshellcmds", *arguments)
+        run = self.snakemake("--dry-run", "--printshellcmds", *arguments, alone=alone)
         assert run.returncode == 0, run.stdout
         return re.findall(r"python -m workflow\.scripts\.\S+ .*", run.stdout)
 

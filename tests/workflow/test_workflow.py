@@ -342,7 +342,7 @@ def test_a_second_run_of_the_default_grid_takes_seconds(stubbed):
     for output in outputs:
         os.utime(stubbed.folder / output, (now, now))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    again = stubbed.snakemake()
+    again = stubbed.snakemake(alone=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "Nothing to be done" in again.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
@@ -352,7 +352,7 @@ def test_a_login_node_never_imports_torch(stubbed):
     stubbed.write("torch.py", "raise RuntimeError('torch was imported')")
     assert subprocess.run([sys.executable, "-c", "import torch"], **environment(stubbed)).returncode == 1
     profile = ["--workflow-profile", "workflow/profiles/slurm"]
-    assert stubbed.planned(*profile, "--configfile", "workflow/config/paper.yaml")
+    assert stubbed.planned(*profile, "--configfile", "workflow/config/paper.yaml", alone=True)
     # What local rules import; those of tables and figures run in test_scripts.py.
     code = "import quest.report.seeds, quest.metrics.weights"
     assert subprocess.run([sys.executable, "-c", code], **environment(stubbed)).returncode == 0
