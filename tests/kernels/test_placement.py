@@ -1,10 +1,14 @@
-"""Whole denoisers on the integer kernel: what they hold in memory, what they compute, what stays on the reference."""
+"""Whole denoisers on the integer kernel: what they hold in memory, what they compute, what stays on the reference.
+
+Tests with `isa` compute with every instruction set of this machine.
+"""
 
 import copy
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -110,21 +114,33 @@ def test_what_was_learned_is_kept_beside_the_codes(kernel):
     assert torch.equal(layer.weight, on_codes)
 
 
-@pytest.fixture(params=["w8a8", "w4a8", "w4a4"])
-def placed(request, tmp_path_factory):
-    """kind -> the same checkpoint on both kernels."""
+@pytest.fixture(scope="module")
+def pairs(request, tmp_path_factory):
+    """(kind, bits) -> one checkpoint on both kernels, made once, and its calibration set. Tests get copies."""
 
-    def make(kind):
-        pipe, calibration = request.getfixturevalue(f"{kind}_pipe"), request.getfixturevalue(f"{kind}_calibration")
+    @cache
+    def make(kind, bits):
+        pipe, calibration = (request.getfixturevalue(f"{kind}_{what}") for what in ("pipe", "calibration"))
         path = tmp_path_factory.mktemp("kernels") / "m.safetensors"
-        quest.save(quest.quantize(pipe, "rtn", request.param, calibration=calibration, samples=8), path)
+        quest.save(quest.quantize(pipe, "rtn", bits, calibration=calibration, samples=8), path)
         return {k: quest.load(pipe, path, kernel=k) for k in ("reference", "integer")}, calibration
 
     return make
 
 
+@pytest.fixture(params=["w8a8", "w4a8", "w4a4"])
+def placed(request, pairs):
+    """kind -> the same checkpoint on both kernels."""
+
+    def make(kind):
+        pipes, calibration = pairs(kind, request.param)
+        return {kernel: copy.deepcopy(pipe) for kernel, pipe in pipes.items()}, calibration
+
+    return make
+
+
 @pytest.mark.parametrize("kind", ["uncond", "class", "text"])
-def test_layers_of_a_denoiser_given_the_same_inputs(placed, kind):
+def test_layers_of_a_denoiser_given_the_same_inputs(isa, placed, kind):
     """Every layer and attention, with its own time group's ranges, on the inputs that it meets on the reference."""
     pipes, calibration = placed(kind)
     assert pipes["integer"].unet.placement == ("integer", {})
@@ -155,11 +171,11 @@ def test_layers_of_a_denoiser_given_the_same_inputs(placed, kind):
 
 
 @pytest.mark.parametrize("kind", ["uncond", "class", "text"])
-def test_whole_denoisers(placed, kind):
+def test_whole_denoisers(isa, placed, kind):
     """Codes at ties differ, and what follows multiplies the difference; it stays below the error of quantization."""
     pipes, calibration = placed(kind)
     difference = error = 0.0
-    for timestep in calibration.timesteps:
+    for timestep in calibration.timesteps[::3]:
         rows = (calibration.timestep == timestep).nonzero().flatten()
         a, e = (pipes[k].unet(**calibration.inputs(rows)).sample for k in ("integer", "reference"))
         difference += (a - e).square().sum()
@@ -167,13 +183,14 @@ def test_whole_denoisers(placed, kind):
     assert 0 < difference < 0.5 * error
 
 
-def test_samples_are_those_of_the_file_and_of_any_threads(placed, uncond_model, tmp_path):
+def test_samples_are_those_of_the_file_and_of_any_threads(isa, placed, uncond_model, tmp_path):
     pipes, _ = placed("uncond")
     pipe = pipes["integer"]
-    given = dict(**arguments(pipe, uncond_model, "evaluation", [0, 1]), output_type="latent")
+    model = replace(uncond_model, steps=2)
+    given = dict(**arguments(pipe, model, "evaluation", [0, 1]), output_type="latent")
     first = pipe(**given).images
     torch.set_num_threads(2)
-    second = pipe(**(given | arguments(pipe, uncond_model, "evaluation", [0, 1]))).images
+    second = pipe(**(given | arguments(pipe, model, "evaluation", [0, 1]))).images
     torch.set_num_threads(1)
     copied = copy.deepcopy(pipe.unet)
     assert torch.equal(first, second)
@@ -248,7 +265,7 @@ def test_layers_that_are_refused_stay_on_the_reference(uncond_pipe, uncond_calib
     assert (on_integers - e).square().mean() < 0.5 * (e - uncond_calibration.target[:2]).square().mean()
 
 
-def test_dynamic_scales_of_samples(text_pipe, text_calibration):
+def test_dynamic_scales_of_samples(isa, text_pipe, text_calibration):
     """All layers run on integers, in fused blocks too; the products of attention do not."""
     q = quest.quantize(text_pipe, "dynamic", "w8a8", calibration=text_calibration, dynamic="tensor")
     refused = place(q.unet, "integer").refused
@@ -261,7 +278,7 @@ def test_dynamic_scales_of_samples(text_pipe, text_calibration):
     assert 0 < (on_integers - e).square().mean() < 0.5 * (e - text_calibration.target[:3]).square().mean()
 
 
-def test_dynamic_scales_of_tokens(text_pipe, text_calibration):
+def test_dynamic_scales_of_tokens(isa, text_pipe, text_calibration):
     """Everything runs on integers, in fused blocks too, which see a new clip ratio."""
     q = quest.quantize(text_pipe, "dynamic", "w8a8", calibration=text_calibration, dynamic="token")
     inputs, found = text_calibration.inputs(torch.arange(3)), []
