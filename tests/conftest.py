@@ -274,6 +274,12 @@ def text_calibration(text_pipe, text_model):
 
 
 @pytest.fixture(scope="session")
+def first_calls():
+    """first_calls(calibration): its first two steps, for tests in which more steps only take longer."""
+    return lambda calibration: calibration.subset((calibration.call < 2).nonzero().flatten())
+
+
+@pytest.fixture(scope="session")
 def layer_of():
     """Makes a quantized layer of a weight, with its MSE ranges."""
     from torch import nn

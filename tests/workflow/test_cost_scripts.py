@@ -47,7 +47,8 @@ def test_growth_measures_the_scripts_and_keeps_other_axes(tmp_path, monkeypatch)
 def test_both_loops_are_measured(tmp_path, monkeypatch, class_model, class_calibration):
     model = replace(class_model, steps=2, time_groups=2)
     monkeypatch.setattr("quest.diffusion.models.get", lambda name: model)
-    class_calibration.subset((class_calibration.call < 2).nonzero().flatten()).save(tmp_path / "set.safetensors")
+    rows = ((class_calibration.call < 2) & (class_calibration.trajectory < 2)).nonzero().flatten()
+    class_calibration.subset(rows).save(tmp_path / "set.safetensors")
     words = ["tiny-class", "--calibration", tmp_path / "set.safetensors", "-o", tmp_path / "found.json"]
     run(released_loop, monkeypatch, *words, "--iterations", 2, 2, "--batch", 4, "--repeats", 1)
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
@@ -55,10 +56,11 @@ def test_both_loops_are_measured(tmp_path, monkeypatch, class_model, class_calib
     assert all(one["seconds"] > 0 for one in found["medians"].values())
 
 
-def test_the_released_loop_tunes_the_layers_of_both_stages(monkeypatch, class_pipe, class_model, class_calibration):
+def test_the_released_loop_tunes_the_layers_of_both_stages(monkeypatch, class_pipe, class_calibration, first_calls):
+    class_calibration = first_calls(class_calibration)
     still = dict(tla_iterations=0, cma_iterations=0, ranges="minmax", samples=2)
     student = quest.quantize(class_pipe, "quest-suite", "w4a4", calibration=class_calibration, **still).unet
-    recipe = FinetuneRecipe(preset="full", tla_iterations=12, cma_iterations=6, batch=4, selection="imagenet")
+    recipe = FinetuneRecipe(preset="full", tla_iterations=4, cma_iterations=2, batch=4, selection="imagenet")
     recipe = resolve(recipe, class_pipe, 4)
     for _, module in student.named_modules():
         if hasattr(module, "thaw"):
@@ -73,7 +75,7 @@ def test_the_released_loop_tunes_the_layers_of_both_stages(monkeypatch, class_pi
     monkeypatch.setattr(released_loop, "write_features", writing)
     released_loop.released(student, class_pipe.unet, class_calibration, recipe)
     stages = selected(student, recipe.selection, recipe.time_embedding)
-    # 6 timesteps of 8 rows each: mini-batches of 2 in the first stage, of 4 in the second.
+    # 2 timesteps of 8 rows each: mini-batches of 2 in the first stage, of 4 in the second.
     timesteps = class_calibration.timesteps
     first = [(len(stages[0][0]), [t], 2) for t in timesteps for _ in range(4)]
     assert visits == first + [(len(stages[1][0]), [t], 4) for t in timesteps for _ in range(2)]

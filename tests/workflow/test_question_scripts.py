@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -13,11 +14,14 @@ REASON = "critical modules alignment, iteration 2: the loss is nan"
 
 
 @pytest.fixture
-def job(tmp_path, monkeypatch, class_pipe, class_model, class_calibration):
-    """job(script, *arguments): what it writes, run on the tiny class-conditional model with a QuEST that diverged."""
-    monkeypatch.setattr("quest.diffusion.models.get", lambda name: class_model)
+def job(tmp_path, monkeypatch, class_model, class_calibration, first_calls):
+    """job(script, *arguments): what it writes, run on two steps of the tiny class-conditional model.
+
+    QuEST diverged on it.
+    """
+    monkeypatch.setattr("quest.diffusion.models.get", lambda name: replace(class_model, steps=2, time_groups=2))
     file, broken, output = (tmp_path / name for name in ("set.safetensors", "broken.safetensors", "out.json"))
-    class_calibration.save(file, {})
+    first_calls(class_calibration).save(file, {})
     save_diverged(broken, REASON, method="quest-suite", bits="w4a4", recipe={})
 
     def run(script, *arguments):
@@ -66,7 +70,7 @@ def test_a_tuning_takes_the_method_and_its_keywords(job, monkeypatch, class_pipe
     recipe = ["--method", "full-finetune", "--recipe", '{"local_cma": false}']
     found = job(tuning, "tiny-class", "w4a4", *files, *recipe)
     (method, bits, keywords) = asked[0]
-    assert (method, bits, keywords["local_cma"], keywords["time_groups"]) == ("full-finetune", "w4a4", False, 3)
+    assert (method, bits, keywords["local_cma"], keywords["time_groups"]) == ("full-finetune", "w4a4", False, 2)
     assert found["method"] == "full-finetune" and set(found["to_full_precision"]) == {0.0}
     assert found["log_latent_mse"] == [None] * 4  # the logarithm of 0 is not finite
 
