@@ -23,9 +23,9 @@ def main() -> None:
 
     from quest.runtime.files import between
 
-    images = [f"![{file.stem.replace('_', ' ')}](assets/{file.name})" for file in arguments.figures]
-    samples = [image for image in images if image.startswith("![samples-")]
-    others = [image for image in images if image not in samples]
+    images = {file: f"![{alternative(file.stem)}](assets/{file.name})" for file in arguments.figures}
+    samples = [image for file, image in images.items() if file.stem.startswith("samples-")]
+    others = [image for image in images.values() if image not in samples]
     tables = [file for file in (arguments.main, arguments.paired, arguments.seeds) if file]
     every = ", ".join(f"[{file.name}](assets/{file.name})" for file in tables)
     whole = [
@@ -49,6 +49,16 @@ def main() -> None:
     for file in [*tables, *arguments.figures]:
         shutil.copyfile(file, assets / file.name)
         print(assets / file.name, flush=True)
+
+
+def alternative(stem: str) -> str:
+    """Return what a figure shows, for readers who do not see it."""
+    if stem.startswith("samples-"):
+        model, _, bits = stem.removeprefix("samples-").rpartition("-")
+        return (
+            f"Samples of {model}: a row for full precision and for each method at {bits.upper()}, a seed in each column"
+        )
+    return f"{stem.replace('_', ' ')}: a panel for each model; the numbers are in the tables"
 
 
 def origin(file: Path) -> str:
