@@ -69,9 +69,9 @@ def document(
         "Means over seeds with 95 % intervals over seeds and images (3-5 seeds: an endpoint has 3, another 5). The "
         "verdicts above are sharper, because they "
         "compare methods on the same images. Stored bits are those of a parameter, scales and branches included; on "
-        "integers is the share of the products that our integer kernel computed when the row was sampled. Now it "
-        "computes all products with scales of tokens, which it did not in rows whose names end in -token; weights of "
-        "convolutions with scales of groups, as in fine-weights-token, it still leaves to the reference kernel.",
+        "integers is the share of the products that our integer kernel computed when the row was last sampled. Now it "
+        "computes all products with scales of tokens, which it did not when some rows that end in -token were sampled; "
+        "weights of convolutions with scales of groups, as in fine-weights-token, it leaves to the reference kernel.",
         *(table.markdown() for table in rows),
         "![Distance to full precision of every row with its stored bits per parameter; hollow points did not run on "
         "integers alone](assets/standing.png)",

@@ -46,14 +46,19 @@ def frame(evidence: Sequence[Evidence]) -> pd.DataFrame:
 
     value: mean over seeds, with a 95 % interval over seeds (Student's t) and images, added in squares; full precision
     has one over images alone. effective_bits: stored bits per parameter, scales and branches included. realizable: the
-    share of the products that the integer kernel of the record's machine computed.
+    share of the products that the integer kernel computed when the row was last sampled, by newer code maybe.
     """
+    footprints = {
+        (cell.model, cell.bits, cell.method): cell.about["footprint"]
+        for cell in sorted(evidence, key=lambda cell: cell.about.get("date", ""))
+        if "footprint" in cell.about
+    }
     rows = []
     for endpoint in MARGINS:  # older records may lack one that later records of the row have
         for (model, bits, method), cells in of_first_look([cell for cell in evidence if endpoint in cell.endpoints]):
             if any(cell.diverged for cell in cells):
                 continue
-            footprint = next((cell.about["footprint"] for cell in cells if "footprint" in cell.about), {})
+            footprint = footprints.get((model, bits, method), {})
             stored = [footprint.get(name, math.nan) for name in ("effective_bits", "realizable")]
             values = [cell.value(endpoint) for cell in cells]
             images = math.sqrt(np.mean([error_over_images(cell, endpoint) ** 2 for cell in cells]))
