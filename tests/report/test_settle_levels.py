@@ -1,0 +1,42 @@
+"""The table at equal granularity, and what it takes from records of several processors."""
+
+import pytest
+from test_settle import GOOD, evidence, record, row_of, seeds_of
+
+from quest.report.settle import SEEDS, levels
+
+
+def test_rows_and_columns_at_equal_granularity():
+    names = ["mse-tensor", "mse-step", "mse-token", "smooth-tensor", "smooth-token", "quest-suite"]
+    rows = [one for name in names for one in seeds_of(name, GOOD)]
+    (table,) = levels.by_granularity(levels.frame(evidence(*rows)), "psnr")
+    assert [column.label for column in table.columns] == [
+        "before rounding", "tensor, static", "tensor and step, static", "token"
+    ]  # fmt: skip
+    of = {row[0]: row[1:] for row in table.rows}
+    assert len(of) == len(levels.BEFORE_ROUNDING)
+    assert all("22" in cell for cell in of["nothing but ranges of least error"])
+    assert of["smoothing"][1] == "–" and "22" in of["smoothing"][2]
+    assert of["AdaRound and QuEST's finetuning"][0] == "–" and "22" in of["AdaRound and QuEST's finetuning"][1]
+    # Two granularities are no table.
+    few = [one for name in names[:1] + names[2:5] for one in seeds_of(name, GOOD)]
+    assert levels.by_granularity(levels.frame(evidence(*few)), "psnr") == []
+
+
+def test_an_endpoint_is_of_the_cells_that_have_it_and_integers_of_the_last_record():
+    old = seeds_of("good", GOOD, date="2026-11-29", footprint={"effective_bits": 4.5, "realizable": 0.3})
+    for one in old:
+        del one["values"]["agreement"]
+    new = [
+        record(
+            "good", 9.0, seed, isa="amx-avx512", date="2026-11-30", footprint={"effective_bits": 4.5, "realizable": 1.0}
+        )
+        for seed in SEEDS[:3]
+    ]
+    found = levels.frame(evidence(*old, *new))
+    psnr, agreement = (row_of(found, method="good", endpoint=name) for name in ("psnr", "agreement"))
+    assert (psnr.seeds, agreement.seeds) == (5, 3)
+    assert psnr.value < 23 and agreement.value == pytest.approx(0.8)
+    assert psnr.realizable == agreement.realizable == 1.0
+    (table,) = levels.tables(found)
+    assert table.rows[0][2] == "3-5"
