@@ -109,7 +109,8 @@ def _plan(options):
     here = costs.machine("cuda" if torch.cuda.is_available() else "cpu")
     machine = options.machine or here
     if machine in GPUS and machine not in machines:
-        known = plan.forecasts(config, costs.with_stand_ins(known, here), here, machine)
+        measured = here if here in machines else costs.machine("cpu")
+        known = plan.forecasts(config, costs.with_stand_ins(known, measured), measured, machine)
     elif options.machine and options.machine not in machines:
         valid = ", ".join([*machines, *(f"{gpu} (a forecast)" for gpu in GPUS)])
         raise ValueError(f"--machine: nothing was measured on {options.machine!r}; valid: {valid}")

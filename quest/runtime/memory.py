@@ -52,11 +52,13 @@ def budget(device: str = "cpu") -> int:
 
 def left(device: str = "cpu") -> int:
     """Bytes that a job may take beside what it holds: what is left of its budget, and on a processor what is free."""
-    if device != "cpu":
-        import torch
+    if not os.environ.get(VARIABLE):
+        return budget(device)  # of what is free
+    if device == "cpu":
+        return min(budget() - int(field("/proc/self/status", "VmRSS")), free())
+    import torch
 
-        return budget(device) - (torch.cuda.memory_allocated() if os.environ.get(VARIABLE) else 0)
-    return min(budget() - int(field("/proc/self/status", "VmRSS")), free()) if os.environ.get(VARIABLE) else free()
+    return budget(device) - torch.cuda.memory_allocated()
 
 
 @contextmanager

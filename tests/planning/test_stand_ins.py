@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from test_plan import CONFIGS, config, costs
 
 from quest.__main__ import main
@@ -24,10 +25,14 @@ def test_another_processor_stands_in_for_what_was_not_measured_here_and_the_plan
     assert "4 costs are those of another processor (other, one thread)." in told
 
 
-def test_a_forecast_uses_all_that_stands_in(tmp_path, capsys):
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_forecast_uses_all_that_stands_in(gpu, tmp_path, monkeypatch, capsys):
+    """Also on a machine whose GPU was not measured: then its processor's costs are scaled."""
     here, file = table.machine("cpu"), tmp_path / "costs.csv"
     everything = {what.replace(" ", "_"): 0.1 for what in table.WHAT}
     table.record(costs("scenes-class", "other, one thread", **everything) + costs("scenes-class", here, start=1), file)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "another GPU")
     main(["plan", str(CONFIGS / "smoke.yaml"), "--machine", "NVIDIA RTX 4090", "--costs", str(file)])
     told = capsys.readouterr().out
     assert "| not measured" not in told and re.search(r"\| scenes-class \| quantize \| 2 \| about \d", told)

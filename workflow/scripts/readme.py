@@ -58,7 +58,7 @@ def alternative(stem: str) -> str:
         return (
             f"Samples of {model}: a row for full precision and for each method at {bits.upper()}, a seed in each column"
         )
-    return f"{stem.replace('_', ' ')}: a panel for each model; the numbers are in the tables"
+    return f"{stem.replace('_', ' ')}, a panel for each model"
 
 
 def origin(file: Path) -> str:
