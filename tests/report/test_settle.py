@@ -273,6 +273,18 @@ def test_a_claim_holds_is_refuted_mixed_or_open(judged):
     assert word((("close", "plain"),), endpoints=("kid_64w",)) == word((("a", "b"),)) == "open"
 
 
+def test_a_table_of_comparisons_has_a_line_for_each_pair_and_a_sign_for_each_verdict(judged):
+    claim = claims.Claim("x", "y", (("close", "plain"), ("good", "plain")), ("psnr", "kid_64w"))
+    table = claims.comparisons(claim, claims.of_claim(claim, judged))
+    assert [column.label for column in table.columns][4:] == ["KID-64w", "PSNR to FP [dB]"]
+    assert [row[:2] for row in table.rows] == [["close", "plain"], ["good", "plain"]]
+    verdicts_of = judged[judged["model"] == "photos-class"].set_index(["method", "versus", "endpoint"])["verdict"]
+    for method, versus, on, _, *shown in table.rows:
+        assert on == "photos-class, W4A4"
+        for endpoint, text in zip(("kid_64w", "psnr"), shown, strict=True):
+            assert text.split()[3] == claims.SIGNS[verdicts_of[method, versus, endpoint]], text
+
+
 def test_better_than_full_precision_is_a_flag_and_no_success(judged):
     row = judged[(judged["verdict"] == "better") & (judged["endpoint"] == "psnr")].iloc[:1].assign(versus="fp")
     claim = claims.Claim("x", "y", ((row["method"].item(), "fp"),), ("psnr",), ("better", "equivalent"))

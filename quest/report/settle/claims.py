@@ -1,6 +1,7 @@
 """docs/claims.md: what the paper and the field claim, and what results/settled says of it. Needs no torch."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,14 @@ import pandas as pd
 
 from quest.metrics import METRICS
 from quest.metrics.comparison import outcome
-from quest.report.rendering import Table, plus_minus
+from quest.report.rendering import Table, columns, plus_minus
 from quest.report.settle import FP, LOOKS
 from quest.report.settle.verdicts import ALL, MARGINS
 from quest.runtime.yaml_files import read_yaml
 
 CLAIMS = Path(__file__).parents[3] / "resources" / "claims.yaml"
 AHEAD = "better"
+SIGNS = {AHEAD: "▲", "worse": "▼", "equivalent": "=", "open": "○"}
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ def document(
         f"{', '.join(map(str, LOOKS))} seeds. A verdict needs three seeds at least. ± is half of the interval of the "
         "look, over images and seeds. Lines in italics come from tables of runs with seeds 0 to 2, which were looked "
         "at during development, or with one seed (main.csv, scenes-main.csv): they decide nothing.",
+        "In the tables below, the first method is ▲ better than the second, ▼ worse, = equivalent, or ○ not told apart "
+        "from it so far; a number behind ○ says how many seeds would settle it at the present mean and spread, where "
+        "100 or fewer would do. The number is the first method minus the second.",
+        _overview([*claims["paper"], *claims["field"]], settled, facts),
         "## The paper",
         *(_section(claim, settled, before, facts) for claim in claims["paper"]),
         "## The field",
@@ -93,18 +99,61 @@ def _matched(tables: Sequence[Table]) -> list[str]:
 
 
 def _section(claim: Claim, settled: pd.DataFrame, before: dict[str, pd.DataFrame], facts: dict) -> str:
-    rows = of_claim(claim, settled)
-    lines = [f"- {line(row)}" for row in rows]
-    said = word(claim, rows)
-    if not rows:
-        lines = [f"- *{line}*" for name, seeds in before.items() for line in illustrations(claim, seeds, name)]
+    rows, said = of_claim(claim, settled), _said(claim, settled, facts)
+    parts = [f"### {_head(claim)}", f"**{said[0].upper()}{said[1:]}.** Source: {claim.source}."]
     if claim.measured:
-        said, measured = facts[claim.measured]
-        lines = [f"- {line}" for line in measured]
+        lines = [f"- {line}" for line in facts[claim.measured][1]]
+    elif rows:
+        lines = [comparisons(claim, rows).markdown()]
+    else:
+        lines = [f"- *{line}*" for name, seeds in before.items() for line in illustrations(claim, seeds, name)]
     if said == "open" and not rows and claim.needs:
         lines.append(f"- needs: {claim.needs}")
-    head = f"**{claim.text[0].upper()}{claim.text[1:]}** ({claim.source}): **{said}**"
-    return "\n".join([head, "", *lines]) if lines else head
+    return "\n\n".join([*parts, "\n".join(lines)] if lines else parts)
+
+
+def _head(claim: Claim) -> str:
+    return claim.text[0].upper() + claim.text[1:]
+
+
+def _said(claim: Claim, settled: pd.DataFrame, facts: dict) -> str:
+    return facts[claim.measured][0] if claim.measured else word(claim, of_claim(claim, settled))
+
+
+def _overview(claims: Sequence[Claim], settled: pd.DataFrame, facts: dict) -> str:
+    """A line for each claim, with a link to its section and in short what the records say."""
+    lines = []
+    for claim in claims:
+        head, rows = _head(claim), of_claim(claim, settled)
+        place = re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-")
+        said = _said(claim, settled, facts).partition(" (")[0]
+        lines.append([f"[{head}](#{place})", said, f"{len(_done(rows))} of {len(rows)}" if rows else ""])
+    return Table(columns("claim", "the records say", "comparisons settled", texts=2), lines).markdown()
+
+
+def comparisons(claim: Claim, rows: Sequence) -> Table:
+    """What `of_claim` returned: a row for each pair and model, a column for each endpoint."""
+    endpoints = [name for name in MARGINS if any(row.endpoint == name for row in rows)]
+    pairs = [tuple(pair) for pair in claim.pairs]
+    by_place: dict[tuple, dict] = {}
+    for row in sorted(rows, key=lambda row: (pairs.index((row.method, row.versus)), row.model)):
+        by_place.setdefault((row.method, row.versus, row.model, row.bits, row.family), {})[row.endpoint] = row
+    made = []
+    for (method, versus, model, bits, _), at in by_place.items():
+        seeds = "-".join(map(str, sorted({row.seeds for row in at.values()})))
+        made.append([method, versus, f"{model}, {bits.upper()}", seeds, *(_cell(at.get(name)) for name in endpoints)])
+    heads = columns("method", "minus", "on", texts=3)
+    return Table([*heads, *columns("seeds", *(METRICS[name].label for name in endpoints))], made)
+
+
+def _cell(row) -> str:
+    if row is None:
+        return ""
+    if math.isnan(row.value):
+        return row.note or row.verdict
+    seeds = f" {row.needed:.0f}" if row.verdict == "open" and row.needed <= 100 else ""
+    sign = "flag" if _flag(row) else SIGNS.get(row.verdict, row.verdict)
+    return f"{plus_minus(row.value, row.low, row.high)} {sign}{seeds}"
 
 
 def of_claim(claim: Claim, settled: pd.DataFrame) -> list:
@@ -123,7 +172,7 @@ def word(claim: Claim, rows: Sequence) -> str:
     Behind it stands where that was settled, because it says nothing about other models and endpoints. A row that is
     better than full precision counts for nothing: that is a flag, not a success.
     """
-    done = [row for row in rows if row.verdict not in ("open", "rival diverged") and not _flag(row)]
+    done = _done(rows)
     if not done:
         return "open (full precision is surpassed, which flags the metric)" if any(map(_flag, rows)) else "open"
     support = [row.verdict in claim.expected for row in done]
@@ -131,6 +180,11 @@ def word(claim: Claim, rows: Sequence) -> str:
     endpoints = ", ".join(dict.fromkeys(METRICS[row.endpoint].label for row in done))
     said = "holds" if all(support) else "mixed" if any(support) else "refuted"
     return f"{said} (on {models}, in {endpoints}; {len(done)} of {len(rows)} comparisons settled)"
+
+
+def _done(rows: Sequence) -> list:
+    """Comparisons that are settled; without those that seem better than full precision."""
+    return [row for row in rows if row.verdict not in ("open", "rival diverged") and not _flag(row)]
 
 
 def _flag(row) -> bool:
