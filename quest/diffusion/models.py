@@ -207,23 +207,8 @@ PREPARED = RESULTS / "models"  # the folder that rule `model` writes into
 REFERENCES = RESULTS / "references"  # statistics of real images that do not ship
 
 
-def _rehearsed(architecture: str, **protocol) -> Model:
-    """A model of the rehearsal: one of the paper's architectures with few channels and random weights."""
-    name = f"tiny-{architecture}"
-    return Model(
-        name=name,
-        load=partial(_load_prepared, name),
-        steps=5,
-        batch_size=4,
-        time_groups=5,
-        trajectories=8,
-        reference=SCENES,
-        origin=Origin(f"what `python -m quest.diffusion.random_checkpoints {name}` writes", name),
-        **protocol,
-    )
-
-
-# How the zoo's models in the role of a model of the paper are sampled and quantized.
+# How models in the role of a model of the paper are sampled and quantized, where their row in MODELS does not say
+# otherwise. The name of a role is also that of its selection in QuEST.
 ROLES = {
     # LSUN: unconditional, with fresh noise in every step.
     "lsun": dict(
@@ -240,15 +225,23 @@ PHOTOGRAPHS = dict(source=photo_labels, extractor="lite0-photos", classifier="ph
 
 
 def _zoo(name: str, role: str, **protocol) -> Model:
-    """A shipped model; `role` is also the name of its selection in QuEST."""
-    return Model(name=name, load=partial(_load_zoo, name), selection=role, batch_size=50, **ROLES[role], **protocol)
+    """A model that ships."""
+    return Model(name=name, load=partial(_load_zoo, name), selection=role, batch_size=50, **ROLES[role] | protocol)
 
 
-def _published(name: str, **protocol) -> Model:
-    """A model of the paper, whose weights are published; `protocol` changes what most of these models share."""
-    shared = dict(batch_size=64, time_groups=20, trajectories=256, extractor="adm")
-    reference = REFERENCES / f"{name}.npz"
-    return Model(name=name, load=partial(_load_prepared, name), reference=reference, **shared | protocol)
+def _published(name: str, role: str, **protocol) -> Model:
+    """A model of the paper, whose weights are published."""
+    shared = dict(batch_size=64, trajectories=256, extractor="adm", reference=REFERENCES / f"{name}.npz")
+    return Model(name=name, load=partial(_load_prepared, name), selection=role, **ROLES[role] | shared | protocol)
+
+
+def _rehearsed(architecture: str, role: str, **protocol) -> Model:
+    """A model of the rehearsal: one of the paper's architectures with few channels, random weights and few steps."""
+    name = f"tiny-{architecture}"
+    shared = dict(steps=5, batch_size=4, time_groups=5, activation_ranges="mse", trajectories=8, reference=SCENES)
+    origin = Origin(f"what `python -m quest.diffusion.random_checkpoints {name}` writes", name)
+    settings = ROLES[role] | shared | protocol
+    return Model(name=name, load=partial(_load_prepared, name), selection=role, origin=origin, **settings)
 
 
 MODELS = {
@@ -276,50 +269,41 @@ MODELS = {
         # and the last layer and for attention probabilities, which have 16 bits in Stable Diffusion.
         _published(
             "lsun-bedrooms",
-            sampler="ddim",
+            "lsun",
             steps=200,
             eta=1.0,
-            conditioning="none",
-            selection="lsun",
             split=False,  # as Q-Diffusion's released command
-            activation_ranges="ema-symmetric",
             reconstruction={"rows": 5120},
             origin=Origin("model.ckpt of lsun_beds256, as CompVis/latent-diffusion releases it", "lsun-bedrooms"),
         ),
         _published(
             "lsun-churches",
-            sampler="ddim",
+            "lsun",
             # The released commands say 400 or 500: CompVis's sampler takes every second of 1000 timesteps for both.
             steps=500,
             eta=0.0,
-            conditioning="none",
-            selection="lsun",
             split=False,  # as Q-Diffusion's released command
+            activation_ranges="mse",
             reconstruction={"rows": 5120},
             origin=Origin("model.ckpt of lsun_churches256, as CompVis/latent-diffusion releases it", "lsun-churches"),
         ),
         _published(
             "imagenet",
-            sampler="ddim",
+            "imagenet",
             steps=20,
             guidance=3.0,
-            conditioning="class",
             source=partial(spread_labels, 1000),
-            selection="imagenet",
             # No command of Q-Diffusion was released for it; QuEST's draws 20 steps of 256, both halves.
             reconstruction={"rows": 10240},
             origin=Origin("model.ckpt of cin256-v2, as CompVis/latent-diffusion releases it", "imagenet"),
         ),
         _published(
             "sd14",
-            sampler="plms",
+            "sd",
             steps=50,
             guidance=7.5,
-            conditioning="text",
             source=partial(_captions, "sd14"),
             caption_lines=CAPTION_LINES,
-            selection="sd",
-            activation_ranges="ema",
             batch_size=16,
             time_groups=25,
             softmax_bits=16,
@@ -336,11 +320,10 @@ MODELS = {
         ),
         _published(
             "cifar10",
+            "lsun",
             sampler="ddim-quadratic",
             steps=100,
-            conditioning="none",
-            selection="lsun",
-            activation_ranges="ema-symmetric",
+            eta=0.0,
             batch_size=256,
             # 96 of the 100 quadratic timesteps are distinct. 20, one group for every fifth step, does not divide 96.
             time_groups=24,
@@ -351,27 +334,11 @@ MODELS = {
                 "`python -m quest.zoo.train_cifar10` writes"
             ),
         ),
-        # The rehearsal: the paper's first four models with few channels, random weights and few steps.
-        _rehearsed("bedrooms", sampler="ddim", eta=1.0, conditioning="none", selection="lsun"),
-        _rehearsed("churches", sampler="ddim", conditioning="none", selection="lsun"),
-        _rehearsed(
-            "imagenet",
-            sampler="ddim",
-            guidance=3.0,
-            conditioning="class",
-            source=partial(spread_labels, 1000),
-            selection="imagenet",
-        ),
-        _rehearsed(
-            "sd",
-            sampler="plms",
-            guidance=7.5,
-            conditioning="text",
-            source=scene_captions,
-            selection="sd",
-            softmax_bits=16,
-            clip="scenes-clip",
-        ),
+        # The rehearsal of the paper's first four models.
+        _rehearsed("bedrooms", "lsun"),
+        _rehearsed("churches", "lsun", eta=0.0),
+        _rehearsed("imagenet", "imagenet", source=partial(spread_labels, 1000)),
+        _rehearsed("sd", "sd", guidance=7.5, source=scene_captions, softmax_bits=16, clip="scenes-clip"),
     )
 }
 
