@@ -1,10 +1,13 @@
-"""Measure whether a trained model of photographs or emoji is good enough to ship: one command, numbers and a grid.
+"""Measure whether a trained model is good enough to ship: one command, numbers and a grid of the first 64 samples.
+
+Of a model of scenes `quest.zoo.judge` says what is measured. Of one of photographs or emoji it is
 
 - the distances (FD-64w, KID-64w) of samples to held-out pictures, and those of the autoencoder's reconstructions;
 - whether samples show what was asked: the class that a classifier sees (photos-class), or whether an image-text model
   ranks the caption first among 100 (emoji-text; trained captions, held-out styles and held-out concepts apart);
 - whether samples are copies of training pictures (see `quest.zoo.neighbours`);
-- a grid of the first 64 samples, not chosen. Of emoji-text these have trained captions.
+
+The samples of the grid are not chosen. Of emoji-text they have trained captions.
 """
 
 from dataclasses import replace
@@ -24,6 +27,7 @@ from quest.metrics.lite0 import REFERENCE, computed
 from quest.runtime import command_line
 from quest.zoo import neighbours, pictures
 from quest.zoo.architectures import MODELS
+from quest.zoo.judge import judge as judge_scenes
 from quest.zoo.judge import write
 from quest.zoo.train_autoencoder import RECIPES
 from quest.zoo.train_extractor import reconstruct
@@ -122,19 +126,26 @@ def measure(name, folder, data, n=500, guidance=3.0, judge=None):
 def main():
     parser = command_line.parser(__doc__, "file", "threads")
     parser.add_argument("folder", type=Path, help="pipeline folder")
-    parser.add_argument(
-        "--model", choices=[m for m, r in MODELS.items() if r.pictures in pictures.LOADERS], required=True
-    )
-    parser.add_argument("--data", type=Path, required=True, help="data file (.npz), or folder of CIFAR-10")
-    parser.add_argument("-n", type=int, default=500, help="samples (default %(default)s)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="(default %(default)s)")
-    parser.add_argument("--judge", type=Path, help="folder of the classifier, or of the image-text model of emoji")
+    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--data", type=Path, nargs="?", help="data file (.npz), or folder of CIFAR-10; not of scenes")
+    parser.add_argument("-n", type=int, help="samples (default 500, of scenes 1000)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="of photographs and emoji (default %(default)s)")
+    judge = "folder of the classifier, of the image-text model of emoji, or of the extractor of scenes, which ships"
+    parser.add_argument("--judge", type=Path, nargs="?", help=judge)
+    parser.add_argument("--reference", type=Path, nargs="?", help="statistics of scenes (default: those that ship)")
     parser.add_argument("--grid", type=Path, required=True, help="picture (.png) of the first 64 samples to write")
     arguments = parser.parse_args()
+    name, judge = arguments.model, arguments.judge
     torch.set_num_threads(arguments.threads)
-    numbers, images = measure(
-        arguments.model, arguments.folder, arguments.data, arguments.n, arguments.guidance, arguments.judge
-    )
+    if MODELS[name].pictures == "scenes":
+        extractor = judge or models.ZOO / "scenes-extractor"
+        reference = arguments.reference or models.MODELS[name].reference
+        numbers, images = judge_scenes(name, arguments.folder, extractor, reference, arguments.n or 1000)
+    elif arguments.data is None:
+        parser.error(f"--data: {name} needs a data file of {MODELS[name].pictures}")
+    else:
+        settings = (arguments.n or 500, arguments.guidance, judge)
+        numbers, images = measure(name, arguments.folder, arguments.data, *settings)
     write(numbers, images, arguments.output, arguments.grid)
 
 

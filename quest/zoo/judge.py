@@ -1,4 +1,4 @@
-"""Evaluate a trained model: error on held-out scenes, FID of samples, and whether samples show what was asked for.
+"""Evaluate a model of scenes: error on held-out scenes, FID of samples, and whether samples show what was asked for.
 
 The FID (scenes net) of real scenes after the autoencoder, at the same n, is a floor, because no sample can be better
 than its decoder. For each attribute of a scene, such as its main object, the share of samples is counted in which the
@@ -8,16 +8,14 @@ classifier sees the requested value.
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from quest.diffusion import scenes
 from quest.diffusion.loading import load_pipeline
-from quest.diffusion.models import MODELS, ZOO
+from quest.diffusion.models import MODELS
 from quest.diffusion.sampling import generate
 from quest.metrics.extractor import HEADS, load, outputs, targets
 from quest.metrics.frechet import Statistics, frechet_distance, load_reference
-from quest.runtime import command_line
 from quest.runtime.files import atomic, dumps, write_text
 from quest.runtime.provenance import provenance
 from quest.zoo.latents import HELD_OUT, posterior_means
@@ -75,21 +73,3 @@ def write(numbers, images, output, picture):
     text = dumps(numbers | {"provenance": provenance()}, indent=2) + "\n"
     write_text(output, text)
     print(text)
-
-
-def main():
-    parser = command_line.parser(__doc__, "file", "threads")
-    parser.add_argument("model", choices=[name for name in MODELS if name.startswith("scenes-")])
-    parser.add_argument("folder", type=Path, help="pipeline folder")
-    parser.add_argument("--extractor", type=Path, default=ZOO / "scenes-extractor", help="its folder (%(default)s)")
-    parser.add_argument("--reference", type=Path, default=MODELS["scenes-text"].reference, help="(%(default)s)")
-    parser.add_argument("-n", type=int, default=1000, help="samples (default %(default)s)")
-    parser.add_argument("--grid", type=Path, required=True, help="picture (.png) of the first 64 samples to write")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    numbers, images = judge(arguments.model, arguments.folder, arguments.extractor, arguments.reference, arguments.n)
-    write(numbers, images, arguments.output, arguments.grid)
-
-
-if __name__ == "__main__":
-    main()

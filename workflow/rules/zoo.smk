@@ -4,8 +4,9 @@
 ZOO_DENOISERS = ["scenes-text", "scenes-class", "scenes-uncond"]
 # Models of real pictures -> the kind of pictures. Each kind has its own autoencoder and latents.
 ZOO_PICTURES = {"emoji-text": "emoji", "emoji-uncond": "emoji", "photos-class": "photos", "photos-dit": "photos"}
-PICTURE_JUDGES = {"emoji-text": "results/zoo/emoji-clip", "photos-class": "results/zoo/photos-classifier"}
-PICTURE_JUDGES["photos-dit"] = PICTURE_JUDGES["photos-class"]
+# The networks that tell what samples show.
+ZOO_JUDGES = dict.fromkeys(ZOO_DENOISERS, "results/zoo/scenes-extractor") | {"emoji-text": "results/zoo/emoji-clip"}
+ZOO_JUDGES |= dict.fromkeys(("photos-class", "photos-dit"), "results/zoo/photos-classifier")
 ZOO_MODELS = dict.fromkeys(ZOO_DENOISERS, "scenes") | ZOO_PICTURES
 ZOO_STARTS = {"scenes-class": "scenes-text", "emoji-uncond": "emoji-text"}  # model -> the one that it starts from
 # A program draws the scenes; they have no data.
@@ -14,7 +15,6 @@ ZOO_DATA = {"emoji": "results/zoo/emoji.npz", "photos": "results/zoo/photos.data
 
 wildcard_constraints:
     kind="|".join(["scenes", *ZOO_DATA]),
-    denoiser="|".join(ZOO_DENOISERS),
 
 
 rule zoo:
@@ -168,27 +168,27 @@ rule zoo_denoiser:
 
 
 # Distances to held-out pictures, whether samples show what was asked for, copies, and a grid: look at them first.
-rule zoo_pictures_judge:
+rule zoo_judge:
     input:
         model="results/zoo/{model}",
-        data=lambda wc: ZOO_DATA[ZOO_PICTURES[wc.model]],
-        judge=lambda wc: PICTURE_JUDGES.get(wc.model, []),
+        data=lambda wc: ZOO_DATA.get(ZOO_MODELS[wc.model], []),
+        judge=lambda wc: ZOO_JUDGES.get(wc.model, []),
+        reference=lambda wc: "results/zoo/scenes.npz" if wc.model in ZOO_DENOISERS else [],
     output:
         numbers=ensure("results/zoo/{model}.json", non_empty=True),
         grid=ensure("results/zoo/{model}.png", non_empty=True),
     log:
         "results/zoo/{model}.judge.log",
     wildcard_constraints:
-        model="|".join(ZOO_PICTURES),
+        model="|".join(ZOO_MODELS),
     conda:
         "../../environment.yml"
     resources:
         **needs(4000, 60),
-    params:
-        judge=lambda wc, input: ["--judge", input.judge] if input.judge else [],
     shell:
         "python -u -m quest.zoo.acceptance {input.model:q} --model {wildcards.model:q} --data {input.data:q}"
-        " {params.judge:q} -o {output.numbers:q} --grid {output.grid:q} --threads {threads:q} > {log:q} 2>&1"
+        " --judge {input.judge:q} --reference {input.reference:q} -o {output.numbers:q} --grid {output.grid:q}"
+        " --threads {threads:q} > {log:q} 2>&1"
 
 
 # This rule replaces the models of pictures that the suite ships, with their statistics and captions.
@@ -254,25 +254,6 @@ rule zoo_reference:
         **needs(2000, 30),
     shell:
         "python -u -m quest.zoo.reference --extractor {input:q} -o {output:q} --threads {threads:q} > {log:q} 2>&1"
-
-
-rule zoo_judge:
-    input:
-        model="results/zoo/{denoiser}",
-        extractor="results/zoo/scenes-extractor",
-        reference="results/zoo/scenes.npz",
-    output:
-        numbers=ensure("results/zoo/{denoiser}.json", non_empty=True),
-        grid=ensure("results/zoo/{denoiser}.png", non_empty=True),
-    log:
-        "results/zoo/{denoiser}.judge.log",
-    conda:
-        "../../environment.yml"
-    resources:
-        **needs(3000, 60),
-    shell:
-        "python -u -m quest.zoo.judge {wildcards.denoiser:q} {input.model:q} --extractor {input.extractor:q}"
-        " --reference {input.reference:q} -o {output.numbers:q} --grid {output.grid:q} --threads {threads:q} > {log:q} 2>&1"
 
 
 # Look at the grids and numbers first: this rule replaces the models and networks that the suite ships.
