@@ -1,9 +1,13 @@
 """Random codes and their exact products: what tests of every kernel on integers start from."""
 
+import pytest
 import torch
 from torch import Tensor
 
 from quest.affine import QParams, QTensor, QuantSpec, quantize
+from quest.kernels.cpu import core
+
+needs_core = pytest.mark.skipif(not core.available(), reason="no compiled core: installed without a C++ compiler")
 
 
 def activation(bits: int, zero_point: float, scale: float = 0.05) -> QParams:

@@ -10,18 +10,17 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
+from operands import needs_core
 from torch import nn
 
 import quest
-from quest.kernels.cpu import blocks, integer
+from quest.kernels.cpu import blocks
 from quest.quantization.attention import QuantAttention
 from quest.quantization.layers import QuantLayer
 from quest.quantization.placement import place
 from quest.quantization.swapping import swap
 
-pytestmark = pytest.mark.skipif(
-    integer.unavailable(torch.device("cpu")) is not None, reason="no compiled core: installed without a C++ compiler"
-)
+pytestmark = needs_core
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from operands import activation, weight
+from operands import activation, needs_core, weight
 from torch import nn
 
 import quest
@@ -21,13 +21,7 @@ from quest.kernels.cpu.core import abi, calls
 from quest.quantization.layers import quant_layers
 from quest.quantization.placement import place
 
-pytestmark = [
-    pytest.mark.skipif(
-        integer.unavailable(torch.device("cpu")) is not None,
-        reason="no compiled core: installed without a C++ compiler",
-    ),
-    pytest.mark.usefixtures("no_gradients"),
-]
+pytestmark = [needs_core, pytest.mark.usefixtures("no_gradients")]
 REFUSALS = (TypeError, ValueError, RuntimeError, IndexError)
 
 

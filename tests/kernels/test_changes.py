@@ -6,16 +6,15 @@ import gc
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
+from operands import needs_core
 from torch import nn
 
 import quest
-from quest.kernels.cpu import fused, integer
+from quest.kernels.cpu import fused
 from quest.quantization.attention import QuantAttention
 from quest.quantization.placement import place
 
-pytestmark = pytest.mark.skipif(
-    integer.unavailable(torch.device("cpu")) is not None, reason="no compiled core: installed without a C++ compiler"
-)
+pytestmark = needs_core
 
 
 @pytest.fixture(autouse=True)

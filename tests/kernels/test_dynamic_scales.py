@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from operands import poison, weight
+from operands import needs_core, poison, weight
 from torch.nn import functional as F
 
 from quest.affine import ROWS, QParams, QuantSpec, in_groups, quantize
@@ -13,13 +13,7 @@ from quest.kernels.cpu import integer
 from quest.quantization import ranges
 from quest.quantization.quantizer import Quantizer
 
-pytestmark = [
-    pytest.mark.skipif(
-        integer.unavailable(torch.device("cpu")) is not None,
-        reason="no compiled core: installed without a C++ compiler",
-    ),
-    pytest.mark.usefixtures("no_gradients"),
-]
+pytestmark = [needs_core, pytest.mark.usefixtures("no_gradients")]
 PER_CHANNEL = QuantSpec(8, axis=0)
 DYNAMIC = [QuantSpec(bits, symmetric, 1, rows=rows) for bits in (4, 8) for symmetric in (True, False) for rows in ROWS]
 CLIP = torch.tensor(0.9), torch.tensor(0.0)  # codes of a dynamic format reach 0.9 of its range

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from operands import needs_core
 
 from quest.affine import QuantSpec, _FakeQuantize, _FusedFakeQuantize
-from quest.kernels.cpu import core
 
-pytestmark = pytest.mark.skipif(not core.available(), reason="no compiled core: installed without a C++ compiler")
+pytestmark = needs_core
 
 LAYOUTS = {
     "contiguous": lambda x: x,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from operands import activation, exact, poison, weight
+from operands import activation, exact, needs_core, poison, weight
 from torch.nn import functional as F
 
 from quest import kernels
@@ -14,13 +14,7 @@ from quest.affine import FLOAT, QParams, QTensor, QuantSpec, fake_quantize, quan
 from quest.kernels import reference
 from quest.kernels.cpu import core, integer
 
-pytestmark = [
-    pytest.mark.skipif(
-        integer.unavailable(torch.device("cpu")) is not None,
-        reason="no compiled core: installed without a C++ compiler",
-    ),
-    pytest.mark.usefixtures("no_gradients"),
-]
+pytestmark = [needs_core, pytest.mark.usefixtures("no_gradients")]
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)])

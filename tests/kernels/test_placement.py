@@ -12,6 +12,7 @@ from functools import cache
 
 import pytest
 import torch
+from operands import needs_core
 from torch import nn
 
 import quest
@@ -26,13 +27,7 @@ from quest.quantization.layers import QuantLayer, attentions, quant_layers, quan
 from quest.quantization.placement import deviation, on_reference, place
 from quest.quantization.swapping import swap
 
-pytestmark = [
-    pytest.mark.skipif(
-        integer.unavailable(torch.device("cpu")) is not None,
-        reason="no compiled core: installed without a C++ compiler",
-    ),
-    pytest.mark.usefixtures("no_gradients"),
-]
+pytestmark = [needs_core, pytest.mark.usefixtures("no_gradients")]
 
 
 def in_memory(layer: QuantLayer) -> int:

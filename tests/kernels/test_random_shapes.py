@@ -5,20 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from operands import activation, exact, weight
+from operands import activation, exact, needs_core, weight
 from torch.nn import functional as F
 
 from quest.affine import QParams, QuantSpec
 from quest.kernels import reference
 from quest.kernels.cpu import integer
 
-pytestmark = [
-    pytest.mark.skipif(
-        integer.unavailable(torch.device("cpu")) is not None,
-        reason="no compiled core: installed without a C++ compiler",
-    ),
-    pytest.mark.usefixtures("no_gradients"),
-]
+pytestmark = [needs_core, pytest.mark.usefixtures("no_gradients")]
 CASES = 300
 LAYOUTS = (
     lambda x: x,
