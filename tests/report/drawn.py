@@ -1,16 +1,17 @@
-"""A cell with drawn arrays, for the tests of the report."""
+"""Cells for the tests of the report: one with drawn arrays, and the metrics of one from numbers at hand."""
 
 from pathlib import Path
 
 import numpy as np
 
-from quest.metrics import Cell, measure
+from quest.metrics import METRICS, Cell, intervals, measure
 from quest.metrics.frechet import Reference, Statistics
 from quest.runtime.files import dumps
 
 N, CALLS = 24, 3
 NOISE = {"fp": 0.0, "rtn": 0.5, "quest": 0.1}
 METHODS = {"fp": "No quantization.", "rtn": "Nearest codes <here>.", "quest": "QuEST (arXiv:2402.03666)."}
+NETWORKS = {"extractor": "scenes", "clip": "scenes-clip", None: ""}
 MADE = {"commit": "abc", "dirty": False, "versions": {"python": "3.12"}, "machine": {"cpu": "Some CPU"}}
 
 
@@ -46,3 +47,36 @@ def draw(folder: Path, model: str, method: str, bits: str, write_checkpoint) -> 
     reference = Reference(*(Statistics.from_features(real.normal(size=(200, d))) for d in (6, 7)), {})
     found = measure(Cell.load(*files), reference, fp, extractor="scenes", protocol="ddim 20, eta 0, guidance 3")
     return found | {"model": model, "method": method, "bits": bits, "provenance": MADE}
+
+
+def measured(model, method, bits, resampled, values, half=None, images="0-499", **more) -> dict:
+    """A metrics.json as measure() returns it, of these values by metric and their resampled values.
+
+    Intervals come from the resampled values, or are the value and `half` to either side.
+    """
+    rows = []
+    for name, value in values.items():
+        low, high = (value - half, value + half) if half is not None else intervals.interval(value, resampled[name])
+        n = 16 if name == "eps_error" else int(images.split("-")[1]) + 1
+        row = {"metric": name, "value": value, "low": low, "high": high, "n": n, "protocol": "plms 20, guidance 3"}
+        rows.append(row | {"extractor": NETWORKS[METRICS[name].network], "reference": "", "note": ""})
+    return {
+        "model": model,
+        "method": method,
+        "bits": bits,
+        "rows": rows,
+        "eps_error": [],
+        "resampled": {name: draws.tolist() for name, draws in resampled.items()},
+        "drawn": {"images": images, "trajectories": 16, "timesteps": []},
+        "footprint": {},
+        "provenance": {"versions": {"torch": "2.9"}, "machine": {"cpu": "Some CPU"}, "commit": "abc"},
+    } | more
+
+
+def stored(cells: list[dict], folder: Path) -> list[Path]:
+    """Write the metrics of these cells as a run does, and return the files."""
+    files = [folder / one["model"] / one["method"] / one["bits"] / "metrics.json" for one in cells]
+    for file, one in zip(files, cells, strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(dumps(one), encoding="utf-8")
+    return files

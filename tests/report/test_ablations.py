@@ -1,9 +1,9 @@
-import json
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
+from drawn import measured, stored
 from safetensors.numpy import save_file
 
 from quest.metrics import intervals
@@ -25,27 +25,13 @@ LEVELS = {"quest": 1.0, "q-diffusion": 2.0, "quest-groups-1": 1.5, "q-diffusion-
 
 
 def cell(method, value, images="0-499"):
-    """A metrics.json as measure() returns it: resampled values of all cells scatter together."""
+    """Resampled values of all cells scatter together."""
     common = np.random.default_rng(0).normal(size=intervals.RESAMPLES)
     own = np.random.default_rng(int(value * 1000)).normal(size=intervals.RESAMPLES)
     resampled = {"log_latent_mse": value + 0.05 * common + 0.005 * own, "is": 40 - value + 0.05 * common + 0.005 * own}
-    row = {"n": N, "extractor": "", "protocol": "ddim", "reference": "", "note": ""}
-    return {
-        "model": "scenes-class",
-        "method": method,
-        "bits": "w4a4",
-        "rows": [
-            row
-            | {"metric": name, "value": float(values.mean())}
-            | dict(zip(("low", "high"), intervals.interval(values.mean(), values), strict=True))
-            for name, values in resampled.items()
-        ],
-        "eps_error": [],
-        "resampled": {name: values.tolist() for name, values in resampled.items()},
-        "drawn": {"images": images, "trajectories": 16, "timesteps": []},
-        "footprint": {"bytes": 1_500_000, "bops": 1, "effective_bits": 4.5, "kernel": "integer", "realizable": 0.5},
-        "provenance": {"versions": {"torch": "2.9"}, "machine": {"cpu": "Some CPU"}, "commit": "abc"},
-    }
+    values = {name: float(draws.mean()) for name, draws in resampled.items()}
+    size = {"bytes": 1_500_000, "bops": 1, "effective_bits": 4.5, "kernel": "integer", "realizable": 0.5}
+    return measured("scenes-class", method, "w4a4", resampled, values, images=images, footprint=size)
 
 
 STAGES = [{"stage": s, "parameters": 9, "iterations": 100, "batch": 16} for s in ("first", "second")]
@@ -54,13 +40,9 @@ TOOK = {"peak_memory": 1200, "cost": {"stages": STAGES}}
 
 @pytest.fixture
 def frame(tmp_path, write_checkpoint):
-    paths = []
-    for i, (name, value) in enumerate(LEVELS.items()):
-        paths.append(tmp_path / name / "metrics.json")
-        paths[-1].parent.mkdir()
-        paths[-1].write_text(json.dumps(cell(name, value)), encoding="utf-8")
-        file = paths[-1].with_name("model.safetensors")
-        write_checkpoint(file, seconds=100.0 + i, init={"seconds": 230.0}, **TOOK)
+    paths = stored([cell(name, value) for name, value in LEVELS.items()], tmp_path)
+    for i, path in enumerate(paths):
+        write_checkpoint(path.with_name("model.safetensors"), seconds=100.0 + i, init={"seconds": 230.0}, **TOOK)
     return ablations.write(paths, BLOCK, tmp_path / "tables/ablations.csv", tmp_path / "tables/ablations.md")
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from drawn import measured
 
 from quest.metrics import intervals
 from quest.report import outliers
@@ -14,16 +15,9 @@ def cell(method, factor, value):
     """A cell whose images share nearly all of their noise with those of all others."""
     common = np.random.default_rng(0).normal(size=intervals.RESAMPLES)
     own = np.random.default_rng([len(method), factor]).normal(size=intervals.RESAMPLES)
-    names = {"extractor": "", "protocol": "", "reference": "", "note": "", "n": 100}
-    return {
-        "model": "photos-class" + (f"-x{factor}" if factor > 1 else ""),
-        "method": method,
-        "bits": "w4a4",
-        "rows": [{"metric": "log_latent_mse", "value": value, "low": value, "high": value} | names],
-        "eps_error": [],
-        "resampled": {"log_latent_mse": (value + 0.5 * common + 0.01 * own).tolist()},
-        "drawn": {"images": "0-99", "trajectories": 4, "timesteps": [1]},
-    }
+    resampled = {"log_latent_mse": value + 0.5 * common + 0.01 * own}
+    model = "photos-class" + (f"-x{factor}" if factor > 1 else "")
+    return measured(model, method, "w4a4", resampled, {"log_latent_mse": value})
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from drawn import measured, stored
 
 from quest.metrics import intervals
 from quest.report import nulls, rendering, tables
@@ -20,20 +21,10 @@ EXACT = {"is": 9.0}
 
 def content(method, bits, values, **more):
     """A metrics.json with intervals so narrow that they exclude 0."""
-    names = dict.fromkeys(("extractor", "protocol", "reference", "note"), "")
     spread = 1e-6 * np.random.default_rng(0).normal(size=intervals.RESAMPLES)
-    return {
-        "model": "scenes-class",
-        "method": method,
-        "bits": bits,
-        "rows": [{"metric": m, "value": v, "low": v, "high": v, "n": 100} | names for m, v in values.items()],
-        "eps_error": [],
-        "resampled": {name: (value + spread).tolist() for name, value in values.items()},
-        "drawn": {"images": "0-99", "trajectories": 4, "timesteps": [1]},
-        "sampled": [{"core": {"isa": "avx2", "torch": "AVX2"}}],
-        "footprint": {},
-        "provenance": {},
-    } | more
+    resampled = {name: value + spread for name, value in values.items()}
+    isa = [{"core": {"isa": "avx2", "torch": "AVX2"}}]
+    return measured("scenes-class", method, bits, resampled, values, images="0-99", sampled=isa, provenance={}, **more)
 
 
 @pytest.fixture
@@ -41,9 +32,7 @@ def run(tmp_path):
     """A run with two methods, full precision and its null controls: (folder, write, files of the cells)."""
 
     def write(method, bits, values, **more):
-        file = tmp_path / "scenes-class" / method / bits / "metrics.json"
-        file.parent.mkdir(parents=True)
-        file.write_text(dumps(content(method, bits, values, **more)), encoding="utf-8")
+        (file,) = stored([content(method, bits, values, **more)], tmp_path)
         return file
 
     cells = [write("fp", "w32a32", EXACT), *(write(method, "w4a4", values) for method, values in VALUES.items())]

@@ -1,35 +1,18 @@
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
+from drawn import measured, stored
 
-from quest.metrics import METRICS, intervals
+from quest.metrics import intervals
 from quest.report import ledger, paper
 
 COMMON = np.random.default_rng(0).normal(size=intervals.RESAMPLES)
 
 
 def cell(model, method, bits, **values):
-    """A metrics.json as measure() returns it; resampled values of all cells scatter together."""
+    """Resampled values of all cells scatter together."""
     resampled = {name: value + COMMON for name, value in values.items()}
-    row = {"n": 500, "protocol": "ddim", "reference": "", "note": ""}
-    return {
-        "model": model,
-        "method": method,
-        "bits": bits,
-        "rows": [
-            row
-            | {"metric": name, "value": value, "low": value - 2, "high": value + 2}
-            | {"extractor": "scenes" if METRICS[name].network else ""}
-            for name, value in values.items()
-        ],
-        "eps_error": [],
-        "resampled": {name: draws.tolist() for name, draws in resampled.items()},
-        "drawn": {"images": "0-499", "trajectories": 16, "timesteps": []},
-        "footprint": {"bytes": 3 * 2**20},
-        "provenance": {"versions": {"torch": "2.9"}, "machine": {"cpu": "Some CPU"}, "commit": "abc"},
-    }
+    return measured(model, method, bits, resampled, values, half=2, footprint={"bytes": 3 * 2**20})
 
 
 CELLS = [
@@ -146,12 +129,7 @@ def test_every_published_row_of_the_tables_is_shown():
 
 
 def test_files(tmp_path):
-    paths = []
-    for i, one in enumerate(CELLS):
-        paths.append(tmp_path / f"{i}" / "metrics.json")
-        paths[-1].parent.mkdir()
-        paths[-1].write_text(json.dumps(one), encoding="utf-8")
-    paper.write(paths, tmp_path / "tables")
+    paper.write(stored(CELLS, tmp_path), tmp_path / "tables")
     names = {f"table{number}.{kind}" for number in range(2, 12) for kind in ("csv", "md", "tex")}
     assert {path.name for path in (tmp_path / "tables").iterdir()} == names
     tex = (tmp_path / "tables" / "table6.tex").read_text(encoding="utf-8")

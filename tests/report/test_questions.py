@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from drawn import measured
 
 from quest.report import properties, property_figures, questions
 from quest.report.evidence import Evidence, comparisons_rows, inference_rows, qat_rows, taylor_rows, tunings_rows
@@ -15,22 +16,9 @@ def cell(method: str, shift: float) -> dict:
     """A row of a table whose latent MSE lies `shift` above the others', image by image, with a little noise."""
     rng = np.random.default_rng(list(method.encode()))
     noise, own = np.random.default_rng(0).normal(size=200), 0.01 * rng.normal(size=200)
-    rows = [
-        {"metric": m, "value": 1 + shift, "low": 0.9 + shift, "high": 1.1 + shift, "n": 50}
-        | {"extractor": "scenes", "protocol": "ddim", "reference": "", "note": ""}
-        for m in SHOWN
-    ]
-    return {
-        "model": "m",
-        "method": method,
-        "bits": "w4a4",
-        "rows": rows,
-        "eps_error": [],
-        "resampled": {m: (1 + shift + noise + own).tolist() for m in SHOWN},
-        "drawn": {"images": "0-49", "trajectories": 16, "timesteps": [1]},
-        "footprint": {"bytes": 1e6},
-        "provenance": {},
-    }
+    resampled = dict.fromkeys(SHOWN, 1 + shift + noise + own)
+    values = dict.fromkeys(SHOWN, 1 + shift)
+    return measured("m", method, "w4a4", resampled, values, half=0.1, images="0-49", footprint={"bytes": 1e6})
 
 
 def tuning(error: float) -> dict:

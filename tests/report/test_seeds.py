@@ -1,33 +1,22 @@
-import json
 import math
 
 import numpy as np
 import pytest
+from drawn import measured, stored
 from scipy import stats
 
 from quest.metrics import intervals
 from quest.report import seeds
 
-N, SPREAD = 500, 0.05
+SPREAD = 0.05
 
 
 def cell(method, value, metric="log_latent_mse", images="0-499"):
-    """A metrics.json as measure() returns it: resampled values of all cells scatter together."""
+    """Resampled values of all cells scatter together."""
     common = np.random.default_rng(0).normal(size=intervals.RESAMPLES)
     own = np.random.default_rng(int(value * 100) if math.isfinite(value) else 0).normal(size=intervals.RESAMPLES)
-    resampled = value + SPREAD * common + 0.1 * SPREAD * own
-    row = {"metric": metric, "value": value, "n": N, "extractor": "", "protocol": "ddim", "reference": "", "note": ""}
-    return {
-        "model": "scenes-text",
-        "method": method,
-        "bits": "w4a4",
-        "rows": [row | dict(zip(("low", "high"), intervals.interval(value, resampled), strict=True))],
-        "eps_error": [],
-        "resampled": {metric: resampled.tolist()},
-        "drawn": {"images": images, "trajectories": 16, "timesteps": []},
-        "footprint": {},
-        "provenance": {"versions": {"torch": "2.9"}, "machine": {"cpu": "Some CPU"}, "commit": "abc"},
-    }
+    resampled = {metric: value + SPREAD * common + 0.1 * SPREAD * own}
+    return measured("scenes-text", method, "w4a4", resampled, {metric: value}, images=images)
 
 
 def cells(**changed):
@@ -95,11 +84,7 @@ def test_what_cannot_be_compared_is_an_error():
 
 
 def test_files(tmp_path):
-    paths = []
-    for i, one in enumerate(cells()):
-        paths.append(tmp_path / f"{i}.json")
-        paths[-1].write_text(json.dumps(one), encoding="utf-8")
-    seeds.write(paths, tmp_path / "tables")
+    seeds.write(stored(cells(), tmp_path), tmp_path / "tables")
     text = (tmp_path / "tables" / "seeds.md").read_text(encoding="utf-8")
     assert "| scenes-text | w4a4 | log10 latent MSE to FP | quest | q-diffusion | -1.00 ± 0.25 |" in text
     assert "Quantization seeds 0,1,2" in text and "n = 500, evaluation seeds 0-499" in text

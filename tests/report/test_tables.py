@@ -4,86 +4,68 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from drawn import measured, stored
 
 from quest.metrics import METRICS, compare, intervals
 from quest.report import ledger, rendering, tables
 from quest.report.cells import read_cells
-from quest.runtime.files import dumps
 
 MODELS = {"scenes-text": ["fid", "clip", "latent_mse", "eps_error"], "scenes-uncond": ["fid", "latent_mse"]}
 # Mean of each method's metrics at 4 bits; full precision is at 1.
 LEVELS = {"rtn": 4.0, "rtn-mse": 2.0, "quest": 1.5}
 BITS = {"w8a8": 0.001, "w4a4": 1.0}
 BYTES = {"w32a32": 40_000_000, "w8a8": 10_234_567, "w4a4": 5_123_456}
+FOOTPRINT = {
+    "bops": 5e10,
+    "effective_bits": 4.5,
+    "scale_bits": 24,
+    "float_fmas": 7,
+    "float_additions": 0,
+    "weight_scale_bits": 6,
+    "branch_macs": 5,
+    "branch_bops": 1280,
+    "parameters": 9,
+    "macs": 8,
+    "kernel": "integer",
+    "realizable": 0.9,
+    "latency_ms": 81.5,
+    "batch": 100,
+    "threads": 1,
+}
 
 
 def cell(model, method, bits, spread=0.05):
-    """A metrics.json as measure() returns it, made of a level per method, with resampled values that go together."""
-    trajectories, n = 16, 500
+    """Metrics made of a level per method, with resampled values that go together."""
     common = np.random.default_rng(0).normal(size=intervals.RESAMPLES)
     own = np.random.default_rng(len(method) * 100 + len(bits)).normal(size=intervals.RESAMPLES)
     level = 1 + (LEVELS[method] - 1) * BITS[bits] if method != "fp" else 1.0
-    rows, resampled = [], {}
-    for name in MODELS[model]:
-        if METRICS[name].paired and method == "fp":
-            continue
-        value = level if METRICS[name].better == "lower" else 30 / level
-        resampled[name] = (value + spread * common + 0.01 * own).tolist()
-        low, high = intervals.interval(value, np.array(resampled[name]))
-        rows.append(
-            {
-                "metric": name,
-                "value": value,
-                "low": low,
-                "high": high,
-                "n": trajectories if name == "eps_error" else n,
-                "extractor": {"extractor": "scenes", "clip": "scenes-clip", None: ""}[METRICS[name].network],
-                "protocol": "plms 20, guidance 3",
-                "reference": "",
-                "note": "",
-            }
-        )
-    calls = (
-        []
-        if method == "fp"
-        else [
-            {"call": call, "timestep": t, "value": level, "low": level - 0.1, "high": level + 0.1, "n": trajectories}
-            for call, t in enumerate([951, 901, 901, 1])
-        ]
-    )
+    values = {
+        name: level if METRICS[name].better == "lower" else 30 / level
+        for name in MODELS[model]
+        if method != "fp" or not METRICS[name].paired
+    }
+    resampled = {name: value + spread * common + 0.01 * own for name, value in values.items()}
+    timesteps = [951, 901, 901, 1]
+    calls = [
+        {"call": call, "timestep": t, "value": level, "low": level - 0.1, "high": level + 0.1, "n": 16}
+        for call, t in enumerate(timesteps)
+    ]
     made = {
         "versions": {"python": "3.12.1", "torch": "2.9.0", "scipy": None},
         "machine": {"cpu": "Some CPU", "cores": 2},
     }
-    return {
-        "model": model,
-        "method": method,
-        "bits": bits,
-        "rows": rows,
-        "eps_error": calls,
-        "resampled": resampled,
-        "drawn": {"images": f"0-{n - 1}", "trajectories": trajectories, "timesteps": [951, 901, 901, 1]},
-        "footprint": {
-            "bytes": BYTES[bits],
-            "bops": 5e10,
-            "effective_bits": 4.5,
-            "scale_bits": 24,
-            "float_fmas": 7,
-            "float_additions": 0,
-            "weight_scale_bits": 6,
-            "branch_macs": 5,
-            "branch_bops": 1280,
-            "parameters": 9,
-            "macs": 8,
-            "kernel": "integer",
-            "realizable": 0.9,
-            "latency_ms": 81.5,
-            "batch": 100,
-            "threads": 1,
-        },
-        "sampled": [made | {"commit": "aaa", "dirty": False}],
-        "provenance": made | {"commit": "bbb", "dirty": True},
-    }
+    return measured(
+        model,
+        method,
+        bits,
+        resampled,
+        values,
+        eps_error=[] if method == "fp" else calls,
+        drawn={"images": "0-499", "trajectories": 16, "timesteps": timesteps},
+        footprint=FOOTPRINT | {"bytes": BYTES[bits]},
+        sampled=[made | {"commit": "aaa", "dirty": False}],
+        provenance=made | {"commit": "bbb", "dirty": True},
+    )
 
 
 @pytest.fixture
@@ -122,11 +104,7 @@ def test_main_frame_is_tidy(cells):
 
 def test_rows_that_different_code_made_are_said(cells, tmp_path, capsys):
     def written():
-        paths = []
-        for i, one in enumerate(cells):
-            paths.append(tmp_path / f"{i}.json")
-            paths[-1].write_text(json.dumps(one), encoding="utf-8")
-        tables.write(paths, tmp_path)
+        tables.write(stored(cells, tmp_path), tmp_path)
         return (tmp_path / "main.md").read_text(encoding="utf-8"), capsys.readouterr().err
 
     for one in cells:
@@ -243,11 +221,7 @@ def test_a_cell_that_diverged_is_named_everywhere_and_never_bold(cells, tmp_path
             rows["fid"]["value"] = 0.1
             rows["latent_mse"] |= {"value": None, "low": None, "high": None}
             one["resampled"]["latent_mse"] = [None] * intervals.RESAMPLES
-    paths = []
-    for i, one in enumerate(cells):
-        paths.append(tmp_path / f"{i}.json")
-        paths[-1].write_text(json.dumps(one), encoding="utf-8")
-    tables.write(paths, tmp_path)
+    tables.write(stored(cells, tmp_path), tmp_path)
     paired = pd.read_csv(tmp_path / "paired.csv")
     chosen = (paired.model == "scenes-text") & (paired.bits == "w4a4")
     broken = paired[chosen & ((paired.method == "rtn") | (paired.versus == "rtn"))]
@@ -320,12 +294,7 @@ def test_ledger_counts_verdicts_and_shows_what_was_run(of_the_paper):
 
 def test_files(cells, tmp_path):
     cells[1]["rows"][1].update(value=math.nan, low=math.nan, high=math.nan)  # a method that broke down
-    paths = []
-    for c in cells:
-        paths.append(tmp_path / c["model"] / c["method"] / c["bits"] / "metrics.json")
-        paths[-1].parent.mkdir(parents=True)
-        paths[-1].write_text(dumps(c), encoding="utf-8")
-    tables.write(paths, tmp_path / "tables")
+    tables.write(stored(cells, tmp_path), tmp_path / "tables")
     written = sorted(file.name for file in (tmp_path / "tables").iterdir())
     ledgers = ["ledger.csv", "ledger.md", "ledger.tex"]
     assert written == ["eps_error.csv", *ledgers, "main.csv", "main.md", "main.tex", "paired.csv"]
@@ -336,19 +305,19 @@ def test_files(cells, tmp_path):
 
 
 def test_bad_input(cells, tmp_path):
-    def stored(content, name="metrics.json"):
+    def file(content, name="metrics.json"):
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
         return tmp_path / name
 
     with pytest.raises(ValueError, match="metrics.json: not JSON: "):
-        read_cells([stored("{")])
+        read_cells([file("{")])
     with pytest.raises(ValueError, match="metrics.json: lacks resampled, provenance"):
-        read_cells([stored({k: v for k, v in cells[0].items() if k not in ("resampled", "provenance")})])
+        read_cells([file({k: v for k, v in cells[0].items() if k not in ("resampled", "provenance")})])
     with pytest.raises(ValueError, match="other.json: scenes-text fp w32a32 is also in .*metrics.json"):
-        read_cells([stored(cells[0]), stored(cells[0], "other.json")])
+        read_cells([file(cells[0]), file(cells[0], "other.json")])
     cells[0]["rows"][0]["metric"] = "FID"
     with pytest.raises(ValueError, match=r"rows\[0\].metric: 'FID' is not one of \['kid_64w', 'fd_64w'"):
-        read_cells([stored(cells[0])])
+        read_cells([file(cells[0])])
     cells[1]["drawn"]["images"] = "0-399"
     with pytest.raises(ValueError, match="scenes-text w8a8: rtn-mse against rtn: .*equal images"):
         tables.paired_frame(cells)
@@ -356,8 +325,7 @@ def test_bad_input(cells, tmp_path):
 
 def test_a_cell_may_have_another_draw_than_its_seed(cells, tmp_path):
     cells[0]["method"] = "quest-suite@4.3"
-    (tmp_path / "metrics.json").write_text(dumps(cells[0]), encoding="utf-8")
-    assert read_cells([tmp_path / "metrics.json"])[0]["method"] == "quest-suite@4.3"
+    assert read_cells(stored(cells[:1], tmp_path))[0]["method"] == "quest-suite@4.3"
 
 
 @pytest.mark.parametrize("name, beyond, short_of", [("fid", 0.5, 1.5), ("clip", 31.0, 29.0)])
@@ -393,6 +361,5 @@ def test_a_value_beyond_full_precision_is_not_the_best(name, beyond, short_of):
 )
 def test_a_field_of_another_kind_is_named(cells, tmp_path, change, words):
     change(cells[0])
-    (tmp_path / "metrics.json").write_text(dumps(cells[0]), encoding="utf-8")
     with pytest.raises(ValueError, match=f"metrics.json: .*{words}"):
-        read_cells([tmp_path / "metrics.json"])
+        read_cells(stored(cells[:1], tmp_path))
