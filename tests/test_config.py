@@ -36,7 +36,7 @@ def test_shipped_configs_are_valid(file):
 
 def test_default_grid(default):
     cells = runs(default)
-    assert len(cells) == len(set(cells)) == 3 * (1 + 2 + 3 + 6)
+    assert len(cells) == len(set(cells)) == 3 * (1 + 2 + 3 + 6) + 1
     assert Run("emoji-text", "quest-suite", "w4a8").path == "emoji-text/quest-suite/w4a8"
     assert [run.bits for run in cells if run.method == "fp"] == ["w32a32"] * 3
 
@@ -302,7 +302,7 @@ def test_only_methods_that_have_recipes_run_and_weights_only_ones_at_their_bits(
     default["grid"].append({"model": ["emoji-text"], "method": ["adaround"], "bits": ["w4a32"]})
     validate(default)
     default["grid"][-1]["bits"] = ["w4a8"]
-    with pytest.raises(ConfigError, match=r"grid\[4\]: adaround at w4a8; it quantizes weights only, e.g. at w4a32"):
+    with pytest.raises(ConfigError, match=r"grid\[5\]: adaround at w4a8; it quantizes weights only, e.g. at w4a32"):
         validate(default)
 
 
