@@ -290,7 +290,7 @@ def test_better_than_full_precision_is_a_flag_and_no_success(judged):
     claim = claims.Claim("x", "y", ((row["method"].item(), "fp"),), ("psnr",), ("better", "equivalent"))
     found = claims.of_claim(claim, row)
     assert claims.word(claim, found) == "open (full precision is surpassed, which flags the metric)"
-    assert claims.line(found[0]).partition(" seeds: ")[2].startswith("flag")
+    assert claims.comparisons(claim, found).rows[0][-1].endswith(" flag")
 
 
 NO_LAYERS = pd.DataFrame(columns=["checkpoint", "median"])

@@ -191,13 +191,6 @@ def _flag(row) -> bool:
     return row.versus == FP and row.verdict == AHEAD
 
 
-def line(row) -> str:
-    names = f"{row.model}, {row.bits.upper()}, {METRICS[row.endpoint].label}: {row.method} minus {row.versus}"
-    number = "" if math.isnan(row.value) else f" {plus_minus(row.value, row.low, row.high)}"
-    note = f"; {row.note}" if row.note else ""
-    return f"{names}{number}, {row.seeds} seeds: {'flag' if _flag(row) else row.verdict}{note}"
-
-
 def illustrations(claim: Claim, seeds: pd.DataFrame, name: str):
     """Lines of a table over seeds that was made before the protocol."""
     for row in seeds.itertuples():
