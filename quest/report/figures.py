@@ -66,7 +66,7 @@ def metric_vs_bits(main: pd.DataFrame, metric: str, path: str | Path) -> None:
         _band(axes, of_model[of_model["method"] == "fp"])
         for place, method in enumerate(methods):
             points = of_model[of_model["method"] == method].set_index("bits").reindex(bits)
-            x = np.arange(len(bits)) + 0.18 * (place - (len(methods) - 1) / 2)
+            x = _beside(bits, place, methods)
             error_bars(axes, x, points, ms=5, elinewidth=1.4, capsize=2.5, label=method, **look(place))
         axes.set_xticks(range(len(bits)), [text.upper() for text in bits])
         axes.set_xlim(-0.5, len(bits) - 0.5)
@@ -80,6 +80,12 @@ def metric_vs_bits(main: pd.DataFrame, metric: str, path: str | Path) -> None:
     panels[0].set_ylabel(f"{column_label(metric, frame)}, {METRICS[metric].better} is better", fontsize=9)
     legend(figure, panels)
     save(figure, path)
+
+
+def _beside(bits: Sequence[str], place: int, methods: Sequence[str]) -> np.ndarray:
+    """Where the marks of a method stand: beside those of the others, around each number of bits."""
+    apart = min(0.18, 0.9 / len(methods))  # of a step from one number of bits to the next
+    return np.arange(len(bits)) + apart * (place - (len(methods) - 1) / 2)
 
 
 def quality(main: pd.DataFrame, model: str, metric: str, against: str) -> str:
@@ -102,7 +108,7 @@ def quality(main: pd.DataFrame, model: str, metric: str, against: str) -> str:
         error_bars(axes, full[against], full, marker="_", color="black", ms=6, elinewidth=1.5, capsize=2.5)
     for place, method in enumerate(methods):
         points = frame[frame["method"] == method].set_index("bits").reindex(bits)
-        x = np.arange(len(bits)) + 0.15 * (place - (len(methods) - 1) / 2) if against == "bits" else points[against]
+        x = _beside(bits, place, methods) if against == "bits" else points[against]
         error_bars(axes, x, points, ms=4.5, elinewidth=1.2, **look(place))
         if against == "tbops":  # the size depends on weight bits alone, so a line against it would be vertical
             axes.plot(x, points["value"], color=look(place)["color"], lw=0.8, alpha=0.6)

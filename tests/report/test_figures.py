@@ -109,3 +109,9 @@ def test_activation_ranges_follow_the_range(tmp_path):
     highest = [np.argmax(part[:, part.any(axis=0)], axis=0) for part in (edge[:, :half], edge[:, half:])]
     assert np.ptp(highest[0]) <= 2  # a constant range is a straight line
     assert highest[1][-5] > highest[1][5] + 50  # noise on the left, so this one falls to the right
+
+
+@pytest.mark.parametrize("count", [1, 5, 9])
+def test_the_marks_of_all_methods_lie_within_their_panel(count):
+    methods = [f"m{place}" for place in range(count)]
+    assert all(abs(figures._beside(["w4a4"], place, methods)).max() < 0.5 for place in range(count))
