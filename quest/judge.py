@@ -31,8 +31,8 @@ from quest.metrics import lite0
 from quest.metrics.intervals import half_width, resample_counts, student
 from quest.metrics.kernel_distance import kernel
 from quest.metrics.per_image import psnr, squared_distances
-from quest.metrics.reference import image_files, prepared
-from quest.runtime.files import read_arrays, read_lines, write_text
+from quest.metrics.reference import read_images
+from quest.runtime.files import read_lines, write_text
 
 EXIT = {"same or better": 0, "worse": 1, "cannot tell": 2}  # codes of the process
 FEWEST, MOST = 20, 5000  # images of one side
@@ -196,20 +196,8 @@ def load(source: str | Path, prompts: Sequence[str] | None, images: int) -> tupl
         raise FileNotFoundError(f"{source}: no such file or folder")
     if (source / "model_index.json").is_file():
         return generated(source, prompts, images), None
-    if source.is_file():
-        arrays = read_arrays(source)
-        x = arrays.get("arr_0", arrays.get("images"))
-        if x is None or x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3:
-            raise ValueError(
-                f"{source}: needs arr_0 or images, uint8 [N, H, W, 3]; it has {', '.join(arrays) or 'nothing'}"
-            )
-        return x[:MOST], None
-    from PIL import Image
-
-    files, _ = image_files(source, None)
-    with Image.open(files[0]) as opened:
-        size = min(opened.size)
-    return np.stack([prepared(file, size) for file in files[:MOST]]), [f.relative_to(source).stem for f in files[:MOST]]
+    images, names = read_images(source, MOST)
+    return images, names and [Path(name).stem for name in names]
 
 
 def generated(folder: Path, prompts: Sequence[str] | None, images: int) -> np.ndarray:

@@ -276,15 +276,15 @@ def measure(
     - "drawn": images, trajectories and timesteps, which two cells must share to be compared.
     - "sampled": the provenance of each shard. "footprint": size and work of the denoiser.
 
-    Raises ValueError if cell and full precision hold different images, or if the cell has no eps_error or only one
-    image.
+    Raises ValueError if cell and full precision hold different images, or if the cell has only one image, or latents
+    and no eps_error. One without both is of images that were made elsewhere.
     """
     if len(cell.index) < 2:
         raise ValueError(f"{len(cell.index)} image: metrics have an interval, which needs 2 or more")
     if fp is not None and not np.array_equal(cell.index, fp.index):
         ours, theirs = index_ranges(cell.index), index_ranges(fp.index)
         raise ValueError(f"only the same images are compared: the cell has {ours}, full precision {theirs}")
-    if fp is not None and cell.eps_error is None:
+    if fp is not None and cell.eps_error is None and cell.latents is not None:
         raise ValueError("the cell has no eps_error; it belongs into the first feature shard")
     resamples = INCEPTION_RESAMPLES if extractor in RESIZE else intervals.RESAMPLES
     counts = intervals.resample_counts(len(cell.index), resamples)
@@ -319,7 +319,7 @@ def measure(
         )
     return {
         "rows": rows,
-        "eps_error": [] if fp is None else _eps_error_by_call(cell),
+        "eps_error": [] if fp is None or cell.eps_error is None else _eps_error_by_call(cell),
         "resampled": resampled,
         "drawn": {
             "images": index_ranges(cell.index),

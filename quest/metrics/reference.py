@@ -214,8 +214,43 @@ def _rgb(image):
     return image.convert("RGB")
 
 
-def prepared(file: Path, size: int) -> np.ndarray:
-    """Read an image, crop its centre square and resize it to uint8 [size, size, 3]. Raises ValueError, see `_rgb`."""
+def read_images(source: Path, most: int | None = None, size: int | None = None) -> tuple[np.ndarray, list[str] | None]:
+    """Images uint8 [N, H, W, 3] of a folder, with the names of its files, or of `arr_0` or `images` in an .npz file.
+
+    most: how many of them are read. size: the side of each image, and one of another size is refused. Without it the
+    images of a folder are cropped at the centre and resized to the smaller side of the first one.
+
+    Raises FileNotFoundError or ValueError that names the file or folder.
+    """
+    if source.is_file():
+        arrays = read_arrays(source)
+        x = arrays.get("arr_0", arrays.get("images"))
+        if x is None or x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3:
+            raise ValueError(
+                f"{source}: needs arr_0 or images, uint8 [N, H, W, 3]; it has {', '.join(arrays) or 'nothing'}"
+            )
+        if size is not None and x.shape[1:3] != (size, size):
+            raise ValueError(f"{source}: images of {x.shape[2]} x {x.shape[1]} pixels; needed: {size} x {size}")
+        return x[:most], None
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    files = image_files(source, None)[0][:most]
+    if exact := size is not None:
+        side = size
+    else:
+        from PIL import Image
+
+        with Image.open(files[0]) as opened:
+            side = min(opened.size)
+    images = np.stack([prepared(file, side, exact) for file in files])
+    return images, [file.relative_to(source).as_posix() for file in files]
+
+
+def prepared(file: Path, size: int, exact: bool = False) -> np.ndarray:
+    """Read an image, crop its centre square and resize it to uint8 [size, size, 3].
+
+    exact: refuse an image of another size. Raises ValueError, see also `_rgb`.
+    """
     from PIL import Image
 
     try:
@@ -223,6 +258,8 @@ def prepared(file: Path, size: int) -> np.ndarray:
             image = _rgb(opened)
     except Exception as error:  # each kind of damaged file raises another type
         raise ValueError(f"{file}: not an image that can be read ({error})") from error
+    if exact and image.size != (size, size):
+        raise ValueError(f"{file}: {image.width} x {image.height} pixels; needed: {size} x {size}")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))

@@ -1,8 +1,9 @@
 """The leaderboard: which submissions it takes, and what reveals one that breaks its rules. Needs no torch.
 
 A submission is a folder `results/leaderboard/NAME` with `entry.yaml` and a packed checkpoint `model.safetensors` of the
-model MODEL. A row of workflow/config/default.yaml needs no file: the workflow makes it. Submissions are scored on the
-images of PROTOCOL.md. docs/leaderboard.md has the rules for people.
+model MODEL. A row of workflow/config/default.yaml needs no file: the workflow makes it. Who has no checkpoint sends the
+judged images alone, whose rows stand below the others. Submissions are scored on the images of PROTOCOL.md.
+docs/leaderboard.md has the rules for people.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ from quest.runtime.yaml_files import read_yaml
 
 MODEL = "photos-class"
 FIRST, IMAGES = 500, 500  # the images that decide, as in PROTOCOL.md
+SIDE = 32  # of an image, in pixels
 FRESH = 100  # images that are drawn after the submissions were made, see `draw`
 ENDPOINTS = ("kid_64w", "log_latent_mse", "psnr", "agreement")
 ENDS, ENDS_BITS, SOFTMAX_BITS = ("conv_in", "conv_out"), 8, 8  # of the common stack (CONTRIBUTING.md)
@@ -40,9 +42,16 @@ FIELDS = {
     "authors": (r"[^<>\[\]|`\r\n]{1,200}", "who made it, without links and markup"),
     "bits": (r"w[2-8]a[2-8]", "weight and activation bits, such as w4a4"),
     "recipe": (r"(?s).{20,5000}", "how to make the checkpoint again: commands or a config, and the commit"),
-    "sha256": (r"[0-9a-f]{64}", "the hash of model.safetensors (sha256sum); with a row, that of `tensors_hash`"),
+    "sha256": (
+        r"[0-9a-f]{64}",
+        "the hash of model.safetensors (sha256sum); with a row, that of `tensors_hash`; with images, that of --hash",
+    ),
 }
-ROW = (r"[a-z0-9][a-z0-9-]{0,59}", "a row of workflow/config/default.yaml")
+INSTEAD = {  # of a checkpoint beside entry.yaml
+    "row": (r"[a-z0-9][a-z0-9-]{0,59}", "a row of workflow/config/default.yaml"),
+    "images": (r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}(\.npz)?", "a folder of images or an .npz file, beside entry.yaml"),
+}
+ONLY_IMAGES = "images only; bits and choice of images not checked"
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class Entry:
     """A submission that keeps the rules. calibration: the first and last seed of the images it was calibrated on.
 
     origin: "sent", or that it was made here, with the declared tensors or with others: they depend on the processor.
+    ONLY_IMAGES: there is no checkpoint, so its bits and its calibration are what it says.
     """
 
     name: str
@@ -73,17 +83,26 @@ def check(folder: str | Path) -> Entry:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: missing; valid: name, authors and the other fields of docs/leaderboard.md")
     told = read_yaml(file)
-    if not isinstance(told, dict) or (strange := (set(told) - {"row"}) ^ {*FIELDS, "calibration"}):
+    if not isinstance(told, dict) or (strange := (set(told) - INSTEAD.keys()) ^ {*FIELDS, "calibration"}):
         named = ", ".join(sorted(map(str, strange))) if isinstance(told, dict) else "no mapping"
-        raise ValueError(f"{file}: missing or unknown: {one_line(named)}; valid: {', '.join(FIELDS)}, calibration, row")
-    fields = {field: _field(file, told, field) for field in (*FIELDS, "row") if field in told}
-    first, last = _seeds(file, told["calibration"])
+        valid = ", ".join([*FIELDS, "calibration", *INSTEAD])
+        raise ValueError(f"{file}: missing or unknown: {one_line(named)}; valid: {valid}")
+    if INSTEAD.keys() <= set(told):
+        raise ValueError(f"{file}: both row and images; valid: one of them, or none and a model.safetensors")
+    fields = {field: _field(file, told, field) for field in (*FIELDS, *INSTEAD) if field in told}
+    seeds = _seeds(file, told["calibration"])
+    origin = _checked_images(folder, fields) if "images" in told else _checked_checkpoint(folder, fields)
+    return Entry(**{field: fields[field] for field in FIELDS}, calibration=seeds, folder=folder, origin=origin)
+
+
+def _checked_checkpoint(folder: Path, fields: dict) -> str:
+    """Check the checkpoint of a submission. Returns its origin."""
     checkpoint = checkpoint_of(folder)
     if not checkpoint.is_file():
         made = f"`snakemake leaderboard` makes it where default.yaml has this row on {MODEL} at these bits"
-        how = made if "row" in told else "valid: a checkpoint that quest.save wrote"
+        how = made if "row" in fields else "valid: a checkpoint that quest.save wrote"
         raise FileNotFoundError(f"{checkpoint}: missing; {how}")
-    if "row" in told:
+    if "row" in fields:
         same = tensors_hash(checkpoint) == fields["sha256"]
         origin = "made here, as declared" if same else "made here, other tensors than declared"
     elif (found := sha256_of(checkpoint)) == fields["sha256"]:
@@ -91,7 +110,15 @@ def check(folder: str | Path) -> Entry:
     else:
         raise ValueError(f"{checkpoint}: its SHA-256 is {found}, not the declared {fields['sha256']}")
     check_bits(checkpoint, fields["bits"])
-    return Entry(**{field: fields[field] for field in FIELDS}, calibration=(first, last), folder=folder, origin=origin)
+    return origin
+
+
+def _checked_images(folder: Path, fields: dict) -> str:
+    """Check the images of a submission. Returns its origin."""
+    place = folder / fields["images"]
+    if (found := images_hash(judged_images(place))) != fields["sha256"]:
+        raise ValueError(f"{place}: the SHA-256 of its images is {found}, not the declared {fields['sha256']}")
+    return ONLY_IMAGES
 
 
 def is_place(name: str) -> bool:
@@ -108,6 +135,55 @@ def checkpoint_of(folder: Path) -> Path:
     if not isinstance(told, dict) or "row" not in told:
         return folder / "model.safetensors"
     return Path(MADE, MODEL, declared(folder, "row"), declared(folder, "bits"), "model.safetensors")
+
+
+def images_place(folder: Path) -> Path | None:
+    """Where the images of a submission lie that has no checkpoint; None for one that has.
+
+    Raises ValueError for a place that is not well formed.
+    """
+    told = read_yaml(folder / "entry.yaml")
+    return folder / declared(folder, "images") if isinstance(told, dict) and "images" in told else None
+
+
+def judged_images(place: Path) -> np.ndarray:
+    """The images of a submission, uint8 [IMAGES, SIDE, SIDE, 3], by their index.
+
+    place: a folder with one file for each, 00500.png to 00999.png, or an .npz file with all of them in this order.
+    Raises FileNotFoundError or ValueError that names the file if one is missing, too many, damaged or of another size,
+    or if two are identical: each has its own noise.
+    """
+    from quest.metrics.reference import read_images  # imports much that a plan does without
+
+    images, names = read_images(place, size=SIDE)
+    wanted = [f"{index:05}.png" for index in range(FIRST, FIRST + IMAGES)]
+    if names is not None and (strange := sorted(set(names) ^ set(wanted))):
+        raise ValueError(one_line(f"{place}: missing or unknown: {strange[0]}; valid: {wanted[0]} to {wanted[-1]}"))
+    if len(images) != IMAGES:
+        raise ValueError(f"{place}: {len(images)} images; valid: {IMAGES}, the images {FIRST} to {FIRST + IMAGES - 1}")
+    first: dict[bytes, int] = {}
+    for index, image in enumerate(images, FIRST):
+        if (other := first.setdefault(image.tobytes(), index)) != index:
+            raise ValueError(f"{place}: images {other} and {index} are identical; each begins with its own noise")
+    return images
+
+
+def images_hash(images: np.ndarray) -> str:
+    """The hash of the pixels. It depends neither on the format of the files nor on what else they contain."""
+    return hashlib.sha256(images.tobytes()).hexdigest()
+
+
+def copied(images: np.ndarray, others: dict[str, np.ndarray]) -> str | None:
+    """Why images without a checkpoint are refused: some are, to the last bit, those of others [N, H, W, 3], by name.
+
+    Their places do not matter. Two denoisers with different rounding errors make no identical image of this size.
+    """
+    for name, theirs in others.items():
+        known = {image.tobytes() for image in theirs}
+        same = [index for index, image in enumerate(images, FIRST) if image.tobytes() in known]
+        if same:
+            return f"{len(same)} of its images are identical to images of {name}, the first of them {same[0]}"
+    return None
 
 
 def tensors_hash(checkpoint: Path) -> str:
@@ -194,7 +270,7 @@ def declared(folder: Path, field: str) -> str:
 
 def _field(file: Path, told, field: str) -> str:
     found = told.get(field) if isinstance(told, dict) else None
-    pattern, valid = (FIELDS | {"row": ROW})[field]
+    pattern, valid = (FIELDS | INSTEAD)[field]
     if not isinstance(found, str) or not re.fullmatch(pattern, found.strip()):
         raise ValueError(one_line(f"{file}: {field}: {found!r:.80}; valid: {valid}"))
     return found.strip()
@@ -223,6 +299,7 @@ def knows_the_images(judged: np.ndarray, fresh: np.ndarray) -> bool:
 def table(scored: Iterable[tuple[Entry, dict]], refused: dict[str, str], first: int) -> Table:
     """The leaderboard: a row for each entry, by bits and then by the first endpoint, and then those that are refused.
 
+    Entries without a checkpoint stand below all that have one. They have no latents.
     scored: entries with their metrics.json. refused: why, by folder. first: the index of the first fresh image.
     """
     heads = columns("bits", "name", "authors", "checkpoint", texts=4, choose=True)
@@ -230,15 +307,26 @@ def table(scored: Iterable[tuple[Entry, dict]], refused: dict[str, str], first: 
     rows = []
     for entry, measured in scored:
         by_metric = {row["metric"]: row for row in measured["rows"]}
-        cells = [interval(*(by_metric[name][k] for k in ("value", "low", "high"))) for name in ENDPOINTS]
+        cells = [
+            MISSING
+            if entry.origin == ONLY_IMAGES and name == "log_latent_mse"
+            else interval(*(by_metric[name][k] for k in ("value", "low", "high")))
+            for name in ENDPOINTS
+        ]
         rows.append([entry.bits.upper(), entry.name, entry.authors, entry.origin, *cells])
-    rows.sort(key=lambda row: (row[0], row[4].value))
+    rows.sort(key=lambda row: (row[3] == ONLY_IMAGES, row[0], row[4].value))
+    only_images = any(row[3] == ONLY_IMAGES for row in rows)
     for name, why in sorted(refused.items()):
         rows.append(["–", _without_markup(name), "–", f"refused: {_without_markup(why)}", *[MISSING] * len(ENDPOINTS)])
     notes = [
         f"{MODEL}, images {FIRST} to {FIRST + IMAGES - 1} of evaluation, ± half of a 95 % interval over images. "
         f"Fresh images: {first} to {first + FRESH - 1}."
     ]
+    if only_images:
+        notes.append(
+            "Images only: without a checkpoint, its bits, its calibration and how its images were chosen are what its "
+            "authors say, and there are neither latents nor fresh images. These rows stand below all others."
+        )
     return Table(heads, rows, title="Leaderboard", notes=notes)
 
 

@@ -1,16 +1,19 @@
 """The leaderboard takes what keeps its rules; each way to break them is refused by name."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from quest.diffusion.models import MODELS, SEEDS
-from quest.metrics import METRICS
+from quest.metrics import METRICS, Cell, measure
+from quest.metrics.frechet import load_reference
 from quest.report import leaderboard
 from quest.runtime.download import sha256_of
 from quest.runtime.files import dumps, read_json
@@ -47,6 +50,33 @@ def submit(tmp_path, write_checkpoint):
         return folder
 
     return write
+
+
+@pytest.fixture
+def submit_images(tmp_path, monkeypatch):
+    """A function that writes a submission of six images in place of 500, and returns its folder.
+
+    changed: calls with the folder of images, before or after the hash is taken, that break a rule.
+    """
+    monkeypatch.setattr(leaderboard, "IMAGES", 6)
+
+    def write(images, told=None, name="pictures", changed=None):
+        folder = tmp_path / "entries" / name
+        (folder / "images").mkdir(parents=True)
+        for index, image in enumerate(images, 500):
+            Image.fromarray(image).save(folder / "images" / f"{index:05}.png")
+        entry = {"name": name, "authors": "A. Person", "bits": "w4a4", "recipe": RECIPE, "images": "images"}
+        entry |= {"sha256": leaderboard.images_hash(images), "calibration": [1_000_000, 1_000_063]}
+        (folder / "entry.yaml").write_text(yaml.safe_dump(entry | (told or {})), encoding="utf-8")
+        if changed:
+            changed(folder / "images")
+        return folder
+
+    return write
+
+
+def draw_images(seed, n=6, side=32):
+    return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
 
 
 def test_what_keeps_the_rules_is_taken(submit):
@@ -117,6 +147,83 @@ def test_what_is_told_wrongly_is_refused(submit, told, message):
         leaderboard.check(submit(told))
 
 
+def test_images_are_taken_as_a_folder_or_a_file(submit_images, tmp_path, monkeypatch, capsys):
+    images = draw_images(0)
+    folder = submit_images(images)
+    assert np.array_equal(leaderboard.judged_images(leaderboard.images_place(folder)), images)
+    assert leaderboard.check(folder).origin == leaderboard.ONLY_IMAGES
+    file = submit_images(images, {"images": "all.npz"}, name="file")
+    np.savez(file / "all.npz", images=images)
+    assert leaderboard.check(file).origin == leaderboard.ONLY_IMAGES
+    for place in (folder / "images", file / "all.npz"):
+        monkeypatch.setattr(sys, "argv", ["leaderboard", "--hash", str(place)])
+        script.main()
+        assert capsys.readouterr().out == leaderboard.images_hash(images) + "\n"
+    monkeypatch.setattr(sys, "argv", ["leaderboard", str(folder), "--checked", str(tmp_path / "checked.json")])
+    script.main()  # nothing is loaded
+    assert read_json(tmp_path / "checked.json")["refused"] is None
+
+
+def save_image(name, side=32):
+    return lambda folder: Image.fromarray(draw_images(9, 1, side)[0]).save(folder / name)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (lambda folder: (folder / "00503.png").unlink(), r"images: missing or unknown: 00503.png; valid: 00500.png to"),
+        (save_image("00506.png"), "missing or unknown: 00506.png"),
+        (save_image("more.jpg"), "missing or unknown: more.jpg"),
+        (save_image("00502.png", 64), "00502.png: 64 x 64 pixels; needed: 32 x 32"),
+        (save_image("00502.png"), "the SHA-256 of its images is .*, not the declared"),
+        (lambda folder: (folder / "00502.png").write_bytes(b"GIF89a"), "00502.png: not an image that can be read"),
+        (lambda folder: shutil.copy(folder / "00501.png", folder / "00504.png"), "images 501 and 504 are identical"),
+        (shutil.rmtree, "images: no such file or folder"),
+    ],
+)
+def test_images_that_break_a_rule_are_refused(submit_images, changed, message):
+    folder = submit_images(draw_images(0), changed=changed)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        leaderboard.check(folder)
+
+
+@pytest.mark.parametrize(
+    "told, message",
+    [
+        ({"row": "rtn"}, "both row and images; valid: one of them"),
+        ({"images": "../others"}, "images: '../others'; valid: a folder of images or an .npz file, beside entry.yaml"),
+        ({"images": "five.npz"}, "five.npz: 5 images; valid: 6, the images 500 to 505"),
+        ({"images": "large.npz"}, "large.npz: images of 64 x 64 pixels; needed: 32 x 32"),
+        ({"calibration": [500, 563]}, "images of evaluation are not for calibration"),
+    ],
+)
+def test_entries_of_images_that_are_told_wrongly_are_refused(submit_images, told, message):
+    folder = submit_images(draw_images(0), told)
+    np.savez(folder / "five.npz", arr_0=draw_images(0, 5))
+    np.savez(folder / "large.npz", arr_0=draw_images(0, 6, 64))
+    with pytest.raises(ValueError, match=message):
+        leaderboard.check(folder)
+
+
+def test_images_are_measured_like_those_that_are_sampled(submit_images, tmp_path, monkeypatch):
+    """All but their latents and noise predictions: these are in no image."""
+    images = {"mine": draw_images(0), "full": draw_images(1)}
+    cells = {}
+    for name, own in images.items():
+        folder = submit_images(own, name=f"{name}-images")
+        monkeypatch.setattr(sys, "argv", ["leaderboard", str(folder), "--images", str(tmp_path / name)])
+        script.main()
+        cells[name] = Cell.load([tmp_path / name / "features-images.npz"], [tmp_path / name / "samples-images.npz"])
+    model = MODELS[leaderboard.MODEL]
+    found = measure(cells["mine"], load_reference(model.reference), cells["full"], extractor=model.extractor)
+    rows = {row["metric"]: row["value"] for row in found["rows"]}
+    assert set(leaderboard.ENDPOINTS) - set(rows) == {"log_latent_mse"} and found["eps_error"] == []
+    error = np.square(images["mine"].astype(float) - images["full"]).mean(axis=(1, 2, 3))
+    assert rows["psnr"] == pytest.approx(np.mean(10 * np.log10(255**2 / error)))
+    labels = model.conditions("evaluation", list(range(500, 506)))["class_labels"]
+    assert rows["agreement"] == np.mean(cells["mine"].features["class_logits"].argmax(axis=1) == np.array(labels))
+
+
 @pytest.mark.parametrize("name", ["full", "leaderboard.csv", "a b", "x{y}"])
 def test_a_folder_whose_scores_would_be_those_of_something_else_is_refused(submit, name):
     with pytest.raises(ValueError, match="the folder's name .*; valid: letters"):
@@ -159,8 +266,15 @@ def draw_parts(folder, error, seed):
         common = np.random.default_rng(len(part))
         latents = common.normal(size=(n, 2, 4, 4)) + error[part] * np.random.default_rng(seed).normal(size=(n, 2, 4, 4))
         features = {name: common.normal(size=(n, 4)) for name in ("pool", "spatial", "logits")}
-        np.savez(folder / f"samples-{part}.npz", index=np.arange(n), latents=latents)
+        images = draw_images(100 + seed, n)
+        np.savez(folder / f"samples-{part}.npz", index=np.arange(n), latents=latents, images=images)
         np.savez(folder / f"features-{part}.npz", index=np.arange(n), **features)
+
+
+def write_scores(folder, distance, metrics=MEASURED):
+    (folder / "checked.json").write_text(dumps({"refused": None}), encoding="utf-8")
+    rows = [{"metric": m, "value": distance, "low": distance, "high": distance + 0.1} for m in metrics]
+    (folder / "metrics.json").write_text(dumps({"rows": rows}), encoding="utf-8")
 
 
 def test_the_table_ranks_entries_and_has_a_row_for_each_that_is_refused(submit, tmp_path, monkeypatch):
@@ -171,9 +285,7 @@ def test_the_table_ranks_entries_and_has_a_row_for_each_that_is_refused(submit, 
     for place, (name, distance) in enumerate([("far", 0.3), ("near", 0.2)]):
         entries.append(submit({"name": name}, name=name))
         draw_parts(scored / name, {"judged": 0.1, "fresh": 0.1}, place)
-        (scored / name / "checked.json").write_text(dumps({"refused": None}), encoding="utf-8")
-        rows = [{"metric": m, "value": distance, "low": distance, "high": distance + 0.1} for m in MEASURED]
-        (scored / name / "metrics.json").write_text(dumps({"rows": rows}), encoding="utf-8")
+        write_scores(scored / name, distance)
     entries += [submit({"bits": "w2a2"}, name="wide"), submit(name="other"), submit(name="a b")]
     (scored / "other").mkdir()
     (scored / "other" / "checked.json").write_text(
@@ -202,6 +314,36 @@ def test_the_table_ranks_entries_and_has_a_row_for_each_that_is_refused(submit, 
     monkeypatch.setattr(sys, "argv", ["leaderboard", str(tmp_path / "nobody")])
     with pytest.raises(SystemExit, match="nobody/entry.yaml: missing; valid: name, authors"):
         script.main()
+
+
+def test_images_stand_below_checkpoints_and_copies_are_refused(submit, submit_images, tmp_path, monkeypatch):
+    scored, entries = tmp_path / "scored", [submit(name="checked")]
+    for seed, name in enumerate(["full", "checked"]):
+        draw_parts(scored / name, {"judged": 0.1 * seed, "fresh": 0.1 * seed}, seed)
+    write_scores(scored / "checked", 0.5)
+    (scored / "draw.txt").write_text("12345\n", encoding="utf-8")
+    pictures = {name: draw_images(seed) for seed, name in enumerate(["own", "w8", "of-full", "of-checked", "twin"])}
+    pictures["of-full"][4] = draw_images(100, 60)[1]  # one image of full precision, at another place
+    pictures["of-checked"] = draw_images(101, 60)[:6]
+    pictures["other-twin"] = pictures["twin"]
+    for name, images in pictures.items():
+        entries.append(submit_images(images, {"bits": "w8a8" if name == "w8" else "w4a4"}, name))
+        (scored / name).mkdir()
+        np.savez(scored / name / "samples-images.npz", index=np.arange(500, 506), images=images)
+        write_scores(scored / name, 0.1, ("kid_64w", "psnr", "agreement"))
+    monkeypatch.setattr(sys, "argv", ["leaderboard", *map(str, entries), "--scored", str(scored), "-o", str(scored)])
+    script.main()
+    text = (scored / "leaderboard.md").read_text(encoding="utf-8")
+    found = {line.split(" | ")[1]: line for line in text.splitlines() if line.startswith("| ")}
+    assert list(found)[2:] == ["mine", "own", "w8", "of-checked", "of-full", "other-twin", "twin"]
+    columns = found["own"].strip("| ").split(" | ")
+    assert columns[3] == leaderboard.ONLY_IMAGES and columns[5] == "–" and columns[4].startswith("0.1")
+    assert "its calibration and how its images were chosen are what its authors say" in text
+    assert (
+        "refused: 1 of its images are identical to images of full precision, the first of them 504" in found["of-full"]
+    )
+    assert "refused: 6 of its images are identical to images of checked" in found["of-checked"]
+    assert "images of other-twin" in found["twin"] and "images of twin" in found["other-twin"]
 
 
 def test_a_checkpoint_that_cannot_be_loaded_is_refused_before_it_is_sampled(submit, tmp_path, monkeypatch):

@@ -86,3 +86,14 @@ def test_the_leaderboard_samples_the_fresh_images_that_were_drawn(stubbed):
     firsts = {part: found[found.index("--first") + 1] for part, found in words.items()}
     drawn = (stubbed.folder / "results/scored/draw.txt").read_text(encoding="utf-8").strip()
     assert firsts == {"fresh": drawn, "judged": "500"}
+
+
+def test_the_leaderboard_reads_images_that_were_sent_and_samples_none(stubbed):
+    stubbed.write("results/leaderboard/sent/entry.yaml", yaml.safe_dump({"images": "images", "bits": "w4a4"}))
+    (stubbed.folder / "results/leaderboard/sent/images").mkdir()
+    commands = stubbed.planned("results/scored/sent/metrics.json")
+    assert any("leaderboard results/leaderboard/sent --images results/scored/sent" in c for c in commands)
+    sampled = [c for c in commands if "scripts.sample " in c]
+    assert len(sampled) == 1 and "results/scored/full/samples-judged.npz" in sampled[0]
+    (measured,) = [c for c in commands if "scripts.metrics " in c]
+    assert "results/scored/sent/samples-images.npz" in measured

@@ -315,9 +315,13 @@ def leaderboard_folder(place):
 
 
 def submitted(wc):
-    """The checkpoint of a submission, where it is there or the workflow can make it; the check names what is missing."""
+    """The checkpoint or the images of a submission, where they are there or the workflow can make them.
+
+    The check names what is missing.
+    """
+    folder = leaderboard_folder(wc.entry)
     try:
-        file = leaderboard.checkpoint_of(leaderboard_folder(wc.entry))
+        file = leaderboard.images_place(folder) or leaderboard.checkpoint_of(folder)
     except ValueError:
         return []
     made = file.is_relative_to(leaderboard.MADE) and NAME == Path(leaderboard.MADE).name
@@ -325,15 +329,18 @@ def submitted(wc):
     return [file] if file.exists() or made and str(file.parent.relative_to(leaderboard.MADE)) in wanted else []
 
 
-def accepted(*patterns):
-    """Files of all submissions that the check has not refused."""
+def judged_part(place):
+    """The judged images of a submission: "images" if it sent them, "judged" if its checkpoint makes them."""
+    return "images" if leaderboard.images_place(leaderboard_folder(place)) else "judged"
 
-    def files(wc):
-        found = []
-        for entry in ENTRIES:
-            checked = checkpoints.leaderboard_check.get(entry=entry).output[0]
-            if json.loads(Path(checked).read_text(encoding="utf-8"))["refused"] is None:
-                found += [pattern.format(entry=entry) for pattern in patterns]
-        return found
 
-    return files
+def scores(wc):
+    """What the table reads of each submission that the check has not refused. Images have no fresh ones beside them."""
+    found = []
+    for entry in ENTRIES:
+        checked = checkpoints.leaderboard_check.get(entry=entry).output[0]
+        if json.loads(Path(checked).read_text(encoding="utf-8"))["refused"] is None:
+            found.append(f"results/scored/{entry}/metrics.json")
+            if judged_part(entry) == "judged":
+                found.append(f"results/scored/{entry}/samples-fresh.npz")
+    return found

@@ -12,7 +12,7 @@ rule leaderboard:
         draw="results/scored/draw.txt",
         checked=expand("results/scored/{entry}/checked.json", entry=ENTRIES),
         full=expand("results/scored/full/samples-{part}.npz", part=["judged", "fresh"]),
-        scores=accepted("results/scored/{entry}/metrics.json", "results/scored/{entry}/samples-fresh.npz"),
+        scores=scores,
     output:
         expand("results/scored/leaderboard.{kind}", kind=["csv", "md"]),
     log:
@@ -116,11 +116,36 @@ rule leaderboard_sample:
         " -n {params.n:q} --first ${{first:-{params.first:q}}} --evaluation {input.evaluation:q} --threads {threads:q} --samples {output.samples:q} --features {output.features:q} > {log:q} 2>&1"
 
 
+# Images that were sent stand for those that sampling makes.
+rule leaderboard_images:
+    input:
+        script=project("workflow/scripts/leaderboard.py"),
+        entry="results/leaderboard/{entry}/entry.yaml",
+        checked="results/scored/{entry}/checked.json",
+        sent=submitted,
+    output:
+        samples=ensure("results/scored/{entry}/samples-images.npz", non_empty=True),
+        features=ensure("results/scored/{entry}/features-images.npz", non_empty=True),
+    log:
+        "results/scored/{entry}/images.log",
+    wildcard_constraints:
+        entry="[^/]+",
+    conda:
+        "../../environment.yml"
+    resources:
+        **needs(2000, 10),
+    params:
+        entry=subpath(input.entry, parent=True),
+        scored=subpath(output.samples, parent=True),
+    shell:
+        "python -m workflow.scripts.leaderboard {params.entry:q} --images {params.scored:q} > {log:q} 2>&1"
+
+
 use rule metrics as leaderboard_metrics with:
     input:
         script=project("workflow/scripts/metrics.py"),
-        samples="results/scored/{entry}/samples-judged.npz",
-        features="results/scored/{entry}/features-judged.npz",
+        samples=lambda wc: f"results/scored/{wc.entry}/samples-{judged_part(wc.entry)}.npz",
+        features=lambda wc: f"results/scored/{wc.entry}/features-{judged_part(wc.entry)}.npz",
         fp_samples="results/scored/full/samples-judged.npz",
         fp_features="results/scored/full/features-judged.npz",
         reference=os.path.relpath(find(leaderboard.MODEL).reference),

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from quest.runtime import command_line
-from quest.runtime.files import dumps, one_line, read_json, write_text
+from quest.runtime.files import atomic, dumps, one_line, read_arrays, read_json, write_text
 
 
 def main() -> None:
@@ -12,6 +14,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="folder to write the table into")
     parser.add_argument("--scored", type=Path, help="folder with their scores; without it they are only checked")
     parser.add_argument("--checked", type=Path, help="write why the one entry is refused; it is also loaded")
+    parser.add_argument("--hash", type=Path, help="print the hash of a folder or .npz file of images, for entry.yaml")
+    parser.add_argument("--images", type=Path, help="folder to write images of the one entry, and their features, into")
     parser.add_argument("--draw", type=Path, help="draw the fresh images, and write the index of the first")
     try:
         run(parser.parse_args())
@@ -24,6 +28,11 @@ def run(arguments) -> None:
 
     if arguments.draw:
         write_text(arguments.draw, f"{leaderboard.draw()}\n")
+    elif arguments.hash:
+        print(leaderboard.images_hash(leaderboard.judged_images(arguments.hash)))
+    elif arguments.images:
+        (folder,) = arguments.entries
+        extract(folder, arguments.images)
     elif arguments.checked:
         (folder,) = arguments.entries
         write_text(arguments.checked, dumps({"refused": refusal(folder)}))
@@ -35,11 +44,12 @@ def run(arguments) -> None:
 
 
 def refusal(folder: Path) -> str | None:
-    """Why an entry is refused before it is sampled; None if it is not. It is loaded, as sampling does."""
+    """Why an entry is refused before it is sampled; None if it is not. A checkpoint is loaded, as sampling does."""
     from quest.report import leaderboard
 
     try:
-        leaderboard.check(folder)
+        if leaderboard.check(folder).origin == leaderboard.ONLY_IMAGES:
+            return None
         import quest
         from quest.diffusion.models import MODELS
 
@@ -49,13 +59,29 @@ def refusal(folder: Path) -> str | None:
     return None
 
 
+def extract(folder: Path, output: Path) -> None:
+    """Write images that were sent, and their features, as sampling writes those that it makes."""
+    from quest.diffusion.models import MODELS
+    from quest.metrics.features import class_logits, loaded, of_networks
+    from quest.report import leaderboard
+
+    model, images = MODELS[leaderboard.MODEL], leaderboard.judged_images(leaderboard.images_place(folder))
+    index = leaderboard.FIRST + np.arange(len(images))
+    features = of_networks(images, *loaded(model.extractor, model.clip), batch=model.batch_size)
+    features["class_logits"] = class_logits(images, model.classifier, batch=model.batch_size)
+    features["labels"] = np.array(model.conditions("evaluation", index.tolist())["class_labels"])
+    for name, arrays in (("samples", {"images": images}), ("features", features)):
+        with atomic(output / f"{name}-images.npz") as file:
+            np.savez(file, index=index, **arrays)
+
+
 def table(entries: list[Path], scored: Path, output: Path) -> None:
     """Write the table. One entry that is refused, or made by no rule, is a row with the reason."""
     from quest.metrics import PER_IMAGE, Cell
     from quest.report import leaderboard
     from quest.report.rendering import write
 
-    rows, refused = [], {}
+    rows, refused, images = [], {}, {"full precision": _images(scored / leaderboard.FULL, "judged")}
     for folder in entries:
         try:
             entry = leaderboard.check(folder)
@@ -65,6 +91,10 @@ def table(entries: list[Path], scored: Path, output: Path) -> None:
         own, values = scored / folder.name, []
         if why := read_json(own / "checked.json")["refused"]:
             refused[folder.name] = why
+            continue
+        if entry.origin == leaderboard.ONLY_IMAGES:
+            rows.append((entry, read_json(own / "metrics.json")))
+            images[folder.name] = _images(own, "images")
             continue
         for part in ("judged", "fresh"):
             cells = [
@@ -80,9 +110,20 @@ def table(entries: list[Path], scored: Path, output: Path) -> None:
             )
         else:
             rows.append((entry, read_json(own / "metrics.json")))
+            images[folder.name] = _images(own, "judged")
+    for entry, measured in list(rows):
+        name = entry.folder.name
+        others = {other: there for other, there in images.items() if other != name}
+        if entry.origin == leaderboard.ONLY_IMAGES and (why := leaderboard.copied(images[name], others)):
+            refused[name] = why
+            rows.remove((entry, measured))
     first = int((scored / "draw.txt").read_text(encoding="utf-8"))
     for kind in ("csv", "md"):
         write(output / f"leaderboard.{kind}", leaderboard.table(rows, refused, first))
+
+
+def _images(scored, part):
+    return read_arrays(scored / f"samples-{part}.npz", ["images"])["images"]
 
 
 if __name__ == "__main__":
