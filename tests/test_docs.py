@@ -64,6 +64,14 @@ def test_every_block_is_understood():
         assert kinds <= {"sh", "sh run", "python", "yaml", "mermaid"}, page
 
 
+def test_every_picture_has_alternative_text():
+    found = [
+        (page.name, alt) for page in PAGES for alt in re.findall(r"!\[(.*?)\]\(", page.read_text(encoding="utf-8"))
+    ]
+    assert len(found) > 10
+    assert [page for page, alt in found if len(alt) < 10] == []
+
+
 class Parsed(Exception):
     """The command line was accepted."""
 

@@ -173,11 +173,23 @@ def images_hash(images: np.ndarray) -> str:
     return hashlib.sha256(images.tobytes()).hexdigest()
 
 
-def copied(images: np.ndarray, others: dict[str, np.ndarray]) -> str | None:
-    """Why images without a checkpoint are refused: some are, to the last bit, those of others [N, H, W, 3], by name.
+def copies(sent: dict[str, np.ndarray], known: dict[str, np.ndarray]) -> dict[str, str]:
+    """Why submissions with images are refused, by name: some images are, to the last bit, those of somebody else.
 
-    Their places do not matter. Two denoisers with different rounding errors make no identical image of this size.
+    sent: the images [N, H, W, 3] of each submission without a checkpoint. known: those of full precision and of the
+    checkpoints.
+    Of two submissions with the same image both are refused, but not for the sake of one that copied from `known`.
+    Places do not matter. Two denoisers with other rounding errors make no identical image of this size.
     """
+    refused = {name: why for name, images in sent.items() if (why := _copied(images, known))}
+    rest = {name: images for name, images in sent.items() if name not in refused}
+    for name, images in rest.items():
+        if why := _copied(images, {other: theirs for other, theirs in rest.items() if other != name}):
+            refused[name] = why
+    return refused
+
+
+def _copied(images, others):
     for name, theirs in others.items():
         known = {image.tobytes() for image in theirs}
         same = [index for index, image in enumerate(images, FIRST) if image.tobytes() in known]

@@ -323,6 +323,7 @@ def test_images_stand_below_checkpoints_and_copies_are_refused(submit, submit_im
     write_scores(scored / "checked", 0.5)
     (scored / "draw.txt").write_text("12345\n", encoding="utf-8")
     pictures = {name: draw_images(seed) for seed, name in enumerate(["own", "w8", "of-full", "of-checked", "twin"])}
+    pictures["of-full"] = pictures["own"].copy()  # it is refused, so it does not make "own" a copy
     pictures["of-full"][4] = draw_images(100, 60)[1]  # one image of full precision, at another place
     pictures["of-checked"] = draw_images(101, 60)[:6]
     pictures["other-twin"] = pictures["twin"]

@@ -81,7 +81,8 @@ def table(entries: list[Path], scored: Path, output: Path) -> None:
     from quest.report import leaderboard
     from quest.report.rendering import write
 
-    rows, refused, images = [], {}, {"full precision": _images(scored / leaderboard.FULL, "judged")}
+    rows, refused = [], {}
+    known, sent = {"full precision": _images(scored / leaderboard.FULL, "judged")}, {}  # images, by who made them
     for folder in entries:
         try:
             entry = leaderboard.check(folder)
@@ -93,8 +94,8 @@ def table(entries: list[Path], scored: Path, output: Path) -> None:
             refused[folder.name] = why
             continue
         if entry.origin == leaderboard.ONLY_IMAGES:
+            sent[folder.name] = _images(own, "images")
             rows.append((entry, read_json(own / "metrics.json")))
-            images[folder.name] = _images(own, "images")
             continue
         for part in ("judged", "fresh"):
             cells = [
@@ -110,13 +111,9 @@ def table(entries: list[Path], scored: Path, output: Path) -> None:
             )
         else:
             rows.append((entry, read_json(own / "metrics.json")))
-            images[folder.name] = _images(own, "judged")
-    for entry, measured in list(rows):
-        name = entry.folder.name
-        others = {other: there for other, there in images.items() if other != name}
-        if entry.origin == leaderboard.ONLY_IMAGES and (why := leaderboard.copied(images[name], others)):
-            refused[name] = why
-            rows.remove((entry, measured))
+            known[folder.name] = _images(own, "judged")
+    refused |= leaderboard.copies(sent, known)
+    rows = [(entry, measured) for entry, measured in rows if entry.folder.name not in refused]
     first = int((scored / "draw.txt").read_text(encoding="utf-8"))
     for kind in ("csv", "md"):
         write(output / f"leaderboard.{kind}", leaderboard.table(rows, refused, first))
