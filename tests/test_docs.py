@@ -157,7 +157,7 @@ def test_the_matrix_of_the_readme_is_what_the_records_decide():
 
     families = read(ROOT / "workflow/config/settle.yaml")["settle"]["families"]
     settled = verdicts.frame(cells.read(ROOT / "results/settled"), families)
-    rows = settled[settled["method"] == "quest-suite"]
+    rows = settled[settled["method"] == "quest-token"]
     found = rows.set_index(["model", "versus", "endpoint"])[["verdict", "seeds"]]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^\| (\S+), (\d) seeds \| ([\w -]+) \| (.*) \| (.*) \| (.*) \| (.*) \|$", text, re.MULTILINE)
@@ -166,7 +166,7 @@ def test_the_matrix_of_the_readme_is_what_the_records_decide():
     asked = {"photos-class": "agreement", "emoji-text": "retrieval", "emoji-uncond": "none"}
     for model, seeds, label, *marks in lines:
         for endpoint, mark in zip(("kid_64w", "log_latent_mse", "psnr", asked[model]), marks, strict=True):
-            key = (model, "fp" if label == "full precision" else label, endpoint)
+            key = (model, label, endpoint)
             assert mark == (signs[found["verdict"][key]] if key in found.index else ""), key
         assert int(seeds) == rows[(rows["model"] == model)]["seeds"].max()
 
