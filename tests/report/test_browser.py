@@ -88,6 +88,7 @@ const choose = (menu, value) => {
   await Promise.all(images.map((image) => image.decode()));
   said.images = images.length;
   said.broken = images.filter((image) => !image.naturalWidth).length;
+  said.paper = getComputedStyle(document.body).backgroundColor;
   document.body.replaceChildren(JSON.stringify(said));
 })();
 </script>
@@ -96,18 +97,30 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt-get install chromium)")
-def test_in_a_browser(run, written, tmp_path):
-    """No error on the console, everything that a reader can do works, and nothing is wider than a phone."""
+@pytest.mark.parametrize(
+    "width, flags, paper",
+    [(390, [], "rgb(255, 255, 255)"), (1280, ["--blink-settings=preferredColorScheme=0"], "rgb(20, 23, 26)")],
+    ids=["phone", "desktop, dark"],
+)
+def test_in_a_browser(run, written, tmp_path, width, flags, paper):
+    """No error on the console, everything that a reader can do works, and nothing is wider than the window."""
     text = written.read_text(encoding="utf-8")
     (tmp_path / "report.html").write_text(text.replace("</body>", CLICKS + "</body>"), encoding="utf-8")
-    frame = "<iframe src=report.html style='width:390px;height:800px;border:0'></iframe>"
+    frame = f"<iframe src=report.html style='width:{width}px;height:800px;border:0'></iframe>"
     # Virtual time runs on while images are decoded, so the probe looks again and again until the page has said all.
     probe = """<script>onload = function look() {
       const said = frames[0].document.body.textContent;
       if (said.startsWith("{")) document.body.textContent = said; else setTimeout(look, 50);
     }</script>"""
     (tmp_path / "phone.html").write_text(f"<!doctype html><body>{frame}{probe}", encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--allow-file-access-from-files"]
+    flags = [
+        *flags,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--allow-file-access-from-files",
+    ]
     flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=120000"]
     command = [CHROMIUM, *flags, "--dump-dom", (tmp_path / "phone.html").as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, encoding="utf-8")
@@ -120,7 +133,7 @@ def test_in_a_browser(run, written, tmp_path):
     assert said["thrice"] == said["before"] != said["once"]
     assert set(said["filtered"]) == {"scenes-class"} and said["count"] == "5 of 10 rows"
     assert said["images"] > 10 and said["broken"] == 0
-    assert said["wide"] == 0
+    assert said["wide"] == 0 and said["paper"] == paper
     assert said["page"] == ["scenes-class rtn W4A4"]
     assert len(said["versus"]) > 2 and all("rtn" in row and "W4A4" in row for row in said["versus"])
     assert said["strips"] == ["full precision", "rtn"]
