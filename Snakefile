@@ -8,6 +8,10 @@ min_version("9.19")
 include: "workflow/rules/paths.smk"
 
 
+# With `--software-deployment-method apptainer` every job runs in this image: `apptainer build quest.sif apptainer.def`.
+containerized: "quest.sif"
+
+
 # Snakemake merges config files key by key, so a default loaded beside another config would leak its recipes into it.
 if not workflow.overwrite_configfiles:
 

@@ -186,8 +186,9 @@ def _bibtex(references, methods, shown):
 def details(run: Path, main: pd.DataFrame, methods: dict[str, str]) -> list[dict]:
     """Return {"model", "method", "bits", "about", "parts"} of each cell in main.csv, in its order.
 
-    parts: {title: text}. The recipe is that in the header of the checkpoint, the provenance that of metrics.json, and
-    each log stands under its name. What a cell does not have is left out.
+    parts: {title: text}. The recipe is that in the header of the checkpoint, the provenance that of metrics.json,
+    Snakemake's benchmarks say what the last run of a job took, and each log stands under its name. What a cell does not
+    have is left out.
     """
     cells = dict.fromkeys(zip(main["model"], main["method"], main["bits"], strict=True))
     found = []
@@ -198,10 +199,18 @@ def details(run: Path, main: pd.DataFrame, methods: dict[str, str]) -> list[dict
             parts["Recipe"] = dumps({k: header[k] for k in OF_HEADER if k in header}, indent=1)
         if (metrics := folder / "metrics.json").is_file():
             parts["Provenance"] = dumps(read_json(metrics)["provenance"], indent=1)
+        parts |= {f"Benchmark of {file.stem}": spent(file) for file in sorted(folder.glob("*.tsv"))}
         parts |= {f"End of {log.name}": end(log) for log in sorted(folder.glob("*.log"))}
         about = methods.get(method.partition("@")[0], "")
         found.append({"model": model, "method": method, "bits": bits, "about": about, "parts": parts})
     return found
+
+
+def spent(file: Path) -> str:
+    """What a job took, from the benchmark file that Snakemake wrote. A job that was too short was not measured."""
+    row = pd.read_csv(file, sep="\t", na_values=["-"]).iloc[-1]
+    numbers = {"s": row["s"], "s of a processor": row["cpu_time"], "MB of memory at most": row["max_rss"]}
+    return "\n".join(f"{value:,.0f} {unit}" for unit, value in numbers.items() if pd.notna(value))
 
 
 def end(log: Path) -> str:

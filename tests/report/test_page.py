@@ -183,10 +183,12 @@ def test_every_cell_has_its_recipe_provenance_and_log(run, written):
     assert quest["about"] == METHODS["quest"] and json.loads(quest["parts"]["Provenance"]) == MADE
     assert json.loads(quest["parts"]["Recipe"])["init"]["method"] == "adaround"
     assert quest["parts"]["End of quantize.log"] == "unit 1\nunit 2: 100%\n</script><b>done"
+    assert quest["parts"]["Benchmark of quantize"] == "13 s\n1,456 MB of memory at most"
     assert set(full["parts"]) == {"Provenance"}  # nothing was quantized
     (kept,) = re.findall(r'<script type="application/json" id="details">(.*?)</script>', written.read_text("utf-8"))
     assert json.loads(kept) == found
-    assert list(json.loads(kept)[1]["parts"]) == ["Recipe", "Provenance", "End of quantize.log"]  # in this order
+    titles = ["Recipe", "Provenance", "Benchmark of quantize", "End of quantize.log"]  # in this order
+    assert list(json.loads(kept)[1]["parts"]) == titles
 
 
 def test_rows_can_be_linked_to():

@@ -10,6 +10,8 @@ rule sample:
         features=ensure(update("results/{name}/{model}/{method}/{bits}/features-{shard}.npz"), non_empty=True),
     log:
         "results/{name}/{model}/{method}/{bits}/sample-{shard}.log",
+    benchmark:
+        "results/{name}/{model}/{method}/{bits}/sample-{shard}.tsv"
     conda:
         "../../environment.yml"
     resources:

@@ -61,6 +61,8 @@ rule quantize:
         ensure("results/{name}/{model}/{method}/{bits}/model.safetensors", non_empty=True),
     log:
         "results/{name}/{model}/{method}/{bits}/quantize.log",
+    benchmark:
+        "results/{name}/{model}/{method}/{bits}/quantize.tsv"
     priority: 1  # other jobs wait for it
     conda:
         "../../environment.yml"
