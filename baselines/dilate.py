@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from baselines.granularity import Granularity, ranges_work, set_ranges, swapped
-from baselines.method import Method, takes
+from baselines.method import Method, Paper, takes
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
@@ -68,5 +68,12 @@ METHOD = Method(
     quantize,
     about="round to nearest after weight dilation, the first part of DilateQuant",
     work=ranges_work,
-    paper="2409.14307",
+    paper=Paper(
+        "liu2025dilatequant",
+        "2409.14307",
+        "{DilateQuant}: Accurate and Efficient Quantization-Aware Training for Diffusion Models via Weight Dilation",
+        "Liu, Xuewen and Li, Zhikai and Gu, Qingyi",
+        "ACM MM",
+        2025,
+    ),
 )

@@ -23,7 +23,7 @@ import torch
 
 from baselines.adaround import SplitRecipe, preset_of, round_weights, rounding_work, splits, uniform, uniform_rows
 from baselines.granularity import STEP_ROWS
-from baselines.method import Bits, Count, Iterations, Method, Positive, Rule, Step, Valid, one_of, takes
+from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Rule, Step, Valid, one_of, takes
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
@@ -125,5 +125,12 @@ METHOD = Method(
     about="DMQ: learned factors of input channels, AdaRound, and powers of two for channels of shortcuts",
     work=work,
     steps={STAGE: Step(scale_all, (STAGE,))},
-    paper="2507.12933",
+    paper=Paper(
+        "lee2025dmq",
+        "2507.12933",
+        "{DMQ}: Dissecting Outliers of Diffusion Models for Post-Training Quantization",
+        "Lee, Dongyeun and Hur, Jiwan and Yoo, Hyounguk and Kim, Junmo",
+        "ICCV",
+        2025,
+    ),
 )

@@ -22,7 +22,20 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from baselines.method import Bits, Count, Guidance, Iterations, Method, Positive, Seed, Step, Valid, one_of, takes
+from baselines.method import (
+    Bits,
+    Count,
+    Guidance,
+    Iterations,
+    Method,
+    Paper,
+    Positive,
+    Seed,
+    Step,
+    Valid,
+    one_of,
+    takes,
+)
 from quest.affine import FLOAT, round_ste
 from quest.diffusion.calibration_set import CalibrationSet, guide
 from quest.diffusion.denoisers import denoiser_of
@@ -240,7 +253,14 @@ METHOD = Method(
     about="EfficientDM: low-rank updates and a scale for each step, distilled; zero points are learned on request",
     work=work,
     steps={"distillation": Step(distil_all, ("distillation",))},
-    paper="2310.03270",
+    paper=Paper(
+        "he2024efficientdm",
+        "2310.03270",
+        "{EfficientDM}: Efficient Quantization-Aware Fine-Tuning of Low-Bit Diffusion Models",
+        "He, Yefei and Liu, Jing and Wu, Weijia and Zhou, Hong and Zhuang, Bohan",
+        "ICLR",
+        2024,
+    ),
     variants={
         "efficient-dm-as-released": dict(
             about="EfficientDM with the layers that its released code keeps at other bits",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from baselines.adaround import splits, uniform, uniform_rows
-from baselines.method import Bits, Count, Method, Seed, one_of, takes
+from baselines.method import Bits, Count, Method, Paper, Seed, one_of, takes
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
@@ -84,7 +84,14 @@ METHOD = Method(
     quantize,
     about="GPTQ, activations in float: weights from which other methods can start",
     work=work,
-    paper="2210.17323",
+    paper=Paper(
+        "frantar2023gptq",
+        "2210.17323",
+        "{GPTQ}: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+        "Frantar, Elias and Ashkboos, Saleh and Hoefler, Torsten and Alistarh, Dan",
+        "ICLR",
+        2023,
+    ),
     weights_only=True,
     variants={
         "gptq-mse": dict(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from baselines.granularity import Granularity, ranges_work, set_ranges, swapped
-from baselines.method import Method, one_of, takes
+from baselines.method import Method, Paper, one_of, takes
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
@@ -65,17 +65,40 @@ METHOD = Method(
     quantize,
     about="input channels and weights rotated in blocks of 64, 16 or 4; rounded to nearest",
     work=ranges_work,
-    paper="2404.00456",
+    paper=Paper(
+        "ashkboos2024quarot",
+        "2404.00456",
+        "{QuaRot}: Outlier-Free 4-Bit Inference in Rotated {LLMs}",
+        "Ashkboos, Saleh and Mohtashami, Amirkeivan and Croci, Maximilian L. and Li, Bo and Cameron, Pashmina and "
+        "Jaggi, Martin and Alistarh, Dan and Hoefler, Torsten and Hensman, James",
+        "NeurIPS",
+        2024,
+    ),
     variants={
         "convrot": dict(
             about="ConvRot: rotated by regular Hadamard matrices, whole symmetric ranges, dynamic for each token",
             fixed={"form": "regular", "single": False, "dynamic": "token", "levels": "symmetric", "weights": "absmax"},
-            paper="2512.03673",
+            paper=Paper(
+                "huang2025convrot",
+                "2512.03673",
+                "{ConvRot}: Rotation-Based Plug-and-Play 4-bit Quantization for Diffusion Transformers",
+                "Huang, Feice and Han, Zuliang and Zhou, Xing and Chen, Yihuang and Zhu, Lifei and Wang, Haoqian",
+                "arXiv",
+                2025,
+            ),
         ),
         "hadamard-single": dict(
             about="HQ-DM without its finetuning: rotated inputs, weights quantized as they are, ranges for each step",
             fixed={"form": "sylvester", "single": True, "block": 32, "levels": "symmetric", "per_step": True},
-            paper="2512.05746",
+            paper=Paper(
+                "mao2025hqdm",
+                "2512.05746",
+                "{HQ-DM}: Single {Hadamard} Transformation-Based Quantization-Aware Training for Low-Bit Diffusion "
+                "Models",
+                "Mao, Shizhuo and Zou, Hongtao and Xie, Qihu and Chen, Song and Kang, Yi",
+                "arXiv",
+                2025,
+            ),
         ),
     },
 )

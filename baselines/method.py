@@ -1,7 +1,7 @@
 """How a method describes itself: each file in baselines/ exports one `METHOD`.
 
 The registry and the plans read it. `python -m workflow.scripts.generate` writes the schema of configs,
-workflow/config/all-methods.yaml and the table in docs/protocols.md from it.
+workflow/config/all-methods.yaml, the table in docs/protocols.md and the bibliography from it.
 """
 
 import math
@@ -31,6 +31,24 @@ Bits = Annotated[int, Valid(minimum=2, maximum=16)]
 Positive = Annotated[float, Valid(exclusiveMinimum=0)]
 Guidance = Annotated[float, Valid(minimum=1, description="1 is no guidance")]
 Seed = Annotated[int, Valid(minimum=0, maximum=2**32 - 1)]
+
+
+class Paper(NamedTuple):
+    """An entry of resources/references.bib."""
+
+    key: str
+    arxiv: str
+    title: str
+    authors: str
+    venue: str
+    year: int
+
+    @property
+    def bibtex(self) -> str:
+        fields = {"title": self.title, "author": self.authors, "booktitle": self.venue, "year": self.year}
+        fields |= {"eprint": self.arxiv, "archivePrefix": "arXiv"}
+        lines = [f"  {name} = {{{value}}}," for name, value in fields.items()]
+        return "\n".join([f"@inproceedings{{{self.key},", *lines, "}\n"])
 
 
 class Step(NamedTuple):
@@ -63,7 +81,7 @@ class Method:
     work: Callable[[Any, int, Any, int], Counter] | None = None  # None: unknown, and a plan says so
     fixed: dict = field(default_factory=dict)  # keywords that define the row; they override a model's protocol
     variants: dict[str, dict] = field(default_factory=dict)  # name of another row -> the fields in which it differs
-    paper: str = ""  # its arXiv id; the entry with this `eprint` stands in resources/references.bib
+    paper: Paper | None = None
     weights_only: bool = False  # activations stay in float; other methods start from it
     recipe: dict = field(default_factory=dict)  # its recipe in workflow/config/all-methods.yaml
     bits: tuple[str, ...] = ("w8a8", "w4a8", "w4a4")  # its bits in that file
@@ -77,7 +95,7 @@ class Method:
     @property
     def description(self) -> str:
         """`about` as a sentence, with the paper and the fixed keywords."""
-        cited = f" (arXiv:{self.paper})" if self.paper else ""
+        cited = f" (arXiv:{self.paper.arxiv})" if self.paper else ""
         settings = ", ".join(f"{name} = {value!r}" for name, value in self.fixed.items() if name != "keep")
         return f"{self.about[0].upper()}{self.about[1:]}{cited}." + (f" Here: {settings}." if settings else "")
 

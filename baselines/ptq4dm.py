@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from baselines.adaround import RoundingRecipe, rounding_work, weights_only
-from baselines.method import Count, Method, Seed, takes
+from baselines.method import Count, Method, Paper, Seed, takes
 from baselines.q_diffusion import ReconstructionRecipe, common_stack, stack_work
 from quest.affine import FLOAT, QuantSpec
 from quest.diffusion.calibration_set import CalibrationSet
@@ -162,7 +162,14 @@ METHOD = Method(
     work=lambda recipe, w, model, trajectories: stack_work(recipe, w, normal_rows(recipe, model)),
     fixed={"time_groups": 1, "split": False},
     recipe={"init": "adaround-ndtc"},
-    paper="2211.15736",
+    paper=Paper(
+        "shang2023ptq4dm",
+        "2211.15736",
+        "Post-training Quantization on Diffusion Models",
+        "Shang, Yuzhang and Yuan, Zhihang and Xie, Bin and Wu, Bingzhe and Yan, Yan",
+        "CVPR",
+        2023,
+    ),
     variants={
         "adaround-ndtc": dict(
             function=round_weights,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.adaround import uniform, uniform_rows
-from baselines.method import Guidance, Method, one_of, takes
+from baselines.method import Guidance, Method, Paper, one_of, takes
 from baselines.q_diffusion import ReconstructionRecipe, common_stack, stack_work
 from quest.diffusion.calibration_set import CalibrationSet, guide
 from quest.diffusion.denoisers import denoiser_of
@@ -131,7 +131,14 @@ METHOD = Method(
     work=work,
     fixed={"time_groups": 1},
     recipe={"init": "adaround"},
-    paper="2305.10657",
+    paper=Paper(
+        "he2023ptqd",
+        "2305.10657",
+        "{PTQD}: Accurate Post-Training Quantization for Diffusion Models",
+        "He, Yefei and Liu, Luping and Liu, Jing and Wu, Weijia and Zhou, Hong and Zhuang, Bohan",
+        "NeurIPS",
+        2023,
+    ),
     variants={
         "ptqd-as-released": dict(
             about="PTQD as its released code runs it",

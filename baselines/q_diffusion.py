@@ -17,7 +17,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 
 from baselines.adaround import SplitRecipe, preset_of, round_weights, rounding_work, splits, uniform, uniform_rows
-from baselines.method import Bits, Count, Iterations, Method, Positive, Rule, Valid, one_of, takes
+from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Rule, Valid, one_of, takes
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
 from quest.learning.adam import Descent
@@ -173,5 +173,13 @@ METHOD = Method(
     work=lambda recipe, w, model, trajectories: stack_work(recipe, w, uniform_rows(recipe, model, trajectories)),
     fixed={"time_groups": 1},  # one set of ranges for all timesteps
     recipe={"init": "adaround"},
-    paper="2302.04304",
+    paper=Paper(
+        "li2023qdiffusion",
+        "2302.04304",
+        "{Q-Diffusion}: Quantizing Diffusion Models",
+        "Li, Xiuyu and Liu, Yijiang and Lian, Long and Yang, Huanrui and Dong, Zhen and Kang, Daniel"
+        " and Zhang, Shanghang and Keutzer, Kurt",
+        "ICCV",
+        2023,
+    ),
 )

@@ -32,7 +32,7 @@ from typing import Annotated, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from baselines.method import Bits, Count, Iterations, Method, Positive, Rule, Seed, Step, Valid, one_of, takes
+from baselines.method import Bits, Count, Iterations, Method, Paper, Positive, Rule, Seed, Step, Valid, one_of, takes
 from baselines.selection import (
     SELECTION,
     SELECTIONS,
@@ -436,7 +436,14 @@ METHOD = Method(
         "critical alignment": Step(_stage_alone(1), STAGES[1:]),
     },
     recipe={"init": "adaround"},
-    paper="2402.03666",
+    paper=Paper(
+        "wang2025quest",
+        "2402.03666",
+        "{QuEST}: Low-bit Diffusion Model Quantization via Efficient Selective Finetuning",
+        "Wang, Haoxuan and Shang, Yuzhang and Yuan, Zhihang and Wu, Junyi and Yan, Junchi and Yan, Yan",
+        "ICCV",
+        2025,
+    ),
     variants={
         "quest-paper": dict(about="QuEST as in the sixth version of its text", fixed=PAPER),
         "quest-official": dict(

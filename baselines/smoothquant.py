@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.granularity import STEP_ROWS, Granularity, ranges_work, set_ranges, swapped
-from baselines.method import Method, one_of, takes
+from baselines.method import Method, Paper, one_of, takes
 from quest.affine import FLOAT, fake_quantize
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of, hooked
@@ -278,5 +278,12 @@ METHOD = Method(
     quantize,
     about="SmoothQuant: input channels divided by factors that the weights take over; rounded to nearest",
     work=work,
-    paper="2211.10438",
+    paper=Paper(
+        "xiao2023smoothquant",
+        "2211.10438",
+        "{SmoothQuant}: Accurate and Efficient Post-Training Quantization for Large Language Models",
+        "Xiao, Guangxuan and Lin, Ji and Seznec, Mickael and Wu, Hao and Demouth, Julien and Han, Song",
+        "ICML",
+        2023,
+    ),
 )

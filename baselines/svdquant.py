@@ -15,7 +15,7 @@ from typing import Annotated
 
 from baselines.adaround import uniform, uniform_rows
 from baselines.granularity import Granularity, ranges_work, set_ranges, swapped
-from baselines.method import Count, Method, Valid, one_of, takes
+from baselines.method import Count, Method, Paper, Valid, one_of, takes
 from quest.affine import FLOAT, ROWS
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
@@ -93,5 +93,14 @@ METHOD = Method(
     quantize,
     about="SVDQuant: smoothing and low-rank branches in 16 bits; dynamic activations",
     work=work,
-    paper="2411.05007",
+    paper=Paper(
+        "li2025svdquant",
+        "2411.05007",
+        "{SVDQuant}: Absorbing Outliers by Low-Rank Components for 4-Bit Diffusion Models",
+        "Li, Muyang and Lin, Yujun and Zhang, Zhekai and Cai, Tianle and Li, Xiuyu and Guo,"
+        " Junxian and Xie, Enze and"
+        " Meng, Chenlin and Zhu, Jun-Yan and Han, Song",
+        "ICLR",
+        2025,
+    ),
 )

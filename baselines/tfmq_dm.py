@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.adaround import Preset, RoundingRecipe, preset_of, rounding_work, uniform, uniform_rows
-from baselines.method import Bits, Count, Method, Step, one_of, takes
+from baselines.method import Bits, Count, Method, Paper, Step, one_of, takes
 from quest.affine import FLOAT
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
@@ -192,7 +192,14 @@ METHOD = Method(
     work=work,
     steps={"temporal rounding": Step(round_block, ("temporal information block",), rows=16)},
     recipe={"init": "adaround"},
-    paper="2311.16503",
+    paper=Paper(
+        "huang2024tfmqdm",
+        "2311.16503",
+        "{TFMQ-DM}: Temporal Feature Maintenance Quantization for Diffusion Models",
+        "Huang, Yushi and Gong, Ruihao and Liu, Jing and Chen, Tianlong and Liu, Xianglong",
+        "CVPR",
+        2024,
+    ),
     variants={
         "tfmq-dm-as-released": dict(
             about="TFMQ-DM as its released code runs it", fixed={"keep": RELEASED, "fsc_scope": "all"}, recipe={}

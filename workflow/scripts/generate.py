@@ -1,5 +1,5 @@
 """Generate the parts of files that follow from the METHOD of each file in baselines/: the schema of recipes, the config
-of all methods, and the table of rows in docs/protocols.md. Two marker lines enclose each part.
+of all methods, the table of rows in docs/protocols.md, and the bibliography. Two marker lines enclose each part.
 """
 
 import re
@@ -30,6 +30,7 @@ def texts() -> dict[Path, str]:
         "workflow/schemas/config.schema.yaml": schema(methods),
         "workflow/config/all-methods.yaml": grid(methods),
         "docs/protocols.md": table(methods),
+        "resources/references.bib": "\n".join(dict.fromkeys(m.paper.bibtex for m in methods if m.paper)),
     }
     return {ROOT / name: replaced((ROOT / name).read_text(encoding="utf-8"), part) for name, part in parts.items()}
 
@@ -103,7 +104,7 @@ def table(methods) -> str:
     """Return a Markdown table that describes the rows of result tables."""
     lines = ["| row | what it is |", "|---|---|"]
     for row in methods:
-        paper = f" ([arXiv:{row.paper}](https://arxiv.org/abs/{row.paper}))" if row.paper else ""
+        paper = f" ([arXiv:{row.paper.arxiv}](https://arxiv.org/abs/{row.paper.arxiv}))" if row.paper else ""
         lines.append(f"| `{row.name}` | {row.about}{paper} |")
     return "\n".join([*lines, ""])
 
