@@ -2,42 +2,6 @@
 # it starts from the calibration sets and checkpoints of the grid.
 
 
-def question(key):
-    """The model or the bits in the config's `questions`."""
-    if not QUESTIONS:
-        raise WorkflowError("questions: the config has no such key; e.g. questions: {model: scenes-class, bits: w4a4}")
-    return QUESTIONS[key]
-
-
-def of_question(wc, at=""):
-    """QuEST's run that a job evaluates: on the job's model if the job has one, else on the model of the questions.
-
-    at: "" or a quantization seed such as "@1".
-    """
-    return Run(getattr(wc, "model", None) or question("model"), f"quest-suite{at}", question("bits"))
-
-
-def seed_of(variant):
-    """The end of a variant's name that says its quantization seed, or ""."""
-    return "".join(variant.partition("@")[1:])
-
-
-def question_file(file):
-    """A file of the run `of_question`, or of its model, as an input."""
-
-    def path(wc):
-        run = of_question(wc)
-        return f"results/{NAME}/{run.path if file == 'model.safetensors' else run.model}/{file}"
-
-    return path
-
-
-def question_init(wc, at=""):
-    """The checkpoint that the run `of_question` starts from."""
-    start = start_of(config, of_question(wc, at))
-    return f"results/{NAME}/{start.path}/model.safetensors" if start else []
-
-
 PROPERTIES = ["activations", "activation_changes", "temporal", "time_ranges", "embeddings", "sensitivity"]
 # What is measured on every model, and the checkpoints that it takes, as functions of the wildcards.
 FINETUNED = {"finetuned": question_file("model.safetensors")}

@@ -1,48 +1,7 @@
 # `snakemake settle`: compare the pairs of rows in `settle` after 3, 5, 8 and 12 quantization seeds, until each is decided. Not part
 # of `all`. Each look says which cells the next one needs. What cells show accumulates in results/settled, which is tracked;
 # so looks have no file of it as an input, and begin anew in every run.
-from quest.config.settled import told
-from quest.report.settle import LOOKS, VERSION, identity
-
-
-def look_before(wc):
-    """What the look before decided; nothing for the first one."""
-    before = int(wc.look) - 1
-    return checkpoints.look.get(name=wc.name, look=before).output[0] if before >= 0 else []
-
-
-def asked_for(wc):
-    """Records of the cells that the look before asked for."""
-    before = look_before(wc)
-    runs = json.loads(Path(before).read_text(encoding="utf-8"))["wanted"] if before else []
-    return [f"results/{wc.name}/{run}/evidence.json" for run in runs]
-
-
-def lottery_evidence(wc):
-    """Records of the cells of `lottery`."""
-    if not LOTTERY_RUNS:
-        raise WorkflowError(
-            "settle.lottery: the config has no such key; e.g. lottery: {model: [photos-class], method: [quest-suite], "
-            "draw: [3, 4], seed: [3, 4]}, or --configfile workflow/config/settle.yaml"
-        )
-    return files_of(LOTTERY_RUNS, "evidence.json")
-
-
-def families(wc):
-    if "settle" not in config:
-        raise WorkflowError(
-            "settle: the config has no such key; e.g. settle: {bits: [w4a4], families: {mine: [[rtn-mse, rtn]]}}, or "
-            "--configfile workflow/config/settle.yaml"
-        )
-    return json.dumps(config["settle"]["families"])
-
-
-def identities(wc):
-    """[[model, bits, row, identity]] of all rows of `settle`."""
-    rows = dict.fromkeys((run.model, run.bits, parts_of(run.method)[0]) for run in SETTLE_RUNS)
-    return json.dumps(
-        [[*row, identity(told(config, Run(row[0], row[2], row[1]), MODELS[row[0]], VERSION))] for row in rows]
-    )
+from quest.report.settle import LOOKS
 
 
 checkpoint look:
