@@ -235,14 +235,13 @@ def read_images(source: Path, most: int | None = None, size: int | None = None) 
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such file or folder")
     files = image_files(source, None)[0][:most]
-    if exact := size is not None:
-        side = size
-    else:
+    exact = size is not None
+    if not exact:
         from PIL import Image
 
         with Image.open(files[0]) as opened:
-            side = min(opened.size)
-    images = np.stack([prepared(file, side, exact) for file in files])
+            size = min(opened.size)
+    images = np.stack([prepared(file, size, exact) for file in files])
     return images, [file.relative_to(source).as_posix() for file in files]
 
 

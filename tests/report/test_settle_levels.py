@@ -1,7 +1,10 @@
-"""The table at equal granularity, and what it takes from records of several processors."""
+"""Where rows stand by themselves, the table at equal granularity, and what both take from several processors."""
 
+import math
+
+import numpy as np
 import pytest
-from test_settle import GOOD, evidence, record, row_of, seeds_of
+from test_settle import FULL, GOOD, N, evidence, record, row_of, seeds_of
 
 from quest.report.settle import SEEDS, levels
 
@@ -41,3 +44,29 @@ def test_an_endpoint_is_of_the_cells_that_have_it_and_integers_of_the_last_recor
     assert psnr.realizable == agreement.realizable == 1.0
     (table,) = levels.tables(found)
     assert table.rows[0][2] == "3-5"
+
+
+def test_rows_stand_with_their_interval_and_stored_bits(tmp_path):
+    told = {"footprint": {"effective_bits": 4.5, "realizable": 0.5}}
+    rows = [
+        FULL,
+        *seeds_of("good", GOOD, **told),
+        *seeds_of("close", [0.0, math.nan, 0.1]),
+        *seeds_of("two", [0.0, 0.1]),
+    ]
+    found = levels.frame(evidence(*rows, record("good", 9.0, SEEDS[0], isa="avx512vnni-avx512")))  # of a seed twice
+    assert set(found["method"]) == {"fp", "good"}  # a cell that diverged has no level, two seeds are too few
+    psnr = row_of(found, method="good", endpoint="psnr")
+    values = [one["values"]["psnr"] for one in rows[1:6]]
+    means = np.mean(values, axis=1)
+    images = np.mean(np.var(values, axis=1, ddof=1) / N)
+    half = math.sqrt(1.96**2 * images + 2.776**2 * means.var(ddof=1) / 5)
+    assert (psnr.value, psnr.seeds, psnr.effective_bits) == (pytest.approx(means.mean()), 5, 4.5)
+    assert psnr.high - psnr.value == pytest.approx(half, rel=1e-3)
+    (table,) = levels.tables(found)
+    assert [row[0] for row in table.rows] == ["fp", "good"] and "| 4.5 | 50% |" in table.markdown()
+    levels.figure(found, "psnr", tmp_path / "bits.png")
+    assert (tmp_path / "bits.png").stat().st_size > 10_000
+    alone = record("fp", seed=0, footprint={"effective_bits": 32.0, "realizable": None})
+    (table,) = levels.tables(levels.frame(evidence(alone)))
+    assert [row[0] for row in table.rows] == ["fp"]

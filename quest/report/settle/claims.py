@@ -99,7 +99,8 @@ def _matched(tables: Sequence[Table]) -> list[str]:
 
 
 def _section(claim: Claim, settled: pd.DataFrame, before: dict[str, pd.DataFrame], facts: dict) -> str:
-    rows, said = of_claim(claim, settled), _said(claim, settled, facts)
+    rows = of_claim(claim, settled)
+    said = _said(claim, rows, facts)
     parts = [f"### {_head(claim)}", f"**{said[0].upper()}{said[1:]}.** Source: {claim.source}."]
     if claim.measured:
         lines = [f"- {line}" for line in facts[claim.measured][1]]
@@ -116,8 +117,8 @@ def _head(claim: Claim) -> str:
     return claim.text[0].upper() + claim.text[1:]
 
 
-def _said(claim: Claim, settled: pd.DataFrame, facts: dict) -> str:
-    return facts[claim.measured][0] if claim.measured else word(claim, of_claim(claim, settled))
+def _said(claim: Claim, rows: Sequence, facts: dict) -> str:
+    return facts[claim.measured][0] if claim.measured else word(claim, rows)
 
 
 def _overview(claims: Sequence[Claim], settled: pd.DataFrame, facts: dict) -> str:
@@ -126,7 +127,7 @@ def _overview(claims: Sequence[Claim], settled: pd.DataFrame, facts: dict) -> st
     for claim in claims:
         head, rows = _head(claim), of_claim(claim, settled)
         place = re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-")
-        said = _said(claim, settled, facts).partition(" (")[0]
+        said = _said(claim, rows, facts).partition(" (")[0]
         lines.append([f"[{head}](#{place})", said, f"{len(_done(rows))} of {len(rows)}" if rows else ""])
     return Table(columns("claim", "the records say", "comparisons settled", texts=2), lines).markdown()
 
