@@ -4,6 +4,7 @@ Built once per session: copy a pipeline before changing it (`model.load()` gives
 """
 
 import copy
+import gc
 import json
 
 import pytest
@@ -31,6 +32,11 @@ from quest.quantization.layer_names import layer_bits
 from quest.quantization.layers import quant_layers
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Keep what was imported and collected out of garbage collections, which measurements of memory ask for often."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

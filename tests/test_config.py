@@ -36,8 +36,8 @@ def test_shipped_configs_are_valid(file):
 
 def test_default_grid(default):
     cells = runs(default)
-    assert len(cells) == len(set(cells)) == 3 * (1 + 2 + 3 + 6) + 1
-    assert Run("emoji-text", "quest-suite", "w4a8").path == "emoji-text/quest-suite/w4a8"
+    assert len(cells) == len(set(cells)) == 3 * (1 + 2 + 6) + 3
+    assert Run("emoji-text", "quest-suite", "w4a4").path == "emoji-text/quest-suite/w4a4"
     assert [run.bits for run in cells if run.method == "fp"] == ["w32a32"] * 3
 
 

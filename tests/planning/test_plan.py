@@ -365,17 +365,24 @@ def test_forecasts_follow_from_data_sheets():
     assert forecast(known, "box", gpu, {}) == forecast(known, "other box", gpu, {"m": 1}) == []
 
 
-@pytest.mark.parametrize("name", ["tiny-imagenet", "tiny-sd"])
-def test_without_weights_everything_is_measured_on_random_ones(name, monkeypatch):
+def test_without_weights_everything_is_measured_on_random_ones(monkeypatch):
     monkeypatch.setattr(Meter, "iteration", lambda _meter, learn, batch: learn(1, batch) or 0.1)
     seen = []
-    rows = measure.measure(MODELS[name], "cpu", random=True, done=seen.extend)
+    rows = measure.measure(MODELS["tiny-imagenet"], "cpu", random=True, done=seen.extend)
     assert {row["what"] for row in rows} == set(table.WHAT) and rows[0]["weights"] == "random" and seen == rows
     held = [float(row["value"]) for row in rows if row["what"] in {f"memory of {what}" for what in table.HELD}]
     assert min(held) > 50
     how = {row["what"]: row["how"] for row in rows}
     assert how["rounding"] == how["step learning row"] == table.SCALED and how["weight ranges"] == table.SAMPLED
     assert how["call"] == how["distillation"] == table.MEASURED
+
+
+def test_a_model_of_captions_is_measured_on_random_weights(monkeypatch):
+    monkeypatch.setattr(Meter, "iteration", lambda _meter, learn, batch: learn(1, batch) or 0.1)
+    wanted = {"call", "quantized call", "features", "rounding", "critical alignment"}
+    rows = measure.measure(MODELS["tiny-sd"], "cpu", random=True, wanted=wanted)
+    assert wanted <= {row["what"] for row in rows} <= set(table.WHAT)
+    assert all(float(row["value"]) > 0 for row in rows if row["what"] in wanted)
 
 
 @pytest.mark.parametrize(
