@@ -128,7 +128,7 @@ FAULTS = {
         _put({}, "methods", "rtn_mse"),
         ["methods", "'rtn_mse'", "did you mean 'rtn-mse'", "quest-suite"],
     ),
-    "method not configured": (lambda config: config["methods"].pop("rtn"), ["grid[1].method", "'rtn'", "rtn-mse"]),
+    "method not configured": (lambda config: config["methods"].pop("rtn-mse"), ["grid[1].method", "'rtn-mse'", "rtn"]),
     "typo in a recipe": (
         _put(1, "methods", "quest-suite", "inti"),
         ["methods.quest-suite", "'inti'", "did you mean 'init'"],
@@ -175,7 +175,7 @@ FAULTS = {
     "capital bits": (_put(["W4A4"], "grid", 1, "bits"), ["grid[1].bits", "'W4A4'", "'w4a4'"]),
     "bits no list": (_put("w4a4", "grid", 1, "bits"), ["grid[1].bits", "'w4a4'", "a list"]),
     "quantized full precision": (_put(["w8a8"], "grid", 0, "bits"), ["grid[0]", "fp at w8a8", "w32a32"]),
-    "unquantized method": (_put(["w32a32"], "grid", 1, "bits"), ["grid[1]", "rtn at w32a32"]),
+    "unquantized method": (_put(["w32a32"], "grid", 1, "bits"), ["grid[1]", "rtn-mse at w32a32"]),
     "images as text": (_put("1e3", "models", "emoji-text", "images"), ["models.emoji-text.images", "'1e3'", "text"]),
     "too few images": (_put(1, "models", "emoji-text", "images"), ["models.emoji-text.images", "minimum of 2"]),
     "empty shards": (_put(11, "models", "emoji-text", "shards"), ["models.emoji-text.shards", "11", "1 to 6"]),
@@ -239,7 +239,7 @@ FAULTS = {
     "rows at no bits": (_put("w4a9", "ablations", "bits"), ["ablations.bits", "'w4a9'"]),
     "groups that do not divide the steps": (
         _put(7, "methods", "quest-suite", "time_groups"),
-        ["methods.quest-suite.time_groups: 7 does not divide the 40 steps of", "valid: [1, 2, 4, 5, 8, 10, 20, 40]"],
+        ["methods.quest-suite.time_groups: 7 does not divide the 20 steps of", "valid: [1, 2, 4, 5, 10, 20]"],
     ),
     "groups of a row": (
         _put({"time_groups": 3}, "ablations", "rows", "mine"),
