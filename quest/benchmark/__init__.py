@@ -112,7 +112,6 @@ def measure(point: Point, folder: Path) -> list[dict]:
 def measure_apart(point: Point, folder: Path) -> list[dict]:
     """`measure` in a separate process, because another project's converter or compiler may crash the process."""
     whole_steps.forget()
-    whole_steps.full_precision.cache_clear()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(measure, point, folder).result()

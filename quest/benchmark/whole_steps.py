@@ -23,6 +23,7 @@ from quest.planning.shapes import inputs
 from quest.quantization.layers import attentions, quant_layers
 from quest.quantization.placement import place
 from quest.quantization.swapping import swap
+from quest.runtime import memory
 
 RIVALS = (
     "OpenVINO int8", "OpenVINO w8a8", "OpenVINO w8a8 accurate", "onnxruntime w8a8", "OpenVINO fp32",
@@ -107,9 +108,11 @@ def reason_to_skip(name: str, kernel: str) -> str | None:
 
 
 def forget() -> None:
-    """Free the quantized denoisers."""
+    """Free the denoisers, and give their memory back to the system, where another process may need it."""
     cached.clear()
+    full_precision.cache_clear()
     gc.collect()
+    memory.trim()
 
 
 def rival(name: str, kernel: str, batch: int, folder: Path) -> Callable:
