@@ -26,6 +26,7 @@ class Claim:
 
     expected: the verdicts that support it. pairs: [method, versus]; without any, `needs` says what would settle it.
     measured: the name of a fact (`quest.report.settle.facts`) that answers a claim without pairs.
+    once: what runs of one seed showed, with links.
     """
 
     text: str
@@ -35,6 +36,7 @@ class Claim:
     expected: Sequence[str] = (AHEAD,)
     needs: str = ""
     measured: str = ""
+    once: Sequence[str] = ()
 
 
 def read() -> dict[str, list[Claim]]:
@@ -108,6 +110,7 @@ def _section(claim: Claim, settled: pd.DataFrame, before: dict[str, pd.DataFrame
         lines = [comparisons(claim, rows).markdown()]
     else:
         lines = [f"- *{line}*" for name, seeds in before.items() for line in illustrations(claim, seeds, name)]
+    lines += [f"- *one seed: {line}*" for line in claim.once]
     if said == "open" and not rows and claim.needs:
         lines.append(f"- needs: {claim.needs}")
     return "\n\n".join([*parts, "\n".join(lines)] if lines else parts)
