@@ -207,9 +207,12 @@ def details(run: Path, main: pd.DataFrame, methods: dict[str, str]) -> list[dict
 
 
 def spent(file: Path) -> str:
-    """What a job took, from the benchmark file that Snakemake wrote. A job that was too short was not measured."""
+    """What a job took, from the benchmark file that Snakemake wrote. A job that was too short was not measured.
+
+    The file's processor time is left out: Snakemake looks at it every 30 s, so half of a job's can be missing.
+    """
     row = pd.read_csv(file, sep="\t", na_values=["-"]).iloc[-1]
-    numbers = {"s": row["s"], "s of a processor": row["cpu_time"], "MB of memory at most": row["max_rss"]}
+    numbers = {"s": row["s"], "MB of memory at most": row["max_rss"]}
     return "\n".join(f"{value:,.0f} {unit}" for unit, value in numbers.items() if pd.notna(value))
 
 
