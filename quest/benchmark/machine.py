@@ -87,12 +87,17 @@ def instruction_set() -> str:
 
 
 def made_with() -> dict[str, str]:
-    """Versions, commit and date, under their names in `speed.COLUMNS`."""
+    """Versions, commit and date, under their names in `speed.COLUMNS`.
+
+    Versions also say whether the C library keeps freed memory, as in jobs of the workflow. Where it does not, every
+    large tensor costs page faults, which slow some runtimes more than others.
+    """
     record = provenance()
     versions = {"torch": torch.__version__}
     for package in ("openvino", "torchao"):
         if missing(package) is None:
             versions[package] = metadata.version(package)
     commit = record["commit"] and record["commit"] + ("-dirty" if record["dirty"] else "")
+    versions["memory"] = "kept" if "MALLOC_TRIM_THRESHOLD_" in os.environ else "given back"
     text = ", ".join(f"{name} {version}" for name, version in versions.items())
     return {"versions": text, "commit": commit or "", "date": record["date"]}
