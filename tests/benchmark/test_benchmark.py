@@ -181,3 +181,12 @@ def test_a_rival_that_crashes_takes_nothing_with_it(monkeypatch):
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda *arguments: Broken())
     (row,) = benchmark.measure_apart(benchmark.Point("step", 1, "scenes-text", batch=1, kernel="OpenVINO int8"), None)
     assert row["note"] == "not measured: OpenVINO int8 crashed" and row["kernel"] == "OpenVINO int8"
+
+
+def test_rows_say_whether_the_c_library_keeps_memory(monkeypatch):
+    for setting, said in ((None, "given back"), ("1073741824", "kept")):
+        if setting:
+            monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", setting)
+        else:
+            monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+        assert machine.made_with()["versions"].endswith(f", memory {said}")
