@@ -34,6 +34,16 @@ def test_cells_that_settle_a_family(settling):
     assert "scenes-uncond/adaround@3/w4a32" in starts
 
 
+def test_a_family_may_have_bits_of_its_own(settling):
+    settling["settle"]["families"]["eight"] = {"bits": ["w8a8"], "pairs": [["rtn", "fp"]]}
+    validate(settling)
+    cells = [run.path for run in settled_runs(settling, (3,)) if run.model == "scenes-class"]
+    assert cells == [
+        f"scenes-class/{cell}"
+        for cell in ("fp/w32a32", "quest-suite@3/w4a4", "q-diffusion@3/w4a4", "rtn@3/w4a4", "rtn@3/w8a8")
+    ]
+
+
 def test_cells_of_the_lottery_cross_draws_and_seeds(settling):
     settling["settle"]["lottery"] = {
         "model": ["scenes-class"],
@@ -89,6 +99,8 @@ LOTTERY = {"model": ["x"], "method": ["rtn"], "draw": [3, 4], "seed": [3, 4]}
             ["models.emoji-text.trajectories", "captions are needed", "for calibration there are those of 1000"],
         ),
         (_put(["w4"], "settle", "bits"), ["settle.families.rivals.bits", "'w4'"]),
+        (_put({"bits": ["w4"], "pairs": [["rtn", "fp"]]}, "settle", "families", "x"), ["families.x.bits", "'w4'"]),
+        (_put({"pairs": [["rtn", "fp"]]}, "settle", "families", "x"), ["settle.families.x", "'bits'"]),
         (_put(30, "models", "scenes-class", "first"), ["models.scenes-class.first: 30", "50"]),
     ],
 )

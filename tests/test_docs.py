@@ -153,10 +153,11 @@ def test_snakemake_plans_its_command_lines(tmp_path):
 
 def test_the_matrix_of_the_readme_is_what_the_records_decide():
     from quest.config import read
+    from quest.config.settled import families
     from quest.report.settle import cells, verdicts
 
-    families = read(ROOT / "workflow/config/settle.yaml")["settle"]["families"]
-    settled = verdicts.frame(cells.read(ROOT / "results/settled"), families)
+    pairs = families(read(ROOT / "workflow/config/settle.yaml"))
+    settled = verdicts.frame(cells.read(ROOT / "results/settled"), pairs)
     rows = settled[settled["method"] == "quest-token"]
     found = rows.set_index(["model", "versus", "endpoint"])[["verdict", "seeds"]]
     text = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -165,11 +165,13 @@ def validate(config: dict) -> None:
     if "seeds" in config:
         blocks["seeds"] = {"model": list(config["models"])} | config["seeds"]
     if "settle" in config:
-        for family, pairs in config["settle"]["families"].items():
-            rows = [name for pair in pairs for name in pair if name != FULL_PRECISION[0]]
-            key = f"settle.families.{family}"
-            blocks[key] = {"model": list(config["models"]), "method": rows, "bits": config["settle"]["bits"]}
-            _check_pairs(key, pairs)
+        from quest.config.settled import families
+
+        for name, family in families(config).items():
+            rows = [row for pair in family["pairs"] for row in pair if row != FULL_PRECISION[0]]
+            key = f"settle.families.{name}"
+            blocks[key] = {"model": list(config["models"]), "method": rows, "bits": family["bits"]}
+            _check_pairs(key, family["pairs"])
         if "lottery" in config["settle"]:
             blocks["settle.lottery"] = {"bits": config["settle"]["bits"]} | config["settle"]["lottery"]
     if "questions" in config:

@@ -8,15 +8,27 @@ from quest.runtime import sums
 from quest.runtime.download import sha256_of
 
 
+def families(config: dict) -> dict[str, dict]:
+    """{name: {"bits", "pairs"}} of `settle`: a family that is a list of pairs is judged at the bits of `settle`."""
+    block = config["settle"]
+    return {
+        name: family if isinstance(family, dict) else {"bits": block["bits"], "pairs": family}
+        for name, family in block["families"].items()
+    }
+
+
 def settled_runs(config: dict, seeds: tuple[int, ...]) -> list[Run]:
     """The cells of every row in `settle` with each of these seeds, and full precision of each model."""
     if "settle" not in config:
         return []
-    block = config["settle"]
-    pairs = [pair for family in block["families"].values() for pair in family]
-    rows = dict.fromkeys(name for pair in pairs for name in pair if name != FULL_PRECISION[0])
-    cells = product(config["models"], block["bits"], rows, seeds)
-    cells = [Run(model, f"{row}@{seed}", bits) for model, bits, row, seed in cells]
+    rows = dict.fromkeys(
+        (bits, row)
+        for family in families(config).values()
+        for bits, pair in product(family["bits"], family["pairs"])
+        for row in pair
+        if row != FULL_PRECISION[0]
+    )
+    cells = [Run(model, f"{row}@{seed}", bits) for model, (bits, row), seed in product(config["models"], rows, seeds)]
     return [*(Run(model, *FULL_PRECISION) for model in config["models"]), *cells]
 
 

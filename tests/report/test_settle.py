@@ -55,7 +55,13 @@ def seeds_of(method, shifts, **settings):
 
 FULL = record("fp", seed=0)
 GOOD, CLOSE = [2.0, 2.1, 1.9, 2.05, 1.95], [0.0, 0.1, -0.1, 0.05, -0.05]
-FAMILIES = {"rivals": [["good", "plain"], ["close", "plain"]], "four-bits": [["good", "fp"]]}
+
+
+def families(**pairs):
+    return {name: {"bits": ["w4a4"], "pairs": one} for name, one in pairs.items()}
+
+
+FAMILIES = families(rivals=[["good", "plain"], ["close", "plain"]], four_bits=[["good", "fp"]])
 ROWS = [FULL, *seeds_of("good", GOOD), *seeds_of("plain", [0.0] * 5), *seeds_of("close", CLOSE)]
 
 
@@ -69,17 +75,34 @@ def judged():
     return verdicts.frame(evidence(*ROWS), FAMILIES)
 
 
+def test_a_family_is_judged_at_its_bits_only():
+    rows = evidence(*ROWS)
+    assert set(verdicts.frame(rows, FAMILIES)["bits"]) == {"w4a4"}
+    assert not len(verdicts.frame(rows, {"rivals": FAMILIES["rivals"] | {"bits": ["w8a8"]}}))
+
+
+def test_methods_nearer_to_each_other_than_full_precision_is_to_itself_stay_open():
+    apart = {"psnr": 10**-2 - 10**-2.2, "kid_64w": 2.0}  # errors at 20 and 22 dB; KIDs differ by 2
+    for factor, said in ((0.9, "better"), (1.1, "open")):
+        floors = {"photos-class": {name: factor * one for name, one in apart.items()}}
+        judged = verdicts.frame(evidence(*ROWS), FAMILIES, floors=floors)
+        for endpoint in apart:
+            row = row_of(judged, family="rivals", method="good", endpoint=endpoint)
+            assert row.verdict == said and ("below the floor" in row.note) == (said == "open")
+    assert row_of(judged, family="rivals", method="close", endpoint="kid_64w").verdict != "better"
+
+
 def test_older_records_without_an_endpoint_are_left_out_of_it_alone():
     older, newer = (
         [record(name, 0, seed, isa=isa) for name in ("good", "plain") for seed in SEEDS[:3]] for isa in "ab"
     )
     for one in (*older, newer[0]):  # newer[0] is the first seed of `good`
         del one["values"]["agreement"]
-    found = verdicts.frame(evidence(FULL, *older, *newer[1:]), {"rivals": [["good", "plain"]]})
+    found = verdicts.frame(evidence(FULL, *older, *newer[1:]), families(rivals=[["good", "plain"]]))
     assert row_of(found, endpoint="psnr").isa == "a" and row_of(found, endpoint="psnr").seeds == 3
     assert "agreement" not in set(found["endpoint"])  # the first seed lacks it
     newer[0]["values"]["agreement"] = newer[1]["values"]["agreement"]
-    found = verdicts.frame(evidence(FULL, *older, *newer), {"rivals": [["good", "plain"]]})
+    found = verdicts.frame(evidence(FULL, *older, *newer), families(rivals=[["good", "plain"]]))
     assert row_of(found, endpoint="agreement").isa == "b" and row_of(found, endpoint="psnr").isa == "a"
 
 
@@ -143,7 +166,7 @@ def test_verdicts_are_of_methods_over_seeds(judged):
 
 
 def test_full_precision_is_a_rival_without_seeds_and_better_than_it_is_a_flag(judged):
-    kid = row_of(judged, family="four-bits", endpoint="kid_64w")
+    kid = row_of(judged, family="four_bits", endpoint="kid_64w")
     assert (kid.versus, kid.verdict) == ("fp", "better") and "a flag, not a success" in kid.note
     assert set(judged[judged["versus"] == "fp"].endpoint) == {"agreement", "kid_64w"}  # no distances to itself
 
@@ -169,7 +192,7 @@ def test_of_several_instruction_sets_the_pair_that_was_recorded_first_counts():
     for day, records in (("2026-11-29", older), ("2026-11-30", newer)):
         for one in records:
             one["about"]["date"] = day
-    found = verdicts.frame(evidence(FULL, *older, *newer), {"rivals": [["good", "plain"]]})
+    found = verdicts.frame(evidence(FULL, *older, *newer), families(rivals=[["good", "plain"]]))
     assert set(found["isa"]) == {"b"}
     _, cells_of_good = next(one for one in verdicts.of_first_look(evidence(*older, *newer)) if one[0][2] == "good")
     assert [cell.isa for cell in cells_of_good] == ["b"] * 3

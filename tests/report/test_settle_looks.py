@@ -9,7 +9,7 @@ import pytest
 from scipy.special import ndtri, stdtrit
 
 from quest.metrics import METRICS
-from quest.report.settle import LOOKS, SEEDS, VERSION, coverage, looks, verdicts
+from quest.report.settle import LOOKS, RECORDS, SEEDS, coverage, looks, verdicts
 from quest.report.settle.looks import Estimate, levels, settle
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def test_equivalence_errs_below_alpha_where_the_difference_just_matters():
 
 def test_the_protocol_says_what_the_code_does():
     text = (ROOT / "PROTOCOL.md").read_text(encoding="utf-8")
-    assert text.startswith(f"# Protocol, version {VERSION}\n")
+    assert text.startswith("# Protocol, version 2\n") and f"carry the number {RECORDS}" in text
     table = {line.split("|")[1].strip(" `"): line.split("|")[3] for line in text.splitlines() if line.startswith("| `")}
     assert {name: float(cell.split()[0]) for name, cell in table.items()} == verdicts.MARGINS
     assert set(verdicts.MARGINS) <= set(METRICS)

@@ -26,6 +26,7 @@ from quest.config import (
 )
 from quest.config.schema import renamed
 from quest.config.searched import starts as search_starts
+from quest.config.settled import families as families_of
 from quest.config.settled import lottery_runs, settled_runs
 from quest.diffusion.declared import PROTOCOL, of_config
 from quest.diffusion.models import find

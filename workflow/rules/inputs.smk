@@ -1,6 +1,6 @@
 # Functions of the inputs and parameters of settle and of questions. Rule files hold rules alone, as `snakemake --lint` asks.
 from quest.config.settled import told
-from quest.report.settle import VERSION, identity
+from quest.report.settle import RECORDS, identity
 
 
 def look_before(wc):
@@ -32,14 +32,14 @@ def families(wc):
             "settle: the config has no such key; e.g. settle: {bits: [w4a4], families: {mine: [[rtn-mse, rtn]]}}, or "
             "--configfile workflow/config/settle.yaml"
         )
-    return json.dumps(config["settle"]["families"])
+    return json.dumps(families_of(config))
 
 
 def identities(wc):
     """[[model, bits, row, identity]] of all rows of `settle`."""
     rows = dict.fromkeys((run.model, run.bits, parts_of(run.method)[0]) for run in SETTLE_RUNS)
     return json.dumps(
-        [[*row, identity(told(config, Run(row[0], row[2], row[1]), MODELS[row[0]], VERSION))] for row in rows]
+        [[*row, identity(told(config, Run(row[0], row[2], row[1]), MODELS[row[0]], RECORDS))] for row in rows]
     )
 
 

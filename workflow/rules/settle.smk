@@ -82,7 +82,7 @@ rule evidence:
     resources:
         **needs((1500, 32000), (15, 60)),
     params:
-        told=lambda wc: json.dumps(told(config, Run(wc.model, wc.method, wc.bits), MODELS[wc.model], VERSION)),
+        told=lambda wc: json.dumps(told(config, Run(wc.model, wc.method, wc.bits), MODELS[wc.model], RECORDS)),
     shell:
         "python -m workflow.scripts.evidence --metrics {input.metrics:q} --checkpoint {input.checkpoint:q}"
         " --features {input.features:q} --samples {input.samples:q} --fp-features {input.fp_features:q}"

@@ -40,12 +40,13 @@ def made():
 
     from quest.config import read
     from quest.config.old_names import RENAMED
+    from quest.config.settled import families
     from quest.report.rendering import read_csv
     from quest.report.settle import cells, claims, facts, levels, lottery, ten, verdicts
 
     assets = ROOT / "docs" / "assets"
     evidence = cells.read(ROOT / "results" / "settled")
-    families = read(ROOT / "workflow" / "config" / "settle.yaml")["settle"]["families"]
+    pairs = families(read(ROOT / "workflow" / "config" / "settle.yaml"))
     before = {name: read_csv(assets / name) for name in BEFORE}
     runs = {
         f"{run}main.csv": (read_csv(assets / f"{run}main.csv"), read_csv(assets / f"{run}paired.csv")) for run in RUNS
@@ -57,7 +58,7 @@ def made():
         for column in ("method", "versus", "better"):
             seeds[column] = seeds[column].replace(RENAMED)
     found = lottery.frame(evidence, before)
-    settled = verdicts.frame(evidence, families)
+    settled = verdicts.frame(evidence, pairs, floors=cells.floors(ROOT / "results" / "settled"))
     rows = levels.frame(evidence)
     measured = facts.of(evidence, settled, runs, layers)
     matched = [table for endpoint in ("psnr", "kid_64w") for table in levels.by_granularity(rows, endpoint)]

@@ -214,7 +214,8 @@ def cells(bench: Bench):
         return folder / model / f"{method}.json"
 
     table, done = folder / "tables", 0
-    last = {"families": {"all": [["one", "two"], ["one", "three"], ["two", "three"]]}, "identities": []}
+    pairs = [["one", "two"], ["one", "three"], ["two", "three"]]
+    last = {"families": {"all": {"bits": ["w4a4"], "pairs": pairs}}, "identities": []}
     write_json(folder / "last.json", last)
     for times in TIMES:
         count = len(METHODS) * 3 * times

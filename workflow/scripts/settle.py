@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("look", help="number of the next look, a file of this script, or lottery")
     parser.add_argument("--evidence", type=Path, nargs="*", default=[], help="evidence.json of new cells")
     parser.add_argument("--store", type=Path, default=Path("results/settled"), help="(default %(default)s)")
-    parser.add_argument("--families", type=json.loads, help="JSON mapping of names to lists of [row, versus]")
+    parser.add_argument("--families", type=json.loads, help="JSON of quest.config.settled.families")
     parser.add_argument("--identities", type=json.loads, help="JSON list of [model, bits, row, identity]")
     parser.add_argument("--started", type=float, default=0.0, help="when the run began, in seconds since 1970")
     parser.add_argument("--hours", type=float, default=0.0, help="hours of the run; 0: no limit")
@@ -32,7 +32,8 @@ def main() -> None:
     if arguments.tables:
         last = read_json(Path(arguments.look))
         families, identities = last["families"], _by_row(last["identities"])
-        verdicts.write(verdicts.frame(cells.read(arguments.store), families, identities), arguments.tables)
+        evidence, floors = cells.read(arguments.store), cells.floors(arguments.store)
+        verdicts.write(verdicts.frame(evidence, families, identities, floors), arguments.tables)
         return
     for file in arguments.evidence:
         print(f"recorded: {cells.write(read_json(file), arguments.store)}")
@@ -41,7 +42,7 @@ def main() -> None:
         return
     look, rows = int(arguments.look), _by_row(arguments.identities)
     evidence = cells.read(arguments.store)
-    judged = verdicts.frame(evidence, arguments.families, rows)
+    judged = verdicts.frame(evidence, arguments.families, rows, cells.floors(arguments.store))
     left = arguments.started + 3600 * arguments.hours - time.time() if arguments.hours else None
     next_look = plan.next_look(evidence, judged, arguments.families, rows, look, left)
     for line in plan.lines(judged, next_look, look):

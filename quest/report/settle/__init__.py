@@ -8,7 +8,7 @@
 import hashlib
 import json
 
-VERSION = 1  # of PROTOCOL.md
+RECORDS = 1  # the version of PROTOCOL.md since which records hold what they hold; part of the identity of a row
 LOOKS = (3, 5, 8, 12)  # seeds
 SEEDS = tuple(range(3, 3 + LOOKS[-1]))  # held out: seeds 0 to 2 were looked at while methods were developed
 FP, FP_BITS = "fp", "w32a32"

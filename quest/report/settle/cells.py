@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from quest.metrics import METRICS, PER_IMAGE, Cell
-from quest.report.settle import VERSION, identity
+from quest.report.cells import read_floors
+from quest.report.settle import RECORDS, identity
 from quest.runtime.files import dumps, one_line, read_json
 
 STORE = Path(__file__).parents[3] / "results" / "settled"
@@ -73,7 +74,7 @@ def content(cell: Cell, fp: Cell | None, measured: dict, seed: int, draw: int, t
     rows = {row["metric"]: row["value"] for row in measured["rows"]}
     sets = {name: [rows[name], measured["resampled"][name]] for name in SETS if name in rows}
     return {
-        "version": VERSION,
+        "version": RECORDS,
         "model": measured["model"],
         "bits": measured["bits"],
         "method": measured["method"].partition("@")[0],
@@ -120,6 +121,14 @@ def read(store: Path = STORE) -> list[Evidence]:
     return [read_one(path) for path in sorted(store.glob("*/*/*.json"))]
 
 
+def floors(store: Path = STORE) -> dict[str, dict[str, float]]:
+    """{model: {endpoint: error}}: how far full precision is from itself. floors.csv is a nulls.csv (`snakemake nulls`).
+
+    Raises ValueError, which names the file and the line, for a value that is no number.
+    """
+    return read_floors(store / "floors.csv")
+
+
 def read_one(path: Path) -> Evidence:
     record = read_json(path)
     try:
@@ -131,8 +140,8 @@ def read_one(path: Path) -> Evidence:
 def _checked(record: dict, path: Path) -> Evidence:
     if missing := [field for field in FIELDS if field not in record]:
         raise ValueError(f"it lacks {', '.join(missing)}")
-    if record["version"] != VERSION:
-        raise ValueError(f"version {record['version']!r}; this is version {VERSION} of PROTOCOL.md")
+    if record["version"] != RECORDS:
+        raise ValueError(f"records of version {record['version']!r}; valid: {RECORDS}, see PROTOCOL.md")
     if path.name != place(record, Path()).name:
         raise ValueError(f"its name should be {place(record, Path()).name}")
     if unknown := [name for name in (*record["values"], *record["sets"]) if name not in METRICS]:

@@ -25,7 +25,8 @@ class Claim:
     """A claim and the comparisons that decide it.
 
     expected: the verdicts that support it. pairs: [method, versus]; without any, `needs` says what would settle it.
-    measured: the name of a fact (`quest.report.settle.facts`) that answers a claim without pairs.
+    bits: those of which the claim speaks. measured: the name of a fact (`quest.report.settle.facts`) that answers a
+    claim without pairs.
     once: what runs of one seed showed, with links.
     """
 
@@ -34,6 +35,7 @@ class Claim:
     pairs: Sequence[Sequence[str]] = ()
     endpoints: Sequence[str] = tuple(MARGINS)
     expected: Sequence[str] = (AHEAD,)
+    bits: Sequence[str] = ("w4a4",)
     needs: str = ""
     measured: str = ""
     once: Sequence[str] = ()
@@ -163,11 +165,9 @@ def _cell(row) -> str:
 def of_claim(claim: Claim, settled: pd.DataFrame) -> list:
     """The rows that decide a claim, single models only."""
     pairs = {tuple(pair) for pair in claim.pairs}
-    return [
-        row
-        for row in settled.itertuples()
-        if (row.method, row.versus) in pairs and row.endpoint in claim.endpoints and row.model != ALL
-    ]
+    asked = settled["bits"].isin(claim.bits) & settled["endpoint"].isin(claim.endpoints)
+    found = settled[asked & (settled["model"] != ALL)]
+    return [row for row in found.itertuples() if (row.method, row.versus) in pairs]
 
 
 def word(claim: Claim, rows: Sequence) -> str:

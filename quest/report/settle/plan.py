@@ -23,7 +23,7 @@ class Next(NamedTuple):
 def next_look(
     evidence: Sequence[Evidence],
     verdicts: pd.DataFrame,
-    families: dict[str, Sequence[Sequence[str]]],
+    families: dict[str, dict],
     identities: dict[tuple, str],
     look: int,
     seconds_left: float | None,
@@ -68,7 +68,8 @@ def _in_order(verdicts: pd.DataFrame, families, identities):
     places = dict.fromkeys((model, bits) for model, bits, row in identities if row != FP)
     order = []
     for model, bits in places:
-        for pair in dict.fromkeys(tuple(pair) for pairs in families.values() for pair in pairs):
+        pairs = [tuple(pair) for family in families.values() if bits in family["bits"] for pair in family["pairs"]]
+        for pair in dict.fromkeys(pairs):
             rows = verdicts[(verdicts["model"] == model) & (verdicts["bits"] == bits)]
             rows = rows[(rows["method"] == pair[0]) & (rows["versus"] == pair[1])]
             open_rows = rows[rows["verdict"] == "open"]

@@ -7,13 +7,14 @@ of two cells on the same images and the same instruction sets. `looks.settle` de
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from quest.metrics import METRICS
+from quest.metrics.floors import linear
 from quest.report import rendering
 from quest.report.rendering import NONE, Column, Table, columns, interval, number
 from quest.report.settle import FP, FP_BITS, LOOKS, SEEDS
@@ -28,12 +29,17 @@ COLUMNS += ["seeds", "over_images", "over_seeds", "n", "margin", "full_precision
 
 
 def frame(
-    evidence: Sequence[Evidence], families: dict[str, Sequence[Sequence[str]]], identities: dict | None = None
+    evidence: Sequence[Evidence],
+    families: dict[str, dict],
+    identities: dict | None = None,
+    floors: Mapping[str, Mapping[str, float]] | None = None,
 ) -> pd.DataFrame:
     """Return a row for each comparison, columns COLUMNS. Pairs without records are left out.
 
-    families: {name: pairs [method, versus]}; each family errs in 5 % at most, on each model, bits and endpoint.
-    identities: {(model, bits, method): identity} of the recipes in question; by default that with the most seeds.
+    families: {name: {"bits": [...], "pairs": [[method, versus], ...]}}; each errs in 5 % at most, on each model, bits
+    and endpoint. identities: {(model, bits, method): identity} of the recipes in question; by default that with the
+    most seeds. floors: {model: {endpoint: error}}, of `cells.floors`; two methods that are nearer to each other in an
+    endpoint than full precision is to itself stay "open" there, unless they are equivalent.
 
     value: method minus versus, the mean over `seeds` seeds, with the interval [low, high] that errs with probability
     `level` in this look. over_images, over_seeds: its standard error over images, and the deviation of a single seed.
@@ -46,16 +52,20 @@ def frame(
     for model, bits in dict.fromkeys((model, bits) for model, bits, method in cells if method != FP):
         models.setdefault(bits, []).append(model)
     rows = []
-    for (name, pairs), bits, (endpoint, margin) in itertools.product(families.items(), models, MARGINS.items()):
+    for (name, family), bits, (endpoint, margin) in itertools.product(families.items(), models, MARGINS.items()):
+        if bits not in family["bits"]:
+            continue
         by_pair = {
             tuple(pair): {
                 model: one for model in models[bits] if (one := Pair.of(cells, model, bits, pair, endpoint)) is not None
             }
-            for pair in pairs
+            for pair in family["pairs"]
         }
         places = {model: {pair: of[model] for pair, of in by_pair.items() if model in of} for model in models[bits]}
         places[ALL] = {pair: Pair.pooled(list(of.values())) for pair, of in by_pair.items() if len(of) > 1}
-        rows += [{"family": name} | row for family in places.values() for row in _judged(family, margin)]
+        for model, of_model in places.items():
+            floor = (floors or {}).get(model, {}).get(endpoint, 0.0)
+            rows += [{"family": name} | row for row in _judged(of_model, margin, floor)]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -93,10 +103,13 @@ def of_first_look(evidence: Sequence[Evidence]) -> Iterator[tuple[tuple, list[Ev
 class Pair:
     """Two methods on one model, bits and endpoint: a difference for each seed, and what is told beside it."""
 
-    def __init__(self, names: dict, differences, images, n: int, broken: tuple[bool, bool], told: dict):
-        """differences [k]: of the first k seeds. images(k): standard error over images of the mean of k of them."""
+    def __init__(self, names: dict, differences, images, n: int, broken: tuple[bool, bool], told: dict, values=None):
+        """differences [k]: of the first k seeds. images(k): standard error over images of the mean of k of them.
+
+        values [k, 2]: the endpoint of both methods; None for the mean of models.
+        """
         self.names, self.differences, self.images, self.n = names, list(differences), images, n
-        self.broken, self.told = broken, told
+        self.broken, self.told, self.values = broken, told, values
 
     @classmethod
     def of(cls, cells, model: str, bits: str, pair: Sequence[str], endpoint: str) -> "Pair | None":
@@ -116,12 +129,15 @@ class Pair:
         told = {"full_precision": float(np.mean(exact)) if exact else math.nan, "images": both[0][0].images}
         told["isa"] = ", ".join(sorted({one.isa for one, _ in both}))
         broken = tuple(any(couple[side].diverged for couple in both) for side in (0, 1))
-        differences = [a.value(endpoint) - b.value(endpoint) for a, b in both]
+        values = np.array([[cell.value(endpoint) for cell in couple] for couple in both])
+        differences = values[:, 0] - values[:, 1]
         if endpoint in both[0][0].sets:
             drawn = np.array([a.sets[endpoint][1] - b.sets[endpoint][1] for a, b in both])
-            return cls(names, differences, lambda k: float(drawn[:k].mean(0).std(ddof=1)), 0, broken, told)
-        values = np.array([a.values[endpoint] - b.values[endpoint] for a, b in both])
-        return cls(names, differences, lambda k: standard_error(values[:k].mean(0)), values.shape[1], broken, told)
+            return cls(names, differences, lambda k: float(drawn[:k].mean(0).std(ddof=1)), 0, broken, told, values)
+        apart = np.array([a.values[endpoint] - b.values[endpoint] for a, b in both])
+        return cls(
+            names, differences, lambda k: standard_error(apart[:k].mean(0)), apart.shape[1], broken, told, values
+        )
 
     @classmethod
     def pooled(cls, parts: Sequence["Pair"]) -> "Pair":
@@ -139,6 +155,13 @@ class Pair:
             broken,
             told,
         )
+
+    def apart(self, count: int) -> float:
+        """How far the two methods are from each other in the mean of `count` seeds, in the units of a floor."""
+        if self.values is None:
+            return math.inf
+        first, second = (linear(self.names["endpoint"], float(value)) for value in self.values[:count].mean(0))
+        return abs(first - second)
 
     def estimates(self) -> list[Estimate]:
         """One for each look for which there are seeds."""
@@ -162,14 +185,14 @@ def _recorded(cell: Evidence) -> tuple[str, str]:
     return cell.about.get("date", ""), cell.isa
 
 
-def _judged(family: dict, margin: float) -> list[dict]:
+def _judged(family: dict, margin: float, floor: float) -> list[dict]:
     """Rows of a family: all pairs on one model (or their mean), bits and endpoint."""
     sound = {pair: one.estimates() for pair, one in family.items() if not any(one.broken)}
     found = settle(sound, margin)
-    return [_row(one, found.get(pair), margin) for pair, one in family.items()]
+    return [_row(one, found.get(pair), margin, floor) for pair, one in family.items()]
 
 
-def _row(pair: Pair, settled: Settled | None, margin: float) -> dict:
+def _row(pair: Pair, settled: Settled | None, margin: float, floor: float) -> dict:
     row = pair.names | {"margin": margin, "n": pair.n or math.nan, "needed": math.nan, "note": ""} | pair.told
     if settled is None:
         row |= dict.fromkeys(("value", "low", "high", "level", "over_images", "over_seeds"), math.nan)
@@ -191,6 +214,8 @@ def _row(pair: Pair, settled: Settled | None, margin: float) -> dict:
             row["note"] = "more than 100 seeds, or more images"
         elif needed > LOOKS[-1]:
             row["note"] = f"{needed} seeds would do; the protocol ends at {LOOKS[-1]}"
+    if row["verdict"] in ("better", "worse") and pair.apart(settled.look) < floor:
+        row |= {"verdict": "open", "note": "below the floor: full precision is as far from itself"}
     if row["verdict"] == "better" and pair.names["versus"] == FP:
         row["note"] = "better than full precision: a flag, not a success"
     return row
