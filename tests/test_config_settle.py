@@ -5,9 +5,10 @@ import copy
 import pytest
 from test_config import _put
 
-from quest.config import ConfigError, Run, recipe_of, starting_points, validate
+from quest.config import LAST_DRAW, ConfigError, Run, recipe_of, starting_points, validate
 from quest.config.settled import lottery_runs, settled_runs, told
 from quest.diffusion.models import MODELS
+from quest.report.settle import SEEDS
 
 
 @pytest.fixture
@@ -42,6 +43,14 @@ def test_a_family_may_have_bits_of_its_own(settling):
         f"scenes-class/{cell}"
         for cell in ("fp/w32a32", "quest-suite@3/w4a4", "q-diffusion@3/w4a4", "rtn@3/w4a4", "rtn@3/w8a8")
     ]
+
+
+def test_captions_must_do_for_every_draw_that_a_protocol_may_come_to(settling):
+    assert LAST_DRAW == SEEDS[-1]
+    settling["models"] = {"emoji-text": {"images": 100, "trajectories": 70}}
+    settling["grid"] = [{"model": ["emoji-text"], "method": ["fp"], "bits": ["w32a32"]}]
+    with pytest.raises(ConfigError, match="1500 captions are needed"):
+        validate(settling)
 
 
 def test_cells_of_the_lottery_cross_draws_and_seeds(settling):

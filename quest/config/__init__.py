@@ -13,6 +13,7 @@ from quest.runtime import memory
 FULL_PRECISION = ("fp", "w32a32")
 NAME = "[a-z0-9][a-z0-9-]{0,99}"  # name of a row, which is also a folder
 # In results/, of all configs.
+LAST_DRAW = 14  # of the calibration draws that `snakemake settle` may come to, those of PROTOCOL.md
 SHARED = ("zoo", "models", "checkpoints", "references", "networks", "settled", "kernels", "leaderboard", "scored")
 FILES = ("checkpoint", "tokenizer", "captions", "reference")  # keys of a model that name a file or folder
 MADE = "results/checkpoints/tiny-"  # start of the paths of checkpoints that a rule makes
@@ -335,6 +336,7 @@ def _check_captions(model, settings: dict, config: dict) -> None:
     drawn = [*config.get("seeds", {}).get("seed", []), *config.get("search", {}).get("seeds", [])]
     lottery = config.get("settle", {}).get("lottery", {"model": []})
     drawn += lottery["draw"] if model.name in lottery["model"] else []
+    drawn += [LAST_DRAW] if "settle" in config else []
     draws = 1 + max(drawn, default=0)
     batches = -(-settings.get("trajectories", model.trajectories) // model.batch_size)
     counts = {

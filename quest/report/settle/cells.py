@@ -14,7 +14,7 @@ import numpy as np
 from quest.metrics import METRICS, PER_IMAGE, Cell
 from quest.report.cells import read_floors
 from quest.report.settle import RECORDS, identity
-from quest.runtime.files import dumps, one_line, read_json
+from quest.runtime.files import dumps, one_line, read_json, write_text
 
 STORE = Path(__file__).parents[3] / "results" / "settled"
 DIGITS = 6  # of stored values
@@ -103,12 +103,11 @@ def place(record: dict, store: Path) -> Path:
 def write(record: dict, store: Path) -> Path:
     """Write a record to its place; one value to a line would make thousands of lines, so each array is one."""
     path = place(record, store)
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         f" {dumps(key)}: {_nested(value) if key in ('values', 'sets') else dumps(value)}"
         for key, value in record.items()
     ]
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
     return path
 
 

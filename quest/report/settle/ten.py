@@ -133,9 +133,10 @@ def _word(one: Question, settled: pd.DataFrame) -> str:
 
 
 def _section(number: int, one: Question, settled, before, sources: Sources) -> str:
-    claim, (said, _, part) = _claim(one), _word(one, settled).partition(" ")
-    words = {"holds": one.holds, "refuted": one.refuted, "mixed": "It depends on the model and the endpoint."}
-    conclusion = f"**{words.get(said) or one.answer or 'Open.'}**" + (f" {part}" if part else "")
+    claim, (said, _, part) = _claim(one), _word(one, settled).partition(" (")
+    words = {"holds": one.holds, "holds in part": f"In part: {one.holds}", "refuted": one.refuted}
+    words["mixed"] = "It depends on the model and the endpoint."
+    conclusion = f"**{words.get(said) or one.answer or 'Open.'}**" + (f" ({part}" if part else "")
     if one.construction:
         conclusion += f" By construction: {one.construction}"
     rows = claims.of_claim(claim, settled)
