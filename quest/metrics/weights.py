@@ -49,7 +49,7 @@ def path(name: str) -> Path:
 
 
 def sha256(name: str) -> str | None:
-    """Return the SHA-256 of the weights of an extractor or CLIP, or None for a name without weights.
+    """Return the SHA-256 of the weights of an extractor, CLIP or classifier, or None for a name without weights.
 
     Networks that ship with the project are hashed here. For the others it is the known hash, which `path` compares.
     """
@@ -62,6 +62,7 @@ def sha256(name: str) -> str | None:
     if name in WEIGHTS:
         return WEIGHTS[name].sha256
     shipped = {"scenes": ZOO / "scenes-extractor" / "model.safetensors"}
+    shipped |= {"photos-classifier": ZOO / "photos-classifier" / "model.safetensors"}
     shipped |= {clip: ZOO / clip / "open_clip_model.safetensors" for clip in SHIPPED_CLIPS}
     shipped |= {f"lite0-{kind}": components_file(kind) for kind in ("photos", "emoji")}  # they name Lite0's hash
     return sha256_of(shipped[name]) if name in shipped else None

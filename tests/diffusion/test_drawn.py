@@ -1,14 +1,18 @@
 """What was drawn before is kept where it is of the same job, and only there."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from quest.diffusion.drawn import Collected, earlier, joined
+from quest.runtime.files import loads, read_arrays
+from workflow.scripts import sample as sample_script
 
 ROOT = Path(__file__).parents[2]
 SIZE = 4
@@ -66,6 +70,37 @@ def test_batches_are_collected_in_files():
         whole = np.concatenate([batch[name] for batch in batches])
         assert np.array_equal(found[name], whole) and found[name].dtype == whole.dtype
     assert Collected().arrays() == {}
+
+
+@pytest.fixture
+def sampled(tmp_path, monkeypatch, capsys, class_model, class_calibration, first_calls):
+    """sampled(n): how many images the script draws for a shard of n, and the metadata of the file it leaves."""
+    monkeypatch.setattr("quest.diffusion.models.get", lambda name: replace(class_model, steps=2))
+    files = [tmp_path / "samples.npz", tmp_path / "features.npz"]
+    first_calls(class_calibration).save(tmp_path / "set.safetensors", {})
+    words = ["--evaluation", tmp_path / "set.safetensors", "--samples", files[0], "--features", files[1]]
+
+    def run(n):
+        monkeypatch.setattr("sys.argv", ["sample", "tiny-class", "-n", str(n), *map(str, words)])
+        sample_script.main()
+        drawn = re.search(r"^(\d+) images in", capsys.readouterr().out, re.MULTILINE)
+        return int(drawn[1]), loads(str(read_arrays(files[0])["metadata"]), files[0])
+
+    return run
+
+
+def test_other_networks_packages_or_captions_draw_a_file_anew(sampled, tmp_path, monkeypatch):
+    """Features of an old network would otherwise stand beside those of a new one."""
+    assert [sampled(8)[0], sampled(8)[0]] == [8, 0]
+    (tmp_path / "captions.txt").write_text("another emoji", encoding="utf-8")
+    changes = {
+        "quest.metrics.weights.sha256": lambda name: f"of another {name}",
+        "workflow.scripts.sample.version": lambda name: f"another {name}",
+        "quest.diffusion.models.EMOJI_CAPTIONS": tmp_path / "captions.txt",
+    }
+    for name, changed in changes.items():
+        monkeypatch.setattr(name, changed)
+        assert [sampled(8)[0], sampled(8)[0]] == [8, 0], name
 
 
 @pytest.mark.slow

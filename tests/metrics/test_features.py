@@ -222,3 +222,4 @@ def test_hashes_of_networks():
     assert weights.sha256("ViT-B-16").startswith("5806e77c") and weights.sha256(None) is None
     assert len(weights.sha256("scenes")) == 64 and weights.sha256("adm") == weights.sha256("clean")
     assert weights.sha256("adm").startswith("6726825d")
+    assert weights.sha256("photos-classifier") == weights.sha256_of(ZOO / "photos-classifier" / "model.safetensors")

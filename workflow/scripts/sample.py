@@ -6,6 +6,7 @@ The images of a method that diverged are black, its latents and errors NaN.
 import os
 import statistics
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 from quest.runtime import command_line
@@ -40,9 +41,10 @@ def main() -> None:
         import quest
         from quest.diffusion.denoisers import denoiser_of
         from quest.diffusion.drawn import Collected, earlier, joined
-        from quest.diffusion.models import SEEDS
+        from quest.diffusion.models import EMOJI_CAPTIONS, SEEDS
         from quest.diffusion.sampling import batches, generate, nothing, timed
         from quest.kernels.cpu.core import identity
+        from quest.metrics import weights
         from quest.metrics.features import class_logits, loaded, of_networks
         from quest.metrics.noise_prediction import eps_errors
         from quest.quantization import cost, placement
@@ -70,12 +72,18 @@ def main() -> None:
     if arguments.null:
         model = nulls.altered(pipe, model, arguments.null)
 
-    # All that an image depends on: what an earlier run drew of the same is not drawn again.
-    files = [*Path(quest.__file__).parent.rglob("*.py"), model.folder / sums.NAME]
+    # What an image and its features depend on: of a file of an equal job nothing is drawn again, and a file of any
+    # other is drawn anew as a whole, so that its rows are always of one code, one set of weights and one version of
+    # each package. Captions of other models than those of emoji are drawn by the code, or lie in the model's folder.
+    files = [*Path(quest.__file__).parent.rglob("*.py"), model.folder / sums.NAME, EMOJI_CAPTIONS]
+    files += model.pictures.iterdir() if model.pictures else []
+    packages = ("diffusers", "transformers", "torchvision", "open-clip-torch", "timm", "pillow", "numpy")
     job = {
         "model": [model.name, model.protocol, arguments.kernel, arguments.drop_images, arguments.device],
         "checkpoint": header.get("hash"),
         "files": digest(*(file for file in files if file.is_file())),
+        "networks": {one: weights.sha256(one) for one in (model.extractor, model.clip, model.classifier) if one},
+        "packages": {name: version(name) for name in packages},
         "machine": identity() | {"threads": arguments.threads, "torch version": torch.__version__},
         "gpu": torch.cuda.get_device_name() if arguments.device != "cpu" else None,
         **({"null": arguments.null} if arguments.null else {}),
