@@ -16,17 +16,19 @@ OF_THE_CELL = ("eps_error", "guided_eps_error", "timesteps", "metadata")
 
 def earlier(
     files: Sequence[str | Path], job: dict, starts: Sequence[int], size: int, end: int
-) -> tuple[set[int], list[Arrays]]:
-    """The batches (their first images) that `files` contain completely, and the rows of these batches in each file.
+) -> tuple[set[int], list[Arrays], float]:
+    """What `files` contain: complete batches (their first images), the rows of these in each file, and their seconds.
 
     files: .npz with `index` [N], arrays with N rows, and `metadata` with the job that wrote them. job: everything that
     an image depends on, ready for JSON. starts: first images of the requested batches, each of `size` images except the
-    last, which ends at `end`. A file that is missing, damaged or from another job contains no batch.
+    last, which ends at `end`. A file that is missing, damaged or from another job contains no batch. The seconds are a
+    share of those in the metadata of the first file, which all of its rows took; 0 where it has none.
     """
-    nothing = set(), [{} for _ in files]
+    nothing = set(), [{} for _ in files], 0.0
     try:
         contents = [read_arrays(file) for file in files]
-        jobs = [loads(str(arrays["metadata"]), file).get("job") for arrays, file in zip(contents, files, strict=True)]
+        told = [loads(str(arrays["metadata"]), file) for arrays, file in zip(contents, files, strict=True)]
+        jobs = [one.get("job") for one in told]
     except (FileNotFoundError, ValueError, KeyError, AttributeError):
         return nothing
     index = contents[0].get("index")
@@ -36,7 +38,8 @@ def earlier(
     whole = {start for start in starts if have.issuperset(range(start, min(start + size, end)))}
     rows = [row for row, i in enumerate(index.tolist()) if i - i % size in whole and i < end]
     kept = slice(None) if len(rows) == len(index) else rows  # all of them need no copy in memory
-    return whole, [{k: v[kept] for k, v in arrays.items() if k not in OF_THE_CELL} for arrays in contents]
+    seconds = told[0].get("seconds", 0.0) * len(rows) / max(1, len(index))
+    return whole, [{k: v[kept] for k, v in arrays.items() if k not in OF_THE_CELL} for arrays in contents], seconds
 
 
 def joined(old: Arrays, new: Arrays) -> Arrays:

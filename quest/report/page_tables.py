@@ -123,7 +123,9 @@ def speed_table(run: Path, main: pd.DataFrame) -> Table:
         metadata = [loads(str(read_arrays(file, ["metadata"]).get("metadata", "{}")), file) for file in files]
         if not metadata or not all("seconds" in shard for shard in metadata):
             continue
-        seconds = 100 * sum(shard["seconds"] for shard in metadata) / sum(shard["seeds"]["n"] for shard in metadata)
+        timed = [shard for shard in metadata if shard.get("drawn")]  # older files do not say of how many images
+        spent = sum(shard["seconds"] for shard in timed)
+        seconds = 100 * spent / sum(shard["drawn"] for shard in timed) if spent else math.nan
         kernel = metadata[0].get("kernel") or {}
         if method == "fp":
             full_precision[model] = seconds

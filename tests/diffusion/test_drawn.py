@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,24 +26,24 @@ def write(folder, index, job="same", **changed):
     files = [folder / "samples.npz", folder / "features.npz"]
     for number, file in enumerate(files):
         arrays = {"index": index, "rows": index * 10.0 + number} | changed
-        np.savez(file, **arrays, metadata=json.dumps({"job": job}))
+        np.savez(file, **arrays, metadata=json.dumps({"job": job, "seconds": 5.0}))
     return files
 
 
 def test_whole_batches_are_kept_and_broken_ones_are_not(tmp_path):
     files = write(tmp_path, [*range(8), 8, 9])  # the third batch was cut off at 10 images
-    whole, (samples, features) = earlier(files, "same", [0, 4, 8], SIZE, 12)
+    whole, (samples, features), seconds = earlier(files, "same", [0, 4, 8], SIZE, 12)
     assert whole == {0, 4} and samples["index"].tolist() == list(range(8))
-    assert features["rows"].tolist() == [10.0 * i + 1 for i in range(8)]
+    assert features["rows"].tolist() == [10.0 * i + 1 for i in range(8)] and seconds == 4.0  # of 5 for 10 images
     assert earlier(files, "same", [0, 4, 8], SIZE, 10)[0] == {0, 4, 8}
-    fewer, (samples, _) = earlier(files, "same", [0, 4], SIZE, 6)
+    fewer, (samples, _), _ = earlier(files, "same", [0, 4], SIZE, 6)
     assert fewer == {0, 4} and samples["index"].tolist() == list(range(6))
     assert earlier(files, "same", [4], SIZE, 12)[0] == {4}, "of another shard"
 
 
 def test_what_is_of_another_job_or_damaged_is_drawn_again(tmp_path):
     files = write(tmp_path, range(8))
-    nothing = (set(), [{}, {}])
+    nothing = (set(), [{}, {}], 0.0)
     assert earlier(files, "other", [0, 4], SIZE, 8) == nothing
     assert earlier([tmp_path / "none.npz", files[1]], "same", [0, 4], SIZE, 8) == nothing
     files[1].write_bytes(files[1].read_bytes()[:-40])
@@ -101,6 +103,15 @@ def test_other_networks_packages_or_captions_draw_a_file_anew(sampled, tmp_path,
     for name, changed in changes.items():
         monkeypatch.setattr(name, changed)
         assert [sampled(8)[0], sampled(8)[0]] == [8, 0], name
+
+
+def test_seconds_are_those_of_all_images_of_a_file(sampled, monkeypatch):
+    """Also of those that an earlier run drew."""
+    clock = count(0, 10)  # each run takes 10 s
+    monkeypatch.setattr(sample_script, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    for n, seconds in ((8, 10.0), (16, 20.0)):
+        drawn, metadata = sampled(n)
+        assert (drawn, metadata["drawn"], metadata["seconds"]) == (8, n, seconds)
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def draw(folder: Path, model: str, method: str, bits: str, write_checkpoint) -> 
     cell = folder / model / method / bits
     cell.mkdir(parents=True)
     for shard, index in enumerate((np.arange(N // 2, N), np.arange(N // 2))):
-        kept = {"seeds": {"n": len(index)}, "seconds": seconds, "footprint": footprint, "kernel": placed}
+        kept = {"seeds": {"n": N}, "seconds": seconds, "drawn": len(index), "footprint": footprint, "kernel": placed}
         metadata = dumps(kept | {"provenance": MADE})
         features = {name: arrays[name][index] for name in ("pool", "spatial", "logits")}
         if noise and shard == 0:

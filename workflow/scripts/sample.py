@@ -90,7 +90,7 @@ def main() -> None:
     }
     first, outputs = arguments.first, [arguments.samples, arguments.features]
     wanted = batches(model, arguments.n, (shard, shards), first)
-    there, (samples, features) = earlier(outputs, job, wanted, model.batch_size, first + arguments.n)
+    there, (samples, features), before = earlier(outputs, job, wanted, model.batch_size, first + arguments.n)
     start, made = time.perf_counter(), Collected()
     some = (arguments.n, (shard, shards), first, there)
     with timed(denoiser_of(pipe)) as calls:
@@ -132,7 +132,9 @@ def main() -> None:
     if diverged:
         metadata |= {"diverged": diverged}
     else:
-        metadata |= {"seconds": seconds, "footprint": footprint, "kernel": kernel}
+        # The seconds are those of all images in this file; older files have no `drawn`, and may tell of fewer.
+        metadata |= {"seconds": round(before + seconds, 1), "drawn": len(samples["index"])}
+        metadata |= {"footprint": footprint, "kernel": kernel}
     for output, arrays in zip(outputs, (samples, features), strict=True):
         with atomic(output) as file:
             np.savez(file, **arrays, metadata=dumps(metadata))
