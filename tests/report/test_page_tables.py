@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from quest.quantization.checkpoint import save_diverged
-from quest.report.page_tables import cost_table, speed_table
+from quest.report.page_tables import cost_table, shards, speed_table
 
 
 def test_the_table_of_costs_says_why_a_method_diverged(tmp_path):
@@ -39,3 +39,14 @@ def test_sampling_takes_the_seconds_of_the_images_they_belong_to(tmp_path, told,
     full, quantized = speed_table(tmp_path, main).rows
     assert full[5].text == quantized[5].text == shown
     assert quantized[6].text == ("–" if shown == "–" else "1.00")
+
+
+def test_files_of_another_number_of_shards_are_left_out(tmp_path):
+    """Of a cell that was sampled in three shards, and again in two, of which the first is there."""
+    for shard, parts in ((0, 2), (1, 3), (2, 3)):
+        told = json.dumps({"seeds": {"shard": f"{shard}/{parts}"}})
+        np.savez(tmp_path / f"samples-{shard}.npz", metadata=told)
+    assert [file.name for file in shards(tmp_path, "samples")] == ["samples-0.npz"]
+    np.savez(tmp_path / "samples-1.npz", metadata=json.dumps({"seeds": {"shard": "1/2"}}))
+    assert [file.name for file in shards(tmp_path, "samples")] == ["samples-0.npz", "samples-1.npz"]
+    assert shards(tmp_path, "features") == []
