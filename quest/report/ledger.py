@@ -158,7 +158,7 @@ def _verdict(number, cell, ours):
         return "NOT RUN", "" if cell is None else f"the cell has no {number.metric}"
     if math.isnan(number.value):
         return "NOT COMPARABLE", "the source has no number here"
-    differences = _differences(number, cell["fingerprint"])
+    differences = _differences(number, cell.get("fingerprint", {}))
     if differences:
         return "NOT COMPARABLE", "; ".join(differences)
     value, low, high = ours["value"], ours["low"], ours["high"]

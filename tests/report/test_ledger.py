@@ -151,6 +151,14 @@ def test_other_protocols_are_not_comparable_and_it_says_in_what():
     )
 
 
+def test_a_cell_without_a_fingerprint_is_not_comparable():
+    """The schema of metrics.json allows it."""
+    without = cell(BEDROOMS, "quest-official", "w8a8", fid=3.03)
+    del without["fingerprint"]
+    found, why = verdict(number(), without)
+    assert found == "NOT COMPARABLE" and "steps: none here, 200 in the source" in why
+
+
 def test_adm_and_torch_fidelity_share_distances_but_not_inception_scores():
     ours = cell(BEDROOMS | {"extractor": "torch-fidelity"}, "quest-official", "w8a8", **{"fid": 3.03, "is": 2.27})
     assert verdict(number(), ours)[0] == "PASS"
