@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 CHUNK = 1 << 20
-ATTEMPTS = 5  # connections in a row that bring no new byte, after which a transfer fails
+ATTEMPTS = 5  # connections in a row that bring no byte further than before, after which a transfer fails
 TIMEOUT = 60  # seconds to wait for an answer
 
 
@@ -68,11 +68,10 @@ def fetch(url: str, path: str | os.PathLike, sha256: str | None = None) -> Path:
 
 def _transfer(url, part, path, sha256):
     """Append to `part` until it has the length that the server states; raise OSError after ATTEMPTS failures."""
-    failures, before = 0, None
+    failures, most = 0, -1
     while True:
         have = part.stat().st_size if part.exists() else 0
-        failures = failures + 1 if have == before else 0
-        before = have
+        failures, most = (0, have) if have > most else (failures + 1, most)
         try:
             if _read_on(url, part, have, path.name):
                 return

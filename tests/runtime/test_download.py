@@ -18,6 +18,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         self.cut, self.ranges, self.asked = len(DATA), True, []
+        self.shrinks = False  # whether every second connection breaks off earlier
         super().__init__(("127.0.0.1", 0), Handler)
 
     @property
@@ -42,7 +43,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(DATA) - 1}/{len(DATA)}")
         self.send_header("Content-Length", str(len(DATA) - start))
         self.end_headers()
-        self.wfile.write(DATA[start : start + self.server.cut])
+        self.wfile.write(DATA[start : start + self.server.cut - self.server.shrinks * (len(self.server.asked) % 2)])
 
     def log_message(self, *_):
         pass
@@ -110,6 +111,14 @@ def test_failures_say_where_to_put_the_file(server, tmp_path):
         (tmp_path / "weights.bin.part").write_bytes(DATA[:1000])
         fetch(server.url, path, SHA256)
     assert (tmp_path / "weights.bin.part").read_bytes() == DATA[:1000]
+
+
+def test_a_server_that_starts_over_is_given_up(server, tmp_path):
+    """It sends the beginning again and again, sometimes more of it and sometimes less."""
+    server.cut, server.ranges, server.shrinks = 40_000, False, True
+    with pytest.raises(OSError, match="the connection broke off; fetch it elsewhere"):
+        fetch(server.url, tmp_path / "weights.bin", SHA256)
+    assert len(server.asked) <= 8
 
 
 def test_unknown_hash_is_told(server, tmp_path, capsys):
