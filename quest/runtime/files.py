@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import struct
 import tempfile
 import zipfile
@@ -222,15 +223,13 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem}-{os.urandom(8).hex()}{path.suffix}")
+    temporary.touch(exist_ok=False)
+    mode = stat.S_IMODE(temporary.stat().st_mode)  # an ordinary file's; to ask for the umask, one would have to set it
     try:
         with _naming(path):
             yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp creates files that only their owner can read
+        temporary.chmod(mode)  # safetensors puts a file there that only its owner can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

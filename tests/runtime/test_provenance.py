@@ -126,9 +126,17 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_nothing(tmp_path
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_written_file_has_ordinary_permissions(tmp_path):
-    plain, path = tmp_path / "plain", tmp_path / "atomic"
-    plain.write_text("", encoding="utf-8")
-    with atomic(path) as file:
-        file.write_text("", encoding="utf-8")
-    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+def test_a_written_file_has_ordinary_permissions(tmp_path, monkeypatch):
+    from safetensors.numpy import save_file
+
+    before = os.umask(0o027)
+    try:
+        # The umask is of the whole process: a file that another thread makes while it is 0 could be written by all.
+        monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask was changed"))
+        for write in (lambda file: file.write_text("", encoding="utf-8"), lambda file: save_file({}, file)):
+            with atomic(tmp_path / "atomic") as file:
+                write(file)
+            assert stat.S_IMODE((tmp_path / "atomic").stat().st_mode) == 0o640
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
