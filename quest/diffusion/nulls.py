@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Kind -> what is different. Threads and instruction sets are those of a CPU.
 KINDS = {
-    "batches": "batches of half the size",
+    "batches": "batches of at most half the size",
     "threads": "another number of threads",
     "isa": "lesser instruction sets",
     "bf16": "layers of the denoiser in bfloat16",
@@ -45,7 +45,8 @@ def threads(count: int) -> int:
 def altered(pipe: "DiffusionPipeline", model: Model, kind: str) -> Model:
     """Prepare full precision for a null control. `pipe` is changed for bf16; returns the model to sample by.
 
-    Noise comes from the seed of each image, so other batches have equal images but for the order of sums.
+    Noise comes from the seed of each image, so other batches have equal images but for the order of sums. Raises
+    ValueError for batches of one image, which have no smaller ones.
     """
     from quest.diffusion.denoisers import denoiser_of
 
@@ -53,7 +54,10 @@ def altered(pipe: "DiffusionPipeline", model: Model, kind: str) -> Model:
         _in_bfloat16(denoiser_of(pipe))
     if kind != "batches":
         return model
-    return replace(model, batch_size=model.batch_size // 2 if model.batch_size % 2 == 0 else 1)
+    if model.batch_size == 1:
+        raise ValueError(f"{model.name}: a batch is one image; the control by smaller batches needs 2 or more")
+    # A divisor, so that the first image of a batch stays one.
+    return replace(model, batch_size=max(n for n in range(1, model.batch_size) if model.batch_size % n == 0))
 
 
 def _in_bfloat16(denoiser) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,6 +28,16 @@ def test_a_null_control_samples_nearly_the_same_images(request, of, kind, apart)
     assert null.dtype == np.float32 and np.square(null - exact).mean() < apart * np.square(exact).mean()
     if kind == "bf16":
         assert not np.array_equal(null, exact)
+
+
+@pytest.mark.parametrize("size, smaller", [(50, 25), (9, 3), (3, 1), (2, 1)])
+def test_batches_become_smaller_and_begin_at_the_same_images(uncond_pipe, uncond_model, size, smaller):
+    assert nulls.altered(uncond_pipe, replace(uncond_model, batch_size=size), "batches").batch_size == smaller
+
+
+def test_a_batch_of_one_has_no_smaller_ones(uncond_pipe, uncond_model):
+    with pytest.raises(ValueError, match="tiny-uncond: a batch is one image; .* needs 2 or more"):
+        nulls.altered(uncond_pipe, replace(uncond_model, batch_size=1), "batches")
 
 
 def test_instruction_sets_are_lesser_ones_where_there_are(tmp_path):
