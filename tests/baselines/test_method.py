@@ -47,6 +47,17 @@ def test_every_file_generated_is_as_its_methods_say():
     assert stale == [], f"regenerate: {generate.COMMAND}"
 
 
+def test_a_stale_file_is_replaced_and_never_half_written(tmp_path, monkeypatch):
+    stale, before = tmp_path / "page.md", tmp_path / "before.md"
+    stale.write_text("stale", encoding="utf-8")
+    before.hardlink_to(stale)  # would change with the file if that were written in place
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    monkeypatch.setattr(generate, "texts", lambda: {stale: "new"})
+    monkeypatch.setattr("sys.argv", ["generate"])
+    generate.main()
+    assert [file.read_text(encoding="utf-8") for file in (stale, before)] == ["new", "stale"]
+
+
 def test_every_method_is_in_the_registry():
     files = {
         path.stem

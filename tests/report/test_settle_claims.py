@@ -7,7 +7,7 @@ import pytest
 from test_settle import FAMILIES, FULL, ROWS, evidence, seeds_of
 
 from quest.report import rankings
-from quest.report.settle import claims, facts, ten, verdicts
+from quest.report.settle import claims, facts, levels, ten, verdicts
 from workflow.scripts import claims as claims_script
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +103,24 @@ def test_the_page_of_claims_is_what_the_records_say():
     ranked = pd.concat([rankings.frame(*tables) for tables in runs.values()])
     kept = pd.read_csv(ROOT / "docs" / "assets" / "rankings.csv")
     assert kept["rho"].tolist() == pytest.approx(ranked["rho"].tolist())
+
+
+def test_the_pages_are_replaced_and_never_half_written(tmp_path, monkeypatch):
+    frame = pd.DataFrame({"rho": [1.0]})
+    monkeypatch.setattr(claims_script, "ROOT", tmp_path)
+    monkeypatch.setattr(claims_script, "made", lambda: ("new", "new", frame, {"main.csv": (frame, frame)}, frame))
+    monkeypatch.setattr(rankings, "frame", lambda *_: frame)
+    monkeypatch.setattr(rankings, "figure", lambda *_: None)
+    monkeypatch.setattr(levels, "figure", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["claims"])
+    (tmp_path / "docs").mkdir()
+    for name in ("claims", "questions"):
+        (tmp_path / f"docs/{name}.md").write_text("stale", encoding="utf-8")
+        (tmp_path / name).hardlink_to(tmp_path / f"docs/{name}.md")  # would change if that were written in place
+    claims_script.main()
+    for name in ("claims", "questions"):
+        texts = [file.read_text(encoding="utf-8") for file in (tmp_path / f"docs/{name}.md", tmp_path / name)]
+        assert texts == ["new", "stale"]
 
 
 def test_conclusions_come_first_and_only_from_records(judged):

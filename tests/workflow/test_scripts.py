@@ -177,6 +177,16 @@ def test_results_go_between_the_markers_of_their_page(run, page, tmp_path):
     assert page.read_text(encoding="utf-8") == text
 
 
+def test_a_file_beside_the_page_is_replaced_and_never_half_written(run, page, tmp_path):
+    asset, before = tmp_path / "docs/assets/main.csv", tmp_path / "before.csv"
+    asset.parent.mkdir()
+    asset.write_text("stale", encoding="utf-8")
+    before.hardlink_to(asset)  # would change with the file if that were written in place
+    assert put_into(page, run).returncode == 0
+    assert before.read_text(encoding="utf-8") == "stale"
+    assert asset.read_bytes() == (run / "tables/main.csv").read_bytes()
+
+
 def test_verdicts_speak_of_methods_over_seeds_only(run, page, tmp_path):
     """In the words of the table over seeds, which here contradicts the checkpoints of the run."""
     seeds = tmp_path / "seeds.csv"

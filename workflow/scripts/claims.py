@@ -22,11 +22,12 @@ def main() -> None:
 
     from quest.report import rankings, rendering
     from quest.report.settle import levels
+    from quest.runtime.files import write_text
 
     text, answers, found, runs, rows = made()
     assets = ROOT / "docs" / "assets"
-    (ROOT / "docs" / "claims.md").write_text(text, encoding="utf-8")
-    (ROOT / "docs" / "questions.md").write_text(answers, encoding="utf-8")
+    write_text(ROOT / "docs" / "claims.md", text)
+    write_text(ROOT / "docs" / "questions.md", answers)
     rendering.write(assets / "lottery.csv", found)
     ranked = [rankings.frame(*tables).assign(run=name) for name, tables in runs.items()]
     rendering.write(assets / "rankings.csv", pd.concat(ranked))

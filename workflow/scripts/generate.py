@@ -15,9 +15,12 @@ MODELS = "[scenes-uncond, scenes-class, scenes-text]"  # the models in the confi
 
 def main() -> None:
     command_line.parser(__doc__).parse_args()
+
+    from quest.runtime.files import write_text
+
     for path, text in texts().items():
         if path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
+            write_text(path, text)
             print(f"{path.relative_to(ROOT)}: written")
 
 

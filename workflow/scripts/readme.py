@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=page, help="(default docs/results.md); assets lies beside it")
     arguments = parser.parse_args()
 
-    from quest.runtime.files import between
+    from quest.runtime.files import atomic, between
 
     images = {file: f"![{alternative(file.stem)}](assets/{file.name})" for file in arguments.figures}
     samples = [image for file, image in images.items() if file.stem.startswith("samples-")]
@@ -47,7 +47,8 @@ def main() -> None:
     assets = arguments.page.parent / "assets"
     assets.mkdir(parents=True, exist_ok=True)
     for file in [*tables, *arguments.figures]:
-        shutil.copyfile(file, assets / file.name)
+        with atomic(assets / file.name) as temporary:
+            shutil.copyfile(file, temporary)
         print(assets / file.name, flush=True)
 
 
