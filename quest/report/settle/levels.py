@@ -122,7 +122,7 @@ def figure(found: pd.DataFrame, endpoint: str, path: str | Path) -> None:
             fill = style.COLOURS[0] if row.realizable == 1 else "white"
             look = {"color": style.COLOURS[0], "marker": "o", "mfc": fill, "ms": 6}
             style.error_bars(axes, [place], pd.DataFrame([row._asdict()]), horizontal=True, **look)
-        bits = [f"{row.method} ({row.effective_bits:.2f} bits)" for row in of_model.itertuples()]
+        bits = [f"{row.method} {row.bits.upper()} ({row.effective_bits:.2f} bits)" for row in of_model.itertuples()]
         style.plain(axes)
         axes.set_yticks(range(len(bits)), bits)
         axes.set_title(model)
