@@ -140,7 +140,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     Departures from the released code: it also learns a zero point for each step, here only with `lr_zero_point`, and
     rounded in each iteration. Its AdamW keeps moments across the steps, so that one visit moves a scale further. As
     there, training starts from nearest codes of the whole range (QuEST: from AdaRound, here `init`).
-    Raises FloatingPointError where the loss is not finite.
+    Raises ValueError where `keep` names every layer, and FloatingPointError where the loss is not finite.
     """
     keep = KEEP if recipe.keep is None else recipe.keep
     groups = TimeGroups(calibration.timesteps)
@@ -152,13 +152,14 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     else:
         load_weights(denoiser, recipe.init)
     layers = dict(quant_layers(denoiser))  # loading may split some
+    tuned = {n: layer for n, layer in layers.items() if not any(fnmatch(n, glob) for glob in keep)}
+    if not tuned:
+        raise ValueError("keep: it names every layer, so that none gets an update; valid: globs that leave some out")
     for layer in layers.values():
         layer.freeze()
         layer.origin = None  # W0 is what the codes mean
     set_granularity(denoiser, recipe.granularity, a)
     calibrate(denoiser, calibration, ranges.mse_zero_point, samples=recipe.samples, seed=recipe.seed)
-
-    tuned = {n: layer for n, layer in layers.items() if not any(fnmatch(n, glob) for glob in keep)}
     iterations, batch = sizes(recipe)
     multiplier = PRESETS[recipe.preset].lr_multiplier
     rates = {

@@ -43,7 +43,7 @@ from baselines.selection import (
     tuned_layers,
     unshare_inputs,
 )
-from quest.affine import ROWS
+from quest.affine import FLOAT, ROWS
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of
 from quest.diffusion.models import CONDITIONED
@@ -286,6 +286,8 @@ def quantize_and_finetune(pipe, calibration: CalibrationSet, w: int, a: int, rec
     of_scales = groups if recipe.dynamic is None else None
     student = swap(pipe, w, a, keep=recipe.keep, softmax_bits=recipe.softmax_bits, groups=of_scales)
     denoiser = denoiser_of(student)
+    if all(q.spec.bits == FLOAT for q in input_quantizers(denoiser).values()):
+        raise ValueError("keep: all activations stay in float, and QuEST tunes their scales; valid: fewer bits for one")
     floats = {}
     if recipe.init is None:
         for _, layer in quant_layers(denoiser):

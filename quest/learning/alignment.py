@@ -220,17 +220,16 @@ class ScaleAdam:
 
     One Adam over scale [T] would go on moving idle groups by their stale momentum. log: on the logarithm of the scales,
     which keeps them positive; else on the scales themselves, which are then held above `least` (the released code lets
-    them pass through zero).
+    them pass through zero). Without scales it does nothing.
     """
 
     def __init__(self, scales: list[Tensor], *, log: bool = True, least: float = EPS):
         self.scales, self.least = scales, least
         # The scales of a group side by side: one vector to move, whatever the number and the shapes of the quantizers.
         self.sizes = [s[0].numel() for s in self.scales]
-        self.steps = [0] * len(self.scales[0])
-        self.mean, self.square = torch.zeros(
-            2, len(self.steps), sum(self.sizes), dtype=torch.float32, device=self.scales[0].device
-        )
+        groups, device = (len(scales[0]), scales[0].device) if scales else (1, "cpu")
+        self.steps = [0] * groups
+        self.mean, self.square = torch.zeros(2, groups, sum(self.sizes), dtype=torch.float32, device=device)
         self.log = log
         self.eps = 1e-12 if log else 1e-8  # a relative gradient is small; 1e-8 is Adam's own
 
@@ -246,6 +245,8 @@ class ScaleAdam:
     @torch.no_grad()
     def step(self, group: int, lr: float) -> None:
         """Move the scales of one group by about lr: relative to each with `log`, else as it is."""
+        if not self.scales:  # all layers of a stage have inputs in float
+            return
         b1, b2 = BETAS
         self.steps[group] += 1
         n = self.steps[group]

@@ -129,6 +129,12 @@ def test_unknown_preset(uncond_pipe, calibration):
         quest.quantize(uncond_pipe, "efficient-dm", "w4a4", calibration=calibration, preset="medium")
 
 
+@pytest.mark.parametrize("bits", [8, 32])
+def test_layers_that_all_keep_their_bits_leave_none_to_update(bits, uncond_pipe, calibration):
+    with pytest.raises(ValueError, match="keep: it names every layer, .*; valid: globs that leave some out"):
+        quest.quantize(uncond_pipe, "efficient-dm", "w4a4", calibration=calibration, keep={"*": bits})
+
+
 def test_scales_of_channels_are_learned_too(uncond_pipe, calibration):
     recipe = dict(FAST, lr_update=1 / 250, granularity="released")
     start, end = (efficient_dm.quantize(uncond_pipe, calibration, 4, 4, iterations=n, **recipe).unet for n in (0, 2))

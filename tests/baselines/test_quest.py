@@ -96,6 +96,7 @@ def test_divergence_names_stage_and_iteration(uncond_pipe, uncond_calibration):
     [
         (dict(selection="ldm"), "selection.*lsun, imagenet, sd"),
         (dict(time_groups=4), "time_groups.*valid: "),
+        (dict(keep={"*": 32}), "keep: all activations stay in float, and QuEST tunes their scales; valid: "),
         (dict(groups_per_step=3, batch=16), "batch: 16 is no multiple of 3 with groups_per_step=3; time groups share"),
         (
             dict(groups_per_step=2, schedule="sequential"),
@@ -110,6 +111,16 @@ def test_divergence_names_stage_and_iteration(uncond_pipe, uncond_calibration):
 def test_bad_recipes(recipe, said, uncond_pipe, uncond_calibration):
     with pytest.raises(ValueError, match=said):
         quest.quantize(uncond_pipe, "quest-suite", "w4a4", calibration=uncond_calibration, **recipe)
+
+
+def test_a_stage_whose_inputs_all_stay_in_float_tunes_weights_alone(uncond_pipe, uncond_calibration):
+    keep = {"*.time_emb_proj": [4, 32]}
+    start, end = (run(uncond_pipe, uncond_calibration, tla, 0, keep=keep) for tla in (0, 2))
+    changed, layers = moved(start, end), dict(quant_layers(end.unet))
+    temporal = {n for n in layers if matches(n, TEMPORAL)}
+    assert {f"{n}.weight" for n in temporal} <= changed <= {f"{n}.{p}" for n in temporal for p in ("weight", "bias")}
+    learned = sum(p.numel() for n in temporal for p in (layers[n].float_weight, layers[n].bias))
+    assert [stage["parameters"] for stage in end.unet.stages] == [learned]
 
 
 def test_the_old_name_quantizes_the_same(uncond_pipe, uncond_calibration, capsys):
