@@ -148,16 +148,17 @@ def teacher_outputs(
 ) -> Callable[[Tensor], dict[str, Tensor]]:
     """A function that gives the outputs of the teacher's layers for some calibration rows, by name, in half precision.
 
-    It looks them up where those of all rows take at most `budget` bytes (default: KEPT, or half of the memory of the
-    job where that is less). Otherwise the teacher runs anew on these rows,
-    and memory does not depend on the number of rows in the set. Both differ by the rounding of sums over a batch.
+    Values beyond its range keep single precision (`halved`). It looks outputs up where those of all rows take at most
+    `budget` bytes (default: KEPT, or half of the memory of the job where that is less). Otherwise the teacher runs anew
+    on these rows, and memory does not depend on the number of rows in the set. Both differ by the rounding of sums over
+    a batch.
     """
 
     @torch.no_grad()
     def computed(rows: Tensor) -> dict[str, Tensor]:
         with outputs_of(teacher, names) as outputs:
             teacher(**calibration.inputs(rows))
-        return {name: output.half() for name, output in outputs.items()}
+        return {name: halved(output) for name, output in outputs.items()}
 
     if budget is None:
         budget = min(KEPT, int(memory.SHARE * memory.budget(calibration.sample.device.type)))
@@ -168,8 +169,18 @@ def teacher_outputs(
     if names:
         for rows in torch.arange(len(calibration), device="cpu").split(batch):
             for name, output in computed(rows).items():
+                kept[name] = kept[name].to(torch.promote_types(kept[name].dtype, output.dtype))
                 kept[name][rows] = output
+            if sum(output.nbytes for output in kept.values()) > budget:
+                return computed
     return lambda rows: {name: outputs[rows] for name, outputs in kept.items()}
+
+
+def halved(x: Tensor) -> Tensor:
+    """Round x to half precision, but leave values beyond its 65504 as they are; then the result is in x's precision."""
+    half = x.half()
+    beyond = half.isinf()
+    return torch.where(beyond, x, half) if beyond.any() else half
 
 
 @contextmanager

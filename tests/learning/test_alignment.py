@@ -5,6 +5,7 @@ import torch
 
 from baselines.quest import SCHEDULES
 from quest.affine import QuantSpec
+from quest.diffusion.calibration_set import CalibrationSet
 from quest.learning.alignment import ScaleAdam, Stage, scheduled, teacher_outputs
 from quest.quantization.quantizer import Quantizer
 from quest.quantization.timegroups import TimeGroups
@@ -151,3 +152,19 @@ def test_the_teacher_s_outputs_are_looked_up_or_computed_anew(class_pipe, class_
     for name in names:
         assert computed[name].dtype == torch.half
         torch.testing.assert_close(looked_up[name], computed[name], rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("budget", [0, 3 * 2 * 2, 3 * 2 * 4])
+def test_outputs_beyond_half_precision_stay_finite(budget):
+    """Where they are computed anew, also because single precision exceeds the budget, and where they are looked up."""
+    sample = torch.tensor([[1.0001, 3.3], [7e4, 1.0001], [-1.5, -1e9]])
+    calls = []
+    denoiser = torch.nn.Sequential(torch.nn.Identity())
+    denoiser.forward = lambda sample, timestep: calls.append(0) or denoiser[0](sample)
+    n = torch.zeros(3, dtype=torch.long)
+    targets = teacher_outputs(denoiser, ["0"], CalibrationSet(sample, n, sample, n, n), budget, batch=1)
+    calls.clear()
+    expected = torch.where(sample.abs() > 65504, sample, sample.half())  # what fits is rounded as before
+    assert torch.equal(targets(torch.arange(3))["0"].float(), expected)
+    assert targets(n[:1])["0"].float().tolist() == [sample[0].half().tolist()]
+    assert len(calls) == (0 if budget == 24 else 2)
