@@ -104,7 +104,8 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
             layer.choose_weight_range(ranges.mse)
     generator = torch.Generator().manual_seed(recipe.seed)
     learned_layers = [n for n, m in quant_layers(denoiser) if m.weight_quantizer.spec.bits < preset.nearest_from]
-    reconstruct(denoiser, block, exact, calibration.timesteps, learned_layers, preset, generator)
+    timesteps = calibration.timestep.unique().flip(0)  # noisiest first, fractions too
+    reconstruct(denoiser, block, exact, timesteps, learned_layers, preset, generator)
     others = [n for n in learned_layers if n not in block.layers]
     if recipe.init is None and others and preset.weight_iterations:
         drawn = uniform(calibration, recipe.rows, recipe.seed)
@@ -112,7 +113,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     freeze(denoiser)
     samples = recipe.samples or (64 if everywhere else static_rows(a))
     calibrate(denoiser, calibration, ranges.mse_zero_point, samples=samples, seed=recipe.seed)
-    finite_set(denoiser, block, groups)
+    finite_set(denoiser, block, groups, timesteps)
     return student
 
 
@@ -121,20 +122,19 @@ def reconstruct(
     denoiser: nn.Module,
     block: TemporalInformationBlock,
     exact: TemporalInformationBlock,
-    timesteps: list[int],
+    t: Tensor,
     learned_layers: list[str],
     preset: Preset,
     generator: torch.Generator,
 ) -> None:
     """AdaRound of the block as one unit (arXiv:2311.16503: temporal information aware reconstruction).
 
-    The error is that of all residual blocks' embeddings, summed over them. learned_layers: names of the layers to
-    round; the others keep their nearest codes.
+    The error is that of all residual blocks' embeddings, summed over them. t: the timesteps, [N], on the block's
+    device. learned_layers: names of the layers to round; the others keep their nearest codes.
     """
     layers = {n: m for n, m in block.layers.items() if n in learned_layers and m.weight_quantizer.spec.bits < FLOAT}
     if not layers or not preset.weight_iterations:
         return
-    t = torch.tensor(timesteps, dtype=torch.long, device=next(block.parameters()).device)
     target = exact(t)
     with float_activations(input_quantizers(denoiser).values()):
         learn_rounding(
@@ -150,10 +150,11 @@ def reconstruct(
 
 
 @torch.no_grad()
-def finite_set(denoiser: nn.Module, block: TemporalInformationBlock, groups: TimeGroups) -> None:
+def finite_set(denoiser: nn.Module, block: TemporalInformationBlock, groups: TimeGroups, timesteps: Tensor) -> None:
     """Set the whole range of each activation of the block at each timestep (arXiv:2311.16503: finite set calibration).
 
-    The block's quantizers get the time groups, and the denoiser follows them from here on.
+    The block's quantizers get the time groups, and the denoiser follows them from here on. timesteps: [N], one of each
+    group, on the block's device.
     """
     for layer in block.layers.values():
         layer.input_quantizer = Quantizer(layer.input_quantizer.spec, groups=groups).to(layer.weight.device)
@@ -161,9 +162,9 @@ def finite_set(denoiser: nn.Module, block: TemporalInformationBlock, groups: Tim
         groups.attach(denoiser)
     name_quantizers(denoiser)
     with calibrating(block, ranges.minmax):
-        for t in groups.starts.tolist():
+        for t in timesteps.split(1):
             with groups.inside(t):
-                block(torch.tensor([t], dtype=torch.long, device=next(block.parameters()).device))
+                block(t)
 
 
 def work(recipe, w: int, model, trajectories: int) -> Counter:
@@ -181,8 +182,8 @@ def round_block(student, pipe, calibration: CalibrationSet, model, iterations: i
     block, exact = (TemporalInformationBlock(unet) for unet in (student, denoiser_of(pipe)))
     for layer in block.layers.values():
         layer.thaw()
-    timesteps, generator = list(range(1, 1 + batch)), torch.Generator().manual_seed(0)
-    reconstruct(student, block, exact, timesteps, list(block.layers), Preset(iterations, 0, batch), generator)
+    t, generator = torch.arange(1, 1 + batch, device=student.device), torch.Generator().manual_seed(0)
+    reconstruct(student, block, exact, t, list(block.layers), Preset(iterations, 0, batch), generator)
 
 
 METHOD = Method(

@@ -1,6 +1,7 @@
 """TFMQ-DM: the temporal information block is what the denoiser computes, learned apart, ranged step by step."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,6 +99,19 @@ def test_started_from_adaround_only_the_block_is_learned(runs, class_pipe, class
         weight = class_pipe.unet.get_submodule(name).weight if name in block else other[name].float_weight
         assert torch.equal(layer.float_weight, weight), name
         assert (layer.prologue is None) == (name in block), name
+
+
+def test_the_block_is_rounded_and_ranged_at_fractions_that_a_sampler_visits(
+    class_pipe, class_calibration, first_calls, monkeypatch
+):
+    calibration = first_calls(class_calibration)
+    calibration = replace(calibration, timestep=calibration.timestep + 0.61)
+    met, forward = [], TemporalInformationBlock.forward
+    monkeypatch.setattr(TemporalInformationBlock, "forward", lambda block, t: met.append(t) or forward(block, t))
+    q = tfmq_dm.quantize(class_pipe, calibration, 4, 8, weight_iterations=2, **FAST)
+    assert [t.tolist() for t in met[-2:]] == [[t] for t in calibration.timesteps]
+    assert {t.dtype for t in met} == {torch.float32} and set(torch.cat(met).tolist()) == set(calibration.timesteps)
+    assert "temporal information block" in [stage["stage"] for stage in q.unet.stages]
 
 
 def test_unknown_scope(class_pipe, class_calibration):
