@@ -60,6 +60,7 @@ class ReconstructionRecipe(SplitRecipe):
             {"activation_ranges": one_of(ranges.SEARCHED), "stored_order": one_of((False,))},
             "running ranges and the stored order hold at all timesteps",
         ),
+        Rule({"init": Valid()}, {"weight_axis": one_of((0,))}, "weights of a checkpoint come with their scales"),
     )
 
 

@@ -72,8 +72,8 @@ def _fits(
 
     shape: of the weight; None for an activation, whose channels are counted.
 
-    A weight without groups has one for each output channel, or one for all. One with a format per tensor may have them
-    per channel: those of the checkpoint that it started from (`init`).
+    A weight without groups has one for each output channel, or one for all, whatever its format: one in float has ones
+    for each channel, and one of another checkpoint (`init`) has the scales that it had there.
     """
     if not value.is_floating_point() or value.ndim == 0 or (value.shape, value.dtype) != (scale.shape, scale.dtype):
         return False

@@ -219,6 +219,18 @@ def test_a_single_time_group_is_none_at_all(uncond_pipe, uncond_calibration):
         quest.quantize(uncond_pipe, "q-diffusion", "w4a4", **recipe, granularity="row")
 
 
+@pytest.mark.parametrize(
+    "method, recipe, said",
+    [
+        ("q-diffusion", dict(weight_axis=None), "weight_axis: None is not one of 0 with init='start'; weights of a"),
+        ("ptqd-as-released", {}, "init: 'start' does not go with weight_axis=None; weights of a checkpoint come with"),
+    ],
+)
+def test_weights_of_a_checkpoint_keep_the_scales_that_they_have(method, recipe, said, uncond_pipe, uncond_calibration):
+    with pytest.raises(ValueError, match=said):
+        quest.quantize(uncond_pipe, method, "w4a4", calibration=uncond_calibration, init="start", **recipe)
+
+
 def test_the_two_presets():
     full, short = (adaround.PRESETS[p] for p in ("full", "short"))
     assert (full.weight_iterations, full.activation_iterations, full.batch) == (20000, 5000, 32)
