@@ -218,7 +218,8 @@ def summary(denoiser: nn.Module, w: int, a: int, calibration: CalibrationSet) ->
         if bits[0] > w or bits[1] > a:
             row = kept.setdefault("w{}a{}".format(*bits), {"layers": 0, "parameters": 0.0, "macs": 0.0, "names": []})
             row["layers"] += 1
-            row["parameters"] += _numel(layer.parameters(recurse=False)) / all_parameters
+            weight = math.prod(layer.weight_shape) * layer.is_frozen  # codes are no parameter
+            row["parameters"] += (weight + _numel(layer.parameters(recurse=False))) / all_parameters
             row["macs"] += work.get(name, 0) / all_work
             row["names"].append(name)
     products = sorted({(max(qkv), p) for *qkv, p in (_product_bits(m) for _, m in attentions(denoiser))})

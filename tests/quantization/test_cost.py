@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import quest
 from quest.learning.calibrate import calibrate
 from quest.quantization import cost, ranges
 from quest.quantization.layers import quant_layers
@@ -62,6 +63,14 @@ def test_summary(kept, class_pipe, class_calibration):
     # Four trajectories of six steps, both halves of every call.
     assert found["calibration"] == {"rows": 48, "trajectories": 4, "timesteps": 6, "halves": 2}
     assert found["stages"] == [{"stage": "nothing", "parameters": 5, "iterations": 7, "batch": 2}]
+
+
+def test_the_share_of_a_kept_layer_counts_its_weight_also_as_codes(class_pipe, class_calibration):
+    q = quest.quantize(class_pipe, "rtn", "w4a4", calibration=class_calibration, keep={"*.conv1": 8}, samples=4)
+    own = {n: p for n, p in class_pipe.unet.named_parameters() if n.rpartition(".")[0].endswith(".conv1")}
+    assert all(layer.is_frozen for _, layer in quant_layers(q.unet)) and any(n.endswith(".bias") for n in own)
+    share = sum(p.numel() for p in own.values()) / sum(p.numel() for p in class_pipe.unet.parameters())
+    assert q.unet.quantization["cost"]["kept"]["w8a8"]["parameters"] == pytest.approx(share)
 
 
 def test_bit_operations_are_of_the_operands_that_are_multiplied(kept, class_pipe, class_calibration):
