@@ -42,16 +42,17 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
 
     Departures from the papers, which rotate linear layers of transformers: convolutions too, by pixel; blocks of at
     most 64 channels (ConvRot: 256, with inputs padded by zeros), because 256 divides few widths of U-Nets. A layer
-    whose channels no block divides is not rotated (an input of three channels). Attention products are not rotated.
-    HQ-DM also finetunes, and leaves tokens unrotated.
+    whose channels no block divides is not rotated (an input of three channels), nor is a grouped convolution. Attention
+    products are not rotated. HQ-DM also finetunes, and leaves tokens unrotated.
     """
     student = swapped(pipe, calibration, w, a, recipe)
     denoiser = denoiser_of(student)
     if recipe.init is not None:
         load_weights(denoiser, recipe.init)
     for _, layer in quant_layers(denoiser):
-        if layer.input_quantizer.spec.bits < FLOAT:
-            layer.rotate_input(block_size(layer.weight_shape[1], recipe.block, recipe.form), recipe.form, recipe.single)
+        size = block_size(layer.weight_shape[1], recipe.block, recipe.form)
+        if size > 1 and layer.input_quantizer.spec.bits < FLOAT and getattr(layer, "groups", 1) == 1:
+            layer.rotate_input(size, recipe.form, recipe.single)
         spec = layer.weight_quantizer.spec
         if recipe.weights == "absmax" and spec.bits < FLOAT:
             layer.weight_quantizer.spec = replace(spec, symmetric=True)

@@ -66,12 +66,17 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
 
     Departures from the paper: convolutions too, with one factor per input channel for all taps; queries and keys, whose
     factors go into the rows of to_q and to_k; weights and static activations have ranges of least error, weights one
-    for each output channel. A channel that is always zero keeps the factor 1 (released: 1e-5).
+    for each output channel. A channel that is always zero keeps the factor 1 (released: 1e-5). Grouped convolutions are
+    left alone.
     """
     student = swapped(pipe, calibration, w, a, recipe)
     denoiser, teacher = denoiser_of(student), denoiser_of(pipe)
     found = observe(teacher, calibration, recipe)
-    layers = {name: layer for name, layer in quant_layers(denoiser) if layer.input_quantizer.spec.bits < FLOAT}
+    layers = {
+        name: layer
+        for name, layer in quant_layers(denoiser)
+        if layer.input_quantizer.spec.bits < FLOAT and getattr(layer, "groups", 1) == 1
+    }
     groups = [Observed(tuple(n for n in o.layers if n in layers), o.reach) for o in found]
     groups = [o for o in groups if o.layers]
     if recipe.alpha == "search":

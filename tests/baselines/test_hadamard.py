@@ -102,6 +102,7 @@ def test_block_one_is_rounding_to_nearest(uncond_pipe, uncond_calibration):
     inputs = uncond_calibration.inputs(torch.tensor([0]))
     with torch.no_grad():
         assert torch.equal(own.unet(**inputs).sample, rtn.unet(**inputs).sample)
+    assert all(layer.prologue is None for _, layer in quant_layers(own.unet))  # `single` would keep it off kernels
 
 
 def test_what_rows_are(uncond_pipe, uncond_calibration):

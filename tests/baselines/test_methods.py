@@ -276,6 +276,21 @@ def test_a_constant_or_nan_calibration_input_names_the_layer(tiny):
             quest.quantize(pipe, "rtn", "w8a8", calibration=broken)
 
 
+PROLOGUES = ("hadamard", {}), ("convrot", {}), ("smoothquant", {}), ("smoothquant", {"alpha": "search"}), ("dilate", {})
+
+
+@pytest.mark.parametrize("method, recipe", PROLOGUES)
+def test_a_grouped_convolution_has_no_prologue(method, recipe, tiny):
+    pipe, model, calibration = tiny("uncond")
+    pipe = copy.deepcopy(pipe)
+    grouped = pipe.unet.mid_block.resnets[0].conv2 = torch.nn.Conv2d(64, 64, 3, padding=1, groups=4)
+    q = quest.quantize(pipe, method, "w8a8", calibration=calibration, **fast(method, model), **recipe)
+    layers = dict(quant_layers(q.unet))
+    name = "mid_block.resnets.0.conv2"
+    assert {n for n, layer in layers.items() if layer.prologue is None} == {name}
+    assert torch.equal(layers[name].float_weight, grouped.weight)
+
+
 def test_keep_names_layers(tiny):
     pipe, _, calibration = tiny("uncond")
     q = quest.quantize(pipe, "rtn", "w4a4", calibration=calibration, keep={"*conv_shortcut": [8, 32]})
