@@ -13,22 +13,23 @@ def quantize(pipe, method="quest-suite", bits: str = "w4a8", *, calibration=None
         method: a name in `baselines.METHODS`, or a function quantize(pipe, calibration, w, a, **recipe).
         bits: weight and activation bits, such as "w4a8".
         calibration: a `CalibrationSet` of this pipeline (`quest.diffusion.calibration_set.collect`). None draws one,
-            with the steps and guidance that the pipeline's call defaults to; a list of prompts draws it for them.
+            with the steps and guidance that the pipeline's call defaults to; a sequence of prompts draws it for them.
         recipe: the method's hyperparameters, by keyword; see its file in baselines/.
 
     Raises:
         ValueError: the method is unknown, the bits are malformed, a hyperparameter is out of bounds, the pipeline
             cannot be quantized (`quest.quantization.guards.check`), or the calibration set has another noise schedule.
         FloatingPointError: the method diverged, on its own or in the checkpoint that it starts from.
-        TypeError: the method does not have a hyperparameter.
+        TypeError: the method does not have a hyperparameter, or `calibration` is none of these.
     """
     import inspect
+    from collections.abc import Sequence
 
     from baselines import METHODS
     from baselines.method import check
     from quest.config import parse_bits
     from quest.config.old_names import current
-    from quest.diffusion.calibration_set import draw
+    from quest.diffusion.calibration_set import CalibrationSet, draw
     from quest.diffusion.denoisers import denoiser_of
     from quest.quantization import cost, guards, layer_names, swapping
     from quest.quantization.layers import freeze
@@ -45,10 +46,13 @@ def quantize(pipe, method="quest-suite", bits: str = "w4a8", *, calibration=None
     if recipe.get("keep"):
         layers, processors = swapping.quantizable(denoiser_of(pipe))
         layer_names.check([*layers, *processors], recipe["keep"])
-    if calibration is None or isinstance(calibration, list):
+    several = isinstance(calibration, Sequence) and not isinstance(calibration, str)
+    if calibration is None or several and all(isinstance(prompt, str) for prompt in calibration):
         guards.check_text_encoders(pipe)
         calibration, model = draw(pipe, calibration)
         recipe = {k: v for k, v in model.recipe(function, a).items() if k == "guidance"} | recipe
+    elif not isinstance(calibration, CalibrationSet):
+        raise TypeError(f"calibration: {calibration!r:.80}; valid: a CalibrationSet, a list of prompts, or None")
     guards.check_calibration(pipe, calibration)
     new = function(pipe, calibration, w, a, **recipe)
     if new is not pipe:

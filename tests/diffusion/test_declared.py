@@ -216,9 +216,17 @@ def test_three_lines_of_python_draw_their_calibration(folder_of, monkeypatch):
     monkeypatch.setitem(declared.SHARED, "trajectories", 2)
     monkeypatch.setitem(declared.SHARED, "batch_size", 2)
     pipe = declared.load_pipeline(folder_of("sd1"))
-    drawn = quest.quantize(pipe, "rtn", calibration=["a cat", "a dog"])
+    drawn, again = (quest.quantize(pipe, "rtn", calibration=kind(["a cat", "a dog"])) for kind in (list, tuple))
     assert denoiser_of(drawn).quantization["cost"]["calibration"]["halves"] == 2
     assert denoiser_of(drawn).quantization["cost"]["calibration"]["timesteps"] == 50
+    assert all(torch.equal(p, denoiser_of(again).state_dict()[n]) for n, p in denoiser_of(drawn).state_dict().items())
+
+
+@pytest.mark.parametrize("calibration", ["a cat", ["a cat", 1], b"a cat", 7, {"a cat": 1}])
+def test_what_is_no_calibration_is_refused_with_what_is(calibration, folder_of):
+    pipe = declared.load_pipeline(folder_of("sd1"))
+    with pytest.raises(TypeError, match="calibration: .+; valid: a CalibrationSet, a list of prompts, or None"):
+        quest.quantize(pipe, "rtn", calibration=calibration)
 
 
 def test_what_cannot_be_quantized_is_refused_by_name(folder_of, tmp_path):
