@@ -4,7 +4,6 @@ Methods state both in their own files. `workflow.scripts.generate` writes them i
 config can be checked without the methods, which need torch.
 """
 
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -34,9 +33,12 @@ class Valid:
             return f"{value!r} is not one of {self.description}"
         if self.exclusiveMinimum is not None and not value > self.exclusiveMinimum:
             return f"{value!r} is out of bounds; valid: above {self.exclusiveMinimum}"
-        if self.minimum is not None and not self.minimum <= value <= (self.maximum or math.inf):
+        above = self.minimum is None or value >= self.minimum
+        below = self.maximum is None or value <= self.maximum
+        if not (above and below):
+            least = "up" if self.minimum is None else self.minimum
             most = "or more" if self.maximum is None else f"to {self.maximum}"
-            return f"{value!r} is out of bounds; valid: {self.minimum} {most}"
+            return f"{value!r} is out of bounds; valid: {least} {most}"
         if self.multipleOf is not None and value % self.multipleOf:
             return f"{value!r} is no multiple of {self.multipleOf}"
         return None

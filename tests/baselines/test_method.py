@@ -127,6 +127,12 @@ def test_keywords_out_of_bounds(given, said):
         check(quantize, given, 4, 8)
 
 
+def test_a_largest_value_holds_alone_and_may_be_zero():
+    assert Valid(maximum=4).fault(5) == "5 is out of bounds; valid: up to 4" and Valid(maximum=4).fault(4) is None
+    assert Valid(minimum=-1, maximum=0).fault(1) == "1 is out of bounds; valid: -1 to 0"
+    assert Valid(maximum=4).fault(math.nan) and Valid(minimum=-1).fault(math.nan)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_number_of_a_method_has_bounds(name):
     """Counts, seeds and rates: none is negative, NaN or infinite, and a rate of zero learns nothing."""
