@@ -142,7 +142,7 @@ def thresholds(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     Candidates have t = i / 100 max |x|, i from 1 to 100. The range is [-t, t]; for a channel of one sign it is [0, t]
     or [-t, 0]. Codes are asymmetric.
     """
-    rows = x.reshape(1, -1) if spec.axis is None else x.movedim(spec.axis, 0).flatten(1)
+    rows = ranges.in_rows(x, spec)
     t = torch.arange(1, CANDIDATES + 1, dtype=x.dtype, device=x.device)[:, None] / CANDIDATES * rows.abs().amax(1)
     low, high = -t * (rows.amin(1) < 0), t * (rows.amax(1) > 0)
     scale, zero_point = ranges.affine(low, high, spec)

@@ -26,6 +26,7 @@ from quest.diffusion.calibration_set import CalibrationSet
 from quest.diffusion.denoisers import denoiser_of, hooked
 from quest.learning.alignment import outputs_of
 from quest.learning.clipping import rows_of_each_step
+from quest.learning.lowrank import exponent_pairs, weight_reach
 from quest.quantization import ranges
 from quest.quantization.layers import QuantLayer, attentions, quant_layers
 from quest.quantization.quantizer import Quantizer
@@ -36,8 +37,7 @@ TOKENS = 256  # most queries and keys of a row on which those of attention produ
 QKV = ("to_q", "to_k", "to_v")
 LEAST = 1e-5  # of weight ranges and of factors
 # (alpha, beta) of s = a^alpha / v^beta: those that DeepCompressor tries for SVDQuant (arXiv:2411.05007).
-GRID = tuple(i / 20 for i in range(1, 20))
-SEARCHED = ((0.0, 0.0), *((alpha, 0.0) for alpha in GRID), *((alpha, 1 - alpha) for alpha in GRID))
+SEARCHED = exponent_pairs(20)
 STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {"max": lambda x: x.amax(0), "mean": lambda x: x.mean(0)}
 
 
@@ -84,7 +84,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     else:
         for o in groups:
             own = [layers[name] for name in o.layers]
-            scale(own, factors(o.reach, weight_reach(own), recipe.alpha, 1 - recipe.alpha))
+            scale(own, factors(o.reach, weight_reach(layer.weight for layer in own), recipe.alpha, 1 - recipe.alpha))
     if recipe.products:
         smooth_products(denoiser, teacher, calibration, recipe)
     for _, layer in quant_layers(denoiser):
@@ -97,11 +97,6 @@ def factors(reach: Tensor, weight: Tensor, alpha: float, beta: float) -> Tensor:
     """Return s_c = a_c^alpha / v_c^beta, [C], at least 1e-5; 1 for a channel that is always zero."""
     found = (reach**alpha / weight.clamp(min=LEAST) ** beta).clamp(min=LEAST)
     return torch.where(reach > 0, found, 1.0)
-
-
-def weight_reach(layers: list[QuantLayer]) -> Tensor:
-    """Return v_c, [C]: the largest |weight| of an input channel, over the outputs and taps of these layers."""
-    return torch.stack([layer.weight.detach().abs().transpose(0, 1).flatten(1).amax(1) for layer in layers]).amax(0)
 
 
 def scale(layers: list[QuantLayer], found: Tensor) -> None:
@@ -172,7 +167,7 @@ def best(layers: list[QuantLayer], x: Tensor, outputs: list[Tensor], reach: Tens
     long, so only no factors and the best FINALISTS are tried with the ranges that the layers will have; static ones are
     of all steps together.
     """
-    of_weights = weight_reach(layers)
+    of_weights = weight_reach(layer.weight for layer in layers)
     candidates = [factors(reach, of_weights, *exponents) for exponents in SEARCHED]
 
     def error(found: Tensor, *choose: Callable) -> float:

@@ -5,6 +5,7 @@ This happens once per model, so a checkpoint is read, checked and hashed once an
 
 import hashlib
 import importlib
+from functools import partial
 from pathlib import Path
 
 from quest.diffusion import captions as caption_files
@@ -23,7 +24,8 @@ from quest.runtime.provenance import provenance
 from quest.runtime.sums import write_sums
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# DDPM's U-Net for CIFAR-10, the only model in diffusers layout.
+# DDPM's schedule and its U-Net for CIFAR-10, the only model in diffusers layout.
+SCHEDULER = partial(QuadraticDDIMScheduler, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
 ARCHITECTURE = {
     "sample_size": 32,
     "in_channels": 3,
@@ -109,7 +111,7 @@ def rehearsed(model: Model, device="cpu") -> LatentDiffusionPipeline:
     torch.manual_seed(0)
     unet, vae = denoiser(model, device), None
     if model.origin.compvis is None:
-        scheduler = QuadraticDDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+        scheduler = SCHEDULER()
     else:
         file = COMPVIS / f"{model.origin.compvis}.yaml"
         vae = networks.autoencoder(file, device, parameters(file).get("scale_factor", 1))
@@ -178,7 +180,7 @@ def _pixels(folder: Path) -> LatentDiffusionPipeline:
         raise ValueError(f"{folder}: a U-Net for {unet.config.sample_size} pixels, not for CIFAR-10's 32")
     if unet.config.out_channels != 3 or unet.config.num_class_embeds:
         raise ValueError(f"{folder}: a U-Net with {unet.config.out_channels} outputs or with classes, not CIFAR-10's")
-    scheduler = QuadraticDDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    scheduler = SCHEDULER()
     file = folder / "scheduler" / "scheduler_config.json"
     if file.is_file():  # its own sampler is DDPM's; what the model was trained on must be the same
         kind = getattr(diffusers, read_json(file)["_class_name"], DDPMScheduler)

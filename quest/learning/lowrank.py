@@ -61,13 +61,23 @@ def kept_channels(weight: Tensor, largest: Tensor, rank: int) -> Branch:
     return Branch(weight[:, chosen], None, chosen)
 
 
+def exponent_pairs(grid: int) -> list[tuple[float, float]]:
+    """Return (alpha, beta) of no smoothing, of beta = 0 and of beta = 1 - alpha, for each alpha = i / grid below 1."""
+    alphas = [i / grid for i in range(1, grid)]
+    return [(0.0, 0.0), *((alpha, 0.0) for alpha in alphas), *((alpha, 1 - alpha) for alpha in alphas)]
+
+
+def weight_reach(weights: Iterable[Tensor]) -> Tensor:
+    """Return max|W_c|, [C]: the largest |weight| of an input channel, over the outputs and taps of these weights."""
+    return torch.stack([w.detach().abs().transpose(0, 1).flatten(1).amax(1) for w in weights]).amax(0)
+
+
 def factors(largest: Tensor, weight: Tensor, alpha: float, beta: float) -> Tensor:
     """Return s [C] = max|x_c|^alpha / max|W_c|^beta, 1 for a channel that is always zero, with geometric mean 1.
 
     A common factor changes nothing, and around 1 the branch's float16 is far from its limits.
     """
-    of_weight = weight.detach().abs().transpose(0, 1).flatten(1).amax(1).clamp(min=LEAST)
-    logarithm = alpha * largest.clamp(min=LEAST).log() - beta * of_weight.log()
+    logarithm = alpha * largest.clamp(min=LEAST).log() - beta * weight_reach([weight]).clamp(min=LEAST).log()
     used = largest > 0
     logarithm = torch.where(used, logarithm - logarithm[used].mean() if used.any() else 0.0, 0.0)
     return logarithm.clamp(-10, 10).exp()
@@ -154,8 +164,7 @@ def decompose(
     which names the layer, for an input that is not finite.
     """
     n, device, waiting = len(calibration), denoiser.device, memory.waiting(denoiser.device.type)
-    everything, alphas = torch.arange(n, device="cpu"), [i / grid for i in range(1, grid)]
-    candidates = [(0.0, 0.0), *((alpha, 0.0) for alpha in alphas), *((alpha, 1 - alpha) for alpha in alphas)]
+    everything, candidates = torch.arange(n, device="cpu"), exponent_pairs(grid)
     errors: dict[str, list[float]] = {}
 
     def visit(unit, forwards, name, *args, **kwargs) -> Tensor:

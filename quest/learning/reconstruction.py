@@ -176,7 +176,7 @@ def learn_rounding(
     plus LAMBDA times the regulariser, a sum over all weights of the unit. The layers are not frozen, before and after.
     chunk: rows at once where nothing is learned. Returns the error before and after.
     """
-    check = _check(n)
+    check = check_rows(n)
     before = _judge(run, target, check, 2, chunk)
     rounding = Rounding(list(layers.values()))
     with torch.enable_grad(), multiplying(layers.values(), rounding.soft):
@@ -211,7 +211,7 @@ def learn_steps(
     """
     scales = [q.scale for q in quantizers.values()]
     first = [s.detach().clone() for s in scales]
-    check = _check(n)
+    check = check_rows(n)
     before = _judge(run, target, check, ACTIVATION_POWER, chunk)
     adam = Adam([s.requires_grad_() for s in scales])
     with torch.enable_grad():
@@ -281,7 +281,8 @@ def multiplying(layers: Iterable[QuantLayer], weights: Iterable[Tensor]) -> Abst
     return overridden("multiplied", {layer: lambda weight=weight: weight for layer, weight in pairs})
 
 
-def _check(n: int) -> Tensor:
+def check_rows(n: int) -> Tensor:
+    """Return the rows of n on which a unit is judged: all of few, else CHECK to twice as many at equal distances."""
     return torch.arange(0, n, max(1, n // CHECK), device="cpu")
 
 

@@ -19,7 +19,7 @@ from quest.affine import FLOAT, QParams, QuantSpec, fake_quantize
 from quest.diffusion.calibration_set import CalibrationSet
 from quest.learning.adam import Adam, Descent
 from quest.learning.lowrank import factors
-from quest.learning.reconstruction import CHECK, finite, float_activations, gradients, multiplying
+from quest.learning.reconstruction import check_rows, finite, float_activations, gradients, multiplying
 from quest.learning.units import ALONE, call_modules, fill, walk
 from quest.quantization import cost
 from quest.quantization.layers import QuantLayer, input_quantizers, quant_layers
@@ -106,7 +106,7 @@ def learn_factors(
     Raises FloatingPointError, which names the layer, for a loss that is not finite.
     """
     n = len(timesteps)
-    check = torch.arange(0, n, max(1, n // CHECK), device="cpu")
+    check = check_rows(n)
     floats = {key: layer.float_weight.detach() for key, layer in layers.items()}
 
     def losses(rows: Tensor, tau: Tensor) -> Tensor:

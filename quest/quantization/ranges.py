@@ -22,7 +22,7 @@ EPS = 1e-8
 BINS = 2048  # most bins of the histogram that replaces a large tensor in the search; 8 per step of an 8-bit code
 
 
-def _rows(x: Tensor, spec: QuantSpec) -> Tensor:
+def in_rows(x: Tensor, spec: QuantSpec) -> Tensor:
     """Reshape x to [channels, values]; to one row if there is one range per tensor."""
     return x.reshape(1, -1) if spec.axis is None else x.movedim(spec.axis, 0).flatten(1)
 
@@ -85,7 +85,7 @@ def of_widths(x: Tensor, spec: QuantSpec, choose) -> tuple[Tensor, Tensor]:
 
 def always_zero(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Choose [0, max] with zero point 0, as Q-Diffusion (arXiv:2302.04304) does for softmax probabilities."""
-    high = _rows(x, spec).amax(1)
+    high = in_rows(x, spec).amax(1)
     scale = (high / (spec.qmax - spec.qmin)).clamp(min=EPS)
     return _shaped(scale, x, spec), _shaped(torch.zeros_like(scale), x, spec)
 
@@ -144,7 +144,7 @@ def _shrunk(x: Tensor, spec: QuantSpec, steps: int, power: float, roundings) -> 
     """Choose the best of the ranges (1 - 0.01 i) [min, max], each with its zero point rounded in all of these ways."""
     if spec.axis is None and x.numel() > 4 * BINS and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)  # the order of so many values plays no part, and this one needs no copy
-    rows = _rows(x, spec)
+    rows = in_rows(x, spec)
     factors = 1.0 - 0.01 * torch.arange(steps, device=rows.device, dtype=rows.dtype)[:, None]
     scale, zero_point = affine(factors * rows.amin(1), factors * rows.amax(1), spec)
     scale, zero_point = scale.repeat(len(roundings), 1), torch.cat([rounded(zero_point) for rounded in roundings])
@@ -201,7 +201,7 @@ def percentile(
     For each candidate p, the range reaches from the quantile 1 - p to the quantile p. torch.quantile takes at most 2^24
     values, so every second (third, ...) value of a longer channel is used.
     """
-    rows = _rows(x, spec)
+    rows = in_rows(x, spec)
     rows = rows[:, :: -(-rows.shape[1] // 2**24)]
     best = torch.full_like(rows[:, 0], torch.inf)
     scale, zero_point = torch.ones_like(best), torch.zeros_like(best)
@@ -217,13 +217,13 @@ def percentile(
 
 def extremes(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Return minimum and maximum of x, widened to include zero, [channels] each."""
-    rows = _rows(x, spec)
+    rows = in_rows(x, spec)
     return rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
 
 
 def positive(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Return 0 and the maximum of x, [channels] each, as the range of probabilities."""
-    high = _rows(x, spec).amax(1)
+    high = in_rows(x, spec).amax(1)
     return torch.zeros_like(high), high
 
 

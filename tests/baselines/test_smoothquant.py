@@ -8,10 +8,11 @@ from torch import nn
 
 import quest
 from baselines import smoothquant
-from baselines.smoothquant import SEARCHED, Recipe, factors, observe, search, tried, weight_reach
+from baselines.smoothquant import SEARCHED, Recipe, factors, observe, search, tried
 from quest.affine import FLOAT, QuantSpec, quantize
 from quest.kernels.cpu import core, integer
 from quest.learning.clipping import rows_of_each_step
+from quest.learning.lowrank import weight_reach
 from quest.quantization import ranges
 from quest.quantization.layers import input_quantizers, quant_layers, quantized
 from quest.quantization.swapping import swap
@@ -39,13 +40,13 @@ def test_factors_are_those_of_equation_4():
 def test_the_reach_of_a_weight_is_over_its_outputs_and_taps_and_all_layers():
     layers = [layer_of(nn.Conv2d(3, 5, 3)), layer_of(nn.Conv2d(3, 2, 1))]
     by_hand = [max(layer.weight[:, c].abs().max().item() for layer in layers) for c in range(3)]
-    assert weight_reach(layers).tolist() == by_hand
+    assert weight_reach(layer.weight for layer in layers).tolist() == by_hand
 
 
 def test_at_alpha_one_all_channels_reach_as_far():
     x, layer = random(4, 6, 5, 5) * torch.tensor([1.0, 9.0, 0.1, 3.0, 20.0, 0.5])[:, None, None], None
     layer = layer_of(nn.Conv2d(6, 5, 3))
-    layer.scale_input(factors(x.abs().amax((0, 2, 3)), weight_reach([layer]), 1.0, 0.0))
+    layer.scale_input(factors(x.abs().amax((0, 2, 3)), weight_reach([layer.weight]), 1.0, 0.0))
     assert layer.prologue(x, 1).abs().amax((0, 2, 3)).tolist() == pytest.approx([1.0] * 6)
 
 
