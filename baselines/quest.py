@@ -253,7 +253,9 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Finetune
     - The search for activation ranges, which the text leaves open, includes zero points (ranges.mse_zero_point).
     - The preset `short` runs 300 of 22,400 iterations at 100 times the published learning rates.
 
-    PAPER departs from the paper in its preset `tenth`: a tenth of the iterations at ten times the learning rates.
+    PAPER departs from the paper in its preset `tenth`: a tenth of the iterations at ten times the learning rates. Like
+    the defaults it has 8 bits in the first and last layer and in the softmax, the ranges `mse-zero-point` and the
+    schedule `interleaved`.
 
     OFFICIAL has the same preset and departs from the released code in these places:
     - Stable Diffusion: 64 rows of each timestep set its ranges (released: 8 rows of mixed timesteps, copied to all),
@@ -261,6 +263,8 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Finetune
     - Symmetric levels: the first and last layer have 8 bits (released: 256 levels on each side of 0, which is 9 bits),
       and attention probabilities are unsigned (released for ImageNet: signed).
     - 4-bit weights of the first and last layer are rounded to nearest (released: AdaRound).
+    - Shortcuts are split as in the checkpoint that it starts from: `adaround` splits them on every model but the two of
+      LSUN (released: for Stable Diffusion only).
 
     calibration: rows of the pipeline's own sampling runs, `quest.diffusion.calibration_set.collect`. w, a: bits.
     Raises ValueError that names a keyword and the valid values, and FloatingPointError where a loss is not finite.
