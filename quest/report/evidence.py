@@ -50,14 +50,16 @@ class Evidence:
 
 
 def read(
-    properties: Sequence[Path],
     cells: Sequence[Path],
-    taylor: Path,
-    tunings: Sequence[Path],
-    inference: Path,
-    signals: Path,
+    properties: Sequence[Path] = (),
+    taylor: Path | None = None,
+    tunings: Sequence[Path] = (),
+    inference: Path | None = None,
+    signals: Path | None = None,
 ) -> Evidence:
     """Read the files that `snakemake questions` writes; the checkpoint in the folder of a cell tells its cost.
+
+    `questions.findings` needs the cells alone.
 
     Raises ValueError for cells of several models or bits.
     """
@@ -71,10 +73,10 @@ def read(
         cell_of,
         {row: effort(checkpoint) for row, checkpoint in checkpoints.items() if checkpoint.exists()},
         {Path(file).stem: pd.read_csv(file) for file in properties},
-        read_json(taylor),
+        read_json(taylor) if taylor else {},
         {Path(file).stem: read_json(file) for file in tunings},
-        read_json(inference),
-        read_json(signals),
+        read_json(inference) if inference else {},
+        read_json(signals) if signals else {},
     )
 
 

@@ -214,15 +214,17 @@ def test_the_readme_has_the_two_commands_and_the_results_their_markers():
     assert "\n    pip install -e '.[test]' && pytest\n" in text
 
 
-def test_findings_go_between_the_markers_of_their_document(tmp_path):
-    findings, document = tmp_path / "findings.md", tmp_path / "document.md"
-    findings.write_text("### A question\n\n- an answer\n", encoding="utf-8")
+def test_findings_go_between_the_markers_of_their_document(run, tmp_path):
+    cells, document = [*run.glob("scenes-class/*/w4a4/metrics.json")], tmp_path / "document.md"
     document.write_text("before\n<!-- findings: begin -->\nstale\n<!-- findings: end -->\nafter\n", encoding="utf-8")
-    succeed("findings", findings, "--document", document)
-    assert document.read_text(encoding="utf-8") == (
-        "before\n<!-- findings: begin -->\n\n### A question\n\n- an answer\n\n<!-- findings: end -->\nafter\n"
+    succeed("findings", *cells, "--document", document)
+    text = document.read_text(encoding="utf-8")
+    assert text.startswith(
+        "before\n<!-- findings: begin -->\n\nUnless a line names another model, these are results of"
     )
+    assert "of scenes-class at W4A4" in text and "- quest-wide against quest-suite: NOT RUN (quest-wide)" in text
+    assert text.endswith("\n\n<!-- findings: end -->\nafter\n") and "stale" not in text
     document.write_text("<!-- findings: end --><!-- findings: begin -->", encoding="utf-8")
-    said = script("findings", findings, "--document", document)
+    said = script("findings", *cells, "--document", document)
     assert said.returncode != 0 and "once each and in this order" in said.stderr
     assert "<!-- findings: begin -->" in (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")

@@ -27,7 +27,7 @@ if QUESTIONS.get("model", "").startswith("scenes"):
         TUNINGS |= {f"full-finetune{at}": (drawn, "--method full-finetune")}
         TUNINGS |= {f"full-finetune-global{at}": (GLOBAL | drawn, "--method full-finetune")}
         TUNINGS |= {f"qat{at}": (GLOBAL | drawn, f"--method full-finetune {NOISE} --pictures 256")}
-ANSWERS = ["questions.md", "findings.md", "taylor.csv", "tunings.csv", "inference.csv", "comparisons.csv", "qat.csv"]
+ANSWERS = ["questions.md", "taylor.csv", "tunings.csv", "inference.csv", "comparisons.csv", "qat.csv"]
 ANSWERS += ["figures/taylor.png", "figures/signals.png"]
 
 
@@ -209,7 +209,8 @@ rule answers:
 rule findings:
     input:
         script=project("workflow/scripts/findings.py"),
-        findings=f"results/{NAME}/questions/findings.md",
+        cells=measured,
+        floors=floors,
     log:
         f"results/{NAME}/questions/edit.log",
     localrule: True
@@ -218,4 +219,4 @@ rule findings:
     resources:
         **needs(1000, 5),
     shell:
-        "python -m workflow.scripts.findings {input.findings:q} > {log:q} 2>&1"
+        "python -m workflow.scripts.findings {input.cells:q} > {log:q} 2>&1"

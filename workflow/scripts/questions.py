@@ -29,7 +29,6 @@ def main() -> None:
     property_figures.taylor(taylor, folder / "taylor.png", title)
     property_figures.signals(results.signals["signals"], results.signals["classes"], folder / "signals.png")
     write(arguments.output / "questions.md", questions.document(results))
-    write(arguments.output / "findings.md", questions.findings(results))
 
 
 if __name__ == "__main__":
