@@ -157,8 +157,7 @@ def _section(number: int, one: Question, settled, before, sources: Sources) -> s
 
 def finding(pair: Sequence[str], text: str) -> str:
     """The sentence of docs/findings.md that compares two rows, with its model. Raises ValueError if there is none."""
-    # An older run has QuEST's row under the name "quest".
-    row, versus = (re.escape(name).replace("quest\\-suite", "quest(?:-suite)?") for name in pair)
+    row, versus = map(re.escape, pair)
     found = re.search(rf"^- ({row} against {versus}: .*)\.$", text, re.MULTILINE)
     where = re.search(r"these are results of (\S+ at W\d+A\d+)", text)
     if found is None or where is None:
