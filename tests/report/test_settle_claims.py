@@ -126,7 +126,7 @@ def test_the_pages_are_replaced_and_never_half_written(tmp_path, monkeypatch):
 def test_conclusions_come_first_and_only_from_records(judged):
     tuned = pd.DataFrame({"model": ["imagenet"], "both": [0.34]})
     main = pd.DataFrame(columns=["model", "method", "bits", "size_mb"])
-    text = "these are results of scenes-class at W4A4. \n- quest-cma-tla against quest-suite: worse in PSNR (-1 ± 0.5).\n"
+    text = "these are results of scenes-class at W4A4. \n- quest-cma-tla against quest-suite: worse (-1 ± 0.5).\n"
     sources = ten.Sources({"tuned.csv": tuned, "main.csv": main}, text)
     one = ten.Question("Is it ahead?", "It is.", "It is not.", (("good", "plain"),), needs="more", answer="By design.")
     assert "**It depends on the model and the endpoint.**" in ten._section(1, one, judged, {}, sources)
@@ -137,7 +137,7 @@ def test_conclusions_come_first_and_only_from_records(judged):
     nothing = ten._section(1, one, psnr.iloc[:0], {}, sources)
     assert "**By design.**" in nothing and "- needs: more" in nothing
     found = ten.finding(("quest-cma-tla", "quest-suite"), text)
-    assert found.startswith("scenes-class at W4A4, quest-cma-tla against quest-suite: worse in PSNR")
+    assert found.startswith("scenes-class at W4A4, quest-cma-tla against quest-suite: worse")
     with pytest.raises(ValueError, match="compares quest-joint with quest-suite nowhere"):
         ten.finding(("quest-joint", "quest-suite"), text)
     assert "34% on imagenet" in ten.shares(sources)[0] and ten.sizes(sources) == []
