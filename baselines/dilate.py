@@ -36,7 +36,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Granular
     student = swapped(pipe, calibration, w, a, recipe)
     for name, layer in quant_layers(denoiser_of(student)):
         layer.choose_weight_range(ranges.mse)
-        if layer.weight_quantizer.spec.bits == FLOAT or getattr(layer, "groups", 1) > 1:
+        if layer.weight_quantizer.spec.bits == FLOAT or layer.groups > 1:
             continue
         factors = dilation(layer.weight.detach())
         layer.scale_input(factors)

@@ -51,7 +51,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
         load_weights(denoiser, recipe.init)
     for _, layer in quant_layers(denoiser):
         size = block_size(layer.weight_shape[1], recipe.block, recipe.form)
-        if size > 1 and layer.input_quantizer.spec.bits < FLOAT and getattr(layer, "groups", 1) == 1:
+        if size > 1 and layer.input_quantizer.spec.bits < FLOAT and layer.groups == 1:
             layer.rotate_input(size, recipe.form, recipe.single)
         spec = layer.weight_quantizer.spec
         if recipe.weights == "absmax" and spec.bits < FLOAT:

@@ -75,7 +75,7 @@ def quantize(pipe, calibration: CalibrationSet, w: int, a: int, recipe: Recipe):
     layers = {
         name: layer
         for name, layer in quant_layers(denoiser)
-        if layer.input_quantizer.spec.bits < FLOAT and getattr(layer, "groups", 1) == 1
+        if layer.input_quantizer.spec.bits < FLOAT and layer.groups == 1
     }
     groups = [Observed(tuple(n for n in o.layers if n in layers), o.reach) for o in found]
     groups = [o for o in groups if o.layers]

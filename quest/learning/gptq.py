@@ -42,7 +42,7 @@ class Hessian:
     """Sums x x^T over the columns x of a layer's unfolded inputs, [G, K, K] for G groups of channels."""
 
     def __init__(self, layer: QuantLayer):
-        self.layer, self.groups, self.count = layer, getattr(layer, "groups", 1), 0
+        self.layer, self.groups, self.count = layer, layer.groups, 0
         inputs = math.prod(layer.weight_shape[1:])
         self.sum = torch.zeros(self.groups, inputs, inputs, dtype=torch.float32, device=layer.weight.device)
 
@@ -178,7 +178,7 @@ def _fitting(layers: dict[str, QuantLayer], room: int) -> Iterable[dict[str, Qua
     """Parts of the layers whose Hessians take at most `room` bytes together, or one layer."""
     part, size = {}, 0
     for name, layer in layers.items():
-        own = 4 * math.prod(layer.weight_shape[1:]) ** 2 * getattr(layer, "groups", 1)
+        own = 4 * math.prod(layer.weight_shape[1:]) ** 2 * layer.groups
         if part and size + own > room:
             yield part
             part, size = {}, 0

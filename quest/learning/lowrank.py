@@ -175,7 +175,7 @@ def decompose(
         with float_activations([layer.input_quantizer]), multiplying([layer], [layer.weight]):
             exact = fill(call, everything, n, waiting)
         layer.choose_weight_range(ranges.mse)
-        decomposable = layer.weight_quantizer.spec.bits < BRANCHLESS and getattr(layer, "groups", 1) == 1
+        decomposable = layer.weight_quantizer.spec.bits < BRANCHLESS and layer.groups == 1
         x = args[0]
 
         def run():

@@ -152,7 +152,7 @@ def learn_scaling(
     bits = {
         name: (layer.weight_quantizer.spec.bits, layer.input_quantizer.spec.bits)
         for name, layer in quant_layers(denoiser)
-        if getattr(layer, "groups", 1) == 1
+        if layer.groups == 1
     }
     bits = {name: both for name, both in bits.items() if max(both) < FLOAT}
     errors: dict[str, tuple[float, float]] = {}

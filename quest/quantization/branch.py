@@ -88,6 +88,6 @@ def restore(layers: dict[str, nn.Module], header: dict, tensors: dict[str, Tenso
         fits = shapes == tuple(t if t is None else tuple(t.shape) for t in own)
         fits = fits and dtypes == tuple(t if t is None else t.dtype for t in own)
         fits = fits and (channels is None or bool(((channels >= 0) & (channels < inputs)).all()))
-        if not fits or getattr(layer, "groups", 1) > 1:
+        if not fits or layer.groups > 1:
             raise ValueError(one_line(f"{path}: the branch of {name} does not fit its weight {layer.weight_shape}"))
         layer.branch = Branch(down.clone(), up, channels).to(layer.weight_quantizer.scale.device)

@@ -60,6 +60,7 @@ class QuantLayer(nn.Module):
 
     kernel_name = "reference"  # a name, because a copy of the layer could not contain a Python module
     channels: int  # the dimension of the input that has the channels
+    groups: int  # of a convolution; 1 for a linear layer
     _old_forward = property(fset=_moved_alone)  # accelerate sets it before it moves the tensors of a module
 
     @property
@@ -73,7 +74,7 @@ class QuantLayer(nn.Module):
         self.weight_quantizer = Quantizer(weight, (len(self.weight),) + (1,) * (self.weight.ndim - 1))
         self.weight_quantizer.size = self.weight.shape[1]
         self.input_quantizer = Quantizer(input, groups=groups)
-        self.input_quantizer.size = self.weight.shape[1] * getattr(self, "groups", 1)
+        self.input_quantizer.size = self.weight.shape[1] * self.groups
         self.output_quantizer = None if output is None else Quantizer(output, groups=groups)
         self.register_module("prologue", None)
         self.register_module("branch", None)
@@ -112,14 +113,14 @@ class QuantLayer(nn.Module):
 
         Raises RuntimeError for a layer that has a branch or is frozen, and for a grouped convolution.
         """
-        if self.is_frozen or self.branch is not None or getattr(self, "groups", 1) > 1:
+        if self.is_frozen or self.branch is not None or self.groups > 1:
             raise RuntimeError("add_branch: not of a layer that is frozen or has one, or of a grouped convolution")
         self.branch = branch.to(self.weight.device)
         self.weight.data.sub_(self.branch.product(self.weight))
 
     def _own_prologue(self, what: str) -> Prologue:
         before = self.prologue or Prologue()
-        if self.is_frozen or before.block > 1 or self.branch is not None or getattr(self, "groups", 1) > 1:
+        if self.is_frozen or before.block > 1 or self.branch is not None or self.groups > 1:
             raise RuntimeError(
                 f"{what}: not of a layer that is frozen, rotated or has a branch, or a grouped convolution"
             )
@@ -282,6 +283,7 @@ class QuantLinear(QuantLayer, nn.Linear):
     """A linear layer, x [..., K] -> [..., N]."""
 
     channels = -1
+    groups = 1
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

@@ -93,7 +93,7 @@ def restore(layers: dict[str, nn.Module], header: dict, tensors: dict[str, Tenso
         size = layer.weight_shape[1]
         fits = fields.pop("scaled") == (multiplier is not None) and size % fields["block"] == 0
         fits = fits and (multiplier is None or (multiplier.shape, multiplier.dtype) == ((size,), torch.float32))
-        if not fits or getattr(layer, "groups", 1) > 1:
+        if not fits or layer.groups > 1:
             raise ValueError(one_line(f"{path}: the prologue of {name} does not fit its {size} input channels"))
         prologue = Prologue(None if multiplier is None else multiplier.clone(), **fields)
         layer.prologue = prologue.to(layer.weight_quantizer.scale.device)

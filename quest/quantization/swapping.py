@@ -109,7 +109,7 @@ def make_grouped(denoiser: nn.Module, group: int) -> None:
     """
     for _, layer in quant_layers(denoiser):
         q = layer.input_quantizer
-        if q.spec.bits < FLOAT and getattr(layer, "groups", 1) == 1:
+        if q.spec.bits < FLOAT and layer.groups == 1:
             q.spec = dataclasses.replace(q.spec, axis=layer.channels, group=group)
 
 
