@@ -204,14 +204,14 @@ def _export(options):
 
 def _settle(options):
     from quest.config import read
+    from quest.config.schema import check_part
     from quest.config.settled import families
     from quest.report.settle import cells, verdicts
 
     if not options.store.is_dir():
         raise FileNotFoundError(f"{options.store}: no such folder; valid: results/settled of a checkout")
     config = read(options.config)
-    if not isinstance(config.get("settle", {}).get("families"), dict):
-        raise ValueError(f"{options.config}: settle.families: missing; valid: workflow/config/settle.yaml")
+    check_part("settle", config.get("settle"), options.config)
     judged = verdicts.frame(cells.read(options.store), families(config), floors=cells.floors(options.store))
     print(verdicts.table(judged).markdown() if len(judged) else "no pair of these families has records yet")
     if options.output:

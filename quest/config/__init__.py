@@ -12,8 +12,8 @@ from quest.runtime import memory
 
 FULL_PRECISION = ("fp", "w32a32")
 NAME = "[a-z0-9][a-z0-9-]{0,99}"  # name of a row, which is also a folder
-# In results/, of all configs.
 LAST_DRAW = 14  # of the calibration draws that `snakemake settle` may come to, those of PROTOCOL.md
+# In results/, of all configs.
 SHARED = ("zoo", "models", "checkpoints", "references", "networks", "settled", "kernels", "leaderboard", "scored")
 FILES = ("checkpoint", "tokenizer", "captions", "reference")  # keys of a model that name a file or folder
 MADE = "results/checkpoints/tiny-"  # start of the paths of checkpoints that a rule makes

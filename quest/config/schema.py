@@ -98,6 +98,12 @@ def _strict():
     return validators.extend(Draft202012Validator, {"enum": enum}, type_checker=types)
 
 
+def check_part(key: str, value, file: str | Path) -> None:
+    """`check_against` for the value of one key of a config file. Imports no methods and needs no other key."""
+    schema = _schema()
+    check_against(_strict()(schema["properties"][key] | {"$defs": schema["$defs"]}), value, f"{file}: {key}")
+
+
 def check_against(validator, config, where: str = "") -> None:
     """Raise ConfigError for the first violation of the schema. where: the prefix of its keys in the message."""
     error = min(validator.iter_errors(config), key=lambda e: list(map(str, e.absolute_path)), default=None)
