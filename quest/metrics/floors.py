@@ -24,6 +24,11 @@ def linear(metric: str, value: float) -> float:
     return 10**value if metric == "log_latent_mse" else value
 
 
+def apart(metric: str, first: float, second: float) -> float:
+    """How far two values of a metric are from each other, in the units of its floor."""
+    return abs(linear(metric, first) - linear(metric, second))
+
+
 def doubted(found: Comparison, metric: str, values: tuple[float, float], cells: tuple[Mapping, Mapping]) -> Comparison:
     """Return the comparison of two cells in one metric, with its doubt if there is one.
 
@@ -35,8 +40,7 @@ def doubted(found: Comparison, metric: str, values: tuple[float, float], cells: 
     if cells[loser].get("method") == FULL_PRECISION:
         return replace(found, doubt=BEYOND)
     floor = max(cell.get("floors", {}).get(metric, 0.0) for cell in cells)
-    apart = abs(linear(metric, values[0]) - linear(metric, values[1]))
-    return replace(found, doubt=BELOW) if apart < floor else found
+    return replace(found, doubt=BELOW) if apart(metric, *values) < floor else found
 
 
 def both_beyond(found: Comparison, values: tuple[float, float], full: float) -> Comparison:

@@ -280,10 +280,35 @@ def test_each_source_of_chance_is_estimated_from_cells_that_differ_in_nothing_el
     assert summary.loc[("kid_64w", "draw and seed"), "median"] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    "block, words",
+    [
+        (None, r"settle: None is not of type 'object'"),
+        ({"families": {"x": [["a", "b"]]}}, r"settle: key 'bits' is missing"),
+        ({"bits": ["w4a4"], "families": {"x": {"bits": ["w8a8"]}}}, r"settle\.families\.x: key 'pairs' is missing"),
+        ({"bits": ["w4a4"], "families": {"x": 3}}, r"settle\.families\.x: 3 is not of type 'array'"),
+    ],
+)
+def test_a_config_without_families_is_refused_by_its_file_and_key(tmp_path, block, words):
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps({"settle": block}), encoding="utf-8")
+    with pytest.raises(SystemExit, match=rf"mine\.yaml: {words}"):
+        command_line(["settle", str(tmp_path), "--config", str(file)])
+
+
+def test_what_a_reader_of_the_log_is_told_of_open_pairs(judged):
+    rows = judged[judged["method"] == "close"].iloc[:2].assign(verdict="open", seeds=5, needed=[7.0, math.nan])
+    said = plan.lines(rows.assign(note="below the floor"), plan.Next([], [], 0.0), len(LOOKS))
+    assert said[1].endswith("close against plain: 2 more seeds at the present mean and spread")
+    assert said[2].endswith("close against plain: below the floor")
+
+
 def test_anyone_recomputes_the_verdicts_without_torch(tmp_path):
     for one in ROWS:
         cells.write(one, tmp_path / "settled")
-    (tmp_path / "settle.yaml").write_text(json.dumps({"settle": {"families": FAMILIES}}), encoding="utf-8")
+    (tmp_path / "settle.yaml").write_text(
+        json.dumps({"settle": {"bits": ["w4a4"], "families": FAMILIES}}), encoding="utf-8"
+    )
     arguments = ["settle", str(tmp_path / "settled"), "--config", str(tmp_path / "settle.yaml"), "-o", str(tmp_path)]
     code = f"import sys; from quest.__main__ import main; main({arguments!r}); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, encoding="utf-8")

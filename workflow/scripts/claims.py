@@ -46,7 +46,7 @@ def made():
     from quest.report.settle import cells, claims, facts, levels, lottery, ten, verdicts
 
     assets = ROOT / "docs" / "assets"
-    evidence = cells.read(ROOT / "results" / "settled")
+    evidence = cells.read()
     pairs = families(read(ROOT / "workflow" / "config" / "settle.yaml"))
     before = {name: read_csv(assets / name) for name in BEFORE}
     runs = {
@@ -59,7 +59,7 @@ def made():
         for column in ("method", "versus", "better"):
             seeds[column] = seeds[column].replace(RENAMED)
     found = lottery.frame(evidence, before)
-    settled = verdicts.frame(evidence, pairs, floors=cells.floors(ROOT / "results" / "settled"))
+    settled = verdicts.frame(evidence, pairs, floors=cells.floors())
     rows = levels.frame(evidence)
     measured = facts.of(evidence, settled, runs, layers)
     matched = [table for endpoint in ("psnr", "kid_64w") for table in levels.by_granularity(rows, endpoint)]

@@ -26,8 +26,7 @@ class Claim:
 
     expected: the verdicts that support it. pairs: [method, versus]; without any, `needs` says what would settle it.
     bits: those of which the claim speaks. measured: the name of a fact (`quest.report.settle.facts`) that answers a
-    claim without pairs.
-    once: what runs of one seed showed, with links.
+    claim without pairs. once: what runs of one seed showed, with links.
     """
 
     text: str

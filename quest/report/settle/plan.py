@@ -94,12 +94,8 @@ def lines(verdicts: pd.DataFrame, following: Next, look: int) -> list[str]:
     counts = single["verdict"].value_counts()
     found = [", ".join(f"{name} {count}" for name, count in counts.items()) or "no comparison yet"]
     for row in single[single["verdict"] == "open"].itertuples():
-        more = (
-            "more than 100 seeds, or more images"
-            if math.isnan(row.needed)
-            else f"{row.needed - row.seeds:.0f} more seeds"
-        )
-        what = row.note if math.isnan(row.value) else f"{more} at the present mean and spread"
+        what = f"{row.needed - row.seeds:.0f} more seeds at the present mean and spread"
+        what = row.note if math.isnan(row.needed) else what
         found.append(f"open: {row.model} {row.bits} {row.endpoint}, {row.method} against {row.versus}: {what}")
     found += [f"out of budget: {line}" for line in following.left_out]
     if look < len(LOOKS):

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from quest.metrics import METRICS
-from quest.metrics.floors import linear
+from quest.metrics.floors import apart
 from quest.report import rendering
 from quest.report.rendering import NONE, Column, Table, columns, interval, number
 from quest.report.settle import FP, FP_BITS, LOOKS, SEEDS
@@ -103,13 +103,11 @@ def of_first_look(evidence: Sequence[Evidence]) -> Iterator[tuple[tuple, list[Ev
 class Pair:
     """Two methods on one model, bits and endpoint: a difference for each seed, and what is told beside it."""
 
-    def __init__(self, names: dict, differences, images, n: int, broken: tuple[bool, bool], told: dict, values=None):
-        """differences [k]: of the first k seeds. images(k): standard error over images of the mean of k of them.
-
-        values [k, 2]: the endpoint of both methods; None for the mean of models.
-        """
-        self.names, self.differences, self.images, self.n = names, list(differences), images, n
-        self.broken, self.told, self.values = broken, told, values
+    def __init__(self, names: dict, values: np.ndarray, images, n: int, broken: tuple[bool, bool], told: dict):
+        """values [seeds, 2]: of both methods. images(k): standard error over images of the mean of k seeds."""
+        self.names, self.values, self.images, self.n = names, values, images, n
+        self.differences = (values[:, 0] - values[:, 1]).tolist()
+        self.broken, self.told = broken, told
 
     @classmethod
     def of(cls, cells, model: str, bits: str, pair: Sequence[str], endpoint: str) -> "Pair | None":
@@ -130,26 +128,22 @@ class Pair:
         told["isa"] = ", ".join(sorted({one.isa for one, _ in both}))
         broken = tuple(any(couple[side].diverged for couple in both) for side in (0, 1))
         values = np.array([[cell.value(endpoint) for cell in couple] for couple in both])
-        differences = values[:, 0] - values[:, 1]
         if endpoint in both[0][0].sets:
             drawn = np.array([a.sets[endpoint][1] - b.sets[endpoint][1] for a, b in both])
-            return cls(names, differences, lambda k: float(drawn[:k].mean(0).std(ddof=1)), 0, broken, told, values)
-        apart = np.array([a.values[endpoint] - b.values[endpoint] for a, b in both])
-        return cls(
-            names, differences, lambda k: standard_error(apart[:k].mean(0)), apart.shape[1], broken, told, values
-        )
+            return cls(names, values, lambda k: float(drawn[:k].mean(0).std(ddof=1)), 0, broken, told)
+        paired = np.array([a.values[endpoint] - b.values[endpoint] for a, b in both])
+        return cls(names, values, lambda k: standard_error(paired[:k].mean(0)), paired.shape[1], broken, told)
 
     @classmethod
     def pooled(cls, parts: Sequence["Pair"]) -> "Pair":
         """The mean over models, seed by seed. It is a statement about the mean of these models, not about others."""
-        count = min(len(part.differences) for part in parts)
-        means = np.mean([part.differences[:count] for part in parts], axis=0)
+        count = min(len(part.values) for part in parts)
         broken = tuple(any(part.broken[side] for part in parts) for side in (0, 1))
         told = {"full_precision": math.nan, "isa": ", ".join(dict.fromkeys(part.told["isa"] for part in parts))}
         told |= {"images": ", ".join(dict.fromkeys(part.told["images"] for part in parts))}
         return cls(
             parts[0].names | {"model": ALL},
-            means,
+            np.mean([part.values[:count] for part in parts], axis=0),
             lambda k: math.sqrt(sum(part.images(k) ** 2 for part in parts)) / len(parts),
             min(part.n for part in parts),
             broken,
@@ -158,10 +152,7 @@ class Pair:
 
     def apart(self, count: int) -> float:
         """How far the two methods are from each other in the mean of `count` seeds, in the units of a floor."""
-        if self.values is None:
-            return math.inf
-        first, second = (linear(self.names["endpoint"], float(value)) for value in self.values[:count].mean(0))
-        return abs(first - second)
+        return apart(self.names["endpoint"], *self.values[:count].mean(0).tolist())
 
     def estimates(self) -> list[Estimate]:
         """One for each look for which there are seeds."""
