@@ -119,7 +119,7 @@ def speed_table(run: Path, main: pd.DataFrame) -> Table:
     heads += [Column("times full precision", direction="higher"), *columns("layers refused", "deviation")]
     rows, full_precision = [], {}
     for model, method, bits in _quantized(main, fp=True):
-        metadata = [_metadata(file) for file in shards(run / model / method / bits, "samples")]
+        metadata = [*_metadata(run / model / method / bits, "samples").values()]
         if not metadata or not all("seconds" in shard for shard in metadata):
             continue
         timed = [shard for shard in metadata if shard.get("drawn")]  # older files do not say of how many images
@@ -150,14 +150,15 @@ def _fewest_bits_first(method, bits):
 
 
 def shards(folder: Path, kind: str) -> list[Path]:
-    """Return the files of a cell; kind: "samples" or "features".
-
-    A file of another number of shards than the first one's was left by an earlier run, and does not belong to them.
-    """
-    files = sorted(folder.glob(f"{kind}-*.npz"))
-    parts = [_metadata(file).get("seeds", {}).get("shard", "").partition("/")[2] for file in files]
-    return [file for file, of in zip(files, parts, strict=True) if of == parts[0]]
+    """Return the files of a cell; kind: "samples" or "features"."""
+    return list(_metadata(folder, kind))
 
 
-def _metadata(file):
-    return loads(str(read_arrays(file, ["metadata"]).get("metadata", "{}")), file)
+def _metadata(folder, kind):
+    """{file: metadata} of a cell. A file of another number of shards than the first one's is left of an earlier run."""
+    told = {
+        file: loads(str(read_arrays(file, ["metadata"]).get("metadata", "{}")), file)
+        for file in sorted(folder.glob(f"{kind}-*.npz"))
+    }
+    numbers = [one.get("seeds", {}).get("shard", "").partition("/")[2] for one in told.values()]
+    return {file: one for (file, one), number in zip(told.items(), numbers, strict=True) if number == numbers[0]}
