@@ -178,7 +178,7 @@ def test_not_a_number_in_a_block(on_integers):
     bias[0] = before
     for gated in (m for m in denoiser.modules() if isinstance(m, GEGLU)):
         gated.proj.bias.data[-1] = torch.nan
-        with pytest.raises(ValueError, match="transformer block: the input holds NaN"):
+        with pytest.raises(ValueError, match="transformer: the input holds NaN"):
             denoiser(**inputs)
         gated.proj.bias.data[-1] = 0.0
     denoiser(**inputs)

@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from operands import needs_core
 from torch import nn
 
@@ -126,9 +126,27 @@ ATTENTION_CHANGES = {  # of a transformer block
 }
 
 
-def assert_noticed(denoiser, inputs, block, change) -> None:
+SHORTCUT_CHANGES = {  # of a residual block that has a shortcut
+    "an adapter around the shortcut": lambda b: _replaced(b, "conv_shortcut"),
+    "a scale of the shortcut": lambda b: b.conv_shortcut.input_quantizer.scale.data.mul_(2),
+    "a hook on the shortcut": lambda b: b.conv_shortcut.register_forward_hook(lambda _m, _a, y: 2 * y),
+}
+TRANSFORMER_CHANGES = {  # of what lies around the block of a transformer
+    "an adapter around the first layer": lambda t: _replaced(t, "proj_in"),
+    "an adapter around the last layer": lambda t: _replaced(t, "proj_out"),
+    "values of the norm": lambda t: t.norm.bias.data.add_(1),
+    "another norm": lambda t: setattr(t, "norm", nn.GroupNorm(1, t.norm.num_channels)),
+    "a scale": lambda t: t.proj_out.input_quantizer.scale.data.mul_(2),
+    "a hook on the first layer": lambda t: t.proj_in.register_forward_hook(lambda _m, _a, y: 2 * y),
+    "a hook on the block": lambda t: t.transformer_blocks[0].register_forward_hook(lambda _m, _a, y: 2 * y),
+    "the block twice": lambda t: t.transformer_blocks.append(t.transformer_blocks[0]),
+}
+
+
+def assert_noticed(denoiser, inputs, block, change, called: nn.Module | None = None) -> None:
+    """called: what is computed in one call; the block, unless it is inside of it."""
     first = denoiser(**inputs).sample
-    assert vars(block)["one_call"]
+    assert vars(called or block)["one_call"]
     change(block)
     second = denoiser(**inputs).sample
     assert not torch.equal(first, second)
@@ -142,11 +160,29 @@ def test_changes_of_a_residual_block_are_noticed(change, on_integers):
     assert_noticed(denoiser, inputs, denoiser.mid_block.resnets[0], CHANGES[change])
 
 
-@pytest.mark.parametrize("change", ATTENTION_CHANGES)
-def test_changes_of_a_transformer_block_are_noticed(change, on_integers):
+@pytest.mark.parametrize("change", SHORTCUT_CHANGES)
+def test_changes_of_a_shortcut_are_noticed(change, on_integers):
     denoiser, inputs = on_integers
-    block = next(m for m in denoiser.modules() if isinstance(m, BasicTransformerBlock))
-    assert_noticed(denoiser, inputs, block, ATTENTION_CHANGES[change])
+    assert_noticed(denoiser, inputs, denoiser.up_blocks[-1].resnets[-1], SHORTCUT_CHANGES[change])
+
+
+@pytest.mark.parametrize("change", TRANSFORMER_CHANGES)
+def test_changes_of_a_transformer_are_noticed(change, on_integers):
+    denoiser, inputs = on_integers
+    transformer = next(m for m in denoiser.modules() if isinstance(m, Transformer2DModel))
+    assert_noticed(denoiser, inputs, transformer, TRANSFORMER_CHANGES[change])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("change", ATTENTION_CHANGES)
+def test_changes_of_a_transformer_block_are_noticed(change, whole, on_integers):
+    """In a transformer that is one call, and in one of whose modules only the block is."""
+    denoiser, inputs = on_integers
+    transformer = next(m for m in denoiser.modules() if isinstance(m, Transformer2DModel))
+    if not whole:
+        transformer.norm.register_forward_hook(lambda *_: None)
+    block = transformer.transformer_blocks[0]
+    assert_noticed(denoiser, inputs, block, ATTENTION_CHANGES[change], transformer if whole else block)
 
 
 def test_what_is_taken_back_is_noticed_too(on_integers):

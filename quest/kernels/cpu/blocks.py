@@ -4,7 +4,8 @@ Integer convolutions and products take a third of the time of float ones. Norms,
 of a step. Here a norm and its activation are one pass over tensors whose channels lie innermost, and no tensor is
 copied to another layout. A block whose layers all run on integers is one call of the core (`fused`):
 
-    FusedResnetBlock   norm + SiLU ── conv1 ── norm + modulation + SiLU ── conv2 + residual
+    FusedResnetBlock   norm + SiLU ── conv1 ── norm + modulation + SiLU ── conv2 + residual or shortcut
+    FusedTransformer   norm ── proj_in ── FusedTransformerBlock ── proj_out + residual
 
 Results equal those of diffusers' modules except for float rounding. While torch traces or needs gradients, the modules
 compute as diffusers does.
@@ -14,6 +15,7 @@ import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
@@ -124,8 +126,10 @@ class FusedResnetBlock(ResnetBlock2D):
             embedding = (temb if self.skip_time_act else F.silu(temb)).contiguous()
         if struct is not None:
             input_tensor = input_tensor.contiguous(memory_format=torch.channels_last)
-            residual = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-            return calls.resnet_block(struct, input_tensor, embedding, residual)
+            residual = None
+            if not struct.shortcut.weight:
+                residual = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+            return calls.resnet_block(struct, input_tensor, embedding, residual, self.conv2.out_channels)
         hidden = group_norm(input_tensor, self.norm1, silu=True)
         resample = self.upsample if self.upsample is not None else self.downsample
         if resample is not None:
@@ -161,15 +165,26 @@ def resnet_block(block: FusedResnetBlock) -> fused.Block | None:
     if resampled or block.output_scale_factor != 1 or not all(same):
         return None
 
+    shortcut = [] if block.conv_shortcut is None or not projects(block.conv_shortcut) else [block.conv_shortcut]
+
     def struct():
         embedding = layers[2] if len(layers) == 3 else layers[0]  # the core does not read it if there is none
         return calls.ResnetBlock(
             (fused.norm(block.norm1), fused.norm(block.norm2)),
             *map(fused.layer, (block.conv1, embedding, block.conv2)),
+            fused.layer(shortcut[0]) if shortcut else calls.Layer(),
             block.time_embedding_norm == "scale_shift",
         )
 
-    return fused.Block(struct, (block, block.norm1, block.norm2, block.nonlinearity, block.dropout, *layers))
+    norms = block.norm1, block.norm2
+    return fused.Block(struct, (block, *norms, block.nonlinearity, block.dropout, *layers, *shortcut))
+
+
+def projects(layer: nn.Module) -> bool:
+    """Return whether a layer runs on integers and computes each pixel or token by itself."""
+    if not on_integers(layer) or isinstance(layer, nn.Linear):
+        return on_integers(layer)
+    return layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0)
 
 
 class FusedUpsample(Upsample2D):
@@ -196,7 +211,17 @@ class FusedUNet2DModel(UNet2DModel):
 
 
 class FusedTransformer(Transformer2DModel):
-    """A transformer that keeps channels innermost around its blocks."""
+    """A transformer in one call, or, if it has other layers or several blocks, with channels innermost around them."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args, **kwargs):
+        said = {k for k, v in kwargs.items() if v is not None} - {"timestep", "class_labels", "return_dict"}
+        plain = not said and not any(a is not None for a in args) and computes(hidden_states)
+        plain = plain and (encoder_hidden_states is None or computes(encoder_hidden_states))
+        struct = fused.struct_of(self, transformer) if plain else None
+        if struct is None:
+            return super().forward(hidden_states, encoder_hidden_states, *args, **kwargs)
+        output = calls.transformer(struct, hidden_states, encoder_hidden_states)
+        return Transformer2DModelOutput(sample=output) if kwargs.get("return_dict", True) else (output,)
 
     def _get_output_for_continuous_inputs(self, hidden_states, residual, batch_size, height, width, inner_dim):
         if not self.use_linear_projection and computes(hidden_states):
@@ -204,6 +229,22 @@ class FusedTransformer(Transformer2DModel):
             hidden_states = hidden_states.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
             return plus(self.proj_out, hidden_states, residual)
         return super()._get_output_for_continuous_inputs(hidden_states, residual, batch_size, height, width, inner_dim)
+
+
+def transformer(module: FusedTransformer) -> fused.Block | None:
+    """Return what the core needs to compute the transformer; None if it cannot."""
+    if not module.is_input_continuous or len(module.transformer_blocks) != 1:
+        return None
+    norm, layers, block = module.norm, (module.proj_in, module.proj_out), module.transformer_blocks[0]
+    inner = transformer_block(block) if type(block) is FusedTransformerBlock else None
+    if inner is None or type(norm) is not FusedGroupNorm or not all(map(projects, layers)):
+        return None
+
+    def struct():
+        first, last = map(fused.layer, layers)
+        return calls.Transformer(fused.norm(norm), first, inner.make(), last)
+
+    return fused.Block(struct, (module, norm, *layers, module.transformer_blocks, *inner.parts))
 
 
 FUSED = {

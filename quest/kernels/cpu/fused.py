@@ -12,6 +12,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -29,6 +30,7 @@ READ = {
     nn.LayerNorm: ("eps",),
     nn.Dropout: ("p", "training"),
     nn.Conv2d: ("kernel_size", "stride", "padding", "dilation"),
+    Transformer2DModel: ("is_input_continuous",),
     Attention: ("heads", "scale", "rescale_output_factor", "residual_connection"),
     BasicTransformerBlock: ("norm_type", "pos_embed", "_chunk_size", "only_cross_attention"),
     ResnetBlock2D: ("time_embedding_norm", "output_scale_factor", "upsample", "downsample"),

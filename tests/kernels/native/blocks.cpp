@@ -72,8 +72,18 @@ Exactly<float> layer_norm(const Norm& n, const float* x, int64_t rows) {
   return y;
 }
 
+Exactly<float> group_norm(const Norm& n, const float* x, int64_t samples, int64_t pixels, bool silu,
+                          const float* shift = nullptr, const float* modulation = nullptr) {
+  const int64_t c = n.channels;
+  Exactly<float> y(samples * pixels * c);
+  CHECK(!quest_group_norm(x, pixels * c, c, samples, pixels, c, n.groups, n.eps, n.weight, n.bias, shift, modulation, silu, y, 1));
+  return y;
+}
+
+int64_t some_width() { return chance(.3) ? 16 * integer(1, 2) : integer(1, 20); }
+
 void transformer(int64_t batch, int64_t n, int64_t m) {
-  const int64_t heads = integer(1, 3), d = integer(1, 20), channels = integer(1, 40), context_channels = integer(1, 40);
+  const int64_t heads = integer(1, 3), d = some_width(), channels = integer(1, 40), context_channels = integer(1, 40);
   const bool two = chance(.7), only = two && chance(.3), outside = two && chance(.8);
   const Attention first(channels, only && outside ? context_channels : channels, heads, d);
   const Attention second(channels, outside ? context_channels : channels, heads, d);
@@ -97,6 +107,20 @@ void transformer(int64_t batch, int64_t n, int64_t m) {
   const auto normed = layer_norm(block.norms[2], stream, rows);
   const auto hidden = linear(gated, b, r, normed, rows, true, nullptr, n);
   same(y, linear(last, nullptr, r, hidden, rows, false, stream, n));
+  // The same with a group norm and layers around it.
+  const int64_t groups = integer(1, 3), outer = groups * integer(1, 15);
+  const Packed into(channels, outer, 1, 1, 8, 0), from(outer, channels, 1, 1, 4, 0);
+  const auto w = numbers(outer), pixels = numbers(rows * outer), bias = numbers(channels);
+  const Transformer whole{norm(w, groups), into.layer(bias, r), block, from.layer(nullptr, r)};
+  Exactly<float> z(pixels.size);
+  const auto compute = [&](const float* tokens, float* to) {
+    CHECK(!quest_transformer_block(&block, tokens, context, batch, n, channels, m, outside ? context_channels : 0, to, 1));
+  };
+  CHECK(!quest_transformer(&whole, pixels, context, batch, n, outer, m, outside ? context_channels : 0, z,
+                           static_cast<int>(integer(1, 3))));
+  const auto before = linear(into, bias, r, group_norm(whole.norm, pixels, batch, n, false), rows, false, nullptr, n);
+  compute(before, y);
+  same(z, linear(from, nullptr, r, y, rows, false, pixels, n));
 }
 
 void resnet(int64_t samples, int64_t height, int64_t width) {
@@ -104,26 +128,24 @@ void resnet(int64_t samples, int64_t height, int64_t width) {
   const bool modulated = chance(.5), embedded = chance(.8);
   const Range r = any_range();
   const Packed first(outputs, channels, 3, 3, 8, 0), second(outputs, outputs, 3, 3, 4, 0);
-  const Packed embedding(modulated ? 2 * outputs : outputs, e, 1, 1, 8, 0);
+  const Packed embedding(modulated ? 2 * outputs : outputs, e, 1, 1, 8, 0), shortcut(outputs, channels, 1, 1, 8, 0);
+  const bool short_cut = chance(.5);
   const auto w1 = numbers(channels), w2 = numbers(outputs), bias = numbers(outputs), known = numbers(samples * e);
   const int64_t pixels = height * width;
   const auto x = numbers(samples * pixels * channels), residual = numbers(samples * pixels * outputs);
   const ResnetBlock block{{norm(w1, groups), norm(w2, groups)}, first.layer(bias, r), embedding.layer(nullptr, r),
-                          second.layer(nullptr, r), modulated};
+                          second.layer(nullptr, r), short_cut ? shortcut.layer(bias, r) : Layer{}, modulated};
   Exactly<float> y(residual.size);
-  CHECK(!quest_resnet_block(&block, x, samples, height, width, channels, known, embedded ? e : 0, residual, y, outputs,
-                            static_cast<int>(integer(1, 3))));
-  const auto normed = [&](const Exactly<float>& from, const Exactly<float>& w, const float* shift, const float* modulation) {
-    Exactly<float> out(from.size);
-    CHECK(!quest_group_norm(from, pixels * w.size, w.size, samples, pixels, w.size, groups, 1e-5f, w, w, shift, modulation, 1,
-                            out, 1));
-    return out;
-  };
-  const auto hidden = conv(first, bias, r, normed(x, w1, nullptr, nullptr), samples, height, width, nullptr);
+  CHECK(!quest_resnet_block(&block, x, samples, height, width, channels, known, embedded ? e : 0, residual.when(!short_cut), y,
+                            outputs, static_cast<int>(integer(1, 3))));
+  const auto normed = group_norm(block.norms[0], x, samples, pixels, true);
+  const auto hidden = conv(first, bias, r, normed, samples, height, width, nullptr);
   const auto shift = linear(embedding, nullptr, r, known, samples, false, nullptr);
   const float* given = shift.when(embedded);
-  const auto again = normed(hidden, w2, modulated ? nullptr : given, modulated ? given : nullptr);
-  same(y, conv(second, nullptr, r, again, samples, height, width, residual));
+  const auto again = group_norm(block.norms[1], hidden, samples, pixels, true, modulated ? nullptr : given,
+                                modulated ? given : nullptr);
+  const auto added = linear(shortcut, bias, r, x, samples * pixels, false, nullptr, pixels);
+  same(y, conv(second, nullptr, r, again, samples, height, width, short_cut ? added : residual));
 }
 
 }  // namespace
@@ -138,7 +160,7 @@ void test_blocks() {
     transformer(batch, n, m);
     resnet(batch, integer(1, 7), integer(1, 7));
     const int64_t channels = integer(1, 40), context_channels = integer(1, 40);
-    const Attention a(channels, context_channels, integer(1, 3), integer(1, 20));
+    const Attention a(channels, context_channels, integer(1, 3), some_width());
     const auto x = numbers(batch * n * channels), context = numbers(batch * m * context_channels), more = numbers(x.size);
     Exactly<float> y(x.size);
     const float* residual = more.when(chance(.5));

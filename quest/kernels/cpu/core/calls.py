@@ -23,8 +23,8 @@ Range = tuple[float, float, float, int]
 DYNAMIC = {None: 0, "token": 1, "tensor": 2}  # by QuantSpec.rows; `Dynamic` in csrc/driver.h. Groups: their channels
 
 STRUCTS = abi.structs()
-Layer, Norm, AttentionBlock, TransformerBlock, ResnetBlock = (
-    STRUCTS[name] for name in ("Layer", "Norm", "AttentionBlock", "TransformerBlock", "ResnetBlock")
+Layer, Norm, AttentionBlock, TransformerBlock, Transformer, ResnetBlock = (
+    STRUCTS[name] for name in ("Layer", "Norm", "AttentionBlock", "TransformerBlock", "Transformer", "ResnetBlock")
 )
 
 
@@ -279,6 +279,25 @@ def transformer_block(block: ctypes.Structure, x: Tensor, context: Tensor | None
     return out
 
 
+def transformer(struct: ctypes.Structure, x: Tensor, context: Tensor | None) -> Tensor:
+    """x [N, C, H, W], context [N, m, C'] or None -> [N, C, H, W], channels innermost."""
+    x = _dimensions(checked(x, "transformer"), 4, "transformer").contiguous(memory_format=torch.channels_last)
+    if context is not None:
+        if context.ndim != 3 or len(context) != len(x):
+            raise ValueError(f"transformer: a context of shape {list(context.shape)} for {list(x.shape)}")
+        context = checked(context, "transformer, context").contiguous()
+    out = torch.empty(x.shape, dtype=FLOAT32, device=CPU, memory_format=torch.channels_last)
+    samples, channels, height, width = x.shape
+    m, context_channels = (0, 0) if context is None else context.shape[1:]
+    status = core().quest_transformer(
+        ctypes.byref(struct), x.data_ptr(), address(context), samples, height * width, channels, m, context_channels,
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if status:
+        check(status, "transformer", x=x, context=context)
+    return out
+
+
 def _tokens(x: Tensor, context: Tensor | None, name: str) -> tuple[Tensor, Tensor | None]:
     """Check tokens x [B, n, C] and context [B, m, C'], and return both without gaps."""
     if x.ndim != 3 or (context is not None and (context.ndim != 3 or len(context) != len(x))):
@@ -288,25 +307,28 @@ def _tokens(x: Tensor, context: Tensor | None, name: str) -> tuple[Tensor, Tenso
     return checked(x, name).contiguous(), context
 
 
-def resnet_block(block: ctypes.Structure, x: Tensor, embedding: Tensor | None, residual: Tensor) -> Tensor:
-    """x [N, C, H, W], embedding [N, E] after its activation, residual [N, O, H, W] -> [N, O, H, W].
+def resnet_block(
+    block: ctypes.Structure, x: Tensor, embedding: Tensor | None, residual: Tensor | None, outputs: int
+) -> Tensor:
+    """x [N, C, H, W], embedding [N, E] after its activation, residual [N, outputs, H, W] -> [N, outputs, H, W].
 
-    Channels of the result lie innermost.
+    residual: None if the block computes its shortcut. Channels of the result lie innermost.
     """
     x = _dimensions(checked(x, "residual block"), 4, "residual block").contiguous(memory_format=torch.channels_last)
     samples, channels, height, width = x.shape
-    residual = _dimensions(checked(residual, "residual block, residual"), 4, "residual block, residual")
-    residual = residual.contiguous(memory_format=torch.channels_last)
-    if residual.shape[0] != samples or residual.shape[2:] != x.shape[2:]:
-        raise ValueError(f"residual block: a residual of shape {list(residual.shape)} for {list(x.shape)}")
+    if residual is not None:
+        if residual.shape != (samples, outputs, height, width):
+            raise ValueError(f"residual block: a residual of shape {list(residual.shape)} for {list(x.shape)}")
+        residual = checked(residual, "residual block, residual").contiguous(memory_format=torch.channels_last)
     length = 0
     if embedding is not None:
         length = _dimensions(embedding, 2, "residual block, embedding").shape[1]
         embedding = _shaped(embedding, (samples, length), "residual block, embedding")
-    out = torch.empty(residual.shape, dtype=FLOAT32, device=CPU, memory_format=torch.channels_last)
+    shape = samples, outputs, height, width
+    out = torch.empty(shape, dtype=FLOAT32, device=CPU, memory_format=torch.channels_last)
     status = core().quest_resnet_block(
         ctypes.byref(block), x.data_ptr(), samples, height, width, channels, address(embedding), length,
-        residual.data_ptr(), out.data_ptr(), residual.shape[1], torch.get_num_threads(),
+        address(residual), out.data_ptr(), outputs, torch.get_num_threads(),
     )  # fmt: skip
     if status:
         check(status, "residual block", x=x, embedding=embedding, residual=residual)

@@ -61,13 +61,23 @@ struct TransformerBlock {
   Layer linear;
 };
 
+// A transformer on pixels: a group norm, a layer, a transformer block and a layer, plus the input.
+struct Transformer {
+  Norm norm;
+  Layer first;
+  TransformerBlock block;
+  Layer last;
+};
+
 // A residual block with two 3x3 convolutions. embedding: not read if a call has no embedding. modulated: the embedding
-// gives a factor and an offset; otherwise it is added.
+// gives a factor and an offset; otherwise it is added. shortcut: a 1x1 convolution of the input, which is added to the output;
+// its weight is null if there is none.
 struct ResnetBlock {
   Norm norms[2];
   Layer first;
   Layer embedding;
   Layer second;
+  Layer shortcut;
   int64_t modulated;
 };
 
@@ -159,8 +169,14 @@ int quest_attention_block(const quest::AttentionBlock* block, const float* x, co
 int quest_transformer_block(const quest::TransformerBlock* block, const float* x, const float* context, int64_t batch,
                             int64_t n, int64_t channels, int64_t m, int64_t context_channels, float* out, int threads);
 
+// x [batch, pixels, channels] and context [batch, m, context_channels] -> out, of the shape of x. context_channels: 0 if
+// there is no context.
+int quest_transformer(const quest::Transformer* transformer, const float* x, const float* context, int64_t batch,
+                      int64_t pixels, int64_t channels, int64_t m, int64_t context_channels, float* out, int threads);
+
 // x [samples, height, width, channels], embedding [samples, embedding_channels] after its activation -> out [samples,
-// height, width, outputs], to which residual is added. embedding_channels: 0 if there is no embedding.
+// height, width, outputs], to which residual is added if the block has no shortcut. embedding_channels: 0 if there is no
+// embedding.
 int quest_resnet_block(const quest::ResnetBlock* block, const float* x, int64_t samples, int64_t height, int64_t width,
                        int64_t channels, const float* embedding, int64_t embedding_channels, const float* residual,
                        float* out, int64_t outputs, int threads);

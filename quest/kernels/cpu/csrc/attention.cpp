@@ -81,16 +81,21 @@ Status attention(const Attention& a, int threads) {
     static thread_local Scratch<uint8_t> codes[3], probabilities, one_row;
     static thread_local Scratch<int8_t> keys, values;
     static thread_local Scratch<int32_t> scores, key_terms, value_terms, p_sums, products, q_sums;
-    static thread_local Scratch<float> float_scores;
+    static thread_local Scratch<float> float_scores, outputs;
+    static thread_local Scratch<uint8_t> output_codes;
     static thread_local std::vector<int32_t> zeros_k, zero_v;
     static thread_local std::vector<float> scale_k, scale_q, scale, p_scale;
     static thread_local RowTerms terms[3];
     const int64_t b = task / parts, first = task % parts * heads / parts, last = (task % parts + 1) * heads / parts;
-    const int64_t columns = (last - first) * d, lengths[3] = {n, m, m};
-    uint8_t* c[3];
-    for (int i = 0; i < 3; i++)
-      c[i] = i == 2 && range[2].dynamic ? rows_of(codes[i], columns, m) : rows_of(codes[i], lengths[i], columns);
-    if (quantize(a, b, first, last, c, terms)) nan = true;
+    const bool coded = a.codes[0];
+    const int64_t own = (last - first) * d, columns = coded ? heads * d : own, lengths[3] = {n, m, m};
+    const uint8_t* c[3];
+    uint8_t* into[3];
+    for (int i = 0; i < 3; i++) {
+      c[i] = coded ? a.codes[i] + b * lengths[i] * columns + first * d : nullptr;
+      if (!coded) c[i] = into[i] = i == 2 && range[2].dynamic ? rows_of(codes[i], own, m) : rows_of(codes[i], lengths[i], own);
+    }
+    if (!coded && quantize(a, b, first, last, into, terms)) nan = true;
     for (int i = 0; floats && i < 2; i++) {
       if (!range[i].dynamic) terms[i].clear(), terms[i].add(range[i], (last - first) * lengths[i]);
     }
@@ -146,7 +151,7 @@ Status attention(const Attention& a, int threads) {
       sum(vp, value_panels, length, of_values);
       for (int64_t e = 0; e < d; e++)
         of_values[e] = (of_rows ? 1 : zero_p) * (of_values[e] - static_cast<int32_t>(m) * zero_v[e]);
-      float* o = a.out + b * a.strides[9] + h * a.strides[10];
+      float* o = a.next ? outputs.get(on.rows * d) : a.out + b * a.strides[9] + h * a.strides[10];
       for (int64_t i = 0; i < n; i += on.rows) {
         const int rows = static_cast<int>(std::min<int64_t>(on.rows, n - i));
         for (int64_t j = 0; j < key_panels; j += on.panels)
@@ -161,7 +166,7 @@ Status attention(const Attention& a, int threads) {
         if (on.softmax(rows, floats ? reinterpret_cast<int32_t*>(fs) : s, width, m, apart, floats ? 1.f : factor, range[3],
                        floats ? nullptr : of_keys, p, of_p, p_scale.data()))
           nan = true;
-        for (int r = 0; r < rows; r++) to[r] = o + (i + r) * a.strides[11];
+        for (int r = 0; r < rows; r++) to[r] = a.next ? o + r * d : o + (i + r) * a.strides[11];
         for (int64_t j = 0; j < value_panels; j += on.panels) {
           const int count = static_cast<int>(std::min<int64_t>(on.panels, value_panels - j));
           on.multiply(p, apart, rows, 1, &start, length, vp + j * length * NR, length * NR, count, sums, on.panels * NR);
@@ -169,6 +174,10 @@ Status attention(const Attention& a, int threads) {
                     none.data(), static_cast<int>(std::min<int64_t>(count * NR, d - j * NR)), to, nullptr, j * NR,
                     of_rows ? p_scale.data() : nullptr, rows_zero.data());
         }
+        if (!a.next) continue;
+        uint8_t* bytes = output_codes.get(on.rows * d);
+        if (on.quantize(o, rows * d, rows * d, a.next_range, bytes)) nan = true;
+        for (int r = 0; r < rows; r++) std::memcpy(a.next + ((b * n + i + r) * heads + h) * d, bytes + r * d, d);
       }
     }
   });

@@ -111,6 +111,23 @@ void each_stretch(const Conv& c, const Layout& l, const Block& b, const Real& re
   }
 }
 
+// Calls use(first, count, numbers, pixel stride) for the pixels of a stretch: once, or, if there is a norm, for as many as
+// stay in the first cache after it.
+template <class Use>
+void each_part(const Conv& c, int64_t channels, int64_t sample, const float* in, int64_t n, const Use& use) {
+  const ptrdiff_t pixel = c.stride_x * c.pixel;
+  if (!c.norm) return use(0, n, in, pixel);
+  static thread_local Scratch<float> memory;
+  const int64_t most = std::max<int64_t>(1, NORMED_TOGETHER / channels);
+  float* normed = memory.get(most * channels);
+  for (int64_t i = 0; i < n; i += most) {
+    const int64_t some = std::min(most, n - i), at = sample * channels;
+    isa->scale_channels(in + i * pixel, pixel, some, channels, c.norm->factor + at, c.norm->offset + at, c.norm->silu, normed,
+                        channels);
+    use(i, some, normed, channels);
+  }
+}
+
 // Quantizes a block with its padding. Returns true if it contains a NaN.
 bool quantize(const Conv& c, const Layout& l, const Block& b, const AllPlanes& all, uint8_t* out) {
   const int64_t pixel = all[0].pixel();
@@ -120,12 +137,14 @@ bool quantize(const Conv& c, const Layout& l, const Block& b, const AllPlanes& a
       c, l, b,
       [&](int64_t at, int64_t n, int64_t of_sample, const float* in) {
         const Planes& planes = of(all, of_sample);
-        uint8_t* to = out + at * pixel;
-        if (together) {
-          nan |= isa->quantize(in, n * pixel, n * pixel, planes.range, to);
-        } else {
-          for (int64_t i = 0; i < n; i++, in += c.stride_x * c.pixel, to += pixel * b.mixed) nan |= planes.quantize(in, to);
-        }
+        each_part(c, planes.channels, of_sample, in, n, [&](int64_t first, int64_t some, const float* x, ptrdiff_t stride) {
+          uint8_t* to = out + (at + first * b.mixed) * pixel;
+          if (together) {
+            nan |= isa->quantize(x, some * pixel, some * pixel, planes.range, to);
+          } else {
+            for (int64_t i = 0; i < some; i++) nan |= planes.quantize(x + i * stride, to + i * pixel * b.mixed);
+          }
+        });
       },
       [&](int64_t at, int64_t n) { of(all, b.sample).pad(out + at * pixel, n); });
   return nan;
@@ -140,7 +159,10 @@ bool quantize(const Conv& c, const Layout& l, const Block& b, const AllPlanes& a
       [&](int64_t at, int64_t n, int64_t sample, const float* in) {
         const Planes& planes = of(all, sample);
         const bool fixed = planes.range.dynamic == STATIC;
-        wrong |= quantize_tokens(planes, in, c.stride_x * c.pixel, n, fixed ? &planes.range : nullptr, out + at * pixel, terms, at);
+        each_part(c, planes.channels, sample, in, n, [&](int64_t first, int64_t some, const float* x, ptrdiff_t stride) {
+          const int64_t from = at + first;
+          wrong |= quantize_tokens(planes, x, stride, some, fixed ? &planes.range : nullptr, out + from * pixel, terms, from);
+        });
       },
       [&](int64_t at, int64_t n) { std::memset(out + at * pixel, 0, n * pixel); });
   return wrong;

@@ -114,7 +114,7 @@ int quest_linear(const float* x, int64_t rows, int64_t channels, int64_t stride,
     require(tokens > 0 && rows % tokens == 0, "the rows are no multiple of the tokens of a sample");
     const Range range{scale, low, high, dynamic};
     check_scales(w, dynamic);
-    return linear({&w, bytes, bias, range}, x, rows, tokens, stride, gated, residual, out, threads);
+    return linear({&w, bytes, bias, range}, {x, rows, tokens, stride}, gated, {out, residual}, threads);
   });
 }
 
@@ -202,6 +202,15 @@ int quest_transformer_block(const TransformerBlock* block, const float* x, const
     check_sizes(threads, batch, n, m);
     check(*block, channels, context_channels);
     return transformer_block(*block, x, context, batch, n, m, context_channels > 0, out, threads);
+  });
+}
+
+int quest_transformer(const Transformer* transformer, const float* x, const float* context, int64_t batch, int64_t pixels,
+                      int64_t channels, int64_t m, int64_t context_channels, float* out, int threads) {
+  return guarded([&] {
+    check_sizes(threads, batch, pixels, m);
+    check(*transformer, channels, context_channels);
+    return quest::transformer(*transformer, x, context, batch, pixels, m, context_channels > 0, out, threads);
   });
 }
 

@@ -185,6 +185,28 @@ inline bool fits(const Weight& w, Range r) {
   return in_int16(r) && zero_in_bytes(r) && largest(r) * w.row_sum <= INT32_MAX;
 }
 
+// y = x factor[c] + offset[c], then SiLU if `silu`, for the channels c of each sample: [samples, channels].
+struct Affine {
+  const float *factor, *offset;
+  bool silu;
+};
+
+// The input of a linear layer: `rows` rows of floats, `stride` apart, in samples of `tokens` rows. Or, if `codes` is not null,
+// what they became with the layer's range: codes minus the lowest code, Planes::pixel() bytes a row.
+struct Input {
+  const float* x;
+  int64_t rows, tokens, stride;
+  const uint8_t* codes = nullptr;
+};
+
+// Where the outputs of a linear layer go. Or, if `codes` is not null, only their codes minus the lowest code in `range`.
+struct Output {
+  float* out;
+  const float* residual = nullptr;  // null, or added to the outputs, in their layout
+  uint8_t* codes = nullptr;
+  Range range{};
+};
+
 struct Conv {
   const float* x;
   int64_t samples, height, width, sample, row, pixel;  // shape and strides of x
@@ -192,6 +214,7 @@ struct Conv {
   const float* residual;  // null, or added to the output, in its layout
   float* out;
   int64_t out_height, out_width;
+  const Affine* norm = nullptr;  // null, or what is done to x before it is quantized
 
   int64_t macs(const Weight& w) const {
     return samples * out_height * out_width * w.outputs * w.channels * w.taps();
@@ -201,6 +224,8 @@ struct Conv {
 // The range of each sample of c. Returns none if a number is infinite.
 std::vector<Range> of_samples(const Conv& c, int64_t channels, Range r, int threads);
 
+// If `codes` are not null, they take the place of q, k and v: codes minus the lowest code [batch, n or m, heads * d]. If
+// `next` is not null, only codes minus the lowest code in next_range go there, [batch, n, heads * d].
 struct Attention {
   const float *q, *k, *v;
   const int64_t* strides;  // of batch, head and row, for q, k, v and out
@@ -208,6 +233,9 @@ struct Attention {
   const Range* range;  // those of q, k, v and the probabilities
   float scale;
   float* out;
+  const uint8_t* codes[3] = {};
+  uint8_t* next = nullptr;
+  Range next_range{};
 
   int64_t macs() const { return 2 * batch * heads * n * m * d; }
 };
@@ -227,28 +255,33 @@ void group_norm(const GroupNorm& n, const float* x, float* y, float* work);
 
 // The drivers compute what the functions of the ABI with these names compute. Their arguments are already checked. They
 // compute nothing if there are no rows.
-Status linear(const Layer& l, const float* x, int64_t rows, int64_t tokens, int64_t stride, bool gated,
-              const float* residual, float* out, int threads);
+Status linear(const Layer& l, const Input& in, bool gated, const Output& to, int threads);
 Status conv2d(const Layer& l, const Conv& c, int threads);
 Status attention(const Attention& a, int threads);
-// x [rows, channels] -> out: a gated layer, then another layer, plus residual.
-Status feed_forward(const Layer& gated, const Layer& last, const float* x, int64_t rows, int64_t tokens,
-                    const float* residual, float* out, int threads);
+// A gated layer, then another layer.
+Status feed_forward(const Layer& gated, const Layer& last, const Input& in, const Output& to, int threads);
 void group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, int64_t pixels, const Norm& norm,
                 const float* shift, const float* modulation, bool silu, float* y, int threads);
+// Computes the factor and offset (see Affine) of the same norm.
+void group_affine(const float* x, int64_t sample, int64_t pixel, int64_t samples, int64_t pixels, const Norm& norm,
+                  const float* shift, const float* modulation, float* factor, float* offset, int threads);
 void layer_norm(const float* x, int64_t rows, const Norm& norm, float* y, int threads);
 void fake_quantize(const float* x, int64_t n, Range range, float* out, int threads);
 double fake_quantize_backward(const float* x, const float* grad, int64_t n, Range range, float* out, int threads);
+// codes: those of x for the three layers where they are not null, as in Input. Then x and context are not read there.
 Status attention_block(const AttentionBlock& a, const float* x, const float* context, int64_t batch, int64_t n, int64_t m,
-                       const float* residual, float* out, int threads);
+                       const float* residual, float* out, int threads, const uint8_t* const (&codes)[3] = {});
 Status transformer_block(const TransformerBlock& t, const float* x, const float* context, int64_t batch, int64_t n,
                          int64_t m, bool outside, float* out, int threads);
+Status transformer(const Transformer& t, const float* x, const float* context, int64_t batch, int64_t pixels, int64_t m,
+                   bool outside, float* out, int threads);
 Status resnet_block(const ResnetBlock& b, const float* x, int64_t samples, int64_t height, int64_t width,
                     const float* embedding, const float* residual, float* out, int threads);
 // Throw std::invalid_argument if the layers of a block, or its inputs, do not fit together. A missing context or embedding
 // has 0 channels.
 void check(const AttentionBlock& a, int64_t channels, int64_t context_channels, int64_t outputs);
 void check(const TransformerBlock& t, int64_t channels, int64_t context_channels);
+void check(const Transformer& t, int64_t channels, int64_t context_channels);
 void check(const ResnetBlock& b, int64_t channels, int64_t embedding_channels, int64_t outputs);
 
 }  // namespace quest

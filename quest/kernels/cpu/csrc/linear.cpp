@@ -108,9 +108,10 @@ bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
   const int64_t calls = std::max<int64_t>(1, std::min<int64_t>(PANELS / (gated ? 2 * size : size), MAX_CALLS));
   int8_t* b = codes.get((gated ? 2 : 1) * calls * size);
   int32_t* m = products.get(on.rows * width);
-  float* h = gated ? halves.get(2 * on.rows * width) : nullptr;
+  float* h = gated || a.next ? halves.get(2 * on.rows * width) : nullptr;
   float *hidden[MAX_ROWS], *gate[MAX_ROWS];
-  uint8_t* next = gated ? next_codes.get(on.rows * width) : nullptr;
+  uint8_t* next = a.next ? next_codes.get(on.rows * width) : nullptr;
+  const int64_t next_row = (gated ? half : w.panels()) * NR;
   std::vector<Panels> panels, others;
   panels.reserve(calls), others.reserve(gated ? calls : 0);  // nothing below throws
   bool nan = false;
@@ -127,19 +128,19 @@ bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
       if (a.out && std::none_of(a.out + r, a.out + r + rows, [](const float* out) { return out; })) continue;
       for (size_t i = 0; i < panels.size(); i++) {
         const ptrdiff_t column = panels[i].first * NR;
-        if (!gated) {
+        if (!gated && !a.next) {
           panels[i].multiply(w, t, a, r, rows, m, a.out + r, a.residual ? a.residual + r : nullptr, column);
           continue;
         }
         const int64_t columns = panels[i].count * NR, numbers = rows * columns;
         for (int j = 0; j < rows; j++) hidden[j] = h + j * columns, gate[j] = hidden[j] + numbers;
         panels[i].multiply(w, t, a, r, rows, m, hidden, nullptr, 0);
-        others[i].multiply(w, t, a, r, rows, m, gate, nullptr, 0);
+        if (gated) others[i].multiply(w, t, a, r, rows, m, gate, nullptr, 0);
         for (int j = 0; !a.next && j < rows; j++) on.geglu(hidden[j], gate[j], columns, a.out[r + j] + column);
         if (!a.next) continue;
-        on.geglu(h, gate[0], numbers, h);  // of all rows in one call, because a row is short
+        if (gated) on.geglu(h, gate[0], numbers, h);  // of all rows in one call, because a row is short
         nan |= on.quantize(h, numbers, numbers, a.range, next);
-        for (int j = 0; j < rows; j++) std::memcpy(a.next + (r + j) * half * NR + column, next + j * columns, columns);
+        for (int j = 0; j < rows; j++) std::memcpy(a.next + (r + j) * next_row + column, next + j * columns, columns);
       }
     }
   }
@@ -149,10 +150,10 @@ bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
 namespace {
 
 // Computes a linear layer on the codes of source(first row, number of rows, terms of rows, NaN?), which sets terms if the range
-// is dynamic. next: as in Rows, for all rows.
+// is dynamic.
 template <class Source>
-bool multiply_rows(const Layer& l, const Planes& planes, int64_t rows, bool gated, const float* residual, float* out,
-                   uint8_t* next, Range next_range, int threads, const Source& source) {
+bool multiply_rows(const Layer& l, const Planes& planes, int64_t rows, bool gated, const Output& to, int threads,
+                   const Source& source) {
   const Weight& w = *l.weight;
   const bool of_rows = l.range.dynamic || w.groups() > 1;
   const Terms t(w, l.bias, planes, of_rows, false);
@@ -161,7 +162,7 @@ bool multiply_rows(const Layer& l, const Planes& planes, int64_t rows, bool gate
   // Each block unpacks the whole weight. This only pays if a block has many rows.
   const int64_t blocks = blocks_of(tiles, std::max<int64_t>(16, BLOCK / row / 16), useful(threads, work));
   std::atomic<bool> nan{false};
-  share(gated ? w.panels() / 2 : w.panels(), blocks, threads, work, [&](int64_t i, int64_t from, int64_t to) {
+  share(gated ? w.panels() / 2 : w.panels(), blocks, threads, work, [&](int64_t i, int64_t from, int64_t until) {
     static thread_local Scratch<int32_t> sums;
     static thread_local std::vector<float*> target;
     static thread_local std::vector<const float*> beside;
@@ -184,14 +185,14 @@ bool multiply_rows(const Layer& l, const Planes& planes, int64_t rows, bool gate
     if (of_rows) all.terms = &terms;
     if (!l.range.dynamic && of_rows) terms.add(l.range, count);
     if (!t.pairs.empty()) terms.pair_with(total, groups * count);
-    if (next) {
-      all.next = next + first * width, all.range = next_range;
+    if (to.codes) {
+      all.next = to.codes + first * width, all.range = to.range;
     } else {
       target.resize(count);
-      for (int64_t r = 0; r < count; r++) target[r] = out + (first + r) * width;
-      all.out = target.data(), all.residual = counterparts(residual, out, target, beside);
+      for (int64_t r = 0; r < count; r++) target[r] = to.out + (first + r) * width;
+      all.out = target.data(), all.residual = counterparts(to.residual, to.out, target, beside);
     }
-    if (product(w, t, all, from, to, gated) || wrong) nan = true;
+    if (product(w, t, all, from, until, gated) || wrong) nan = true;
   });
   return nan;
 }
@@ -219,52 +220,43 @@ auto quantizing(const Planes& planes, const float* x, int64_t stride, const std:
 
 }  // namespace
 
-Status linear(const Layer& l, const float* x, int64_t rows, int64_t tokens, int64_t stride, bool gated,
-              const float* residual, float* out, int threads) {
+Status linear(const Layer& l, const Input& in, bool gated, const Output& to, int threads) {
   const Clock clock(LAYERS);
+  const int64_t rows = in.rows, tokens = in.tokens;
   if (!rows) return OK;
   const Weight& w = *l.weight;
   if (!fits(w, l.range)) return OUT_OF_RANGE;
   const Planes planes(l.range, w.channels, false);
-  const Conv all{x, rows / tokens, tokens, 1, tokens * stride, stride, stride};
+  const Conv all{in.x, rows / tokens, tokens, 1, tokens * in.stride, in.stride, in.stride};
   const bool whole = l.range.dynamic == OF_SAMPLES && tokens > 1;
   const std::vector<Range> samples = whole ? of_samples(all, w.channels, l.range, threads) : std::vector<Range>();
   if (whole && samples.empty()) return HAS_NAN;
-  const auto compute = [&](bool gated, float* to) {
-    return multiply_rows(l, planes, rows, gated, residual, to, nullptr, {}, threads,
-                         quantizing(planes, x, stride, samples, tokens));
+  const auto there = [&](int64_t first, int64_t, RowTerms&, bool&) { return in.codes + first * planes.pixel(); };
+  const auto compute = [&](bool gated, const Output& to) {
+    const bool nan = in.codes ? multiply_rows(l, planes, rows, gated, to, threads, there)
+                              : multiply_rows(l, planes, rows, gated, to, threads,
+                                              quantizing(planes, in.x, in.stride, samples, tokens));
+    return nan ? HAS_NAN : OK;
   };
-  if (!gated || w.outputs % (2 * NR) == 0) return compute(gated, out) ? HAS_NAN : OK;
+  if (!gated || w.outputs % (2 * NR) == 0) return compute(gated, to);
   // If half of the outputs is not a number of whole panels, both halves are computed in memory first.
   static thread_local Scratch<float> memory;
   const int64_t width = w.outputs / 2;
   float* both = memory.get(rows * w.outputs);
-  if (compute(false, both)) return HAS_NAN;
-  for (int64_t r = 0; r < rows; r++, both += w.outputs) isa->geglu(both, both + width, width, out + r * width);
+  if (Status wrong = compute(false, {both})) return wrong;
+  for (int64_t r = 0; r < rows; r++, both += w.outputs) isa->geglu(both, both + width, width, to.out + r * width);
   return OK;
 }
 
-Status feed_forward(const Layer& gated, const Layer& last, const float* x, int64_t rows, int64_t tokens,
-                    const float* residual, float* out, int threads) {
-  const Weight &w = *gated.weight, &next = *last.weight;
-  const int64_t width = next.channels;
-  // Floats between the two layers.
-  if (!one_byte(last.range) || w.outputs % (2 * NR) || width % 4 || gated.range.dynamic || last.range.dynamic) {
-    static thread_local Scratch<float> memory;
-    float* hidden = memory.get(rows * width);
-    if (Status wrong = linear(gated, x, rows, tokens, w.channels, true, nullptr, hidden, threads)) return wrong;
-    return linear(last, hidden, rows, tokens, width, false, residual, out, threads);
-  }
-  const Clock clock(LAYERS);
-  if (!rows) return OK;
-  if (!fits(w, gated.range) || !fits(next, last.range)) return OUT_OF_RANGE;
-  static thread_local Scratch<uint8_t> memory;
-  uint8_t* codes = rows_of(memory, rows, width);
-  const Planes planes(gated.range, w.channels, false), next_planes(last.range, width, false);
-  const bool nan = multiply_rows(gated, planes, rows, true, nullptr, nullptr, codes, last.range, threads,
-                                 quantizing(planes, x, w.channels, {}, 1));
-  const auto there = [&](int64_t first, int64_t, RowTerms&, bool&) -> const uint8_t* { return codes + first * width; };
-  return multiply_rows(last, next_planes, rows, false, residual, out, nullptr, {}, threads, there) || nan ? HAS_NAN : OK;
+Status feed_forward(const Layer& gated, const Layer& last, const Input& in, const Output& to, int threads) {
+  static thread_local Scratch<float> floats;
+  static thread_local Scratch<uint8_t> codes;
+  const int64_t width = last.weight->channels;
+  const bool coded = as_codes(last.range) && gated.weight->outputs % (2 * NR) == 0;
+  float* hidden = coded ? nullptr : floats.get(in.rows * width);
+  uint8_t* between = coded ? rows_of(codes, in.rows, width) : nullptr;
+  if (Status wrong = linear(gated, in, true, {hidden, nullptr, between, last.range}, threads)) return wrong;
+  return linear(last, {hidden, in.rows, in.tokens, width, between}, false, to, threads);
 }
 
 }  // namespace quest

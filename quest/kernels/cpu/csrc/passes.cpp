@@ -3,9 +3,12 @@
 
 namespace quest {
 
-void group_norm(const GroupNorm& n, const float* x, float* y, float* work) {
-  const int64_t per = n.channels / n.groups, width = round_up(n.channels, 16);
-  float *sums = work, *mean = work + width, *a = work + 2 * width, *b = work + 3 * width;
+namespace {
+
+// Computes factor a and offset b of each channel. `work` has room for twice the channels, rounded up to a multiple of 16.
+void affine_of(const GroupNorm& n, const float* x, float* a, float* b, float* work) {
+  const int64_t per = n.channels / n.groups;
+  float *sums = work, *mean = work + round_up(n.channels, 16);
   const double count = static_cast<double>(n.pixels) * per;
   const auto shift = [&](int64_t c) { return n.shift ? n.shift[c] : 0.f; };
   isa->channel_sums(x, n.x_pixel, n.pixels, n.channels, nullptr, sums);
@@ -29,11 +32,12 @@ void group_norm(const GroupNorm& n, const float* x, float* y, float* work) {
       }
     }
   }
-  isa->scale_channels(x, n.x_pixel, n.pixels, n.channels, a, b, n.silu, y, n.y_pixel);
 }
 
-void group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, int64_t pixels, const Norm& norm,
-                const float* shift, const float* modulation, bool silu, float* y, int threads) {
+// Calls compute(norm, sample, first channel, memory of `group_norm`) for each sample, or for parts of its groups.
+template <class Compute>
+void each_norm(int64_t pixel, int64_t samples, int64_t pixels, const Norm& norm, const float* shift, const float* modulation,
+               bool silu, int threads, const Compute& compute) {
   const Clock clock(NORMS);
   if (!samples || !pixels || !norm.channels) return;
   const int64_t channels = norm.channels, groups = norm.groups, per = channels / groups;
@@ -48,8 +52,34 @@ void group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, 
     const GroupNorm one{pixels, (last - first) * per, last - first, pixel, static_cast<ptrdiff_t>(channels), norm.eps,
                         from(norm.weight, 0), from(norm.bias, 0), from(shift, i * channels),
                         from(modulation, 2 * i * channels), from(modulation, (2 * i + 1) * channels), silu};
-    group_norm(one, x + i * sample + c, y + i * pixels * channels + c, memory.get(4 * round_up(one.channels, 16)));
+    compute(one, i, c, memory.get(4 * round_up(one.channels, 16)));
   });
+}
+
+}  // namespace
+
+void group_norm(const GroupNorm& n, const float* x, float* y, float* work) {
+  const int64_t width = round_up(n.channels, 16);
+  float *a = work + 2 * width, *b = work + 3 * width;
+  affine_of(n, x, a, b, work);
+  isa->scale_channels(x, n.x_pixel, n.pixels, n.channels, a, b, n.silu, y, n.y_pixel);
+}
+
+void group_norm(const float* x, int64_t sample, int64_t pixel, int64_t samples, int64_t pixels, const Norm& norm,
+                const float* shift, const float* modulation, bool silu, float* y, int threads) {
+  each_norm(pixel, samples, pixels, norm, shift, modulation, silu, threads,
+            [&](const GroupNorm& one, int64_t i, int64_t c, float* work) {
+              group_norm(one, x + i * sample + c, y + i * pixels * norm.channels + c, work);
+            });
+}
+
+void group_affine(const float* x, int64_t sample, int64_t pixel, int64_t samples, int64_t pixels, const Norm& norm,
+                  const float* shift, const float* modulation, float* factor, float* offset, int threads) {
+  each_norm(pixel, samples, pixels, norm, shift, modulation, false, threads,
+            [&](const GroupNorm& one, int64_t i, int64_t c, float* work) {
+              const int64_t at = i * norm.channels + c;
+              affine_of(one, x + i * sample + c, factor + at, offset + at, work);
+            });
 }
 
 void layer_norm(const float* x, int64_t rows, const Norm& norm, float* y, int threads) {

@@ -21,6 +21,7 @@ namespace quest {
 constexpr int64_t BLOCK = 512 << 10;   // bytes of codes, which stay in the second cache of a processor core
 constexpr int64_t PANELS = 256 << 10;  // bytes of unpacked panels in the same cache
 constexpr int64_t MAX_CALLS = 16;
+constexpr int64_t NORMED_TOGETHER = 4096;  // numbers that a norm leaves in the first cache until they are codes
 
 // Exists while a thread multiplies, because some instruction sets have to prepare for it.
 struct Multiplying {
@@ -33,6 +34,8 @@ struct Multiplying {
 };
 
 inline bool one_byte(Range r) { return r.high - r.low <= 255.f; }
+// Whether numbers can be passed on to what has this range as codes of one byte, which are all it needs to know.
+inline bool as_codes(Range r) { return !r.dynamic && one_byte(r); }
 inline int32_t zero_of(Range r) { return -static_cast<int32_t>(r.low); }  // the zero point of codes minus the lowest code
 
 // The bytes of a layer's input. Usually there are at most 256 codes, and if the input is padded, zero is one of them. Then
@@ -69,6 +72,13 @@ struct Planes {
       nan |= isa->quantize(x, channels, padded, {range.scale, from, std::min(range.high, from + 255.f)}, out);
     }
     fill(static_cast<int64_t>(range.low) - low, count - coded, out);
+    return nan;
+  }
+  // The same for rows of numbers without gaps.
+  bool quantize_rows(const float* x, int64_t rows, uint8_t* out) const {
+    if (pixel() == channels) return isa->quantize(x, rows * channels, rows * channels, range, out);
+    bool nan = false;
+    for (int64_t r = 0; r < rows; r++) nan |= quantize(x + r * channels, out + r * pixel());
     return nan;
   }
   // Writes pixels that represent zero.
@@ -178,7 +188,7 @@ struct Rows {
   float* const* out;    // where each row goes; null: it is not stored
   const float* const* residual;  // null, or for each row what is added to it
   const RowTerms* terms = nullptr;
-  uint8_t* next = nullptr;       // for gated outputs: in place of `out`, their codes in `range`, without gaps
+  uint8_t* next = nullptr;       // in place of `out`, the codes of whole panels of outputs in `range`, without gaps
   Range range{};                 // the range of the next layer
   const ptrdiff_t* shift = nullptr;  // if taps have sums of their own: how far apart their terms and those of the row are
   int64_t apart = 0;                 // from the sums of a group to those of the next one
@@ -193,8 +203,8 @@ const float* const* counterparts(const float* residual, const float* base, const
 const int8_t* panel_of(const Weight& w, int64_t panel, const Rows& a, int8_t* memory);
 
 // Multiplies rows with panels first..last of a weight. gated: the panels are those of the first half of the outputs, and each
-// output is multiplied with gelu of the same output in the second half. Returns true if a gated output is NaN but had to
-// become a code.
+// output is multiplied with gelu of the same output in the second half. Returns true if an output is NaN but had to become a
+// code.
 bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int64_t last, bool gated = false);
 
 // Returns a number of blocks of at most `most` units; with several threads each gets the same number.
