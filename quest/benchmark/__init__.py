@@ -97,7 +97,10 @@ def measure(point: Point, folder: Path) -> list[dict]:
     """Measure all contenders of a point. Returns their rows, with the columns of `speed.COLUMNS`.
 
     folder: what is made of a model for several points lies there.
+    Raises ValueError for a step whose kernel is neither "suite" nor one of RIVALS.
     """
+    if point.part == "step" and point.kernel not in ("suite", *RIVALS):
+        raise ValueError(f"{point.kernel!r} is no contender of a step; valid: suite, {', '.join(RIVALS)}")
     torch.set_num_threads(point.threads)
     before = processor_time()
     with torch.no_grad():

@@ -157,6 +157,11 @@ def test_a_run_tells_what_its_budget_left_out(monkeypatch):
     assert rows[0]["speedup"] == 1 and not math.isnan(rows[1]["speedup"])
 
 
+def test_a_step_of_no_contender_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'integer w4a8' is no contender of a step; valid: suite, OpenVINO int8, "):
+        benchmark.measure(benchmark.Point("step", 1, "scenes-class", batch=1, kernel="integer w4a8"), tmp_path)
+
+
 def test_absent_rivals_are_named(monkeypatch):
     monkeypatch.setattr(machine.metadata, "version", lambda name: (_ for _ in ()).throw(
         machine.metadata.PackageNotFoundError(name)))  # fmt: skip
