@@ -58,6 +58,12 @@ class FusedGEGLU(GEGLU):
         return self.proj(hidden_states, gated=True)
 
 
+def alone(x: Tensor, context: Tensor | None, *args, **kwargs) -> bool:
+    """Return whether the core can read x and context, and nothing else is given that changes the output."""
+    given = [value for name, value in kwargs.items() if name not in ("timestep", "class_labels", "return_dict")]
+    return all(v is None for v in (*args, *given)) and computes(x) and (context is None or computes(context))
+
+
 class FusedTransformerBlock(BasicTransformerBlock):
     """A transformer block in one call: norms, one or two attentions, and the feed-forward."""
 
@@ -69,10 +75,7 @@ class FusedTransformerBlock(BasicTransformerBlock):
         *args,
         **kwargs,
     ) -> Tensor:
-        said = {k for k, v in kwargs.items() if v is not None} - {"timestep", "class_labels"} if kwargs else ()
-        plain = not said and attention_mask is None and not any(a is not None for a in args)
-        plain = plain and computes(hidden_states)
-        plain = plain and (encoder_hidden_states is None or computes(encoder_hidden_states))
+        plain = attention_mask is None and alone(hidden_states, encoder_hidden_states, *args, **kwargs)
         struct = fused.struct_of(self, transformer_block) if plain else None
         if struct is None:
             return super().forward(hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
@@ -214,9 +217,7 @@ class FusedTransformer(Transformer2DModel):
     """A transformer in one call, or, if it has other layers or several blocks, with channels innermost around them."""
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args, **kwargs):
-        said = {k for k, v in kwargs.items() if v is not None} - {"timestep", "class_labels", "return_dict"}
-        plain = not said and not any(a is not None for a in args) and computes(hidden_states)
-        plain = plain and (encoder_hidden_states is None or computes(encoder_hidden_states))
+        plain = alone(hidden_states, encoder_hidden_states, *args, **kwargs)
         struct = fused.struct_of(self, transformer) if plain else None
         if struct is None:
             return super().forward(hidden_states, encoder_hidden_states, *args, **kwargs)

@@ -282,10 +282,7 @@ def transformer_block(block: ctypes.Structure, x: Tensor, context: Tensor | None
 def transformer(struct: ctypes.Structure, x: Tensor, context: Tensor | None) -> Tensor:
     """x [N, C, H, W], context [N, m, C'] or None -> [N, C, H, W], channels innermost."""
     x = _dimensions(checked(x, "transformer"), 4, "transformer").contiguous(memory_format=torch.channels_last)
-    if context is not None:
-        if context.ndim != 3 or len(context) != len(x):
-            raise ValueError(f"transformer: a context of shape {list(context.shape)} for {list(x.shape)}")
-        context = checked(context, "transformer, context").contiguous()
+    context = _context(context, x, "transformer")
     out = torch.empty(x.shape, dtype=FLOAT32, device=CPU, memory_format=torch.channels_last)
     samples, channels, height, width = x.shape
     m, context_channels = (0, 0) if context is None else context.shape[1:]
@@ -300,11 +297,17 @@ def transformer(struct: ctypes.Structure, x: Tensor, context: Tensor | None) -> 
 
 def _tokens(x: Tensor, context: Tensor | None, name: str) -> tuple[Tensor, Tensor | None]:
     """Check tokens x [B, n, C] and context [B, m, C'], and return both without gaps."""
-    if x.ndim != 3 or (context is not None and (context.ndim != 3 or len(context) != len(x))):
-        shapes = [list(t.shape) for t in (x, context) if t is not None]
-        raise ValueError(f"{name}: input and context of shape {' and '.join(map(str, shapes))}; it takes [B, n, C]")
-    context = None if context is None else checked(context, f"{name}, context").contiguous()
-    return checked(x, name).contiguous(), context
+    x = _dimensions(checked(x, name), 3, name).contiguous()
+    return x, _context(context, x, name)
+
+
+def _context(context: Tensor | None, x: Tensor, name: str) -> Tensor | None:
+    """Return a context [B, m, C'] of as many samples as x without gaps; None for None."""
+    if context is None:
+        return None
+    if context.ndim != 3 or len(context) != len(x):
+        raise ValueError(f"{name}: a context of shape {list(context.shape)} for an input of {list(x.shape)}")
+    return checked(context, f"{name}, context").contiguous()
 
 
 def resnet_block(
