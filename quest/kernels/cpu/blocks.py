@@ -132,7 +132,7 @@ class FusedResnetBlock(ResnetBlock2D):
             residual = None
             if not struct.shortcut.weight:
                 residual = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-            return calls.resnet_block(struct, input_tensor, embedding, residual, self.conv2.out_channels)
+            return calls.resnet_block(struct, input_tensor, embedding, residual, self.conv2.operand.shape[0])
         hidden = group_norm(input_tensor, self.norm1, silu=True)
         resample = self.upsample if self.upsample is not None else self.downsample
         if resample is not None:
@@ -165,10 +165,9 @@ def resnet_block(block: FusedResnetBlock) -> fused.Block | None:
         return None
     same = [(c.kernel_size, c.stride, c.padding, c.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1)) for c in layers[:2]]
     resampled = block.upsample is not None or block.downsample is not None
-    if resampled or block.output_scale_factor != 1 or not all(same):
+    if resampled or block.output_scale_factor != 1 or not all(same) or layers[0].out_channels != layers[1].out_channels:
         return None
-
-    shortcut = [] if block.conv_shortcut is None or not projects(block.conv_shortcut) else [block.conv_shortcut]
+    shortcut = [block.conv_shortcut] if projects(block.conv_shortcut, nn.Conv2d) else []
 
     def struct():
         embedding = layers[2] if len(layers) == 3 else layers[0]  # the core does not read it if there is none
@@ -183,11 +182,11 @@ def resnet_block(block: FusedResnetBlock) -> fused.Block | None:
     return fused.Block(struct, (block, *norms, block.nonlinearity, block.dropout, *layers, *shortcut))
 
 
-def projects(layer: nn.Module) -> bool:
-    """Return whether a layer runs on integers and computes each pixel or token by itself."""
-    if not on_integers(layer) or isinstance(layer, nn.Linear):
-        return on_integers(layer)
-    return layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0)
+def projects(layer: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Return whether a layer is of this kind, runs on integers, and computes each pixel or token by itself."""
+    if layer is None or not on_integers(layer) or not isinstance(layer, kind):
+        return False
+    return kind is nn.Linear or (layer.kernel_size, layer.stride, layer.padding) == ((1, 1), (1, 1), (0, 0))
 
 
 class FusedUpsample(Upsample2D):
@@ -237,8 +236,13 @@ def transformer(module: FusedTransformer) -> fused.Block | None:
     if not module.is_input_continuous or len(module.transformer_blocks) != 1:
         return None
     norm, layers, block = module.norm, (module.proj_in, module.proj_out), module.transformer_blocks[0]
+    kind = nn.Linear if module.use_linear_projection else nn.Conv2d
     inner = transformer_block(block) if type(block) is FusedTransformerBlock else None
-    if inner is None or type(norm) is not FusedGroupNorm or not all(map(projects, layers)):
+    if inner is None or type(norm) is not FusedGroupNorm or not all(projects(layer, kind) for layer in layers):
+        return None
+    # diffusers adds the residual to the output of a linear layer; the core adds it to the sum of the first group.
+    specs = module.proj_out.weight_quantizer.spec, module.proj_out.input_quantizer.spec
+    if kind is nn.Linear and any(spec.group is not None for spec in specs):
         return None
 
     def struct():

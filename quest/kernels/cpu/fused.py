@@ -30,7 +30,7 @@ READ = {
     nn.LayerNorm: ("eps",),
     nn.Dropout: ("p", "training"),
     nn.Conv2d: ("kernel_size", "stride", "padding", "dilation"),
-    Transformer2DModel: ("is_input_continuous",),
+    Transformer2DModel: ("is_input_continuous", "use_linear_projection"),
     Attention: ("heads", "scale", "rescale_output_factor", "residual_connection"),
     BasicTransformerBlock: ("norm_type", "pos_embed", "_chunk_size", "only_cross_attention"),
     ResnetBlock2D: ("time_embedding_norm", "output_scale_factor", "upsample", "downsample"),
@@ -156,7 +156,8 @@ def attention(module: nn.Module) -> Block | None:
         return None
     if len(out) != 2 or not idle(out[1]) or out[0].out_features != layers[0].in_features:
         return None
-    if module.rescale_output_factor != 1:
+    more = (getattr(module, name, None) for name in ("norm_q", "norm_k", "group_norm", "spatial_norm", "norm_cross"))
+    if module.rescale_output_factor != 1 or any(part is not None for part in more):
         return None
 
     def struct():

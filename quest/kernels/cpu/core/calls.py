@@ -281,7 +281,7 @@ def transformer_block(block: ctypes.Structure, x: Tensor, context: Tensor | None
 
 def transformer(struct: ctypes.Structure, x: Tensor, context: Tensor | None) -> Tensor:
     """x [N, C, H, W], context [N, m, C'] or None -> [N, C, H, W], channels innermost."""
-    x = _dimensions(checked(x, "transformer"), 4, "transformer").contiguous(memory_format=torch.channels_last)
+    x = _image(x, "transformer")
     context = _context(context, x, "transformer")
     out = torch.empty(x.shape, dtype=FLOAT32, device=CPU, memory_format=torch.channels_last)
     samples, channels, height, width = x.shape
@@ -295,6 +295,13 @@ def transformer(struct: ctypes.Structure, x: Tensor, context: Tensor | None) -> 
     return out
 
 
+def _image(x: Tensor, name: str) -> Tensor:
+    """Return x [N, C, H, W] with channels innermost and without gaps."""
+    if 0 in _dimensions(checked(x, name), 4, name).shape[2:]:
+        raise ValueError(f"{name}: its shape is {list(x.shape)}; it takes [N, C, H, W] with pixels")
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def _tokens(x: Tensor, context: Tensor | None, name: str) -> tuple[Tensor, Tensor | None]:
     """Check tokens x [B, n, C] and context [B, m, C'], and return both without gaps."""
     x = _dimensions(checked(x, name), 3, name).contiguous()
@@ -306,7 +313,7 @@ def _context(context: Tensor | None, x: Tensor, name: str) -> Tensor | None:
     if context is None:
         return None
     if context.ndim != 3 or len(context) != len(x):
-        raise ValueError(f"{name}: a context of shape {list(context.shape)} for an input of {list(x.shape)}")
+        raise ValueError(f"{name}: a context of shape {list(context.shape)} for an input of {list(x.shape)}; it takes [B, m, C']")
     return checked(context, f"{name}, context").contiguous()
 
 
@@ -317,7 +324,7 @@ def resnet_block(
 
     residual: None if the block computes its shortcut. Channels of the result lie innermost.
     """
-    x = _dimensions(checked(x, "residual block"), 4, "residual block").contiguous(memory_format=torch.channels_last)
+    x = _image(x, "residual block")
     samples, channels, height, width = x.shape
     if residual is not None:
         if residual.shape != (samples, outputs, height, width):

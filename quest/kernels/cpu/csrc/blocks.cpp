@@ -112,8 +112,8 @@ void check(const Layer& l, int64_t channels, int64_t side, const char* otherwise
 }
 
 void check(const Norm& norm, int64_t channels, bool groups) {
-  require(norm.channels == channels && (!groups || (norm.groups > 0 && channels % norm.groups == 0)),
-          "a norm has other channels than what it normalizes");
+  require(norm.channels == channels, "a norm has other channels than what it normalizes");
+  require(!groups || (norm.groups > 0 && channels % norm.groups == 0), "the channels are no multiple of the groups of a norm");
 }
 
 }  // namespace
