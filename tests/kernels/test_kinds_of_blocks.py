@@ -68,7 +68,8 @@ def transformer(**given) -> Transformer2DModel:
     return Transformer2DModel(cross_attention_dim=24, **given)
 
 
-INPUTS = torch.randn(2, 32, 4, 5, generator=torch.Generator().manual_seed(1)), torch.randn(2, 3, 24)
+GENERATOR = torch.Generator().manual_seed(1)
+INPUTS = torch.randn(2, 32, 4, 5, generator=GENERATOR), torch.randn(2, 3, 24, generator=GENERATOR)
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -78,6 +79,8 @@ def test_transformers(linear, group, given):
     module = on_integers(transformer(use_linear_projection=linear, **given), group)
     inputs = INPUTS[0][:, : module.in_channels], INPUTS[1]
     first = module(*inputs).sample
+    in_one_call = len(module.transformer_blocks) == 1 and not (linear and group)
+    assert bool(vars(module)["one_call"]) == in_one_call
     assert torch.equal(first, one_by_one(module, *inputs).sample)
     assert torch.equal(first, module(*inputs, return_dict=False)[0])
 

@@ -94,8 +94,8 @@ def lines(verdicts: pd.DataFrame, following: Next, look: int) -> list[str]:
     counts = single["verdict"].value_counts()
     found = [", ".join(f"{name} {count}" for name, count in counts.items()) or "no comparison yet"]
     for row in single[single["verdict"] == "open"].itertuples():
-        what = f"{row.needed - row.seeds:.0f} more seeds at the present mean and spread"
-        what = row.note if math.isnan(row.needed) else what
+        more = row.needed - row.seeds
+        what = row.note if math.isnan(more) else f"{more:.0f} more seeds at the present mean and spread"
         found.append(f"open: {row.model} {row.bits} {row.endpoint}, {row.method} against {row.versus}: {what}")
     found += [f"out of budget: {line}" for line in following.left_out]
     if look < len(LOOKS):
