@@ -113,13 +113,10 @@ void transformer(int64_t batch, int64_t n, int64_t m) {
   const auto w = numbers(outer), pixels = numbers(rows * outer), bias = numbers(channels);
   const Transformer whole{norm(w, groups), into.layer(bias, r), block, from.layer(nullptr, r)};
   Exactly<float> z(pixels.size);
-  const auto compute = [&](const float* tokens, float* to) {
-    CHECK(!quest_transformer_block(&block, tokens, context, batch, n, channels, m, outside ? context_channels : 0, to, 1));
-  };
   CHECK(!quest_transformer(&whole, pixels, context, batch, n, outer, m, outside ? context_channels : 0, z,
                            static_cast<int>(integer(1, 3))));
   const auto before = linear(into, bias, r, group_norm(whole.norm, pixels, batch, n, false), rows, false, nullptr, n);
-  compute(before, y);
+  CHECK(!quest_transformer_block(&block, before, context, batch, n, channels, m, outside ? context_channels : 0, y, 1));
   same(z, linear(from, nullptr, r, y, rows, false, pixels, n));
 }
 

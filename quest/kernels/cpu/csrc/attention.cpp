@@ -82,7 +82,6 @@ Status attention(const Attention& a, int threads) {
     static thread_local Scratch<int8_t> keys, values;
     static thread_local Scratch<int32_t> scores, key_terms, value_terms, p_sums, products, q_sums;
     static thread_local Scratch<float> float_scores, outputs;
-    static thread_local Scratch<uint8_t> output_codes;
     static thread_local std::vector<int32_t> zeros_k, zero_v;
     static thread_local std::vector<float> scale_k, scale_q, scale, p_scale;
     static thread_local RowTerms terms[3];
@@ -174,10 +173,7 @@ Status attention(const Attention& a, int threads) {
                     none.data(), static_cast<int>(std::min<int64_t>(count * NR, d - j * NR)), to, nullptr, j * NR,
                     of_rows ? p_scale.data() : nullptr, rows_zero.data());
         }
-        if (!a.next) continue;
-        uint8_t* bytes = output_codes.get(on.rows * d);
-        if (on.quantize(o, rows * d, rows * d, a.next_range, bytes)) nan = true;
-        for (int r = 0; r < rows; r++) std::memcpy(a.next + ((b * n + i + r) * heads + h) * d, bytes + r * d, d);
+        if (a.next && quantize_short_rows(o, rows, d, a.next_range, a.next + ((b * n + i) * heads + h) * d, heads * d)) nan = true;
       }
     }
   });

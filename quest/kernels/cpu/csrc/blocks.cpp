@@ -9,7 +9,7 @@ namespace {
 // Places in the memory of the calling thread. A block and the blocks that it calls use different places. Those of three
 // layers follow one another.
 enum Place {
-  QUERIES, KEYS, VALUES, ATTENDED, NORMED, HIDDEN = NORMED + 3, STREAM, OTHER_STREAM, EMBEDDING, SHORTCUT, INNER, OUTER, PLACES
+  QUERIES, KEYS, VALUES, ATTENDED, NORMED, HIDDEN = NORMED + 3, STREAM, OTHER_STREAM, EMBEDDING, AFFINE, SHORTCUT, INNER, OUTER, PLACES
 };
 
 float* memory(int place, int64_t numbers) {
@@ -78,7 +78,10 @@ Normed normed_for(const Layer* const (&layers)[3], const float* x, int64_t sampl
     float* y = memory.get(block * n);
     bool wrong = false;
     some_rows(sample, x + first * n, count, y);
-    for (size_t i = 0; i < planes.size(); i++) wrong |= planes[i].quantize_rows(y, count, codes[i] + first * planes[i].pixel());
+    for (size_t i = 0; i < planes.size(); i++) {
+      const int64_t row = planes[i].pixel();
+      wrong |= planes[i].quantize_rows(y, n, count, codes[i] + first * row, row);
+    }
     if (wrong) nan = true;
   });
   result.nan = nan;
@@ -94,14 +97,23 @@ Normed layer_norm(const float* x, int64_t rows, const Norm& norm, const Layer* c
                     });
 }
 
+// What a group norm does to x [samples, pixels, channels], and SiLU.
+Affine affine_of(const float* x, int64_t samples, int64_t pixels, const Norm& norm, const float* shift, const float* modulation,
+                 bool silu, int threads) {
+  const int64_t c = norm.channels;
+  float *factor = memory(AFFINE, 2 * samples * c), *offset = factor + samples * c;
+  group_affine(x, pixels * c, c, samples, pixels, norm, shift, modulation, factor, offset, threads);
+  return {factor, offset, silu};
+}
+
 Normed group_norm(const float* x, int64_t samples, int64_t pixels, const Norm& norm, const Layer& layer, int threads) {
   const int64_t n = norm.channels, sample = pixels * n;
-  float *factor = memory(HIDDEN, 2 * samples * n), *offset = factor + samples * n;
-  if (as_codes(layer.range)) group_affine(x, sample, n, samples, pixels, norm, nullptr, nullptr, factor, offset, threads);
+  Affine by{};
+  if (as_codes(layer.range)) by = affine_of(x, samples, pixels, norm, nullptr, nullptr, false, threads);
   return normed_for({&layer}, x, samples, pixels, n, threads,
                     [&](float* y) { group_norm(x, sample, n, samples, pixels, norm, nullptr, nullptr, false, y, threads); },
                     [&](int64_t i, const float* from, int64_t count, float* y) {
-                      isa->scale_channels(from, n, count, n, factor + i * n, offset + i * n, false, y, n);
+                      isa->scale_channels(from, n, count, n, by.factor + i * n, by.offset + i * n, by.silu, y, n);
                     });
 }
 
@@ -271,10 +283,8 @@ Status resnet_block(const ResnetBlock& b, const float* x, int64_t samples, int64
         conv.x = normed;
         return conv2d(l, conv, threads);
       }
-      float *factor = memory(NORMED, 2 * some * c), *offset = factor + some * c;
-      group_affine(from, sample, c, some, pixels, norm, shift, modulation, factor, offset, threads);
-      const Affine affine{factor, offset, true};
-      conv.norm = &affine;
+      const Affine by = affine_of(from, some, pixels, norm, shift, modulation, true, threads);
+      conv.norm = &by;
       return conv2d(l, conv, threads);
     };
     const float* more = known ? known + first * known_width : nullptr;

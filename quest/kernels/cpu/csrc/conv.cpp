@@ -131,19 +131,13 @@ void each_part(const Conv& c, int64_t channels, int64_t sample, const float* in,
 // Quantizes a block with its padding. Returns true if it contains a NaN.
 bool quantize(const Conv& c, const Layout& l, const Block& b, const AllPlanes& all, uint8_t* out) {
   const int64_t pixel = all[0].pixel();
-  const bool together = c.stride_x == 1 && c.pixel == all[0].channels && pixel == c.pixel && b.mixed == 1;
   bool nan = false;
   each_stretch(
       c, l, b,
       [&](int64_t at, int64_t n, int64_t of_sample, const float* in) {
         const Planes& planes = of(all, of_sample);
         each_part(c, planes.channels, of_sample, in, n, [&](int64_t first, int64_t some, const float* x, ptrdiff_t stride) {
-          uint8_t* to = out + (at + first * b.mixed) * pixel;
-          if (together) {
-            nan |= isa->quantize(x, some * pixel, some * pixel, planes.range, to);
-          } else {
-            for (int64_t i = 0; i < some; i++) nan |= planes.quantize(x + i * stride, to + i * pixel * b.mixed);
-          }
+          nan |= planes.quantize_rows(x, stride, some, out + (at + first * b.mixed) * pixel, pixel * b.mixed);
         });
       },
       [&](int64_t at, int64_t n) { of(all, b.sample).pad(out + at * pixel, n); });

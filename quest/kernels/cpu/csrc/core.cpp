@@ -1,5 +1,5 @@
 // The C functions of abi.h. They check their arguments, and no exception leaves them. Whether an address really has enough
-// numbers behind it cannot be checked here; the Python callers are responsible for that (quest/kernels/cpu/core/calls.py).
+// numbers behind it cannot be checked here; the Python callers are responsible for that (quest/kernels/cpu/core).
 #include "driver.h"
 
 #include <cstdio>

@@ -100,7 +100,6 @@ bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
   static thread_local Scratch<int8_t> codes;
   static thread_local Scratch<int32_t> products;
   static thread_local Scratch<float> halves;
-  static thread_local Scratch<uint8_t> next_codes;
   const Isa& on = *isa;
   const int64_t size = on.panels * a.segments * a.bytes * NR, width = on.panels * NR, half = w.panels() / 2;
   // As many panels as fit into the second cache are unpacked together. Rows then stay in the first cache, and each row of
@@ -110,7 +109,6 @@ bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
   int32_t* m = products.get(on.rows * width);
   float* h = gated || a.next ? halves.get(2 * on.rows * width) : nullptr;
   float *hidden[MAX_ROWS], *gate[MAX_ROWS];
-  uint8_t* next = a.next ? next_codes.get(on.rows * width) : nullptr;
   const int64_t next_row = (gated ? half : w.panels()) * NR;
   std::vector<Panels> panels, others;
   panels.reserve(calls), others.reserve(gated ? calls : 0);  // nothing below throws
@@ -139,8 +137,7 @@ bool product(const Weight& w, const Terms& t, const Rows& a, int64_t first, int6
         for (int j = 0; !a.next && j < rows; j++) on.geglu(hidden[j], gate[j], columns, a.out[r + j] + column);
         if (!a.next) continue;
         if (gated) on.geglu(h, gate[0], numbers, h);  // of all rows in one call, because a row is short
-        nan |= on.quantize(h, numbers, numbers, a.range, next);
-        for (int j = 0; j < rows; j++) std::memcpy(a.next + (r + j) * next_row + column, next + j * columns, columns);
+        nan |= quantize_short_rows(h, rows, columns, a.range, a.next + r * next_row + column, next_row);
       }
     }
   }
@@ -209,10 +206,8 @@ auto quantizing(const Planes& planes, const float* x, int64_t stride, const std:
     } else if (planes.range.dynamic) {
       for (int64_t r = 0; r < count; r++)
         nan |= quantize_tokens(planes, x + (first + r) * stride, stride, 1, &samples[(first + r) / tokens], q + r * row, terms, r);
-    } else if (row == planes.channels && stride == row) {
-      nan = isa->quantize(x + first * stride, count * row, count * row, planes.range, q);
     } else {
-      for (int64_t r = 0; r < count; r++) nan |= planes.quantize(x + (first + r) * stride, q + r * row);
+      nan = planes.quantize_rows(x + first * stride, stride, count, q, row);
     }
     return q;
   };

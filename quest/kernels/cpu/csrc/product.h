@@ -74,11 +74,12 @@ struct Planes {
     fill(static_cast<int64_t>(range.low) - low, count - coded, out);
     return nan;
   }
-  // The same for rows of numbers without gaps.
-  bool quantize_rows(const float* x, int64_t rows, uint8_t* out) const {
-    if (pixel() == channels) return isa->quantize(x, rows * channels, rows * channels, range, out);
+  // The same for rows, `stride` numbers apart; their bytes are `step` apart. Rows without gaps are quantized in one call.
+  bool quantize_rows(const float* x, ptrdiff_t stride, int64_t rows, uint8_t* out, ptrdiff_t step) const {
+    if (pixel() == channels && stride == channels && step == channels)
+      return isa->quantize(x, rows * channels, rows * channels, range, out);
     bool nan = false;
-    for (int64_t r = 0; r < rows; r++) nan |= quantize(x + r * channels, out + r * pixel());
+    for (int64_t r = 0; r < rows; r++) nan |= quantize(x + r * stride, out + r * step);
     return nan;
   }
   // Writes pixels that represent zero.
@@ -99,6 +100,16 @@ struct Planes {
 // Memory for rows of codes, with room for a whole tile after the last one.
 inline uint8_t* rows_of(Scratch<uint8_t>& memory, int64_t rows, int64_t stride) {
   return memory.get((rows + isa->rows) * stride + SLACK);
+}
+
+// Quantizes rows of n numbers without gaps, in one call because they are short; their bytes are `step` apart. Returns true if
+// there is a NaN.
+inline bool quantize_short_rows(const float* x, int64_t rows, int64_t n, Range range, uint8_t* out, ptrdiff_t step) {
+  static thread_local Scratch<uint8_t> memory;
+  uint8_t* bytes = memory.get(rows * n);
+  const bool nan = isa->quantize(x, rows * n, rows * n, range, bytes);
+  for (int64_t r = 0; r < rows; r++) std::memcpy(out + r * step, bytes + r * n, n);
+  return nan;
 }
 
 inline bool in_int16(int64_t n) { return n == static_cast<int16_t>(n); }
