@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quest.kernels.cpu import fused
-from quest.kernels.cpu.core import calls
+from quest.kernels.cpu.core import block_calls, calls
 from quest.kernels.cpu.integer import bare, computes, fuses, on_integers, plus
 
 
@@ -79,7 +79,7 @@ class FusedTransformerBlock(BasicTransformerBlock):
         struct = fused.struct_of(self, transformer_block) if plain else None
         if struct is None:
             return super().forward(hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
-        return calls.transformer_block(struct, hidden_states, encoder_hidden_states)
+        return block_calls.transformer_block(struct, hidden_states, encoder_hidden_states)
 
 
 def transformer_block(block: FusedTransformerBlock) -> fused.Block | None:
@@ -103,7 +103,7 @@ def transformer_block(block: FusedTransformerBlock) -> fused.Block | None:
     norms = block.norm1, block.norm2 if len(modules) == 2 else block.norm1, block.norm3
 
     def struct():
-        return calls.TransformerBlock(
+        return block_calls.TransformerBlock(
             tuple(map(fused.norm, norms)),
             tuple(a.make() for a in attentions),
             len(attentions),
@@ -132,7 +132,7 @@ class FusedResnetBlock(ResnetBlock2D):
             residual = None
             if not struct.shortcut.weight:
                 residual = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-            return calls.resnet_block(struct, input_tensor, embedding, residual, self.conv2.operand.shape[0])
+            return block_calls.resnet_block(struct, input_tensor, embedding, residual, self.conv2.operand.shape[0])
         hidden = group_norm(input_tensor, self.norm1, silu=True)
         resample = self.upsample if self.upsample is not None else self.downsample
         if resample is not None:
@@ -171,10 +171,10 @@ def resnet_block(block: FusedResnetBlock) -> fused.Block | None:
 
     def struct():
         embedding = layers[2] if len(layers) == 3 else layers[0]  # the core does not read it if there is none
-        return calls.ResnetBlock(
+        return block_calls.ResnetBlock(
             (fused.norm(block.norm1), fused.norm(block.norm2)),
             *map(fused.layer, (block.conv1, embedding, block.conv2)),
-            fused.layer(shortcut[0]) if shortcut else calls.Layer(),
+            fused.layer(shortcut[0]) if shortcut else block_calls.Layer(),
             block.time_embedding_norm == "scale_shift",
         )
 
@@ -220,7 +220,7 @@ class FusedTransformer(Transformer2DModel):
         struct = fused.struct_of(self, transformer) if plain else None
         if struct is None:
             return super().forward(hidden_states, encoder_hidden_states, *args, **kwargs)
-        output = calls.transformer(struct, hidden_states, encoder_hidden_states)
+        output = block_calls.transformer(struct, hidden_states, encoder_hidden_states)
         return Transformer2DModelOutput(sample=output) if kwargs.get("return_dict", True) else (output,)
 
     def _get_output_for_continuous_inputs(self, hidden_states, residual, batch_size, height, width, inner_dim):
@@ -247,7 +247,7 @@ def transformer(module: FusedTransformer) -> fused.Block | None:
 
     def struct():
         first, last = map(fused.layer, layers)
-        return calls.Transformer(fused.norm(norm), first, inner.make(), last)
+        return block_calls.Transformer(fused.norm(norm), first, inner.make(), last)
 
     return fused.Block(struct, (module, norm, *layers, module.transformer_blocks, *inner.parts))
 

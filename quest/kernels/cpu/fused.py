@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from quest.kernels.cpu.core import calls
+from quest.kernels.cpu.core import block_calls, calls
 from quest.kernels.cpu.integer import computes, dynamic, on_integers
 
 # Classes of attention processors that `attention` can read. quest.quantization adds its own, because kernels do not
@@ -138,14 +138,14 @@ def struct_of(module: nn.Module, look: Callable[[nn.Module], Block | None]) -> c
 
 def layer(module: nn.Module) -> ctypes.Structure:
     """Return the struct of a quantized layer that runs on integers."""
-    return calls.layer(module.operand, module.bias, _range(module.input_quantizer, module.weight_shape[1]))
+    return block_calls.layer(module.operand, module.bias, _range(module.input_quantizer, module.weight_shape[1]))
 
 
 def norm(module: nn.Module) -> ctypes.Structure:
     """Return the struct of a group norm or a layer norm."""
     if isinstance(module, nn.GroupNorm):
-        return calls.norm(module.weight, module.bias, module.eps, module.num_channels, module.num_groups)
-    return calls.norm(module.weight, module.bias, module.eps, module.normalized_shape[0])
+        return block_calls.norm(module.weight, module.bias, module.eps, module.num_channels, module.num_groups)
+    return block_calls.norm(module.weight, module.bias, module.eps, module.normalized_shape[0])
 
 
 def attention(module: nn.Module) -> Block | None:
@@ -162,7 +162,7 @@ def attention(module: nn.Module) -> Block | None:
 
     def struct():
         ranges = tuple(_range(q) for q in (processor.q, processor.k, processor.v, processor.p))
-        return calls.AttentionBlock(*map(layer, layers), ranges, module.scale, module.heads)
+        return block_calls.AttentionBlock(*map(layer, layers), ranges, module.scale, module.heads)
 
     return Block(struct, (module, *layers, processor, out, out[1]))
 
@@ -173,7 +173,7 @@ def attended(module: nn.Module, x: Tensor, context: Tensor, residual: Tensor | N
     Returns None if the core cannot compute it for these modules or this x.
     """
     block = struct_of(module, attention) if computes(x) else None
-    return None if block is None else calls.attention_block(block, x, context, residual)
+    return None if block is None else block_calls.attention_block(block, x, context, residual)
 
 
 def idle(dropout: nn.Module) -> bool:

@@ -1,7 +1,7 @@
-"""Calls the functions of the compiled core with tensors. Only this module turns tensors into addresses.
+"""Calls the functions of the compiled core with tensors. Only `calls` and `block_calls` turn tensors into addresses.
 
-The core cannot check the memory behind an address. So this module checks dtype, device, shape and strides of every
-tensor once per call, and allocates every result. `csrc/core.cpp` compares the sizes that a packed weight states. If the
+The core cannot check the memory behind an address. So these modules check dtype, device, shape and strides of every
+tensor once per call, and allocate every result. `csrc/core.cpp` compares the sizes that a packed weight states. If the
 core cannot read the strides of a tensor that torch's own layer could read, the tensor is copied.
 
 Each function raises TypeError for a tensor that is not float32 on a CPU (torch does not mix dtypes either), ValueError
@@ -23,9 +23,6 @@ Range = tuple[float, float, float, int]
 DYNAMIC = {None: 0, "token": 1, "tensor": 2}  # by QuantSpec.rows; `Dynamic` in csrc/driver.h. Groups: their channels
 
 STRUCTS = abi.structs()
-Layer, Norm, AttentionBlock, TransformerBlock, Transformer, ResnetBlock = (
-    STRUCTS[name] for name in ("Layer", "Norm", "AttentionBlock", "TransformerBlock", "Transformer", "ResnetBlock")
-)
 
 
 # A small layer takes a few microseconds. So these are looked up once, and errors have functions of their own.
@@ -57,7 +54,7 @@ def packed(weight: Tensor, name: str) -> tuple[int, int]:
     return weight.data_ptr(), weight.numel()
 
 
-def _shaped(tensor: Tensor | None, shape: tuple[int, ...], name: str) -> Tensor | None:
+def shaped(tensor: Tensor | None, shape: tuple[int, ...], name: str) -> Tensor | None:
     """Return the tensor without gaps if it has this shape; None for None."""
     if tensor is None:
         return None
@@ -74,12 +71,6 @@ def _beside(residual: Tensor | None, out: Tensor, name: str) -> Tensor | None:
     if residual.shape != out.shape:
         raise ValueError(f"{name}: a residual of shape {list(residual.shape)} for an output of {list(out.shape)}")
     return residual if residual.stride() == out.stride() else torch.empty_like(out).copy_(residual)
-
-
-def _dimensions(tensor: Tensor, number: int, name: str) -> Tensor:
-    if tensor.ndim != number:
-        raise ValueError(f"{name}: its shape is {list(tensor.shape)}; it takes {number} dimensions")
-    return tensor
 
 
 def pack(codes: Tensor, zero_point: Tensor, scale: Tensor, group: int | None = None) -> Tensor:
@@ -148,7 +139,7 @@ def linear(
         rows = rows.contiguous()
     outputs = weight.shape[0]
     width = outputs // 2 if gated else outputs
-    bias = _shaped(bias, (outputs,), "linear, bias")
+    bias = shaped(bias, (outputs,), "linear, bias")
     out = x.new_empty((*x.shape[:-1], width))
     residual = _beside(residual, out, "linear, residual")
     status = core().quest_linear(
@@ -189,7 +180,7 @@ def conv2d(
         x = x.contiguous(memory_format=torch.channels_last)
     sample, _, row, pixel = x.stride()
     shape = convolved(x, weight, stride, padding, dilation)
-    bias = _shaped(bias, (shape[1],), "conv2d, bias")
+    bias = shaped(bias, (shape[1],), "conv2d, bias")
     out = torch.empty(shape, dtype=FLOAT32, device=CPU, memory_format=torch.channels_last)
     residual = _beside(residual, out, "conv2d, residual")
     status = core().quest_conv2d(
@@ -234,117 +225,6 @@ def attention(
     return out if q.ndim == 4 else out[:, 0]
 
 
-def layer(weight: Tensor, bias: Tensor | None, limits: Range) -> ctypes.Structure:
-    """Return the struct of a quantized layer. It contains addresses, so the caller must keep the tensors alive."""
-    if bias is not None and (checked(bias, "bias").shape != weight.shape[:1] or not bias.is_contiguous()):
-        raise ValueError(f"a bias of shape {list(bias.shape)} for {weight.shape[0]} outputs")
-    return Layer(*packed(weight, "layer"), address(bias), limits)
-
-
-def norm(weight: Tensor | None, bias: Tensor | None, eps: float, channels: int, groups: int = 0) -> ctypes.Structure:
-    """Return the struct of a group norm or layer norm. The caller must keep the tensors alive."""
-    for tensor in (weight, bias):
-        if tensor is not None and (checked(tensor, "norm").shape != (channels,) or not tensor.is_contiguous()):
-            raise ValueError(f"norm: a weight or bias of shape {list(tensor.shape)} for {channels} channels")
-    return Norm(address(weight), address(bias), eps, groups, channels)
-
-
-def attention_block(
-    block: ctypes.Structure, x: Tensor, context: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """x [B, n, C], context [B, m, C'] (default: x) -> [B, n, C], plus residual if there is one."""
-    x, context = _tokens(x, context, "attention block")
-    context = x if context is None else context
-    residual = _shaped(residual, x.shape, "attention block, residual")
-    out = x.new_empty(x.shape)
-    status = core().quest_attention_block(
-        ctypes.byref(block), x.data_ptr(), context.data_ptr(), *x.shape, *context.shape[1:], address(residual),
-        out.data_ptr(), x.shape[2], torch.get_num_threads(),
-    )  # fmt: skip
-    if status:
-        check(status, "attention block", x=x, context=context)
-    return out
-
-
-def transformer_block(block: ctypes.Structure, x: Tensor, context: Tensor | None) -> Tensor:
-    """x [B, n, C], context [B, m, C'] or None -> [B, n, C]."""
-    x, context = _tokens(x, context, "transformer block")
-    out = x.new_empty(x.shape)
-    m, width = (0, 0) if context is None else context.shape[1:]
-    status = core().quest_transformer_block(
-        ctypes.byref(block), x.data_ptr(), address(context), *x.shape, m, width, out.data_ptr(), torch.get_num_threads()
-    )
-    if status:
-        check(status, "transformer block", x=x, context=context)
-    return out
-
-
-def transformer(struct: ctypes.Structure, x: Tensor, context: Tensor | None) -> Tensor:
-    """x [N, C, H, W], context [N, m, C'] or None -> [N, C, H, W], channels innermost."""
-    x = _image(x, "transformer")
-    context = _context(context, x, "transformer")
-    out = torch.empty(x.shape, dtype=FLOAT32, device=CPU, memory_format=torch.channels_last)
-    samples, channels, height, width = x.shape
-    m, context_channels = (0, 0) if context is None else context.shape[1:]
-    status = core().quest_transformer(
-        ctypes.byref(struct), x.data_ptr(), address(context), samples, height * width, channels, m, context_channels,
-        out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    if status:
-        check(status, "transformer", x=x, context=context)
-    return out
-
-
-def _image(x: Tensor, name: str) -> Tensor:
-    """Return x [N, C, H, W] with channels innermost and without gaps."""
-    if 0 in _dimensions(checked(x, name), 4, name).shape[2:]:
-        raise ValueError(f"{name}: its shape is {list(x.shape)}; it takes [N, C, H, W] with pixels")
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _tokens(x: Tensor, context: Tensor | None, name: str) -> tuple[Tensor, Tensor | None]:
-    """Check tokens x [B, n, C] and context [B, m, C'], and return both without gaps."""
-    x = _dimensions(checked(x, name), 3, name).contiguous()
-    return x, _context(context, x, name)
-
-
-def _context(context: Tensor | None, x: Tensor, name: str) -> Tensor | None:
-    """Return a context [B, m, C'] of as many samples as x without gaps; None for None."""
-    if context is None:
-        return None
-    if context.ndim != 3 or len(context) != len(x):
-        raise ValueError(f"{name}: a context of shape {list(context.shape)} for an input of {list(x.shape)}; it takes [B, m, C']")
-    return checked(context, f"{name}, context").contiguous()
-
-
-def resnet_block(
-    block: ctypes.Structure, x: Tensor, embedding: Tensor | None, residual: Tensor | None, outputs: int
-) -> Tensor:
-    """x [N, C, H, W], embedding [N, E] after its activation, residual [N, outputs, H, W] -> [N, outputs, H, W].
-
-    residual: None if the block computes its shortcut. Channels of the result lie innermost.
-    """
-    x = _image(x, "residual block")
-    samples, channels, height, width = x.shape
-    if residual is not None:
-        if residual.shape != (samples, outputs, height, width):
-            raise ValueError(f"residual block: a residual of shape {list(residual.shape)} for {list(x.shape)}")
-        residual = checked(residual, "residual block, residual").contiguous(memory_format=torch.channels_last)
-    length = 0
-    if embedding is not None:
-        length = _dimensions(embedding, 2, "residual block, embedding").shape[1]
-        embedding = _shaped(embedding, (samples, length), "residual block, embedding")
-    shape = samples, outputs, height, width
-    out = torch.empty(shape, dtype=FLOAT32, device=CPU, memory_format=torch.channels_last)
-    status = core().quest_resnet_block(
-        ctypes.byref(block), x.data_ptr(), samples, height, width, channels, address(embedding), length,
-        address(residual), out.data_ptr(), outputs, torch.get_num_threads(),
-    )  # fmt: skip
-    if status:
-        check(status, "residual block", x=x, embedding=embedding, residual=residual)
-    return out
-
-
 def group_norm(
     x: Tensor,
     groups: int,
@@ -368,9 +248,9 @@ def group_norm(
     if rows.stride(1) != 1 or (rows.shape[2] > 1 and rows.stride(2) != rows.shape[3] * _pixel(rows)):
         rows = rows.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     y = x.new_empty((samples, *size, channels))
-    weight, bias = _shaped(weight, (channels,), "group norm, weight"), _shaped(bias, (channels,), "group norm, bias")
-    shift = _shaped(shift, (samples, channels), "group norm, shift")
-    modulation = _shaped(modulation, (samples, 2 * channels), "group norm, modulation")
+    weight, bias = shaped(weight, (channels,), "group norm, weight"), shaped(bias, (channels,), "group norm, bias")
+    shift = shaped(shift, (samples, channels), "group norm, shift")
+    modulation = shaped(modulation, (samples, 2 * channels), "group norm, modulation")
     status = core().quest_group_norm(
         rows.data_ptr(), rows.stride(0), _pixel(rows), samples, rows.shape[2] * rows.shape[3], channels, groups, eps,
         address(weight), address(bias), address(shift), address(modulation), silu, y.data_ptr(),
@@ -392,7 +272,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     shape = x.shape[-1:]
     if not x.ndim:
         raise ValueError("layer norm: a number has no dimension to normalize")
-    weight, bias = _shaped(weight, shape, "layer norm, weight"), _shaped(bias, shape, "layer norm, bias")
+    weight, bias = shaped(weight, shape, "layer norm, weight"), shaped(bias, shape, "layer norm, bias")
     y = x.new_empty(x.shape)
     rows = x.numel() // shape[0] if x.numel() else 0
     status = core().quest_layer_norm(
