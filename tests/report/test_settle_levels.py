@@ -9,7 +9,7 @@ from test_settle import FULL, GOOD, N, evidence, record, row_of, seeds_of
 from quest.report.settle import SEEDS, levels
 
 
-def test_rows_and_columns_at_equal_granularity():
+def test_rows_and_columns_at_equal_granularity(tmp_path):
     names = ["mse-tensor", "mse-step", "mse-token", "smooth-tensor", "smooth-token", "quest-suite"]
     rows = [one for name in names for one in seeds_of(name, GOOD)]
     (table,) = levels.by_granularity(levels.frame(evidence(*rows)), "psnr")
@@ -22,6 +22,8 @@ def test_rows_and_columns_at_equal_granularity():
     assert all("21.9" in cell for cell in of["nothing but ranges of least error"])
     assert of["smoothing"][1] == "–" and "21.9" in of["smoothing"][2]
     assert of["AdaRound and QuEST's finetuning"][0] == "–" and "21.9" in of["AdaRound and QuEST's finetuning"][1]
+    levels.granularity_figure(levels.frame(evidence(*rows)), "psnr", tmp_path / "granularity.png")
+    assert (tmp_path / "granularity.png").stat().st_size > 10_000
     # Two granularities are no table.
     few = [one for name in names[:1] + names[2:5] for one in seeds_of(name, GOOD)]
     assert levels.by_granularity(levels.frame(evidence(*few)), "psnr") == []

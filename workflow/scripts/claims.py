@@ -33,6 +33,7 @@ def main() -> None:
     rendering.write(assets / "rankings.csv", pd.concat(ranked))
     rankings.figure(runs["main.csv"][0], None, assets / "rankings.png")
     levels.figure(rows, "log_latent_mse", assets / "standing.png")
+    levels.granularity_figure(rows, "psnr", assets / "granularity.png")
 
 
 def made():

@@ -4,7 +4,7 @@ Differences are judged in `verdicts`, where equal images cancel. Here a reader s
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -90,24 +90,57 @@ def tables(found: pd.DataFrame) -> list[Table]:
     return made
 
 
+def _matched(found: pd.DataFrame, endpoint: str) -> Iterator[tuple[str, list[str], dict[str, list]]]:
+    """Yield a model with more than two granularities at W4A4, these, and the row of each by what was done before."""
+    chosen = found[(found["endpoint"] == endpoint) & (found["bits"] == "w4a4")]
+    for model, of_model in chosen.groupby("model", sort=False):
+        at = {row.method: row for row in of_model.itertuples()}
+        cells = {b: {g: at.get(ELSEWHERE.get(f"{b}-{g}", f"{b}-{g}")) for g in GRANULARITIES} for b in BEFORE_ROUNDING}
+        shown = [g for g in GRANULARITIES if sum(of[g] is not None for of in cells.values()) > 1]
+        if len(shown) > 2:
+            yield str(model), shown, {before: [of[g] for g in shown] for before, of in cells.items()}
+
+
 def by_granularity(found: pd.DataFrame, endpoint: str) -> list[Table]:
     """A table for each model at W4A4 with more than two granularities: an endpoint by what was done and granularity."""
     made = []
-    for model, of_model in found[(found["endpoint"] == endpoint) & (found["bits"] == "w4a4")].groupby(
-        "model", sort=False
-    ):
-        at = {row.method: row for row in of_model.itertuples()}
-        names = {(b, g): ELSEWHERE.get(f"{b}-{g}", f"{b}-{g}") for b in BEFORE_ROUNDING for g in GRANULARITIES}
-        shown = [g for g in GRANULARITIES if sum(names[b, g] in at for b in BEFORE_ROUNDING) > 1]
-        if len(shown) < 3:
-            continue
-        rows = []
-        for before, words in BEFORE_ROUNDING.items():
-            cells = [at.get(names[before, g]) for g in shown]
-            rows.append([words, *(interval(c.value, c.low, c.high) if c else number(math.nan) for c in cells)])
+    for model, shown, cells in _matched(found, endpoint):
         heads = columns("before rounding", texts=1) + columns(*(GRANULARITIES[g] for g in shown))
+        rows = [
+            [BEFORE_ROUNDING[before], *(interval(c.value, c.low, c.high) if c else number(math.nan) for c in of)]
+            for before, of in cells.items()
+        ]
         made.append(Table(heads, rows, title=f"{model}: {METRICS[endpoint].label}"))
     return made
+
+
+def granularity_figure(found: pd.DataFrame, endpoint: str, path: str | Path) -> None:
+    """Draw `by_granularity` as a panel for each of its models, a line for each row; hollow: not all on integers.
+
+    The dotted line is W4A8 with nearest codes and one static scale (`mse-tensor`).
+    """
+    models = list(_matched(found, endpoint))
+    drawing, panels = style.subplots(1, max(1, len(models)), (7 * max(1, len(models)), 4.4))
+    for axes, (model, shown, cells) in zip(panels[0], models, strict=False):
+        for place, (before, of) in enumerate(cells.items()):
+            there = {i + 0.06 * (place - len(cells) / 2): cell for i, cell in enumerate(of) if cell}
+            look = style.look(place)
+            axes.plot([*there], [cell.value for cell in there.values()], color=look["color"], lw=1, alpha=0.6)
+            axes.plot([], [], **look, ls="none", label=BEFORE_ROUNDING[before])
+            for x, cell in there.items():
+                fill = {} if cell.realizable == 1 else {"mfc": "white"}
+                style.error_bars(axes, [x], pd.DataFrame([cell._asdict()]), **look, **fill, ms=6)
+        nearest = (found["model"] == model) & (found["endpoint"] == endpoint) & (found["method"] == "mse-tensor")
+        for row in found[nearest & (found["bits"] == "w4a8")].itertuples():
+            axes.axhline(row.value, color=style.INK, ls=":", lw=1)
+            axes.text(0, row.value, "W4A8: nearest codes, one static scale", va="bottom", fontsize=8, color=style.INK)
+        style.plain(axes)
+        axes.set_xticks(range(len(shown)), [GRANULARITIES[g] for g in shown])
+        axes.set_xlabel("what shares a scale of an activation")
+        axes.set_ylabel(METRICS[endpoint].label)
+        axes.set_title(f"{model}, W4A4")
+    style.legend(drawing, panels[0], columns=3)
+    style.save(drawing, path)
 
 
 def figure(found: pd.DataFrame, endpoint: str, path: str | Path) -> None:
@@ -125,6 +158,7 @@ def figure(found: pd.DataFrame, endpoint: str, path: str | Path) -> None:
         bits = [f"{row.method} {row.bits.upper()} ({row.effective_bits:.2f} bits)" for row in of_model.itertuples()]
         style.plain(axes)
         axes.set_yticks(range(len(bits)), bits)
+        axes.set_ylim(len(bits) - most - 0.5, len(bits) - 0.5)  # rows of equal height in all panels, the best on top
         axes.set_title(model)
         axes.set_xlabel(METRICS[endpoint].label)
     style.save(drawing, path)
