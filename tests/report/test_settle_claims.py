@@ -112,6 +112,7 @@ def test_the_pages_are_replaced_and_never_half_written(tmp_path, monkeypatch):
     monkeypatch.setattr(rankings, "frame", lambda *_: frame)
     monkeypatch.setattr(rankings, "figure", lambda *_: None)
     monkeypatch.setattr(levels, "figure", lambda *_: None)
+    monkeypatch.setattr(levels, "granularity_figure", lambda *_: None)
     monkeypatch.setattr("sys.argv", ["claims"])
     (tmp_path / "docs").mkdir()
     for name in ("claims", "questions"):
