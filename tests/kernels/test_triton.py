@@ -15,7 +15,7 @@ import torch
 from operands import activation, exact, weight
 from torch.nn import functional as F
 
-from quest.affine import QTensor, QuantSpec, fake_quantize, quantize
+from quest.affine import QParams, QTensor, QuantSpec, fake_quantize, quantize
 from quest.kernels import reference
 from quest.kernels.triton import kernel as triton
 from quest.quantization.quantizer import Quantizer
@@ -222,6 +222,86 @@ def test_attention_sums_are_those_of_the_codes():
     torch.testing.assert_close(y, ((v_int.codes - 100).sum(2, keepdim=True) / m).expand_as(y), rtol=1e-6, atol=0)
 
 
+def of_rows(bits: int, axis: int, rows: str = "token") -> QParams:
+    """Parameters of a dynamic format whose codes reach 0.9 of a range."""
+    return QParams(torch.tensor(0.9), torch.tensor(0.0), QuantSpec(bits, axis=axis, rows=rows))
+
+
+@computes
+@pytest.mark.parametrize("rows", ["token", "tensor"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", [(2, 19, 33), (37, 33), (1, 33), (3, 2, 4, 33)])
+def test_scales_of_rows_in_a_linear_layer(poison, monkeypatch, rows, fused, bits, shape):
+    """An identity weight shows the codes themselves, other weights products of them."""
+    monkeypatch.setattr(triton, "FUSED_OUTPUTS", 33 if fused else 0)
+    x = torch.randn(shape) * torch.logspace(-2, 2, shape[-2])[:, None] + 0.3
+    x[0] = 0.0 if rows == "tensor" else x[0]  # a sample of zeros
+    qparams = of_rows(bits, -1, rows)
+    eye = QTensor(torch.eye(33) * 16, torch.full((33, 1), 1 / 16), torch.zeros(33, 1))
+    assert torch.equal(triton.linear(x, qparams, triton.pack(eye), None), fake_quantize(x, qparams) + 0.0)
+    w, b = weight(33, 33, bits=bits, outside=True), torch.randn(33)
+    close(*(k.linear(x, qparams, k.pack(w), b) for k in (triton, reference)))
+
+
+@computes
+@pytest.mark.parametrize("rows", ["token", "tensor"])
+@pytest.mark.parametrize(
+    "size, conv",
+    [
+        (3, {}),
+        (3, {"stride": (2, 2), "padding": (0, 1)}),
+        (3, {"stride": (1, 2), "padding": (2, 0), "dilation": (2, 1)}),
+        (1, {"padding": (0, 0)}),
+        (1, {"padding": (0, 0), "stride": (2, 2)}),
+        (1, {}),
+    ],
+)
+def test_scales_of_pixels_and_samples_in_a_convolution(poison, rows, size, conv):
+    conv = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1) | conv
+    x = torch.randn(3, 40, 6, 5) * torch.logspace(-2, 1, 30).view(6, 5) + 0.2
+    for bits in (4, 8):
+        w, b = weight(17, 40, size, size, bits=bits, outside=True), torch.randn(17)
+        y, e = (k.conv2d(x, of_rows(bits, 1, rows), k.pack(w), b, **conv) for k in (triton, reference))
+        close(y, e)
+        alone = triton.conv2d(x[1:2], of_rows(bits, 1, rows), triton.pack(w), b, **conv)
+        assert torch.equal(alone, y[1:2]) and y.is_contiguous(memory_format=torch.channels_last)
+
+
+@computes
+@pytest.mark.parametrize("which", ["qkvp", "q", "k", "v", "p"])
+def test_scales_of_tokens_in_attention(poison, which):
+    rows = [torch.randn(2, length, 24).unflatten(2, (2, 12)).transpose(1, 2) for length in (7, 20, 20)]
+    rows[1] = rows[1] * torch.logspace(-1, 0.5, 20)[:, None]
+    params = [activation(8, 128.0, 12 / 255)] * 3 + [activation(8, 0.0, 1 / 255)]
+    for name in which:
+        params["qkvp".index(name)] = of_rows(8, -2 if name == "v" else -1)
+    three = [t.flatten(0, 1) for t in rows]
+    y = triton.attention(*rows, params, 0.3)
+    e = reference.attention(*three, params, 0.3).reshape(y.shape)
+    # A probability at a tie may take the neighbouring code: a step of its scale times the largest value.
+    assert (y - e).abs().max() <= 2.5 / 255 * rows[2].abs().max()
+    assert ((y - e).abs() > 1e-5 * e.abs().max()).float().mean() < 0.05
+    assert torch.equal(triton.attention(*three, params, 0.3), y.flatten(0, 1))
+
+
+@computes
+def test_nan_in_a_row_with_its_own_scale_stays_there():
+    x = torch.ones(3, 20)
+    x[1, 4] = torch.nan
+    y = triton.linear(x, of_rows(8, -1), triton.pack(weight(4, 20, bits=8)), None)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+    x = torch.ones(2, 20, 5, 5)
+    x[0, 3, 0, 0] = torch.nan
+    w, conv = triton.pack(weight(4, 20, 3, 3, bits=4)), ((1, 1), (1, 1), (1, 1), 1)
+    y = triton.conv2d(x, of_rows(8, 1), w, None, *conv)
+    assert y[0, :, :2, :2].isnan().all() and y.isnan().sum() == 4 * 4
+    y = triton.conv2d(x, of_rows(8, 1, "tensor"), w, None, *conv)
+    assert y[0].isnan().all() and y[1].isfinite().all()
+    with pytest.raises(RuntimeError, match="train on the reference"), torch.enable_grad():
+        triton.linear(torch.ones(2, 20, requires_grad=True), of_rows(8, -1), w, None)
+
+
 @computes
 def test_nan_in_is_nan_out():
     w, conv = triton.pack(weight(4, 20, bits=8)), triton.pack(weight(4, 20, 3, 3, bits=4))
@@ -270,7 +350,7 @@ def test_operators():
     limits = [0, 255] * 4
     for shape in ((2, 3, 5, 8), (2, 5, 8)):
         rows = [torch.randn(shape) for _ in range(3)]
-        given = (*rows, [scale] * 4, [z, z, z, torch.tensor(0.0)], limits, 0.3)
+        given = (*rows, [scale] * 4, [z, z, z, torch.tensor(0.0)], limits, False, 0.3)
         torch.library.opcheck(ops.triton_attention, given, test_utils=checks)
 
 
@@ -325,14 +405,17 @@ def test_calls_wait_for_nothing_and_replay_from_a_cuda_graph():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", ["w8a8", "w4a8", "w4a4"])
-def test_whole_denoisers(bits, request):
+@pytest.mark.parametrize(
+    "recipe", [{"method": "rtn", "samples": 8}, {"method": "dynamic", "dynamic": "token"}], ids=str
+)
+def test_whole_denoisers(bits, recipe, request):
     """Codes at ties differ, and what follows multiplies the difference; it stays below the error of quantization."""
     import quest
     from quest.quantization.placement import place
 
     with torch.device("cpu"):
         pipe, calibration = (request.getfixturevalue(f"uncond_{what}") for what in ("pipe", "calibration"))
-        denoiser = quest.quantize(pipe, "rtn", bits, calibration=calibration, samples=8).unet
+        denoiser = quest.quantize(pipe, bits=bits, calibration=calibration, **recipe).unet
     inputs = {name: t.to(DEVICE) for name, t in calibration.inputs(torch.arange(4)).items()}
     target = calibration.target[:4].to(DEVICE)
     denoiser.to(DEVICE)

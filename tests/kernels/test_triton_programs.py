@@ -72,9 +72,20 @@ ON_TENSOR_CORES = {80: "mma.sync.aligned.m16n8k32.row.col", 90: "wgmma.mma_async
 
 
 @needs_triton
-@pytest.mark.parametrize("capability, bits, fused", [(80, 8, True), (80, 4, False), (90, 4, True), (90, 8, False)])
-def test_layers_compile_to_integer_products(tmp_path, monkeypatch, capability, bits, fused):
-    """Fused: a linear layer of half-precision inputs. Else a 3 x 3 convolution over codes."""
+@pytest.mark.parametrize(
+    "capability, bits, kind",
+    [
+        (80, 8, "linear"),
+        (80, 4, "conv"),
+        (80, 8, "conv of pixels"),
+        (90, 4, "linear"),
+        (90, 8, "conv"),
+        (90, 4, "conv of pixels"),
+    ],
+)
+def test_layers_compile_to_integer_products(tmp_path, monkeypatch, capability, bits, kind):
+    """A linear layer of half-precision inputs, or a 3 x 3 convolution over codes, whose pixels may have scales."""
+    fused = kind == "linear"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from quest.kernels.triton.programs import multiply
 
@@ -83,6 +94,7 @@ def test_layers_compile_to_integer_products(tmp_path, monkeypatch, capability, b
     types |= {"weight_int": "*i32", "y": "*fp16"}
     size = 1 if fused else 3
     constants = dict(QMIN=0, QMAX=255, BITS=bits, KH=size, KW=size, FUSED=fused, POINTWISE=fused, PADDED=not fused)
+    constants["OF_PIXELS"] = kind == "conv of pixels"
     constants |= dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64) | ({"sums": None} if fused else {})
     code = compiled(multiply.fn, types, constants, capability)
     assert ON_TENSOR_CORES[capability] in code and ".s32.s8.s8" in code
@@ -90,15 +102,31 @@ def test_layers_compile_to_integer_products(tmp_path, monkeypatch, capability, b
 
 
 @needs_triton
-def test_attention_compiles_to_integer_products(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_attention_compiles_to_integer_products(tmp_path, monkeypatch, dynamic):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from quest.kernels.triton.programs import attend
 
     kinds = (("", "*i8"), ("_sums", "*fp32"), ("_scale", "*fp32"), ("_zero", "*fp32"))
     types = {name + suffix: kind for name in "qkvp" for suffix, kind in kinds} | {"y": "*fp16", "scale": "fp32"}
-    constants = dict(QMIN=0, QMAX=255, BLOCK_M=64, BLOCK_N=64, BLOCK_D=64)
+    constants = dict(QMIN=0, QMAX=255, DYNAMIC=dynamic, BLOCK_M=64, BLOCK_N=64, BLOCK_D=64)
     code = compiled(attend, types, constants, 90)
     assert ON_TENSOR_CORES[90] in code and ".s32.s8.s8" in code and "div.rn.f32" in code
+
+
+def test_scales_of_rows_are_computed_and_those_of_groups_refused():
+    def format(axis, **of):
+        return QParams(torch.tensor(1.0), torch.tensor(0.0), QuantSpec(8, axis=axis, **of))
+
+    spec, conv = QuantSpec(8, axis=0), dict(groups=1, padding=(1, 1))
+    for rows in ("token", "tensor"):
+        assert triton.supports(weight(4, 32, bits=8), spec, format(-1, rows=rows)) is None
+        assert triton.supports(weight(4, 32, 3, 3, bits=8), spec, format(1, rows=rows), **conv) is None
+    groups = format(-1, rows="token", group=16)
+    assert "groups of 16" in triton.supports(weight(4, 32, bits=8), spec, groups)
+    token, channel = format(-1, rows="token"), format(-2, rows="token")
+    assert triton.supports_attention(token, token, channel, token) is None
+    assert "v: scales" in triton.supports_attention(token, token, token, token)
 
 
 def test_signed_inputs_are_refused():

@@ -5,6 +5,9 @@ Two 4-bit weights share a byte. They become signed bytes in registers, because t
 4-bit operands. Inputs may also be float16 or bfloat16. Their codes are those of the same values in float32, and the
 result has their dtype. A NaN in the input gives NaN in the output at the same places as in the reference.
 
+Scales of a dynamic format, those of a sample or of a token, are computed by torch's own operations before the codes.
+A convolution of several taps adds these in float32, since each pixel has a scale.
+
 Scales and zero points stay on the device, and the host never waits for it. So calls can be captured in a CUDA graph,
 after a first call of each shape, which times a few tilings. They do not change results, see `programs`.
 
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quest.affine import QParams, QTensor, QuantSpec
+from quest.affine import QParams, QTensor, QuantSpec, measured
 from quest.kernels.cpu import integer
 from quest.kernels.cpu.core.shapes import convolved
 from quest.kernels.torch_ops import fake_attention, fake_conv2d, flat, register, run
@@ -51,7 +54,7 @@ def unavailable(device: torch.device, dtype: torch.dtype = torch.float32) -> str
 def supports(weight: QTensor, weight_spec: QuantSpec, input: QParams, **conv) -> str | None:
     """Return why this kernel cannot compute a layer exactly; None if it can.
 
-    It computes what the `integer` kernel computes, except signed inputs, dynamic scales, groups and very long sums.
+    It computes what the `integer` kernel computes, except signed inputs, groups and very long sums.
     weight: the codes. input: scale and zero point of all time groups. conv: the keywords of `conv2d`; none for a linear
     layer. Zero points may lie outside the codes, because padding is the exact zero here and needs no code.
     """
@@ -75,7 +78,7 @@ def _refused(**specs: QuantSpec) -> str | None:
     Signed bytes hold codes minus 128, which signed codes would exceed.
     """
     for name, spec in specs.items():
-        if spec.dynamic or spec.group is not None:
+        if spec.group is not None:
             return f"{name}: scales {spec.granularity}"
         if spec.symmetric:
             return f"{name}: signed codes"
@@ -127,16 +130,29 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return codes[..., :channels].permute(0, 3, 1, 2).reshape(shape).contiguous()
 
 
+def _of_rows(x: Tensor, qparams: QParams, order: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a static format, or of each row of x as `order` permutes it, [rows] each.
+
+    The last dimension of a permuted x is that of a row.
+    """
+    if not qparams.spec.dynamic:
+        return qparams.scale, qparams.zero_point
+    shape = [*(x.shape[d] for d in order[:-1]), 1]
+    found = measured(x.float(), qparams)[:2]
+    return tuple(t.permute(*order).expand(shape).reshape(-1).contiguous() for t in found)
+
+
 def linear(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], weight the result of `pack` -> [..., N], in the dtype of x."""
-    scale, zero_point, spec = qparams
+    scale, zero_point = _of_rows(x, qparams, range(x.ndim))
+    spec = qparams.spec
     return run(_linear, "triton_linear", x, weight, bias, scale, zero_point, spec.qmin, spec.qmax)
 
 
 def conv2d(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups):
     """x [N, C, H, W] -> [N, O, H', W'], channels innermost. Padding is zero, after quantization; groups must be 1."""
-    scale, zero_point, spec = qparams
-    limits = spec.qmin, spec.qmax
+    scale, zero_point = _of_rows(x, qparams, (0, 2, 3, 1))
+    limits = qparams.spec.qmin, qparams.spec.qmax
     return run(_conv2d, "triton_conv2d", x, weight, bias, scale, zero_point, *limits, stride, padding, dilation)
 
 
@@ -145,7 +161,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, formats: Sequence[QParams], scale
 
     Tensors may have any strides. The normalized probabilities are quantized, as in the reference.
     """
-    return run(_attention, "triton_attention", q, k, v, *flat(formats), scale)
+    *tensors, (p_scale, p_zero_point, p) = formats
+    # Both products run along the innermost dimension of codes, so those of v lie transposed.
+    order = [*range(q.ndim)]
+    orders = order, order, [*order[:-2], order[-1], order[-2]]
+    rows = [_of_rows(*one) for one in zip((q, k, v), tensors, orders, strict=True)]
+    scales, zero_points = zip(*rows, (p_scale, p_zero_point), strict=True)
+    limits = flat(formats)[2]
+    return run(_attention, "triton_attention", q, k, v, scales, zero_points, limits, p.dynamic, scale)
 
 
 def _check(x: Tensor, name: str) -> None:
@@ -158,7 +181,10 @@ def _check(x: Tensor, name: str) -> None:
 
 
 def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
-    """x [A, B, C, D] -> codes minus 128, int8 [A * B * C, D rounded up to 32], and their sums, float32 [A * B * C]."""
+    """x [A, B, C, D] -> codes minus 128, int8 [A * B * C, D rounded up to 32], and their sums, float32 [A * B * C].
+
+    scale, zero_point: of all of x, or [A * B * C] each.
+    """
     from quest.kernels.triton.programs import INTERPRETED, quantize
 
     channels = x.shape[3]
@@ -168,17 +194,25 @@ def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
     block = 64 if INTERPRETED else 16
     with torch.cuda.device_of(x):
         quantize[(-(-rows // block),)](
-            x, scale, zero_point, codes, sums, rows, channels, width, *x.shape[1:3], *x.stride(), qmin, qmax, block,
-            128, num_warps=4,
+            x, scale, zero_point, codes, sums, rows, channels, width, *x.shape[1:3], *x.stride(), _step(scale), qmin,
+            qmax, block, 128, num_warps=4,
         )  # fmt: skip
     return codes, sums
+
+
+def _step(scale: Tensor) -> int:
+    """How far the scales of two rows lie apart: 0 where all rows have one."""
+    return int(scale.numel() > 1)
 
 
 def _multiply(
     x, sums, weight, bias, scale, zero_point, y, rows, channels, x_row, qmin, qmax,
     size=(1, 1), out_size=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1),
 ):  # fmt: skip
-    """Compute y [rows, outputs] from codes and their sums, or from floats if `sums` is None."""
+    """Compute y [rows, outputs] from codes and their sums, or from floats if `sums` is None.
+
+    scale, zero_point: of all of x, or of each of its rows (in a convolution, its pixels).
+    """
     from quest.kernels.triton.programs import multiply
 
     outputs, kh, kw, span = weight.shape
@@ -192,11 +226,13 @@ def _multiply(
 
     padded = any(padding)
     pointwise = kh == kw == 1 and tuple(stride) == (1, 1) and not padded
+    step = _step(scale)
     with torch.cuda.device_of(x):
         multiply[grid](
             x, sums, weight, weight.view(torch.int32), weight.view(torch.float32), bias, scale, zero_point, y, rows,
-            outputs, channels, x_row, depth, span, *size, *out_size, *stride, *padding, *dilation, QMIN=qmin, QMAX=qmax,
-            BITS=bits, KH=kh, KW=kw, FUSED=sums is None, POINTWISE=pointwise, PADDED=padded,
+            outputs, channels, x_row, depth, span, *size, *out_size, *stride, *padding, *dilation, step, QMIN=qmin,
+            QMAX=qmax, BITS=bits, KH=kh, KW=kw, FUSED=sums is None, POINTWISE=pointwise, PADDED=padded,
+            OF_PIXELS=bool(step) and not pointwise,
         )  # fmt: skip
 
 
@@ -242,8 +278,19 @@ def _conv2d(
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, scales: list[Tensor], zero_points: list[Tensor], limits: list[int], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: list[Tensor],
+    zero_points: list[Tensor],
+    limits: list[int],
+    dynamic: bool,
+    scale: float,
 ) -> Tensor:
+    """scales, zero_points: of q, k, v and p, each of a whole tensor or of its rows. dynamic: those of p are of rows.
+
+    Then the scale of p is its clip ratio.
+    """
     from quest.kernels.triton.programs import INTERPRETED, attend
 
     _check(q, "attention")
@@ -260,8 +307,8 @@ def _attention(
     with torch.cuda.device_of(q):
         attend[(-(-n // block) * batch * heads,)](
             *(t for pair in operands for t in pair), scales[3], zero_points[3], out, n, m, d, _width(d), _width(m),
-            heads, *out.stride()[:3], scale, *limits[6:], block, block, max(32, 1 << (d - 1).bit_length()),
-            num_warps=4,
+            heads, *out.stride()[:3], scale, *map(_step, scales[:3]), *limits[6:], dynamic, block, block,
+            max(32, 1 << (d - 1).bit_length()), num_warps=4,
         )  # fmt: skip
     return out if q.ndim == 4 else out[:, 0]
 

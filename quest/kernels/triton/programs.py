@@ -17,9 +17,12 @@ import os
 import triton
 import triton.language as tl
 
+from quest.affine import TINY
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # 1.5 * 2^23. float32 has no fractions at this size, so adding it rounds to the nearest integer, ties to even.
 ROUND = tl.constexpr(12582912.0)
+LEAST = tl.constexpr(TINY)  # scale of a dynamic format
 
 
 def _tiling(rows: int, outputs: int, depth: int, warps: int, stages: int) -> triton.Config:
@@ -57,14 +60,15 @@ def integers(sums):
 @triton.jit
 def quantize(
     x, scale, zero_point, codes, sums, rows, channels, width, size_1, size_2, stride_0, stride_1, stride_2, stride_3,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    scale_step, QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """x [size_0, size_1, size_2, channels] of any strides -> codes minus 128, int8 [rows, width]; sums, float32 [rows].
 
-    rows is size_0 * size_1 * size_2. Codes after the last channel are 0.
+    rows is size_0 * size_1 * size_2. Codes after the last channel are 0. scale_step: 1 if each row has a scale, else 0.
     """
-    s, z = tl.load(scale).to(tl.float32), tl.load(zero_point).to(tl.float32)
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    s = tl.load(scale + row * scale_step, mask=row < rows, other=1.0).to(tl.float32)[:, None]
+    z = tl.load(zero_point + row * scale_step, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     first = row // (size_1 * size_2) * stride_0 + row // size_2 % size_1 * stride_1 + row % size_2 * stride_2
     total = tl.zeros((BLOCK_R,), tl.float32)
     for start in range(0, width, BLOCK_C):
@@ -82,9 +86,9 @@ def quantize(
 @triton.jit
 def multiply(
     x, sums, weight, weight_int, weight_float, bias, scale, zero_point, y, rows, outputs, channels, x_row, depth, span,
-    height, width, out_height, out_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x,
+    height, width, out_height, out_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, scale_step,
     QMIN: tl.constexpr, QMAX: tl.constexpr, BITS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    FUSED: tl.constexpr, POINTWISE: tl.constexpr, PADDED: tl.constexpr,
+    FUSED: tl.constexpr, POINTWISE: tl.constexpr, PADDED: tl.constexpr, OF_PIXELS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute a convolution over pixels whose channels lie innermost, or a linear layer: y [rows, outputs].
@@ -92,23 +96,32 @@ def multiply(
     x: codes [pixels, x_row] and their sums [pixels], from `quantize`; if FUSED, floats [rows, x_row], quantized here.
     weight: the result of `pack`, `span` bytes for each tap, of which `depth` are codes (BITS 4: the first half of the
     channels in the low half bytes, the second in the high ones). POINTWISE: row m of y belongs to pixel m. PADDED: some
-    taps can lie outside of the image.
+    taps can lie outside of the image. scale_step: 1 if each row of y (OF_PIXELS: each pixel of x) has a scale, else 0.
     """
     TAPS: tl.constexpr = KH * KW
     tiles = tl.cdiv(outputs, BLOCK_N)
     m = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    s, z = tl.load(scale).to(tl.float32), tl.load(zero_point).to(tl.float32)
+    if not OF_PIXELS:
+        s = tl.load(scale + m * scale_step, mask=m < rows, other=1.0).to(tl.float32)[:, None]
+        z = tl.load(zero_point + m * scale_step, mask=m < rows, other=0.0).to(tl.float32)[:, None]
     column = n.to(tl.int64) * (TAPS * span)
-    # A tap outside of the image reads the code of zero, or the nearest code if zero has none.
-    outside = (tl.minimum(tl.maximum(z, QMIN), QMAX) - 128.0).to(tl.int8)
+    known = n < outputs
+    head = (column + depth) // 4
+    tap_scale = tl.load(weight_float + head + 1, mask=known, other=0.0)
+    zero_w = tl.load(weight_int + head + 2, mask=known, other=0)
+    # A tap outside of the image reads the code of zero, or the nearest code if zero has none. Where rows have scales,
+    # none is outside, and where pixels have, it does not count.
+    zero = tl.load(zero_point).to(tl.float32)
+    outside = (tl.minimum(tl.maximum(zero, QMIN), QMAX) - 128.0).to(tl.int8)
 
     image = m // (out_height * out_width) * (height * width)
     top = m // out_width % out_height * stride_y - padding_y
     left = m % out_width * stride_x - padding_x
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     blocks = tl.cdiv(depth, BLOCK_K)
     for step in range(0, TAPS * blocks):
@@ -147,8 +160,17 @@ def multiply(
                 high = tl.load(a + depth, mask=inside[:, None] & (d < depth)[None, :], other=outside)
             acc = tl.dot(low, (w & 15).to(tl.int8) - 8, acc, out_dtype=tl.int32)
             acc = tl.dot(high, (w >> 4).to(tl.int8) - 8, acc, out_dtype=tl.int32)
+        if OF_PIXELS:
+            if step % blocks == blocks - 1:  # the last of this tap
+                tap_sum = tl.load(sums + pixel, mask=inside, other=0.0)
+                zero_a = tl.load(zero_point + pixel, mask=inside, other=128.0).to(tl.int32) - 128
+                tap_w = tl.load(weight_int + head + tap * (span // 4), mask=known, other=0)
+                acc -= integers(tap_sum)[:, None] * zero_w[None, :] + zero_a[:, None] * tap_w[None, :]
+                out += acc.to(tl.float32) * tl.load(scale + pixel, mask=inside, other=0.0)[:, None]
+                total += tap_sum
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
 
-    if not FUSED:
+    if not FUSED and not OF_PIXELS:
         for tap in range(0, TAPS):
             if POINTWISE:
                 total += tl.load(sums + m, mask=m < rows, other=0.0)
@@ -159,24 +181,21 @@ def multiply(
                 padding = outside.to(tl.float32) * channels
                 total += tl.load(sums + image + py * width + px, mask=inside, other=padding)
 
-    head = (column + depth) // 4
-    known = n < outputs
-    tap_scale = tl.load(weight_float + head + 1, mask=known, other=0.0)
-    zero_w = tl.load(weight_int + head + 2, mask=known, other=0)
-    total_w = tl.load(weight_int + head + 3, mask=known, other=0)
-    zero_a = z.to(tl.int32) - 128
-    acc -= integers(total)[:, None] * zero_w[None, :] + zero_a * total_w[None, :]
-    if PADDED:
-        beyond = zero_a - outside.to(tl.int32)
-        if beyond != 0:  # zero has no code: subtract what the taps outside of the image have added
-            for tap in range(0, TAPS):
-                py = top + tap // KW * dilation_y
-                px = left + tap % KW * dilation_x
-                inside = (py >= 0) & (py < height) & (px >= 0) & (px < width)
-                tap_w = tl.load(weight_int + head + tap * (span // 4), mask=known, other=0)
-                acc += tl.where(inside, 0, beyond)[:, None] * tap_w[None, :]
-
-    out = acc.to(tl.float32) * (s * tap_scale)[None, :]
+    if OF_PIXELS:
+        out *= tap_scale[None, :]
+    else:
+        total_w = tl.load(weight_int + head + 3, mask=known, other=0)
+        acc -= integers(total)[:, None] * zero_w[None, :] + (z.to(tl.int32) - 128) * total_w[None, :]
+        if PADDED:
+            beyond = zero.to(tl.int32) - 128 - outside.to(tl.int32)
+            if beyond != 0:  # zero has no code: subtract what the taps outside of the image have added
+                for tap in range(0, TAPS):
+                    py = top + tap // KW * dilation_y
+                    px = left + tap % KW * dilation_x
+                    inside = (py >= 0) & (py < height) & (px >= 0) & (px < width)
+                    tap_w = tl.load(weight_int + head + tap * (span // 4), mask=known, other=0)
+                    acc += tl.where(inside, 0, beyond)[:, None] * tap_w[None, :]
+        out = acc.to(tl.float32) * (s * tap_scale[None, :])
     if bias is not None:
         out += tl.load(bias + n, mask=known, other=0.0).to(tl.float32)[None, :]
     out = tl.where((total == total)[:, None], out, float("nan"))
@@ -185,11 +204,14 @@ def multiply(
 
 
 @triton.jit
-def scores(q, q_sums, k, k_sums, head, j, c, m, width, zero_q, zero_k, factor, depth):
-    """Return factor * (q - zero_q)(k - zero_k)^T of one tile, float32; -inf after the last key, NaN for keys of NaN."""
+def scores(q, q_sums, k, k_sums, k_scale, k_zero, k_step, head, j, c, m, width, zero_q, factor, scale, depth):
+    """Return the scores of one tile, float32; -inf after the last key, NaN for keys of NaN. factor: the scales of q."""
     there = (c < width)[:, None] & (j < m)[None, :]
     keys = tl.load(k + (head * m + j)[None, :] * width + c[:, None], mask=there, other=0)
     sums = tl.load(k_sums + head * m + j, mask=j < m, other=0.0)
+    row = (head * m + j) * k_step
+    zero_k = tl.load(k_zero + row, mask=j < m, other=0.0).to(tl.int32)[None, :] - 128
+    factor = factor * tl.load(k_scale + row, mask=j < m, other=0.0).to(tl.float32)[None, :] * scale
     product = tl.dot(q, keys, out_dtype=tl.int32)
     product += depth * zero_q * zero_k - q_sums[:, None] * zero_k - zero_q * integers(sums)[None, :]
     score = tl.where((sums == sums)[None, :], product.to(tl.float32) * factor, float("nan"))
@@ -199,21 +221,24 @@ def scores(q, q_sums, k, k_sums, head, j, c, m, width, zero_q, zero_k, factor, d
 @triton.jit
 def attend(
     q, q_sums, q_scale, q_zero, k, k_sums, k_scale, k_zero, v, v_sums, v_scale, v_zero, p_scale, p_zero, y,
-    n, m, depth, width, v_width, heads, y_batch, y_head, y_row, scale,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    n, m, depth, width, v_width, heads, y_batch, y_head, y_row, scale, q_step, k_step, v_step,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, DYNAMIC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute the attention of one block of queries of one head. QMIN and QMAX are those of the probabilities.
 
     q [B * heads, n, width], k [B * heads, m, width] and v [B * heads, depth, v_width] (keys innermost) are codes minus
     128 from `quantize`, with their sums. Scores are computed twice: first for the maximum and sum of each row, then for
-    the codes of the normalized probabilities. The matrix of probabilities is never stored.
+    the codes of the normalized probabilities. The matrix of probabilities is never stored. q_step, k_step, v_step: 1 if
+    each row has a scale, else 0. DYNAMIC: each row of probabilities has one, of which p_scale is the clip ratio.
     """
     blocks = tl.cdiv(n, BLOCK_M)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, BLOCK_D)
-    factor = tl.load(q_scale).to(tl.float32) * tl.load(k_scale).to(tl.float32) * scale
-    zero_q, zero_k = tl.load(q_zero).to(tl.int32) - 128, tl.load(k_zero).to(tl.int32) - 128
+    row = (head * n + i) * q_step
+    factor = tl.load(q_scale + row, mask=i < n, other=0.0).to(tl.float32)[:, None]
+    zero_q = tl.load(q_zero + row, mask=i < n, other=0.0).to(tl.int32)[:, None] - 128
     there = (i < n)[:, None] & (c < width)[None, :]
     queries = tl.load(q + (head * n + i)[:, None] * width + c[None, :], mask=there, other=0)
     sums = tl.load(q_sums + head * n + i, mask=i < n, other=0.0)
@@ -223,17 +248,23 @@ def attend(
     mass = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, m, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        score = scores(queries, whole, k, k_sums, head, j, c, m, width, zero_q, zero_k, factor, depth)
+        score = scores(
+            queries, whole, k, k_sums, k_scale, k_zero, k_step, head, j, c, m, width, zero_q, factor, scale, depth
+        )
         higher = tl.maximum(top, tl.max(score, 1))
         mass = mass * tl.exp(top - higher) + tl.sum(tl.exp(score - higher[:, None]), 1)  # NaN stays in it
         top = higher
 
     s, z = tl.load(p_scale).to(tl.float32), tl.load(p_zero).to(tl.float32)
+    if DYNAMIC:  # of a row whose largest probability is 1 / mass
+        s, z = tl.maximum(s / mass / QMAX, LEAST)[:, None], 0.0
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, m, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        score = scores(queries, whole, k, k_sums, head, j, c, m, width, zero_q, zero_k, factor, depth)
+        score = scores(
+            queries, whole, k, k_sums, k_scale, k_zero, k_step, head, j, c, m, width, zero_q, factor, scale, depth
+        )
         probability = tl.exp(score - top[:, None]) / mass[:, None]
         code = tl.where((j < m)[None, :], encode(probability, s, z, QMIN, QMAX), 0.0)
         total += tl.sum(code, 1)
@@ -242,9 +273,12 @@ def attend(
         acc = tl.dot(code.to(tl.int8), values, acc, out_dtype=tl.int32)
 
     v_total = tl.load(v_sums + head * depth + c, mask=c < depth, other=0.0)
-    zero_p, zero_v = z.to(tl.int32) - 128, tl.load(v_zero).to(tl.int32) - 128
+    column = (head * depth + c) * v_step
+    zero_v = tl.load(v_zero + column, mask=c < depth, other=0.0).to(tl.int32)[None, :] - 128
+    of_v = tl.load(v_scale + column, mask=c < depth, other=0.0).to(tl.float32)[None, :]
+    zero_p = -128 if DYNAMIC else z.to(tl.int32) - 128
     acc += m * zero_p * zero_v - integers(total)[:, None] * zero_v - zero_p * integers(v_total)[None, :]
-    out = acc.to(tl.float32) * (s * tl.load(v_scale).to(tl.float32))
+    out = acc.to(tl.float32) * (s * of_v)
     finite = ((sums == sums) & (total == total))[:, None] & (v_total == v_total)[None, :]
     out = tl.where(finite, out, float("nan"))
     target = y + head // heads * y_batch + head % heads * y_head + i.to(tl.int64)[:, None] * y_row + c[None, :]
