@@ -28,7 +28,7 @@ def flat(formats: Sequence[QParams]) -> tuple[tuple, tuple, list[int]]:
     return scales, zero_points, [limit for spec in specs for limit in (spec.qmin, spec.qmax)]
 
 
-def fake_conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation, residual=None, dynamic=0):
+def fake_conv2d(x, weight, bias, scale, zero_point, qmin, qmax, stride, padding, dilation, *_):
     """Return an empty result of the right shape and layout, with which torch traces a convolution."""
     shape = convolved(x, weight, stride, padding, dilation)
     return x.new_empty(shape).contiguous(memory_format=torch.channels_last)

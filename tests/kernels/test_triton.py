@@ -269,6 +269,30 @@ def test_scales_of_pixels_and_samples_in_a_convolution(poison, rows, size, conv)
 
 
 @computes
+@pytest.mark.parametrize("rows", ["token", "tensor"])
+def test_one_pixel_with_its_own_scale_is_as_in_a_batch(rows):
+    conv, w = ((1, 1), (1, 1), (1, 1), 1), triton.pack(weight(4, 40, 3, 3, bits=4))
+    x = torch.randn(3, 40, 1, 1)
+    y = triton.conv2d(x, of_rows(8, 1, rows), w, None, *conv)
+    assert all(torch.equal(triton.conv2d(x[i : i + 1], of_rows(8, 1, rows), w, None, *conv)[0], y[i]) for i in range(3))
+    x, w = torch.full((1, 20, 1, 1), torch.nan), triton.pack(weight(4, 20, 1, 1, bits=8))
+    y = triton.conv2d(x, of_rows(8, 1, rows), w, None, *conv)
+    assert y[:, :, 1, 1].isnan().all() and y.isnan().sum() == 4  # not where there is only padding
+
+
+@computes
+def test_layers_with_scales_of_rows_are_compiled():
+    dense, conv = triton.pack(weight(8, 16, bits=8)), triton.pack(weight(16, 8, 3, 3, bits=4))
+
+    def layers(x):
+        y = triton.conv2d(x, of_rows(8, 1), conv, None, (1, 1), (1, 1), (1, 1), 1)
+        return triton.linear(y.flatten(2).transpose(1, 2), of_rows(8, -1), dense, None)
+
+    x = torch.randn(2, 8, 4, 4)
+    assert torch.equal(torch.compile(layers, backend="eager", fullgraph=True)(x), layers(x))
+
+
+@computes
 @pytest.mark.parametrize("which", ["qkvp", "q", "k", "v", "p"])
 def test_scales_of_tokens_in_attention(poison, which):
     rows = [torch.randn(2, length, 24).unflatten(2, (2, 12)).transpose(1, 2) for length in (7, 20, 20)]
@@ -344,13 +368,15 @@ def test_operators():
     w = triton.pack(weight(10, 6, 3, 3, bits=4))
     x = torch.randn(1, 6, 4, 4).contiguous(memory_format=torch.channels_last)
     ops, checks = torch.ops.quest, ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.triton_conv2d, (x, w, b, scale, z, 0, 255, [2, 2], [1, 1], [1, 1]), test_utils=checks)
+    torch.library.opcheck(
+        ops.triton_conv2d, (x, w, b, scale, z, 0, 255, [2, 2], [1, 1], [1, 1], False), test_utils=checks
+    )
     w = triton.pack(weight(10, 6, bits=8))
-    torch.library.opcheck(ops.triton_linear, (torch.randn(3, 4, 6), w, b, scale, z, 0, 255), test_utils=checks)
+    torch.library.opcheck(ops.triton_linear, (torch.randn(3, 4, 6), w, b, scale, z, 0, 255, False), test_utils=checks)
     limits = [0, 255] * 4
     for shape in ((2, 3, 5, 8), (2, 5, 8)):
         rows = [torch.randn(shape) for _ in range(3)]
-        given = (*rows, [scale] * 4, [z, z, z, torch.tensor(0.0)], limits, False, 0.3)
+        given = (*rows, [scale] * 4, [z, z, z, torch.tensor(0.0)], limits, [False] * 4, 0.3)
         torch.library.opcheck(ops.triton_attention, given, test_utils=checks)
 
 
@@ -363,6 +389,12 @@ def test_wrong_inputs():
         triton.linear(torch.zeros(2, 8).double(), activation(8, 1.0), w, None)
     with pytest.raises(ValueError, match="40 channels; the weight was packed for another number"):
         triton.linear(torch.zeros(2, 40), activation(8, 1.0), w, None)
+    conv = triton.pack(weight(4, 8, 3, 3, bits=8))
+    with pytest.raises(ValueError, match=r"it takes \[N, C, H, W\]"):
+        triton.conv2d(torch.zeros(8, 5, 5), of_rows(8, 1), conv, None, (1, 1), (1, 1), (1, 1), 1)
+    params = [activation(8, 128.0)] * 4
+    with pytest.raises(ValueError, match="attention of q"):
+        triton.attention(torch.zeros(2, 5, 8), torch.zeros(1, 5, 8), torch.zeros(1, 5, 8), params, 0.3)
 
 
 @pytest.mark.gpu

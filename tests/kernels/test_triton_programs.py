@@ -79,13 +79,14 @@ ON_TENSOR_CORES = {80: "mma.sync.aligned.m16n8k32.row.col", 90: "wgmma.mma_async
         (80, 4, "conv"),
         (80, 8, "conv of pixels"),
         (90, 4, "linear"),
+        (90, 8, "linear of rows"),
         (90, 8, "conv"),
         (90, 4, "conv of pixels"),
     ],
 )
 def test_layers_compile_to_integer_products(tmp_path, monkeypatch, capability, bits, kind):
     """A linear layer of half-precision inputs, or a 3 x 3 convolution over codes, whose pixels may have scales."""
-    fused = kind == "linear"
+    fused = kind.startswith("linear")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from quest.kernels.triton.programs import multiply
 
@@ -94,7 +95,7 @@ def test_layers_compile_to_integer_products(tmp_path, monkeypatch, capability, b
     types |= {"weight_int": "*i32", "y": "*fp16"}
     size = 1 if fused else 3
     constants = dict(QMIN=0, QMAX=255, BITS=bits, KH=size, KW=size, FUSED=fused, POINTWISE=fused, PADDED=not fused)
-    constants["OF_PIXELS"] = kind == "conv of pixels"
+    constants |= {"OF_ROWS": kind == "linear of rows", "OF_PIXELS": kind == "conv of pixels"}
     constants |= dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64) | ({"sums": None} if fused else {})
     code = compiled(multiply.fn, types, constants, capability)
     assert ON_TENSOR_CORES[capability] in code and ".s32.s8.s8" in code
@@ -109,7 +110,9 @@ def test_attention_compiles_to_integer_products(tmp_path, monkeypatch, dynamic):
 
     kinds = (("", "*i8"), ("_sums", "*fp32"), ("_scale", "*fp32"), ("_zero", "*fp32"))
     types = {name + suffix: kind for name in "qkvp" for suffix, kind in kinds} | {"y": "*fp16", "scale": "fp32"}
-    constants = dict(QMIN=0, QMAX=255, DYNAMIC=dynamic, BLOCK_M=64, BLOCK_N=64, BLOCK_D=64)
+    constants = dict(
+        QMIN=0, QMAX=255, **dict.fromkeys(("OF_Q", "OF_K", "OF_V", "OF_P"), dynamic), BLOCK_M=64, BLOCK_N=64, BLOCK_D=64
+    )
     code = compiled(attend, types, constants, 90)
     assert ON_TENSOR_CORES[90] in code and ".s32.s8.s8" in code and "div.rn.f32" in code
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from quest.affine import QParams, QTensor, QuantSpec, measured
 from quest.kernels.cpu import integer
-from quest.kernels.cpu.core.shapes import convolved
+from quest.kernels.cpu.core.shapes import attended, convolved
 from quest.kernels.torch_ops import fake_attention, fake_conv2d, flat, register, run
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -144,16 +144,18 @@ def _of_rows(x: Tensor, qparams: QParams, order: Sequence[int]) -> tuple[Tensor,
 
 def linear(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], weight the result of `pack` -> [..., N], in the dtype of x."""
-    scale, zero_point = _of_rows(x, qparams, range(x.ndim))
+    scale, zero_point = _of_rows(x, qparams, [*range(x.ndim)])
     spec = qparams.spec
-    return run(_linear, "triton_linear", x, weight, bias, scale, zero_point, spec.qmin, spec.qmax)
+    return run(_linear, "triton_linear", x, weight, bias, scale, zero_point, spec.qmin, spec.qmax, spec.dynamic)
 
 
 def conv2d(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups):
     """x [N, C, H, W] -> [N, O, H', W'], channels innermost. Padding is zero, after quantization; groups must be 1."""
+    spec = qparams.spec
+    convolved(x, weight, stride, padding, dilation)
     scale, zero_point = _of_rows(x, qparams, (0, 2, 3, 1))
-    limits = qparams.spec.qmin, qparams.spec.qmax
-    return run(_conv2d, "triton_conv2d", x, weight, bias, scale, zero_point, *limits, stride, padding, dilation)
+    values = scale, zero_point, spec.qmin, spec.qmax, stride, padding, dilation, spec.dynamic
+    return run(_conv2d, "triton_conv2d", x, weight, bias, *values)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, formats: Sequence[QParams], scale: float) -> Tensor:
@@ -161,14 +163,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, formats: Sequence[QParams], scale
 
     Tensors may have any strides. The normalized probabilities are quantized, as in the reference.
     """
-    *tensors, (p_scale, p_zero_point, p) = formats
+    attended(q, k, v)
+    *tensors, (p_scale, p_zero_point, _) = formats
     # Both products run along the innermost dimension of codes, so those of v lie transposed.
     order = [*range(q.ndim)]
     orders = order, order, [*order[:-2], order[-1], order[-2]]
     rows = [_of_rows(*one) for one in zip((q, k, v), tensors, orders, strict=True)]
     scales, zero_points = zip(*rows, (p_scale, p_zero_point), strict=True)
-    limits = flat(formats)[2]
-    return run(_attention, "triton_attention", q, k, v, scales, zero_points, limits, p.dynamic, scale)
+    dynamic = [format.spec.dynamic for format in formats]
+    return run(_attention, "triton_attention", q, k, v, scales, zero_points, flat(formats)[2], dynamic, scale)
 
 
 def _check(x: Tensor, name: str) -> None:
@@ -180,10 +183,12 @@ def _check(x: Tensor, name: str) -> None:
         raise RuntimeError(f"{name}: the triton kernel has no gradient; train on the reference kernel")
 
 
-def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+def _quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, dynamic: bool
+) -> tuple[Tensor, Tensor]:
     """x [A, B, C, D] -> codes minus 128, int8 [A * B * C, D rounded up to 32], and their sums, float32 [A * B * C].
 
-    scale, zero_point: of all of x, or [A * B * C] each.
+    scale, zero_point: of all of x, or, if dynamic, [A * B * C] each.
     """
     from quest.kernels.triton.programs import INTERPRETED, quantize
 
@@ -194,24 +199,19 @@ def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
     block = 64 if INTERPRETED else 16
     with torch.cuda.device_of(x):
         quantize[(-(-rows // block),)](
-            x, scale, zero_point, codes, sums, rows, channels, width, *x.shape[1:3], *x.stride(), _step(scale), qmin,
-            qmax, block, 128, num_warps=4,
+            x, scale, zero_point, codes, sums, rows, channels, width, *x.shape[1:3], *x.stride(), dynamic, qmin, qmax,
+            block, 128, num_warps=4,
         )  # fmt: skip
     return codes, sums
 
 
-def _step(scale: Tensor) -> int:
-    """How far the scales of two rows lie apart: 0 where all rows have one."""
-    return int(scale.numel() > 1)
-
-
 def _multiply(
-    x, sums, weight, bias, scale, zero_point, y, rows, channels, x_row, qmin, qmax,
+    x, sums, weight, bias, scale, zero_point, y, rows, channels, x_row, qmin, qmax, dynamic,
     size=(1, 1), out_size=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1),
 ):  # fmt: skip
     """Compute y [rows, outputs] from codes and their sums, or from floats if `sums` is None.
 
-    scale, zero_point: of all of x, or of each of its rows (in a convolution, its pixels).
+    scale, zero_point: of all of x, or, if dynamic, of each of its rows (in a convolution, its pixels).
     """
     from quest.kernels.triton.programs import multiply
 
@@ -226,22 +226,28 @@ def _multiply(
 
     padded = any(padding)
     pointwise = kh == kw == 1 and tuple(stride) == (1, 1) and not padded
-    step = _step(scale)
     with torch.cuda.device_of(x):
         multiply[grid](
             x, sums, weight, weight.view(torch.int32), weight.view(torch.float32), bias, scale, zero_point, y, rows,
-            outputs, channels, x_row, depth, span, *size, *out_size, *stride, *padding, *dilation, step, QMIN=qmin,
-            QMAX=qmax, BITS=bits, KH=kh, KW=kw, FUSED=sums is None, POINTWISE=pointwise, PADDED=padded,
-            OF_PIXELS=bool(step) and not pointwise,
+            outputs, channels, x_row, depth, span, *size, *out_size, *stride, *padding, *dilation, QMIN=qmin, QMAX=qmax,
+            BITS=bits, KH=kh, KW=kw, FUSED=sums is None, POINTWISE=pointwise, PADDED=padded,
+            OF_ROWS=dynamic and pointwise, OF_PIXELS=dynamic and not pointwise,
         )  # fmt: skip
 
 
 def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    dynamic: bool,
 ) -> Tensor:
     _check(x, "linear")
     rows = x.reshape(-1, x.shape[-1])
-    range_ = scale, zero_point, qmin, qmax
+    range_ = scale, zero_point, qmin, qmax, dynamic
     y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
     if weight.shape[0] <= FUSED_OUTPUTS:
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
@@ -249,7 +255,7 @@ def _linear(
     else:
         operand, sums = _quantize(rows[None, None], *range_)
         row = operand.shape[1]
-    _multiply(operand, sums, weight, bias, scale, zero_point, y, *rows.shape, row, qmin, qmax)
+    _multiply(operand, sums, weight, bias, scale, zero_point, y, *rows.shape, row, qmin, qmax, dynamic)
     return y
 
 
@@ -264,15 +270,16 @@ def _conv2d(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    dynamic: bool,
 ) -> Tensor:
     _check(x, "conv2d")
     # Every tap and every tile of outputs reads each pixel, so pixels are quantized once, in a pass before.
-    codes, sums = _quantize(x.permute(0, 2, 3, 1), scale, zero_point, qmin, qmax)
+    codes, sums = _quantize(x.permute(0, 2, 3, 1), scale, zero_point, qmin, qmax, dynamic)
     shape = convolved(x, weight, stride, padding, dilation)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     _multiply(
         codes, sums, weight, bias, scale, zero_point, y, y[:, 0].numel(), x.shape[1], codes.shape[1], qmin, qmax,
-        x.shape[2:], shape[2:], stride, padding, dilation,
+        dynamic, x.shape[2:], shape[2:], stride, padding, dilation,
     )  # fmt: skip
     return y
 
@@ -284,13 +291,10 @@ def _attention(
     scales: list[Tensor],
     zero_points: list[Tensor],
     limits: list[int],
-    dynamic: bool,
+    dynamic: list[bool],
     scale: float,
 ) -> Tensor:
-    """scales, zero_points: of q, k, v and p, each of a whole tensor or of its rows. dynamic: those of p are of rows.
-
-    Then the scale of p is its clip ratio.
-    """
+    """scales, zero_points: of q, k, v and p, each of a whole tensor or, if dynamic, of its rows; p has a clip ratio."""
     from quest.kernels.triton.programs import INTERPRETED, attend
 
     _check(q, "attention")
@@ -301,19 +305,22 @@ def _attention(
         raise ValueError(f"attention: {m} keys, more than the {LONGEST} whose sums are exact")
     operands = []
     for i, t in enumerate((q4, k4, v4.transpose(2, 3))):  # both products run along the innermost dimension
-        operands += _quantize(t, scales[i], zero_points[i], *limits[2 * i : 2 * i + 2]), (scales[i], zero_points[i])
+        operands += (
+            _quantize(t, scales[i], zero_points[i], *limits[2 * i : 2 * i + 2], dynamic[i]),
+            (scales[i], zero_points[i]),
+        )
     out = torch.empty((batch, n, heads, d), dtype=q.dtype, device=q.device).transpose(1, 2)
     block = 32 if INTERPRETED else 64
     with torch.cuda.device_of(q):
         attend[(-(-n // block) * batch * heads,)](
             *(t for pair in operands for t in pair), scales[3], zero_points[3], out, n, m, d, _width(d), _width(m),
-            heads, *out.stride()[:3], scale, *map(_step, scales[:3]), *limits[6:], dynamic, block, block,
+            heads, *out.stride()[:3], scale, *dynamic, *limits[6:], block, block,
             max(32, 1 << (d - 1).bit_length()), num_warps=4,
         )  # fmt: skip
     return out if q.ndim == 4 else out[:, 0]
 
 
-def _fake_linear(x, weight, bias, scale, zero_point, qmin, qmax):
+def _fake_linear(x, weight, *_):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

@@ -53,6 +53,17 @@ def encode(x, scale, zero_point, QMIN: tl.constexpr, QMAX: tl.constexpr):
 
 
 @triton.jit
+def parameters(scale, zero_point, row, inside, OF_ROWS: tl.constexpr):
+    """Return scales and zero points of these rows, in the shape of `row`; scalars where all rows have the same."""
+    if OF_ROWS:
+        s = tl.load(scale + row, mask=inside, other=1.0)
+        z = tl.load(zero_point + row, mask=inside, other=0.0)
+    else:
+        s, z = tl.load(scale), tl.load(zero_point)
+    return s.to(tl.float32), z.to(tl.float32)
+
+
+@triton.jit
 def integers(sums):
     return tl.where(sums == sums, sums, 0.0).to(tl.int32)
 
@@ -60,15 +71,14 @@ def integers(sums):
 @triton.jit
 def quantize(
     x, scale, zero_point, codes, sums, rows, channels, width, size_1, size_2, stride_0, stride_1, stride_2, stride_3,
-    scale_step, QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    OF_ROWS: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """x [size_0, size_1, size_2, channels] of any strides -> codes minus 128, int8 [rows, width]; sums, float32 [rows].
 
-    rows is size_0 * size_1 * size_2. Codes after the last channel are 0. scale_step: 1 if each row has a scale, else 0.
+    rows is size_0 * size_1 * size_2. Codes after the last channel are 0. OF_ROWS: each row has a scale.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    s = tl.load(scale + row * scale_step, mask=row < rows, other=1.0).to(tl.float32)[:, None]
-    z = tl.load(zero_point + row * scale_step, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+    s, z = parameters(scale, zero_point, row[:, None], (row < rows)[:, None], OF_ROWS)
     first = row // (size_1 * size_2) * stride_0 + row // size_2 % size_1 * stride_1 + row % size_2 * stride_2
     total = tl.zeros((BLOCK_R,), tl.float32)
     for start in range(0, width, BLOCK_C):
@@ -82,13 +92,13 @@ def quantize(
     tl.store(sums + row, total, mask=row < rows)
 
 
-@triton.autotune(configs=TILINGS, key=["rows", "outputs", "depth", "KH", "KW"])
+@triton.autotune(configs=TILINGS, key=["rows", "outputs", "depth", "KH", "KW", "OF_PIXELS"])
 @triton.jit
 def multiply(
     x, sums, weight, weight_int, weight_float, bias, scale, zero_point, y, rows, outputs, channels, x_row, depth, span,
-    height, width, out_height, out_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, scale_step,
+    height, width, out_height, out_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x,
     QMIN: tl.constexpr, QMAX: tl.constexpr, BITS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    FUSED: tl.constexpr, POINTWISE: tl.constexpr, PADDED: tl.constexpr, OF_PIXELS: tl.constexpr,
+    FUSED: tl.constexpr, POINTWISE: tl.constexpr, PADDED: tl.constexpr, OF_ROWS: tl.constexpr, OF_PIXELS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute a convolution over pixels whose channels lie innermost, or a linear layer: y [rows, outputs].
@@ -96,21 +106,19 @@ def multiply(
     x: codes [pixels, x_row] and their sums [pixels], from `quantize`; if FUSED, floats [rows, x_row], quantized here.
     weight: the result of `pack`, `span` bytes for each tap, of which `depth` are codes (BITS 4: the first half of the
     channels in the low half bytes, the second in the high ones). POINTWISE: row m of y belongs to pixel m. PADDED: some
-    taps can lie outside of the image. scale_step: 1 if each row of y (OF_PIXELS: each pixel of x) has a scale, else 0.
+    taps can lie outside of the image. OF_ROWS: each row of y has a scale. OF_PIXELS: each pixel of x has one.
     """
     TAPS: tl.constexpr = KH * KW
     tiles = tl.cdiv(outputs, BLOCK_N)
     m = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    if not OF_PIXELS:
-        s = tl.load(scale + m * scale_step, mask=m < rows, other=1.0).to(tl.float32)[:, None]
-        z = tl.load(zero_point + m * scale_step, mask=m < rows, other=0.0).to(tl.float32)[:, None]
+    s, z = parameters(scale, zero_point, m[:, None], (m < rows)[:, None], OF_ROWS)
     column = n.to(tl.int64) * (TAPS * span)
     known = n < outputs
     head = (column + depth) // 4
-    tap_scale = tl.load(weight_float + head + 1, mask=known, other=0.0)
-    zero_w = tl.load(weight_int + head + 2, mask=known, other=0)
+    if OF_PIXELS:  # others need it after the loop, which has no registers to spare
+        zero_w = tl.load(weight_int + head + 2, mask=known, other=0)
     # A tap outside of the image reads the code of zero, or the nearest code if zero has none. Where rows have scales,
     # none is outside, and where pixels have, it does not count.
     zero = tl.load(zero_point).to(tl.float32)
@@ -181,9 +189,11 @@ def multiply(
                 padding = outside.to(tl.float32) * channels
                 total += tl.load(sums + image + py * width + px, mask=inside, other=padding)
 
+    tap_scale = tl.load(weight_float + head + 1, mask=known, other=0.0)
     if OF_PIXELS:
         out *= tap_scale[None, :]
     else:
+        zero_w = tl.load(weight_int + head + 2, mask=known, other=0)
         total_w = tl.load(weight_int + head + 3, mask=known, other=0)
         acc -= integers(total)[:, None] * zero_w[None, :] + (z.to(tl.int32) - 128) * total_w[None, :]
         if PADDED:
@@ -204,41 +214,41 @@ def multiply(
 
 
 @triton.jit
-def scores(q, q_sums, k, k_sums, k_scale, k_zero, k_step, head, j, c, m, width, zero_q, factor, scale, depth):
-    """Return the scores of one tile, float32; -inf after the last key, NaN for keys of NaN. factor: the scales of q."""
+def scores(
+    q, q_sums, k, k_sums, k_scale, k_zero, head, j, c, m, width, zero_q, of_q, scale, depth, OF_K: tl.constexpr
+):  # fmt: skip
+    """Return the scores of one tile, float32; -inf after the last key, NaN for keys of NaN. of_q: the scales of q."""
     there = (c < width)[:, None] & (j < m)[None, :]
     keys = tl.load(k + (head * m + j)[None, :] * width + c[:, None], mask=there, other=0)
     sums = tl.load(k_sums + head * m + j, mask=j < m, other=0.0)
-    row = (head * m + j) * k_step
-    zero_k = tl.load(k_zero + row, mask=j < m, other=0.0).to(tl.int32)[None, :] - 128
-    factor = factor * tl.load(k_scale + row, mask=j < m, other=0.0).to(tl.float32)[None, :] * scale
+    of_k, zero_k = parameters(k_scale, k_zero, (head * m + j)[None, :], (j < m)[None, :], OF_K)
+    zero_k = zero_k.to(tl.int32) - 128
     product = tl.dot(q, keys, out_dtype=tl.int32)
-    product += depth * zero_q * zero_k - q_sums[:, None] * zero_k - zero_q * integers(sums)[None, :]
-    score = tl.where((sums == sums)[None, :], product.to(tl.float32) * factor, float("nan"))
+    product += (depth * zero_q - q_sums[:, None]) * zero_k - zero_q * integers(sums)[None, :]
+    score = tl.where((sums == sums)[None, :], product.to(tl.float32) * (of_q * of_k * scale), float("nan"))
     return tl.where((j < m)[None, :], score, float("-inf"))
 
 
 @triton.jit
 def attend(
     q, q_sums, q_scale, q_zero, k, k_sums, k_scale, k_zero, v, v_sums, v_scale, v_zero, p_scale, p_zero, y,
-    n, m, depth, width, v_width, heads, y_batch, y_head, y_row, scale, q_step, k_step, v_step,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, DYNAMIC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    n, m, depth, width, v_width, heads, y_batch, y_head, y_row, scale,
+    OF_Q: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr, OF_P: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute the attention of one block of queries of one head. QMIN and QMAX are those of the probabilities.
 
     q [B * heads, n, width], k [B * heads, m, width] and v [B * heads, depth, v_width] (keys innermost) are codes minus
     128 from `quantize`, with their sums. Scores are computed twice: first for the maximum and sum of each row, then for
-    the codes of the normalized probabilities. The matrix of probabilities is never stored. q_step, k_step, v_step: 1 if
-    each row has a scale, else 0. DYNAMIC: each row of probabilities has one, of which p_scale is the clip ratio.
+    the codes of the normalized probabilities. The matrix of probabilities is never stored. OF_Q to OF_P: each row
+    has a scale. For probabilities p_scale is the clip ratio then.
     """
     blocks = tl.cdiv(n, BLOCK_M)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, BLOCK_D)
-    row = (head * n + i) * q_step
-    factor = tl.load(q_scale + row, mask=i < n, other=0.0).to(tl.float32)[:, None]
-    zero_q = tl.load(q_zero + row, mask=i < n, other=0.0).to(tl.int32)[:, None] - 128
+    of_q, zero_q = parameters(q_scale, q_zero, (head * n + i)[:, None], (i < n)[:, None], OF_Q)
+    zero_q = zero_q.to(tl.int32) - 128
     there = (i < n)[:, None] & (c < width)[None, :]
     queries = tl.load(q + (head * n + i)[:, None] * width + c[None, :], mask=there, other=0)
     sums = tl.load(q_sums + head * n + i, mask=i < n, other=0.0)
@@ -249,21 +259,21 @@ def attend(
     for start in range(0, m, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         score = scores(
-            queries, whole, k, k_sums, k_scale, k_zero, k_step, head, j, c, m, width, zero_q, factor, scale, depth
+            queries, whole, k, k_sums, k_scale, k_zero, head, j, c, m, width, zero_q, of_q, scale, depth, OF_K
         )
         higher = tl.maximum(top, tl.max(score, 1))
         mass = mass * tl.exp(top - higher) + tl.sum(tl.exp(score - higher[:, None]), 1)  # NaN stays in it
         top = higher
 
     s, z = tl.load(p_scale).to(tl.float32), tl.load(p_zero).to(tl.float32)
-    if DYNAMIC:  # of a row whose largest probability is 1 / mass
+    if OF_P:  # of a row whose largest probability is 1 / mass
         s, z = tl.maximum(s / mass / QMAX, LEAST)[:, None], 0.0
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, m, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         score = scores(
-            queries, whole, k, k_sums, k_scale, k_zero, k_step, head, j, c, m, width, zero_q, factor, scale, depth
+            queries, whole, k, k_sums, k_scale, k_zero, head, j, c, m, width, zero_q, of_q, scale, depth, OF_K
         )
         probability = tl.exp(score - top[:, None]) / mass[:, None]
         code = tl.where((j < m)[None, :], encode(probability, s, z, QMIN, QMAX), 0.0)
@@ -273,10 +283,9 @@ def attend(
         acc = tl.dot(code.to(tl.int8), values, acc, out_dtype=tl.int32)
 
     v_total = tl.load(v_sums + head * depth + c, mask=c < depth, other=0.0)
-    column = (head * depth + c) * v_step
-    zero_v = tl.load(v_zero + column, mask=c < depth, other=0.0).to(tl.int32)[None, :] - 128
-    of_v = tl.load(v_scale + column, mask=c < depth, other=0.0).to(tl.float32)[None, :]
-    zero_p = -128 if DYNAMIC else z.to(tl.int32) - 128
+    of_v, zero_v = parameters(v_scale, v_zero, (head * depth + c)[None, :], (c < depth)[None, :], OF_V)
+    zero_v = zero_v.to(tl.int32) - 128
+    zero_p = -128 if OF_P else z.to(tl.int32) - 128
     acc += m * zero_p * zero_v - integers(total)[:, None] * zero_v - zero_p * integers(v_total)[None, :]
     out = acc.to(tl.float32) * (s * of_v)
     finite = ((sums == sums) & (total == total))[:, None] & (v_total == v_total)[None, :]
