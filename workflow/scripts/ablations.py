@@ -22,7 +22,7 @@ def main() -> None:
     from quest.report import ablations, figures
 
     frame = ablations.write(arguments.metrics, arguments.ablations, arguments.csv, arguments.markdown)
-    figures.paired_differences(frame, arguments.ablations["against"], "latent_mse", arguments.figure)
+    figures.paired_differences(frame, arguments.ablations["against"], "log_latent_mse", arguments.figure)
     print(arguments.markdown.read_text(encoding="utf-8"))
 
 
