@@ -130,31 +130,27 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return codes[..., :channels].permute(0, 3, 1, 2).reshape(shape).contiguous()
 
 
-def _of_rows(x: Tensor, qparams: QParams, order: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of a static format, or of each row of x as `order` permutes it, [rows] each.
-
-    The last dimension of a permuted x is that of a row.
-    """
-    if not qparams.spec.dynamic:
-        return qparams.scale, qparams.zero_point
-    shape = [*(x.shape[d] for d in order[:-1]), 1]
+def _of_rows(x: Tensor, qparams: QParams) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a static format, or [rows] each of a dynamic one, whose axis is that of a row of x."""
+    scale, zero_point, spec = qparams
+    if not spec.dynamic:
+        return scale, zero_point
+    rows = x.movedim(spec.axis, -1).shape[:-1]
     found = measured(x.float(), qparams)[:2]
-    return tuple(t.permute(*order).expand(shape).reshape(-1).contiguous() for t in found)
+    return tuple(t.movedim(spec.axis, -1).expand(*rows, 1).reshape(-1).contiguous() for t in found)
 
 
 def linear(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], weight the result of `pack` -> [..., N], in the dtype of x."""
-    scale, zero_point = _of_rows(x, qparams, [*range(x.ndim)])
     spec = qparams.spec
-    return run(_linear, "triton_linear", x, weight, bias, scale, zero_point, spec.qmin, spec.qmax, spec.dynamic)
+    values = *_of_rows(x, qparams), spec.qmin, spec.qmax, spec.dynamic
+    return run(_linear, "triton_linear", x, weight, bias, *values)
 
 
 def conv2d(x: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups):
     """x [N, C, H, W] -> [N, O, H', W'], channels innermost. Padding is zero, after quantization; groups must be 1."""
     spec = qparams.spec
-    convolved(x, weight, stride, padding, dilation)
-    scale, zero_point = _of_rows(x, qparams, (0, 2, 3, 1))
-    values = scale, zero_point, spec.qmin, spec.qmax, stride, padding, dilation, spec.dynamic
+    values = *_of_rows(x, qparams), spec.qmin, spec.qmax, stride, padding, dilation, spec.dynamic
     return run(_conv2d, "triton_conv2d", x, weight, bias, *values)
 
 
@@ -165,10 +161,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, formats: Sequence[QParams], scale
     """
     attended(q, k, v)
     *tensors, (p_scale, p_zero_point, _) = formats
-    # Both products run along the innermost dimension of codes, so those of v lie transposed.
-    order = [*range(q.ndim)]
-    orders = order, order, [*order[:-2], order[-1], order[-2]]
-    rows = [_of_rows(*one) for one in zip((q, k, v), tensors, orders, strict=True)]
+    rows = map(_of_rows, (q, k, v), tensors)
     scales, zero_points = zip(*rows, (p_scale, p_zero_point), strict=True)
     dynamic = [format.spec.dynamic for format in formats]
     return run(_attention, "triton_attention", q, k, v, scales, zero_points, flat(formats)[2], dynamic, scale)
@@ -273,9 +266,9 @@ def _conv2d(
     dynamic: bool,
 ) -> Tensor:
     _check(x, "conv2d")
+    shape = convolved(x, weight, stride, padding, dilation)
     # Every tap and every tile of outputs reads each pixel, so pixels are quantized once, in a pass before.
     codes, sums = _quantize(x.permute(0, 2, 3, 1), scale, zero_point, qmin, qmax, dynamic)
-    shape = convolved(x, weight, stride, padding, dilation)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     _multiply(
         codes, sums, weight, bias, scale, zero_point, y, y[:, 0].numel(), x.shape[1], codes.shape[1], qmin, qmax,

@@ -114,6 +114,12 @@ def by_granularity(found: pd.DataFrame, endpoint: str) -> list[Table]:
     return made
 
 
+def _point(axes, at: float, row, **look) -> None:
+    """Draw one row of `frame`, hollow where not all of its products ran on integers."""
+    fill = {} if row.realizable == 1 else {"mfc": "white"}
+    style.error_bars(axes, [at], pd.DataFrame([row._asdict()]), ms=6, **fill, **look)
+
+
 def granularity_figure(found: pd.DataFrame, endpoint: str, path: str | Path) -> None:
     """Draw `by_granularity` as a panel for each of its models, a line for each row; hollow: not all on integers.
 
@@ -128,8 +134,7 @@ def granularity_figure(found: pd.DataFrame, endpoint: str, path: str | Path) -> 
             axes.plot([*there], [cell.value for cell in there.values()], color=look["color"], lw=1, alpha=0.6)
             axes.plot([], [], **look, ls="none", label=BEFORE_ROUNDING[before])
             for x, cell in there.items():
-                fill = {} if cell.realizable == 1 else {"mfc": "white"}
-                style.error_bars(axes, [x], pd.DataFrame([cell._asdict()]), **look, **fill, ms=6)
+                _point(axes, x, cell, **look)
         nearest = (found["model"] == model) & (found["endpoint"] == endpoint) & (found["method"] == "mse-tensor")
         for row in found[nearest & (found["bits"] == "w4a8")].itertuples():
             axes.axhline(row.value, color=style.INK, ls=":", lw=1)
@@ -152,9 +157,7 @@ def figure(found: pd.DataFrame, endpoint: str, path: str | Path) -> None:
     for axes, model in zip(panels[0], models, strict=False):
         of_model = found[found["model"] == model].sort_values("value", ascending=False)
         for place, row in enumerate(of_model.itertuples()):
-            fill = style.COLOURS[0] if row.realizable == 1 else "white"
-            look = {"color": style.COLOURS[0], "marker": "o", "mfc": fill, "ms": 6}
-            style.error_bars(axes, [place], pd.DataFrame([row._asdict()]), horizontal=True, **look)
+            _point(axes, place, row, horizontal=True, **style.look(0))
         bits = [f"{row.method} {row.bits.upper()} ({row.effective_bits:.2f} bits)" for row in of_model.itertuples()]
         style.plain(axes)
         axes.set_yticks(range(len(bits)), bits)
