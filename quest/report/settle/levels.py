@@ -143,7 +143,8 @@ def granularity_figure(found: pd.DataFrame, endpoint: str, path: str | Path) -> 
         axes.set_xticks(range(len(shown)), [GRANULARITIES[g] for g in shown])
         axes.set_xlabel("what shares a scale of an activation")
         axes.set_ylabel(METRICS[endpoint].label)
-        axes.set_title(f"{model}, W4A4")
+        seeds = sorted({cell.seeds for of in cells.values() for cell in of if cell})
+        axes.set_title(f"{model}, W4A4, means and 95 % intervals over {'-'.join(map(str, seeds))} seeds", fontsize=10)
     style.legend(drawing, panels[0], columns=3)
     style.save(drawing, path)
 
